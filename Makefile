@@ -1,0 +1,73 @@
+# llmproxy: see `make help`. Everything is installed into .venv; nothing outside this folder changes,
+# but for `make peers`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+PEERS  := nginx curl
+ARGS   ?=
+
+# A stamp for what `make run` needs and one for all the rest, so that the second run installs nothing.
+INPUTS    := setup.cfg pyproject.toml constraints.txt
+RUN_STAMP := $(VENV)/installed-run
+DEV_STAMP := $(VENV)/installed-dev
+
+# What went well says nothing; what failed says all that it has to say.
+quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint fmt peers dist clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 8
+
+run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foreground (ARGS="--help")
+	@exec $(BIN)/llmproxy demo $(ARGS)
+
+test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(DEV_STAMP) ## form, style, types and docstrings
+	$(call quietly,$(BIN)/ruff format --check .)
+	$(call quietly,$(BIN)/ruff check .)
+	$(call quietly,$(BIN)/mypy)
+	$(call quietly,$(BIN)/interrogate -vv --no-color --omit-covered-files llmproxy)
+	$(call quietly,$(BIN)/interrogate -vv --no-color --omit-covered-files -w '^test_' tests)
+
+fmt: $(DEV_STAMP) ## put the code into its form
+	$(call quietly,$(BIN)/ruff check --select I --fix .)
+	$(call quietly,$(BIN)/ruff format .)
+
+peers: ## the other programs that tests talk to, by apt-get
+	@set -e; missing=; \
+	for peer in $(PEERS); do \
+	    PATH="$$PATH:/usr/sbin:/sbin" command -v $$peer >/dev/null || missing="$$missing $$peer"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "peers: no apt-get here; left out:$$missing"; exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "peers: not root; left out:$$missing"; exit 0; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	output=$$( { apt-get -q update && apt-get -q -y install --no-install-recommends $$missing; } 2>&1 ) \
+	    || { printf '%s\n' "$$output"; exit 1; }
+
+dist: $(DEV_STAMP) ## sdist and wheel, in dist/
+	@rm -rf dist
+	$(call quietly,$(BIN)/python -m build --no-isolation)
+
+clean: ## away with everything that was made here
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -f twisted/plugins/dropin.cache
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(RUN_STAMP): $(BIN)/python $(INPUTS)
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): $(BIN)/python $(INPUTS)
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(RUN_STAMP) $@

@@ -1,0 +1,159 @@
+"""What every test is held to: no failure goes unread, no timed call outlives its test, none hangs.
+
+pytest-twisted runs each test function on the reactor's greenlet and each fixture on the main one.
+It looks neither at the log nor at the reactor's delayed calls, and while the reactor waits,
+pytest-timeout cannot reach the test; the hooks and fixtures here do all three.
+``test_conftest.py`` proves each.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import signal
+from collections.abc import Generator, Iterator
+from types import FrameType
+from typing import Any, cast
+
+import greenlet
+import pytest
+import pytest_twisted
+from twisted.internet.task import deferLater
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that ``tests/traps`` has; only here does pytest see it early enough."""
+    parser.addoption(
+        "--stock",
+        action="store_true",
+        help="run tests/traps on Twisted's and treq's own parts, to see them fail",
+    )
+
+
+@implementer(ILogObserver)
+class LoggedFailures:
+    """The failures and errors that were logged during one test and that it has not asked for."""
+
+    def __init__(self) -> None:
+        self._events: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        """Keep the event if it speaks of a failure, in Twisted's new logging or in the old."""
+        if "log_failure" in event or event.get("isError"):
+            self._events.append(event)
+
+    def flush(self, *types: type[BaseException]) -> list[Failure]:
+        """Take out, and so expect, what was logged up to now.
+
+        Args:
+            types: only failures of these types; without any, everything.
+
+        Returns:
+            The failures in the order in which they were logged.  An error that was logged as text
+            is taken out too where no types are given, but is not among them.
+        """
+        gc.collect()  # a Deferred that nobody looked at logs its failure when it is collected
+        taken: list[Failure] = []
+        left: list[LogEvent] = []
+        for event in self._events:
+            failure: Failure | None = event.get("log_failure")
+            if types and (failure is None or failure.check(*types) is None):
+                left.append(event)
+            elif failure is not None:
+                taken.append(failure)
+        self._events = left
+        return taken
+
+    def report(self) -> str:
+        """One paragraph for each event that is left; empty if there is none."""
+        gc.collect()
+        return "\n".join(_told(event) for event in self._events)
+
+
+def _told(event: LogEvent) -> str:
+    if "log_failure" in event:
+        failure: Failure = event["log_failure"]
+        return f"{event.get('log_format') or 'failure'}\n{failure.getTraceback()}"
+    return str(event.get("log_text") or event.get("message") or event)
+
+
+@pytest.fixture(autouse=True)
+def logged_failures() -> Iterator[LoggedFailures]:
+    """Fail the test if a failure was logged that it did not take with ``flush``."""
+    failures = LoggedFailures()
+    observer = cast(ILogObserver, failures)
+    globalLogPublisher.addObserver(observer)
+    try:
+        yield failures
+        report = failures.report()
+    finally:
+        globalLogPublisher.removeObserver(observer)
+    if report:
+        pytest.fail(f"failures were logged and not expected:\n{report}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_delayed_call_stays(logged_failures: LoggedFailures) -> Iterator[None]:
+    """Fail the test if a timed call that it caused still stands in the reactor.
+
+    A call of a fixture with a wider scope that runs again and again (``HTTPFactory`` tells itself
+    the time each second) is a new call each time; it is known by what it calls.  Nothing else is
+    let through.
+    """
+    from twisted.internet import reactor
+
+    clock: Any = reactor
+    before = [call.func for call in clock.getDelayedCalls()]
+    yield
+    # Transports finish their closing in a call that is due at once, and may make another one in
+    # it: that is the present, not something left for later.  Like trial, give it two turns.
+    for _ in range(2):
+        pytest_twisted.blockon(deferLater(clock, 0))
+    left = [call for call in clock.getDelayedCalls() if call.func not in before]
+    report = "\n".join(str(call) for call in left)
+    for call in left:
+        call.cancel()
+    if report:
+        pytest.fail(f"delayed calls were left in the reactor:\n{report}", pytrace=False)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the collector's sight: it runs after each test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a timeout end the test also where the reactor waits for something that does not come.
+
+    pytest-timeout raises out of its signal handler.  While the test itself runs, that ends it.
+    While the reactor runs, the reactor's main loop would log the exception and go on waiting: then
+    it is thrown into the greenlet that waits for the test's Deferred.
+    """
+    result = yield
+    handler = signal.getsignal(signal.SIGALRM)
+    if callable(handler):
+        main = greenlet.getcurrent()
+        code = inspect.unwrap(getattr(item, "function", lambda: None)).__code__
+
+        def ring(signum: int, frame: FrameType | None) -> None:
+            in_place = greenlet.getcurrent() is main or _runs(code, frame)
+            try:
+                handler(signum, frame)
+            except BaseException as error:
+                if in_place:
+                    raise
+                main.throw(error)
+
+        signal.signal(signal.SIGALRM, ring)
+    return result
+
+
+def _runs(code: object, frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
