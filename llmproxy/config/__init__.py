@@ -1,0 +1,189 @@
+"""The configuration: a TOML file and credential files in, frozen structs out.
+
+This is the door: the structs are imported from here.  A file is read as a whole, and *every*
+mistake in it is reported at once, each with the path of its key, what stood there and what is
+expected.  ``llmproxy check``, the start and the reload all call :func:`load`.
+
+How it works: ``sections.py`` reads each table into its struct (``settings.py``) through the walk
+of ``schema.py``, key by key with the readers of ``readers.py`` and ``values.py``, and
+``credentials.py`` opens credential files.  Here stands what only the whole file can tell.  Array
+items are counted from 0 in a key's path: ``routes[0]`` is the first.
+
+This module may not know who uses a value, and touches no reactor.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from llmproxy.config.credentials import Credentials
+from llmproxy.config.readers import client_name, instance_name, provider_name
+from llmproxy.config.schema import Table
+from llmproxy.config.sections import (
+    read_admin,
+    read_client,
+    read_limits,
+    read_provider,
+    read_proxy,
+    read_route,
+    read_timeouts,
+    read_trace,
+)
+from llmproxy.config.settings import (
+    Admin,
+    Client,
+    Config,
+    Limits,
+    Override,
+    Provider,
+    Proxy,
+    Route,
+    Secret,
+    Timeouts,
+    Trace,
+)
+from llmproxy.config.url import Url
+from llmproxy.config.values import Wrong, absolute_path, show
+
+__all__ = [
+    "Admin",
+    "Client",
+    "Config",
+    "ConfigError",
+    "Limits",
+    "Override",
+    "Provider",
+    "Proxy",
+    "Route",
+    "Secret",
+    "Timeouts",
+    "Trace",
+    "Url",
+    "load",
+    "parse",
+]
+
+
+class ConfigError(Exception):
+    """A configuration cannot be used.
+
+    Args:
+        problems: everything that is wrong with it, one line each, such as
+            ``providers.a.url: expected an http:// or https:// URL, got "ftp://x"``.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load(path: str, *, instance: str = "0", environ: Mapping[str, str]) -> Config:
+    """Read a configuration file and the credential files that it names.
+
+    Args:
+        path: the TOML file.
+        instance: this daemon's name among several, which replaces ``{instance}``.
+        environ: where ``$CREDENTIALS_DIRECTORY`` may stand.
+
+    Raises:
+        ConfigError: the file cannot be read or is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: expected a file to read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: expected UTF-8, as TOML is (byte {error.start})"]) from error
+    return parse(text, instance=instance, environ=environ, source=path)
+
+
+def parse(
+    text: str,
+    *,
+    instance: str = "0",
+    environ: Mapping[str, str],
+    source: str = "configuration",
+) -> Config:
+    """Do as :func:`load` with the ``text`` of a file; ``source`` is what errors call it."""
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError([f"{source}: expected TOML, got one nested too deeply"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{source}: expected TOML: {error}"]) from error
+    problems: list[str] = []
+    try:
+        instance_name(instance)
+    except Wrong as wrong:
+        problems.append(f"--instance: expected {wrong.expected}, got {show(instance)}")
+    config = _read(Table(data, "", "", problems), instance, environ, problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read(root: Table, instance: str, environ: Mapping[str, str], problems: list[str]) -> Config:
+    directory = root.table("credentials", "credentials")
+    named = root.named("providers", "providers.*", provider_name)
+    credentials = Credentials(directory.read("directory", absolute_path, None), environ, problems)
+    config = Config(
+        proxy=read_proxy(root.table("proxy", "proxy"), instance),
+        admin=read_admin(root.table("admin", "admin"), instance),
+        timeouts=read_timeouts(root.table("timeouts", "timeouts")),
+        limits=read_limits(root.table("limits", "limits")),
+        providers={name: read_provider(name, one, credentials) for name, one in named.items()},
+        routes=tuple(read_route(one, named) for one in root.tables("routes", "routes")),
+        trace=read_trace(root.table("trace", "trace"), instance),
+    )
+    _check_route_names(config.routes, problems)
+    clients = _read_clients(root, config.routes)
+    _check_keys(clients, problems)
+    _check_present(config, clients, problems)
+    return msgspec.structs.replace(config, clients=clients)
+
+
+def _read_clients(root: Table, routes: tuple[Route, ...]) -> dict[str, Client]:
+    """Read all clients; what they say of routes is not judged where a route has no name."""
+    names = [route.name for route in routes]
+    known = names if all(names) else None
+    tables = root.named("clients", "clients.*", client_name)
+    return {name: read_client(name, one, known) for name, one in tables.items()}
+
+
+def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:
+    first: dict[str, int] = {}
+    for at, route in enumerate(routes):
+        if route.name and first.setdefault(route.name, at) != at:
+            problems.append(
+                f"routes[{at}].name: expected a name of its own: set `name`, "
+                f"as routes[{first[route.name]}] is called {show(route.name)} already"
+            )
+
+
+def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:
+    owners: dict[bytes, str] = {}
+    for name, client in clients.items():
+        for digest in client.keys:
+            if digest in owners:
+                problems.append(
+                    f"clients.{name}.keys: expected a key of its own, "
+                    f"but one stands in clients.{owners[digest]}.keys already"
+                )
+            owners.setdefault(digest, name)
+
+
+def _check_present(config: Config, clients: dict[str, Client], problems: list[str]) -> None:
+    """Report the sections without which nothing could be served."""
+    if not config.providers:
+        problems.append("providers: expected at least one [providers.NAME], but there is none")
+    if not config.routes:
+        problems.append("routes: expected at least one [[routes]], but there is none")
+    if not clients and not config.proxy.anonymous:
+        problems.append(
+            "clients: expected at least one [clients.NAME], or proxy.anonymous = true "
+            "for an open listener without clients"
+        )

@@ -1,0 +1,129 @@
+"""Credential files: from a name in the configuration to a :class:`~.settings.Secret`.
+
+The directory is ``[credentials] directory``, or else what systemd put into
+``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  Nothing that is said here quotes a name
+or a value from the file: whoever writes a key where a file's name belongs finds it in no log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+
+from llmproxy.config.settings import Secret
+from llmproxy.config.values import Wrong, show
+
+ENVIRONMENT = "CREDENTIALS_DIRECTORY"
+
+_KEY = "credentials.directory"
+_LARGEST_BYTES = 64 * 1024
+_VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
+
+
+class Credentials:
+    """The one directory that credentials are read from.
+
+    Args:
+        directory: what ``[credentials] directory`` says, or ``None``.
+        environ: where ``$CREDENTIALS_DIRECTORY`` may stand.
+        problems: gathers what is wrong with the directory itself, once.
+    """
+
+    def __init__(
+        self, directory: str | None, environ: Mapping[str, str], problems: list[str]
+    ) -> None:
+        self._directory = directory
+        self._environ = environ
+        self._problems = problems
+        self._usable: str | None = None
+        self._looked = directory is not None
+        if directory is not None:
+            self._usable = self._fit(_KEY, directory, check_group=True)
+
+    def read(self, value: object) -> Secret | None:
+        """Read the credential file called ``value``; ``None`` where there is no usable directory.
+
+        Raises:
+            Wrong: the name is not a file's bare name, or the file is not a credential.
+        """
+        if not isinstance(value, str) or not _is_bare_name(value):
+            raise Wrong(
+                'the bare name of a file in the credentials directory (no "/")', hidden=True
+            )
+        if not self._looked:
+            self._looked = True
+            self._usable = self._from_environment()
+        if self._usable is None:
+            return None
+        return Secret(_value(_content(os.path.join(self._usable, value))))
+
+    def _from_environment(self) -> str | None:
+        directory = self._environ.get(ENVIRONMENT)
+        if not directory:
+            self._problems.append(
+                f"{_KEY}: expected a directory, as a provider names a credential, "
+                f"but it is missing, and ${ENVIRONMENT} is not set either"
+            )
+            return None
+        # systemd may open it to the service's user by an ACL, whose mask then shows as the group's
+        # permissions: only what others may do can be told from the mode.
+        return self._fit(f"${ENVIRONMENT}", directory, check_group=False)
+
+    def _fit(self, key: str, directory: str, *, check_group: bool) -> str | None:
+        """Return ``directory``, or report what makes it unfit."""
+        words = _why_unfit(directory, check_group=check_group)
+        if words is None:
+            return directory
+        self._problems.append(f"{key}: expected {words}, got {show(directory)}")
+        return None
+
+
+def _why_unfit(directory: str, *, check_group: bool) -> str | None:
+    try:
+        found = os.stat(directory)
+    except OSError as error:
+        return f"a directory that can be read ({error.strerror})"
+    if not stat.S_ISDIR(found.st_mode):
+        return "a directory"
+    if found.st_mode & 0o007:
+        return "a directory closed to others (chmod o-rwx)"
+    own = {*os.getgroups(), os.getegid()}
+    if check_group and found.st_mode & 0o070 and found.st_gid not in own:
+        return "a directory closed to a group that is not this process's own (chmod g-rwx)"
+    return None
+
+
+def _is_bare_name(value: str) -> bool:
+    return bool(value) and value.isprintable() and "/" not in value and value not in (".", "..")
+
+
+def _content(path: str) -> bytes:
+    """Return what the file holds, up to one byte more than a credential and its line end."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Wrong("the name of a regular file in the credentials directory", hidden=True)
+        with open(path, "rb") as file:
+            return file.read(_LARGEST_BYTES + len(b"\r\n") + 1)
+    except OSError as error:
+        raise Wrong(
+            f"a file that can be read in the credentials directory ({error.strerror})", hidden=True
+        ) from None
+
+
+def _value(content: bytes) -> str:
+    value = content.removesuffix(b"\n")
+    if value != content:
+        value = value.removesuffix(b"\r")
+    if not value:
+        raise Wrong("a credential file that is not empty", hidden=True)
+    if len(value) > _LARGEST_BYTES:
+        raise Wrong("a credential file of at most 64KiB", hidden=True)
+    if not _VALUE.fullmatch(value):
+        raise Wrong(
+            "a credential file of one line of visible ASCII, "
+            "without white space at its beginning or end",
+            hidden=True,
+        )
+    return value.decode("ascii")

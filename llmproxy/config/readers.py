@@ -1,0 +1,223 @@
+"""Values that mean something to a proxy: endpoints, names, header fields, key digests.
+
+Each reader follows the promise of ``values.py``: it returns the value or raises ``Wrong``.  Nothing
+here knows a section or a struct.  A value that may be a secret that went astray is never shown.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+import ssl
+from collections.abc import Callable, Collection
+
+from llmproxy.config.url import has_odd_segment, host
+from llmproxy.config.values import Wrong, absolute_path, show, text, token
+
+#: Server endpoints of Twisted that make sense for a daemon.  The arguments are only glanced at:
+#: the reactor has the last word when it listens.
+_ENDPOINTS = frozenset({"tcp", "tcp6", "ssl", "tls", "unix", "systemd", "haproxy"})
+_PORTED = frozenset({"tcp", "tcp6", "ssl", "tls"})
+_ENDPOINT_SAMPLES = (
+    '"tcp:8080:interface=127.0.0.1", "unix:/run/llmproxy.sock" or "systemd:domain=INET:name=proxy"'
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
+_INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PATH = re.compile(r"/[!-~]*")
+_HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_NOT_TOKEN = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
+_FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+
+#: Names that the proxy or the framing owns (design 5): no provider may set them.
+_OWNED = frozenset(
+    {
+        "connection",
+        "content-length",
+        "expect",
+        "forwarded",
+        "host",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "via",
+    }
+)
+_OWNED_PREFIXES = ("proxy-", "x-forwarded-", "x-llmproxy-")
+_CARRY_KEYS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key"})
+
+
+def instance_name(value: object) -> str:
+    """Read the name of one of several daemons."""
+    if not isinstance(value, str) or not _INSTANCE.fullmatch(value):
+        raise Wrong("up to 64 letters, digits and ._-")
+    return value
+
+
+def endpoint(instance: str) -> Callable[[object], str]:
+    """Return a reader of Twisted's server endpoints, ``{instance}`` filled in."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str) or not _is_endpoint(value):
+            raise Wrong(f"an endpoint such as {_ENDPOINT_SAMPLES}")
+        return _of_instance(text(value), instance)
+
+    return read
+
+
+def file_of_instance(instance: str) -> Callable[[object], str]:
+    """Return a reader of a file's absolute path, ``{instance}`` filled in."""
+
+    def read(value: object) -> str:
+        if absolute_path(value).endswith("/"):
+            raise Wrong("the absolute path of a file")
+        return _of_instance(str(value), instance)
+
+    return read
+
+
+def default_via() -> str:
+    """Return our pseudonym where the file has none: this host's name, as a token."""
+    return "llmproxy-" + _NOT_TOKEN.sub("-", socket.gethostname())
+
+
+def provider_name(value: object) -> str:
+    """Read the name of a provider, which becomes a label of metrics."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise Wrong("a name of up to 64 letters, digits and ._- (the first a letter or a digit)")
+    return value
+
+
+def client_name(value: object) -> str:
+    """Read the name of a client, which becomes a label of metrics."""
+    if value == "anonymous":
+        raise Wrong("another name, as this one is for whoever shows no key")
+    return provider_name(value)
+
+
+def route_name(value: object) -> str:
+    """Read the name of a route, which becomes a label of metrics."""
+    if not isinstance(value, str) or not _ROUTE_NAME.fullmatch(value):
+        raise Wrong("a name of up to 64 letters, digits and ._/- (the first a letter or a digit)")
+    return value
+
+
+def reference(known: Collection[str], what: str) -> Callable[[object], str]:
+    """Return a reader of one of the ``known`` names, which are those of ``what``."""
+
+    def read(value: object) -> str:
+        if isinstance(value, str) and value in known:
+            return value
+        close = difflib.get_close_matches(str(value)[:80], known, n=1)
+        hint = f" (did you mean {show(close[0])}?)" if close else ""
+        raise Wrong(f"the name of {what}{hint}")
+
+    return read
+
+
+def route_path(value: object) -> str:
+    """Read the path prefix of a route: whole segments, in one spelling."""
+    if not isinstance(value, str) or not _PATH.fullmatch(value) or "?" in value or "#" in value:
+        raise Wrong('a path of visible ASCII that begins with "/", without "?" or "#"')
+    if value != "/" and value.endswith("/"):
+        raise Wrong(f"a path without a trailing slash (write {show(value.rstrip('/') or '/')})")
+    if value != "/" and has_odd_segment(value):
+        raise Wrong('a path without empty, "." or ".." segments, encoded or not')
+    if value == "/-" or value.startswith("/-/"):
+        raise Wrong('a path other than "/-", which is for the proxy\'s own pages')
+    return value
+
+
+def host_value(value: object) -> str:
+    """Read what a Host field may name: no port; IPv6 keeps its brackets."""
+    if isinstance(value, str) and _HOST_AND_PORT.fullmatch(value):
+        raise Wrong("a host's name or address without a port")
+    found = host(value)
+    return f"[{found}]" if ":" in found else found
+
+
+def header_name(value: object) -> str:
+    """Read the name of the field that carries a credential, in lower case."""
+    try:
+        lower = token(value).lower()
+    except Wrong as wrong:  # it may be a whole "Authorization: Bearer ..." line
+        raise Wrong(f"a header's name, {wrong.expected}", hidden=True) from None
+    if lower in _OWNED or lower.startswith(_OWNED_PREFIXES):
+        raise Wrong("a header that neither the proxy nor HTTP's framing owns")
+    return lower
+
+
+def added_header_name(value: object, credential: str) -> str:
+    """Read the name of a field that a provider adds; ``credential`` names the one with its key."""
+    lower = header_name(value)
+    if lower == credential or lower in _CARRY_KEYS:
+        raise Wrong("no header that carries a key here: use `credential`, `header` and `format`")
+    return lower
+
+
+def field_value(value: object) -> str:
+    """Read the value of a header field."""
+    if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
+        raise Wrong("a string of visible ASCII, without control characters", hidden=True)
+    return value
+
+
+def credential_format(value: object) -> str:
+    """Read how a credential is written into its field: ``{}`` stands for it."""
+    if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
+        raise Wrong('visible ASCII with "{}" where the credential goes', hidden=True)
+    if "{}" not in value or value.count("{") + value.count("}") != 2:
+        raise Wrong('exactly one "{}", where the credential goes', hidden=True)
+    return value
+
+
+def certificates(value: object) -> str:
+    """Read the path of a PEM file of certificates, which is opened to see that it is one."""
+    path = absolute_path(value)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as error:  # ssl.SSLError is one
+        raise Wrong(f"a PEM file of certificates ({error.strerror or error})") from None
+    return path
+
+
+def digest(client: str) -> Callable[[object], bytes]:
+    """Return a reader of the SHA-256 digest of a key of ``client``."""
+
+    def read(value: object) -> bytes:
+        found = _DIGEST.fullmatch(value) if isinstance(value, str) else None
+        if found is None:
+            raise Wrong(f'"sha256:" and 64 lower-case hex digits; {key_hint(client)}', hidden=True)
+        return bytes.fromhex(found[1])
+
+    return read
+
+
+def key_hint(client: str) -> str:
+    """Return how an operator gets a key for ``client`` and its line for the file."""
+    named = client if _NAME.fullmatch(client) and client != "anonymous" else "NAME"
+    return f"`llmproxy keys new {named}` makes a key and prints this line"
+
+
+def _is_endpoint(value: str) -> bool:
+    kind, _, arguments = value.partition(":")
+    if kind not in _ENDPOINTS or not arguments:
+        return False
+    if kind == "haproxy":
+        return _is_endpoint(arguments)
+    first = arguments.split(":")[0]
+    if kind in _PORTED and "=" not in first and "{" not in first:
+        return first.isascii() and first.isdigit() and len(first) < 6 and int(first) <= 65535
+    return True
+
+
+def _of_instance(value: str, instance: str) -> str:
+    filled = value.replace("{instance}", instance)
+    if "{" in filled or "}" in filled:
+        raise Wrong('no braces but those of "{instance}"')
+    return filled

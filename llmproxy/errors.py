@@ -1,0 +1,223 @@
+"""The error family, and the closed set of reasons why a request ends.
+
+Every refusal that a client can be told is a :class:`ProxyError`: a status, one reason word and a
+sentence.  How the sentence is wrapped depends on the dialect that the client's SDK understands
+(design 8), and only this module knows those shapes.  Everything that goes wrong upstream is a
+:class:`ProxyError` too, told apart by its :class:`EndReason`.
+
+This module may import nothing else of the program.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Dialect(StrEnum):
+    """The shape that a provider speaks."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
+    RAW = "raw"
+
+
+class EndReason(StrEnum):
+    """Why a request ended: the label of the metric, the word in the log and in the trace."""
+
+    COMPLETE = "complete"
+    CLIENT_GONE = "client_gone"
+    CLIENT_STALLED = "client_stalled"
+    UPSTREAM_REFUSED = "upstream_refused"
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"
+    UPSTREAM_TLS = "upstream_tls"
+    UPSTREAM_TIMEOUT = "upstream_timeout"
+    UPSTREAM_IDLE = "upstream_idle"
+    UPSTREAM_BROKEN = "upstream_broken"
+    UPSTREAM_PROTOCOL = "upstream_protocol"
+    UPSTREAM_FAILED = "upstream_failed"
+    UNFINISHED = "unfinished"
+    REJECTED = "rejected"
+    DRAINED = "drained"
+    KILLED = "killed"
+    INTERNAL = "internal"
+
+
+class ProxyError(Exception):
+    """Something that ends a request, and what its caller may be told about it.
+
+    Args:
+        status: the HTTP status to answer with while no byte of an answer has left.
+        reason: one word for ``x-llmproxy-error`` and the trace, from a closed vocabulary.
+        message: a sentence for the caller; it names no key, no address and no file.
+        end: the end reason that the trace and the metrics record.
+        fields: further response header fields, lower-case names.
+        may_have_run: the provider may have done (and billed) the work, so that an SDK must not
+            send the request again by itself.
+        detail: what the operator reads in the log and nobody else; it may name addresses.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        *,
+        end: EndReason = EndReason.REJECTED,
+        fields: tuple[tuple[bytes, bytes], ...] = (),
+        may_have_run: bool = False,
+        detail: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.end = end
+        self.fields = fields
+        self.may_have_run = may_have_run
+        self.detail = detail
+
+
+def upstream_unreachable(detail: str) -> ProxyError:
+    """No connection to the provider came about: its name, its address, or a refusal."""
+    return ProxyError(
+        502,
+        "upstream_unreachable",
+        "The provider cannot be reached.",
+        end=EndReason.UPSTREAM_UNREACHABLE,
+        detail=detail,
+    )
+
+
+def upstream_tls(detail: str) -> ProxyError:
+    """The TLS handshake with the provider failed, or its certificate was not accepted."""
+    return ProxyError(
+        502,
+        "upstream_tls",
+        "No trusted TLS connection to the provider came about.",
+        end=EndReason.UPSTREAM_TLS,
+        detail=detail,
+    )
+
+
+def upstream_timeout(phase: str, *, may_have_run: bool) -> ProxyError:
+    """The provider did not connect, or did not begin to answer, in the time that was given."""
+    return ProxyError(
+        504,
+        "upstream_timeout",
+        "The provider did not answer in time.",
+        end=EndReason.UPSTREAM_TIMEOUT,
+        may_have_run=may_have_run,
+        detail=f"{phase} took too long",
+    )
+
+
+def upstream_idle() -> ProxyError:
+    """The provider began to answer and then fell silent."""
+    return ProxyError(
+        504,
+        "upstream_idle",
+        "The provider stopped in the middle of its answer.",
+        end=EndReason.UPSTREAM_IDLE,
+        may_have_run=True,
+    )
+
+
+def upstream_broken(detail: str) -> ProxyError:
+    """The connection to the provider ended before its answer did."""
+    return ProxyError(
+        502,
+        "upstream_broken",
+        "The provider broke off its answer.",
+        end=EndReason.UPSTREAM_BROKEN,
+        may_have_run=True,
+        detail=detail,
+    )
+
+
+def upstream_protocol(detail: str) -> ProxyError:
+    """The provider answered something that is not HTTP as we accept it."""
+    return ProxyError(
+        502,
+        "upstream_protocol",
+        "The provider's answer is not valid HTTP.",
+        end=EndReason.UPSTREAM_PROTOCOL,
+        may_have_run=True,
+        detail=detail,
+    )
+
+
+class ClientGone(Exception):
+    """The client closed, half-closed or reset its connection before the answer was whole."""
+
+    end = EndReason.CLIENT_GONE
+
+
+class ClientStalled(ClientGone):
+    """The client took no byte for ``client_stall`` although there was something to take."""
+
+    end = EndReason.CLIENT_STALLED
+
+
+class Cut(ClientGone):
+    """The proxy itself cut the request: the drain's deadline, or a second signal."""
+
+    end = EndReason.DRAINED
+
+
+_OPENAI_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def error_body(error: ProxyError, dialect: Dialect, request_id: str) -> bytes:
+    """Return the JSON body that tells ``error`` to an SDK of ``dialect`` (design 8)."""
+    return msgspec.json.encode(_error_object(error, dialect, request_id))
+
+
+def error_event(error: ProxyError, dialect: Dialect, request_id: str, *, ndjson: bool) -> bytes:
+    """Return one event that tells ``error`` inside a stream that has begun already.
+
+    Args:
+        ndjson: the stream is NDJSON (a line) and not SSE (an event).
+    """
+    payload = error_body(error, dialect, request_id)
+    if ndjson:
+        return payload + b"\n"
+    name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
+    return name + b"data: " + payload + b"\n\n"
+
+
+def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[str, object]:
+    if dialect is Dialect.ANTHROPIC:
+        kind = _ANTHROPIC_TYPES.get(error.status, _fallback_type(error.status, "api_error"))
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": error.message},
+            "request_id": request_id,
+        }
+    if dialect is Dialect.OLLAMA:
+        return {"error": error.message}
+    kind = _OPENAI_TYPES.get(error.status, _fallback_type(error.status, "server_error"))
+    return {"error": {"message": error.message, "type": kind, "code": error.reason, "param": None}}
+
+
+def _fallback_type(status: int, server: str) -> str:
+    return "invalid_request_error" if status < 500 else server
