@@ -1,0 +1,227 @@
+"""The pump for one response body: every chunk that comes in goes out, at once.
+
+The relay stands between a provider's connection, which pushes, and a client's request, which pushes
+back.  It knows no provider, trace or metric; it counts in plain integers, which others read
+whenever they like.  Its life is three states::
+
+    FLOWING <--pauseProducing / resumeProducing--> PAUSED
+       |                                             |
+       +------------ end of the body, a fault, cancel() ----------> ENDED
+
+The idle clock runs only while the relay flows: a client that is slow must not look like a provider
+that is silent.  It is one timer that looks at the last chunk's time when it rings; chunks do not
+touch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from zope.interface import implementer
+
+from llmproxy.errors import ClientGone, upstream_idle
+
+
+class Sink(Protocol):
+    """What the relay writes to; ``front.http.Request`` is one."""
+
+    def write(self, data: bytes) -> None:
+        """Take one chunk and put it on the wire."""
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Name whom to pause; it is paused at once where the wire is full already."""
+
+    def unregisterProducer(self) -> None:
+        """Pause nobody any more."""
+
+
+class Source(Protocol):
+    """What the relay reads from; ``upstream.http1.Answer`` is one."""
+
+    def deliverBody(self, protocol: Any) -> None:
+        """Push the body into ``protocol``."""
+
+    def abort(self) -> None:
+        """Close the connection at once; harmless when the body has ended."""
+
+
+class State(Enum):
+    """Where a relay stands."""
+
+    FLOWING = "flowing"
+    PAUSED = "paused"
+    ENDED = "ended"
+
+
+@implementer(IPushProducer)
+class Relay(TwistedProtocol):
+    """Hands a body from ``source`` to ``sink``.
+
+    Args:
+        source: where the body comes from.
+        sink: where it goes.
+        reactor: schedules the idle clock.
+        clock: monotonic seconds.
+        idle: seconds of silence after which the source is given up, or None.
+        gaps: called with the seconds between one chunk and the next.
+
+    Attributes:
+        chunks: how many were handed on.
+        byte_count: how many bytes that was.
+        first_at: when the first chunk came, or None.
+        last_at: when the last one came; before the first, when the relay started.
+        longest_gap: the longest time between two chunks, pauses left out, in seconds.
+        tail: the last four bytes, so that an event's end can be told.
+        done: fires with None when the body ended as its framing says; fails with a ``ProxyError``
+            where it broke, with ``ClientGone`` where the sink went away.  Cancelling it closes the
+            source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        reactor: Any,
+        clock: Callable[[], float],
+        *,
+        idle: float | None,
+        gaps: Callable[[float], None],
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._write = sink.write
+        self._reactor = reactor
+        self._clock = clock
+        self._idle = idle
+        self._gaps = gaps
+        self._timer: Any = None
+        self._paused_at = 0.0
+        self._paused_before = 0.0
+        self.state = State.FLOWING
+        self.chunks = 0
+        self.byte_count = 0
+        self.first_at: float | None = None
+        self.last_at = clock()
+        self.longest_gap = 0.0
+        self.tail = b""
+        self.done: Deferred[None] = Deferred(lambda _: self.cancel())
+
+    def start(self) -> Deferred[None]:
+        """Begin to pump; returns :attr:`done`."""
+        self._sink.registerProducer(self, True)
+        if self.state is State.FLOWING:
+            self._run_idle_clock()
+        self._source.deliverBody(self)
+        if self.state is State.PAUSED and self.transport is not None:
+            self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
+        return self.done
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds for which the client held the relay up, so far."""
+        if self.state is State.PAUSED:
+            return self._paused_before + self._clock() - self._paused_at
+        return self._paused_before
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client holds the relay up now."""
+        return self.state is State.PAUSED
+
+    # -- from the provider ----------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:
+        """Hand on one chunk, cut anywhere."""
+        now = self._clock()
+        gap = now - self.last_at
+        self.last_at = now
+        if self.chunks:
+            self._gaps(gap)
+            if gap > self.longest_gap:
+                self.longest_gap = gap
+        else:
+            self.first_at = now
+        self.chunks += 1
+        self.byte_count += len(data)
+        self.tail = data[-4:] if len(data) > 3 else (self.tail + data)[-4:]
+        self._write(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The body is over: whole where ``reason`` is ``ResponseDone``, else broken."""
+        self._end(None if reason.check(ResponseDone) else reason)
+
+    # -- from the client ------------------------------------------------------------------------
+
+    def pauseProducing(self) -> None:
+        """The client takes no more for now: stop reading from the provider."""
+        if self.state is State.FLOWING:
+            self.state = State.PAUSED
+            self._paused_at = self._clock()
+            self._stop_idle_clock()
+            if self.transport is not None:
+                self.transport.pauseProducing()  # type: ignore[attr-defined]  # see start()
+
+    def resumeProducing(self) -> None:
+        """The client takes bytes again; what it did not wait for does not count as silence."""
+        if self.state is State.PAUSED:
+            now = self._clock()
+            self._paused_before += now - self._paused_at
+            self.last_at += now - max(self._paused_at, self.last_at)
+            self.state = State.FLOWING
+            self._run_idle_clock()
+            if self.transport is not None:
+                self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
+
+    def stopProducing(self) -> None:
+        """The client is gone."""
+        self._end(Failure(ClientGone()))
+
+    def cancel(self) -> None:
+        """Stop, and close the provider's connection; :attr:`done` does not fire by this."""
+        if self.state is not State.ENDED:
+            self._finish()
+            self._source.abort()
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _run_idle_clock(self) -> None:
+        """Ring when the silence since the last chunk has lasted for ``idle``."""
+        if self._idle is not None:
+            left = self._idle - (self._clock() - self.last_at)
+            self._timer = self._reactor.callLater(max(0.0, left), self._check_idle)
+
+    def _stop_idle_clock(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check_idle(self) -> None:
+        self._timer = None
+        if self._idle is not None and self._clock() - self.last_at >= self._idle:
+            self._end(Failure(upstream_idle()))
+        else:
+            self._run_idle_clock()
+
+    def _end(self, failure: Failure | None) -> None:
+        if self.state is State.ENDED:
+            return
+        self._finish()
+        if failure is None:
+            self.done.callback(None)
+        else:
+            self._source.abort()
+            self.done.errback(failure)
+
+    def _finish(self) -> None:
+        self._paused_before = self.paused_s
+        self.state = State.ENDED
+        self._stop_idle_clock()
+        self._sink.unregisterProducer()

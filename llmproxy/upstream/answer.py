@@ -1,0 +1,153 @@
+"""A provider's answer: its head, the hold on its body, and how that body ends.
+
+The framing rules of RFC 9112, section 6.3, are here, without a socket: from a request's method and
+a head to a reader that is fed bytes and tells where the body is over.  A message that is framed
+twice is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IProtocol
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
+from zope.interface import implementer
+
+from llmproxy.wire.grammar import (
+    BadMessage,
+    ChunkedReader,
+    Fields,
+    field_values,
+    list_tokens,
+    parse_fields,
+    parse_length,
+    parse_status_line,
+)
+
+
+class Holder(Protocol):
+    """The connection that an answer comes in on."""
+
+    serving: Answer | None
+
+    def deliver(self, protocol: IProtocol) -> None:
+        """Hand the body on."""
+
+    def abort(self) -> None:
+        """Close at once."""
+
+
+class WholeReader:
+    """Reads a body of ``left`` bytes, or one that ends with the connection (None)."""
+
+    __slots__ = ("done", "extra", "left")
+
+    def __init__(self, left: int | None) -> None:
+        self.left = left
+        self.done = left == 0
+        self.extra = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, cut anywhere, and return the content in them."""
+        if self.left is None:
+            return data
+        if len(data) >= self.left:
+            data, self.extra = data[: self.left], data[self.left :]
+            self.done = True
+        self.left -= len(data)
+        return data
+
+
+@implementer(IResponse)
+class Answer:
+    """The head of an answer, and the hold on its body.
+
+    Attributes:
+        code: the status, 100 to 599.
+        fields: the header fields as they came, in order, names in lower case.
+        length: the body's bytes as announced, or ``UNKNOWN_LENGTH``.
+        headers: always empty; it stands between treq's decoders and the bytes (ADR-0002).
+    """
+
+    phrase = b""
+    request = None
+    previousResponse = None  # noqa: N815 - IResponse's name
+
+    def __init__(self, connection: Holder, minor: int, code: int, fields: Fields) -> None:
+        self._connection = connection
+        self.version = (b"HTTP", 1, minor)
+        self.code = code
+        self.fields = fields
+        self.headers = Headers()
+        self.length: Any = UNKNOWN_LENGTH
+
+    def deliverBody(self, protocol: IProtocol) -> None:
+        """Hand the body to ``protocol``, from now on.
+
+        ``dataReceived`` is called with non-empty pieces, cut anywhere; ``connectionLost`` once:
+        with ``ResponseDone`` where the body ended as its framing says, else with a ``ProxyError``.
+        """
+        self._connection.deliver(protocol)
+
+    def setPreviousResponse(self, response: IResponse) -> None:
+        """Refuse: redirects are handed on, never followed."""
+        raise NotImplementedError("redirects are not followed")
+
+    def abort(self) -> None:
+        """Close the connection at once; harmless once the answer has ended.
+
+        A connection that went back to its pool may be another caller's by now, and stays open.
+        """
+        if self._connection.serving is self:
+            self._connection.abort()
+
+
+def read_answer(connection: Holder, head: bytes) -> Answer:
+    """Read a response head, without its empty line.
+
+    Raises:
+        BadMessage: it is not HTTP/1.x.
+    """
+    lines = head.split(b"\r\n")
+    minor, status = parse_status_line(lines[0])
+    return Answer(connection, minor, status, parse_fields(lines[1:]))
+
+
+def body_reader(method: bytes, answer: Answer) -> ChunkedReader | WholeReader:
+    """Return what reads the body of ``answer`` to a request with ``method``; sets its length.
+
+    Raises:
+        BadMessage: the head frames the body twice, or in a way that is not known.
+    """
+    coding = field_values(answer.fields, b"transfer-encoding")
+    length = parse_length(field_values(answer.fields, b"content-length"))
+    if coding and (length is not None or answer.version[2] == 0):
+        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
+    if length is not None:
+        answer.length = length
+    if method == b"HEAD" or answer.code in (204, 304):
+        return WholeReader(0)
+    if not coding:
+        return WholeReader(length)
+    if list_tokens(coding) != [b"chunked"]:
+        raise BadMessage("a transfer coding other than chunked")
+    return ChunkedReader()
+
+
+def keep_alive_hint(answer: Answer) -> float | None:
+    """Return for how many seconds the provider says it keeps an idle connection, or None.
+
+    From ``Keep-Alive: timeout=5``, which no RFC defines and most servers send.
+    """
+    for member in list_tokens(field_values(answer.fields, b"keep-alive")):
+        name, _, seconds = member.partition(b"=")
+        if name.strip() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
+            return float(seconds)
+    return None
+
+
+def is_persistent(answer: Answer) -> bool:
+    """Tell whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
+    options = list_tokens(field_values(answer.fields, b"connection"))
+    return bool(answer.version[2] == 1) and b"close" not in options

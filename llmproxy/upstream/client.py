@@ -1,0 +1,206 @@
+"""Sends one request to a provider through treq, and keeps treq from changing it.
+
+treq is how requests are made; what a proxy must not do is switched off here, once, for everybody:
+cookies are neither kept nor sent, redirects are handed on, nothing is buffered, decoded or sent a
+second time, and no URL is parsed per request (ADR-0002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from http.cookiejar import Cookie
+from typing import Any, cast
+
+from hyperlink import EncodedURL
+from treq.client import HTTPClient
+from treq.cookies import IndexableCookieJar
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IConsumer
+from twisted.web.iweb import IBodyProducer
+from zope.interface import implementer
+
+from llmproxy.config import Config, Provider, Timeouts
+from llmproxy.headers import KEY_FIELDS
+from llmproxy.upstream.agent import Order, ProviderAgent
+from llmproxy.upstream.answer import Answer
+from llmproxy.wire.grammar import Fields
+
+
+class NoCookies(IndexableCookieJar):
+    """A jar that neither takes nor gives: callers must not meet each other's cookies."""
+
+    def __iter__(self) -> Iterator[Cookie]:
+        """Yield nothing."""
+        return iter(())
+
+    def set_cookie(self, cookie: Cookie) -> None:
+        """Drop it."""
+
+    def add_cookie_header(self, request: Any) -> None:
+        """Add nothing."""
+
+    def extract_cookies(self, response: Any, request: Any) -> None:
+        """Take nothing."""
+
+
+_NO_COOKIES = NoCookies()
+
+
+class PreparedUrl(EncodedURL):
+    """A URL that was parsed and encoded once; treq asks for both on every request."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def to_uri(self) -> PreparedUrl:
+        """Return itself: it is a URI already."""
+        return self
+
+    def to_text(self, with_password: bool = False) -> str:
+        """Return the text that it was made from."""
+        return self._text
+
+    @classmethod
+    def prepare(cls, text: str) -> PreparedUrl:
+        """Parse ``text``, an absolute URL in ASCII."""
+        url = cast("PreparedUrl", cls.from_text(text))
+        url._text = text
+        return url
+
+
+@implementer(IBodyProducer)
+class HeldBody:
+    """A request body that is held in memory, written as fast as the provider takes it.
+
+    Up to one slice goes out at once; more is written slice by slice, whenever the transport has
+    sent the one before.
+    """
+
+    SLICE = 65536
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._position = 0
+        self._consumer: IConsumer | None = None
+        self.length = len(data)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write the body; fires once the kernel has the last byte, or at once where it is short."""
+        if self.length <= self.SLICE:
+            consumer.write(self._data)
+            return succeed(None)
+        self._consumer = consumer
+        self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
+        done = self._done
+        consumer.registerProducer(self, False)
+        return done
+
+    def resumeProducing(self) -> None:
+        """Write the next slice; the transport has sent the one before."""
+        if self._consumer is None:
+            return
+        start = self._position
+        if start >= self.length:
+            self.stopProducing()
+            self._done.callback(None)
+            return
+        self._position = start + self.SLICE
+        self._consumer.write(self._data[start : self._position])
+
+    def pauseProducing(self) -> None:
+        """Nothing to do: a pull producer writes only when it is asked."""
+
+    def stopProducing(self) -> None:
+        """Write no more; the Deferred never fires unless the body was whole."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.unregisterProducer()
+
+
+class Upstream:
+    """Every provider's connections.
+
+    Args:
+        reactor: connects, resolves and keeps time.
+        clock: monotonic seconds.
+        config: the providers, and the limits of what they may send.
+    """
+
+    def __init__(self, reactor: Any, clock: Callable[[], float], config: Config) -> None:
+        self._reactor = reactor
+        self._agents: dict[str, ProviderAgent] = {}
+        self._urls: dict[str, PreparedUrl] = {}
+        for provider in config.providers.values():
+            self._agents[provider.name] = ProviderAgent(
+                reactor,
+                clock,
+                provider,
+                pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
+                max_head=config.limits.response_head,
+            )
+            url = provider.url
+            self._urls[provider.name] = PreparedUrl.prepare(f"{url.scheme}://{url.netloc}/")
+
+    def send(
+        self,
+        provider: Provider,
+        method: str,
+        target: bytes,
+        fields: Fields,
+        body: bytes | None,
+        *,
+        credential: bytes,
+        timeouts: Timeouts,
+    ) -> Deferred[Answer]:
+        """Send one request, exactly as it is given.
+
+        Args:
+            target: path and query, byte for byte.
+            fields: header fields in order, without ``Host`` and framing.
+            body: the whole body, or None.
+            credential: keeps connections of different credentials apart.
+
+        Returns:
+            fires with the :class:`Answer` once its whole head is in, its body paused.  Cancelling
+            it closes the connection at once, in any phase.  It fails with ``ProxyError``.
+        """
+        order = Order(self._agents[provider.name], target, fields, credential, timeouts)
+        client = HTTPClient(order, _NO_COOKIES, data_to_body_producer=lambda data: data)
+        answer: Deferred[Any] = client.request(
+            method,
+            self._urls[provider.name],
+            data=HeldBody(body) if body else None,
+            cookies=_NO_COOKIES,
+            allow_redirects=False,
+            unbuffered=True,
+            reactor=self._reactor,
+        )
+        return answer.addCallback(lambda response: response.original)
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Return the connections by (provider, state)."""
+        return {
+            (name, state): count
+            for name, agent in self._agents.items()
+            for state, count in agent.counts().items()
+        }
+
+    def close(self) -> None:
+        """Close every connection."""
+        for agent in self._agents.values():
+            agent.close()
+
+
+def credential_field(provider: Provider) -> tuple[bytes, bytes] | None:
+    """Return the field that carries the provider's credential."""
+    if provider.credential is None:
+        return None
+    value = provider.format.replace("{}", provider.credential.reveal())
+    return provider.header.encode("ascii"), value.encode("latin-1")
+
+
+def pool_key(provider: Provider, credential: tuple[bytes, bytes] | None, fields: Fields) -> bytes:
+    """Return what connections are kept apart by: the credential that goes over them."""
+    if provider.pass_credential:
+        return b"\n".join(value for name, value in fields if name in KEY_FIELDS)
+    return b"" if credential is None else credential[1]

@@ -1,0 +1,294 @@
+"""One HTTP/1.1 connection to a provider: a request out, an answer in, strictly.
+
+What lives here turns bytes into an :class:`Answer` and its body, and knows neither pools nor
+providers nor clients.  Twisted's own client stays out of it: it lets the end of one answer cross
+into the next, accepts faulty framing and gives no hold on the transport (ADR-0002).
+
+A connection is in one of five states::
+
+    IDLE --send()--> ASKED --head--> ANSWERED --deliver()--> FLOWING --end--> IDLE or CLOSED
+                       |                |                       |
+                       +---- abort(), a fault, the peer's end --+--> CLOSED
+
+A connection that received anything unasked for, or whose answer did not end exactly, is never used
+again.  All content of one read is handed on as one piece, and paused transports stay paused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IHandshakeListener, IProtocol, ITCPTransport
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.iweb import IBodyProducer
+from zope.interface import implementer
+
+from llmproxy.errors import upstream_broken, upstream_protocol
+from llmproxy.upstream.answer import (
+    Answer,
+    WholeReader,
+    body_reader,
+    is_persistent,
+    keep_alive_hint,
+    read_answer,
+)
+from llmproxy.wire.grammar import BadMessage
+from llmproxy.wire.transport import pending_bytes
+
+MAX_INTERIM = 16
+"""Most 1xx answers before a final one; curl has no limit, Go's client takes 5."""
+
+_DONE = Failure(ResponseDone())
+
+
+class State(Enum):
+    """Where a connection stands."""
+
+    IDLE = "idle"
+    ASKED = "asked"
+    ANSWERED = "answered"
+    FLOWING = "flowing"
+    CLOSED = "closed"
+
+
+@implementer(IHandshakeListener)
+class Connection(Protocol):
+    """One connection to a provider, for one request at a time.
+
+    Args:
+        max_head: most bytes of an answer's head.
+        became_idle: called with this connection when another request may be sent on it.
+        closed: called once with this connection when it is gone.
+        secure: whether a TLS handshake comes before the first request.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_head: int,
+        became_idle: Callable[[Connection], None],
+        closed: Callable[[Connection], None],
+        secure: bool,
+    ) -> None:
+        self.state = State.IDLE
+        self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
+        """Fires once requests may be sent, the name verified; cancelling it closes the socket."""
+        self.keep_for: float | None = None
+        """Seconds for which the provider says that it keeps the connection when it is idle."""
+        self.expires_at = 0.0
+        """When the pool gives it up, in the pool's seconds; the pool's own mark."""
+        self.pool_key = b""
+        """What the pool keeps it apart by; the pool's own mark."""
+        self.serving: Answer | None = None
+        """The answer that comes in on it now."""
+        self._became_idle = became_idle
+        self._closed = closed
+        self._max_head = max_head
+        self._secure = secure
+        self.aborted = False
+        """Whether it is being closed by us, and so of no use to anybody."""
+        self._early = b""
+        self._lost_early: Failure | None = None
+
+    # -- the life of the socket -----------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """Set TCP_NODELAY; a plain connection is ready at once."""
+        self._transport: Any = self.transport
+        if ITCPTransport.providedBy(self._transport):
+            self._transport.setTcpNoDelay(True)
+        if not self._secure:
+            self._settle_ready(self)
+
+    def handshakeCompleted(self) -> None:
+        """Twisted's TLS layer has verified the provider's name and agreed on keys."""
+        self._settle_ready(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """End whatever was under way; a FIN may be the end of a body that has no other."""
+        state, self.state = self.state, State.CLOSED
+        self._settle_ready(reason)
+        if state is State.ASKED:
+            self._stop_sending()
+            self._fail_answer(upstream_broken(reason.getErrorMessage()))
+        elif state is State.FLOWING:
+            self._end_body(self._how_it_ended(reason))
+        elif state is State.ANSWERED:
+            self._lost_early = reason
+        self._closed(self)
+
+    def abort(self) -> None:
+        """Close the socket at once, dropping what was not sent; harmless when closed already."""
+        if not self.aborted and self.state is not State.CLOSED:
+            self.aborted = True
+            self._transport.abortConnection()
+
+    def _settle_ready(self, result: Any) -> None:
+        if not self.ready.called:
+            if isinstance(result, Failure):
+                self.ready.errback(result)
+            else:
+                self.ready.callback(result)
+
+    # -- the request ----------------------------------------------------------------------------
+
+    def send(self, method: bytes, head: bytes, body: IBodyProducer | None) -> Deferred[Answer]:
+        """Send one request and return its answer.
+
+        Args:
+            method: decides whether the answer has a body.
+            head: the whole request head as it goes on the wire, empty line included.
+            body: written after the head as it produces, or nothing.
+
+        Returns:
+            fires with the :class:`Answer` when its whole head is in.  Cancelling it closes the
+            socket at once.  It fails with ``ProxyError``.
+        """
+        self.state = State.ASKED
+        self._method = method
+        self._buffer = b""
+        self._interim = 0
+        self._until_close = False
+        self._sending: Deferred[None] | None = None
+        self._body = body
+        answer: Deferred[Answer] = Deferred(lambda _: self.abort())
+        self._answer: Deferred[Answer] | None = answer
+        self._transport.write(head)
+        if body is not None:
+            self._sending = body.startProducing(self._transport)
+            self._sending.addCallbacks(self._sent, self._sending_failed)
+        return answer
+
+    def _sent(self, _: None) -> None:
+        self._sending = None
+
+    def _sending_failed(self, failure: Failure) -> None:
+        self._sending = None
+        self.abort()
+
+    def _stop_sending(self) -> None:
+        if self._sending is not None and self._body is not None:
+            self._sending = None
+            self._body.stopProducing()
+
+    # -- the answer -----------------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes, cut anywhere."""
+        if self.aborted:
+            return
+        if self.state is State.FLOWING:
+            self._read_body(data)
+        elif self.state is State.ASKED:
+            self._read_head(data)
+        elif self.state is State.ANSWERED:
+            self._early += data
+        else:
+            self.abort()  # nobody asked for anything
+
+    def _read_head(self, data: bytes) -> None:
+        start = max(0, len(self._buffer) - 3)
+        self._buffer += data
+        try:
+            while (end := self._buffer.find(b"\r\n\r\n", start)) >= 0:
+                if end > self._max_head:
+                    break
+                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+                start = 0
+                if self._take_head(head):
+                    return
+            if len(self._buffer) > self._max_head:
+                raise BadMessage(f"a response head longer than {self._max_head} bytes")
+        except BadMessage as error:
+            self.abort()
+            self._stop_sending()
+            self._fail_answer(upstream_protocol(str(error)))
+
+    def _take_head(self, head: bytes) -> bool:
+        """Read one head; return whether it was the final one (RFC 9112, section 6.3)."""
+        answer = read_answer(self, head)
+        if answer.code < 200:
+            self._interim += 1
+            if answer.code == 101 or self._interim > MAX_INTERIM:
+                raise BadMessage("a protocol switch that nobody asked for, or endless 1xx answers")
+            return False
+        self._reader = body_reader(self._method, answer)
+        self._until_close = isinstance(self._reader, WholeReader) and self._reader.left is None
+        self._persistent = is_persistent(answer) and not self._until_close
+        self.keep_for = keep_alive_hint(answer)
+        self._early, self._buffer = self._buffer, b""
+        self._lost_early = None
+        self.state = State.ANSWERED
+        self.serving = answer
+        deferred, self._answer = self._answer, None
+        if deferred is not None:
+            deferred.callback(answer)
+        if self.state is State.ANSWERED:
+            self._transport.pauseProducing()
+        return True
+
+    def _fail_answer(self, error: Exception) -> None:
+        deferred, self._answer = self._answer, None
+        if deferred is not None and not deferred.called:
+            deferred.errback(error)
+
+    # -- its body -------------------------------------------------------------------------------
+
+    def deliver(self, protocol: IProtocol) -> None:
+        """Hand the body to ``protocol``; see :meth:`Answer.deliverBody`."""
+        lost = self.state is State.CLOSED
+        self._consumer: IProtocol | None = protocol
+        protocol.makeConnection(self._transport)
+        if not lost:
+            self.state = State.FLOWING
+            self._transport.resumeProducing()
+        early, self._early = self._early, b""
+        if early or self._reader.done:
+            self._read_body(early)
+        if lost:
+            self._end_body(self._how_it_ended(self._lost_early or Failure(ConnectionDone())))
+
+    def _read_body(self, data: bytes) -> None:
+        reader = self._reader
+        try:
+            content = reader.feed(data)
+        except BadMessage as error:
+            self.abort()
+            self._end_body(Failure(upstream_protocol(str(error))))
+            return
+        if content and self._consumer is not None:
+            self._consumer.dataReceived(content)
+        if reader.done and self._consumer is not None:
+            self._settle(reader.extra)
+            self._end_body(_DONE)
+
+    def _settle(self, extra: bytes) -> None:
+        """The answer is whole: keep the connection for another, or close it."""
+        if self.state is State.CLOSED:
+            return
+        unsent = self._sending is not None or pending_bytes(self._transport) > 0
+        if extra or unsent or not self._persistent or self.aborted:
+            self._stop_sending()
+            self.abort()
+            return
+        self.state = State.IDLE
+        self.serving = None
+        self._transport.resumeProducing()
+        self._became_idle(self)
+
+    def _end_body(self, reason: Failure) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.connectionLost(reason)
+
+    def _how_it_ended(self, reason: Failure) -> Failure:
+        """A body that ends with its connection is whole after a FIN, and broken after all else."""
+        if self._until_close and reason.check(ConnectionDone) and not self.aborted:
+            return _DONE
+        return Failure(upstream_broken(reason.getErrorMessage()))

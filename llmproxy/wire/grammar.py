@@ -1,0 +1,204 @@
+"""HTTP/1.1's own grammar: fields, tokens, lists, numbers and the chunked coding, strictly.
+
+What lives here reads and writes bytes and knows no socket, no provider and no client; both sides of
+the wire use it, so that they cannot disagree about a message.  It is strict by RFC 9110 and RFC
+9112: no bare LF, no folded lines, no white space before a colon, no number but plain digits.
+Whatever is not in the grammar raises :class:`BadMessage`; nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+Fields = list[tuple[bytes, bytes]]
+"""Header fields in their order; names in lower case, values without surrounding white space."""
+
+MAX_LINE = 8192
+"""Longest field line, in bytes; nginx and Apache allow 8 KiB, h11 16 KiB for a whole head."""
+
+MAX_FIELDS = 128
+"""Most field lines of one head; Node allows about 2000, Apache 100."""
+
+MAX_TRAILER = 16384
+"""Most bytes of a trailer section, which is read, checked and dropped."""
+
+_MAX_CHUNK_LINE = 1024
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_CTL = bytes([*range(0, 9), *range(10, 32), 127])
+_DIGITS = re.compile(rb"[0-9]{1,18}")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?",
+)
+
+
+class BadMessage(ValueError):
+    """The bytes are not HTTP/1.1; the text says what is wrong, without quoting values."""
+
+
+class StatusLine(NamedTuple):
+    """The first line of a response; the reason phrase is never kept."""
+
+    minor: int
+    status: int
+
+
+def is_token(value: bytes) -> bool:
+    """Tell whether ``value`` is a token (RFC 9110, section 5.6.2)."""
+    return _TOKEN.fullmatch(value) is not None
+
+
+def parse_status_line(line: bytes) -> StatusLine:
+    """Read ``HTTP/1.x SP 3DIGIT [SP reason]`` with a status from 100 to 599 (RFC 9112, 4)."""
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise BadMessage("the status line is malformed")
+    return StatusLine(int(match[1]), int(match[2]))
+
+
+def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS) -> Fields:
+    """Read field lines, without their line ends (RFC 9112, section 5).
+
+    Raises:
+        BadMessage: a name that is no token (so a folded line, or white space before the colon), a
+            control character in a value, too many lines, a line that is too long.
+    """
+    if len(lines) > most:
+        raise BadMessage(f"more than {most} header fields")
+    return [_parse_field(line) for line in lines]
+
+
+def _parse_field(line: bytes) -> tuple[bytes, bytes]:
+    if len(line) > MAX_LINE:
+        raise BadMessage(f"a header field longer than {MAX_LINE} bytes")
+    name, colon, value = line.partition(b":")
+    if not colon or _TOKEN.fullmatch(name) is None:
+        raise BadMessage("a header field's name is malformed")
+    if len(value.translate(None, _CTL)) != len(value):
+        raise BadMessage("a header field's value holds a control character")
+    return name.lower(), value.strip(b" \t")
+
+
+def field_values(fields: Fields, name: bytes) -> list[bytes]:
+    """Return the values of every line that is called ``name`` (lower case), in order."""
+    return [value for key, value in fields if key == name]
+
+
+def list_tokens(values: list[bytes]) -> list[bytes]:
+    """Split the comma lists of several lines into lower-case members (RFC 9110, 5.6.1)."""
+    members = b",".join(values).lower().split(b",")
+    return [token for member in members if (token := member.strip(b" \t"))]
+
+
+def parse_length(values: list[bytes]) -> int | None:
+    """Read ``Content-Length`` (RFC 9110, section 8.6): bytes, or None where the field is absent.
+
+    A second value is refused even where it repeats the first: a sender that frames twice cannot be
+    trusted to have meant the same.
+    """
+    if not values:
+        return None
+    if len(values) > 1 or _DIGITS.fullmatch(values[0]) is None:
+        raise BadMessage("the Content-Length is malformed or given twice")
+    return int(values[0])
+
+
+def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the pieces of ``data`` as one chunk, to be written together."""
+    return b"%x\r\n" % len(data), data, b"\r\n"
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class ChunkedReader:
+    """Reads the chunked coding, cut anywhere (RFC 9112, section 7.1).
+
+    Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
+    an unfinished line is kept from one call to the next.
+    """
+
+    __slots__ = ("_left", "_line", "_step", "_trailer_bytes", "done", "extra")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._line = b""
+        self._step = self._size
+        self._trailer_bytes = 0
+        self.done = False
+        self.extra = b""
+        """What followed the end of the body in the read that ended it."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, cut anywhere, and return the content in them, joined.
+
+        Raises:
+            BadMessage: the bytes are not the chunked coding.
+        """
+        if self._line:
+            data = self._line + data
+            self._line = b""
+        content: list[bytes] = []
+        position = 0
+        while position >= 0 and not self.done:
+            position = self._step(data, position, content)
+        if self.done:
+            self.extra = data[position:] if position >= 0 else b""
+        return content[0] if len(content) == 1 else b"".join(content)
+
+    def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
+        end = self._line_end(data, position, _MAX_CHUNK_LINE)
+        if end < 0:
+            return -1
+        match = _CHUNK_LINE.fullmatch(data, position, end)
+        if match is None:
+            raise BadMessage("a chunk's size line is malformed")
+        self._left = int(match[1], 16)
+        self._step = self._content if self._left else self._trailer
+        return end + 2
+
+    def _content(self, data: bytes, position: int, content: list[bytes]) -> int:
+        available = len(data) - position
+        if available < self._left:
+            if available:
+                content.append(data[position:])
+                self._left -= available
+            return -1
+        end = position + self._left
+        content.append(data[position:end])
+        self._left = 0
+        self._step = self._content_end
+        return end
+
+    def _content_end(self, data: bytes, position: int, content: list[bytes]) -> int:
+        mark = data[position : position + 2]
+        if mark == b"\r\n":
+            self._step = self._size
+            return position + 2
+        if mark and mark != b"\r":
+            raise BadMessage("a chunk is longer than its size")
+        self._line = mark
+        return -1
+
+    def _trailer(self, data: bytes, position: int, content: list[bytes]) -> int:
+        end = self._line_end(data, position, MAX_LINE)
+        if end < 0:
+            return -1
+        if end == position:
+            self.done = True
+        else:
+            self._trailer_bytes += end - position
+            if self._trailer_bytes > MAX_TRAILER:
+                raise BadMessage(f"a trailer section longer than {MAX_TRAILER} bytes")
+            _parse_field(data[position:end])
+        return end + 2
+
+    def _line_end(self, data: bytes, position: int, longest: int) -> int:
+        end = data.find(b"\r\n", position, position + longest + 2)
+        if end < 0:
+            if len(data) - position > longest + data.endswith(b"\r"):
+                raise BadMessage("a line of the chunked coding is too long")
+            self._line = data[position:]
+        return end
