@@ -1,0 +1,46 @@
+"""What no route and no key could make acceptable: the first look at a request.
+
+A method that is not served, a target that would leave its route, a handshake that cannot be met, a
+request that came through here before, a header that is disguised.  Everything here is told in words
+and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from llmproxy.errors import ProxyError
+from llmproxy.front.request import Request
+from llmproxy.headers import media_type, nominated, refuse_disguised, value_of
+from llmproxy.policy.routes import refuse_dots
+
+METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
+
+
+def admit(request: Request, pseudonym: bytes) -> None:
+    """Let ``request`` pass, or refuse it.
+
+    Args:
+        pseudonym: ours in ``Via``, in lower case.
+
+    Raises:
+        ProxyError: why it cannot be served, whatever the wire knew already included.
+    """
+    if request.refusal is not None:
+        raise request.refusal
+    if request.method not in METHODS:
+        allow = (b"allow", b", ".join(METHODS))
+        raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
+    if not request.uri.startswith(b"/"):
+        raise ProxyError(400, "bad_target", "The request target must be a path.")
+    refuse_dots(request.path)
+    upgrade = media_type(value_of(request.fields, b"upgrade"))
+    if upgrade == b"websocket" and b"upgrade" in nominated(request.fields):
+        raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
+    if any(pseudonym in _hops(v) for name, v in request.fields if name == b"via"):
+        raise ProxyError(508, "loop", "The request came through this proxy already.")
+    refuse_disguised(request.fields)
+
+
+def _hops(via: bytes) -> list[bytes]:
+    """Return the pseudonyms of a ``Via`` line, in lower case (RFC 9110, section 7.6.3)."""
+    parts = (hop.split() for hop in via.lower().split(b","))
+    return [part[1] for part in parts if len(part) > 1]

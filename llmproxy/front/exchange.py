@@ -1,0 +1,144 @@
+"""One request under way: what is known of it, how its client is told, how its record closes.
+
+The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next, and
+knows the two ends that a request can come to before its answer is whole: an error that the client
+can still be told, and a break that only the connection can tell.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.web.http import datetimeToString
+
+from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
+from llmproxy.front.request import Request
+from llmproxy.headers import Fields, is_ndjson, is_stream, value_of
+from llmproxy.policy.routes import Choice
+from llmproxy.record.trace import Trace, timestamp
+from llmproxy.stream.relay import Relay
+from llmproxy.upstream.answer import Answer
+
+
+class Exchange:
+    """One request under way: what is known of it so far, and how it can be stopped.
+
+    Attributes:
+        left: why the client is gone, where it is.
+        late: the request took longer than ``total``.
+    """
+
+    def __init__(self, request: Request, trace: Trace, started: float) -> None:
+        self.request = request
+        self.trace = trace
+        self.started = started
+        self.path = request.path
+        self.host = _host(request.fields)
+        self.left: ClientGone | None = None
+        self.left_at = 0.0
+        self.late = False
+        self.choice: Choice | None = None
+        self.relay: Relay | None = None
+        self.answer: Answer | None = None
+        self.content_type: bytes | None = None
+        self.task: Deferred[None] = succeed(None)
+        self.timer: Any = None
+
+    def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
+        """Tell the client; where it has bytes of an answer already, only the break can tell.
+
+        Args:
+            now: seconds since the epoch, for the ``Date`` field.
+        """
+        request, name = self.request, self.trace.id
+        if not request.startedWriting:
+            body = error_body(error, dialect, name)
+            request.start(error.status, _error_fields(error, name, len(body), now))
+            request.write(body)
+            request.finish()
+            return
+        if self.choice is not None and self.choice.route.error_event and self._between_events():
+            ndjson = is_ndjson(self.content_type)
+            request.write(error_event(error, dialect, name, ndjson=ndjson))
+        request.break_off()
+
+    def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:
+        """Let go of everything and fill in the trace; ``now`` in the clock's seconds."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.answer is not None:
+            self.answer.abort()
+        trace, relay = self.trace, self.relay
+        trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
+        trace.error = None if error is None else error.reason
+        trace.status, trace.bytes_out = self.request.status, self.request.sent
+        trace.duration_s = round(now - self.started, 6)
+        if relay is not None:
+            trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
+            trace.longest_gap_s = round(relay.longest_gap, 6)
+            if relay.first_at is not None:
+                trace.first_chunk_s = round(relay.first_at - self.started, 6)
+
+    def _between_events(self) -> bool:
+        """Tell whether the stream stands between two events, so that one more can be added."""
+        if self.relay is None or not is_stream(self.content_type):
+            return False
+        tail = self.relay.tail
+        ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")
+        return not tail or tail.endswith(ends)
+
+
+def new_trace(request: Request, *, time: float, instance: str) -> Trace:
+    """Return the record of a request that has just come in, with an id of its own.
+
+    Args:
+        time: seconds since the epoch.
+    """
+    fields = request.fields
+    return Trace(
+        time=timestamp(time),
+        id=os.urandom(12).hex(),
+        client_request_id=_text(value_of(fields, b"x-request-id")),
+        instance=instance,
+        peer=str(getattr(request.getClientAddress(), "host", "unix")),
+        user_agent=_text(value_of(fields, b"user-agent")),
+        session=_text(value_of(fields, b"x-session-id")),
+        method=request.method.decode("ascii", "backslashreplace"),
+        path=request.path.decode("ascii", "backslashreplace")[:2048],
+        bytes_in=request.body_bytes,
+    )
+
+
+def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -> Fields:
+    name = request_id.encode("ascii")
+    fields = [
+        (b"date", datetimeToString(now)),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % length),
+        (b"x-llmproxy-error", error.reason.encode("ascii")),
+        (b"x-llmproxy-request-id", name),
+        (b"x-request-id", name),
+        (b"request-id", name),
+        *error.fields,
+    ]
+    if error.may_have_run:
+        fields.append((b"x-should-retry", b"false"))
+    return fields
+
+
+def _host(fields: Fields) -> str:
+    """Return the name in ``Host``, in lower case, without its port."""
+    value = (value_of(fields, b"host") or b"").decode("ascii", "replace").lower()
+    name, colon, port = value.rpartition(":")
+    return name if colon and port.isdigit() else value
+
+
+def _text(value: bytes | None) -> str | None:
+    """Return a header's value for the record, where it is short and printable."""
+    if value is None:
+        return None
+    text = value.decode("utf-8", "replace")[:256]
+    return text if text.isprintable() else None

@@ -1,0 +1,293 @@
+"""The Resource that every proxied request meets: the story of one request, in order.
+
+:meth:`Gateway._tell` is that story: identify, admit, choose, send, copy the head, pump.  Whatever
+ends it ends in :meth:`Gateway._serve`, the one place that turns an end into an end reason, an
+answer to the client and a record.  Sockets, clocks and shapes of errors are known elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.config import Client, Config
+from llmproxy.errors import (
+    ClientGone,
+    Dialect,
+    EndReason,
+    ProxyError,
+    upstream_timeout,
+)
+from llmproxy.front.admission import METHODS, admit
+from llmproxy.front.exchange import Exchange, new_trace
+from llmproxy.front.request import Request
+from llmproxy.headers import (
+    for_client,
+    for_provider,
+    value_of,
+)
+from llmproxy.policy.ask import Ask, read_ask
+from llmproxy.policy.auth import Auth
+from llmproxy.policy.body import BodyError, replace_model
+from llmproxy.policy.routes import Choice, Routes
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import Attempt, Sink, Trace, as_event
+from llmproxy.stream.relay import Relay
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.client import Upstream, credential_field, pool_key
+
+_log = Logger(namespace="llmproxy.access")
+
+
+class Gateway(Resource):
+    """Serves every request that is for a provider.
+
+    Args:
+        config: the checked configuration.
+        upstream: sends requests.
+        metrics: counts them.
+        sink: keeps their traces.
+        reactor: schedules deadlines.
+        clock: monotonic seconds.
+        wall: seconds since the epoch.
+        instance: this process's name among several, for the traces.
+    """
+
+    isLeaf = True
+
+    def __init__(
+        self,
+        config: Config,
+        upstream: Upstream,
+        metrics: Metrics,
+        sink: Sink,
+        *,
+        reactor: Any,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        instance: str,
+    ) -> None:
+        super().__init__()
+        self._auth = Auth(config)
+        self.routes = Routes(config)
+        self._upstream = upstream
+        self._metrics = metrics
+        self._sink = sink
+        self._reactor = reactor
+        self._clock = clock
+        self._wall = wall
+        self._instance = instance
+        self._via = config.proxy.via.encode("ascii")
+        self._credentials = {p.name: credential_field(p) for p in config.providers.values()}
+        self._defaults = {
+            p.name: tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in p.headers)
+            for p in config.providers.values()
+        }
+        self._running: set[Exchange] = set()
+
+    @property
+    def running(self) -> int:
+        """How many requests are being served."""
+        return len(self._running)
+
+    def render(self, request: Request) -> int:
+        """Begin to serve ``request``."""
+        trace = new_trace(request, time=self._wall(), instance=self._instance)
+        exchange = Exchange(request, trace, self._clock())
+        self._running.add(exchange)
+        self._metrics.active += 1
+
+        def client_left(why: ClientGone) -> None:
+            exchange.left, exchange.left_at = why, self._clock()
+            exchange.task.cancel()
+
+        request.gone = client_left
+        exchange.task = Deferred.fromCoroutine(self._serve(exchange))
+        exchange.task.addErrback(lambda failure: _log.failure("a request's end failed", failure))
+        return NOT_DONE_YET
+
+    # -- the story ------------------------------------------------------------------------------
+
+    async def _tell(self, exchange: Exchange) -> EndReason:
+        request, trace = exchange.request, exchange.trace
+        admit(request, self._via.lower())
+        client = self._identify(exchange)
+        ask = self._look_inside(exchange, client)
+        choice = self._choose(exchange, client, ask)
+
+        answer = await self._send(exchange, choice, ask)
+        request.release()
+
+        request.start(answer.code, for_client(answer.fields, trace.id.encode("ascii")))
+        await self._pump(exchange, choice, answer)
+        request.finish()
+        return EndReason.COMPLETE if answer.code < 400 else EndReason.UPSTREAM_REFUSED
+
+    async def _serve(self, exchange: Exchange) -> None:
+        """Tell the story, and see to its end, whatever that is."""
+        error: ProxyError | None = None
+        try:
+            end = await self._tell(exchange)
+        except ProxyError as problem:
+            error, end = problem, problem.end
+        except Exception as problem:
+            if exchange.late:
+                error = upstream_timeout("total", may_have_run=True)
+                end = error.end
+            elif isinstance(problem, ClientGone):
+                exchange.left, exchange.left_at = problem, self._clock()
+                end = problem.end
+            elif exchange.left is not None:
+                end = exchange.left.end
+            else:
+                _log.failure("request {id} failed", id=exchange.trace.id)
+                end = EndReason.INTERNAL
+                error = ProxyError(500, "internal", "The proxy failed.", end=end)
+        if exchange.left is not None:
+            end = exchange.left.end
+            self._metrics.cancel.observe(self._clock() - exchange.left_at)
+        elif error is not None:
+            exchange.fail(error, self.routes.dialect(exchange.path, exchange.host), self._wall())
+        self._record(exchange, end, error)
+
+    # -- its steps ------------------------------------------------------------------------------
+
+    def _identify(self, exchange: Exchange) -> Client:
+        passes = self.routes.pass_credential(exchange.path, exchange.host)
+        client = self._auth.identify(exchange.request.fields, pass_credential=passes)
+        exchange.trace.client = client.name
+        return client
+
+    def _look_inside(self, exchange: Exchange, client: Client) -> Ask:
+        """Read what routing needs from the body and the path."""
+        request, trace = exchange.request, exchange.trace
+        encoding = value_of(request.fields, b"content-encoding")
+        body = request.body
+        if encoding is not None and body:
+            if self.routes.must_look_inside(exchange.path, exchange.host, client):
+                raise ProxyError(
+                    415, "encoded_body", "The body must be sent without a Content-Encoding here."
+                )
+            body = b""
+        try:
+            ask = read_ask(value_of(request.fields, b"content-type"), body, exchange.path)
+        except BodyError as error:
+            raise ProxyError(400, "bad_body", str(error)) from error
+        trace.model = ask.model
+        return ask
+
+    def _choose(self, exchange: Exchange, client: Client, ask: Ask) -> Choice:
+        request, trace = exchange.request, exchange.trace
+        choice = self.routes.choose(client, request.uri, exchange.host, ask.models)
+        limit = choice.route.request_body
+        if limit is not None and len(request.body) > limit:
+            raise ProxyError(413, "body_too_large", f"The request body is over {limit} bytes.")
+        if choice.provider.pass_credential != self.routes.pass_credential(
+            exchange.path, exchange.host
+        ):
+            # The model led to a route on which other fields say who calls.
+            self._auth.identify(request.fields, pass_credential=choice.provider.pass_credential)
+        exchange.choice = choice
+        trace.route, trace.provider = choice.route.name, choice.provider.name
+        trace.dialect = choice.provider.dialect.value
+        trace.stream = ask.wants_stream(choice.provider.dialect, exchange.path)
+        if choice.timeouts.total is not None:
+            exchange.timer = self._reactor.callLater(choice.timeouts.total, self._expire, exchange)
+        return choice
+
+    async def _send(self, exchange: Exchange, choice: Choice, ask: Ask) -> Answer:
+        request, trace, provider = exchange.request, exchange.trace, choice.provider
+        body = request.body
+        if choice.model is not None and ask.model_span is not None:
+            body = replace_model(body, ask.model_span, choice.model)
+        fields = for_provider(
+            request.fields,
+            pass_credential=provider.pass_credential,
+            credential=self._credentials[provider.name],
+            defaults=self._defaults[provider.name],
+            via=request.clientproto.removeprefix(b"HTTP/") + b" " + self._via,
+            request_id=trace.id.encode("ascii"),
+            streams=bool(trace.stream),
+            accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
+            identity=choice.route.accept_encoding == "identity",
+        )
+        sent_at = self._clock()
+        self._metrics.overhead.observe(sent_at - exchange.started)
+        outcome = "ok"
+        try:
+            exchange.answer = await self._upstream.send(
+                provider,
+                request.method.decode("ascii"),
+                choice.target,
+                fields,
+                body,
+                credential=pool_key(provider, self._credentials[provider.name], request.fields),
+                timeouts=choice.timeouts,
+            )
+        except ProxyError as error:
+            outcome = error.end.value
+            raise
+        except Exception:
+            end = EndReason.UPSTREAM_TIMEOUT if exchange.late else EndReason.CLIENT_GONE
+            outcome = (end if exchange.left is None else exchange.left.end).value
+            raise
+        finally:
+            seconds = self._clock() - sent_at
+            trace.attempts.append(Attempt(provider.name, outcome, round(seconds, 6)))
+            self._metrics.attempts[provider.name, outcome] += 1
+        self._metrics.head.observe(seconds)
+        trace.head_s = round(self._clock() - exchange.started, 6)
+        return exchange.answer
+
+    async def _pump(self, exchange: Exchange, choice: Choice, answer: Answer) -> None:
+        began = self._clock()
+        exchange.content_type = value_of(answer.fields, b"content-type")
+        relay = exchange.relay = Relay(
+            answer,
+            exchange.request,
+            self._reactor,
+            self._clock,
+            idle=choice.timeouts.idle,
+            gaps=self._metrics.gap.observe,
+        )
+        self._metrics.began(relay)
+        try:
+            await relay.start()
+        finally:
+            self._metrics.finished(relay)
+            self._metrics.stream.observe(self._clock() - began)
+
+    def _expire(self, exchange: Exchange) -> None:
+        exchange.timer = None
+        exchange.late = True
+        exchange.task.cancel()
+
+    # -- its end --------------------------------------------------------------------------------
+
+    def _record(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
+        exchange.close(end, error, self._clock())
+        relay, trace = exchange.relay, exchange.trace
+        if relay is not None and relay.first_at is not None:
+            self._metrics.first_chunk.observe(relay.first_at - exchange.started)
+        self._count(trace, exchange.request, end)
+        self._sink.write(trace)
+        event = as_event(trace)
+        if error is not None and error.detail:
+            event["detail"] = error.detail
+        _log.info("{method} {path} {end_reason}", **event)
+        self._running.discard(exchange)
+
+    def _count(self, trace: Trace, request: Request, end: EndReason) -> None:
+        metrics = self._metrics
+        metrics.active -= 1
+        metrics.took_in(trace.bytes_in)
+        metrics.ended[end.value,] += 1
+        status = "none" if trace.status is None else f"{trace.status // 100}xx"
+        method = trace.method if request.method in METHODS else "other"
+        labels = (trace.route or "", trace.provider or "", trace.client or "", method, status)
+        metrics.requests[labels] += 1

@@ -1,0 +1,160 @@
+"""The listener's factory: one resource, and the client connections to it.
+
+``Site`` is Twisted's, without its access log, its HTTP/2 and its timers.  One sweep looks at the
+deadlines of every connection (``front/channel.py``): ten thousand quiet ones cost one timer.
+Nothing here knows providers, routes or dialects; whatever must be asked of them is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IAddress
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.web import http, server
+from twisted.web.resource import IResource
+
+from llmproxy.config import Limits, Timeouts
+from llmproxy.errors import Cut
+from llmproxy.front.channel import Channel, Phase
+from llmproxy.wire.transport import pending_bytes
+
+_log = Logger()
+
+
+class Site(server.Site):
+    """The listener's factory: one resource, and the connections to it.
+
+    Args:
+        resource: serves every request.
+        reactor: keeps time.
+        clock: monotonic seconds.
+        timeouts: the deadlines towards clients.
+        limits: what a request may hold.
+        body_limit: from a raw target to the most bytes of its body.
+
+    Attributes:
+        channels: the open client connections.
+        held_bytes: request bodies held in memory now, in bytes.
+        draining: no connection outlives its present request.
+    """
+
+    displayTracebacks = False  # noqa: N815 - Twisted's name
+    noisy = False
+
+    def __init__(
+        self,
+        resource: IResource,
+        reactor: Any,
+        clock: Callable[[], float],
+        timeouts: Timeouts,
+        limits: Limits,
+        *,
+        body_limit: Callable[[bytes], int],
+    ) -> None:
+        super().__init__(resource, reactor=reactor)
+        self.clock = clock
+        self.timeouts = timeouts
+        self.limits = limits
+        self.body_limit = body_limit
+        self.channels: set[Channel] = set()
+        self.held_bytes = 0
+        self.draining = False
+        self._waiting: list[Deferred[None]] = []
+        self._sweep = LoopingCall(self._check_all)
+        self._sweep.clock = reactor
+        self._listening = False
+
+    def buildProtocol(  # type: ignore[override]  # Twisted's own wrapper is there for HTTP/2
+        self, addr: IAddress | None
+    ) -> Channel:
+        """Serve one more connection, in HTTP/1.1 and nothing else."""
+        return Channel(self)
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """Offer HTTP/1.1 alone: Twisted's HTTP/2 ends broken streams as if they were whole."""
+        return [b"http/1.1"]
+
+    def startFactory(self) -> None:
+        """Listening begins; Twisted's access log stays out of it."""
+        self._listening = True
+        self._keep_sweeping()
+
+    def stopFactory(self) -> None:
+        """Listening ends; running answers go on."""
+        self._listening = False
+        self._keep_sweeping()
+
+    def log(self, request: http.Request) -> None:
+        """Write no access line: the gateway does, without keys and queries."""
+
+    def joined(self, channel: Channel) -> None:
+        """A client has connected."""
+        self.channels.add(channel)
+        self._keep_sweeping()
+
+    def left(self, channel: Channel) -> None:
+        """A client's connection is gone."""
+        self.channels.discard(channel)
+        if not self.channels:
+            waiting, self._waiting = self._waiting, []
+            for deferred in waiting:
+                deferred.callback(None)
+        self._keep_sweeping()
+
+    def pending_bytes(self) -> int:
+        """Return what was written to clients and not yet taken by the kernel, in bytes."""
+        return sum(pending_bytes(channel.transport) for channel in self.channels)
+
+    def drain(self) -> None:
+        """Close idle connections now, and the others after their present request."""
+        self.draining = True
+        for channel in list(self.channels):
+            if channel.phase is Phase.IDLE:
+                channel.loseConnection()
+            elif channel.phase is Phase.SERVING:
+                channel.persistent = False
+
+    def when_empty(self) -> Deferred[None]:
+        """Fire once no client is connected; at once where none is."""
+        if not self.channels:
+            return succeed(None)
+        waiting: Deferred[None] = Deferred()
+        self._waiting.append(waiting)
+        return waiting
+
+    def cut(self) -> None:
+        """Drop every connection now."""
+        for channel in list(self.channels):
+            for request in list(channel.requests):
+                request.abort(Cut())
+            channel.abort()
+
+    def _keep_sweeping(self) -> None:
+        wanted = self._listening or bool(self.channels)
+        if wanted and not self._sweep.running:
+            shortest = min((s for s in _seconds(self.timeouts) if s is not None), default=4.0)
+            self._sweep.start(min(max(shortest / 4, 0.02), 1.0), now=False)
+        elif not wanted and self._sweep.running:
+            self._sweep.stop()
+
+    def _check_all(self) -> None:
+        now = self.clock()
+        for channel in list(self.channels):
+            try:
+                channel.check(now)
+            except Exception:
+                _log.failure("a connection could not be checked")
+                channel.abort()
+
+
+def _seconds(timeouts: Timeouts) -> tuple[float | None, ...]:
+    return (
+        timeouts.request_head,
+        timeouts.request_body,
+        timeouts.client_idle,
+        timeouts.client_stall,
+    )

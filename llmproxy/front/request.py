@@ -1,0 +1,248 @@
+"""One request as a client sent it, and the only hand that writes, ends or breaks off its answer.
+
+A :class:`Request` is Twisted's, with the parts replaced that a proxy cannot live with: the head
+goes out in one piece and without Twisted's defaults, the body is held in bounded memory and never
+in a file, and an answer that breaks never ends as if it were whole.  It knows its channel and its
+site, and nothing of providers, routes or dialects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from twisted.python.failure import Failure
+from twisted.web import http, server
+
+from llmproxy.errors import ClientGone, ProxyError
+from llmproxy.wire.grammar import LAST_CHUNK, Fields, chunk
+
+_BODY_GRACE = 1 / 65536
+"""Seconds that each received byte of a request body adds to ``request_body``."""
+
+
+class Request(server.Request):
+    """One request and the answer to it.
+
+    Attributes:
+        fields: the header fields in their order, names in lower case.
+        body: the whole request body.
+        refusal: why the request cannot be served, where the wire knows already.
+        gone: called once with the reason where the client leaves before the answer is whole.
+        status: the status that was sent, or None.
+        sent: bytes of the body that were written.
+    """
+
+    defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
+    channel: Any
+    site: Any
+
+    def __init__(self, channel: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(channel, *args, **kwargs)
+        self.site = channel.site
+        self.fields: Fields = []
+        self.body = b""
+        self.refusal: ProxyError | None = None
+        self.gone: Callable[[ClientGone], None] | None = None
+        self.status: int | None = None
+        self.sent = 0
+        self.body_bytes = 0
+        self._parts: list[bytes] = []
+        self._limit = 0
+        self._held = 0
+        self._length: int | None = None
+        self._bodiless = False
+        self._ended = False
+
+    # -- in -------------------------------------------------------------------------------------
+
+    def gotLength(self, length: int | None) -> None:
+        """The head is in: bound the body before the first byte of it."""
+        self._limit = self.site.body_limit(self.channel.raw_target)
+        if length is not None and length > self._limit:
+            self.refusal = _too_large(self._limit)
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """Hold one piece of the body, within the request's and the process's bound."""
+        if self.refusal is not None:
+            return
+        site = self.site
+        self.body_bytes += len(data)
+        self.channel.deadline += len(data) * _BODY_GRACE
+        if self.body_bytes > self._limit:
+            self.refusal = _too_large(self._limit)
+        elif site.held_bytes + len(data) > site.limits.request_memory:
+            self.refusal = _memory_full()
+        else:
+            self._parts.append(data)
+            self._held += len(data)
+            site.held_bytes += len(data)
+            return
+        self.release()
+        self.channel.refuse_early(self)
+
+    def release(self) -> None:
+        """Let go of the body; what it held counts no more."""
+        self.site.held_bytes -= self._held
+        self._held = 0
+        self._parts = []
+        self.body = b""
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        """The body is in (or refused): serve the request."""
+        self.method, self.uri, self.clientproto = command, path, version
+        self.path = path.partition(b"?")[0]
+        self.args = {}
+        self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts = []
+        self.process()
+
+    def process(self) -> None:
+        """Find the resource and render it."""
+        self.prepath: list[bytes] = []
+        self.postpath = self.path[1:].split(b"/")
+        try:
+            self.render(self.site.getResourceFor(self))
+        except Exception:
+            self.processingFailed(Failure())
+
+    # -- out ------------------------------------------------------------------------------------
+
+    def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send the head, in one piece and now.
+
+        Args:
+            fields: as they go on the wire, without framing but for a ``Content-Length``.
+        """
+        if self._disconnected or self.startedWriting:
+            return
+        self.startedWriting = 1
+        self.status = self.code = status
+        modern = self.clientproto == b"HTTP/1.1"
+        self._bodiless = self.method == b"HEAD" or status in (204, 304)
+        head = [b"HTTP/1.1 %d %b\r\n" % (status, http.RESPONSES.get(status, b""))]
+        for name, value in fields:
+            head += (name, b": ", value, b"\r\n")
+            if name == b"content-length":
+                self._length = int(value)
+        if self._length is None and not self._bodiless:
+            if modern:
+                self.chunked = 1
+                head.append(b"transfer-encoding: chunked\r\n")
+            else:
+                self.channel.persistent = 0
+        if self.site.draining:
+            self.channel.persistent = 0
+        if not self.channel.persistent:
+            head.append(b"connection: close\r\n")
+        head.append(b"\r\n")
+        self.channel.write(b"".join(head))
+
+    def write(self, data: bytes) -> None:
+        """Put one piece of the body on the wire."""
+        if self._disconnected or self._ended:
+            return
+        if not self.startedWriting:
+            names = self.responseHeaders.getAllRawHeaders()
+            self.start(self.code, [(n.lower(), v) for n, values in names for v in values])
+        if not data or self._bodiless:
+            return
+        self.sent += len(data)
+        if self.chunked:
+            self.channel.writeSequence(chunk(data))
+        else:
+            self.channel.write(data)
+
+    def finish(self) -> None:
+        """End the answer as whole; one that is short of its length is broken off instead."""
+        if self._ended or self._disconnected:
+            return
+        if not self.startedWriting:
+            self.write(b"")
+        if self._length is not None and self.sent != self._length and not self._bodiless:
+            self.break_off()
+            return
+        if self.chunked:
+            self.channel.write(LAST_CHUNK)
+        self._close_books()
+        self._part(self.channel.requestDone)
+
+    def break_off(self) -> None:
+        """End the answer so that the client cannot take it for whole.
+
+        What was written already still goes out first, under ``client_stall``.
+        """
+        if self._ended or self._disconnected:
+            return
+        self._close_books()
+        framed = bool(self.chunked) or self._length is not None
+        self._part(self.channel.request_broken if not framed else self.channel.request_cut)
+
+    def abort(self, why: ClientGone) -> None:
+        """Drop the client at once, for a reason of ours."""
+        if not self._ended and not self._disconnected:
+            channel = self.channel
+            self._leave(why)
+            channel.abort()
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Register; a producer that comes while the wire is full is paused at once."""
+        super().registerProducer(producer, streaming)
+        if self.channel.is_full:
+            producer.pauseProducing()
+
+    def unregisterProducer(self) -> None:
+        """Unregister, also after the client has left."""
+        if self.channel is not None:
+            self.channel.unregisterProducer()
+        self.producer = None
+
+    def processingFailed(self, reason: Failure) -> Failure:
+        """An exception is a broken answer, or a bare 500; never HTML, never in a stream."""
+        self._log.failure("rendering failed", failure=reason)
+        if self.startedWriting:
+            self.break_off()
+        else:
+            self.start(500, [(b"content-length", b"0")])
+            self.finish()
+        return reason
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The client's connection is gone."""
+        self._leave(ClientGone(reason.getErrorMessage()))
+        super().connectionLost(reason)
+
+    def _leave(self, why: ClientGone) -> None:
+        if not self._ended:
+            self._close_books()
+            gone, self.gone = self.gone, None
+            if gone is not None:
+                gone(why)
+
+    def _close_books(self) -> None:
+        self._ended = True
+        self.finished = 1
+        self.release()
+
+    def _part(self, tell: Callable[[Request], None]) -> None:
+        """Leave the channel, in the way that ``tell`` says, and whoever waits for the end."""
+        if self.producer is not None:
+            self.unregisterProducer()
+        self.channel = None
+        tell(self)
+        waiting, self.notifications = self.notifications, []
+        for deferred in waiting:
+            deferred.callback(None)
+
+
+def _too_large(limit: int) -> ProxyError:
+    return ProxyError(413, "body_too_large", f"The request body is larger than {limit} bytes.")
+
+
+def _memory_full() -> ProxyError:
+    return ProxyError(
+        503,
+        "memory_full",
+        "The proxy holds as many request bodies as it may; try again.",
+        fields=((b"retry-after", b"1"),),
+    )

@@ -1,0 +1,75 @@
+"""What a request asks for: which model, and whether a stream.
+
+Puts together what its body says (``policy/body.py``), a JSON object or a multipart form, and what
+its path says.  Only types whose content a provider might read as JSON are looked into; every other
+body is opaque.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llmproxy.errors import Dialect
+from llmproxy.headers import media_type
+from llmproxy.policy.body import (
+    JsonFacts,
+    Span,
+    asks_for_stream,
+    inspect_json,
+    is_json,
+    multipart_model,
+    path_model,
+)
+
+_PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
+"""Types that curl and old SDKs put on JSON; Ollama, for one, reads it as JSON all the same."""
+
+
+class Ask(NamedTuple):
+    """What a request asks for.
+
+    Attributes:
+        models: every model that it names, the one that routing goes by first.
+        model_span: where the body's JSON names it, so that it can be overridden.
+        json: the body is a JSON object.
+    """
+
+    models: tuple[str, ...]
+    model_span: Span | None
+    json: bool
+    facts: JsonFacts
+
+    @property
+    def model(self) -> str | None:
+        """The model that routing goes by, or None where the request names none."""
+        return self.models[0] if self.models else None
+
+    def wants_stream(self, dialect: Dialect, path: bytes) -> bool | None:
+        """Tell whether a stream is asked for; None where the body cannot say."""
+        return asks_for_stream(self.facts, dialect.value, path) if self.json else None
+
+
+def read_ask(content_type: bytes | None, body: bytes, path: bytes) -> Ask:
+    """Return what a request asks for.
+
+    Args:
+        content_type: the request's, or None.
+        body: all of it, unencoded; empty where it cannot be looked into.
+        path: the raw path, without the query.
+
+    Raises:
+        BodyError: the body is not what its type says, or says something twice.
+    """
+    facts, json, named = JsonFacts(), False, None
+    kind = media_type(content_type)
+    if kind == b"multipart/form-data" and body:
+        named = multipart_model(content_type or b"", body)
+    elif body and (is_json(content_type) or (kind in _PERHAPS_JSON and _opens_object(body))):
+        facts, json = inspect_json(body), True
+        named = facts.model
+    models = tuple(dict.fromkeys(m for m in (named, path_model(path)) if m is not None))
+    return Ask(models, facts.model_span, json, facts)
+
+
+def _opens_object(body: bytes) -> bool:
+    return body[:64].lstrip(b" \t\r\n").startswith(b"{")

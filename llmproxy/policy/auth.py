@@ -1,0 +1,70 @@
+"""From the keys that a request presents to the client that it comes from.
+
+Keys are compared by their SHA-256 digest and never kept, logged or put into an error.  Nothing here
+knows routes or providers; whether the SDK's own key fields belong to the provider is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from llmproxy.config import Client, Config
+from llmproxy.errors import ProxyError
+from llmproxy.headers import KEY_FIELDS, OWN_KEY_FIELD, Fields
+
+ANONYMOUS = Client(name="anonymous", keys=())
+"""Who shows no key, where that is allowed."""
+
+
+class Auth:
+    """Every client's keys, by digest."""
+
+    def __init__(self, config: Config) -> None:
+        self._anonymous = config.proxy.anonymous
+        self._clients = {
+            digest: client for client in config.clients.values() for digest in client.keys
+        }
+
+    def identify(self, fields: Fields, *, pass_credential: bool) -> Client:
+        """Return the client that the request's keys name.
+
+        Args:
+            fields: the request's header fields.
+            pass_credential: the SDK's key fields are the provider's; only ``x-llmproxy-key``
+                speaks.
+
+        Raises:
+            ProxyError: 401, where no key is shown and nobody is anonymous, a key is unknown, or two
+                keys name different clients.
+        """
+        names = () if pass_credential else KEY_FIELDS
+        presented = [
+            _key(name, value) for name, value in fields if name == OWN_KEY_FIELD or name in names
+        ]
+        if not presented:
+            if self._anonymous:
+                return ANONYMOUS
+            raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
+        clients = {self._lookup(key).name: self._lookup(key) for key in presented}
+        if len(clients) > 1:
+            raise _unauthorized("keys_disagree", "The keys of this request name different clients.")
+        return next(iter(clients.values()))
+
+    def _lookup(self, key: bytes) -> Client:
+        client = self._clients.get(hashlib.sha256(key).digest())
+        if client is None:
+            raise _unauthorized("unknown_key", "The key is not one of this proxy's client keys.")
+        return client
+
+
+def _key(name: bytes, value: bytes) -> bytes:
+    if name != b"authorization":
+        return value
+    scheme, _, key = value.partition(b" ")
+    if scheme.lower() != b"bearer":
+        raise _unauthorized("unknown_key", "Authorization must be a Bearer key of this proxy.")
+    return key.strip(b" ")
+
+
+def _unauthorized(reason: str, message: str) -> ProxyError:
+    return ProxyError(401, reason, message, fields=((b"www-authenticate", b"Bearer"),))

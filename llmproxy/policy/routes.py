@@ -1,0 +1,190 @@
+"""From (client, host, path, model) to the provider that a request goes to.
+
+Among the routes whose path, hosts and models match, the longest path wins, then the one that says
+more, then the order of the file.  Paths are compared by whole segments, raw, and cross byte for
+byte. Nothing here knows headers, bodies or connections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from llmproxy.config import Client, Config, Provider, Route, Timeouts
+from llmproxy.errors import Dialect, ProxyError
+
+
+class Choice(NamedTuple):
+    """Where a request goes.
+
+    Attributes:
+        model: what the body's model is overridden with, or None.
+        target: path and query for the provider, byte for byte.
+    """
+
+    route: Route
+    provider: Provider
+    model: str | None
+    target: bytes
+    timeouts: Timeouts
+
+
+class _Entry(NamedTuple):
+    route: Route
+    provider: Provider
+    path: bytes
+    prefix: bytes
+    hosts: frozenset[str] | None
+    allows: Callable[[str | None], bool]
+    timeouts: Timeouts
+
+
+class Routes:
+    """Every route, prepared, in the order in which they are tried."""
+
+    def __init__(self, config: Config) -> None:
+        self._default_limit = config.limits.request_body
+        self._entries = [self._prepare(config, route) for route in config.routes]
+        self._entries.sort(key=_rank)
+        self._client_models = {
+            client.name: _matcher(client.models) for client in config.clients.values()
+        }
+
+    @staticmethod
+    def _prepare(config: Config, route: Route) -> _Entry:
+        provider = config.providers[route.providers[0]]
+        path = route.path.encode("ascii")
+        return _Entry(
+            route=route,
+            provider=provider,
+            path=path,
+            prefix=path if path.endswith(b"/") else path + b"/",
+            hosts=None if route.hosts is None else frozenset(route.hosts),
+            allows=_matcher(("*",) if route.models is None else route.models),
+            timeouts=config.timeouts_for(route, provider),
+        )
+
+    # -- before anyone is identified ------------------------------------------------------------
+
+    def first(self, path: bytes, host: str) -> Route | None:
+        """Return the first route whose path and host match, whatever the model."""
+        return next((entry.route for entry in self._at(path, host)), None)
+
+    def pass_credential(self, path: bytes, host: str) -> bool:
+        """Tell whether the callers' own credentials cross on the first matching route."""
+        return any(entry.provider.pass_credential for entry in self._at(path, host)[:1])
+
+    def dialect(self, path: bytes, host: str) -> Dialect:
+        """Return the dialect in which a request is told its errors."""
+        for entry in self._at(path, host):
+            return entry.provider.dialect
+        if path.startswith(b"/v1/messages"):
+            return Dialect.ANTHROPIC
+        return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
+
+    def body_limit(self, target: bytes) -> int:
+        """Return the most bytes that any route at this target takes as a body."""
+        path = target.partition(b"?")[0]
+        limits = [
+            self._default_limit if entry.route.request_body is None else entry.route.request_body
+            for entry in self._entries
+            if _is_below(path, entry)
+        ]
+        return max(limits, default=self._default_limit)
+
+    def must_look_inside(self, path: bytes, host: str, client: Client) -> bool:
+        """Tell whether the body's model decides anything for this request."""
+        return client.models != ("*",) or any(
+            entry.route.models is not None or entry.route.override for entry in self._at(path, host)
+        )
+
+    # -- afterwards -----------------------------------------------------------------------------
+
+    def choose(self, client: Client, target: bytes, host: str, models: tuple[str, ...]) -> Choice:
+        """Return where a request goes.
+
+        Args:
+            models: every model that the request names; the first decides, all must be allowed.
+
+        Raises:
+            ProxyError: 404 where no route matches, 403 where the client may not use the route or
+                model.
+        """
+        path, mark, query = target.partition(b"?")
+        candidates = self._at(path, host)
+        named: tuple[str | None, ...] = models or (None,)
+        entry = next((entry for entry in candidates if entry.allows(named[0])), None)
+        if entry is None:
+            raise _no_route(path_known=bool(candidates))
+        self._permit(client, entry.route, named)
+        override = entry.route.override.get(entry.provider.name)
+        rest = path
+        if entry.route.strip:
+            rest = path[len(entry.path) :] if entry.path != b"/" else path
+        joined = entry.provider.url.path.encode("ascii") + rest or b"/"
+        return Choice(
+            route=entry.route,
+            provider=entry.provider,
+            model=None if override is None else override.model,
+            target=joined + mark + query,
+            timeouts=entry.timeouts,
+        )
+
+    def _permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
+        if "*" not in client.routes and route.name not in client.routes:
+            raise ProxyError(403, "route_forbidden", "This client may not use this route.")
+        allows = self._client_models.get(client.name)
+        if allows is not None and not all(map(allows, models)):
+            raise ProxyError(403, "model_forbidden", "This client may not use this model.")
+
+    def _at(self, path: bytes, host: str) -> list[_Entry]:
+        return [
+            entry
+            for entry in self._entries
+            if _is_below(path, entry) and (entry.hosts is None or host in entry.hosts)
+        ]
+
+
+def refuse_dots(path: bytes) -> None:
+    """Refuse a path with a ``.`` or ``..`` segment, encoded or not: it would leave its route.
+
+    Raises:
+        ProxyError: 400.
+    """
+    plain = unquote_to_bytes(path) if b"%" in path else path
+    if b"." in plain:
+        segments = plain.replace(b"\\", b"/").split(b"/")
+        if b"." in segments or b".." in segments:
+            raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
+
+
+def _is_below(path: bytes, entry: _Entry) -> bool:
+    return path.startswith(entry.prefix) or path == entry.path
+
+
+def _rank(entry: _Entry) -> tuple[int, int]:
+    said = (entry.hosts is not None) + (entry.route.models is not None)
+    return -len(entry.prefix), -said
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str | None], bool]:
+    """Return what tells whether a model, or None for a request that names none, is meant."""
+    patterns = tuple(patterns)
+    unnamed = "*" in patterns or "-" in patterns
+    if "*" in patterns:
+        return lambda model: True
+    expression = "|".join(
+        ".*".join(re.escape(part) for part in pattern.split("*"))
+        for pattern in patterns
+        if pattern != "-"
+    )
+    named = re.compile(expression or r"(?!)", re.DOTALL)
+    return lambda model: unnamed if model is None else named.fullmatch(model) is not None
+
+
+def _no_route(*, path_known: bool) -> ProxyError:
+    if path_known:
+        return ProxyError(404, "no_route", "No route at this path takes this model.")
+    return ProxyError(404, "no_route", "No route leads to this path.")

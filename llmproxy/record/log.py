@@ -1,0 +1,62 @@
+"""Log events as one JSON object a line.
+
+Every event of ``twisted.logger``, the old ``twisted.python.log`` included, becomes ``time``,
+``level``, ``logger`` and ``message``, then whatever fields the event was given.  Failures carry
+their traceback in ``traceback``.  What is not JSON becomes text; nothing raises.
+"""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import msgspec
+from twisted.logger import ILogObserver, LogEvent, formatEvent
+from zope.interface import implementer
+
+from llmproxy.record.trace import timestamp
+
+_PLAIN = (str, int, float, bool, type(None), list, dict)
+_NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
+
+
+@implementer(ILogObserver)
+class JsonLog:
+    """Writes events to a text file, one line each, flushed.
+
+    Args:
+        file: an open text file.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __call__(self, event: LogEvent) -> None:
+        """Write one event."""
+        try:
+            line = msgspec.json.encode(_render(event), enc_hook=str).decode()
+        except Exception as error:
+            lost = {"level": "error", "logger": "-", "message": f"an event was lost: {error!r}"}
+            line = msgspec.json.encode(lost).decode()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except (OSError, ValueError):
+            return  # a log that cannot be written must not stop a stream
+
+
+def _render(event: LogEvent) -> dict[str, Any]:
+    level = event.get("log_level")
+    rendered: dict[str, Any] = {
+        "time": timestamp(event["log_time"]),
+        "level": getattr(level, "name", "info"),
+        "logger": event.get("log_namespace", "-"),
+        "message": formatEvent(event),
+    }
+    failure = event.get("log_failure")
+    if failure is not None:
+        rendered["traceback"] = failure.getTraceback()
+        rendered["message"] = rendered["message"] or failure.getErrorMessage()
+    for name, value in event.items():
+        if not name.startswith("log_") and name not in _NOISE and name not in rendered:
+            rendered[name] = value if isinstance(value, _PLAIN) else str(value)
+    return rendered

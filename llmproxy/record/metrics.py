@@ -1,0 +1,216 @@
+"""Every Prometheus metric, in one class and one registry.
+
+The path of a request counts in plain integers; a collector turns them into metrics when Prometheus
+asks (ADR-0003).  Labels come from closed sets: names of the configuration, and words of this
+program. Streams that are still running are counted at the scrape, so that no chunk has to touch a
+metric.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
+_FINE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+_PREFIX = "llmproxy_"
+
+
+class Tally:
+    """A histogram in plain integers.
+
+    Args:
+        bounds: upper bounds of the buckets, ascending, in the unit that is observed.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Return cumulative buckets by their upper bound, and the sum."""
+        total = 0
+        rows: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            rows.append(("+Inf" if bound == float("inf") else str(bound), total))
+        return rows, self._sum
+
+
+class Live(Protocol):
+    """What a running body tells at a scrape; ``stream.relay.Relay`` is one."""
+
+    chunks: int
+    byte_count: int
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds for which the client held it up, so far."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client holds it up now."""
+
+
+Labels = tuple[str, ...]
+
+
+class Metrics:
+    """The figures of one process.
+
+    Args:
+        version: shown in ``build_info``.
+
+    Attributes:
+        live: the bodies that are being relayed.
+        gauges: called at a scrape for figures that others hold: a name, help, label names, and a
+            function that returns values by labels.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self.live: set[Live] = set()
+        self.requests: dict[Labels, int] = defaultdict(int)
+        self.ended: dict[Labels, int] = defaultdict(int)
+        self.attempts: dict[Labels, int] = defaultdict(int)
+        self.active = 0
+        self.head = Tally(_SECONDS)
+        self.first_chunk = Tally(_SECONDS)
+        self.gap = Tally(_SECONDS)
+        self.stream = Tally(_SECONDS)
+        self.overhead = Tally(_FINE_SECONDS)
+        self.cancel = Tally(_FINE_SECONDS)
+        self.reactor_lag = Tally(_FINE_SECONDS)
+        self._bytes = {"in": 0, "out": 0}
+        self._chunks = 0
+        self._paused_s = 0.0
+        self._version = version
+        self._sources: list[tuple[str, str, list[str], bool, _Source]] = []
+        self.registry.register(self)
+
+    def watch(self, name: str, text: str, labels: list[str], source: _Source) -> None:
+        """Expose a gauge whose values another part holds; ``source`` is called at each scrape."""
+        self._sources.append((name, text, labels, False, source))
+
+    def watch_count(self, name: str, text: str, labels: list[str], source: _Source) -> None:
+        """Expose a counter whose values another part holds."""
+        self._sources.append((name, text, labels, True, source))
+
+    def began(self, body: Live) -> None:
+        """A body is being relayed."""
+        self.live.add(body)
+
+    def finished(self, body: Live) -> None:
+        """It is over: its figures go over to the totals."""
+        if body in self.live:
+            self.live.discard(body)
+            self._chunks += body.chunks
+            self._bytes["out"] += body.byte_count
+            self._paused_s += body.paused_s
+
+    def took_in(self, size: int) -> None:
+        """A request body of so many bytes came in."""
+        self._bytes["in"] += size
+
+    # -- at a scrape ----------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric, as ``prometheus_client`` asks for them."""
+        yield from self._counters()
+        yield from self._gauges()
+        yield from self._histograms()
+        for name, text, labels, is_count, source in self._sources:
+            kind = CounterMetricFamily if is_count else GaugeMetricFamily
+            yield _family(kind(_PREFIX + name, text, labels=labels), source().items())
+
+    def _counters(self) -> Iterator[Metric]:
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "requests",
+                "Requests that ended.",
+                labels=["route", "provider", "client", "method", "status"],
+            ),
+            self.requests.items(),
+        )
+        yield _family(
+            CounterMetricFamily(_PREFIX + "ended", "Why requests ended.", labels=["reason"]),
+            self.ended.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "upstream_attempts",
+                "Tries at a provider.",
+                labels=["provider", "outcome"],
+            ),
+            self.attempts.items(),
+        )
+        out = self._bytes["out"] + sum(body.byte_count for body in self.live)
+        yield _family(
+            CounterMetricFamily(_PREFIX + "bytes", "Bytes of bodies.", labels=["direction"]),
+            [(("in",), self._bytes["in"]), (("out",), out)],
+        )
+        chunks = self._chunks + sum(body.chunks for body in self.live)
+        yield CounterMetricFamily(_PREFIX + "chunks", "Chunks handed on.", value=chunks)
+        paused = self._paused_s + sum(body.paused_s for body in self.live)
+        yield CounterMetricFamily(
+            _PREFIX + "pause_seconds", "Seconds for which clients held bodies up.", value=paused
+        )
+
+    def _gauges(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            _PREFIX + "active_streams", "Requests that are being served.", value=self.active
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "paused_streams",
+            "Bodies that wait for their client.",
+            value=sum(body.is_paused for body in self.live),
+        )
+        yield _family(
+            GaugeMetricFamily(_PREFIX + "build_info", "What is running.", labels=["version"]),
+            [((self._version,), 1)],
+        )
+
+    def _histograms(self) -> Iterator[Metric]:
+        for name, text, tally in (
+            ("head_seconds", "Request sent to answer's head.", self.head),
+            ("first_chunk_seconds", "Request received to first chunk.", self.first_chunk),
+            ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
+            ("stream_seconds", "Head sent to body's end.", self.stream),
+            (
+                "overhead_seconds",
+                "Request received to request sent, connecting aside.",
+                self.overhead,
+            ),
+            ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
+            ("reactor_lag_seconds", "How late the reactor keeps an appointment.", self.reactor_lag),
+        ):
+            buckets, total = tally.buckets()
+            yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
+
+
+_Source = Callable[[], "dict[Labels, float]"]
+
+
+def _family(metric: Metric, rows: Iterable[tuple[Labels, float]]) -> Metric:
+    for labels, value in sorted(rows):
+        metric.add_metric(labels, value)  # type: ignore[attr-defined]  # each family has its own
+    return metric

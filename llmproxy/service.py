@@ -1,0 +1,298 @@
+"""``twistd llmproxy``: options, and the one place where everything is put together.
+
+:func:`makeService` reads the configuration, and stops the start with every mistake in it; nothing
+listens by then.  :class:`ProxyService` builds the parts once the process is its own (twistd may
+have forked), listens, and brings them to rest.  The reactor and the clocks enter the program here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from twisted.application.service import IServiceCollection, Service
+from twisted.internet.defer import Deferred, DeferredList, succeed
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.task import LoopingCall
+from twisted.logger import ILogObserver, Logger
+from twisted.python import usage
+from twisted.python.components import Componentized
+from twisted.python.failure import Failure
+from twisted.python.logfile import LogFile
+
+from llmproxy.config import Config, ConfigError, load
+from llmproxy.front.gateway import Gateway
+from llmproxy.front.http import Site
+from llmproxy.ops.admin import admin_resource
+from llmproxy.ops.drain import Drain
+from llmproxy.record.log import JsonLog
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import JsonLines, NoSink, Sink
+from llmproxy.upstream.client import Upstream
+from llmproxy.version import version
+
+DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
+
+_LAG_INTERVAL = 1.0
+"""Seconds between the appointments by which the reactor's lag is measured."""
+
+_log = Logger()
+
+
+class Options(usage.Options):
+    """What ``twistd llmproxy`` takes."""
+
+    synopsis = "[options]"
+    longdesc = "One shared egress to language-model providers."
+    optParameters = [  # noqa: RUF012 - twisted.python.usage reads it from the class
+        ["config", "c", DEFAULT_CONFIG, "The configuration file."],
+        ["instance", None, "0", "This process's name among several; replaces {instance}."],
+    ]
+
+
+def makeService(options: Options) -> ProxyService:
+    """Return the service that ``options`` ask for; called by twistd.
+
+    Raises:
+        SystemExit: 1, where the configuration has mistakes; each is a line on standard error.
+    """
+    from twisted.internet import reactor  # twistd may install another one before this
+
+    try:
+        config = load(options["config"], instance=options["instance"], environ=os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(1) from None
+    return ProxyService(
+        config, reactor, instance=options["instance"], log_file=_log_file(options.parent)
+    )
+
+
+def _log_file(twistd: Any) -> Callable[[], IO[str]] | None:
+    """Return what opens the log, or None where the operator chose an observer of Twisted's."""
+    if twistd is None or twistd.get("logger") or twistd.get("syslog"):
+        return None
+    name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
+    if name == "-":
+        return lambda: sys.stdout
+    return lambda: _text_log(name)
+
+
+def _text_log(name: str) -> Any:
+    return LogFile.fromFullPath(name, rotateLength=None)
+
+
+class ProxyService(Service):
+    """The daemon: listeners, providers, records, and how they end.
+
+    Args:
+        config: the checked configuration.
+        reactor: connects, listens and keeps time.
+        instance: this process's name among several.
+        log_file: opens the file for JSON log lines; None leaves the log as it is.
+        handle_signals: take SIGTERM and SIGINT over: drain, then cut.
+    """
+
+    name = "llmproxy"
+
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        *,
+        instance: str = "0",
+        log_file: Callable[[], IO[str]] | None = None,
+        handle_signals: bool = True,
+    ) -> None:
+        self.config = config
+        self._reactor = reactor
+        self._instance = instance
+        self._log_file = log_file
+        self._handle_signals = handle_signals
+        self.proxy_ports: list[Any] = []
+        self.admin_ports: list[Any] = []
+        self.ready = False
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Join the application, and decide how its log is written.
+
+        twistd begins to log only after this, and asks the application for an observer.
+        """
+        if self._log_file is not None and isinstance(parent, Componentized):
+            parent.setComponent(ILogObserver, JsonLog(self._log_file()))
+        super().setServiceParent(IServiceCollection(parent, parent))
+
+    # -- start ----------------------------------------------------------------------------------
+
+    def privilegedStartService(self) -> None:
+        """Build the parts and listen; ports below 1024 are bound before privileges are shed.
+
+        Raises:
+            SystemExit: 1, where a file cannot be opened or an address not be bound.
+        """
+        super().privilegedStartService()
+        try:
+            self._build()
+            self._listen()
+        except (OSError, ValueError, CannotListenError) as error:
+            sys.stderr.write(f"llmproxy cannot start: {error}\n")
+            raise SystemExit(1) from None
+
+    def startService(self) -> None:
+        """Everything listens: be ready."""
+        super().startService()
+        self._lag.start(_LAG_INTERVAL, now=False)
+        self.ready = True
+        if self._handle_signals:
+            self._reactor.callWhenRunning(self._take_signals)
+        for site, ports in (("proxy", self.proxy_ports), ("admin", self.admin_ports)):
+            for port in ports:
+                where = port.getHost()
+                _log.info(
+                    "{site} listens on {address}",
+                    site=site,
+                    address=str(where),
+                    port=getattr(where, "port", None),
+                )
+
+    def _build(self) -> None:
+        config, reactor = self.config, self._reactor
+        clock = time.monotonic
+        self.metrics = Metrics(version())
+        path = config.trace.jsonl
+        self.sink: Sink = NoSink() if path is None else JsonLines(path)
+        self.upstream = Upstream(reactor, clock, config)
+        self.gateway = Gateway(
+            config,
+            self.upstream,
+            self.metrics,
+            self.sink,
+            reactor=reactor,
+            clock=clock,
+            wall=time.time,
+            instance=self._instance,
+        )
+        self.site = Site(
+            self.gateway,
+            reactor,
+            clock,
+            config.timeouts,
+            config.limits,
+            body_limit=self.gateway.routes.body_limit,
+        )
+        self.drain = Drain(
+            self.site, reactor, config.proxy.drain_timeout, lambda: self.gateway.running
+        )
+        self._lag = LoopingCall(self._measure_lag)
+        self._lag.clock = reactor
+        self._expected = clock() + _LAG_INTERVAL
+        self._watch()
+
+    def _watch(self) -> None:
+        """Expose the figures that the parts hold themselves."""
+        watch, site, sink = self.metrics.watch, self.site, self.sink
+        watch(
+            "client_connections", "Open client connections.", [], lambda: {(): len(site.channels)}
+        )
+        watch(
+            "upstream_connections",
+            "Connections to providers.",
+            ["provider", "state"],
+            lambda: {labels: float(n) for labels, n in self.upstream.counts().items()},
+        )
+        watch(
+            "buffered_bytes",
+            "Bytes written that clients' kernels did not take yet.",
+            [],
+            lambda: {(): site.pending_bytes()},
+        )
+        watch("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
+        watch("draining", "1 while the process comes to rest.", [], lambda: {(): self.drain.begun})
+        self.metrics.watch_count(
+            "records_lost",
+            "Records that were not written.",
+            ["sink"],
+            lambda: {(sink.name,): sink.lost},
+        )
+
+    def _listen(self) -> None:
+        config, reactor = self.config, self._reactor
+        admin = self._admin_site(config_shown=True)
+        wanted = [(self.proxy_ports, text, self.site) for text in config.proxy.listen]
+        wanted.append((self.admin_ports, config.admin.listen, admin))
+        if config.admin.metrics_listen is not None:
+            only_metrics = self._admin_site(config_shown=False)
+            wanted.append((self.admin_ports, config.admin.metrics_listen, only_metrics))
+        endpoints = [(ports, text, _endpoint(reactor, text), site) for ports, text, site in wanted]
+        for ports, text, endpoint, site in endpoints:
+            listening = endpoint.listen(site)
+            failures: list[Failure] = []
+            listening.addCallbacks(ports.append, failures.append)
+            if failures:
+                raise OSError(f"{text}: {failures[0].getErrorMessage()}")
+
+    def _admin_site(self, *, config_shown: bool) -> Site:
+        resource = admin_resource(
+            ready=lambda: self.ready,
+            registry=self.metrics.registry,
+            config=self.config.redacted if config_shown else None,
+        )
+        config = self.config
+        return Site(
+            resource,
+            self._reactor,
+            time.monotonic,
+            config.timeouts,
+            config.limits,
+            body_limit=lambda target: 0,
+        )
+
+    def _measure_lag(self) -> None:
+        now = time.monotonic()
+        self.metrics.reactor_lag.observe(max(0.0, now - self._expected))
+        self._expected = now + _LAG_INTERVAL
+
+    # -- stop -----------------------------------------------------------------------------------
+
+    def _take_signals(self) -> None:
+        """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._told_to_stop))
+
+    def _told_to_stop(self) -> None:
+        if self.drain.begun:
+            self.drain.cut()
+        else:
+            self._reactor.stop()
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening, let running answers end, then close everything else."""
+        super().stopService()
+        self.ready = False
+        closing = DeferredList([_stopped(port) for port in self.proxy_ports])
+        closing.addCallback(lambda _: self.drain.begin())
+        return closing.addCallback(lambda _: self._close())
+
+    def _close(self) -> Deferred[None]:
+        if self._lag.running:
+            self._lag.stop()
+        self.upstream.close()
+        closing = DeferredList([_stopped(port) for port in self.admin_ports])
+        return closing.addCallback(lambda _: self.sink.close())
+
+
+def _endpoint(reactor: Any, text: str) -> Any:
+    try:
+        return serverFromString(reactor, text)
+    except Exception as error:
+        raise ValueError(f"{text}: not an endpoint: {type(error).__name__}: {error}") from error
+
+
+def _stopped(port: Any) -> Deferred[Any]:
+    return port.stopListening() or succeed(None)
