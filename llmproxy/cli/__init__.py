@@ -1,0 +1,1 @@
+"""The ``llmproxy`` command: what an operator runs by hand."""

@@ -1,0 +1,85 @@
+"""What goes with the demo provider: the configuration of a proxy in front of it, and what to try.
+
+Texts alone: nothing here listens, and nothing knows how the provider answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+DEMO_KEY = "demo"
+"""The one key that the demo's proxy knows."""
+
+
+def demo_config(
+    *, provider_port: int, proxy_port: int, admin_port: int, trace: str | None = None
+) -> str:
+    """The TOML configuration of a proxy in front of the demo provider, all on loopback.
+
+    SDKs reach it with the base URLs ``http://127.0.0.1:PORT/openai/v1``, ``.../anthropic`` and
+    ``.../ollama``, with the key ``demo`` or none.
+
+    Args:
+        provider_port: where the demo provider listens.
+        proxy_port: where the proxy is to listen.
+        admin_port: where its admin site is to listen.
+        trace: the JSON Lines file for traces; None: none is written.
+    """
+    parts = [
+        f'[proxy]\nlisten = ["tcp:{proxy_port}:interface=127.0.0.1"]\n'
+        'anonymous = true\ndrain_timeout = "1s"\n',
+        f'[admin]\nlisten = "tcp:{admin_port}:interface=127.0.0.1"\n',
+    ]
+    # A wrong key is refused even where a caller may have none, and most SDKs insist on one.
+    digest = hashlib.sha256(DEMO_KEY.encode()).hexdigest()
+    parts.append(f'[clients.demo]\nkeys = ["sha256:{digest}"]\n')
+    for dialect in ("openai", "anthropic", "ollama"):
+        url = f"http://127.0.0.1:{provider_port}"
+        parts.append(f'[providers.demo-{dialect}]\nurl = "{url}"\ndialect = "{dialect}"\n')
+    for dialect in ("openai", "anthropic", "ollama"):
+        parts.append(f'[[routes]]\npath = "/{dialect}"\nproviders = ["demo-{dialect}"]\n')
+    if trace is not None:
+        # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
+        quoted = json.dumps(trace, ensure_ascii=False).replace("\x7f", "\\u007f")
+        parts.append(f"[trace]\njsonl = {quoted}\n")
+    return "\n".join(parts)
+
+
+def curl_lines(proxy_port: int, *, admin_port: int = 9080) -> str:
+    """What to paste into a shell: one streamed chat for each dialect, and where the metrics are."""
+    base = f"http://127.0.0.1:{proxy_port}"
+    openai, anthropic, ollama = (
+        json.dumps(
+            {
+                "model": "demo-20tps",
+                **members,
+                "messages": [{"role": "user", "content": f"Hello {name}, through the proxy"}],
+            }
+        )
+        for name, members in (
+            ("OpenAI", {"stream": True, "stream_options": {"include_usage": True}}),
+            ("Anthropic", {"stream": True, "max_tokens": 1024}),
+            ("Ollama", {}),
+        )
+    )
+    return f"""\
+# OpenAI
+curl -N {base}/openai/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{openai}'
+
+# Anthropic
+curl -N {base}/anthropic/v1/messages -H 'content-type: application/json' \\
+  -H 'anthropic-version: 2023-06-01' \\
+  -d '{anthropic}'
+
+# Ollama
+curl -N {base}/ollama/api/chat -H 'content-type: application/json' \\
+  -d '{ollama}'
+
+# Other models: demo-fast, demo-slow, demo-Ntps, and failures: demo-429, demo-500, demo-503,
+# demo-break, demo-stall, demo-malformed, demo-redirect
+
+# Metrics
+curl http://127.0.0.1:{admin_port}/metrics
+"""

@@ -1,0 +1,183 @@
+"""The ``llmproxy`` command: ``check``, ``keys`` and ``demo``.
+
+What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
+how the daemon works; ``check`` reads a configuration by the very code of the start.
+
+Exit codes: 0 done, 1 the answer is no (or it failed), 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+
+from llmproxy.config import Config, ConfigError, load
+from llmproxy.config.readers import client_name, instance_name
+from llmproxy.config.values import Wrong
+from llmproxy.version import version
+
+_KEY_BYTES = 32  # 43 characters of URL-safe base64
+_CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; ``None`` takes those of the process.
+    """
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check a configuration file, with the credential files that it names."""
+    try:
+        config = load(args.file, instance=args.instance, environ=os.environ)
+    except ConfigError as error:
+        return _tell_problems(error.problems, as_json=args.json)
+    counts = _counts(config)
+    if args.json:
+        print(json.dumps({"ok": True, "problems": [], **counts}))
+    else:
+        words = (f"{count} {noun if count != 1 else noun[:-1]}" for noun, count in counts.items())
+        print(f"{args.file}: ok: {', '.join(words)}")
+    return 0
+
+
+def keys_new(args: argparse.Namespace) -> int:
+    """Print a new key, and the line of the configuration that lets it in."""
+    key = "llmp_" + secrets.token_urlsafe(_KEY_BYTES)
+    print(key)
+    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+    if sys.stderr.isatty():
+        print(
+            f"The first line is the key: hand it over and keep no copy.\n"
+            f"The second line belongs under [clients.{args.name}].",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the proxy with an embedded provider until it is interrupted."""
+    # Not at the top: the demo brings the reactor, and no other command needs one.
+    from llmproxy.cli.demo.run import run
+
+    run(proxy_port=args.port, admin_port=args.admin_port)
+    return 0
+
+
+def _tell_problems(problems: Sequence[str], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"ok": False, "problems": problems}))
+    else:
+        print("\n".join(problems), file=sys.stderr)
+    return 1
+
+
+def _counts(config: Config) -> dict[str, int]:
+    return {
+        "routes": len(config.routes),
+        "providers": len(config.providers),
+        "clients": len(config.clients),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmproxy",
+        description="Tools beside the daemon, which `twistd -n llmproxy --config FILE` starts.",
+        epilog=_CODES.format(ok="done", no="the answer is no, or it failed"),
+    )
+    parser.add_argument("--version", action="version", version=f"llmproxy {version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands)
+    _add_keys(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "check",
+        help="check a configuration file",
+        description="Check a configuration file as the daemon does at its start and at a reload. "
+        "Every problem is one line of stderr.",
+        epilog=_CODES.format(ok="the file can be used", no="it cannot"),
+    )
+    command.add_argument("file", metavar="FILE", help="the configuration file")
+    command.add_argument(
+        "--instance",
+        default="0",
+        type=_value_of(instance_name),
+        metavar="NAME",
+        help="what {instance} in the file stands for (default: %(default)s)",
+    )
+    command.add_argument(
+        "--json", action="store_true", help='print an object with "ok" and "problems" to stdout'
+    )
+    command.set_defaults(run=check)
+
+
+def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="make keys for clients",
+        description="Make keys for clients.",
+        epilog=_CODES.format(ok="done", no="it failed"),
+    )
+    command = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "new",
+        help="print a new key and its line for the configuration",
+        description="Print a new key on the first line and, on the second, the line for "
+        "[clients.NAME] that lets it in. The key is kept nowhere.",
+        epilog=_CODES.format(ok="done", no="it failed"),
+    )
+    command.add_argument(
+        "name", metavar="NAME", type=_value_of(client_name), help="the client that gets the key"
+    )
+    command.set_defaults(run=keys_new)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="run the proxy with an embedded provider",
+        description="Run the proxy on this machine alone, with an embedded provider that "
+        "streams made-up answers, until it is interrupted.",
+        epilog=_CODES.format(ok="it was interrupted", no="it could not start"),
+    )
+    for flag, port, whose in (("--port", 8080, "proxy"), ("--admin-port", 9080, "admin site")):
+        command.add_argument(
+            flag, default=port, type=_port, metavar="PORT", help=f"of the {whose} (default: {port})"
+        )
+    command.set_defaults(run=run_demo)
+
+
+def _value_of(reader: Callable[[object], str]) -> Callable[[str], str]:
+    """Return ``reader`` as argparse wants it."""
+
+    def read(word: str) -> str:
+        try:
+            return reader(word)
+        except Wrong as wrong:
+            raise argparse.ArgumentTypeError(f"expected {wrong.expected}, got {word!r}") from None
+
+    return read
+
+
+def _port(word: str) -> int:
+    if not (word.isascii() and word.isdigit() and len(word) < 6 and int(word) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {word!r}")
+    return int(word)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

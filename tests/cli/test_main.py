@@ -1,0 +1,210 @@
+"""The ``llmproxy`` command: what it prints where, and with which code it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+
+from llmproxy.cli.main import main
+from llmproxy.config import parse
+
+GOOD = """
+[proxy]
+listen = ["tcp:808{instance}"]
+anonymous = true
+[providers.p]
+url = "https://p.example"
+dialect = "openai"
+[[routes]]
+path = "/a"
+providers = ["p"]
+[[routes]]
+path = "/b"
+providers = ["p"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A configuration file that can be used."""
+    path = tmp_path / "a.toml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_check_of_a_good_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that can be used is one line of stdout and the code 0."""
+    assert main(["check", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{file}: ok: 2 routes, 1 provider, 0 clients\n"
+    assert captured.err == ""
+
+
+def test_check_of_a_bad_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every problem is a line of stderr, and the code is 1."""
+    file.write_text(GOOD.replace("https", "ftp").replace('"/b"', '"/b/"'))
+    assert main(["check", str(file)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, second = captured.err.splitlines()
+    assert first.startswith("providers.p.url: expected")
+    assert second.startswith("routes[1].path: expected")
+
+
+def test_check_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program reads whether the file can be used, and every problem, from stdout."""
+    assert main(["check", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "ok": True,
+        "problems": [],
+        "routes": 2,
+        "providers": 1,
+        "clients": 0,
+    }
+    file.write_text(GOOD + "nothing = 1")
+    assert main(["check", str(file), "--json"]) == 1
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert (told["ok"], len(told["problems"]), captured.err) == (False, 1, "")
+
+
+def test_check_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing file is a problem like any other."""
+    assert main(["check", str(tmp_path / "none")]) == 1
+    assert "expected a file to read" in capsys.readouterr().err
+
+
+def test_check_for_an_instance(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file is checked for the instance that is named."""
+    assert main(["check", str(file), "--instance", "7"]) == 0
+    assert main(["check", str(file), "--instance", "x"]) == 0
+    file.write_text(GOOD.replace("tcp:808{instance}", "tcp:{instnace}"))
+    assert main(["check", str(file), "--instance", "7"]) == 1
+    assert "proxy.listen[0]" in capsys.readouterr().err
+
+
+def test_check_reads_credentials_from_the_environment(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """$CREDENTIALS_DIRECTORY is that of the command's own environment."""
+    file.write_text(GOOD.replace('"openai"', '"openai"\ncredential = "key"'))
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    assert main(["check", str(file)]) == 1
+    vault = tmp_path / "vault"
+    vault.mkdir(mode=0o700)
+    (vault / "key").write_text("secret")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(vault))
+    assert main(["check", str(file)]) == 0
+    assert "secret" not in "".join(capsys.readouterr())
+
+
+def test_a_new_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line is the key and nothing else, the second lets it in."""
+    assert main(["keys", "new", "team-a"]) == 0
+    captured = capsys.readouterr()
+    key, line = captured.out.splitlines()
+    assert re.fullmatch(r"llmp_[A-Za-z0-9_-]{43}", key)
+    digest = hashlib.sha256(key.encode())
+    assert line == f'keys = ["sha256:{digest.hexdigest()}"]'
+    assert tomllib.loads(line)
+    config = parse(f"{GOOD}[clients.team-a]\n{line}", environ={}, instance="1")
+    assert config.clients["team-a"].keys == (digest.digest(),)
+    assert captured.err == ""
+
+
+def test_no_key_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each key is new."""
+    keys = set()
+    for _ in range(20):
+        main(["keys", "new", "a"])
+        keys.add(capsys.readouterr().out)
+    assert len(keys) == 20
+
+
+def test_a_person_is_told_what_to_do_with_a_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, and only there, a hint goes to stderr."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["keys", "new", "team-a"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert "[clients.team-a]" in captured.err
+    assert "llmp_" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["nothing"], "invalid choice"),
+        (["check"], "FILE"),
+        (["check", "a", "--instance", "a/b"], "expected up to 64 letters"),
+        (["keys"], "COMMAND"),
+        (["keys", "new"], "NAME"),
+        (["keys", "new", "a b"], "expected a name"),
+        (["keys", "new", "anonymous"], "expected another name"),
+        (["demo", "--port", "65536"], "expected a port from 0 to 65535"),
+        (["demo", "--admin-port", "-1"], "expected"),
+        (["demo", "--port", "http"], "expected a port"),
+    ],
+)
+def test_a_wrong_command_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong command line is the code 2 and words on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert words in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["check"], ["keys"], ["keys", "new"], ["demo"]], ids=" ".join
+)
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command has a help that tells the exit codes, in plain ASCII."""
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "exit codes: 0 " in told
+    assert told.isascii()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """The version is one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(r"llmproxy \S.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ports"),
+    [([], (8080, 9080)), (["--port", "0", "--admin-port", "1"], (0, 1))],
+)
+def test_demo(
+    arguments: list[str], ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo is the service's, on the ports that are asked for, and its code is ours."""
+    calls: list[tuple[int, int]] = []
+
+    def run_demo(*, proxy_port: int, admin_port: int) -> int:
+        calls.append((proxy_port, admin_port))
+        return 5
+
+    service = types.ModuleType("llmproxy.service")
+    monkeypatch.setattr(service, "run_demo", run_demo, raising=False)
+    monkeypatch.setitem(sys.modules, "llmproxy.service", service)
+    assert main(["demo", *arguments]) == 5
+    assert calls == [ports]
