@@ -57,6 +57,7 @@ class ProxyError(Exception):
         may_have_run: the provider may have done (and billed) the work, so that an SDK must not
             send the request again by itself.
         detail: what the operator reads in the log and nobody else; it may name addresses.
+        cause: one word that tells failures with the same end reason apart, for the trace.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ProxyError(Exception):
         fields: tuple[tuple[bytes, bytes], ...] = (),
         may_have_run: bool = False,
         detail: str = "",
+        cause: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -78,6 +80,7 @@ class ProxyError(Exception):
         self.fields = fields
         self.may_have_run = may_have_run
         self.detail = detail
+        self.cause = cause
 
 
 def upstream_unreachable(detail: str) -> ProxyError:
@@ -91,14 +94,30 @@ def upstream_unreachable(detail: str) -> ProxyError:
     )
 
 
-def upstream_tls(detail: str) -> ProxyError:
-    """The TLS handshake with the provider failed, or its certificate was not accepted."""
+def upstream_tls(cause: str, detail: str) -> ProxyError:
+    """The TLS handshake with the provider failed, or its certificate was not accepted.
+
+    Args:
+        cause: one word for the trace and the metric: ``expired``, ``wrong_name`` …
+    """
     return ProxyError(
         502,
         "upstream_tls",
         "No trusted TLS connection to the provider came about.",
         end=EndReason.UPSTREAM_TLS,
         detail=detail,
+        cause=cause,
+    )
+
+
+def no_descriptors() -> ProxyError:
+    """The process may not open one more file or socket."""
+    return ProxyError(
+        503,
+        "no_descriptors",
+        "The proxy has as many connections as it may have; try again.",
+        fields=((b"retry-after", b"1"),),
+        detail="out of file descriptors: raise LimitNOFILE",
     )
 
 
@@ -111,6 +130,7 @@ def upstream_timeout(phase: str, *, may_have_run: bool) -> ProxyError:
         end=EndReason.UPSTREAM_TIMEOUT,
         may_have_run=may_have_run,
         detail=f"{phase} took too long",
+        cause=phase,
     )
 
 

@@ -118,6 +118,7 @@ class ProxyService(Service):
         self.proxy_ports: list[Any] = []
         self.admin_ports: list[Any] = []
         self.ready = False
+        self._told = 0
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, and decide how its log is written.
@@ -266,18 +267,26 @@ class ProxyService(Service):
             signal.signal(number, lambda *_: self._reactor.callFromThread(self._told_to_stop))
 
     def _told_to_stop(self) -> None:
-        if self.drain.begun:
-            self.drain.cut()
-        else:
+        self._told += 1
+        if self._told == 1:
             self._reactor.stop()
+        elif self.drain.begun:
+            self.drain.cut()
+        # A second signal in the turn of the first finds no drain yet; stopService sees the count.
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, let running answers end, then close everything else."""
         super().stopService()
         self.ready = False
         closing = DeferredList([_stopped(port) for port in self.proxy_ports])
-        closing.addCallback(lambda _: self.drain.begin())
+        closing.addCallback(lambda _: self._rest())
         return closing.addCallback(lambda _: self._close())
+
+    def _rest(self) -> Deferred[None]:
+        rested = self.drain.begin()
+        if self._told > 1:
+            self.drain.cut()
+        return rested
 
     def _close(self) -> Deferred[None]:
         if self._lag.running:

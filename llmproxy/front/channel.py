@@ -69,6 +69,7 @@ class Channel(http.HTTPChannel):
         self._discarding = False
         self._lingering = False
         self._poll: Any = None
+        self._stall_after = site.timeouts.client_stall
         self._written = 0
         self._taken = 0
         self._taken_at = 0.0
@@ -263,7 +264,9 @@ class Channel(http.HTTPChannel):
 
     def _check_stall(self, now: float) -> None:
         """Tell a client that takes nothing from a slow one, whatever is still written to it."""
-        limit = self.site.timeouts.client_stall
+        if self.requests:
+            self._stall_after = self.requests[0].stall_after  # stays behind for what it leaves
+        limit = self._stall_after
         waiting = pending_bytes(self.transport)
         if self._poll is not None:
             waiting += unacknowledged_bytes(self.transport)

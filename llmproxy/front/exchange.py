@@ -84,7 +84,9 @@ class Exchange:
 
     def _between_events(self) -> bool:
         """Tell whether the stream stands between two events, so that one more can be added."""
-        if self.relay is None or not is_stream(self.content_type):
+        if self.relay is None or self.answer is None or not is_stream(self.content_type):
+            return False
+        if any(name in (b"content-length", b"content-encoding") for name, _ in self.answer.fields):
             return False
         tail = self.relay.tail
         ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")

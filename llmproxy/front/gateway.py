@@ -193,6 +193,7 @@ class Gateway(Resource):
             # The model led to a route on which other fields say who calls.
             self._auth.identify(request.fields, pass_credential=choice.provider.pass_credential)
         exchange.choice = choice
+        request.stall_after = choice.timeouts.client_stall
         trace.route, trace.provider = choice.route.name, choice.provider.name
         trace.dialect = choice.provider.dialect.value
         trace.stream = ask.wants_stream(choice.provider.dialect, exchange.path)
@@ -218,7 +219,7 @@ class Gateway(Resource):
         )
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
-        outcome = "ok"
+        outcome, cause = "ok", None
         try:
             exchange.answer = await self._upstream.send(
                 provider,
@@ -230,7 +231,7 @@ class Gateway(Resource):
                 timeouts=choice.timeouts,
             )
         except ProxyError as error:
-            outcome = error.end.value
+            outcome, cause = error.end.value, error.cause
             raise
         except Exception:
             end = EndReason.UPSTREAM_TIMEOUT if exchange.late else EndReason.CLIENT_GONE
@@ -238,8 +239,10 @@ class Gateway(Resource):
             raise
         finally:
             seconds = self._clock() - sent_at
-            trace.attempts.append(Attempt(provider.name, outcome, round(seconds, 6)))
+            trace.attempts.append(Attempt(provider.name, outcome, round(seconds, 6), cause))
             self._metrics.attempts[provider.name, outcome] += 1
+            if cause is not None:
+                self._metrics.causes[provider.name, cause] += 1
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return exchange.answer
@@ -278,7 +281,7 @@ class Gateway(Resource):
         self._sink.write(trace)
         event = as_event(trace)
         if error is not None and error.detail:
-            event["detail"] = error.detail
+            event |= {"cause": error.cause, "detail": error.detail}
         _log.info("{method} {path} {end_reason}", **event)
         self._running.discard(exchange)
 

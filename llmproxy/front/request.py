@@ -29,6 +29,7 @@ class Request(server.Request):
         body: the whole request body.
         refusal: why the request cannot be served, where the wire knows already.
         gone: called once with the reason where the client leaves before the answer is whole.
+        stall_after: seconds without progress after which a client that takes nothing is dropped.
         status: the status that was sent, or None.
         sent: bytes of the body that were written.
     """
@@ -44,6 +45,7 @@ class Request(server.Request):
         self.body = b""
         self.refusal: ProxyError | None = None
         self.gone: Callable[[ClientGone], None] | None = None
+        self.stall_after: float | None = channel.site.timeouts.client_stall
         self.status: int | None = None
         self.sent = 0
         self.body_bytes = 0

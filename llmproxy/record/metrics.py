@@ -92,6 +92,7 @@ class Metrics:
         self.requests: dict[Labels, int] = defaultdict(int)
         self.ended: dict[Labels, int] = defaultdict(int)
         self.attempts: dict[Labels, int] = defaultdict(int)
+        self.causes: dict[Labels, int] = defaultdict(int)
         self.active = 0
         self.head = Tally(_SECONDS)
         self.first_chunk = Tally(_SECONDS)
@@ -162,6 +163,14 @@ class Metrics:
                 labels=["provider", "outcome"],
             ),
             self.attempts.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "upstream_failures",
+                "Tries at a provider that failed, where the outcome has several causes.",
+                labels=["provider", "cause"],
+            ),
+            self.causes.items(),
         )
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(

@@ -22,11 +22,16 @@ _log = Logger()
 
 
 class Attempt(msgspec.Struct):
-    """One try at one provider: ``outcome`` is ``ok`` or an end reason; ``seconds`` to its head."""
+    """One try at one provider.
+
+    ``outcome`` is ``ok`` or an end reason, ``cause`` what tells failures of one outcome apart,
+    ``seconds`` the time to the answer's head or to the failure.
+    """
 
     provider: str
     outcome: str
     seconds: float
+    cause: str | None = None
 
 
 class Trace(msgspec.Struct, kw_only=True):

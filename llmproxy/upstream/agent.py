@@ -15,25 +15,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
-from twisted.internet.interfaces import IProtocolFactory
-from twisted.internet.protocol import Factory
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from llmproxy.config import Provider, Timeouts
-from llmproxy.errors import (
-    ProxyError,
-    upstream_timeout,
-    upstream_tls,
-    upstream_unreachable,
-)
+from llmproxy.errors import upstream_timeout
 from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.connect import Attempt, Connector
 from llmproxy.upstream.http1 import Connection
-from llmproxy.upstream.tls import client_options
+from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import is_quiet
 
@@ -88,6 +81,7 @@ class ProviderAgent:
         reactor: connects, resolves and keeps time.
         clock: monotonic seconds.
         provider: where to connect and whom to trust.
+        names: resolves the provider's name.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of an answer's head.
     """
@@ -98,6 +92,7 @@ class ProviderAgent:
         clock: Callable[[], float],
         provider: Provider,
         *,
+        names: Names,
         pool_idle: float | None,
         max_head: int,
     ) -> None:
@@ -105,12 +100,19 @@ class ProviderAgent:
         self._clock = clock
         self._provider = provider
         self._pool_idle = pool_idle
-        self._max_head = max_head
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
         self._live: set[Connection] = set()
-        self._connecting = 0
-        self._tls = client_options(provider)
+        self._connecting: set[Attempt] = set()
+        self._closed = False
+        self._connector = Connector(
+            reactor,
+            names,
+            provider,
+            max_head=max_head,
+            became_idle=self._put,
+            closed=self._forget,
+        )
         self._expiry: Any = None
         self._expiry_at = math.inf
         host = provider.url.netloc.encode("ascii")
@@ -119,13 +121,16 @@ class ProviderAgent:
     def counts(self) -> dict[str, int]:
         """Return how many connections there are by state: ``idle``, ``active``, ``connecting``."""
         active = len(self._live) - self._idle_count
-        return {"idle": self._idle_count, "active": active, "connecting": self._connecting}
+        return {"idle": self._idle_count, "active": active, "connecting": len(self._connecting)}
 
     def close(self) -> None:
         """Close every connection, idle or not."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry, self._expiry_at = None, math.inf
+        self._closed = True
+        for attempt in list(self._connecting):
+            attempt.connected.cancel()
         for connection in list(self._live):
             connection.abort()
 
@@ -138,42 +143,67 @@ class ProviderAgent:
             fires with the :class:`Answer`.  Cancelling it aborts whatever is under way at once.  It
             fails with ``ProxyError``.
         """
-        return Deferred.fromCoroutine(self._send(order, method, body))
+        sending = Deferred.fromCoroutine(self._send(order, method, body))
+        cancelled = False
+
+        def cancel(_: Deferred[Answer]) -> None:
+            nonlocal cancelled
+            cancelled = True
+            sending.cancel()
+
+        def failed(failure: Failure) -> None:
+            # Twisted's endpoints turn a cancel into errors of their own; it must stay one.
+            if not cancelled:
+                answer.errback(failure)
+
+        answer: Deferred[Answer] = Deferred(cancel)
+        sending.addCallbacks(answer.callback, failed)
+        return answer
 
     async def _send(self, order: Order, method: bytes, body: IBodyProducer | None) -> Answer:
         connection = self._take(order.credential)
         if connection is None:
-            connection = await self._within(
-                order.timeouts.connect, "connecting", self._connect(order.credential), order
-            )
+            attempt = self._connector.connect(order.credential)
+            self._connecting.add(attempt)
+            try:
+                connection = await self._within(
+                    order.timeouts.connect, lambda: attempt.phase, attempt.connected, order
+                )
+            finally:
+                self._connecting.discard(attempt)
+            self._live.add(connection)
         head = self._head(method, order, body)
         order.sent = True
         return await self._within(
             order.timeouts.first_byte,
-            "the answer's head",
+            lambda: "first_byte",
             connection.send(method, head, body),
             order,
         )
 
     async def _within(
-        self, seconds: float | None, phase: str, step: Deferred[_Result], order: Order
+        self,
+        seconds: float | None,
+        phase: Callable[[], str],
+        step: Deferred[_Result],
+        order: Order,
     ) -> _Result:
         """Await ``step`` for at most so many seconds; whoever gives up cancels it."""
         if seconds is None:
             return await step
-        expired = False
+        late = ""
 
         def expire() -> None:
-            nonlocal expired
-            expired = True
+            nonlocal late
+            late = phase()
             step.cancel()
 
         timer = self._reactor.callLater(seconds, expire)
         try:
             return await step
         except Exception:
-            if expired:
-                raise upstream_timeout(phase, may_have_run=order.sent) from None
+            if late:
+                raise upstream_timeout(late, may_have_run=order.sent) from None
             raise
         finally:
             if timer.active():
@@ -189,42 +219,6 @@ class ProviderAgent:
             lines.append(b"content-length: 0\r\n")
         lines.append(b"\r\n")
         return b"".join(lines)
-
-    # -- connecting -----------------------------------------------------------------------------
-
-    def _connect(self, credential: bytes) -> Deferred[Connection]:
-        return Deferred.fromCoroutine(self._open(credential))
-
-    async def _open(self, credential: bytes) -> Connection:
-        url = self._provider.url
-        connection = Connection(
-            max_head=self._max_head,
-            became_idle=self._put,
-            closed=self._forget,
-            secure=self._tls is not None,
-        )
-        connection.pool_key = credential
-        # The deadline is ours, over the name, TCP and TLS together; the endpoint's own would end
-        # at TCP.
-        endpoint: Any = HostnameEndpoint(
-            self._reactor, url.host, url.port, timeout=cast("float", None)
-        )
-        if self._tls is not None:
-            endpoint = wrapClientTLS(self._tls, endpoint)
-        self._connecting += 1
-        try:
-            factory = Factory.forProtocol(lambda: connection)
-            factory.noisy = False
-            await endpoint.connect(cast(IProtocolFactory, factory))
-            await connection.ready
-        except (CancelledError, ConnectingCancelledError):
-            raise CancelledError from None
-        except Exception as error:
-            raise _why_not_connected(error, secure=self._tls is not None) from error
-        finally:
-            self._connecting -= 1
-        self._live.add(connection)
-        return connection
 
     # -- the pool -------------------------------------------------------------------------------
 
@@ -243,9 +237,10 @@ class ProviderAgent:
         keep = math.inf if self._pool_idle is None else self._pool_idle
         if connection.keep_for is not None:
             keep = min(keep, connection.keep_for - _HINT_MARGIN)
-        if self._idle_count >= self._provider.pool or keep <= 0:
+        if self._idle_count >= self._provider.pool or keep <= 0 or self._closed:
             connection.abort()
             return
+        self._connector.remember(connection)
         connection.expires_at = self._clock() + keep
         self._idle.setdefault(connection.pool_key, deque()).append(connection)
         self._idle_count += 1
@@ -281,11 +276,3 @@ class ProviderAgent:
                     connection.abort()
                 else:
                     self._watch_expiry(connection.expires_at)
-
-
-def _why_not_connected(error: Exception, *, secure: bool) -> ProxyError:
-    """Tell apart the ways in which no connection came about."""
-    detail = f"{type(error).__name__}: {error}"
-    if isinstance(error, (ConnectError, DNSLookupError)) or not secure:
-        return upstream_unreachable(detail)
-    return upstream_tls(detail)

@@ -23,6 +23,7 @@ from llmproxy.config import Config, Provider, Timeouts
 from llmproxy.headers import KEY_FIELDS
 from llmproxy.upstream.agent import Order, ProviderAgent
 from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
 
 
@@ -128,6 +129,7 @@ class Upstream:
 
     def __init__(self, reactor: Any, clock: Callable[[], float], config: Config) -> None:
         self._reactor = reactor
+        names = Names(reactor, clock)
         self._agents: dict[str, ProviderAgent] = {}
         self._urls: dict[str, PreparedUrl] = {}
         for provider in config.providers.values():
@@ -135,6 +137,7 @@ class Upstream:
                 reactor,
                 clock,
                 provider,
+                names=names,
                 pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
                 max_head=config.limits.response_head,
             )

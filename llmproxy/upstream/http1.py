@@ -38,8 +38,9 @@ from llmproxy.upstream.answer import (
     keep_alive_hint,
     read_answer,
 )
+from llmproxy.upstream.tls import Verdict
 from llmproxy.wire.grammar import BadMessage
-from llmproxy.wire.transport import pending_bytes
+from llmproxy.wire.transport import notice_vanished_peer, pending_bytes
 
 MAX_INTERIM = 16
 """Most 1xx answers before a final one; curl has no limit, Go's client takes 5."""
@@ -83,6 +84,8 @@ class Connection(Protocol):
         """Seconds for which the provider says that it keeps the connection when it is idle."""
         self.expires_at = 0.0
         """When the pool gives it up, in the pool's seconds; the pool's own mark."""
+        self.verdict: Verdict | None = None
+        """What the TLS handshake found out; set by ``tls.ProviderTls``."""
         self.pool_key = b""
         """What the pool keeps it apart by; the pool's own mark."""
         self.serving: Answer | None = None
@@ -103,6 +106,7 @@ class Connection(Protocol):
         self._transport: Any = self.transport
         if ITCPTransport.providedBy(self._transport):
             self._transport.setTcpNoDelay(True)
+            notice_vanished_peer(self._transport)
         if not self._secure:
             self._settle_ready(self)
 
