@@ -24,14 +24,13 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
-from twisted.python.logfile import LogFile
 
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
 from llmproxy.ops.admin import admin_resource
 from llmproxy.ops.drain import Drain
-from llmproxy.record.log import JsonLog
+from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import JsonLines, NoSink, Sink
 from llmproxy.upstream.client import Upstream
@@ -70,22 +69,8 @@ def makeService(options: Options) -> ProxyService:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(1) from None
     return ProxyService(
-        config, reactor, instance=options["instance"], log_file=_log_file(options.parent)
+        config, reactor, instance=options["instance"], log_file=log_opener(options.parent)
     )
-
-
-def _log_file(twistd: Any) -> Callable[[], IO[str]] | None:
-    """Return what opens the log, or None where the operator chose an observer of Twisted's."""
-    if twistd is None or twistd.get("logger") or twistd.get("syslog"):
-        return None
-    name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
-    if name == "-":
-        return lambda: sys.stdout
-    return lambda: _text_log(name)
-
-
-def _text_log(name: str) -> Any:
-    return LogFile.fromFullPath(name, rotateLength=None)
 
 
 class ProxyService(Service):
@@ -186,6 +171,7 @@ class ProxyService(Service):
             config.timeouts,
             config.limits,
             body_limit=self.gateway.routes.body_limit,
+            holds_body=self.gateway.holds_body,
         )
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.gateway.running

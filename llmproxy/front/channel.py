@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from enum import Enum
 from typing import Any
 
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
 
-from llmproxy.errors import ClientStalled, Dialect, ProxyError, error_body
-from llmproxy.front.request import Request
+from llmproxy.errors import ClientStalled, ProxyError
+from llmproxy.front.progress import Phase, Progress
+from llmproxy.front.request import Request, bare_answer
+from llmproxy.front.upload import Upload
 from llmproxy.wire.grammar import MAX_FIELDS, field_values, list_tokens
 from llmproxy.wire.transport import pending_bytes, unacknowledged_bytes
 
@@ -32,16 +33,6 @@ _CLOSE_GRACE = 5.0
 
 _DRAIN_POLL = 0.02
 """Seconds between looks at a send queue that must empty before a reset."""
-
-
-class Phase(Enum):
-    """Where a connection stands."""
-
-    IDLE = "idle"
-    HEAD = "head"
-    BODY = "body"
-    SERVING = "serving"
-    CLOSING = "closing"
 
 
 class Channel(http.HTTPChannel):
@@ -66,13 +57,14 @@ class Channel(http.HTTPChannel):
         self.totalHeadersSize = self.MAX_LENGTH = site.limits.request_head
         self.phase = Phase.IDLE
         self.deadline = math.inf
+        self._invited = True
+        self._upload_paused_at: float | None = None
+        self._upload_left = 0.0
         self._discarding = False
         self._lingering = False
         self._poll: Any = None
         self._stall_after = site.timeouts.client_stall
-        self._written = 0
-        self._taken = 0
-        self._taken_at = 0.0
+        self._progress = Progress()
 
     # -- the life of the socket -----------------------------------------------------------------
 
@@ -112,12 +104,6 @@ class Channel(http.HTTPChannel):
 
     # -- in -------------------------------------------------------------------------------------
 
-    @property
-    def raw_target(self) -> bytes:
-        """The target of the request whose head is in."""
-        target: bytes = self._path
-        return target
-
     def dataReceived(self, data: bytes) -> None:
         """Take bytes; the first of a head starts its clock."""
         if self._discarding or self.phase is Phase.CLOSING:
@@ -125,6 +111,11 @@ class Channel(http.HTTPChannel):
         if self.phase is Phase.IDLE:
             self._enter(Phase.HEAD, self.site.timeouts.request_head)
         super().dataReceived(data)
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """Take bytes of a body, or drop them where the request was refused."""
+        if not self._discarding:
+            super().rawDataReceived(data)
 
     def headerReceived(self, line: bytes) -> bool:
         """Keep the field in its place, too; Twisted's own headers know no order across names."""
@@ -142,8 +133,8 @@ class Channel(http.HTTPChannel):
         request.gotLength(self.length)
         if request.refusal is not None:
             self.refuse_early(request)
-        elif self._version == b"HTTP/1.1" and self.length != 0:
-            self._meet_expectation(request)
+        elif self.length != 0:
+            self._take_body(request)
 
     def checkPersistence(  # noqa: N802 - Twisted's name
         self, request: Request, version: bytes
@@ -159,14 +150,48 @@ class Channel(http.HTTPChannel):
         self._enter(Phase.SERVING, None)
         super().allContentReceived()
 
-    def _meet_expectation(self, request: Request) -> None:
-        """Ask for the body where the client waits for that (RFC 9110, section 10.1.1)."""
+    def _take_body(self, request: Request) -> None:
+        """Hold the body, or begin to serve the request while its body streams."""
         expected = list_tokens(field_values(request.fields, b"expect"))
-        if expected == [b"100-continue"]:
-            self._send100Continue()
-        elif expected:
+        if expected not in ([], [b"100-continue"]):
             request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
             self.refuse_early(request)
+            return
+        self._invited = not expected or self._version == b"HTTP/1.0"
+        if self.site.holds_body(request.fields, self._path):
+            self.invite_upload()
+        else:
+            request.upload = Upload(self, self.length)
+            request.serve(self._command, self._path, self._version)
+
+    # -- a body that streams (front.upload.Reading) ---------------------------------------------
+
+    def pause_upload(self) -> None:
+        """Read no more for now; the body's deadline stands still."""
+        if self._upload_paused_at is None and self.phase is Phase.BODY:
+            self._upload_paused_at = self.site.clock()
+            self._upload_left = self.deadline - self._upload_paused_at
+            self.deadline = math.inf
+            self._networkProducer.pauseProducing()
+
+    def resume_upload(self) -> None:
+        """Read on."""
+        if self._upload_paused_at is not None:
+            self._upload_paused_at = None
+            self.deadline = self.site.clock() + self._upload_left
+            self._networkProducer.resumeProducing()
+
+    def invite_upload(self) -> None:
+        """Tell a client that waits for it that the body may come (RFC 9110, section 10.1.1)."""
+        if not self._invited:
+            self._invited = True
+            self._send100Continue()
+
+    def resumeProducing(self) -> None:
+        """The client takes bytes again; an upload that waits goes on waiting."""
+        super().resumeProducing()
+        if self._upload_paused_at is not None:
+            self._networkProducer.pauseProducing()
 
     def refuse_early(self, request: Request) -> None:
         """Serve a request whose body is refused: what still comes is dropped."""
@@ -183,20 +208,14 @@ class Channel(http.HTTPChannel):
     def _tell_and_close(self, error: ProxyError) -> None:
         """Answer where there is no request yet that could."""
         self._discarding = True
-        body = error_body(error, Dialect.OPENAI, "")
-        head = (
-            f"HTTP/1.1 {error.status} {http.RESPONSES[error.status].decode('ascii')}\r\n"
-            f"content-type: application/json\r\nx-llmproxy-error: {error.reason}\r\n"
-            f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        self.write(head.encode("ascii") + body)
+        self.write(bare_answer(error))
         self.loseConnection()
 
     # -- out ------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         """Write, and count what was written."""
-        self._written += len(data)
+        self._progress.written += len(data)
         self.transport.write(data)
 
     def writeSequence(self, pieces: Iterable[bytes]) -> None:
@@ -205,7 +224,9 @@ class Channel(http.HTTPChannel):
 
     def requestDone(self, request: Request) -> None:
         """The answer is whole: wait for the next request, or close."""
-        if self._discarding:
+        unfinished = request.upload is not None and not request.upload.complete
+        if self._discarding or unfinished:
+            self._discarding = True
             self.requests.remove(request)
             self._lingering = True
             self._enter(Phase.CLOSING, _LINGER)
@@ -245,10 +266,9 @@ class Channel(http.HTTPChannel):
 
     def _expire(self, now: float) -> None:
         if self.phase is Phase.BODY:
-            request = self.requests[-1]
-            request.refusal = ProxyError(408, "slow_request", "The request body came too slowly.")
-            request.release()
-            self.refuse_early(request)
+            self.deadline = math.inf
+            slow = ProxyError(408, "slow_request", "The request body came too slowly.")
+            self.requests[-1].refuse(slow)
         elif self.phase is Phase.CLOSING:
             if pending_bytes(self.transport):
                 self._check_stall(now)
@@ -266,14 +286,10 @@ class Channel(http.HTTPChannel):
         """Tell a client that takes nothing from a slow one, whatever is still written to it."""
         if self.requests:
             self._stall_after = self.requests[0].stall_after  # stays behind for what it leaves
-        limit = self._stall_after
         waiting = pending_bytes(self.transport)
         if self._poll is not None:
             waiting += unacknowledged_bytes(self.transport)
-        taken = self._written - waiting
-        if not waiting or taken != self._taken or limit is None:
-            self._taken, self._taken_at = taken, now
-        elif now - self._taken_at >= limit:
+        if self._progress.has_stalled(now, waiting, self._stall_after):
             for request in list(self.requests):
                 request.abort(ClientStalled())
             self.abort()

@@ -75,6 +75,7 @@ class Exchange:
         trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
         trace.status, trace.bytes_out = self.request.status, self.request.sent
+        trace.bytes_in = self.request.body_bytes
         trace.duration_s = round(now - self.started, 6)
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
@@ -110,7 +111,6 @@ def new_trace(request: Request, *, time: float, instance: str) -> Trace:
         session=_text(value_of(fields, b"x-session-id")),
         method=request.method.decode("ascii", "backslashreplace"),
         path=request.path.decode("ascii", "backslashreplace")[:2048],
-        bytes_in=request.body_bytes,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.web.iweb import IBodyProducer
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
@@ -27,11 +28,12 @@ from llmproxy.front.admission import METHODS, admit
 from llmproxy.front.exchange import Exchange, new_trace
 from llmproxy.front.request import Request
 from llmproxy.headers import (
+    Fields,
     for_client,
     for_provider,
     value_of,
 )
-from llmproxy.policy.ask import Ask, read_ask
+from llmproxy.policy.ask import Ask, is_held, read_ask
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.body import BodyError, replace_model
 from llmproxy.policy.routes import Choice, Routes
@@ -95,12 +97,17 @@ class Gateway(Resource):
         """How many requests are being served."""
         return len(self._running)
 
+    def holds_body(self, fields: Fields, target: bytes) -> bool:
+        """Tell whether a request's body must be whole before it is served, or streams."""
+        kind = value_of(fields, b"content-type")
+        return is_held(kind, model_matters=self.routes.model_matters(target.partition(b"?")[0]))
+
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
         trace = new_trace(request, time=self._wall(), instance=self._instance)
         exchange = Exchange(request, trace, self._clock())
         self._running.add(exchange)
-        self._metrics.active += 1
+        self._metrics.request_began()
 
         def client_left(why: ClientGone) -> None:
             exchange.left, exchange.left_at = why, self._clock()
@@ -203,9 +210,9 @@ class Gateway(Resource):
 
     async def _send(self, exchange: Exchange, choice: Choice, ask: Ask) -> Answer:
         request, trace, provider = exchange.request, exchange.trace, choice.provider
-        body = request.body
+        body: bytes | IBodyProducer = request.upload or request.body
         if choice.model is not None and ask.model_span is not None:
-            body = replace_model(body, ask.model_span, choice.model)
+            body = replace_model(request.body, ask.model_span, choice.model)
         fields = for_provider(
             request.fields,
             pass_credential=provider.pass_credential,
@@ -240,9 +247,7 @@ class Gateway(Resource):
         finally:
             seconds = self._clock() - sent_at
             trace.attempts.append(Attempt(provider.name, outcome, round(seconds, 6), cause))
-            self._metrics.attempts[provider.name, outcome] += 1
-            if cause is not None:
-                self._metrics.causes[provider.name, cause] += 1
+            self._metrics.attempted(provider.name, outcome, cause)
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return exchange.answer
@@ -286,11 +291,7 @@ class Gateway(Resource):
         self._running.discard(exchange)
 
     def _count(self, trace: Trace, request: Request, end: EndReason) -> None:
-        metrics = self._metrics
-        metrics.active -= 1
-        metrics.took_in(trace.bytes_in)
-        metrics.ended[end.value,] += 1
         status = "none" if trace.status is None else f"{trace.status // 100}xx"
         method = trace.method if request.method in METHODS else "other"
         labels = (trace.route or "", trace.provider or "", trace.client or "", method, status)
-        metrics.requests[labels] += 1
+        self._metrics.request_ended(labels, end.value, trace.bytes_in)

@@ -19,7 +19,9 @@ from twisted.web.resource import IResource
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import Cut
-from llmproxy.front.channel import Channel, Phase
+from llmproxy.front.channel import Channel
+from llmproxy.front.progress import Phase
+from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
 
 _log = Logger()
@@ -35,6 +37,8 @@ class Site(server.Site):
         timeouts: the deadlines towards clients.
         limits: what a request may hold.
         body_limit: from a raw target to the most bytes of its body.
+        holds_body: from fields and raw target to whether the body is held before the request is
+            served, rather than streamed; by default it always is.
 
     Attributes:
         channels: the open client connections.
@@ -54,12 +58,14 @@ class Site(server.Site):
         limits: Limits,
         *,
         body_limit: Callable[[bytes], int],
+        holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
     ) -> None:
         super().__init__(resource, reactor=reactor)
         self.clock = clock
         self.timeouts = timeouts
         self.limits = limits
         self.body_limit = body_limit
+        self.holds_body = holds_body
         self.channels: set[Channel] = set()
         self.held_bytes = 0
         self.draining = False

@@ -14,7 +14,8 @@ from typing import Any
 from twisted.python.failure import Failure
 from twisted.web import http, server
 
-from llmproxy.errors import ClientGone, ProxyError
+from llmproxy.errors import ClientGone, Dialect, ProxyError, error_body
+from llmproxy.front.upload import Upload
 from llmproxy.wire.grammar import LAST_CHUNK, Fields, chunk
 
 _BODY_GRACE = 1 / 65536
@@ -26,7 +27,8 @@ class Request(server.Request):
 
     Attributes:
         fields: the header fields in their order, names in lower case.
-        body: the whole request body.
+        body: the whole request body, where it is held.
+        upload: the request body, where it streams.
         refusal: why the request cannot be served, where the wire knows already.
         gone: called once with the reason where the client leaves before the answer is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
@@ -43,6 +45,7 @@ class Request(server.Request):
         self.site = channel.site
         self.fields: Fields = []
         self.body = b""
+        self.upload: Upload | None = None
         self.refusal: ProxyError | None = None
         self.gone: Callable[[ClientGone], None] | None = None
         self.stall_after: float | None = channel.site.timeouts.client_stall
@@ -60,28 +63,36 @@ class Request(server.Request):
 
     def gotLength(self, length: int | None) -> None:
         """The head is in: bound the body before the first byte of it."""
-        self._limit = self.site.body_limit(self.channel.raw_target)
+        self._limit = self.site.body_limit(self.channel._path)  # the target; Twisted tells it later
         if length is not None and length > self._limit:
             self.refusal = _too_large(self._limit)
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
-        """Hold one piece of the body, within the request's and the process's bound."""
-        if self.refusal is not None:
+        """Take one piece of the body: pass it on, or hold it within the bounds."""
+        if self.refusal is not None or self._ended:
             return
         site = self.site
         self.body_bytes += len(data)
         self.channel.deadline += len(data) * _BODY_GRACE
         if self.body_bytes > self._limit:
-            self.refusal = _too_large(self._limit)
+            self.refuse(_too_large(self._limit))
+        elif self.upload is not None:
+            self.upload.feed(data)
         elif site.held_bytes + len(data) > site.limits.request_memory:
-            self.refusal = _memory_full()
+            self.refuse(_memory_full())
         else:
             self._parts.append(data)
             self._held += len(data)
             site.held_bytes += len(data)
-            return
+
+    def refuse(self, error: ProxyError) -> None:
+        """Refuse the request in the middle of its body; what still comes is dropped."""
+        self.refusal = error
         self.release()
-        self.channel.refuse_early(self)
+        if self.upload is None:
+            self.channel.refuse_early(self)
+        else:
+            self.upload.fail(error)
 
     def release(self) -> None:
         """Let go of the body; what it held counts no more."""
@@ -91,12 +102,19 @@ class Request(server.Request):
         self.body = b""
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """The body is in (or refused): serve the request."""
+        """The body is in (or refused): serve the request, unless it is being served already."""
+        if self.upload is not None:
+            self.upload.end()
+            return
+        self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts = []
+        self.serve(command, path, version)
+
+    def serve(self, command: bytes, path: bytes, version: bytes) -> None:
+        """Serve the request, whose body is held, refused or streams."""
         self.method, self.uri, self.clientproto = command, path, version
         self.path = path.partition(b"?")[0]
         self.args = {}
-        self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts = []
         self.process()
 
     def process(self) -> None:
@@ -133,7 +151,7 @@ class Request(server.Request):
                 head.append(b"transfer-encoding: chunked\r\n")
             else:
                 self.channel.persistent = 0
-        if self.site.draining:
+        if self.site.draining or (self.upload is not None and not self.upload.complete):
             self.channel.persistent = 0
         if not self.channel.persistent:
             head.append(b"connection: close\r\n")
@@ -235,6 +253,17 @@ class Request(server.Request):
         waiting, self.notifications = self.notifications, []
         for deferred in waiting:
             deferred.callback(None)
+
+
+def bare_answer(error: ProxyError) -> bytes:
+    """Return a whole answer, head and all, for where there is no request yet that could be told."""
+    body = error_body(error, Dialect.OPENAI, "")
+    head = (
+        f"HTTP/1.1 {error.status} {http.RESPONSES[error.status].decode('ascii')}\r\n"
+        f"content-type: application/json\r\nx-llmproxy-error: {error.reason}\r\n"
+        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("ascii") + body
 
 
 def _too_large(limit: int) -> ProxyError:

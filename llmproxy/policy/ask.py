@@ -21,6 +21,7 @@ from llmproxy.policy.body import (
     path_model,
 )
 
+_FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 """Types that curl and old SDKs put on JSON; Ollama, for one, reads it as JSON all the same."""
 
@@ -62,13 +63,25 @@ def read_ask(content_type: bytes | None, body: bytes, path: bytes) -> Ask:
     """
     facts, json, named = JsonFacts(), False, None
     kind = media_type(content_type)
-    if kind == b"multipart/form-data" and body:
+    if kind == _FORM and body:
         named = multipart_model(content_type or b"", body)
     elif body and (is_json(content_type) or (kind in _PERHAPS_JSON and _opens_object(body))):
         facts, json = inspect_json(body), True
         named = facts.model
     models = tuple(dict.fromkeys(m for m in (named, path_model(path)) if m is not None))
     return Ask(models, facts.model_span, json, facts)
+
+
+def is_held(content_type: bytes | None, *, model_matters: bool) -> bool:
+    """Tell whether a body of this type is held, so that it can be looked into and sent again.
+
+    JSON is, and what some providers take for JSON; a form where its model decides something.  Every
+    other body streams upwards.
+    """
+    kind = media_type(content_type)
+    if kind == _FORM:
+        return model_matters
+    return is_json(content_type) or kind in _PERHAPS_JSON
 
 
 def _opens_object(body: bytes) -> bool:

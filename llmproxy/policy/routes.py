@@ -48,6 +48,7 @@ class Routes:
         self._default_limit = config.limits.request_body
         self._entries = [self._prepare(config, route) for route in config.routes]
         self._entries.sort(key=_rank)
+        self._clients_restricted = any(c.models != ("*",) for c in config.clients.values())
         self._client_models = {
             client.name: _matcher(client.models) for client in config.clients.values()
         }
@@ -93,6 +94,14 @@ class Routes:
             if _is_below(path, entry)
         ]
         return max(limits, default=self._default_limit)
+
+    def model_matters(self, path: bytes) -> bool:
+        """Tell whether a body's model could decide anything at this path, whoever calls."""
+        return self._clients_restricted or any(
+            entry.route.models is not None or entry.route.override
+            for entry in self._entries
+            if _is_below(path, entry)
+        )
 
     def must_look_inside(self, path: bytes, host: str, client: Client) -> bool:
         """Tell whether the body's model decides anything for this request."""

@@ -7,10 +7,13 @@ their traceback in ``traceback``.  What is not JSON becomes text; nothing raises
 
 from __future__ import annotations
 
-from typing import IO, Any
+import sys
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 import msgspec
 from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
 from llmproxy.record.trace import timestamp
@@ -60,3 +63,17 @@ def _render(event: LogEvent) -> dict[str, Any]:
         if not name.startswith("log_") and name not in _NOISE and name not in rendered:
             rendered[name] = value if isinstance(value, _PLAIN) else str(value)
     return rendered
+
+
+def log_opener(twistd: Mapping[str, Any] | None) -> Callable[[], IO[str]] | None:
+    """Return what opens the log file that twistd's options name.
+
+    None where there are no options, or the operator chose an observer of Twisted's (``--logger``,
+    ``--syslog``), which then decides the format.
+    """
+    if twistd is None or twistd.get("logger") or twistd.get("syslog"):
+        return None
+    name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
+    if name == "-":
+        return lambda: sys.stdout
+    return lambda: cast("IO[str]", LogFile.fromFullPath(name, rotateLength=None))

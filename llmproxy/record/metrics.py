@@ -82,18 +82,16 @@ class Metrics:
 
     Attributes:
         live: the bodies that are being relayed.
-        gauges: called at a scrape for figures that others hold: a name, help, label names, and a
-            function that returns values by labels.
     """
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
         self.live: set[Live] = set()
-        self.requests: dict[Labels, int] = defaultdict(int)
-        self.ended: dict[Labels, int] = defaultdict(int)
-        self.attempts: dict[Labels, int] = defaultdict(int)
-        self.causes: dict[Labels, int] = defaultdict(int)
-        self.active = 0
+        self._requests: dict[Labels, int] = defaultdict(int)
+        self._ended: dict[Labels, int] = defaultdict(int)
+        self._attempts: dict[Labels, int] = defaultdict(int)
+        self._causes: dict[Labels, int] = defaultdict(int)
+        self._active = 0
         self.head = Tally(_SECONDS)
         self.first_chunk = Tally(_SECONDS)
         self.gap = Tally(_SECONDS)
@@ -128,9 +126,28 @@ class Metrics:
             self._bytes["out"] += body.byte_count
             self._paused_s += body.paused_s
 
-    def took_in(self, size: int) -> None:
-        """A request body of so many bytes came in."""
-        self._bytes["in"] += size
+    def attempted(self, provider: str, outcome: str, cause: str | None) -> None:
+        """A provider was tried."""
+        self._attempts[provider, outcome] += 1
+        if cause is not None:
+            self._causes[provider, cause] += 1
+
+    def request_began(self) -> None:
+        """A request is being served."""
+        self._active += 1
+
+    def request_ended(self, labels: Labels, reason: str, bytes_in: int) -> None:
+        """It is over.
+
+        Args:
+            labels: route, provider, client, method and status class, empty where there is none.
+            reason: the end reason.
+            bytes_in: of its body.
+        """
+        self._active -= 1
+        self._requests[labels] += 1
+        self._ended[reason,] += 1
+        self._bytes["in"] += bytes_in
 
     # -- at a scrape ----------------------------------------------------------------------------
 
@@ -150,11 +167,11 @@ class Metrics:
                 "Requests that ended.",
                 labels=["route", "provider", "client", "method", "status"],
             ),
-            self.requests.items(),
+            self._requests.items(),
         )
         yield _family(
             CounterMetricFamily(_PREFIX + "ended", "Why requests ended.", labels=["reason"]),
-            self.ended.items(),
+            self._ended.items(),
         )
         yield _family(
             CounterMetricFamily(
@@ -162,7 +179,7 @@ class Metrics:
                 "Tries at a provider.",
                 labels=["provider", "outcome"],
             ),
-            self.attempts.items(),
+            self._attempts.items(),
         )
         yield _family(
             CounterMetricFamily(
@@ -170,7 +187,7 @@ class Metrics:
                 "Tries at a provider that failed, where the outcome has several causes.",
                 labels=["provider", "cause"],
             ),
-            self.causes.items(),
+            self._causes.items(),
         )
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(
@@ -186,7 +203,7 @@ class Metrics:
 
     def _gauges(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            _PREFIX + "active_streams", "Requests that are being served.", value=self.active
+            _PREFIX + "active_streams", "Requests that are being served.", value=self._active
         )
         yield GaugeMetricFamily(
             _PREFIX + "paused_streams",

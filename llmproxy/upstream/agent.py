@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from llmproxy.config import Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.connect import Attempt, Connector
+from llmproxy.upstream.deadline import Late, within
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
@@ -32,8 +33,6 @@ from llmproxy.wire.transport import is_quiet
 
 _HINT_MARGIN = 1.0
 """Seconds by which an idle connection is given up before its provider says that it does."""
-
-_Result = TypeVar("_Result")
 
 
 @implementer(IAgent)
@@ -143,7 +142,7 @@ class ProviderAgent:
             fires with the :class:`Answer`.  Cancelling it aborts whatever is under way at once.  It
             fails with ``ProxyError``.
         """
-        sending = Deferred.fromCoroutine(self._send(order, method, body))
+        sending = Deferred.fromCoroutine(self._tell_lateness(order, method, body))
         cancelled = False
 
         def cancel(_: Deferred[Answer]) -> None:
@@ -160,60 +159,56 @@ class ProviderAgent:
         sending.addCallbacks(answer.callback, failed)
         return answer
 
+    async def _tell_lateness(
+        self, order: Order, method: bytes, body: IBodyProducer | None
+    ) -> Answer:
+        try:
+            return await self._send(order, method, body)
+        except Late as late:
+            raise upstream_timeout(str(late), may_have_run=order.sent) from None
+
     async def _send(self, order: Order, method: bytes, body: IBodyProducer | None) -> Answer:
         connection = self._take(order.credential)
         if connection is None:
             attempt = self._connector.connect(order.credential)
             self._connecting.add(attempt)
             try:
-                connection = await self._within(
-                    order.timeouts.connect, lambda: attempt.phase, attempt.connected, order
+                connection = await within(
+                    self._reactor, order.timeouts.connect, attempt.connected, lambda: attempt.phase
                 )
             finally:
                 self._connecting.discard(attempt)
             self._live.add(connection)
+        return await self._ask(connection, order, method, body)
+
+    async def _ask(
+        self, connection: Connection, order: Order, method: bytes, body: IBodyProducer | None
+    ) -> Answer:
+        """Send the request and await its head: ``first_byte`` after it was sent.
+
+        While a body is being sent, the clock begins anew as long as the provider takes some of it.
+        """
         head = self._head(method, order, body)
         order.sent = True
-        return await self._within(
-            order.timeouts.first_byte,
-            lambda: "first_byte",
-            connection.send(method, head, body),
-            order,
-        )
+        step = connection.send(method, head, body)
+        taken: int | None = None
 
-    async def _within(
-        self,
-        seconds: float | None,
-        phase: Callable[[], str],
-        step: Deferred[_Result],
-        order: Order,
-    ) -> _Result:
-        """Await ``step`` for at most so many seconds; whoever gives up cancels it."""
-        if seconds is None:
-            return await step
-        late = ""
+        def phase() -> str | None:
+            nonlocal taken
+            before, taken = taken, connection.taken()
+            if taken is None:
+                return "first_byte" if before is None else None
+            return "request" if taken == before else None
 
-        def expire() -> None:
-            nonlocal late
-            late = phase()
-            step.cancel()
-
-        timer = self._reactor.callLater(seconds, expire)
-        try:
-            return await step
-        except Exception:
-            if late:
-                raise upstream_timeout(late, may_have_run=order.sent) from None
-            raise
-        finally:
-            if timer.active():
-                timer.cancel()
+        return await within(self._reactor, order.timeouts.first_byte, step, phase)
 
     def _head(self, method: bytes, order: Order, body: IBodyProducer | None) -> bytes:
         lines = [method, b" ", order.target, b" HTTP/1.1\r\n", self._host_line]
         for name, value in order.fields:
             lines += (name, b": ", value, b"\r\n")
-        if body is not None:
+        if body is not None and body.length is UNKNOWN_LENGTH:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif body is not None:
             lines.append(b"content-length: %d\r\n" % body.length)
         elif method in (b"POST", b"PUT", b"PATCH"):
             lines.append(b"content-length: 0\r\n")

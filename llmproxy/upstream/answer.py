@@ -41,12 +41,13 @@ class Holder(Protocol):
 class WholeReader:
     """Reads a body of ``left`` bytes, or one that ends with the connection (None)."""
 
-    __slots__ = ("done", "extra", "left")
+    __slots__ = ("done", "error", "extra", "left")
 
     def __init__(self, left: int | None) -> None:
         self.left = left
         self.done = left == 0
         self.extra = b""
+        self.error: BadMessage | None = None
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes, cut anywhere, and return the content in them."""

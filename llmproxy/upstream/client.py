@@ -14,15 +14,14 @@ from typing import Any, cast
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IConsumer
+from twisted.internet.defer import Deferred
 from twisted.web.iweb import IBodyProducer
-from zope.interface import implementer
 
 from llmproxy.config import Config, Provider, Timeouts
 from llmproxy.headers import KEY_FIELDS
 from llmproxy.upstream.agent import Order, ProviderAgent
 from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.body import HeldBody
 from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
 
@@ -69,53 +68,10 @@ class PreparedUrl(EncodedURL):
         return url
 
 
-@implementer(IBodyProducer)
-class HeldBody:
-    """A request body that is held in memory, written as fast as the provider takes it.
-
-    Up to one slice goes out at once; more is written slice by slice, whenever the transport has
-    sent the one before.
-    """
-
-    SLICE = 65536
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-        self._consumer: IConsumer | None = None
-        self.length = len(data)
-
-    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Write the body; fires once the kernel has the last byte, or at once where it is short."""
-        if self.length <= self.SLICE:
-            consumer.write(self._data)
-            return succeed(None)
-        self._consumer = consumer
-        self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
-        done = self._done
-        consumer.registerProducer(self, False)
-        return done
-
-    def resumeProducing(self) -> None:
-        """Write the next slice; the transport has sent the one before."""
-        if self._consumer is None:
-            return
-        start = self._position
-        if start >= self.length:
-            self.stopProducing()
-            self._done.callback(None)
-            return
-        self._position = start + self.SLICE
-        self._consumer.write(self._data[start : self._position])
-
-    def pauseProducing(self) -> None:
-        """Nothing to do: a pull producer writes only when it is asked."""
-
-    def stopProducing(self) -> None:
-        """Write no more; the Deferred never fires unless the body was whole."""
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            consumer.unregisterProducer()
+def _producer(body: bytes | IBodyProducer) -> IBodyProducer | None:
+    if isinstance(body, bytes):
+        return HeldBody(body) if body else None
+    return body
 
 
 class Upstream:
@@ -150,7 +106,7 @@ class Upstream:
         method: str,
         target: bytes,
         fields: Fields,
-        body: bytes | None,
+        body: bytes | IBodyProducer,
         *,
         credential: bytes,
         timeouts: Timeouts,
@@ -160,7 +116,7 @@ class Upstream:
         Args:
             target: path and query, byte for byte.
             fields: header fields in order, without ``Host`` and framing.
-            body: the whole body, or None.
+            body: the whole body, or what produces it.
             credential: keeps connections of different credentials apart.
 
         Returns:
@@ -172,7 +128,7 @@ class Upstream:
         answer: Deferred[Any] = client.request(
             method,
             self._urls[provider.name],
-            data=HeldBody(body) if body else None,
+            data=_producer(body),
             cookies=_NO_COOKIES,
             allow_redirects=False,
             unbuffered=True,

@@ -38,6 +38,7 @@ from llmproxy.upstream.answer import (
     keep_alive_hint,
     read_answer,
 )
+from llmproxy.upstream.body import Sending
 from llmproxy.upstream.tls import Verdict
 from llmproxy.wire.grammar import BadMessage
 from llmproxy.wire.transport import notice_vanished_peer, pending_bytes
@@ -159,27 +160,30 @@ class Connection(Protocol):
         self._buffer = b""
         self._interim = 0
         self._until_close = False
-        self._sending: Deferred[None] | None = None
-        self._body = body
+        self._sending: Sending | None = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
         self._transport.write(head)
         if body is not None:
-            self._sending = body.startProducing(self._transport)
-            self._sending.addCallbacks(self._sent, self._sending_failed)
+            self._sending = Sending(self._transport, body, self._sending_failed)
         return answer
 
-    def _sent(self, _: None) -> None:
-        self._sending = None
+    def taken(self) -> int | None:
+        """Return how much of the request's body the kernel has taken; None once it was all sent."""
+        sending = self._sending
+        return sending.taken() if sending is not None and sending.active else None
 
     def _sending_failed(self, failure: Failure) -> None:
-        self._sending = None
+        """The body will not be whole, so neither can the request be: give the connection up."""
         self.abort()
+        if self.state is State.ASKED:
+            self._fail_answer(failure.value)
+        elif self.state is State.FLOWING:
+            self._end_body(failure)
 
     def _stop_sending(self) -> None:
-        if self._sending is not None and self._body is not None:
-            self._sending = None
-            self._body.stopProducing()
+        if self._sending is not None:
+            self._sending.stop()
 
     # -- the answer -----------------------------------------------------------------------------
 
@@ -237,7 +241,7 @@ class Connection(Protocol):
             self._transport.pauseProducing()
         return True
 
-    def _fail_answer(self, error: Exception) -> None:
+    def _fail_answer(self, error: BaseException | None) -> None:
         deferred, self._answer = self._answer, None
         if deferred is not None and not deferred.called:
             deferred.errback(error)
@@ -260,14 +264,13 @@ class Connection(Protocol):
 
     def _read_body(self, data: bytes) -> None:
         reader = self._reader
-        try:
-            content = reader.feed(data)
-        except BadMessage as error:
-            self.abort()
-            self._end_body(Failure(upstream_protocol(str(error))))
-            return
+        content = reader.feed(data)
         if content and self._consumer is not None:
             self._consumer.dataReceived(content)
+        if reader.error is not None:
+            self.abort()
+            self._end_body(Failure(upstream_protocol(str(reader.error))))
+            return
         if reader.done and self._consumer is not None:
             self._settle(reader.extra)
             self._end_body(_DONE)
@@ -276,7 +279,7 @@ class Connection(Protocol):
         """The answer is whole: keep the connection for another, or close it."""
         if self.state is State.CLOSED:
             return
-        unsent = self._sending is not None or pending_bytes(self._transport) > 0
+        unsent = self.taken() is not None or pending_bytes(self._transport) > 0
         if extra or unsent or not self._persistent or self.aborted:
             self._stop_sending()
             self.abort()

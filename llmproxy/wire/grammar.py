@@ -118,9 +118,14 @@ class ChunkedReader:
 
     Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
     an unfinished line is kept from one call to the next.
+
+    Attributes:
+        done: the body has ended.
+        extra: what followed its end in the read that ended it.
+        error: what is wrong with the coding, where something is; nothing is read any more.
     """
 
-    __slots__ = ("_left", "_line", "_step", "_trailer_bytes", "done", "extra")
+    __slots__ = ("_left", "_line", "_step", "_trailer_bytes", "done", "error", "extra")
 
     def __init__(self) -> None:
         self._left = 0
@@ -129,21 +134,25 @@ class ChunkedReader:
         self._trailer_bytes = 0
         self.done = False
         self.extra = b""
-        """What followed the end of the body in the read that ended it."""
+        self.error: BadMessage | None = None
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes, cut anywhere, and return the content in them, joined.
 
-        Raises:
-            BadMessage: the bytes are not the chunked coding.
+        What came before an error is returned, too; the error is in :attr:`error`.
         """
+        if self.error is not None:
+            return b""
         if self._line:
             data = self._line + data
             self._line = b""
         content: list[bytes] = []
         position = 0
-        while position >= 0 and not self.done:
-            position = self._step(data, position, content)
+        try:
+            while position >= 0 and not self.done:
+                position = self._step(data, position, content)
+        except BadMessage as error:
+            self.error = error
         if self.done:
             self.extra = data[position:] if position >= 0 else b""
         return content[0] if len(content) == 1 else b"".join(content)

@@ -1,0 +1,145 @@
+"""Request bodies on their way to a provider: held in memory, or framed while they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IConsumer
+from twisted.python.failure import Failure
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
+from zope.interface import implementer
+
+from llmproxy.wire.grammar import LAST_CHUNK, chunk
+from llmproxy.wire.transport import pending_bytes
+
+
+@implementer(IBodyProducer)
+class HeldBody:
+    """A request body that is held in memory, written as fast as the provider takes it.
+
+    Up to one slice goes out at once; more is written slice by slice, whenever the transport has
+    sent the one before.
+    """
+
+    SLICE = 65536
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._position = 0
+        self._consumer: IConsumer | None = None
+        self.length = len(data)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write the body; fires once the kernel has the last byte, or at once where it is short."""
+        if self.length <= self.SLICE:
+            consumer.write(self._data)
+            return succeed(None)
+        self._consumer = consumer
+        self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
+        done = self._done
+        consumer.registerProducer(self, False)
+        return done
+
+    def resumeProducing(self) -> None:
+        """Write the next slice; the transport has sent the one before."""
+        if self._consumer is None:
+            return
+        start = self._position
+        if start >= self.length:
+            self.stopProducing()
+            self._done.callback(None)
+            return
+        self._position = start + self.SLICE
+        self._consumer.write(self._data[start : self._position])
+
+    def pauseProducing(self) -> None:
+        """Nothing to do: a pull producer writes only when it is asked."""
+
+    def stopProducing(self) -> None:
+        """Write no more; the Deferred never fires unless the body was whole."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.unregisterProducer()
+
+
+@implementer(IConsumer)
+class BodySink:
+    """What a request body is written to: a provider's transport, and the framing of the body.
+
+    Args:
+        transport: the provider's.
+        chunked: the body's length is unknown, so it goes in the chunked coding.
+
+    Attributes:
+        written: bytes that were written so far.
+    """
+
+    def __init__(self, transport: Any, *, chunked: bool) -> None:
+        self._transport = transport
+        self._chunked = chunked
+        self.written = 0
+
+    def write(self, data: bytes) -> None:
+        """Write one piece; an empty one would be the last chunk, and is none."""
+        self.written += len(data)
+        if not self._chunked:
+            self._transport.write(data)
+        elif data:
+            self._transport.writeSequence(chunk(data))
+
+    def finish(self) -> None:
+        """The body is whole."""
+        if self._chunked:
+            self._transport.write(LAST_CHUNK)
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Let the transport pause and resume ``producer``."""
+        self._transport.registerProducer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        """The producer is done."""
+        self._transport.unregisterProducer()
+
+
+class Sending:
+    """One body that is being sent.
+
+    Args:
+        transport: the provider's.
+        body: produces it.
+        failed: called with the failure where the body will not be whole.
+
+    Attributes:
+        active: not all of it was written yet.
+    """
+
+    def __init__(
+        self, transport: Any, body: IBodyProducer, failed: Callable[[Failure], None]
+    ) -> None:
+        self._transport = transport
+        self._body = body
+        self._failed = failed
+        self._sink = BodySink(transport, chunked=body.length is UNKNOWN_LENGTH)
+        self.active = True
+        body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
+
+    def taken(self) -> int:
+        """Return how much of the body the kernel has taken, in bytes."""
+        return self._sink.written - pending_bytes(self._transport)
+
+    def stop(self) -> None:
+        """Send no more."""
+        if self.active:
+            self.active = False
+            self._body.stopProducing()
+
+    def _sent(self, _: None) -> None:
+        self.active = False
+        self._sink.finish()
+
+    def _broke(self, failure: Failure) -> None:
+        if self.active:
+            self.active = False
+            self._failed(failure)
