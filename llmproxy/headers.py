@@ -8,6 +8,8 @@ names: the hop-by-hop fields, those that can carry a client's key, and those tha
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from llmproxy.errors import ProxyError
 
 Fields = list[tuple[bytes, bytes]]
@@ -41,16 +43,26 @@ def value_of(fields: Fields, name: bytes) -> bytes | None:
     return None
 
 
+def host_of(fields: Fields) -> str:
+    """Return the name in ``Host``, in lower case, without its port."""
+    value = (value_of(fields, b"host") or b"").decode("ascii", "replace").lower()
+    name, colon, port = value.rpartition(":")
+    return name if colon and (port.isdigit() or not port) else value
+
+
 def nominated(fields: Fields) -> set[bytes]:
     """Return every field name that a ``Connection`` line nominates, in lower case."""
     lines = [value for name, value in fields if name == b"connection"]
     return {token.strip(b" \t").lower() for line in lines for token in line.split(b",")}
 
 
-def refuse_disguised(fields: Fields) -> None:
+def refuse_disguised(fields: Fields, credentials: Container[bytes] = ()) -> None:
     """Refuse a name with ``_`` that spells a field which the proxy owns or drops.
 
     Servers behind CGI-like gateways read ``x_api_key`` and ``x-api-key`` as one.
+
+    Args:
+        credentials: the fields that carry providers' credentials.
 
     Raises:
         ProxyError: 400, naming the field.
@@ -58,7 +70,8 @@ def refuse_disguised(fields: Fields) -> None:
     for name, _ in fields:
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
-            if spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or _has_owned_prefix(spelt):
+            owned = spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or spelt == b"via"
+            if owned or spelt in credentials or _has_owned_prefix(spelt):
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )

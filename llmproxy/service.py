@@ -172,6 +172,7 @@ class ProxyService(Service):
             config.limits,
             body_limit=self.gateway.routes.body_limit,
             holds_body=self.gateway.holds_body,
+            early_refusal=self.gateway.early_refusal,
         )
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.gateway.running

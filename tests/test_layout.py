@@ -42,6 +42,7 @@ ORDER = (
     "llmproxy.front.pace",
     "llmproxy.front.http",
     "llmproxy.front.channel",
+    "llmproxy.front.receiver",
     "llmproxy.front.progress",
     "llmproxy.front.request",
     "llmproxy.front.upload",

@@ -7,19 +7,33 @@ and costs next to nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llmproxy.errors import ProxyError
 from llmproxy.front.request import Request
-from llmproxy.headers import media_type, nominated, refuse_disguised, value_of
-from llmproxy.policy.routes import refuse_dots
+from llmproxy.headers import host_of, media_type, nominated, refuse_disguised, value_of
+from llmproxy.policy.auth import Auth
+from llmproxy.policy.routes import Routes, refuse_dots
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 
 
-def admit(request: Request, pseudonym: bytes) -> None:
-    """Let ``request`` pass, or refuse it.
+class Rules(NamedTuple):
+    """What the first look goes by.
 
-    Args:
+    Attributes:
         pseudonym: ours in ``Via``, in lower case.
+        credentials: the fields that carry providers' credentials.
+    """
+
+    pseudonym: bytes
+    credentials: frozenset[bytes]
+    auth: Auth
+    routes: Routes
+
+
+def admit(request: Request, rules: Rules) -> None:
+    """Let ``request`` pass, or refuse it.
 
     Raises:
         ProxyError: why it cannot be served, whatever the wire knew already included.
@@ -35,9 +49,22 @@ def admit(request: Request, pseudonym: bytes) -> None:
     upgrade = media_type(value_of(request.fields, b"upgrade"))
     if upgrade == b"websocket" and b"upgrade" in nominated(request.fields):
         raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
-    if any(pseudonym in _hops(v) for name, v in request.fields if name == b"via"):
+    if any(rules.pseudonym in _hops(v) for name, v in request.fields if name == b"via"):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
-    refuse_disguised(request.fields)
+    refuse_disguised(request.fields, rules.credentials)
+
+
+def early_refusal(request: Request, rules: Rules) -> ProxyError | None:
+    """Return why ``request`` is refused whatever its body says, or None where that depends."""
+    host = host_of(request.fields)
+    try:
+        admit(request, rules)
+        passes = rules.routes.pass_credential(request.path, host)
+        rules.auth.identify(request.fields, pass_credential=passes)
+        rules.routes.known_path(request.path, host)
+    except ProxyError as error:
+        return error
+    return None
 
 
 def _hops(via: bytes) -> list[bytes]:

@@ -15,7 +15,7 @@ from twisted.web.http import datetimeToString
 
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
 from llmproxy.front.request import Request
-from llmproxy.headers import Fields, is_ndjson, is_stream, value_of
+from llmproxy.headers import Fields, host_of, is_ndjson, is_stream, value_of
 from llmproxy.policy.routes import Choice
 from llmproxy.record.trace import Trace, timestamp
 from llmproxy.stream.relay import Relay
@@ -35,7 +35,7 @@ class Exchange:
         self.trace = trace
         self.started = started
         self.path = request.path
-        self.host = _host(request.fields)
+        self.host = host_of(request.fields)
         self.left: ClientGone | None = None
         self.left_at = 0.0
         self.late = False
@@ -45,6 +45,12 @@ class Exchange:
         self.content_type: bytes | None = None
         self.task: Deferred[None] = succeed(None)
         self.timer: Any = None
+
+    def expire(self) -> None:
+        """The request has taken longer than ``total``: cancel it, whatever it waits for."""
+        self.timer = None
+        self.late = True
+        self.task.cancel()
 
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
         """Tell the client; where it has bytes of an answer already, only the break can tell.
@@ -129,13 +135,6 @@ def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -
     if error.may_have_run:
         fields.append((b"x-should-retry", b"false"))
     return fields
-
-
-def _host(fields: Fields) -> str:
-    """Return the name in ``Host``, in lower case, without its port."""
-    value = (value_of(fields, b"host") or b"").decode("ascii", "replace").lower()
-    name, colon, port = value.rpartition(":")
-    return name if colon and port.isdigit() else value
 
 
 def _text(value: bytes | None) -> str | None:

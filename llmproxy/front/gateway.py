@@ -24,7 +24,7 @@ from llmproxy.errors import (
     ProxyError,
     upstream_timeout,
 )
-from llmproxy.front.admission import METHODS, admit
+from llmproxy.front.admission import METHODS, Rules, admit, early_refusal
 from llmproxy.front.exchange import Exchange, new_trace
 from llmproxy.front.request import Request
 from llmproxy.headers import (
@@ -86,6 +86,8 @@ class Gateway(Resource):
         self._instance = instance
         self._via = config.proxy.via.encode("ascii")
         self._credentials = {p.name: credential_field(p) for p in config.providers.values()}
+        owned = frozenset(field[0] for field in self._credentials.values() if field is not None)
+        self._rules = Rules(self._via.lower(), owned, self._auth, self.routes)
         self._defaults = {
             p.name: tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in p.headers)
             for p in config.providers.values()
@@ -101,6 +103,10 @@ class Gateway(Resource):
         """Tell whether a request's body must be whole before it is served, or streams."""
         kind = value_of(fields, b"content-type")
         return is_held(kind, model_matters=self.routes.model_matters(target.partition(b"?")[0]))
+
+    def early_refusal(self, request: Request) -> ProxyError | None:
+        """Return why ``request`` is refused before its body is read, or None."""
+        return early_refusal(request, self._rules)
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
@@ -122,7 +128,7 @@ class Gateway(Resource):
 
     async def _tell(self, exchange: Exchange) -> EndReason:
         request, trace = exchange.request, exchange.trace
-        admit(request, self._via.lower())
+        admit(request, self._rules)
         client = self._identify(exchange)
         ask = self._look_inside(exchange, client)
         choice = self._choose(exchange, client, ask)
@@ -205,7 +211,7 @@ class Gateway(Resource):
         trace.dialect = choice.provider.dialect.value
         trace.stream = ask.wants_stream(choice.provider.dialect, exchange.path)
         if choice.timeouts.total is not None:
-            exchange.timer = self._reactor.callLater(choice.timeouts.total, self._expire, exchange)
+            exchange.timer = self._reactor.callLater(choice.timeouts.total, exchange.expire)
         return choice
 
     async def _send(self, exchange: Exchange, choice: Choice, ask: Ask) -> Answer:
@@ -269,11 +275,6 @@ class Gateway(Resource):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
-
-    def _expire(self, exchange: Exchange) -> None:
-        exchange.timer = None
-        exchange.late = True
-        exchange.task.cancel()
 
     # -- its end --------------------------------------------------------------------------------
 

@@ -18,9 +18,10 @@ from twisted.web import http, server
 from twisted.web.resource import IResource
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.errors import Cut
+from llmproxy.errors import Cut, ProxyError
 from llmproxy.front.channel import Channel
 from llmproxy.front.progress import Phase
+from llmproxy.front.request import Request
 from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
 
@@ -39,6 +40,7 @@ class Site(server.Site):
         body_limit: from a raw target to the most bytes of its body.
         holds_body: from fields and raw target to whether the body is held before the request is
             served, rather than streamed; by default it always is.
+        early_refusal: from a request whose body is still to come to why it is refused, if it is.
 
     Attributes:
         channels: the open client connections.
@@ -59,6 +61,7 @@ class Site(server.Site):
         *,
         body_limit: Callable[[bytes], int],
         holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
+        early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
     ) -> None:
         super().__init__(resource, reactor=reactor)
         self.clock = clock
@@ -66,6 +69,7 @@ class Site(server.Site):
         self.limits = limits
         self.body_limit = body_limit
         self.holds_body = holds_body
+        self.early_refusal = early_refusal
         self.channels: set[Channel] = set()
         self.held_bytes = 0
         self.draining = False

@@ -38,7 +38,7 @@ class Progress:
             limit: seconds, or None for no limit.
         """
         taken = self.written - waiting
-        if not waiting or taken != self._taken or limit is None:
+        if not waiting or taken > self._taken or limit is None:
             self._taken, self._since = taken, now
             return False
         return now - self._since >= limit

@@ -9,14 +9,17 @@ site, and nothing of providers, routes or dialects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import Any
 
 from twisted.python.failure import Failure
-from twisted.web import http, server
+from twisted.web import server
 
 from llmproxy.errors import ClientGone, Dialect, ProxyError, error_body
 from llmproxy.front.upload import Upload
-from llmproxy.wire.grammar import LAST_CHUNK, Fields, chunk
+from llmproxy.wire.grammar import LAST_CHUNK, Fields, RequestHead, chunk
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _BODY_GRACE = 1 / 65536
 """Seconds that each received byte of a request body adds to ``request_body``."""
@@ -63,7 +66,7 @@ class Request(server.Request):
 
     def gotLength(self, length: int | None) -> None:
         """The head is in: bound the body before the first byte of it."""
-        self._limit = self.site.body_limit(self.channel._path)  # the target; Twisted tells it later
+        self._limit = self.site.body_limit(self.uri)
         if length is not None and length > self._limit:
             self.refusal = _too_large(self._limit)
 
@@ -101,24 +104,24 @@ class Request(server.Request):
         self._parts = []
         self.body = b""
 
-    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """The body is in (or refused): serve the request, unless it is being served already."""
+    def take_head(self, head: RequestHead) -> None:
+        """Take over what the head says."""
+        self.method, self.uri, self.fields = head.method, head.target, head.fields
+        self.clientproto = b"HTTP/1.%d" % head.minor
+        self.path = head.target.partition(b"?")[0]
+        self.args = {}
+
+    def body_done(self) -> None:
+        """The body is in: serve the request, unless it is being served already."""
         if self.upload is not None:
             self.upload.end()
             return
         self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts = []
-        self.serve(command, path, version)
-
-    def serve(self, command: bytes, path: bytes, version: bytes) -> None:
-        """Serve the request, whose body is held, refused or streams."""
-        self.method, self.uri, self.clientproto = command, path, version
-        self.path = path.partition(b"?")[0]
-        self.args = {}
         self.process()
 
     def process(self) -> None:
-        """Find the resource and render it."""
+        """Find the resource and render it; the body is held, refused or streams."""
         self.prepath: list[bytes] = []
         self.postpath = self.path[1:].split(b"/")
         try:
@@ -140,7 +143,7 @@ class Request(server.Request):
         self.status = self.code = status
         modern = self.clientproto == b"HTTP/1.1"
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        head = [b"HTTP/1.1 %d %b\r\n" % (status, http.RESPONSES.get(status, b""))]
+        head = [b"HTTP/1.1 %d %b\r\n" % (status, _phrase(status).encode("ascii"))]
         for name, value in fields:
             head += (name, b": ", value, b"\r\n")
             if name == b"content-length":
@@ -259,11 +262,16 @@ def bare_answer(error: ProxyError) -> bytes:
     """Return a whole answer, head and all, for where there is no request yet that could be told."""
     body = error_body(error, Dialect.OPENAI, "")
     head = (
-        f"HTTP/1.1 {error.status} {http.RESPONSES[error.status].decode('ascii')}\r\n"
+        f"HTTP/1.1 {error.status} {_phrase(error.status)}\r\n"
         f"content-type: application/json\r\nx-llmproxy-error: {error.reason}\r\n"
         f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode("ascii") + body
+
+
+def _phrase(status: int) -> str:
+    """Return the reason phrase of a known status; clients ignore it (RFC 9112, section 4)."""
+    return _PHRASES.get(status, "")
 
 
 def _too_large(limit: int) -> ProxyError:

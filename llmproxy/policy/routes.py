@@ -69,9 +69,14 @@ class Routes:
 
     # -- before anyone is identified ------------------------------------------------------------
 
-    def first(self, path: bytes, host: str) -> Route | None:
-        """Return the first route whose path and host match, whatever the model."""
-        return next((entry.route for entry in self._at(path, host)), None)
+    def known_path(self, path: bytes, host: str) -> None:
+        """Refuse a path and host to which no route leads, whatever the model.
+
+        Raises:
+            ProxyError: 404.
+        """
+        if not self._at(path, host):
+            raise _no_route(path_known=False)
 
     def pass_credential(self, path: bytes, host: str) -> bool:
         """Tell whether the callers' own credentials cross on the first matching route."""

@@ -35,16 +35,29 @@ class JsonLog:
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
-        try:
-            line = msgspec.json.encode(_render(event), enc_hook=str).decode()
-        except Exception as error:
-            lost = {"level": "error", "logger": "-", "message": f"an event was lost: {error!r}"}
-            line = msgspec.json.encode(lost).decode()
+        line = _line(event)
         try:
             self._file.write(line + "\n")
             self._file.flush()
         except (OSError, ValueError):
             return  # a log that cannot be written must not stop a stream
+
+
+def _line(event: LogEvent) -> str:
+    try:
+        rendered = _render(event)
+        try:
+            return msgspec.json.encode(rendered, enc_hook=str).decode()
+        except Exception:  # half a surrogate pair, a number beyond 64 bits
+            plain = {name: _text(value) for name, value in rendered.items()}
+            return msgspec.json.encode(plain).decode()
+    except Exception as error:
+        lost = {"level": "error", "logger": "-", "message": f"an event was lost: {_text(error)}"}
+        return msgspec.json.encode(lost).decode()
+
+
+def _text(value: object) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _render(event: LogEvent) -> dict[str, Any]:

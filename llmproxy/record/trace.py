@@ -6,9 +6,11 @@ are counted, and never holds up a stream.  No content and no key is ever in a re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -17,6 +19,9 @@ from twisted.logger import Logger
 
 _QUEUE = 10_000
 """Most records that wait for the writer; about 10 MB."""
+
+_BATCH = 256
+"""Most records that are written together."""
 
 _log = Logger()
 
@@ -122,6 +127,7 @@ class JsonLines:
         self._path = path
         self.lost = 0
         self._failing = False
+        self._closing = False
         self._queue: queue.Queue[Trace | None] = queue.Queue(_QUEUE)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         self._encoder = msgspec.json.Encoder()
@@ -137,38 +143,38 @@ class JsonLines:
 
     def close(self) -> None:
         """Write what waits, for at most five seconds, and stop."""
-        try:
-            self._queue.put(None, timeout=1)
-        except queue.Full:
-            return
+        self._closing = True
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # wakes a writer that waits; a busy one looks by itself
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
-            lines = b"".join(self._encoder.encode(trace) + b"\n" for trace in batch)
             try:
-                self._append(lines)
+                self._append(b"".join(self._encoder.encode(trace) + b"\n" for trace in batch))
                 self._failing = False
-            except OSError as error:
+            except Exception as error:
                 self.lost += len(batch)
                 if not self._failing:
                     self._failing = True
-                    _log.error("traces are being lost: {reason}", reason=error.strerror)
+                    _log.error("traces are being lost: {reason}", reason=str(error))
         os.close(self._file)
 
     def _next_batch(self) -> list[Trace] | None:
         """Wait for a trace and take what else is there; None once the end was asked for."""
-        first = self._queue.get()
-        if first is None:
-            return None
-        batch = [first]
-        while len(batch) < 256 and not self._queue.empty():
-            item = self._queue.get()
-            if item is None:
-                self._queue.put(None)
-                break
-            batch.append(item)
+        batch: list[Trace] = []
+        while not batch:
+            if self._closing and self._queue.empty():
+                return None
+            batch = [item for item in self._take() if item is not None]
         return batch
+
+    def _take(self) -> Iterator[Trace | None]:
+        yield self._queue.get()
+        for _ in range(_BATCH):
+            if self._queue.empty():
+                return
+            yield self._queue.get()
 
     def _append(self, lines: bytes) -> None:
         """Append whole lines; what a full disk took of them is cut off again."""

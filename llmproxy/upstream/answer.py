@@ -18,6 +18,7 @@ from llmproxy.wire.grammar import (
     BadMessage,
     ChunkedReader,
     Fields,
+    LengthReader,
     field_values,
     list_tokens,
     parse_fields,
@@ -36,28 +37,6 @@ class Holder(Protocol):
 
     def abort(self) -> None:
         """Close at once."""
-
-
-class WholeReader:
-    """Reads a body of ``left`` bytes, or one that ends with the connection (None)."""
-
-    __slots__ = ("done", "error", "extra", "left")
-
-    def __init__(self, left: int | None) -> None:
-        self.left = left
-        self.done = left == 0
-        self.extra = b""
-        self.error: BadMessage | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """Take the next bytes, cut anywhere, and return the content in them."""
-        if self.left is None:
-            return data
-        if len(data) >= self.left:
-            data, self.extra = data[: self.left], data[self.left :]
-            self.done = True
-        self.left -= len(data)
-        return data
 
 
 @implementer(IResponse)
@@ -115,7 +94,7 @@ def read_answer(connection: Holder, head: bytes) -> Answer:
     return Answer(connection, minor, status, parse_fields(lines[1:]))
 
 
-def body_reader(method: bytes, answer: Answer) -> ChunkedReader | WholeReader:
+def body_reader(method: bytes, answer: Answer) -> ChunkedReader | LengthReader:
     """Return what reads the body of ``answer`` to a request with ``method``; sets its length.
 
     Raises:
@@ -128,9 +107,9 @@ def body_reader(method: bytes, answer: Answer) -> ChunkedReader | WholeReader:
     if length is not None:
         answer.length = length
     if method == b"HEAD" or answer.code in (204, 304):
-        return WholeReader(0)
+        return LengthReader(0)
     if not coding:
-        return WholeReader(length)
+        return LengthReader(length)
     if list_tokens(coding) != [b"chunked"]:
         raise BadMessage("a transfer coding other than chunked")
     return ChunkedReader()

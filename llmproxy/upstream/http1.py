@@ -32,7 +32,6 @@ from zope.interface import implementer
 from llmproxy.errors import upstream_broken, upstream_protocol
 from llmproxy.upstream.answer import (
     Answer,
-    WholeReader,
     body_reader,
     is_persistent,
     keep_alive_hint,
@@ -40,7 +39,7 @@ from llmproxy.upstream.answer import (
 )
 from llmproxy.upstream.body import Sending
 from llmproxy.upstream.tls import Verdict
-from llmproxy.wire.grammar import BadMessage
+from llmproxy.wire.grammar import BadMessage, LengthReader
 from llmproxy.wire.transport import notice_vanished_peer, pending_bytes
 
 MAX_INTERIM = 16
@@ -227,7 +226,7 @@ class Connection(Protocol):
                 raise BadMessage("a protocol switch that nobody asked for, or endless 1xx answers")
             return False
         self._reader = body_reader(self._method, answer)
-        self._until_close = isinstance(self._reader, WholeReader) and self._reader.left is None
+        self._until_close = isinstance(self._reader, LengthReader) and self._reader.left is None
         self._persistent = is_persistent(answer) and not self._until_close
         self.keep_for = keep_alive_hint(answer)
         self._early, self._buffer = self._buffer, b""

@@ -29,13 +29,36 @@ _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])"
+)
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]{0,5})?",
+)
 _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?",
 )
 
 
 class BadMessage(ValueError):
-    """The bytes are not HTTP/1.1; the text says what is wrong, without quoting values."""
+    """The bytes are not HTTP/1.1; the text says what is wrong, without quoting values.
+
+    Attributes:
+        status: what a server answers to it (RFC 9110, section 15.5).
+    """
+
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class RequestHead(NamedTuple):
+    """The head of a request: ``target`` as it came, ``minor`` 0 or 1."""
+
+    method: bytes
+    target: bytes
+    minor: int
+    fields: Fields
 
 
 class StatusLine(NamedTuple):
@@ -43,11 +66,6 @@ class StatusLine(NamedTuple):
 
     minor: int
     status: int
-
-
-def is_token(value: bytes) -> bool:
-    """Tell whether ``value`` is a token (RFC 9110, section 5.6.2)."""
-    return _TOKEN.fullmatch(value) is not None
 
 
 def parse_status_line(line: bytes) -> StatusLine:
@@ -58,7 +76,48 @@ def parse_status_line(line: bytes) -> StatusLine:
     return StatusLine(int(match[1]), int(match[2]))
 
 
-def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS) -> Fields:
+def parse_request_head(head: bytes) -> RequestHead:
+    """Read a request's head, without its empty line (RFC 9112, section 3).
+
+    Raises:
+        BadMessage: 400 for what is malformed, and for a missing, second or malformed ``Host``; 431
+            for too many fields; 505 for a version other than 1.0 and 1.1.
+    """
+    lines = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(lines[0])
+    if match is None:
+        raise BadMessage("the request line is malformed")
+    if match[3] not in (b"1.0", b"1.1"):
+        raise BadMessage("only HTTP/1.0 and HTTP/1.1 are served", 505)
+    minor = int(match[3][2:])
+    fields = parse_fields(lines[1:], longest=len(head))
+    hosts = field_values(fields, b"host")
+    if len(hosts) != 1 and (hosts or minor):
+        raise BadMessage("exactly one Host field is needed")
+    if hosts and _HOST.fullmatch(hosts[0]) is None:
+        raise BadMessage("the Host field is malformed")
+    return RequestHead(match[1], match[2], minor, fields)
+
+
+def request_body(head: RequestHead) -> ChunkedReader | LengthReader:
+    """Return what reads the body behind ``head`` (RFC 9112, section 6.3).
+
+    Raises:
+        BadMessage: 400 where it is framed twice or in a way that its version lacks, 501 for a
+            transfer coding that is not known.
+    """
+    coding = field_values(head.fields, b"transfer-encoding")
+    length = parse_length(field_values(head.fields, b"content-length"))
+    if not coding:
+        return LengthReader(length or 0)
+    if length is not None or head.minor == 0:
+        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
+    if list_tokens(coding) != [b"chunked"]:
+        raise BadMessage("a transfer coding other than chunked", 501)
+    return ChunkedReader()
+
+
+def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = MAX_LINE) -> Fields:
     """Read field lines, without their line ends (RFC 9112, section 5).
 
     Raises:
@@ -66,13 +125,13 @@ def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS) -> Fields:
             control character in a value, too many lines, a line that is too long.
     """
     if len(lines) > most:
-        raise BadMessage(f"more than {most} header fields")
-    return [_parse_field(line) for line in lines]
+        raise BadMessage(f"more than {most} header fields", 431)
+    return [_parse_field(line, longest) for line in lines]
 
 
-def _parse_field(line: bytes) -> tuple[bytes, bytes]:
-    if len(line) > MAX_LINE:
-        raise BadMessage(f"a header field longer than {MAX_LINE} bytes")
+def _parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
+    if len(line) > longest:
+        raise BadMessage(f"a header field longer than {longest} bytes")
     name, colon, value = line.partition(b":")
     if not colon or _TOKEN.fullmatch(name) is None:
         raise BadMessage("a header field's name is malformed")
@@ -211,3 +270,28 @@ class ChunkedReader:
                 raise BadMessage("a line of the chunked coding is too long")
             self._line = data[position:]
         return end
+
+
+class LengthReader:
+    """Reads a body of ``left`` bytes, or one that ends with the connection (None).
+
+    Attributes are those of :class:`ChunkedReader`.
+    """
+
+    __slots__ = ("done", "error", "extra", "left")
+
+    def __init__(self, left: int | None) -> None:
+        self.left = left
+        self.done = left == 0
+        self.extra = b""
+        self.error: BadMessage | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, cut anywhere, and return the content in them."""
+        if self.left is None:
+            return data
+        if len(data) >= self.left:
+            data, self.extra = data[: self.left], data[self.left :]
+            self.done = True
+        self.left -= len(data)
+        return data

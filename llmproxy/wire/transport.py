@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import select
 import socket
 import struct
 from typing import Any
@@ -72,6 +73,16 @@ def is_quiet(transport: Any) -> bool:
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EWOULDBLOCK)
     return False
+
+
+def has_peer_left(transport: Any) -> bool:
+    """Tell whether the peer has ended or reset its side, even behind bytes that were not read."""
+    handle = getattr(raw_transport(transport), "socket", None)
+    if handle is None or handle.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))  # errors and hang-ups are always reported, too
 
 
 def notice_vanished_peer(transport: Any) -> None:

@@ -28,8 +28,8 @@ from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 from twisted.web.server import Site
 
-from llmproxy.cli.demo import flow as demo_flow
 from llmproxy.cli.demo import curl_lines, demo_config, demo_site
+from llmproxy.cli.demo import flow as demo_flow
 from llmproxy.cli.demo.answer import MODELS
 
 P = ParamSpec("P")

@@ -1,0 +1,634 @@
+"""Client connections: deadlines that bytes do not push back, refusals, strictness, and how a site rests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor as real_reactor
+from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThread
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.config import Limits, Timeouts
+from llmproxy.errors import ClientGone, ClientStalled, Cut
+from llmproxy.front.channel import Phase
+from llmproxy.front.http import Site
+from llmproxy.front.request import Request
+from llmproxy.wire.grammar import MAX_FIELDS
+from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, until
+from tests.support.sockets import WAIT, chunked, connect, request
+
+GET = request("GET", "/")
+LAST = b"0\r\n\r\n"
+
+
+class Waits(Resource):
+    """Answers 200 to whatever is refused nothing, when the test says so; refusals at once."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+        self.gone: list[ClientGone] = []
+
+    def render(self, request: Request) -> int:
+        self.requests.append(request)
+        request.gone = self.gone.append
+        if request.refusal is not None:
+            request.start(request.refusal.status, [(b"content-length", b"0")])
+            request.finish()
+        return NOT_DONE_YET
+
+
+class Caller:
+    """A client's connection to a site whose clock the test turns."""
+
+    def __init__(self, *, limits: Limits | None = None, **timeouts: float | None) -> None:
+        self.clock = Clock()
+        self.clock.advance(5000)
+        self.resource = Waits()
+        self.site = Site(
+            self.resource,
+            self.clock,
+            self.clock.seconds,
+            Timeouts(**timeouts),
+            limits or Limits(),
+            body_limit=lambda target: 1_000_000,
+        )
+        self.connect()
+
+    def connect(self) -> None:
+        """Open another connection."""
+        self.transport = FakeTransport()
+        self.channel = self.site.buildProtocol(None)
+        self.transport.connect(self.channel)  # type: ignore[arg-type]  # an IProtocol
+
+    def send(self, *reads: bytes) -> None:
+        """Let bytes come in, read by read."""
+        for data in reads:
+            self.channel.dataReceived(data)
+
+    @property
+    def request(self) -> Request:
+        """The request that came last."""
+        return self.resource.requests[-1]
+
+    def answer(self) -> None:
+        """Answer the last request."""
+        self.request.start(200, [(b"content-length", b"2")])
+        self.request.write(b"ok")
+        self.request.finish()
+
+    def pass_time(self, seconds: float) -> None:
+        """Turn the clock in steps as small as a sweep's."""
+        steps = int(seconds / 0.25)
+        self.clock.pump([0.25] * steps + [seconds - 0.25 * steps])
+
+    @property
+    def status(self) -> int:
+        """The status of the answer that was written since the last time; 0 for none."""
+        written = self.transport.take()
+        return int(written[9:12]) if written else 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed the connection."""
+        return not self.transport.count("lose") and not self.transport.count("abort")
+
+
+# --- deadlines ------------------------------------------------------------------------------------
+
+
+def test_a_silent_connection_is_closed() -> None:
+    """A client that sends nothing has ``client_idle``, without a word."""
+    caller = Caller(client_idle=10)
+    caller.pass_time(9)
+    assert caller.is_open
+    caller.pass_time(2)
+
+    assert (caller.transport.count("lose"), caller.status) == (1, 0)
+
+
+def test_a_kept_alive_connection_is_idle_anew() -> None:
+    """Between two requests there is ``client_idle`` again."""
+    caller = Caller(client_idle=10)
+    caller.pass_time(9)
+    caller.send(GET)
+    caller.pass_time(100)
+    caller.answer()
+    caller.pass_time(9)
+    assert caller.is_open
+    caller.pass_time(2)
+    assert not caller.is_open
+
+
+def test_bytes_do_not_push_the_heads_deadline_back() -> None:
+    """A head that trickles in is cut off after ``request_head``, and told so."""
+    caller = Caller(request_head=10, client_idle=1000)
+    for byte in GET[:10]:
+        caller.send(bytes([byte]))
+        caller.pass_time(0.9)
+    assert caller.is_open
+    caller.pass_time(2)
+
+    assert not caller.is_open
+    assert caller.status == 408
+    caller.send(GET[10:])
+    assert not caller.resource.requests
+
+
+def test_a_body_has_a_second_more_for_each_64_kib() -> None:
+    """A body is under ``request_body`` and what it earned, however it trickles."""
+    head = request("POST", "/", "Content-Length: 900000")
+    slow, fast = Caller(request_body=10), Caller(request_body=10)
+    slow.send(head)
+    fast.send(head)
+    fast.send(bytes(65536 * 4))
+    slow.pass_time(9)
+    slow.send(b"x")
+    slow.pass_time(2)
+    fast.pass_time(13)
+    assert slow.status == 408
+    assert not fast.resource.requests
+    fast.pass_time(2)
+    assert fast.status == 408
+
+    assert slow.request.refusal is not None
+    assert (slow.request.refusal.reason, slow.site.held_bytes) == ("slow_request", 0)
+
+
+def test_an_answer_takes_as_long_as_it_takes() -> None:
+    """While a request is served there is no deadline of the client's connection."""
+    caller = Caller()
+    caller.send(GET)
+    caller.pass_time(500)
+    caller.answer()
+
+    assert caller.status == 200
+
+
+def test_deadlines_can_be_off() -> None:
+    """Whatever is off never closes a connection."""
+    caller = Caller(client_idle=None, request_head=None, request_body=None, client_stall=None)
+    caller.pass_time(100)
+    caller.send(b"GET")
+    caller.pass_time(100)
+    caller.send(b" / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\n")
+    caller.pass_time(100)
+    caller.send(b"x")
+    caller.transport.hold(10)
+    caller.pass_time(100)
+
+    assert caller.is_open
+
+
+def test_a_closing_connection_does_not_stay() -> None:
+    """Once everything was sent a close has a grace, and is then a reset."""
+    caller = Caller()
+    caller.send(request("GET", "/", "Connection: close"))
+    caller.answer()
+    assert caller.transport.count("lose") == 1
+    caller.pass_time(4)
+    assert not caller.transport.count("abort")
+    caller.pass_time(2)
+    assert caller.transport.count("abort") == 1
+
+
+# --- clients that do not read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_client_that_takes_nothing_is_dropped(grows: bool) -> None:
+    """After ``client_stall`` without a byte taken, whether more is written meanwhile or not."""
+    caller = Caller(client_stall=10)
+    caller.send(GET)
+    caller.request.start(200, [])
+    held = len(caller.transport.value())
+    caller.transport.hold(held)
+    for _ in range(9):
+        caller.pass_time(1)
+        if grows:
+            caller.request.write(b"x")
+            held += len(b"1\r\nx\r\n")
+            caller.transport.hold(held)
+    assert caller.is_open
+    caller.pass_time(2)
+
+    assert [type(why) for why in caller.resource.gone] == [ClientStalled]
+    assert caller.transport.count("abort") == 1
+
+
+def test_a_slow_client_is_not_a_stalled_one() -> None:
+    """Whoever takes a byte now and then is served on."""
+    caller = Caller(client_stall=10)
+    caller.send(GET)
+    caller.request.start(200, [])
+    for held in range(20, 0, -1):
+        caller.transport.hold(held)
+        caller.pass_time(9)
+    caller.transport.hold(0)
+    caller.pass_time(100)
+
+    assert caller.is_open
+    assert not caller.resource.gone
+
+
+def test_the_end_of_an_answer_is_under_the_stall_deadline_too() -> None:
+    """What a closed answer left in the queue is sent as long as something is taken."""
+    caller = Caller(client_stall=10)
+    caller.send(request("GET", "/", "Connection: close"))
+    caller.answer()
+    for held in (3, 2, 1):
+        caller.transport.hold(held)
+        caller.pass_time(9)
+        assert not caller.transport.count("abort")
+    caller.pass_time(3)
+    assert caller.transport.count("abort") == 1
+
+
+# --- refused uploads ------------------------------------------------------------------------------
+
+
+def test_a_refused_upload_is_read_on_for_a_while() -> None:
+    """So that the refusal can be read: what still comes is dropped, two seconds long, then closed."""
+    caller = Caller()
+    caller.send(request("POST", "/", "Content-Length: 2000000"))
+    assert caller.transport.value().startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close\r\n" in caller.transport.take()
+    for _ in range(6):
+        caller.send(b"x" * 1000)
+        caller.pass_time(0.25)
+        assert caller.is_open
+    caller.pass_time(1.5)
+
+    assert caller.transport.count("lose") == 1
+    assert (caller.status, len(caller.resource.requests)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "continued"),
+    [
+        (["Expect: 100-continue"], 0, True),
+        (["Expect: 100-Continue"], 0, True),
+        (["Expect: 200-ok"], 417, False),
+        (["Expect: 100-continue, else"], 417, False),
+        (["Expect: 100-continue", "Expect: else"], 417, False),
+        ([], 0, False),
+    ],
+)
+def test_expectations(fields: list[str], status: int, continued: bool) -> None:
+    """100 Continue is sent where a body is waited for; whatever else is expected is a 417."""
+    caller = Caller()
+    caller.send(request("POST", "/", "Content-Length: 5", *fields))
+    written = caller.transport.take()
+
+    assert (written == b"HTTP/1.1 100 Continue\r\n\r\n") is continued
+    if status:
+        assert written.startswith(b"HTTP/1.1 %d " % status)
+    else:
+        caller.send(b"hello")
+        assert caller.request.body == b"hello"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        request("POST", "/", "Content-Length: 5", "Expect: 100-continue", version="1.0"),
+        request("POST", "/", "Content-Length: 0", "Expect: 100-continue"),
+        request("GET", "/", "Expect: 100-continue"),
+    ],
+)
+def test_nobody_is_asked_for_a_body_that_does_not_wait(data: bytes) -> None:
+    """An HTTP/1.0 client knows no 1xx, and without a body there is nothing to ask for."""
+    caller = Caller()
+    caller.send(data)
+
+    assert not caller.transport.writes
+
+
+# --- what is not HTTP -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nbad name: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx",
+        b"GET / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * (MAX_FIELDS + 1) + b"\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_not_http_is_a_400_in_words(data: bytes) -> None:
+    """The answer is JSON, says that it is ours, and the connection is closed."""
+    caller = Caller()
+    caller.send(data + GET)
+    head, _, body = caller.transport.value().partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 400 ")
+    fields = head.lower().split(b"\r\n")
+    assert b"content-type: application/json" in fields
+    assert b"x-llmproxy-error: malformed" in fields
+    assert b"connection: close" in fields
+    assert b"content-length: %d" % len(body) in fields
+    assert json.loads(body)["error"]["message"]
+    assert not caller.is_open
+    caller.send(GET)
+    assert not caller.resource.requests
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: h\r\nx: " + b"y" * 600 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\n" + b"x: yyyyyyyy\r\n" * 60 + b"\r\n",
+        b"GET /" + b"y" * 600 + b" HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET /" + b"y" * 600,
+    ],
+)
+def test_a_head_over_the_limit_is_refused_in_words(data: bytes) -> None:
+    """A head of more than ``request_head`` is told that it is too large: 431, or 414 for the target."""
+    caller = Caller(limits=Limits(request_head=512))
+    caller.send(data)
+
+    assert caller.status in (414, 431)
+    assert not caller.is_open
+    assert not caller.resource.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "version", "kept"),
+    [
+        ([], "1.1", True),
+        (["Connection: keep-alive"], "1.1", True),
+        (["Connection: Close"], "1.1", False),
+        (["Connection: x, close"], "1.1", False),
+        (["Connection: x", "Connection: close"], "1.1", False),
+        (["Connection: closed"], "1.1", True),
+        ([], "1.0", False),
+        (["Connection: keep-alive"], "1.0", False),
+    ],
+)
+def test_connection_is_a_list(fields: list[str], version: str, kept: bool) -> None:
+    """``close`` in any place ends the connection with the answer; HTTP/1.0 always does."""
+    caller = Caller()
+    caller.send(request("GET", "/", *fields, version=version))
+    caller.answer()
+
+    assert caller.is_open is kept
+    assert (b"connection: close\r\n" in caller.transport.value()) is not kept
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    """The next request is served when the one before was answered."""
+    caller = Caller()
+    caller.send(GET + request("POST", "/", body=b"hello") + GET)
+    for count in (1, 2, 3):
+        assert len(caller.resource.requests) == count
+        caller.answer()
+    assert caller.channel.phase is Phase.IDLE
+    assert caller.transport.value().count(b"HTTP/1.1 200 ") == 3
+
+
+def test_a_client_that_pipelines_behind_a_stream_is_not_lost_sight_of() -> None:
+    """However much comes behind a running request: we read on, or the client is dropped."""
+    caller = Caller()
+    caller.send(GET)
+    caller.request.start(200, [])
+    for _ in range(40):
+        caller.send(GET * 20)
+
+    assert not caller.transport.paused or not caller.is_open
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+def test_only_http_1_1_is_offered() -> None:
+    """ALPN names HTTP/1.1 alone."""
+    assert Caller().site.acceptableProtocols() == [b"http/1.1"]
+
+
+def test_one_timer_serves_every_connection() -> None:
+    """The sweep is one timer while somebody listens or is connected, and none afterwards."""
+    caller = Caller()
+    transports = [caller.transport]
+    for _ in range(9):
+        caller.connect()
+        transports.append(caller.transport)
+    assert len(caller.clock.getDelayedCalls()) == 1
+    caller.site.startFactory()
+    for transport in transports:
+        transport.end(FIN)
+    assert len(caller.clock.getDelayedCalls()) == 1
+    caller.site.stopFactory()
+    assert not caller.clock.getDelayedCalls()
+
+
+def test_one_broken_connection_does_not_stop_the_sweep(logged_failures: Any) -> None:
+    """A connection that cannot be checked is dropped, and the others are still looked at."""
+    caller = Caller(client_idle=10)
+    broken, transport = caller.channel, caller.transport
+
+    def fail(now: float) -> None:
+        raise ZeroDivisionError
+
+    broken.check = fail  # type: ignore[method-assign]
+    caller.connect()
+    caller.clock.advance(11)
+    assert transport.count("abort") == 1
+    assert caller.transport.count("lose") == 1
+    assert logged_failures.flush(ZeroDivisionError)
+
+
+def test_what_clients_have_not_taken_is_summed_up() -> None:
+    """``pending_bytes`` is over all connections."""
+    caller = Caller()
+    caller.transport.hold(3)
+    caller.connect()
+    caller.transport.hold(4)
+
+    assert caller.site.pending_bytes() == 7
+
+
+def test_a_drain_closes_idle_connections_and_lets_answers_end() -> None:
+    """Whoever is served is served on, and closed afterwards; who is not is closed."""
+    caller = Caller()
+    idle = caller.transport
+    caller.connect()
+    caller.send(GET)
+    caller.request.start(200, [])
+    empty = caller.site.when_empty()
+    caller.site.drain()
+
+    assert (idle.count("lose"), caller.is_open) == (1, True)
+    caller.request.write(b"more")
+    caller.request.finish()
+    assert caller.transport.value().endswith(LAST)
+    assert caller.transport.count("lose") == 1
+    idle.end(FIN)
+    assert not empty.called
+    caller.transport.end(FIN)
+    assert empty.called
+
+
+@pytest.mark.parametrize("sent", [1, 10, len(GET) - 1])
+def test_a_request_that_arrives_in_a_drain_is_served(sent: int) -> None:
+    """A request under way is answered with ``Connection: close``, wherever it was cut."""
+    caller = Caller()
+    caller.send(GET[:sent])
+    caller.site.drain()
+    caller.send(GET[sent:])
+    caller.answer()
+
+    assert caller.transport.value().startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close\r\n" in caller.transport.value()
+    assert caller.transport.count("lose") == 1
+
+
+def test_a_body_that_arrives_in_a_drain_is_served() -> None:
+    """A drain does not cut an upload short."""
+    caller = Caller()
+    head = request("POST", "/", "Transfer-Encoding: chunked")
+    caller.send(head, chunked(b"hel"))
+    caller.site.drain()
+    caller.send(chunked(b"lo") + LAST)
+
+    assert caller.request.body == b"hello"
+
+
+def test_a_cut_drops_everybody_at_once() -> None:
+    """Whoever is served is told that we cut it; every connection is aborted."""
+    caller = Caller()
+    idle = caller.transport
+    caller.connect()
+    caller.send(GET)
+    caller.site.cut()
+
+    assert [type(why) for why in caller.resource.gone] == [Cut]
+    assert idle.count("abort") == 1
+    assert caller.transport.count("abort") >= 1
+    idle.end(ABORTED)
+    caller.transport.end(ABORTED)
+    assert len(caller.resource.gone) == 1
+
+
+def test_a_site_without_clients_is_empty() -> None:
+    """``when_empty`` fires at once where nobody is connected."""
+    caller = Caller()
+    caller.transport.end(FIN)
+
+    assert caller.site.when_empty().called
+
+
+def test_a_site_is_empty_after_its_last_request_heard_of_it() -> None:
+    """Whoever waits for the last client finds its request ended."""
+    caller = Caller()
+    caller.send(GET)
+    heard: list[int] = []
+    caller.site.when_empty().addCallback(lambda _: heard.append(len(caller.resource.gone)))
+    caller.transport.end(FIN)
+
+    assert heard == [1]
+
+
+# --- on real sockets ------------------------------------------------------------------------------
+
+
+class Listening:
+    """A site on a real port, with a clock that the test turns."""
+
+    def __init__(self, **timeouts: float | None) -> None:
+        self.reactor = TurnedReactor()
+        self.resource = Waits()
+        self.site = Site(
+            self.resource,
+            self.reactor,
+            self.reactor.seconds,
+            Timeouts(**timeouts),
+            Limits(),
+            body_limit=lambda target: 100,
+        )
+        self.port: Any = real_reactor.listenTCP(0, self.site, interface="127.0.0.1")  # type: ignore[attr-defined]
+
+    async def run(self, client: Callable[[int], Any], serve: Callable[[Request], None]) -> Any:
+        """Let ``client`` talk to the port in a thread, and ``serve`` its first request."""
+        talk = deferToThread(client, self.port.getHost().port)
+        await until(lambda: self.resource.requests)
+        serve(self.resource.requests[0])
+        while not talk.called:
+            self.reactor.clock.advance(0.05)
+            await until(lambda: True)
+        await self.port.stopListening()
+        await self.site.when_empty()
+        assert not self.reactor.timers()
+        return await talk
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize(("version", "end"), [("1.0", "reset"), ("1.1", "fin")])
+async def test_a_break_comes_after_all_that_was_written(version: str, end: str) -> None:
+    """A client that reads gets every byte of a broken answer, and can tell that it is broken."""
+    size = 3_000_000
+
+    def client(port: int) -> tuple[int, str]:
+        with connect(port, receive_buffer=65536) as wire:
+            wire.send(request("GET", "/", version=version))
+            wire.read_head()
+            how = wire.wait_closed()
+            return wire.buffer.count(b"x"), how
+
+    def serve(current: Request) -> None:
+        current.start(200, [])
+        current.write(b"x" * size)
+        current.break_off()
+
+    assert await Listening(client_stall=None).run(client, serve) == (size, end)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("size", [10_000, 20_000_000])
+async def test_a_break_does_not_wait_for_ever(size: int) -> None:
+    """A client that stops reading a broken answer is reset after ``client_stall``."""
+
+    def client(port: int) -> str:
+        with connect(port, receive_buffer=65536) as wire:
+            wire.send(request("GET", "/", version="1.0"))
+            site.wait()
+            return wire.wait_closed()
+
+    def serve(current: Request) -> None:
+        current.start(200, [])
+        current.write(b"x" * size)
+        current.break_off()
+        site.serve()
+
+    class Gate:
+        def __init__(self) -> None:
+            import threading
+
+            self.event = threading.Event()
+            self.wait = lambda: self.event.wait(WAIT)
+
+        def serve(self) -> None:
+            """Read again once the connection is gone here."""
+
+            def look() -> None:
+                if listening.site.channels:
+                    real_reactor.callLater(0.001, look)  # type: ignore[attr-defined]
+                else:
+                    self.event.set()
+
+            look()
+
+    site, listening = Gate(), Listening(client_stall=5)
+    assert await listening.run(client, serve) == "reset"

@@ -1,0 +1,22 @@
+"""What the live tests are given: an authority, and both ways in which a provider is reached."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.stage import Link
+from tests.support.tls import Authority
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority of the tests' own."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module", params=["plain", "tls"])
+def link(request: pytest.FixtureRequest, authority: Authority) -> Link:
+    """How the provider is reached: every promise about connections is kept both ways."""
+    if request.param == "plain":
+        return Link(None, "")
+    return Link(authority.server(), f'ca = "{authority.ca_path}"\n')

@@ -1,0 +1,97 @@
+"""The admin site: what it shows, to whom, and that it only shows (design 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, provider_config
+from tests.support.sockets import connect, request
+from tests.support.stage import Got, open_stage, read_got
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon of which only the admin site is asked."""
+    with open_stage(tmp_path_factory.mktemp("admin"), provider_config) as stage:
+        yield stage.daemon
+
+
+def ask(port: int, sent: bytes) -> Got:
+    """Send one request to an admin site."""
+    with connect(port) as client:
+        client.send(sent)
+        return read_got(client, bodiless=sent.startswith(b"HEAD "))
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        ("/livez", b"text/plain; charset=utf-8", b"alive\n"),
+        ("/readyz", b"text/plain; charset=utf-8", b"ready\n"),
+        ("/livez?verbose", b"text/plain; charset=utf-8", b"alive\n"),
+    ],
+)
+def test_health_is_shown(daemon: Daemon, path: str, kind: bytes, body: bytes) -> None:
+    """In a word, never cached, with nothing of Twisted's."""
+    got = ask(daemon.admin_port, request("GET", path))
+    assert (got.status, got.body) == (200, body)
+    assert got.values(b"content-type") == [kind]
+    assert got.values(b"cache-control") == [b"no-store"]
+    assert got.values(b"server") == []
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config"])
+def test_head_is_get_without_the_body(daemon: Daemon, path: str) -> None:
+    """A load balancer may ask in either way."""
+    got = ask(daemon.admin_port, request("HEAD", path))
+    assert got.status == 200
+    assert int(got.values(b"content-length")[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/livez/", "/livez/x", "/metrics/x", "/-/pace", "/p/x", "//livez"]
+)
+def test_there_is_nothing_else(daemon: Daemon, path: str) -> None:
+    """404 in JSON, whatever lies on the proxy's own port."""
+    got = ask(daemon.admin_port, request("GET", path))
+    assert got.status == 404
+    assert got.values(b"content-type") == [b"application/json"]
+    assert got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize("path", ["/livez", "/metrics", "/config"])
+def test_nothing_is_changed_here(daemon: Daemon, path: str, method: str) -> None:
+    """405, and Allow says how to read."""
+    got = ask(daemon.admin_port, request(method, path))
+    assert got.status == 405
+    assert got.values(b"allow") == [b"GET, HEAD"]
+    assert got.values(b"content-type") == [b"application/json"]
+
+
+def test_a_body_is_not_taken(daemon: Daemon) -> None:
+    """A POST with one is refused without harm; the site goes on."""
+    got = ask(daemon.admin_port, request("POST", "/livez", body=b"x" * 100))
+    assert got.status in (405, 413)
+    assert ask(daemon.admin_port, request("GET", "/livez")).status == 200
+
+
+def test_the_admin_pages_are_not_on_the_proxys_port(daemon: Daemon) -> None:
+    """There they are paths like others, which no route takes."""
+    for path in ("/livez", "/metrics", "/config"):
+        assert ask(daemon.port, request("GET", path)).status == 404
+
+
+def test_a_listener_for_metrics_shows_nothing_else(tmp_path: Path) -> None:
+    """/metrics, /livez and /readyz alone, for a Prometheus on another host."""
+    admin = 'metrics_listen = "tcp:0:interface=127.0.0.1"'
+    with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), admin=admin) as daemon:
+        ports = [line["port"] for line in daemon.log if line.get("site") == "admin"]
+        (other,) = set(ports) - {daemon.admin_port}
+        for path in ("/metrics", "/livez", "/readyz"):
+            assert ask(other, request("GET", path)).status == 200
+        assert ask(other, request("GET", "/config")).status == 404
+        assert ask(daemon.admin_port, request("GET", "/config")).status == 200

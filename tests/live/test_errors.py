@@ -1,0 +1,142 @@
+"""Errors of the proxy's own: their shape, their headers and their statuses (design 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.sockets import request
+from tests.support.stage import Got, Stage, open_stage, post, read_got
+
+CONFIG = "".join(
+    f"""
+[providers.{name}]
+url = "URL"
+dialect = "{name}"
+[[routes]]
+path = "/{name}"
+providers = ["{name}"]
+models = ["m"]
+"""
+    for name in ("openai", "anthropic", "ollama", "raw")
+)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One route for each dialect, for one model."""
+    folder = tmp_path_factory.mktemp("errors")
+    with open_stage(folder, lambda url: CONFIG.replace("URL", url)) as stage:
+        yield stage
+
+
+def shape_of(got: Got) -> str:
+    """Return the dialect whose error shape this is, after checking all of it."""
+    told: dict[str, Any] = got.json()
+    (name,) = got.values(b"x-llmproxy-request-id")
+    if told.get("type") == "error":
+        assert set(told) == {"type", "error", "request_id"}
+        assert set(told["error"]) == {"type", "message"}
+        assert told["request_id"] == name.decode()
+        return "anthropic"
+    assert set(told) == {"error"}
+    if isinstance(told["error"], str):
+        return "ollama"
+    assert set(told["error"]) == {"message", "type", "code", "param"}
+    (reason,) = got.values(b"x-llmproxy-error")
+    assert told["error"]["code"] == reason.decode()
+    return "openai"
+
+
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [
+        ("/openai/x", "openai"),
+        ("/anthropic/x", "anthropic"),
+        ("/ollama/x", "ollama"),
+        ("/raw/x", "openai"),
+        ("/nowhere", "openai"),
+        ("/v1/messages", "anthropic"),
+        ("/v1/messages/batches", "anthropic"),
+        ("/api/chat", "ollama"),
+        ("/v1/chat/completions", "openai"),
+    ],
+)
+def test_an_error_has_the_shape_of_the_routes_dialect(
+    stage: Stage, target: str, shape: str
+) -> None:
+    """By the route whose path matches, else by the path; before anyone is identified."""
+    got = stage.refuse(post(target, b'{"model":"other"}'))
+    assert got.status == 404
+    assert shape_of(got) == shape
+    got = stage.refuse(post(target, b"{}", "x-api-key: wrong"))
+    assert got.status == 401
+    assert shape_of(got) == shape
+
+
+def test_an_error_carries_our_id_where_sdks_look_for_it(stage: Stage) -> None:
+    """Under three names, the same as in the record, with a reason and a type and nothing odd."""
+    got = stage.refuse(post("/openai/x", b'{"model":"other"}', "X-Request-Id: mine"))
+    record = stage.trace(got)
+    assert (record["end_reason"], record["error"], record["status"]) == (
+        "rejected",
+        "no_route",
+        404,
+    )
+    name = record["id"].encode()
+    fields = dict(got.fields)
+    assert len(fields) == len(got.fields)
+    assert len(fields.pop(b"date")) == len("Fri, 01 Jan 2038 00:00:00 GMT")
+    assert fields == {
+        b"content-type": b"application/json",
+        b"content-length": b"%d" % len(got.body),
+        b"x-llmproxy-error": b"no_route",
+        b"x-llmproxy-request-id": name,
+        b"x-request-id": name,
+        b"request-id": name,
+    }
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "get", "X"])
+def test_other_methods_are_not_served(stage: Stage, method: str) -> None:
+    """405, and Allow names those that are."""
+    got = stage.refuse(request(method, "/openai/x"))
+    assert got.status == 405
+    assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]
+    assert shape_of(got) == "openai"
+
+
+def test_an_error_to_head_has_no_body(stage: Stage) -> None:
+    """The connection goes on with the next request."""
+    with stage.connect() as client:
+        client.send(request("HEAD", "/nowhere"))
+        got = read_got(client, bodiless=True)
+        assert got.status == 404
+        client.send(request("GET", "/api/nowhere"))
+        got = read_got(client)
+        assert got.status == 404
+        assert shape_of(got) == "ollama"
+
+
+def test_a_connection_goes_on_after_an_error(stage: Stage) -> None:
+    """A refused request with a body leaves nothing of that in the way of the next."""
+    with stage.connect() as client:
+        for _ in range(3):
+            client.send(post("/openai/x", b'{"model":"other"}'))
+            assert read_got(client).status == 404
+        client.send(post("/openai/x", b"{nonsense"))
+        assert read_got(client).status == 400
+
+
+def test_errors_name_no_key_address_or_file(stage: Stage) -> None:
+    """What the caller reads tells nothing of the inside."""
+    for sent in (
+        post("/openai/x", b"{}", "x-api-key: wrong-key"),
+        post("/openai/x", b'{"model":"secret-model"}'),
+        post("/openai/x?key=query-key", b"{"),
+    ):
+        text = stage.refuse(sent).body
+        for secret in (b"wrong-key", b"query-key", b"127.0.0.1", b".py", b"Traceback"):
+            assert secret not in text

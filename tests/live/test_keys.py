@@ -1,0 +1,213 @@
+"""Who calls, with which key, and that no key of a client's is sent on (design 5 and 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.sockets import request
+from tests.support.stage import (
+    STREAM_BODY,
+    Stage,
+    client_config,
+    open_stage,
+    post,
+    write_credential,
+)
+
+KEY, OTHER, CREDENTIAL = "llmp_team-key", "llmp_other-key", "sk-provider-credential"
+
+CONFIG = """
+[providers.openai]
+url = "{url}"
+dialect = "openai"
+credential = "key"
+[providers.anthropic]
+url = "{url}"
+dialect = "anthropic"
+credential = "key"
+[providers.custom]
+url = "{url}"
+dialect = "openai"
+credential = "key"
+header = "Api-Key"
+format = "Token {{}};v=1"
+[providers.open]
+url = "{url}"
+dialect = "openai"
+[providers.passing]
+url = "{url}"
+dialect = "anthropic"
+pass_credential = true
+[[routes]]
+path = "/openai"
+providers = ["openai"]
+[[routes]]
+path = "/anthropic"
+providers = ["anthropic"]
+[[routes]]
+path = "/custom"
+providers = ["custom"]
+[[routes]]
+path = "/open"
+providers = ["open"]
+[[routes]]
+path = "/passing"
+providers = ["passing"]
+"""
+
+FIELDS = {
+    "x-llmproxy-key": "{}",
+    "Authorization": "Bearer {}",
+    "x-api-key": "{}",
+    "api-key": "{}",
+    "x-goog-api-key": "{}",
+}
+CLIENTS = client_config("team", KEY) + client_config("other", OTHER)
+
+
+def show(field: str, key: str = KEY) -> str:
+    """Return a header line that shows ``key``."""
+    return f"{field}: {FIELDS[field].format(key)}"
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Known clients alone are served."""
+    folder = tmp_path_factory.mktemp("keys")
+    credentials = write_credential(folder, "key", CREDENTIAL)
+    with open_stage(
+        folder, lambda url: CONFIG.format(url=url) + CLIENTS + credentials, proxy=""
+    ) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def open_to_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Whoever shows no key is anonymous."""
+    folder = tmp_path_factory.mktemp("anonymous")
+    credentials = write_credential(folder, "key", CREDENTIAL)
+    with open_stage(folder, lambda url: CONFIG.format(url=url) + CLIENTS + credentials) as stage:
+        yield stage
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_key_is_known_in_each_field_and_crosses_in_none(stage: Stage, field: str) -> None:
+    """The caller is named by it, and the provider gets its own credential instead."""
+    received, got = stage.ask(request("GET", "/openai/x", show(field), "X-Kept: 1"))
+    assert got.status == 200
+    names = [name for name, _ in received.fields]
+    assert names == [b"host", b"x-kept", b"via", b"x-request-id", b"authorization"]
+    assert received.values(b"authorization") == [b"Bearer " + CREDENTIAL.encode()]
+    assert KEY.encode() not in b"".join(value for _, value in received.fields)
+    assert stage.trace(got)["client"] == "team"
+
+
+def test_all_five_fields_together_are_dropped(stage: Stage) -> None:
+    """Keys that agree name one client, and none of them is sent on."""
+    lines = [show(field) for field in FIELDS]
+    received, got = stage.ask(request("GET", "/open/x", *lines))
+    assert stage.trace(got)["client"] == "team"
+    assert [name for name, _ in received.fields] == [b"host", b"via", b"x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "value"),
+    [
+        ("openai", b"authorization", f"Bearer {CREDENTIAL}"),
+        ("anthropic", b"x-api-key", CREDENTIAL),
+        ("custom", b"api-key", f"Token {CREDENTIAL};v=1"),
+    ],
+)
+def test_the_credential_is_in_the_providers_own_field(
+    stage: Stage, route: str, field: bytes, value: str
+) -> None:
+    """Header and format follow the dialect, or what the provider sets."""
+    received, _ = stage.ask(request("GET", f"/{route}/x", show("x-llmproxy-key")))
+    assert received.values(field) == [value.encode()]
+    keys = {b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"}
+    assert [name for name, _ in received.fields if name in keys] == [field]
+
+
+def test_a_provider_without_a_credential_gets_none(stage: Stage) -> None:
+    """Nothing is made up."""
+    received, _ = stage.ask(request("GET", "/open/x", show("Authorization")))
+    assert received.values(b"authorization") == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([], b"no_key"),
+        (["x-api-key: wrong"], b"unknown_key"),
+        (["Authorization: Bearer wrong"], b"unknown_key"),
+        ([f"Authorization: Basic {KEY}"], b"unknown_key"),
+        ([f"Authorization: {KEY}"], b"unknown_key"),
+        (["x-api-key:"], b"unknown_key"),
+        ([show("x-api-key"), show("Authorization", OTHER)], b"keys_disagree"),
+        ([show("x-api-key"), "api-key: wrong"], b"unknown_key"),
+        ([show("x-api-key"), show("x-api-key", OTHER)], b"keys_disagree"),
+    ],
+)
+def test_who_is_not_known_is_refused(stage: Stage, lines: list[str], reason: bytes) -> None:
+    """401: no key, an unknown one, or two that disagree; no word of the key comes back."""
+    got = stage.refuse(request("GET", "/openai/x", *lines))
+    assert got.status == 401
+    assert got.values(b"x-llmproxy-error") == [reason]
+    assert got.values(b"www-authenticate") == [b"Bearer"]
+    assert KEY.encode() not in got.body
+    record = stage.trace(got)
+    assert (record["end_reason"], record["client"]) == ("rejected", None)
+
+
+def test_a_wrong_key_is_refused_before_the_body_is_looked_at(stage: Stage) -> None:
+    """The caller learns nothing about bodies, models or routes behind its path."""
+    got = stage.refuse(post("/openai/x", b"{not json", "x-api-key: wrong"))
+    assert got.status == 401
+
+
+def test_passing_routes_hand_on_the_callers_own_credential(stage: Stage) -> None:
+    """The four SDK fields cross as they are; x-llmproxy-key says who calls, and stays here."""
+    own = [f"{field}: {FIELDS[field].format('own')}" for field in list(FIELDS)[1:]]
+    received, got = stage.ask(request("GET", "/passing/x", show("x-llmproxy-key"), *own))
+    assert stage.trace(got)["client"] == "team"
+    assert received.values(b"authorization") == [b"Bearer own"]
+    for field in (b"x-api-key", b"api-key", b"x-goog-api-key"):
+        assert received.values(field) == [b"own"]
+    assert received.values(b"x-llmproxy-key") == []
+
+
+def test_a_passed_credential_says_nothing_about_who_calls(stage: Stage) -> None:
+    """An SDK's field is the provider's affair there: without x-llmproxy-key it is a 401."""
+    got = stage.refuse(request("GET", "/passing/x", "x-api-key: own"))
+    assert got.status == 401
+    assert got.json()["type"] == "error"
+
+
+def test_anonymous_callers_are_served_and_wrong_keys_are_not(open_to_all: Stage) -> None:
+    """Showing no key is allowed, showing a wrong one is not."""
+    _, got = open_to_all.ask(request("GET", "/openai/x"))
+    assert open_to_all.trace(got)["client"] == "anonymous"
+    _, got = open_to_all.ask(request("GET", "/openai/x", show("api-key")))
+    assert open_to_all.trace(got)["client"] == "team"
+    assert open_to_all.refuse(request("GET", "/openai/x", "x-api-key: wrong")).status == 401
+    received, got = open_to_all.ask(post("/passing/x", STREAM_BODY, "x-api-key: own"))
+    assert received.values(b"x-api-key") == [b"own"]
+    assert open_to_all.trace(got)["client"] == "anonymous"
+
+
+def test_a_connection_nominee_cannot_strip_the_credential(stage: Stage) -> None:
+    """Strip first, inject after: what a client nominates removes nothing that the proxy adds."""
+    received, _ = stage.ask(
+        request(
+            "GET",
+            "/anthropic/x",
+            show("x-llmproxy-key"),
+            "Connection: x-api-key, via, x-request-id, host",
+        )
+    )
+    assert received.values(b"x-api-key") == [CREDENTIAL.encode()]
+    assert len(received.values(b"via")) == 1
+    assert len(received.values(b"host")) == 1
+    assert len(received.values(b"x-request-id")) == 1

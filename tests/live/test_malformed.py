@@ -1,0 +1,89 @@
+"""Requests that are not HTTP, or not as it is served here, are refused in words (design 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import request
+from tests.support.stage import Stage, open_stage, read_got
+
+LONG = "x" * 40_000
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One route."""
+    with open_stage(tmp_path_factory.mktemp("malformed"), provider_config) as stage:
+        yield stage
+
+
+def hosts(*values: str) -> bytes:
+    """Return a GET with these Host lines alone."""
+    lines = "".join(f"Host: {value}\r\n" for value in values)
+    return f"GET /p/x HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def post(*fields: str, version: str = "1.1") -> bytes:
+    """Return the head of a POST."""
+    return request("POST", "/p/x", *fields, version=version)
+
+
+BROKEN = {
+    "nonsense": (400, b"nonsense\r\n\r\n"),
+    "two-spaces": (400, b"GET  /p/x HTTP/1.1\r\nHost: p\r\n\r\n"),
+    "no-colon": (400, request("GET", "/p/x", "No colon")),
+    "spaced-name": (400, request("GET", "/p/x", "Spaced : x")),
+    "folded": (400, request("GET", "/p/x", "X-A: 1", " folded")),
+    "nul": (400, request("GET", "/p/x", "X-A: a\0b")),
+    "control": (400, request("GET", "/p/x", "X-A: a\x01b")),
+    "negative-length": (400, post("Content-Length: -1")),
+    "two-lengths": (400, post("Content-Length: 1", "Content-Length: 2")),
+    "endless-length": (400, post("Content-Length: " + "9" * 5000)),
+    "length-and-coding": (400, post("Content-Length: 1", "Transfer-Encoding: chunked")),
+    "identity-and-length": (400, post("Content-Length: 1", "Transfer-Encoding: identity")),
+    "bad-chunk": (400, post("Transfer-Encoding: chunked") + b"zz\r\n"),
+    "chunked-in-1.0": (400, post("Transfer-Encoding: chunked", version="1.0")),
+    "long-target": (414, request("GET", "/p/" + LONG)),
+    "long-field": (431, request("GET", "/p/x", "X-Long: " + LONG)),
+    "many-fields": (431, request("GET", "/p/x", *[f"X-{n}: {n}" for n in range(600)])),
+    "other-coding": (501, post("Transfer-Encoding: gzip, chunked")),
+    "http-2": (505, request("GET", "/p/x", version="2.0")),
+}
+UNFIT = {
+    "no-host": (400, hosts()),
+    "two-hosts": (400, hosts("a", "b")),
+    "no-path": (400, request("GET", "p/x")),
+    "odd-expectation": (417, request("POST", "/p/x", "Expect: the-best", body=b"x")),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
+def test_what_is_not_http_is_refused_in_words(stage: Stage, case: str) -> None:
+    """A JSON error with a reason; where the framing is in doubt, the connection ends after it."""
+    before = stage.provider.accepted
+    status, sent = (BROKEN | UNFIT)[case]
+    with stage.connect() as client:
+        client.sock.settimeout(5)
+        client.send(sent)
+        got = read_got(client)
+        assert got.status == status
+        assert got.values(b"content-type") == [b"application/json"]
+        assert len(got.values(b"x-llmproxy-error")) == 1
+        assert got.json()["error"]["message"]
+        if case in BROKEN:
+            assert got.values(b"connection") == [b"close"]
+            client.wait_closed()
+            assert client.buffer == b""
+    assert stage.provider.accepted == before
+
+
+def test_no_100_continue_is_sent_to_who_is_refused(stage: Stage) -> None:
+    """An unknown key is told so before it uploads anything."""
+    with stage.connect() as client:
+        client.sock.settimeout(5)
+        lines = ("Expect: 100-continue", "Content-Length: 1000", "x-api-key: wrong")
+        client.send(request("POST", "/p/x", *lines))
+        assert read_got(client).status == 401

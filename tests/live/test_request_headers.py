@@ -1,0 +1,267 @@
+"""What of a client's header reaches the provider, and what is added to it (design 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import Wire, request
+from tests.support.stage import OK, STREAM_BODY, Stage, Turn, open_stage, post
+
+CONFIG = """
+[providers.anthropic]
+url = "{url}"
+dialect = "anthropic"
+headers = {{ anthropic-version = "2023-06-01", X-Default = "d" }}
+[providers.ollama]
+url = "{url}"
+dialect = "ollama"
+[providers.raw]
+url = "{url}"
+dialect = "raw"
+[[routes]]
+path = "/a"
+providers = ["anthropic"]
+[[routes]]
+path = "/o"
+providers = ["ollama"]
+[[routes]]
+path = "/raw"
+providers = ["raw"]
+[[routes]]
+path = "/enc"
+providers = ["p"]
+accept_encoding = "pass"
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One route for each dialect, and one that leaves Accept-Encoding alone."""
+    with open_stage(
+        tmp_path_factory.mktemp("headers"),
+        lambda url: provider_config(url) + CONFIG.format(url=url),
+        proxy='anonymous = true\nvia = "Hop"',
+    ) as stage:
+        yield stage
+
+
+def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None:
+    """Everything end-to-end arrives byte for byte; only what is ours is added behind it."""
+    got, answer = stage.ask(
+        request(
+            "GET",
+            "/p/x",
+            "User-Agent: test/1.0 (odd; \xe4\xf6)",
+            "x-dup: 1",
+            "Accept: */*",
+            "X-Dup:2",
+            "X-Spaces: a  b\tc",
+            "X-Comma: a,b , c",
+            "X-Empty:",
+            "Cookie: a=1; b=2",
+            "OpenAI-Organization: org",
+            "anthropic-beta: x",
+            "x-stainless-lang: python",
+            "session_id: 1",
+            "Accept-Encoding: gzip, br",
+            "X-Session-Id: s",
+            "x-dup: 3",
+        )
+    )
+    (name,) = answer.values(b"x-llmproxy-request-id")
+    assert got.fields == [
+        (b"host", f"127.0.0.1:{stage.provider.port}".encode()),
+        (b"user-agent", b"test/1.0 (odd; \xe4\xf6)"),
+        (b"x-dup", b"1"),
+        (b"accept", b"*/*"),
+        (b"x-dup", b"2"),
+        (b"x-spaces", b"a  b\tc"),
+        (b"x-comma", b"a,b , c"),
+        (b"x-empty", b""),
+        (b"cookie", b"a=1; b=2"),
+        (b"openai-organization", b"org"),
+        (b"anthropic-beta", b"x"),
+        (b"x-stainless-lang", b"python"),
+        (b"session_id", b"1"),
+        (b"accept-encoding", b"gzip, br"),
+        (b"x-session-id", b"s"),
+        (b"x-dup", b"3"),
+        (b"via", b"1.1 Hop"),
+        (b"x-request-id", name),
+    ]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "Keep-Alive: timeout=5",
+        "Proxy-Connection: keep-alive",
+        "Proxy-Authorization: Basic eA==",
+        "Proxy-Whatever: x",
+        "TE: trailers",
+        "Trailer: x-end",
+        "Upgrade: h2c",
+        "X-Forwarded-For: 10.0.0.1",
+        "X-Forwarded-Anything: x",
+        "Forwarded: for=10.0.0.1",
+        "x-llmproxy-request-id: forged",
+        "X-LLMProxy-Other: x",
+    ],
+)
+def test_hop_by_hop_and_owned_fields_stay_here(stage: Stage, field: str) -> None:
+    """They speak of this hop, or would speak for the proxy."""
+    got, _ = stage.ask(request("GET", "/p/x", field, "X-Kept: 1"))
+    assert got.values(field.partition(":")[0].lower().encode()) == []
+    assert got.values(b"x-kept") == [b"1"]
+    assert got.values(b"connection") == []
+
+
+def test_every_connection_line_nominates_fields_that_stay_here(stage: Stage) -> None:
+    """A name on any Connection line is hop-by-hop, in whatever case and place."""
+    got, _ = stage.ask(
+        request(
+            "GET",
+            "/p/x",
+            "Connection: X-One, keep-alive",
+            "x-one: 1",
+            "X-Two: 2",
+            "X-Three: 3",
+            "connection:  x-tWO ,",
+            "X-Kept: 1",
+            "X-ONE: again",
+        )
+    )
+    names = [name for name, _ in got.fields]
+    assert names == [b"host", b"x-three", b"x-kept", b"via", b"x-request-id"]
+
+
+def test_via_is_appended_to_and_a_loop_is_refused(stage: Stage) -> None:
+    """Earlier hops stay in order before ours; a request that has our name came here before."""
+    got, _ = stage.ask(request("GET", "/p/x", "Via: 1.0 first, 1.1 second", "Via: 2 hopper"))
+    assert b", ".join(got.values(b"via")) == b"1.0 first, 1.1 second, 2 hopper, 1.1 Hop"
+    for value in ("1.1 hop", "1.0 first, 1.1 HOP (comment)", "HTTP/1.1 Hop, 1.1 last"):
+        refused = stage.refuse(request("GET", "/p/x", f"Via: {value}"))
+        assert refused.status == 508
+        assert refused.values(b"x-llmproxy-error") == [b"loop"]
+
+
+def test_a_request_id_of_the_clients_is_kept(stage: Stage) -> None:
+    """Ours is added only where there is none; the record has both."""
+    got, answer = stage.ask(request("GET", "/p/x", "X-Request-Id: mine"))
+    assert got.values(b"x-request-id") == [b"mine"]
+    record = stage.trace(answer)
+    assert record["client_request_id"] == "mine"
+    assert record["id"] != "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x_api_key", "X_Forwarded_For", "x_llmproxy_key", "Transfer_Encoding", "api_key", "proxy_x"],
+)
+def test_a_disguised_name_is_refused(stage: Stage, name: str) -> None:
+    """A server that takes `_` for `-` must not see what was dropped."""
+    got = stage.refuse(request("GET", "/p/x", f"{name}: secret-value"))
+    assert got.status == 400
+    assert got.values(b"x-llmproxy-error") == [b"bad_header"]
+    assert b"secret-value" not in got.body
+
+
+def test_a_websocket_handshake_is_refused_in_words(stage: Stage) -> None:
+    """501, and a sentence; another upgrade is only not offered on."""
+    got = stage.refuse(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: websocket"))
+    assert got.status == 501
+    assert "WebSocket" in got.json()["error"]["message"]
+    received, got = stage.ask(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: h2c"))
+    assert got.status == 200
+    assert received.values(b"upgrade") == []
+
+
+def test_a_providers_own_headers_are_defaults(stage: Stage) -> None:
+    """They are added where the client sent none, and give way to the client's."""
+    got, _ = stage.ask(post("/a/v1/messages"))
+    assert got.values(b"anthropic-version") == [b"2023-06-01"]
+    assert got.values(b"x-default") == [b"d"]
+    got, _ = stage.ask(post("/a/v1/messages", STREAM_BODY, "Anthropic-Version: 2024"))
+    assert got.values(b"anthropic-version") == [b"2024"]
+    assert got.values(b"x-default") == [b"d"]
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "accept", "encoding"),
+    [
+        ("/p/x", STREAM_BODY, [b"text/event-stream"], [b"identity"]),
+        ("/a/x", STREAM_BODY, [b"text/event-stream"], [b"identity"]),
+        ("/o/api/x", STREAM_BODY, [], [b"identity"]),
+        ("/o/api/chat", b'{"model":"m"}', [], [b"identity"]),
+        ("/o/api/chat", b'{"model":"m","stream":false}', [], []),
+        ("/raw/x", STREAM_BODY, [], [b"identity"]),
+        ("/p/x", b'{"model":"m","stream":false}', [], []),
+        ("/p/x", b'{"model":"m"}', [], []),
+        ("/enc/x", STREAM_BODY, [b"text/event-stream"], []),
+    ],
+)
+def test_accept_is_filled_in_for_a_stream(
+    stage: Stage, target: str, body: bytes, accept: list[bytes], encoding: list[bytes]
+) -> None:
+    """A stream is asked for by type where the dialect wants that, and unencoded."""
+    got, _ = stage.ask(post(target, body))
+    assert got.values(b"accept") == accept
+    assert got.values(b"accept-encoding") == encoding
+
+
+def test_a_clients_own_accept_is_left_alone(stage: Stage) -> None:
+    """Accept crosses as it is; Accept-Encoding gives way for a stream, unless the route passes."""
+    own = ("Accept: application/json", "Accept-Encoding: gzip;q=1.0,  br")
+    got, _ = stage.ask(post("/p/x", STREAM_BODY, *own))
+    assert got.values(b"accept") == [b"application/json"]
+    assert got.values(b"accept-encoding") == [b"identity"]
+    got, _ = stage.ask(post("/enc/x", STREAM_BODY, *own))
+    assert got.values(b"accept") == [b"application/json"]
+    assert got.values(b"accept-encoding") == [b"gzip;q=1.0,  br"]
+    got, _ = stage.ask(post("/p/x", b'{"model":"m"}', *own))
+    assert got.values(b"accept-encoding") == [b"gzip;q=1.0,  br"]
+
+
+def test_a_body_is_framed_anew_and_only_once(stage: Stage) -> None:
+    """A chunked upload arrives counted, and its trailers do not arrive."""
+    head = request("POST", "/p/x", "Transfer-Encoding: chunked", "Content-Type: text/plain")
+    got, _ = stage.ask(head + b"3;ext=1\r\nabc\r\n2\r\nde\r\n0\r\nx-end: secret\r\n\r\n")
+    assert got.body == b"abcde"
+    assert got.values(b"content-length") == [b"5"]
+    assert got.values(b"transfer-encoding") == []
+    assert got.values(b"x-end") == []
+
+
+def test_an_expectation_is_met_here_and_not_sent_on(stage: Stage) -> None:
+    """The client is told to go on before it has sent a byte of its body."""
+    turn = Turn()
+    body = b"0123456789"
+
+    def script(wire: Wire) -> None:
+        received = wire.read_request()
+        assert received.values(b"expect") == []
+        assert received.body == body
+        wire.send(OK)
+        turn.give()
+
+    stage.script = script
+    with stage.connect() as client:
+        length = f"Content-Length: {len(body)}"
+        client.send(request("POST", "/p/x", "Expect: 100-continue", length))
+        first, fields = client.read_head()
+        assert first.startswith(b"HTTP/1.1 100")
+        assert fields == []
+        client.send(body)
+        assert client.read_head()[0] == b"HTTP/1.1 200 OK"
+    turn.take()
+
+
+def test_an_http_1_0_client_is_served_the_same_way(stage: Stage) -> None:
+    """The provider is asked in HTTP/1.1 with the same fields, and the connection ends after it."""
+    got, answer = stage.ask(request("GET", "/p/x", "X-Kept: 1", version="1.0"))
+    assert got.values(b"x-kept") == [b"1"]
+    assert got.values(b"host") == [f"127.0.0.1:{stage.provider.port}".encode()]
+    assert answer.body == b"ok"

@@ -1,0 +1,216 @@
+"""What of a provider's answer reaches the client, and the one field that is added (design 5)."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+
+import brotli
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import Wire, request
+from tests.support.stage import (
+    LAST,
+    OK,
+    Stage,
+    answer,
+    chunked_answer,
+    open_stage,
+    post,
+    read_got,
+)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One route."""
+    with open_stage(tmp_path_factory.mktemp("answers"), provider_config) as stage:
+        yield stage
+
+
+def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None:
+    """The provider's own fields arrive byte for byte, with our id behind them and nothing else."""
+    _, got = stage.ask(
+        request("GET", "/p/x"),
+        answer(
+            429,
+            "Server: provider/1",
+            "Date: Fri, 01 Jan 2038 00:00:00 GMT",
+            "Content-Type: application/json",
+            "x-request-id: req_1",
+            "Request-Id: req_2",
+            "Retry-After: 7",
+            "X-RateLimit-Remaining-Requests: 0",
+            "anthropic-ratelimit-tokens-limit: 1",
+            "openai-processing-ms: 12",
+            "Set-Cookie: a=1; Path=/",
+            "Set-Cookie: b=2",
+            "X-Odd: \xe4  b\tc",
+            "X-Empty:",
+            "x-dup: 1",
+            "X-Dup: 2",
+            "x-should-retry: true",
+            body=b'{"error":{}}',
+        ),
+    )
+    ours = got.fields.pop()
+    assert ours[0] == b"x-llmproxy-request-id"
+    assert got.status == 429
+    assert got.fields == [
+        (b"server", b"provider/1"),
+        (b"date", b"Fri, 01 Jan 2038 00:00:00 GMT"),
+        (b"content-type", b"application/json"),
+        (b"x-request-id", b"req_1"),
+        (b"request-id", b"req_2"),
+        (b"retry-after", b"7"),
+        (b"x-ratelimit-remaining-requests", b"0"),
+        (b"anthropic-ratelimit-tokens-limit", b"1"),
+        (b"openai-processing-ms", b"12"),
+        (b"set-cookie", b"a=1; Path=/"),
+        (b"set-cookie", b"b=2"),
+        (b"x-odd", b"\xe4  b\tc"),
+        (b"x-empty", b""),
+        (b"x-dup", b"1"),
+        (b"x-dup", b"2"),
+        (b"x-should-retry", b"true"),
+        (b"content-length", b"12"),
+    ]
+    assert got.body == b'{"error":{}}'
+
+
+def test_nothing_of_our_own_server_leaks_in(stage: Stage) -> None:
+    """A bare answer stays bare: no Server, no Date, no type that nobody gave."""
+    _, got = stage.ask(request("GET", "/p/x"))
+    assert [name for name, _ in got.fields] == [b"content-length", b"x-llmproxy-request-id"]
+
+
+def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(stage: Stage) -> None:
+    """Nominees of Connection, hop-by-hop fields, Alt-Svc, HSTS and forged fields are dropped."""
+    _, got = stage.ask(
+        request("GET", "/p/x"),
+        answer(
+            200,
+            "Connection: X-One",
+            "x-one: 1",
+            "Keep-Alive: timeout=5",
+            "Proxy-Authenticate: Basic",
+            "Trailer: x-end",
+            "TE: trailers",
+            "Upgrade: h2c",
+            "Alt-Svc: h3=:443",
+            "Strict-Transport-Security: max-age=1",
+            "X-LLMProxy-Error: forged",
+            "x-llmproxy-request-id: forged",
+            "X-Kept: 1",
+        ),
+    )
+    names = [name for name, _ in got.fields]
+    assert names == [b"x-kept", b"content-length", b"x-llmproxy-request-id"]
+    assert got.values(b"x-llmproxy-request-id") != [b"forged"]
+
+
+@pytest.mark.parametrize(
+    "status",
+    [200, 201, 202, 203, 206, 207, 299, 300, 400, 401, 402, 403, 404, 409, 418, 422, 429]
+    + [451, 500, 502, 503, 504, 529, 599],
+)
+def test_a_status_is_exact(stage: Stage, status: int) -> None:
+    """Known to us or not, with its body; what is an error is recorded as the provider's."""
+    _, got = stage.ask(request("GET", "/p/x"), answer(status, body=b"text"))
+    assert got.status == status
+    assert got.body == b"text"
+    assert got.values(b"x-llmproxy-error") == []
+    record = stage.trace(got)
+    assert record["status"] == status
+    assert record["end_reason"] == ("complete" if status < 400 else "upstream_refused")
+    assert record["error"] is None
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_an_encoded_body_is_exact(stage: Stage, kind: str, coding: str) -> None:
+    """The coding and the bytes under it are handed on untouched."""
+    text = b'data: {"text":"hello hello hello"}\n\n' * 50
+    body = gzip.compress(text, mtime=0) if coding == "gzip" else brotli.compress(text)
+    reply = chunked_answer(body[:7], body[7:], kind=kind).replace(
+        b"Connection:", f"Content-Encoding: {coding}\r\nConnection:".encode()
+    )
+    _, got = stage.ask(request("GET", "/p/x", "Accept-Encoding: gzip, br"), reply)
+    assert got.values(b"content-encoding") == [coding.encode()]
+    assert got.body == body
+
+
+def test_a_cookie_is_not_remembered(stage: Stage) -> None:
+    """What one caller is given goes out on nobody's next request."""
+    stage.ask(request("GET", "/p/x"), answer(200, "Set-Cookie: tenant=a; Path=/"))
+    got, _ = stage.ask(request("GET", "/p/x"))
+    assert got.values(b"cookie") == []
+
+
+def test_an_answer_to_head_has_a_length_and_no_body(stage: Stage) -> None:
+    """The connection serves the next request at once."""
+
+    def script(wire: Wire) -> None:
+        assert wire.read_request().method == b"HEAD"
+        wire.send(answer(200, "Content-Type: text/plain")[:-4].replace(b": 0", b": 1234"))
+        wire.send(b"\r\n\r\n")
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("HEAD", "/p/x"))
+        got = read_got(client, bodiless=True)
+        assert got.status == 200
+        assert got.values(b"content-length") == [b"1234"]
+        stage.script = _answer_ok
+        client.send(request("GET", "/p/x"))
+        assert read_got(client).body == b"ok"
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_without_a_body_has_no_framing_added(stage: Stage, status: int) -> None:
+    """204 and 304 end with their head, and the connection goes on."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(b"HTTP/1.1 %d\r\nETag: x\r\nConnection: close\r\n\r\n" % status)
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("GET", "/p/x"))
+        got = read_got(client)
+        assert got.status == status
+        assert [name for name, _ in got.fields] == [b"etag", b"x-llmproxy-request-id"]
+        stage.script = _answer_ok
+        client.send(request("GET", "/p/x"))
+        assert read_got(client).body == b"ok"
+
+
+def test_interim_answers_are_not_handed_on(stage: Stage) -> None:
+    """100, 102 and 103 pass by; the final answer is the first that the client sees."""
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    _, got = stage.ask(request("GET", "/p/x"), interim + b"HTTP/1.1 102 P\r\n\r\n" + OK)
+    assert got.status == 200
+    assert got.values(b"link") == []
+
+
+def test_trailers_do_not_cross(stage: Stage) -> None:
+    """The body ends with the plain last chunk."""
+    reply = chunked_answer(b"data: 1\n\n")[: -len(LAST)] + b"0\r\nx-end: 1\r\n\r\n"
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(reply)
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(post("/p/x", b"{}", "Connection: close"))
+        client.read_head()
+        assert client.wait_closed() == "fin"
+        assert client.buffer.endswith(b"\r\n" + LAST)
+        assert b"x-end" not in client.buffer
+
+
+def _answer_ok(wire: Wire) -> None:
+    wire.read_request()
+    wire.send(OK)

@@ -1,0 +1,213 @@
+"""From path, host and model to a provider, and who may go there (design 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.sockets import Received, request
+from tests.support.stage import Got, Stage, client_config, open_stage, post
+
+
+def provider(name: str, dialect: str = "openai") -> str:
+    """Return a provider that marks its requests with its name."""
+    return f"""
+[providers.{name}]
+url = "URL"
+dialect = "{dialect}"
+headers = {{ x-picked = "{name}" }}
+"""
+
+
+def route(path: str, name: str, more: str = "") -> str:
+    """Return a route to the provider ``name``."""
+    return f"""
+[[routes]]
+path = "{path}"
+name = "{name}"
+providers = ["{name}"]
+{more}
+"""
+
+
+CONFIG = "".join(
+    [
+        *map(provider, ("short", "long", "host", "model", "both", "gpt", "unnamed", "root")),
+        *map(provider, ("override", "first", "second")),
+        provider("local", "ollama"),
+        route("/v", "short"),
+        route("/v/deep", "long"),
+        route("/v", "model", 'models = ["m-*", "exact"]'),
+        route("/v", "host", 'hosts = ["inference.local"]'),
+        route("/v", "both", 'hosts = ["inference.local"]\nmodels = ["m-*"]'),
+        route("/only", "gpt", 'models = ["gpt-*"]'),
+        route("/only", "unnamed", 'models = ["-"]'),
+        route("/order", "first", 'models = ["a*"]'),
+        route("/order", "second", 'models = ["ab*"]'),
+        route("/over", "override", '[routes.override]\noverride = { model = "new \\"m\\" ü" }'),
+        route("/local", "local"),
+        route("/", "root"),
+        client_config("limited", "limited-key", 'routes = ["short", "gpt"]\nmodels = ["ok-*"]'),
+        client_config("nameless", "nameless-key", 'models = ["-"]'),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Many routes to one service, told apart by a header."""
+    with open_stage(
+        tmp_path_factory.mktemp("routing"), lambda url: CONFIG.replace("URL", url)
+    ) as stage:
+        yield stage
+
+
+def picked(asked: tuple[Received, Got]) -> str:
+    """Return the provider that was chosen."""
+    (name,) = asked[0].values(b"x-picked")
+    return name.decode()
+
+
+def model(name: str) -> bytes:
+    """Return a body that names a model."""
+    return b'{"model":"%b"}' % name.encode()
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "name", "expected"),
+    [
+        ("/v/x", "proxy", "other", "short"),
+        ("/v/x", "proxy", "m-1", "model"),
+        ("/v/x", "proxy", "exact", "model"),
+        ("/v/x", "proxy", "exactly", "short"),
+        ("/v/deep/x", "proxy", "m-1", "long"),
+        ("/v/deeper", "proxy", "other", "short"),
+        ("/v/x", "inference.local", "other", "host"),
+        ("/v/x", "Inference.LOCAL:8080", "other", "host"),
+        ("/v/x", "inference.local", "m-1", "both"),
+        ("/v/x", "inference.local.evil", "other", "short"),
+        ("/order/x", "proxy", "abc", "first"),
+        ("/only/x", "proxy", "gpt-4o", "gpt"),
+        ("/elsewhere", "proxy", "m", "root"),
+    ],
+)
+def test_the_longest_path_wins_then_the_route_that_says_more(
+    stage: Stage, target: str, host: str, name: str, expected: str
+) -> None:
+    """Then the order of the file decides."""
+    sent = post(target, model(name)).replace(b"Host: proxy", f"Host: {host}".encode())
+    asked = stage.ask(sent)
+    assert picked(asked) == expected
+    record = stage.trace(asked[1])
+    assert (record["route"], record["provider"], record["model"]) == (expected, expected, name)
+
+
+def test_a_request_that_names_no_model_needs_a_route_for_that(stage: Stage) -> None:
+    """`-` and `*` take it; a route for other models does not."""
+    assert picked(stage.ask(request("GET", "/only/models"))) == "unnamed"
+    assert picked(stage.ask(post("/only/x", b'{"model":null}'))) == "unnamed"
+    assert picked(stage.ask(request("GET", "/v/x"))) == "short"
+    got = stage.get(post("/only/x", model("claude")))
+    assert got.status in (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("/only/deployments/gpt-4/chat", "gpt"),
+        ("/only/openai/deployments/gpt-4/chat/completions", "gpt"),
+        ("/only/v1beta/models/gpt-4:generateContent", "gpt"),
+        ("/only/v1/models", "unnamed"),
+    ],
+)
+def test_a_path_may_name_the_model(stage: Stage, target: str, expected: str) -> None:
+    """As Azure's and Gemini's do."""
+    assert picked(stage.ask(request("GET", target))) == expected
+
+
+def test_a_form_may_name_the_model(stage: Stage) -> None:
+    """An audio upload does; the form crosses untouched."""
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n\0\xff\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\ngpt-audio\r\n--b--\r\n'
+    )
+    kind = "Content-Type: multipart/form-data; boundary=b"
+    asked = stage.ask(request("POST", "/only/x", kind, body=form))
+    assert picked(asked) == "gpt"
+    assert asked[0].body == form
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"gpt-a","model":"gpt-b"}',
+        b'{"stream":true,"model":"gpt-a","stream":false}',
+        b'{"model":"gpt-a","mo\\u0064el":"gpt-b"}',
+        b'{"model":1}',
+        b'{"model":"gpt-a"',
+        b"\xef\xbb\xbf{}",
+    ],
+)
+def test_a_body_that_can_be_read_in_two_ways_is_refused(stage: Stage, body: bytes) -> None:
+    """400: whoever reads it next must not see another model than we did."""
+    got = stage.refuse(post("/only/x", body))
+    assert got.status == 400
+    assert got.values(b"x-llmproxy-error") == [b"bad_body"]
+
+
+def test_an_override_changes_the_bytes_of_the_model_alone(stage: Stage) -> None:
+    """Spaces, order, escapes and numbers stay as they were; another member called model, too."""
+    before = b'{ "a":1.0e2 ,"x":{"model":"in"},\n"model" : "\\u006fld" , "z":"\\u00fc\xc3\xbc" }\n'
+    received, got = stage.ask(post("/over/x", before))
+    after = before.replace(b'"\\u006fld"', '"new \\"m\\" ü"'.encode())
+    assert received.body == after
+    assert received.values(b"content-length") == [b"%d" % len(after)]
+    assert stage.trace(got)["model"] == "old"
+
+
+def test_an_override_inserts_nothing(stage: Stage) -> None:
+    """A body without a model stays as it is."""
+    received, _ = stage.ask(post("/over/x", b'{"input":"x"}'))
+    assert received.body == b'{"input":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("key", "target", "body", "status", "reason"),
+    [
+        ("limited-key", "/v/x", model("ok-1"), 200, []),
+        ("limited-key", "/v/x", model("bad"), 403, [b"model_forbidden"]),
+        ("limited-key", "/v/x", b"{}", 403, [b"model_forbidden"]),
+        ("limited-key", "/v/deep/x", model("ok-1"), 403, [b"route_forbidden"]),
+        ("limited-key", "/v/deployments/bad/x", model("ok-1"), 403, [b"model_forbidden"]),
+        ("nameless-key", "/v/x", b"{}", 200, []),
+        ("nameless-key", "/v/x", model("any"), 403, [b"model_forbidden"]),
+    ],
+)
+def test_a_client_may_use_its_routes_and_models_alone(
+    stage: Stage, key: str, target: str, body: bytes, status: int, reason: list[bytes]
+) -> None:
+    """403, whichever of body and path names the model that is not allowed."""
+    sent = post(target, body, f"x-llmproxy-key: {key}")
+    got = stage.ask(sent)[1] if status == 200 else stage.refuse(sent)
+    assert got.status == status
+    assert got.values(b"x-llmproxy-error") == reason
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "expected"),
+    [
+        ("/v/x", b'{"model":"o","stream":true}', True),
+        ("/v/x", b'{"model":"o","stream":false}', False),
+        ("/v/x", b'{"model":"o"}', False),
+        ("/local/api/chat", b'{"model":"o"}', True),
+        ("/local/api/chat", b'{"model":"o","stream":false}', False),
+        ("/local/v1/chat/completions", b'{"model":"o"}', False),
+    ],
+)
+def test_the_record_says_whether_a_stream_was_asked_for(
+    stage: Stage, target: str, body: bytes, expected: bool
+) -> None:
+    """By the member `stream`, and in Ollama's own API by leaving it out."""
+    _, got = stage.ask(post(target, body))
+    assert stage.trace(got)["stream"] is expected

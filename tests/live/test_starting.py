@@ -1,0 +1,155 @@
+"""How the daemon starts, or says why it does not (design 4 and 13)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT, Daemon, provider_config
+from tests.support.sockets import Wire, connect, request
+from tests.support.stage import OK, Link, read_got, write_credential
+
+HEAD = """\
+[proxy]
+listen = ["tcp:{proxy}:interface=127.0.0.1"]
+anonymous = true
+[admin]
+listen = "tcp:{admin}:interface=127.0.0.1"
+"""
+
+
+def start(folder: Path, config: str) -> subprocess.CompletedProcess[str]:
+    """Start a daemon that must end by itself."""
+    path = folder / "bad.toml"
+    path.write_text(config)
+    twistd = str(Path(sys.executable).parent / "twistd")
+    return subprocess.run(
+        [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(path)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def assert_refused(ended: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Check the exit code, and that these words are told, and no traceback.
+
+    Mistakes in the file are told on standard error; what goes wrong later is a line of the log.
+    """
+    assert ended.returncode == 1
+    told = ended.stdout + ended.stderr
+    for word in words:
+        assert word in told
+    assert "Traceback" not in told
+    assert "listens on" not in ended.stdout
+
+
+def test_every_mistake_in_the_configuration_is_told(tmp_path: Path) -> None:
+    """One line each on standard error, exit code 1, and nothing listens."""
+    config = provider_config("ftp://x", route="speed = 3") + '[timeouts]\nidle = "soon"\n'
+    ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + config)
+    assert_refused(ended)
+    lines = sorted(ended.stderr.strip().splitlines())
+    assert [line.split(":")[0] for line in lines] == [
+        "providers.p.url",
+        "routes[0].speed",
+        "timeouts.idle",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ("this is no TOML", "TOML"),
+        ("", "providers"),
+        (HEAD.format(proxy="x", admin=0) + provider_config("http://x"), "proxy.listen"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, config: str, word: str) -> None:
+    """Exit code 1 and a word."""
+    assert_refused(start(tmp_path, config), word)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    """By its name."""
+    twistd = str(Path(sys.executable).parent / "twistd")
+    ended = subprocess.run(
+        [twistd, "-n", "--pidfile=", "llmproxy", "--config", "/nowhere/llmproxy.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert_refused(ended, "/nowhere/llmproxy.toml")
+
+
+@pytest.mark.parametrize("taken_by", ["proxy", "admin"])
+def test_a_port_that_is_taken_stops_the_start(tmp_path: Path, taken_by: str) -> None:
+    """Exit code 1, and the address in a sentence."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"proxy": 0, "admin": 0} | {taken_by: port}
+        ended = start(tmp_path, HEAD.format(**ports) + provider_config("http://127.0.0.1:1"))
+    assert_refused(ended, "llmproxy cannot start", str(port))
+
+
+def test_a_trace_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
+    """Not the first request shows it, but the start."""
+    more = '[trace]\njsonl = "/nowhere/trace.jsonl"\n'
+    ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider_config("http://x") + more)
+    assert_refused(ended, "llmproxy cannot start", "/nowhere/trace.jsonl")
+
+
+def test_credentials_that_others_can_read_stop_the_start(tmp_path: Path) -> None:
+    """The mode of their directory is part of the configuration."""
+    section = write_credential(tmp_path, "key", "sk-secret")
+    (tmp_path / "credentials").chmod(0o755)
+    provider = provider_config("http://x", provider='credential = "key"')
+    ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider + section)
+    assert_refused(ended, "credentials.directory")
+    assert "sk-secret" not in ended.stdout + ended.stderr
+
+
+def test_an_empty_credential_stops_the_start(tmp_path: Path) -> None:
+    """So does one that is missing."""
+    for name in ("key", "other"):
+        section = write_credential(tmp_path, "key", "")
+        provider = provider_config("http://x", provider=f'credential = "{name}"')
+        ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider + section)
+        assert_refused(ended, "providers.p.credential")
+
+
+def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
+    """Under bare `twistd -n llmproxy`: time, level, logger and message on each line."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(OK)
+
+    plain = Link(None, "")
+    with plain.provider(script) as provider:
+        with Daemon(tmp_path, plain.config(provider)) as daemon:
+            assert daemon.admin("/readyz") == "ready\n"
+            with connect(daemon.port) as client:
+                client.send(request("GET", "/p/x?query", "User-Agent: test/1"))
+                read_got(client)
+            (access,) = daemon.wait_ended(1)
+        assert daemon.process.returncode == 0
+    for line in daemon.log:
+        assert {"time", "level", "logger", "message"} <= set(line)
+        assert line["time"].endswith("Z")
+    assert access["message"] == "GET /p/x complete"
+    assert access["user_agent"] == "test/1"
+    assert {"id", "client", "route", "provider", "status", "duration_s", "bytes_out"} <= set(access)

@@ -1,0 +1,236 @@
+"""How the daemon stops: refuse, wait, cut; and what the world sees of it (design 13)."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import urllib.error
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.daemon import Daemon
+from tests.support.sockets import WAIT, Wire, chunked, connect, request
+from tests.support.stage import (
+    LAST,
+    SSE,
+    Link,
+    Notes,
+    Turn,
+    event,
+    post,
+    read_got,
+    trace_of,
+    until,
+)
+
+
+class Paced:
+    """A script that streams an event, and the rest at a turn; it notes how its connection ended.
+
+    Args:
+        endless: there is no rest.
+    """
+
+    def __init__(self, *, endless: bool = False) -> None:
+        self.turn = Turn()
+        self.ended = Notes()
+        self._endless = endless
+
+    def __call__(self, wire: Wire) -> None:
+        """Play."""
+        wire.read_request()
+        wire.send(SSE, chunked(event(0)))
+        if not self._endless:
+            self.turn.take()
+            wire.send(chunked(event(1)), LAST)
+        self.ended.put(wire.wait_closed())
+
+
+def begin(daemon: Daemon, path: str = "/p/x") -> Wire:
+    """Begin a stream, and read its first event."""
+    client = connect(daemon.port)
+    client.send(post(path))
+    client.read_head()
+    assert client.read_chunk() == event(0)
+    return client
+
+
+def is_refused(port: int) -> bool:
+    """Tell whether nobody listens any more."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def last_line(daemon: Daemon) -> dict[str, Any]:
+    """Return the last line that the daemon itself logged."""
+    return [line for line in daemon.log if line["logger"].startswith("llmproxy")][-1]
+
+
+def assert_ended(daemon: Daemon, *, finished: int, cut: int) -> None:
+    """Check the exit code, and what stands in the log's last line."""
+    assert daemon.process.wait(WAIT) == 0
+    until(lambda: not daemon._reader.is_alive(), "the log is read")
+    line = last_line(daemon)
+    assert (line["finished"], line["cut"]) == (finished, cut)
+
+
+def test_a_running_body_finishes(tmp_path: Path, link: Link) -> None:
+    """After SIGTERM nobody is accepted, the stream goes on to its end, and the exit code is 0."""
+    script = Paced()
+    with (
+        link.provider(script) as provider,
+        Daemon(tmp_path, link.config(provider)) as daemon,
+        begin(daemon) as client,
+    ):
+        daemon.terminate()
+        daemon.wait_log("draining")
+        until(lambda: is_refused(daemon.port), "the listener is closed")
+        with pytest.raises(urllib.error.HTTPError, match="503") as not_ready:
+            daemon.admin("/readyz")
+        not_ready.value.close()
+        assert daemon.admin("/livez")
+        assert daemon.metrics()["llmproxy_draining"] == 1
+        assert daemon.process.poll() is None
+        script.turn.give()
+        assert client.read_chunks() == event(1)
+        assert client.wait_closed() == "fin"
+        script.ended.read()
+        assert_ended(daemon, finished=1, cut=0)
+        assert trace_of(daemon, path="/p/x")["end_reason"] == "complete"
+
+
+def test_an_answer_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -> None:
+    """It says that the connection ends with it."""
+    asked, answered = Turn(), Turn()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        asked.give()
+        answered.take()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        wire.wait_closed()
+
+    with (
+        link.provider(script) as provider,
+        Daemon(tmp_path, link.config(provider)) as daemon,
+        connect(daemon.port) as client,
+    ):
+        client.send(post("/p/x"))
+        asked.take()
+        daemon.terminate()
+        daemon.wait_log("draining")
+        answered.give()
+        got = read_got(client)
+        assert (got.status, got.body) == (200, b"ok")
+        assert got.values(b"connection") == [b"close"]
+        assert client.wait_closed() == "fin"
+        assert_ended(daemon, finished=1, cut=0)
+
+
+def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
+    """Clients that ask nothing, before or after an answer, and kept provider connections."""
+    ended = Notes()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        ended.put(wire.wait_closed())
+
+    with (
+        link.provider(script) as provider,
+        Daemon(tmp_path, link.config(provider)) as daemon,
+        connect(daemon.port) as new,
+        connect(daemon.port) as served,
+    ):
+        served.send(request("GET", "/p/x"))
+        assert read_got(served).body == b"ok"
+        daemon.terminate()
+        for client in (new, served):
+            assert client.wait_closed() == "fin"
+            assert client.buffer == b""
+        ended.read()
+        assert_ended(daemon, finished=0, cut=0)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /p", b"GET /p/x HTTP/1.1\r\nHo"])
+def test_a_request_on_a_live_connection_is_still_served(tmp_path: Path, before: bytes) -> None:
+    """Whether it began before the signal or comes just after it; with Connection: close."""
+    whole = request("GET", "/p/x")
+    plain = Link(None, "")
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    with (
+        plain.provider(script) as provider,
+        Daemon(tmp_path, plain.config(provider)) as daemon,
+        connect(daemon.port) as client,
+    ):
+        client.send(before)
+        until(lambda: daemon.metrics()["llmproxy_client_connections"] == 1, "it is connected")
+        daemon.terminate()
+        daemon.wait_log("draining")
+        client.send(request("GET", "/p/x").removeprefix(before) if before else whole)
+        got = read_got(client)
+        assert got.body == b"ok"
+        assert got.values(b"connection") == [b"close"]
+        assert client.wait_closed() == "fin"
+        assert daemon.process.wait(WAIT) == 0
+
+
+def assert_cut(daemon: Daemon, client: Wire, script: Paced) -> None:
+    """Check that one stream was cut, on both sides and in the record."""
+    client.wait_closed()
+    assert client.buffer == b""
+    script.ended.read()
+    assert_ended(daemon, finished=0, cut=1)
+    record = trace_of(daemon, path="/p/x")
+    assert (record["end_reason"], record["is_complete"]) == ("drained", False)
+
+
+def test_a_second_signal_cuts_what_runs(tmp_path: Path, link: Link) -> None:
+    """At once; the record says `drained`, and the exit code is still 0."""
+    script = Paced(endless=True)
+    with (
+        link.provider(script) as provider,
+        Daemon(tmp_path, link.config(provider)) as daemon,
+        begin(daemon) as client,
+    ):
+        daemon.terminate()
+        daemon.wait_log("draining")
+        daemon.terminate()
+        assert_cut(daemon, client, script)
+
+
+def test_the_drain_timeout_cuts_what_runs(tmp_path: Path, link: Link) -> None:
+    """One signal is enough in the end."""
+    script = Paced(endless=True)
+    proxy = 'anonymous = true\ndrain_timeout = "400ms"'
+    with (
+        link.provider(script) as provider,
+        Daemon(tmp_path, link.config(provider), proxy=proxy) as daemon,
+        begin(daemon) as client,
+    ):
+        daemon.terminate()
+        assert_cut(daemon, client, script)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_many_signals_at_once_are_no_error(tmp_path: Path, number: signal.Signals) -> None:
+    """However they fall together: what runs is cut, nothing is logged as an error, exit 0."""
+    script, plain = Paced(endless=True), Link(None, "")
+    with (
+        plain.provider(script) as provider,
+        Daemon(tmp_path, plain.config(provider)) as daemon,
+        begin(daemon) as client,
+    ):
+        for _ in range(2):  # of a burst, the kernel may make one signal
+            for _ in range(20):
+                with suppress(ProcessLookupError):
+                    daemon.process.send_signal(number)
+            daemon.wait_log("draining")
+        assert_cut(daemon, client, script)

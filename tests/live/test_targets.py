@@ -1,0 +1,154 @@
+"""Path and query cross byte for byte, and never leave their route (design 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import request
+from tests.support.stage import Stage, open_stage
+
+MORE = """
+[providers.based]
+url = "{url}/base/v1"
+dialect = "openai"
+[[routes]]
+path = "/based"
+providers = ["based"]
+[[routes]]
+path = "/keep"
+providers = ["p"]
+strip = false
+[[routes]]
+path = "/based/keep"
+providers = ["based"]
+strip = false
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Routes that cut their path off or keep it, to a provider with and without a path."""
+    with open_stage(
+        tmp_path_factory.mktemp("targets"),
+        lambda url: provider_config(url) + MORE.format(url=url),
+    ) as stage:
+        yield stage
+
+
+ODD = [
+    "/x",
+    "/x?",
+    "/x??",
+    "/x?a=1&a=2&b",
+    "/x?q=a+b%20c%2Bd",
+    "/a%2Fb",
+    "/a%2fb%41",
+    "/a|b",
+    "/{x}",
+    "/<x>",
+    '/"x"',
+    "/x'y",
+    "/x\\y",
+    "/x^y`z",
+    "/[1]",
+    "/x;v=1,2",
+    "/x:generate@now!$&'()*+,=",
+    "//double//slash/",
+    "/x/",
+    "/~user",
+    "/%zz%",
+    "/%00",
+    "/x?next=/../y&z=./",
+    "/x?{y}|",
+    "/.hidden/a..b/..x/x..",
+    "/%252e%252e/x",
+]
+
+
+@pytest.mark.parametrize("rest", ODD)
+@pytest.mark.parametrize(
+    ("prefix", "sent"),
+    [("/p", ""), ("/keep", "/keep"), ("/based", "/base/v1"), ("/based/keep", None)],
+)
+def test_a_target_crosses_byte_for_byte(
+    stage: Stage, prefix: str, sent: str | None, rest: str
+) -> None:
+    """Nothing is encoded, decoded, normalised or dropped; only the route's own path is cut off."""
+    before = "/base/v1/based/keep" if sent is None else sent
+    received, got = stage.ask(request("GET", prefix + rest))
+    assert received.target == (before + rest).encode()
+    assert got.status == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/p", "/"),
+        ("/p?", "/?"),
+        ("/p?x=1", "/?x=1"),
+        ("/p/", "/"),
+        ("/keep", "/keep"),
+        ("/keep?x", "/keep?x"),
+        ("/based", "/base/v1"),
+        ("/based?x", "/base/v1?x"),
+        ("/based/", "/base/v1/"),
+    ],
+)
+def test_the_route_itself_is_a_target(stage: Stage, target: str, sent: str) -> None:
+    """With nothing behind its path, the request goes to the provider's own path."""
+    received, _ = stage.ask(request("GET", target))
+    assert received.target == sent.encode()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"])
+def test_a_method_crosses_as_it_is(stage: Stage, method: str) -> None:
+    """All seven are served."""
+    received, got = stage.ask(request(method, "/p/x"))
+    assert received.method == method.encode()
+    assert got.status == 200
+
+
+@pytest.mark.parametrize("target", ["/pp/x", "/P/x", "/%70/x", "/", "/keepsake", "//p/x"])
+def test_a_route_is_whole_segments_of_the_raw_path(stage: Stage, target: str) -> None:
+    """What only resembles a route's path is no route: 404."""
+    got = stage.refuse(request("GET", target))
+    assert got.status == 404
+    assert got.values(b"x-llmproxy-error") == [b"no_route"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/p/../keep/x",
+        "/p/..",
+        "/p/.",
+        "/p/./x",
+        "/p/x/..",
+        "/..",
+        "/./p/x",
+        "/p/%2e%2e/x",
+        "/p/%2E./x",
+        "/p/.%2e",
+        "/p/%2e?x=1",
+        "/p/..%2fx",
+        "/p/a%2F..%2Fx",
+        "/p/..%5cx",
+        "/p/..\\x",
+    ],
+)
+def test_dot_segments_are_refused(stage: Stage, target: str) -> None:
+    """Encoded or not, they would lead out of the route: 400."""
+    got = stage.refuse(request("GET", target))
+    assert got.status == 400
+    assert got.values(b"x-llmproxy-error") == [b"bad_path"]
+
+
+def test_the_record_has_the_path_and_never_the_query(stage: Stage) -> None:
+    """A query may hold a key."""
+    _, got = stage.ask(request("GET", "/p/a%2Fb?key=very-secret"))
+    record = stage.trace(got)
+    assert record["path"] == "/p/a%2Fb"
+    assert "very-secret" not in str(record)

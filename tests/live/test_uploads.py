@@ -1,0 +1,253 @@
+"""Bodies that are not JSON stream upwards: unread, unheld, at the provider's pace (design 4)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import Wire, chunked, request
+from tests.support.stage import (
+    LAST,
+    OK,
+    Link,
+    Notes,
+    Stage,
+    Turn,
+    answer,
+    assert_settles,
+    client_config,
+    open_stage,
+    read_got,
+    trace_of,
+)
+
+OCTETS = "Content-Type: application/octet-stream"
+MODELS = """
+[[routes]]
+path = "/models"
+providers = ["p"]
+models = ["-"]
+[[routes]]
+path = "/small"
+providers = ["p"]
+request_body = "2MiB"
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
+    """Little memory for bodies that are held, so that holding one would show."""
+    folder = tmp_path_factory.mktemp("uploads")
+
+    def config(url: str) -> str:
+        limits = '[limits]\nrequest_memory = "64KiB"\n'
+        known = client_config("team", "team-key")
+        return provider_config(url, provider=link.keys) + MODELS + limits + known
+
+    with open_stage(folder, config, link=link) as stage:
+        yield stage
+
+
+def gauge(stage: Stage, name: str) -> float:
+    """Return one metric."""
+    return stage.daemon.metrics()[f"llmproxy_{name}"]
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_each_piece_reaches_the_provider_before_the_next_is_sent(
+    stage: Stage, framing: str
+) -> None:
+    """The request begins before its body is whole, and nothing of that is held."""
+    pieces = [b"one-", b"two-", b"three"]
+    total = sum(map(len, pieces))
+    arrived = Notes()
+
+    def script(wire: Wire) -> None:
+        _, fields = wire.read_head()
+        names = dict(fields)
+        arrived.put(names.get(b"content-length") or names.get(b"transfer-encoding"))
+        for piece in pieces:
+            if framing == "length":
+                arrived.put(wire.read(len(piece)))
+            else:
+                arrived.put(wire.read_chunk())
+        if framing == "chunked":
+            assert wire.read_chunk() == b""
+        wire.send(OK)
+
+    stage.script = script
+    how = f"Content-Length: {total}" if framing == "length" else "Transfer-Encoding: chunked"
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", OCTETS, how))
+        assert arrived.read() == (b"%d" % total if framing == "length" else b"chunked")
+        for piece in pieces:
+            client.send(piece if framing == "length" else chunked(piece))
+            assert arrived.read() == piece
+            assert gauge(stage, "request_bytes_held") == 0
+        client.send(b"" if framing == "length" else LAST)
+        got = read_got(client)
+        assert got.body == b"ok"
+    assert stage.trace(got)["bytes_in"] == total
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_large_upload_is_exact(stage: Stage, framing: str) -> None:
+    """20 MB of any bytes, through memory for 64 KiB."""
+    body = os.urandom(20_000_000)
+    if framing == "length":
+        sent = request("POST", "/p/x", OCTETS, body=body)
+    else:
+        pieces = [body[start : start + 70_001] for start in range(0, len(body), 70_001)]
+        head = request("POST", "/p/x", OCTETS, "Transfer-Encoding: chunked")
+        sent = head + chunked(*pieces) + LAST
+    received, got = stage.ask(sent)
+    assert received.body == body
+    assert got.body == b"ok"
+
+
+def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
+    """Backpressure: of 30 MB only what kernels hold is taken, until the provider reads."""
+    size, taken = 30_000_000, 0
+    read_on = Turn()
+
+    def script(wire: Wire) -> None:
+        _, fields = wire.read_head()
+        read_on.take()
+        wire.read_body(fields)
+        wire.send(OK)
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", OCTETS, f"Content-Length: {size}"))
+        client.sock.settimeout(1)
+        piece = bytes(1_000_000)
+        with pytest.raises(TimeoutError):
+            while True:
+                taken += client.sock.send(piece)
+        assert 0 < taken < size
+        read_on.give()
+        client.sock.settimeout(20)
+        while taken < size:
+            taken += client.sock.send(piece[: size - taken])
+        assert read_got(client).status == 200
+
+
+def test_a_client_that_leaves_ends_the_upload(stage: Stage) -> None:
+    """The provider sees the end, and not a whole body."""
+    ended = Notes()
+
+    def script(wire: Wire) -> None:
+        wire.read_until(b"\r\n\r\n")
+        assert wire.read(3) == b"abc"
+        arrived.give()
+        ended.put(wire.wait_closed())
+
+    arrived = Turn()
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("POST", "/p/left", OCTETS, "Content-Length: 10"), b"abc")
+        arrived.take()
+    ended.read()
+    record = trace_of(stage.daemon, path="/p/left")
+    assert (record["end_reason"], record["status"]) == ("client_gone", None)
+    assert_settles(stage.daemon)
+
+
+def test_a_provider_that_drops_in_the_middle_is_told(stage: Stage) -> None:
+    """502, although the upload goes on."""
+
+    def script(wire: Wire) -> None:
+        wire.read_until(b"\r\n\r\n")
+        wire.reset()
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
+        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
+        sending.start()
+        got = read_got(client)
+        sending.join(20)
+    assert got.status == 502
+    assert got.values(b"x-llmproxy-error") == [b"upstream_broken"]
+    assert_settles(stage.daemon)
+
+
+def test_an_early_answer_ends_the_upload(stage: Stage) -> None:
+    """A provider that refuses in the middle is heard, and the connection is not used again."""
+
+    def script(wire: Wire) -> None:
+        wire.read_until(b"\r\n\r\n")
+        wire.send(answer(413, body=b"too much"))
+        wire.wait_closed()
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
+        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
+        sending.start()
+        got = read_got(client)
+        sending.join(20)
+        assert (got.status, got.body) == (413, b"too much")
+        assert got.values(b"connection") == [b"close"]
+    assert stage.trace(got)["end_reason"] == "upstream_refused"
+    assert_settles(stage.daemon)
+
+
+def test_nobody_is_invited_to_upload_before_the_provider_is_there(stage: Stage) -> None:
+    """An unknown key gets its 401 in place of the 100, a known one the 100."""
+    lines = (OCTETS, "Expect: 100-continue", "Content-Length: 3")
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", *lines, "x-api-key: wrong"))
+        assert read_got(client).status == 401
+    stage.script = _answer_ok
+    with stage.connect() as client:
+        client.send(request("POST", "/p/x", *lines, "x-api-key: team-key"))
+        assert client.read_head()[0].startswith(b"HTTP/1.1 100")
+        client.send(b"abc")
+        assert read_got(client).body == b"ok"
+
+
+def test_a_chunked_upload_over_the_limit_is_broken_off(stage: Stage) -> None:
+    """413; what the provider got of it does not look whole."""
+    seen = Notes()
+
+    def script(wire: Wire) -> None:
+        wire.read_until(b"\r\n\r\n")
+        wire.wait_closed()
+        seen.put(wire.buffer.endswith(LAST))
+
+    stage.script = script
+    with stage.connect() as client:
+        client.send(request("POST", "/small/x", OCTETS, "Transfer-Encoding: chunked"))
+        sending = threading.Thread(target=_send_chunks, args=(client, 10))
+        sending.start()
+        got = read_got(client)
+        sending.join(20)
+    assert got.status == 413
+    assert seen.read() is False
+    assert_settles(stage.daemon)
+
+
+def _answer_ok(wire: Wire) -> None:
+    wire.read_request()
+    wire.send(OK)
+
+
+def _send_all(client: Wire, size: int) -> None:
+    try:
+        client.send(bytes(size))
+    except OSError:
+        return  # the proxy may close before it has read everything
+
+
+def _send_chunks(client: Wire, megabytes: int) -> None:
+    try:
+        for _ in range(megabytes):
+            client.send(chunked(bytes(1_000_000)))
+        client.send(LAST)
+    except OSError:
+        return  # as above

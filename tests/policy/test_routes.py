@@ -1,0 +1,339 @@
+"""Where a request goes: paths by whole segments, hosts, models, and who may go there."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from llmproxy.config import Client, parse
+from llmproxy.errors import Dialect, ProxyError
+from llmproxy.policy.routes import Choice, Routes, refuse_dots
+
+KEY = "sha256:" + hashlib.sha256(b"key").hexdigest()
+
+
+class Routing(Routes):
+    """Routes, and one client that is known."""
+
+    client: Client
+
+    def to(
+        self, target: bytes, *models: str, host: str = "h", client: Client | None = None
+    ) -> Choice:
+        """Return where a request goes."""
+        return self.choose(client or self.client, target, host, models)
+
+    def refusal(self, target: bytes, *models: str, host: str = "h") -> ProxyError:
+        """Return why a request goes nowhere."""
+        with pytest.raises(ProxyError) as caught:
+            self.to(target, *models, host=host)
+        return caught.value
+
+
+def configured(*routes: str, provider: str = "", client: str = "") -> Routing:
+    """Return routes; each item is one ``[[routes]]``, to provider ``p`` unless it names another.
+
+    Args:
+        provider: more keys of ``p``.
+        client: more keys of the one client.
+    """
+    tables = ""
+    for route in routes:
+        where = "" if "providers" in route else 'providers = ["p"]\n'
+        tables += f"[[routes]]\n{where}{route}\n"
+    config = parse(
+        f'[providers.p]\nurl = "https://p.example/base"\ndialect = "openai"\n{provider}\n'
+        '[providers.q]\nurl = "http://q.example"\ndialect = "anthropic"\n'
+        '[providers.o]\nurl = "http://o.example"\ndialect = "ollama"\npass_credential = true\n'
+        f'{tables}[clients.c]\nkeys = ["{KEY}"]\n{client}',
+        environ={},
+    )
+    routing = Routing(config)
+    routing.client = config.clients["c"]
+    return routing
+
+
+ANYBODY = Client(name="anonymous", keys=())
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "target", "sent"),
+    [
+        ('path = "/a"', b"/a/v1", b"/base/v1"),
+        ('path = "/a"', b"/a", b"/base"),
+        ('path = "/a"', b"/a/", b"/base/"),
+        ('path = "/a"', b"/a?x", b"/base?x"),
+        ('path = "/a"', b"/a/v1?", b"/base/v1?"),
+        ('path = "/a"', b'/a//b%2F{x}|"?y=/../%zz?', b'/base//b%2F{x}|"?y=/../%zz?'),
+        ('path = "/a/b"', b"/a/b/c", b"/base/c"),
+        ('path = "/"', b"/v1", b"/base/v1"),
+        ('path = "/"', b"/", b"/base/"),
+        ('path = "/a"\nstrip = false', b"/a/v1?x", b"/base/a/v1?x"),
+        ('path = "/"\nstrip = false', b"/v1", b"/base/v1"),
+    ],
+)
+def test_the_routes_path_is_cut_off_and_the_rest_crosses(
+    route: str, target: bytes, sent: bytes
+) -> None:
+    """Path and query are the client's, byte for byte, behind the path of the provider's URL."""
+    assert configured(route).to(target).target == sent
+
+
+def test_a_provider_without_a_path_is_asked_for_its_root() -> None:
+    """A target is never empty."""
+    routing = configured('path = "/q"\nproviders = ["q"]')
+
+    assert routing.to(b"/q").target == b"/"
+    assert routing.to(b"/q?x").target == b"/?x"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [b"/", b"/ab", b"/ab/c", b"/A", b"/b/a", b"/%61", b"//a", b"/?/a", b"/a%2fb", b"/a;x"],
+)
+def test_paths_are_compared_by_whole_segments(target: bytes) -> None:
+    """What merely looks like a route's path, or encodes it, is another path: 404."""
+    error = configured('path = "/a"').refusal(target)
+
+    assert (error.status, error.reason) == (404, "no_route")
+
+
+def test_the_longest_path_wins() -> None:
+    """Whatever the order of the file."""
+    routing = configured('path = "/"', 'path = "/a/b"', 'path = "/a"')
+
+    for target, name in ((b"/a/b/c", "a/b"), (b"/a/bc", "a"), (b"/b", "root")):
+        assert routing.to(target).route.name == name
+
+
+def test_then_the_route_that_says_more_wins_then_the_file() -> None:
+    """Hosts and models make a route more particular; among equals the first one counts."""
+    routing = configured(
+        'path = "/a"\nname = "plain"',
+        'path = "/a"\nname = "second"',
+        'path = "/a"\nname = "hosts"\nhosts = ["h"]',
+        'path = "/a"\nname = "both"\nhosts = ["h"]\nmodels = ["m"]',
+    )
+
+    assert routing.to(b"/a", "m").route.name == "both"
+    assert routing.to(b"/a", "else").route.name == "hosts"
+    assert routing.to(b"/a", "m", host="else").route.name == "plain"
+
+
+def test_a_longer_path_that_does_not_match_leaves_the_shorter() -> None:
+    """Only routes of which path, hosts and models match are compared."""
+    routing = configured(
+        'path = "/a"', 'path = "/a/b"\nmodels = ["m"]', 'path = "/a/b/c"\nhosts = ["else"]'
+    )
+
+    assert routing.to(b"/a/b/c", "m").route.name == "a/b"
+    assert routing.to(b"/a/b/c", "n").route.name == "a"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/a/../b",
+        b"/a/./b",
+        b"/..",
+        b"/a/.",
+        b"/a/%2e%2E/b",
+        b"/a/.%2e",
+        b"/a/..%2fb",
+        b"/a%2f..%2fb",
+        b"/a/..\\b",
+        b"/a%5c..%5cb",
+        b"/%2e",
+    ],
+)
+def test_dots_would_leave_the_route(path: bytes) -> None:
+    """A ``.`` or ``..`` segment, encoded or not, is a 400."""
+    with pytest.raises(ProxyError) as caught:
+        refuse_dots(path)
+
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "path", [b"/", b"/a.b/..c/d../...", b"/v1.0/x%2ey", b"/a%zz", b"/%c3%a4/.well-known", b"/a..b"]
+)
+def test_other_dots_are_fine(path: bytes) -> None:
+    """Dots within a segment mean nothing."""
+    refuse_dots(path)
+
+
+# --- hosts ----------------------------------------------------------------------------------------
+
+
+def test_hosts_are_compared_where_a_route_names_some() -> None:
+    """Without ``hosts`` any host is good."""
+    routing = configured('path = "/a"\nhosts = ["One.example", "two.example"]', 'path = "/b"')
+
+    assert routing.to(b"/a", host="one.example").route.name == "a"
+    assert routing.to(b"/b", host="whatever").route.name == "b"
+    for host in ("else", "", "example", "x.one.example"):
+        assert routing.refusal(b"/a", host=host).status == 404
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patterns", "good", "bad"),
+    [
+        ('["*"]', ["m", "", "a\nb", None], []),
+        ('["m"]', ["m"], ["M", "mm", "m\n", "", None]),
+        ('["gpt-*"]', ["gpt-", "gpt-4", "gpt-a\nb"], ["gpt", "xgpt-4", None]),
+        ('["*-mini", "a*b*c"]', ["x-mini", "abc", "aXbYc"], ["mini", "acb", None]),
+        ('["g.t", "[ab]+"]', ["g.t", "[ab]+"], ["gpt", "a", None]),
+        ('["-"]', [None], ["m", "-", ""]),
+        ('["m", "-"]', [None, "m"], ["n", "-"]),
+    ],
+)
+def test_model_patterns(patterns: str, good: list[str | None], bad: list[str | None]) -> None:
+    """``*`` stands for anything, ``-`` for naming none, everything else for itself."""
+    routed = configured(f'path = "/a"\nmodels = {patterns}')
+    allowed = configured('path = "/a"', client=f"models = {patterns}")
+    for model in good:
+        named = () if model is None else (model,)
+        assert routed.to(b"/a", *named).route.name == "a"
+        assert allowed.to(b"/a", *named).route.name == "a"
+    for model in bad:
+        named = () if model is None else (model,)
+        assert routed.refusal(b"/a", *named).status == 404
+        assert allowed.refusal(b"/a", *named).status == 403
+
+
+def test_the_first_model_routes_and_all_must_be_allowed() -> None:
+    """A path cannot smuggle in a model that the body does not name, nor the other way round."""
+    routing = configured('path = "/a"\nmodels = ["x"]', client='models = ["x", "y"]')
+
+    assert routing.to(b"/a", "x", "y").route.name == "a"
+    assert routing.refusal(b"/a", "x", "z").status == 403
+    assert routing.refusal(b"/a", "y", "x").status == 404
+
+
+def test_an_override_is_told() -> None:
+    """The route says which model its candidate is asked for."""
+    routing = configured('path = "/a"\n[routes.override]\np = { model = "prod" }', 'path = "/b"\n')
+
+    assert routing.to(b"/a", "m").model == "prod"
+    assert routing.to(b"/b", "m").model is None
+
+
+# --- who may --------------------------------------------------------------------------------------
+
+
+def test_a_client_may_use_the_routes_that_it_names() -> None:
+    """Others are a 403, not a 404: the path is known."""
+    routing = configured('path = "/a"', 'path = "/b"', client='routes = ["a"]')
+
+    assert routing.to(b"/a").route.name == "a"
+    error = routing.refusal(b"/b")
+    assert (error.status, error.reason) == (403, "route_forbidden")
+    assert routing.to(b"/b", "any", client=ANYBODY).route.name == "b"
+
+
+@pytest.mark.parametrize(
+    ("models", "matters"), [('["*"]', False), ('["m"]', True), ('["-"]', True)]
+)
+def test_a_restricted_client_makes_the_model_matter(models: str, matters: bool) -> None:
+    """Where a client may not use every model, its bodies must be looked into."""
+    routing = configured('path = "/a"', client=f"models = {models}")
+
+    assert routing.must_look_inside(b"/a", "h", routing.client) is matters
+    assert routing.model_matters(b"/a") is matters
+
+
+@pytest.mark.parametrize(
+    ("more", "matters"),
+    [
+        ("", False),
+        ('models = ["m"]', True),
+        ('[routes.override]\np = { model = "prod" }', True),
+    ],
+)
+def test_a_route_makes_the_model_matter(more: str, matters: bool) -> None:
+    """Where models decide, or one is overridden, bodies must be looked into."""
+    routing = configured(f'path = "/a"\nhosts = ["h"]\n{more}', 'path = "/b"')
+
+    assert routing.must_look_inside(b"/a/x", "h", routing.client) is matters
+    assert routing.must_look_inside(b"/a/x", "else", routing.client) is False
+    assert routing.model_matters(b"/a/x") is matters
+    assert routing.model_matters(b"/b") is False
+
+
+# --- before anyone is identified ------------------------------------------------------------------
+
+
+def test_an_unknown_path_is_refused_before_the_body_is_read() -> None:
+    """404 for a path or host to which no route leads, whatever the model."""
+    routing = configured('path = "/a"\nhosts = ["h"]\nmodels = ["m"]')
+    routing.known_path(b"/a/b", "h")
+    for path, host in ((b"/b", "h"), (b"/a", "else")):
+        with pytest.raises(ProxyError) as caught:
+            routing.known_path(path, host)
+        assert caught.value.status == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        (b"/p/x", Dialect.OPENAI),
+        (b"/q/v1/chat", Dialect.ANTHROPIC),
+        (b"/o", Dialect.OLLAMA),
+        (b"/v1/messages", Dialect.ANTHROPIC),
+        (b"/v1/messages/count_tokens", Dialect.ANTHROPIC),
+        (b"/api/chat", Dialect.OLLAMA),
+        (b"/api", Dialect.OPENAI),
+        (b"/else", Dialect.OPENAI),
+    ],
+)
+def test_errors_speak_the_dialect_of_the_route(path: bytes, dialect: Dialect) -> None:
+    """Of the first candidate where the path matches; without one, of what the path looks like."""
+    routing = configured(
+        'path = "/p"', 'path = "/q"\nproviders = ["q"]', 'path = "/o"\nproviders = ["o"]'
+    )
+
+    assert routing.dialect(path, "h") is dialect
+
+
+def test_whose_keys_the_sdks_fields_are_is_known_from_the_path() -> None:
+    """Of the first route that matches, by path and host."""
+    routing = configured('path = "/a"', 'path = "/a/b"\nhosts = ["h"]\nproviders = ["o"]')
+
+    assert routing.pass_credential(b"/a/b/c", "h") is True
+    assert routing.pass_credential(b"/a/b/c", "else") is False
+    assert routing.pass_credential(b"/a", "h") is False
+    assert routing.pass_credential(b"/else", "h") is False
+
+
+def test_the_largest_limit_of_a_path_bounds_its_bodies() -> None:
+    """Which route it will be is known only after the body was read."""
+    routing = configured(
+        'path = "/a"\nrequest_body = "1KiB"',
+        'path = "/a/b"\nrequest_body = "2KiB"',
+        'path = "/c"',
+        'path = "/c/d"\nrequest_body = "64MiB"',
+    )
+
+    assert routing.body_limit(b"/a/x") == 1024
+    assert routing.body_limit(b"/a/b?x=/c/d") == 2048
+    assert routing.body_limit(b"/c") == 32 * 1024**2
+    assert routing.body_limit(b"/c/d/e") == 64 * 1024**2
+    assert routing.body_limit(b"/else") == 32 * 1024**2
+
+
+def test_deadlines_are_the_routes_then_the_providers_then_ours() -> None:
+    """What is set nearer to the request counts."""
+    routing = configured(
+        'path = "/a"\ntimeouts = { connect = "1s" }',
+        provider='timeouts = { connect = "2s", idle = "off" }',
+    )
+    timeouts = routing.to(b"/a").timeouts
+
+    assert (timeouts.connect, timeouts.idle, timeouts.first_byte) == (1.0, None, 600.0)

@@ -1,0 +1,138 @@
+"""The demo provider, proxies in front of it, and a provider that does what a test says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.sdk.sdks import KEY, SDKS
+from tests.sdk.stage import Stage
+from tests.support.daemon import Daemon
+from tests.support.demo import Demo
+from tests.support.sockets import Provider
+from tests.support.tls import Authority
+
+NARROW_KEY = "narrow-client-key"
+"""The key of a client that may use one model, on the routes named after the SDKs."""
+
+
+@pytest.fixture(scope="session")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One authority to trust: the SDKs load all of the world's for each client, 20 ms each time."""
+    return Authority(tmp_path_factory.mktemp("trusted")).ca_path
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, trusted: Path) -> None:
+    """The SDKs go straight to loopback, with the keys that the tests give them and no others."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "ANTHROPIC_", "OLLAMA_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Demo]:
+    """A demo provider in a process of its own."""
+    with Demo() as provider:
+        yield provider
+
+
+@pytest.fixture(scope="session")
+def closed_url() -> Iterator[str]:
+    """A URL at which nothing listens; the port stays taken, so that nothing can come there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture(scope="session")
+def proxy(
+    tmp_path_factory: pytest.TempPathFactory, demo: Demo, closed_url: str
+) -> Iterator[Daemon]:
+    """A proxy in front of the demo provider; who calls must show a key.
+
+    For each SDK it has a route ``NAME``; ``event-NAME``, which tells a break in an event;
+    ``small-NAME``, which takes 1 KiB; ``gone-NAME``, whose provider is not there.
+    """
+    config = _client("team", KEY) + _client("narrow", NARROW_KEY)
+    config += f"routes = {list(SDKS)}\nmodels = ['demo-fast']\n"
+    for sdk in SDKS:
+        config += _provider(sdk, demo.url, sdk) + _provider(f"gone-{sdk}", closed_url, sdk)
+        config += _route(sdk, sdk) + _route(f"gone-{sdk}", f"gone-{sdk}")
+        config += _route(f"event-{sdk}", sdk) + "error_event = true\n"
+        config += _route(f"small-{sdk}", sdk) + 'request_body = "1KiB"\n'
+    with Daemon(tmp_path_factory.mktemp("proxy"), config, proxy="") as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def open_proxy(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator[Daemon]:
+    """A proxy for everybody, which holds 16 KiB of request bodies."""
+    config = _client("team", KEY) + '[limits]\nrequest_memory = "16KiB"\n'
+    for sdk in SDKS:
+        config += _provider(sdk, demo.url, sdk) + _route(sdk, sdk)
+    with Daemon(tmp_path_factory.mktemp("open_proxy"), config) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, Daemon]]:
+    """A provider that tests direct, and a proxy in front of it.
+
+    For each SDK the proxy has a route ``NAME``, whose provider has no credential; ``keyed-NAME``,
+    whose provider has ``provider-key-of-NAME``; ``renamed-NAME``, the same with another model;
+    ``passing-NAME``, on which the callers' own keys cross.
+    """
+    stage = Stage()
+    folder = tmp_path_factory.mktemp("staged")
+    secrets = folder / "credentials"
+    secrets.mkdir(mode=0o700)
+    with Provider(stage.play) as provider:
+        url = provider.url
+        config = _client("team", KEY) + f'[credentials]\ndirectory = "{secrets}"\n'
+        for sdk in SDKS:
+            (secrets / sdk).write_text(f"provider-key-of-{sdk}\n")
+            config += _provider(sdk, url, sdk)
+            config += _provider(f"keyed-{sdk}", url, sdk) + f'credential = "{sdk}"\n'
+            config += _provider(f"passing-{sdk}", url, sdk) + "pass_credential = true\n"
+            for name in (sdk, f"keyed-{sdk}", f"passing-{sdk}"):
+                config += _route(name, name)
+            config += _route(f"renamed-{sdk}", f"keyed-{sdk}")
+            config += f'[routes.override]\nkeyed-{sdk} = {{ model = "the-model-there" }}\n'
+        with Daemon(folder, config, proxy="") as daemon:
+            yield stage, daemon
+
+
+@pytest.fixture
+def stage(staged: tuple[Stage, Daemon]) -> Iterator[Stage]:
+    """The provider that does what the test says; at first it gives short, whole answers."""
+    stage, _ = staged
+    stage.reset()
+    yield stage
+    stage.reset()
+
+
+@pytest.fixture
+def stage_proxy(staged: tuple[Stage, Daemon]) -> Daemon:
+    """The proxy in front of :func:`stage`."""
+    return staged[1]
+
+
+def _client(name: str, key: str) -> str:
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return f'[clients.{name}]\nkeys = ["sha256:{digest}"]\n'
+
+
+def _provider(name: str, url: str, dialect: str) -> str:
+    return f'[providers.{name}]\nurl = "{url}"\ndialect = "{dialect}"\n'
+
+
+def _route(name: str, provider: str) -> str:
+    return f'[[routes]]\npath = "/{name}"\nproviders = ["{provider}"]\n'

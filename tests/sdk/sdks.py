@@ -1,0 +1,334 @@
+"""The three SDKs, each in its four ways: sync or async, whole or streamed.
+
+A :class:`Way` asks one question as a program would that was written with that SDK, and returns an
+:class:`Outcome`: what the SDK gave, and what it raised.  Nothing here speaks HTTP itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import ollama
+import openai
+
+from tests.support.daemon import Daemon
+from tests.support.sockets import WAIT
+
+KEY = "team-client-key"
+"""What the SDKs are given as their key: the proxy's, not the provider's."""
+
+SAID = "the quick brown fox"
+WORDS_SAID = 4
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+ARGUMENTS = {"city": "demo", "days": 1}
+FUNCTION: Any = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": SCHEMA, "strict": True},
+}
+TOOLS: Mapping[str, Any] = {
+    "openai": [FUNCTION],
+    "anthropic": [{"name": "weather", "input_schema": SCHEMA}],
+    "ollama": [FUNCTION],
+}
+
+SDK_ERRORS = (
+    openai.APIError,
+    anthropic.APIError,
+    ollama.ResponseError,
+    httpx.TransportError,
+    httpx2.TransportError,
+)
+"""Everything that an SDK raises over what comes back to it."""
+
+NEVER_THE_SAME = frozenset(
+    (
+        "id",
+        "request_id",
+        "created",
+        "created_at",
+        "total_duration",
+        "load_duration",
+        "prompt_eval_duration",
+        "eval_duration",
+    )
+)
+"""What differs between two answers to one question: ids, timestamps and durations."""
+
+
+def user(text: str) -> Any:
+    """Return a conversation of one message, in the shape that all three share."""
+    return [{"role": "user", "content": text}]
+
+
+@dataclass
+class Outcome:
+    """What came of one question.
+
+    Args:
+        session: the ``x-session-id`` of the question, which the access line and the trace have.
+        objects: what the SDK gave, in order; one object where the answer was not streamed.
+        error: what it raised, or None.
+        headers: the response's header fields, where the SDK shows them.
+    """
+
+    session: str
+    objects: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def fail(self, error: Exception) -> None:
+        """Keep what the SDK raised, and the fields of the response that it is about."""
+        self.error = error
+        response = getattr(error, "response", None)
+        if response is not None:
+            self.headers = response.headers
+
+    @property
+    def failure(self) -> Any:
+        """The error, of which there must be one."""
+        assert self.error is not None, self.objects
+        return self.error
+
+    @property
+    def answer(self) -> list[Any]:
+        """The objects, of a question that did not fail."""
+        if self.error is not None:
+            raise self.error
+        return self.objects
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask, and where.
+
+    Args:
+        base: the URL under which the provider's own paths stand.
+        key: what the SDK is given as its key; None: it sends none.
+        more: further arguments of the SDK's call.
+        headers: further header fields.
+        patience: seconds that the SDK waits for anything.
+        each: called with each object of a stream; where it returns True, the caller stops reading.
+    """
+
+    base: str
+    model: str = "demo-fast"
+    said: str = SAID
+    tools: bool = False
+    key: str | None = KEY
+    more: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    patience: float = WAIT
+    retries: int = 0
+    each: Callable[[Any], bool] = lambda _: False
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to use one SDK."""
+
+    sdk: str
+    is_async: bool
+    stream: bool
+
+    def __str__(self) -> str:
+        mode = "async" if self.is_async else "sync"
+        return f"{self.sdk}-{mode}-{'stream' if self.stream else 'whole'}"
+
+    def ask(self, question: Question) -> Outcome:
+        """Ask, read the answer to its end or to where the question says, and close the client."""
+        if self.is_async:
+            return asyncio.run(self.ask_async(question))
+        outcome = Outcome(uuid.uuid4().hex)
+        try:
+            self._ask(question, outcome)
+        except SDK_ERRORS as error:
+            outcome.fail(error)
+        return outcome
+
+    async def ask_async(self, question: Question) -> Outcome:
+        """Do what :meth:`ask` does, on the loop that runs; for an async way."""
+        outcome = Outcome(uuid.uuid4().hex)
+        try:
+            await self._ask_async(question, outcome)
+        except SDK_ERRORS as error:
+            outcome.fail(error)
+        return outcome
+
+    def _ask(self, question: Question, outcome: Outcome) -> None:
+        with self._client(question, outcome) as client:
+            answer = self._call(client, question)
+            if not self.stream:
+                outcome.objects.append(answer)
+                return
+            for item in answer:
+                outcome.objects.append(item)
+                if question.each(item):
+                    break
+            answer.close()
+
+    async def _ask_async(self, question: Question, outcome: Outcome) -> None:
+        async with self._client(question, outcome) as client:
+            answer = await self._call(client, question)
+            if not self.stream:
+                outcome.objects.append(answer)
+                return
+            async for item in answer:
+                outcome.objects.append(item)
+                if question.each(item):
+                    break
+            await (answer.aclose() if inspect.isasyncgen(answer) else answer.close())
+
+    def _client(self, question: Question, outcome: Outcome) -> Any:
+        headers = {"x-session-id": outcome.session, **question.headers}
+        if self.sdk == "ollama":
+            return self._ollama_client(question, outcome, headers)
+        common: dict[str, Any] = {
+            "api_key": question.key or "not sent",
+            "max_retries": question.retries,
+            "timeout": question.patience,
+            "default_headers": headers,
+        }
+        if self.sdk == "openai":
+            kind: Any = openai.AsyncOpenAI if self.is_async else openai.OpenAI
+            return kind(base_url=f"{question.base}/v1", **common)
+        kind = anthropic.AsyncAnthropic if self.is_async else anthropic.Anthropic
+        return kind(base_url=question.base, **common)
+
+    def _ollama_client(self, question: Question, outcome: Outcome, headers: dict[str, str]) -> Any:
+        """Its answers and errors show no header fields: they are seen as they pass."""
+
+        def see(response: httpx.Response) -> None:
+            outcome.headers = response.headers
+
+        async def see_async(response: httpx.Response) -> None:
+            see(response)
+
+        if question.key is not None:
+            headers["authorization"] = f"Bearer {question.key}"
+        hooks = {"response": [see_async if self.is_async else see]}
+        kind: Any = ollama.AsyncClient if self.is_async else ollama.Client
+        return kind(
+            host=question.base, headers=headers, timeout=question.patience, event_hooks=hooks
+        )
+
+    def _call(self, client: Any, question: Question) -> Any:
+        asked: dict[str, Any] = {
+            "model": question.model,
+            "messages": user(question.said),
+            "stream": self.stream,
+            **question.more,
+        }
+        if question.tools:
+            asked["tools"] = TOOLS[self.sdk]
+        if self.sdk == "ollama":
+            return client.chat(**asked)
+        if question.key is None:
+            omit: Any = {"openai": openai.Omit(), "anthropic": anthropic.Omit()}[self.sdk]
+            asked["extra_headers"] = {"Authorization": omit}
+        if self.sdk == "openai":
+            return client.chat.completions.create(**asked)
+        return client.messages.create(**{"max_tokens": 1024, **asked})
+
+
+SDKS = ("openai", "anthropic", "ollama")
+WAYS = [
+    Way(sdk, is_async, stream)
+    for sdk in SDKS
+    for is_async in (False, True)
+    for stream in (False, True)
+]
+STREAMS = [way for way in WAYS if way.stream]
+WHOLES = [way for way in WAYS if not way.stream]
+
+
+def text_of(sdk: str, objects: Iterable[Any]) -> str:
+    """Return the text in what an SDK gave, streamed or whole."""
+    return "".join(_text(sdk, item) for item in objects)
+
+
+def _text(sdk: str, item: Any) -> str:
+    if sdk == "ollama":
+        return item.message.content or ""
+    if sdk == "openai":
+        parts = [getattr(choice, "delta", None) or choice.message for choice in item.choices]
+        return "".join(part.content or "" for part in parts)
+    if item.type == "message":
+        return "".join(block.text for block in item.content if block.type == "text")
+    is_text = item.type == "content_block_delta" and item.delta.type == "text_delta"
+    return item.delta.text if is_text else ""
+
+
+def looks_complete(sdk: str, objects: Iterable[Any]) -> bool:
+    """Tell whether anything that an SDK gave says that the answer is whole."""
+    return any(_is_an_end(sdk, item) for item in objects)
+
+
+def _is_an_end(sdk: str, item: Any) -> bool:
+    if sdk == "ollama":
+        return bool(item.done)
+    if sdk == "openai":
+        return any(choice.finish_reason for choice in item.choices)
+    if item.type == "message":
+        return item.stop_reason is not None
+    return item.type in ("message_delta", "message_stop")
+
+
+def plain(value: Any) -> Any:
+    """Return what the SDK made, as plain data without what is never the same twice."""
+    if hasattr(value, "model_dump"):
+        # Generic models of the SDKs warn about their own type parameters.
+        return plain(value.model_dump(warnings=False))
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items() if name not in NEVER_THE_SAME}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def route(proxy: Daemon, name: str) -> str:
+    """Return the URL of one of a proxy's routes."""
+    return f"http://127.0.0.1:{proxy.port}/{name}"
+
+
+def access_line(proxy: Daemon, session: str) -> dict[str, Any]:
+    """Wait for the end of the request of that session; return its access line."""
+    return proxy.wait_log("", logger="llmproxy.access", session=session)
+
+
+def trace_of(proxy: Daemon, session: str) -> dict[str, Any]:
+    """Wait for the trace of the request of that session."""
+    found: list[dict[str, Any]] = []
+
+    def is_written() -> bool:
+        found[:] = [trace for trace in proxy.traces() if trace["session"] == session]
+        return bool(found)
+
+    eventually(is_written)
+    return found[0]
+
+
+def eventually(happened: Callable[[], bool]) -> None:
+    """Look until it has happened, for a bounded time.
+
+    Raises:
+        TimeoutError: it did not.
+    """
+    end = time.monotonic() + WAIT
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.01)

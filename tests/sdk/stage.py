@@ -1,0 +1,195 @@
+"""A provider that a test directs: it keeps what arrives, and answers as it is told.
+
+Left alone it gives each dialect's shortest whole answer, as the dialect's published shape has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from tests.support.sockets import WAIT, Received, Wire, chunked
+
+PATHS = {"openai": b"/v1/chat/completions", "anthropic": b"/v1/messages", "ollama": b"/api/chat"}
+
+_PATH_ENDS = {"openai": b"/chat/completions", "anthropic": b"/messages", "ollama": b"/api/chat"}
+
+STREAM_TYPES = {
+    "openai": b"text/event-stream",
+    "anthropic": b"text/event-stream",
+    "ollama": b"application/x-ndjson",
+}
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+_TEXT = "Hello there"
+
+
+def whole(sdk: str) -> bytes:
+    """Return a whole answer's body."""
+    return json.dumps(_WHOLE[sdk]).encode()
+
+
+def events(sdk: str) -> list[bytes]:
+    """Return a stream's body, event by event; the SDKs give an object for each but ``[DONE]``."""
+    lines = [json.dumps(data).encode() for data in _EVENTS[sdk]]
+    if sdk == "ollama":
+        return [line + b"\n" for line in lines]
+    if sdk == "openai":
+        return [b"data: %b\n\n" % line for line in (*lines, b"[DONE]")]
+    kinds = [json.loads(line)["type"].encode() for line in lines]
+    return [b"event: %b\ndata: %b\n\n" % pair for pair in zip(kinds, lines, strict=True)]
+
+
+def chunked_events(sdk: str) -> list[bytes]:
+    """Return the same, each event as one chunk; :data:`LAST_CHUNK` is not among them."""
+    return [chunked(event) for event in events(sdk)]
+
+
+def stream_head(sdk: str) -> bytes:
+    """Return the head of a streamed answer, in the chunked coding."""
+    kind = STREAM_TYPES[sdk]
+    return b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n\r\n" % kind
+
+
+def sdk_of(request: Received) -> str:
+    """Tell whose request it is, by its path."""
+    path = request.target.partition(b"?")[0]
+    return next(sdk for sdk, end in _PATH_ENDS.items() if path.endswith(end))
+
+
+def asks_for_stream(request: Received) -> bool:
+    """Tell whether a stream is asked for."""
+    asked = json.loads(request.body)
+    return bool(asked.get("stream", sdk_of(request) == "ollama"))
+
+
+Answer = Callable[[Wire, Received], None]
+"""Writes the answer to a request; the connection is then read for another."""
+
+
+class Stage:
+    """Answers every request on every connection, in whatever way it is told at that moment.
+
+    Attributes:
+        received: the requests since the last :meth:`reset`, oldest first.
+        answer: what answers; a test puts its own here.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[Received] = []
+        self.answer: Answer = answer_shortly
+
+    def reset(self) -> None:
+        """Forget what arrived, and answer shortly again."""
+        self.received = []
+        self.answer = answer_shortly
+
+    def play(self, wire: Wire) -> None:
+        """Serve one connection; a script for ``tests.support.sockets.Provider``."""
+        while True:
+            wire.sock.settimeout(None)  # a connection in a pool is idle for as long as it likes
+            request = wire.read_request()
+            wire.sock.settimeout(WAIT)
+            self.received.append(request)
+            self.answer(wire, request)
+
+
+def answer_shortly(wire: Wire, request: Received) -> None:
+    """Send the dialect's shortest whole answer, streamed where that is asked for."""
+    sdk = sdk_of(request)
+    if asks_for_stream(request):
+        wire.send(stream_head(sdk), *chunked_events(sdk), LAST_CHUNK)
+    else:
+        send_json(wire, whole(sdk))
+
+
+def send_json(wire: Wire, body: bytes, *, status: int = 200, encoding: bytes = b"") -> None:
+    """Send a JSON body with its length, and the encoding that it is in, if any."""
+    wire.send(b"HTTP/1.1 %d Status\r\ncontent-type: application/json\r\n" % status)
+    if encoding:
+        wire.send(b"content-encoding: %b\r\n" % encoding)
+    wire.send(b"content-length: %d\r\n\r\n" % len(body), body)
+
+
+def _openai_chunk(delta: dict[str, str], finish: str | None = None) -> dict[str, object]:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    shell = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return {**shell, "choices": [choice]}
+
+
+def _ollama_line(text: str, *, done: bool = False) -> dict[str, object]:
+    message = {"role": "assistant", "content": text}
+    end: dict[str, object] = {"done_reason": "stop"} if done else {}
+    return {
+        "model": "m",
+        "created_at": "2025-01-01T00:00:00Z",
+        "message": message,
+        "done": done,
+        **end,
+    }
+
+
+_MESSAGE: dict[str, object] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": {"input_tokens": 1, "output_tokens": 1},
+}
+
+_WHOLE: dict[str, dict[str, object]] = {
+    "openai": {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": _TEXT},
+                "finish_reason": "stop",
+            }
+        ],
+    },
+    "anthropic": {
+        **_MESSAGE,
+        "content": [{"type": "text", "text": _TEXT}],
+        "stop_reason": "end_turn",
+    },
+    "ollama": _ollama_line(_TEXT, done=True),
+}
+
+_EVENTS: dict[str, list[dict[str, object]]] = {
+    "openai": [
+        _openai_chunk({"role": "assistant", "content": ""}),
+        _openai_chunk({"content": "Hello"}),
+        _openai_chunk({"content": " there"}),
+        _openai_chunk({}, "stop"),
+    ],
+    "anthropic": [
+        {"type": "message_start", "message": _MESSAGE},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "Hello"},
+        },
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": " there"},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "usage": {"output_tokens": 2},
+        },
+        {"type": "message_stop"},
+    ],
+    "ollama": [_ollama_line("Hello"), _ollama_line(" there"), _ollama_line("", done=True)],
+}

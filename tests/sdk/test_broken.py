@@ -1,0 +1,153 @@
+"""An answer that breaks raises in the SDK, and what it gave before never looks whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import ollama
+import openai
+import pytest
+
+from tests.sdk.sdks import (
+    KEY,
+    STREAMS,
+    WAYS,
+    Outcome,
+    Question,
+    Way,
+    looks_complete,
+    route,
+    text_of,
+    trace_of,
+    user,
+)
+from tests.sdk.stage import Stage, chunked_events, stream_head
+from tests.support.daemon import Daemon
+from tests.support.sockets import WAIT, Received, Wire
+
+BROKEN = [("demo-break", "upstream_broken"), ("demo-malformed", "upstream_protocol")]
+
+LOST = (
+    openai.APIConnectionError,
+    anthropic.APIConnectionError,
+    httpx.RemoteProtocolError,
+    httpx2.RemoteProtocolError,
+)
+"""What the SDKs raise over a body that breaks off; Anthropic's only wraps it in whole answers."""
+
+
+def assert_lost(outcome: Outcome) -> None:
+    """The connection was lost, which is neither a timeout nor an answer."""
+    error = outcome.failure
+    assert isinstance(error, LOST)
+    assert not isinstance(error, (openai.APITimeoutError, anthropic.APITimeoutError))
+
+
+def assert_recorded_as_broken(proxy: Daemon, session: str, reason: str) -> None:
+    """The trace says how it ended and that it is not complete, after a status that was fine."""
+    trace = trace_of(proxy, session)
+    assert (trace["end_reason"], trace["error"]) == (reason, reason)
+    assert trace["is_complete"] is False
+    assert trace["status"] == 200
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("model", "reason"), BROKEN)
+def test_broken_answer_raises(way: Way, model: str, reason: str, proxy: Daemon) -> None:
+    """The caller has what came before the break, then the SDK's error, and never an end."""
+    outcome = way.ask(Question(base=route(proxy, way.sdk), model=model))
+    assert_lost(outcome)
+    expected = "You said: the" if way.stream else ""
+    assert text_of(way.sdk, outcome.objects) == expected
+    assert not looks_complete(way.sdk, outcome.objects)
+    assert_recorded_as_broken(proxy, outcome.session, reason)
+
+
+@pytest.mark.parametrize("way", STREAMS, ids=str)
+def test_what_came_with_a_malformed_chunk_still_arrives(
+    way: Way, stage: Stage, stage_proxy: Daemon
+) -> None:
+    """Whole chunks that are read together with a faulty one reach the caller before the break."""
+
+    def send_in_one_piece(wire: Wire, request: Received) -> None:
+        wire.send(stream_head(way.sdk), *chunked_events(way.sdk)[:-1], b"not-a-size\r\n")
+        wire.wait_closed()
+
+    stage.answer = send_in_one_piece
+    outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
+    assert_lost(outcome)
+    assert text_of(way.sdk, outcome.objects) == "Hello there"
+    assert_recorded_as_broken(stage_proxy, outcome.session, "upstream_protocol")
+
+
+@pytest.mark.parametrize("way", STREAMS, ids=str)
+@pytest.mark.parametrize(("model", "reason"), BROKEN)
+def test_break_is_told_in_an_event_where_the_route_says_so(
+    way: Way, model: str, reason: str, proxy: Daemon
+) -> None:
+    """With error_event the SDK raises what it has for errors inside a stream, with our words."""
+    outcome = way.ask(Question(base=route(proxy, f"event-{way.sdk}"), model=model))
+    error = outcome.failure
+    assert text_of(way.sdk, outcome.objects) == "You said: the"
+    assert not looks_complete(way.sdk, outcome.objects)
+    assert "The provider" in str(error)
+    if way.sdk == "openai":
+        assert (type(error), error.code) == (openai.APIError, reason)
+    elif way.sdk == "anthropic":
+        assert isinstance(error, anthropic.APIStatusError)
+        assert error.type == "api_error"
+    else:
+        assert type(error) is ollama.ResponseError
+    assert_recorded_as_broken(proxy, outcome.session, reason)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)
+def test_break_of_a_whole_answer_gets_no_event(way: Way, proxy: Daemon) -> None:
+    """Where no stream was asked for, error_event adds nothing to a broken JSON document."""
+    outcome = way.ask(Question(base=route(proxy, f"event-{way.sdk}"), model="demo-break"))
+    assert_lost(outcome)
+    assert outcome.objects == []
+
+
+def openai_helper(proxy: Daemon, model: str) -> Any:
+    """Ask for a final completion."""
+    base = f"{route(proxy, 'openai')}/v1"
+    with (
+        openai.OpenAI(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client,
+        client.chat.completions.stream(model=model, messages=user("hello")) as stream,
+    ):
+        return stream.get_final_completion()
+
+
+def anthropic_helper(proxy: Daemon, model: str) -> Any:
+    """Ask for a final message."""
+    base = route(proxy, "anthropic")
+    with (
+        anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client,
+        client.messages.stream(model=model, max_tokens=99, messages=user("hello")) as stream,
+    ):
+        return stream.get_final_message()
+
+
+@pytest.mark.parametrize("helper", [openai_helper, anthropic_helper])
+@pytest.mark.parametrize("model", ["demo-break", "demo-malformed"])
+def test_stream_helper_gives_no_final_object(
+    helper: Callable[[Daemon, str], Any], model: str, proxy: Daemon
+) -> None:
+    """A helper that waits for the final object raises and does not hand out half of one."""
+    assert helper(proxy, "demo-fast")
+    with pytest.raises(LOST):
+        helper(proxy, model)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_client_is_of_use_after_a_break(way: Way, proxy: Daemon) -> None:
+    """The next question of the same kind is answered in full, whatever broke before."""
+    base = route(proxy, way.sdk)
+    assert_lost(way.ask(Question(base=base, model="demo-break")))
+    after = way.ask(Question(base=base))
+    assert looks_complete(way.sdk, after.answer)

@@ -1,0 +1,99 @@
+"""What is the Ollama SDK's own, through the proxy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import ollama
+import pytest
+
+from tests.sdk.sdks import KEY, SAID, TOOLS, WORDS_SAID, Question, Way, route, user
+from tests.support.daemon import Daemon
+from tests.support.demo import Demo
+from tests.support.sockets import WAIT
+
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+ADDED = {"x-llmproxy-request-id"}
+CHANGING = {"date", "x-request-id", "content-length"}
+"""The length differs as timestamps do: their fractions are of any length."""
+
+
+@pytest.fixture
+def client(proxy: Daemon) -> Iterator[ollama.Client]:
+    """A client of the proxy."""
+    with ollama.Client(host=route(proxy, "ollama"), headers=HEADERS, timeout=WAIT) as client:
+        yield client
+
+
+@pytest.fixture
+def direct(demo: Demo) -> Iterator[ollama.Client]:
+    """A client of the provider itself."""
+    with ollama.Client(host=demo.url, timeout=WAIT) as client:
+        yield client
+
+
+def test_models_are_the_same(client: ollama.Client, direct: ollama.Client) -> None:
+    """The tags are those of the provider."""
+    models = client.list().models
+    assert models == direct.list().models
+    assert "demo-slow" in [model.model for model in models]
+
+
+def test_async_models_are_the_same(proxy: Daemon, direct: ollama.Client) -> None:
+    """The async client's tags are those of the provider."""
+
+    async def scene() -> Any:
+        async with ollama.AsyncClient(
+            host=route(proxy, "ollama"), headers=HEADERS, timeout=WAIT
+        ) as client:
+            return await client.list()
+
+    assert asyncio.run(scene()) == direct.list()
+
+
+def test_counts_stand_in_the_last_line(client: ollama.Client) -> None:
+    """A stream's last line has the counts of the whole answer, and durations to divide them by."""
+    whole = client.chat(model="demo-fast", messages=user(SAID))
+    lines = list(client.chat(model="demo-fast", messages=user(SAID), stream=True))
+    assert whole.prompt_eval_count == lines[-1].prompt_eval_count == WORDS_SAID
+    assert whole.eval_count == lines[-1].eval_count == len(str(whole.message.content).split())
+    assert lines[-1].eval_duration == whole.eval_duration
+    assert whole.eval_duration
+    assert [line for line in lines[:-1] if line.eval_count is not None] == []
+
+
+def test_result_of_a_tool_goes_back(client: ollama.Client) -> None:
+    """The second turn of a tool call gets a text."""
+    asked = user("Use the tool for Oslo")
+    called = client.chat(model="demo-fast", messages=asked, tools=TOOLS["ollama"]).message
+    assert called.tool_calls
+    messages = [*asked, called, {"role": "tool", "tool_name": "weather", "content": "sunny"}]
+    answer = client.chat(model="demo-fast", messages=messages, tools=TOOLS["ollama"]).message
+    assert answer.tool_calls is None
+    assert "Use the tool for Oslo" in str(answer.content)
+
+
+def test_headers_are_those_of_the_provider(proxy: Daemon, demo: Demo) -> None:
+    """Every field of the provider is there with its value; one is added, which names our record."""
+    way = Way("ollama", is_async=False, stream=False)
+    expected = way.ask(Question(base=demo.url)).headers
+    outcome = way.ask(Question(base=route(proxy, "ollama")))
+    assert outcome.headers.keys() == expected.keys() | ADDED
+    same = expected.keys() - CHANGING
+    assert {name: outcome.headers[name] for name in same} == {name: expected[name] for name in same}
+    assert "content-type" in same
+    ours = outcome.headers["x-llmproxy-request-id"]
+    proxy.wait_log("", logger="llmproxy.access", id=ours, session=outcome.session)
+
+
+def test_headers_of_a_stream_tell_every_hop_not_to_buffer(proxy: Daemon, demo: Demo) -> None:
+    """NDJSON has the fields against buffering, each once, and keeps its type."""
+    way = Way("ollama", is_async=False, stream=True)
+    expected = way.ask(Question(base=demo.url)).headers
+    headers: Any = way.ask(Question(base=route(proxy, "ollama"))).headers
+    assert headers.keys() == expected.keys() | ADDED | {"x-accel-buffering"}
+    assert headers.get_list("cache-control") == ["no-cache, no-transform"]
+    assert headers.get_list("x-accel-buffering") == ["no"]
+    assert headers["content-type"] == expected["content-type"] == "application/x-ndjson"

@@ -1,0 +1,398 @@
+"""The pump: what comes in goes out at once, who may stop it, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+
+from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_broken
+from llmproxy.stream.relay import Relay, State
+from tests.support.fake_transport import FakeTransport
+
+WHOLE = Failure(ResponseDone())
+
+
+class Sink:
+    """Takes chunks; ``full`` pauses the producer at its registration, as a full wire does."""
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+        self.producer: Any = None
+        self.full = False
+        self.on_write: Callable[[], None] = lambda: None
+        self.unregistered = 0
+
+    def write(self, data: bytes) -> None:
+        self.chunks.append(data)
+        self.on_write()
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        assert streaming
+        assert self.producer is None
+        self.producer = producer
+        if self.full:
+            producer.pauseProducing()
+
+    def unregisterProducer(self) -> None:
+        self.producer = None
+        self.unregistered += 1
+
+
+class Source:
+    """A body that the test pushes; what ``early`` holds comes as soon as it is asked for."""
+
+    def __init__(self) -> None:
+        self.transport = FakeTransport()
+        self.aborts = 0
+        self.early: list[bytes] = []
+        self.early_end: Failure | None = None
+
+    def deliverBody(self, protocol: Any) -> None:
+        self.transport.connect(protocol)
+        self.transport.calls.clear()
+        self.transport.resumeProducing()  # as a connection does when its body is asked for
+        for data in self.early:
+            protocol.dataReceived(data)
+        if self.early_end is not None:
+            protocol.connectionLost(self.early_end)
+
+    def abort(self) -> None:
+        self.aborts += 1
+
+
+class Pump:
+    """A relay between a source and a sink, and its outcome."""
+
+    def __init__(self, idle: float | None = 30.0, *, start: bool = True) -> None:
+        self.clock = Clock()
+        self.clock.advance(1000)
+        self.source, self.sink = Source(), Sink()
+        self.gaps: list[float] = []
+        self.relay = Relay(
+            self.source,
+            self.sink,
+            self.clock,
+            self.clock.seconds,
+            idle=idle,
+            gaps=self.gaps.append,
+        )
+        self.outcomes: list[Any] = []
+        self.relay.done.addBoth(self._keep)
+        if start:
+            assert self.relay.start() is self.relay.done
+
+    def _keep(self, outcome: Any) -> None:
+        self.outcomes.append(outcome.value if isinstance(outcome, Failure) else outcome)
+
+    def feed(self, *chunks: bytes, after: float = 0.0) -> None:
+        """Let chunks come in, each after some seconds."""
+        for data in chunks:
+            self.clock.advance(after)
+            self.relay.dataReceived(data)
+
+    def assert_let_go(self) -> None:
+        """The relay has ended and holds nothing any more."""
+        assert self.relay.state is State.ENDED
+        assert len(self.outcomes) == 1
+        assert self.sink.producer is None
+        assert self.sink.unregistered == 1
+        assert not self.clock.getDelayedCalls()
+
+
+# --- flowing --------------------------------------------------------------------------------------
+
+
+def test_each_chunk_goes_out_at_once_and_alone() -> None:
+    """One read is one write, unchanged, before the next one comes."""
+    pump = Pump()
+    for data in (b"data: 1", b"\n\n", b"\xff\x00"):
+        pump.feed(data)
+        assert pump.sink.chunks[-1] == data
+    pump.relay.connectionLost(WHOLE)
+
+    assert pump.sink.chunks == [b"data: 1", b"\n\n", b"\xff\x00"]
+    assert pump.outcomes == [None]
+    assert pump.source.aborts == 0
+    pump.assert_let_go()
+
+
+def test_chunks_bytes_and_times_are_counted() -> None:
+    """Counts, first and last time, and the gaps between chunks, of which the first has none."""
+    pump = Pump()
+    assert (pump.relay.first_at, pump.relay.last_at) == (None, 1000.0)
+    pump.feed(b"abc", after=7)
+    assert (pump.relay.first_at, pump.relay.longest_gap, pump.gaps) == (1007.0, 0.0, [])
+    pump.feed(b"d", b"efgh", after=2)
+    pump.feed(b"i", after=1)
+
+    relay = pump.relay
+    assert (relay.chunks, relay.byte_count) == (4, 9)
+    assert (relay.first_at, relay.last_at) == (1007.0, 1012.0)
+    assert (relay.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
+    assert (relay.paused_s, relay.is_paused) == (0.0, False)
+    relay.connectionLost(WHOLE)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))
+@settings(deadline=None)
+def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
+    """The last four bytes are told, wherever the chunks were cut."""
+    pump = Pump(idle=None)
+    pump.feed(*chunks)
+
+    assert pump.relay.tail == b"".join(chunks)[-4:]
+
+
+def test_bytes_that_came_before_the_start_go_out_first() -> None:
+    """What the source already holds is handed on within ``start``, the end included."""
+    pump = Pump(start=False)
+    pump.source.early = [b"all of it"]
+    pump.source.early_end = WHOLE
+    pump.relay.start()
+
+    assert pump.sink.chunks == [b"all of it"]
+    assert pump.outcomes == [None]
+    assert "pause" not in pump.source.transport.calls
+    pump.assert_let_go()
+
+
+# --- pausing --------------------------------------------------------------------------------------
+
+
+def test_a_full_sink_stops_the_reading() -> None:
+    """Pause and resume reach the source's transport, once each, however often they are said."""
+    pump = Pump()
+    calls = pump.source.transport.calls
+    calls.clear()
+    for _ in range(2):
+        pump.sink.producer.pauseProducing()
+    assert calls == ["pause"]
+    assert pump.relay.is_paused
+    for _ in range(2):
+        pump.sink.producer.resumeProducing()
+    assert calls == ["pause", "resume"]
+    assert not pump.relay.is_paused
+    pump.relay.connectionLost(WHOLE)
+
+
+def test_a_sink_that_is_full_already_is_not_fed() -> None:
+    """A pause at the registration holds, although the source resumes when it delivers."""
+    pump = Pump(start=False)
+    pump.sink.full = True
+    pump.relay.start()
+    assert pump.source.transport.paused
+    assert pump.relay.is_paused
+    pump.clock.advance(99)
+    pump.sink.producer.resumeProducing()
+    assert not pump.source.transport.paused
+    assert pump.relay.paused_s == 99.0
+    pump.relay.connectionLost(WHOLE)
+
+
+def test_a_sink_that_fills_up_within_start_is_not_fed() -> None:
+    """A pause on the bytes that came early holds, too."""
+    pump = Pump(start=False)
+    pump.source.early = [b"x"]
+    pump.sink.on_write = lambda: pump.sink.producer.pauseProducing()
+    pump.relay.start()
+
+    assert pump.source.transport.paused
+    pump.relay.connectionLost(WHOLE)
+
+
+def test_what_was_in_flight_at_a_pause_goes_out() -> None:
+    """A chunk that arrives in spite of the pause is not kept back."""
+    pump = Pump()
+    pump.sink.producer.pauseProducing()
+    pump.feed(b"late")
+
+    assert pump.sink.chunks == [b"late"]
+    pump.relay.connectionLost(WHOLE)
+
+
+def test_pauses_are_summed_up_and_no_gaps() -> None:
+    """``paused_s`` grows while a pause lasts, and what was a pause is no silence of the provider."""
+    pump = Pump()
+    pump.feed(b"a")
+    for _ in range(2):
+        pump.clock.advance(1)
+        pump.sink.producer.pauseProducing()
+        pump.clock.advance(10)
+        assert pump.relay.paused_s in (10.0, 20.0)
+        pump.sink.producer.resumeProducing()
+        pump.feed(b"b", after=1)
+
+    assert pump.relay.paused_s == 20.0
+    assert pump.gaps == [2.0, 2.0]
+    pump.sink.producer.pauseProducing()
+    pump.clock.advance(5)
+    pump.relay.connectionLost(WHOLE)
+    pump.clock.advance(5)
+    assert pump.relay.paused_s == 25.0
+    assert not pump.relay.is_paused
+
+
+@pytest.mark.parametrize("end", ["whole", "cancel", "gone"])
+def test_an_ended_relay_leaves_the_transport_alone(end: str) -> None:
+    """The connection may serve another by then: late pauses and resumes do not reach it."""
+    pump = Pump()
+    producer = pump.sink.producer
+    {
+        "whole": lambda: pump.relay.connectionLost(WHOLE),
+        "cancel": pump.relay.done.cancel,
+        "gone": producer.stopProducing,
+    }[end]()
+    pump.source.transport.calls.clear()
+    producer.pauseProducing()
+    producer.resumeProducing()
+    producer.stopProducing()
+
+    assert not pump.source.transport.calls
+    pump.assert_let_go()
+
+
+# --- the idle clock -------------------------------------------------------------------------------
+
+
+def test_a_silent_source_is_given_up() -> None:
+    """After ``idle`` without a byte the source is aborted and the body broken, and not before."""
+    pump = Pump(idle=30)
+    pump.clock.advance(29.9)
+    pump.feed(b"x")
+    pump.clock.advance(29.9)
+    assert not pump.outcomes
+    pump.clock.advance(0.2)
+
+    assert isinstance(pump.outcomes[0], ProxyError)
+    assert pump.outcomes[0].end is EndReason.UPSTREAM_IDLE
+    assert pump.source.aborts == 1
+    pump.assert_let_go()
+
+
+def test_the_first_chunk_has_as_long_as_the_others() -> None:
+    """A head without any body runs into the idle deadline, too."""
+    pump = Pump(idle=30)
+    pump.clock.advance(30)
+
+    assert pump.outcomes[0].end is EndReason.UPSTREAM_IDLE
+
+
+def test_chunks_do_not_touch_the_timer() -> None:
+    """However many chunks come, there is one timer, set anew only when it rings."""
+    pump = Pump(idle=30)
+    (timer,) = pump.clock.getDelayedCalls()
+    pump.feed(*[b"x"] * 100, after=0.1)
+
+    assert pump.clock.getDelayedCalls() == [timer]
+    pump.relay.connectionLost(WHOLE)
+
+
+def test_a_slow_client_is_no_silent_provider() -> None:
+    """The idle clock stands still for as long as a pause lasts."""
+    pump = Pump(idle=30)
+    pump.sink.producer.pauseProducing()
+    pump.clock.pump([10] * 100)
+    assert not pump.outcomes
+    pump.sink.producer.resumeProducing()
+    pump.clock.advance(29.9)
+    assert not pump.outcomes
+    pump.clock.advance(0.2)
+
+    assert pump.outcomes[0].end is EndReason.UPSTREAM_IDLE
+
+
+@pytest.mark.parametrize("before", [1, 15, 29])
+@pytest.mark.parametrize("pause", [0.5, 2, 29, 100])
+def test_silence_before_a_pause_counts(before: float, pause: float) -> None:
+    """Before and after a pause together the provider has ``idle``, to the second."""
+    pump = Pump(idle=30)
+    pump.clock.advance(before)
+    pump.sink.producer.pauseProducing()
+    pump.clock.advance(pause)
+    pump.sink.producer.resumeProducing()
+    pump.clock.advance(30 - before - 0.1)
+    assert not pump.outcomes
+    pump.clock.advance(0.2)
+
+    assert pump.outcomes[0].end is EndReason.UPSTREAM_IDLE
+
+
+def test_without_an_idle_deadline_there_is_no_timer() -> None:
+    """``idle`` off is really off."""
+    pump = Pump(idle=None)
+    assert not pump.clock.getDelayedCalls()
+    pump.sink.producer.pauseProducing()
+    pump.sink.producer.resumeProducing()
+    assert not pump.clock.getDelayedCalls()
+    pump.relay.connectionLost(WHOLE)
+    pump.assert_let_go()
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_a_broken_body_fails_with_its_reason() -> None:
+    """What the source says about the break is what ``done`` fails with."""
+    pump = Pump()
+    error = upstream_broken("reset")
+    pump.feed(b"x")
+    pump.relay.connectionLost(Failure(error))
+
+    assert pump.outcomes == [error]
+    pump.assert_let_go()
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_client_that_goes_ends_the_reading(paused: bool) -> None:
+    """The source is aborted once, and ``done`` fails with ``ClientGone``."""
+    pump = Pump()
+    if paused:
+        pump.sink.producer.pauseProducing()
+    pump.sink.producer.stopProducing()
+
+    assert isinstance(pump.outcomes[0], ClientGone)
+    assert pump.source.aborts == 1
+    pump.relay.connectionLost(Failure(upstream_broken("our own abort")))
+    pump.assert_let_go()
+
+
+def test_cancelling_ends_the_reading() -> None:
+    """Cancelling ``done`` aborts the source once, and nothing that comes later fires it again."""
+    pump = Pump()
+    pump.relay.done.cancel()
+    pump.relay.cancel()
+    pump.relay.connectionLost(Failure(upstream_broken("our own abort")))
+
+    assert isinstance(pump.outcomes[0], CancelledError)
+    assert pump.source.aborts == 1
+    pump.assert_let_go()
+
+
+def test_cancel_alone_does_not_fire() -> None:
+    """``cancel`` closes the source and is silent; whoever calls it knows."""
+    pump = Pump()
+    pump.relay.cancel()
+
+    assert not pump.outcomes
+    assert pump.source.aborts == 1
+    assert not pump.clock.getDelayedCalls()
+
+
+def test_a_sink_may_cancel_inside_a_write() -> None:
+    """A relay that is cancelled by its own write has counted that chunk and ends once."""
+    pump = Pump()
+    pump.sink.on_write = pump.relay.done.cancel
+    pump.feed(b"x")
+    pump.relay.connectionLost(WHOLE)
+
+    assert pump.relay.chunks == 1
+    assert isinstance(pump.outcomes[0], CancelledError)
+    pump.assert_let_go()

@@ -1,0 +1,188 @@
+"""The real daemon for tests: ``twistd -n llmproxy`` as a child process, on ports of its own choice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.support.sockets import WAIT
+
+ROOT = Path(__file__).parents[2]
+
+HEADER = """\
+[proxy]
+listen = ["tcp:0:interface=127.0.0.1"]
+{proxy}
+[admin]
+listen = "tcp:0:interface=127.0.0.1"
+{admin}
+[trace]
+jsonl = "{trace}"
+"""
+
+
+class Daemon:
+    """A spawned ``twistd -n llmproxy``; leaving the context stops it with SIGTERM, then by force.
+
+    Args:
+        folder: where its configuration, trace and credentials lie.
+        config: further tables of the configuration.
+        proxy: further keys of ``[proxy]``; by default whoever shows no key is anonymous.
+        admin: further keys of ``[admin]``.
+        environ: further environment variables.
+
+    Attributes:
+        port: the proxy's port.
+        admin_port: the admin site's.
+        log: the log lines so far, decoded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        *,
+        proxy: str = "anonymous = true",
+        admin: str = "",
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.trace_path = folder / "trace.jsonl"
+        self.config_path = folder / "llmproxy.toml"
+        header = HEADER.format(proxy=proxy, admin=admin, trace=self.trace_path)
+        self.config_path.write_text(header + config, encoding="utf-8")
+        self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
+        self.log: list[dict[str, Any]] = []
+        self.port = self.admin_port = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Self:
+        twistd = str(Path(sys.executable).parent / "twistd")
+        self.process = subprocess.Popen(
+            [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(self.config_path)],
+            cwd=self.folder,
+            env=self._environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        try:
+            self.port = self.wait_log("listens", site="proxy")["port"]
+            self.admin_port = self.wait_log("listens", site="admin")["port"]
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(WAIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self._reader.join(WAIT)
+            assert self.process.stdout is not None
+            assert self.process.stderr is not None
+            self.process.stdout.close()
+            self.errors = self.process.stderr.read()
+            self.process.stderr.close()
+        if kind is None:
+            broken = [line for line in self.log if line["level"] in ("error", "critical")]
+            assert not broken, broken
+            assert not self.errors, self.errors
+
+    def _read_log(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.log.append(json.loads(line))
+                self._changed.notify_all()
+
+    def wait_log(self, text: str, **fields: Any) -> dict[str, Any]:
+        """Wait for a log line whose message holds ``text`` and which has these fields."""
+
+        def found() -> dict[str, Any] | None:
+            for line in self.log:
+                if text in line["message"] and fields.items() <= line.items():
+                    return line
+            return None
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() or not self._reader.is_alive(), WAIT)
+            line = found()
+        if line is None:
+            errors = ""
+            if self.process.poll() is not None and self.process.stderr is not None:
+                errors = self.process.stderr.read()
+            raise TimeoutError(f"no {text!r} with {fields} in the log: {self.log} {errors}")
+        return line
+
+    def wait_ended(self, count: int) -> list[dict[str, Any]]:
+        """Wait until ``count`` requests have ended; return their access lines."""
+
+        def ended() -> list[dict[str, Any]]:
+            return [line for line in self.log if line["logger"] == "llmproxy.access"]
+
+        with self._changed:
+            enough = self._changed.wait_for(lambda: len(ended()) >= count, WAIT)
+            lines = ended()
+        if not enough:
+            raise TimeoutError(f"{len(lines)} of {count} requests ended: {lines}")
+        return lines
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def admin(self, path: str) -> str:
+        """Read a path of the admin site."""
+        url = f"http://127.0.0.1:{self.admin_port}{path}"
+        with urllib.request.urlopen(url, timeout=WAIT) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by their name with labels, as the text format writes them."""
+        lines = self.admin("/metrics").splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def traces(self) -> list[dict[str, Any]]:
+        """Return the records that are in the trace file by now."""
+        return [json.loads(line) for line in self.trace_path.read_text().splitlines()]
+
+
+def provider_config(
+    url: str, *, dialect: str = "openai", path: str = "/p", provider: str = "", route: str = ""
+) -> str:
+    """Return one provider and one route to it, with further keys of each."""
+    return f"""
+[providers.p]
+url = "{url}"
+dialect = "{dialect}"
+{provider}
+[[routes]]
+path = "{path}"
+providers = ["p"]
+{route}
+"""

@@ -1,0 +1,84 @@
+"""The demo provider for tests: a child process, on a port of its own choice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import TracebackType
+from typing import Self
+
+from tests.support.daemon import ROOT
+from tests.support.sockets import WAIT
+
+# It ends with its standard input, so that it outlives nobody who was killed.
+_PROGRAM = """\
+from twisted.internet import reactor, stdio
+from twisted.internet.protocol import Protocol
+from llmproxy.cli.demo import demo_site
+
+class UntilTheEnd(Protocol):
+    def connectionLost(self, reason):
+        if reactor.running:
+            reactor.stop()
+
+port = reactor.listenTCP(0, demo_site(reactor), interface="127.0.0.1")
+stdio.StandardIO(UntilTheEnd())
+print(port.getHost().port, flush=True)
+reactor.run()
+"""
+
+
+class Demo:
+    """A spawned demo provider; leaving the context ends it.
+
+    Attributes:
+        port: where it listens, on loopback.
+        errors: what it wrote to standard error, once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.errors = ""
+
+    @property
+    def url(self) -> str:
+        """Where it is reached."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the demo provider did not start: {self._end()}")
+        self.port = int(line)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.errors = self._end()
+        if kind is None:
+            assert not self.errors, self.errors
+            assert self.process.returncode == 0
+
+    def _end(self) -> str:
+        """Close its standard input and wait; return what it wrote to standard error."""
+        try:
+            _, errors = self.process.communicate(timeout=WAIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+        return errors
