@@ -116,7 +116,7 @@ def new_trace(request: Request, *, time: float, instance: str) -> Trace:
         user_agent=_text(value_of(fields, b"user-agent")),
         session=_text(value_of(fields, b"x-session-id")),
         method=request.method.decode("ascii", "backslashreplace"),
-        path=request.path.decode("ascii", "backslashreplace")[:2048],
+        path=_path(request.path),
     )
 
 
@@ -135,6 +135,11 @@ def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -
     if error.may_have_run:
         fields.append((b"x-should-retry", b"false"))
     return fields
+
+
+def _path(path: bytes) -> str:
+    """Return a path for the record; of other targets nothing, since they may hold a password."""
+    return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
 
 
 def _text(value: bytes | None) -> str | None:

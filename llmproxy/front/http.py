@@ -25,6 +25,9 @@ from llmproxy.front.request import Request
 from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
 
+_DRAIN_GRACE = 1.0
+"""Seconds for which an idle connection may still bring a request that was on its way."""
+
 _log = Logger()
 
 
@@ -120,11 +123,11 @@ class Site(server.Site):
         return sum(pending_bytes(channel.transport) for channel in self.channels)
 
     def drain(self) -> None:
-        """Close idle connections now, and the others after their present request."""
+        """Close idle connections after a short grace, the others after their present request."""
         self.draining = True
         for channel in list(self.channels):
             if channel.phase is Phase.IDLE:
-                channel.loseConnection()
+                channel.enter(Phase.IDLE, _DRAIN_GRACE)
             elif channel.phase is Phase.SERVING:
                 channel.persistent = False
 

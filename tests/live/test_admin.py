@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.daemon import Daemon, provider_config
 from tests.support.sockets import connect, request
-from tests.support.stage import Got, open_stage, read_got
+from tests.support.stage import Got, open_stage, read_got, until
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,11 @@ def test_a_listener_for_metrics_shows_nothing_else(tmp_path: Path) -> None:
     """/metrics, /livez and /readyz alone, for a Prometheus on another host."""
     admin = 'metrics_listen = "tcp:0:interface=127.0.0.1"'
     with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), admin=admin) as daemon:
-        ports = [line["port"] for line in daemon.log if line.get("site") == "admin"]
-        (other,) = set(ports) - {daemon.admin_port}
+
+        def ports() -> set[int]:
+            return {line["port"] for line in daemon.log if line.get("site") == "admin"}
+
+        (other,) = until(lambda: ports() - {daemon.admin_port}, "both listen")
         for path in ("/metrics", "/livez", "/readyz"):
             assert ask(other, request("GET", path)).status == 200
         assert ask(other, request("GET", "/config")).status == 404

@@ -21,7 +21,6 @@ from tests.support.stage import (
     post,
     read_got,
     trace_of,
-    until,
 )
 
 
@@ -33,12 +32,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stag
         folder, lambda url: provider_config(url, provider=link.keys), link=link
     ) as stage:
         yield stage
-
-
-def assert_no_idle(stage: Stage) -> None:
-    """Wait until the daemon has seen that its idle connections were closed."""
-    idle = 'llmproxy_upstream_connections{provider="p",state="idle"}'
-    until(lambda: stage.daemon.metrics()[idle] == 0, "no connection is idle")
 
 
 NOT_HTTP = {
@@ -158,38 +151,3 @@ def test_a_body_on_head_or_204_reaches_nobody(stage: Stage) -> None:
             assert first.startswith(b"HTTP/1.1 20")
             client.send(request("GET", "/p/x"))
             assert read_got(client).body == b"fine"
-
-
-def test_a_quiet_connection_is_used_again(stage: Stage) -> None:
-    """Requests one after the other need one connection, whole answers given."""
-    seen = Notes()
-
-    def script(wire: Wire) -> None:
-        for number in range(3):
-            seen.put(wire.read_request().target)
-            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % number)
-
-    stage.script = script
-    before = stage.provider.accepted
-    for number in range(3):
-        assert stage.get(request("GET", f"/p/{number}")).body == b"%d" % number
-    assert stage.provider.accepted == before + 1
-    assert_no_idle(stage)
-
-
-@pytest.mark.parametrize("ended", [b"Connection: Close\r\n", b"Connection: x, close\r\n"])
-def test_a_connection_that_the_provider_closes_is_not_used_again(
-    stage: Stage, ended: bytes
-) -> None:
-    """Nor is one that went away while it was idle."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 200 OK\r\n%bContent-Length: 2\r\n\r\nok" % ended)
-
-    stage.script = script
-    before = stage.provider.accepted
-    for _ in range(3):
-        assert stage.get(request("GET", "/p/x")).body == b"ok"
-    assert stage.provider.accepted == before + 3
-    assert stage.ask(request("GET", "/p/x"), answer(200))[1].status == 200

@@ -134,6 +134,43 @@ def test_what_a_slow_stream_adds_is_not_what_the_client_took(stage: Stage) -> No
         assert_stalled(stage, "/p/growing")
 
 
+def test_a_client_that_never_takes_the_rest_of_a_body_is_cut(stage: Stage) -> None:
+    """The body has ended here, and what the kernel does not take is not kept for ever."""
+    filled = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(SSE)
+        while not filled.wait(0.01):
+            wire.send(chunked(b"x" * 10_000))
+        wire.send(LAST)
+
+    stage.script = script
+    with stage.connect(receive_buffer=4096) as client:
+        client.send(post("/p/rest"))
+        client.read_head()
+        full = "the kernel takes no more"
+        until(lambda: stage.daemon.metrics()["llmproxy_buffered_bytes"] > 20_000, full)
+        filled.set()
+        assert_settles(stage.daemon)
+    trace_of(stage.daemon, path="/p/rest")
+
+
+def test_an_http_1_0_client_that_takes_nothing_behind_a_break_is_cut(stage: Stage) -> None:
+    """The reset waits for what the kernel holds, but not for a client that does not take it."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(SSE, chunked(b"x" * 100_000))
+
+    stage.script = script
+    with stage.connect(receive_buffer=4096) as client:
+        client.send(post("/p/broken", version="1.0"))
+        client.read_head()
+        assert trace_of(stage.daemon, path="/p/broken")["end_reason"] == "upstream_broken"
+        assert_settles(stage.daemon)
+
+
 def test_a_client_that_takes_a_little_is_not_cut(stage: Stage) -> None:
     """Slow is not stalled: who takes bytes all the time gets the whole body."""
     size = 12_000_000

@@ -64,6 +64,7 @@ def read_some(process: subprocess.Popen[bytes]) -> bytes:
 
 def has_printed(process: subprocess.Popen[bytes]) -> bool:
     """Tell whether there is something to read now."""
+    assert process.stdout is not None
     return bool(select.select([process.stdout], [], [], 0)[0])
 
 

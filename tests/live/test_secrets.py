@@ -1,4 +1,4 @@
-"""Keys, credentials, queries and contents are in no log, record, error or page (design 10 and 12)."""
+"""Keys, credentials, queries and contents are in no log, record, error or page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def script(wire: Wire) -> None:
     elif b"break" in received.target:
         wire.send(SSE, b"7\r\nANSWER-of-the-provider")
     elif b"nonsense" in received.target:
-        wire.send(b"HTTP/1.1 200 ANSWER-of-the-provider\r\nBad Header: ANSWER-of-the-provider\r\n\r\n")
+        wire.send(
+            b"HTTP/1.1 200 ANSWER-of-the-provider\r\nBad Header: ANSWER-of-the-provider\r\n\r\n"
+        )
     elif b"hang" in received.target:
         wire.wait_closed()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -115,9 +116,10 @@ def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
     read_on = Turn()
 
     def script(wire: Wire) -> None:
-        _, fields = wire.read_head()
+        wire.read_head()
         read_on.take()
-        wire.read_body(fields)
+        for _ in range(30):
+            wire.read(size // 30)
         wire.send(OK)
 
     stage.script = script
@@ -125,8 +127,8 @@ def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
         client.send(request("POST", "/p/x", OCTETS, f"Content-Length: {size}"))
         client.sock.settimeout(1)
         piece = bytes(1_000_000)
-        with pytest.raises(TimeoutError):
-            while True:
+        with suppress(TimeoutError):
+            while taken < size:
                 taken += client.sock.send(piece)
         assert 0 < taken < size
         read_on.give()

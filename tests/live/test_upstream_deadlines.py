@@ -1,4 +1,4 @@
-"""Deadlines towards providers: each phase has its own, and whoever is late is let go of (design 4)."""
+"""Deadlines towards providers: each phase has its own (design 4)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,129 @@
+"""One record for each request, whatever became of it (design 10)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import Wire, chunked, request
+from tests.support.stage import (
+    DONE,
+    LAST,
+    SSE,
+    STREAM_BODY,
+    Stage,
+    Turn,
+    assert_settles,
+    client_config,
+    event,
+    open_stage,
+    post,
+    trace_of,
+    until,
+)
+
+NAMES = """
+time id client_request_id instance peer user_agent client session route provider dialect method path
+model served_model stream status end_reason error is_complete attempts bytes_in bytes_out chunks
+head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens cache_read_tokens
+cache_write_tokens reasoning_tokens usage degraded
+""".split()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One route, and one known client."""
+    known = client_config("team", "team-key")
+    with open_stage(
+        tmp_path_factory.mktemp("records"), lambda url: provider_config(url) + known
+    ) as stage:
+        yield stage
+
+
+def test_a_record_says_all_that_is_known(stage: Stage) -> None:
+    """Every name of the design in its order, with the values of this request."""
+    turn = Turn()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        for piece in (SSE, chunked(event(0)), chunked(DONE)):
+            wire.send(piece)
+            turn.take()
+        wire.send(LAST)
+
+    stage.script = script
+    lines = ("x-api-key: team-key", "User-Agent: t/1", "X-Session-Id: s-1", "X-Request-Id: r-1")
+    with stage.connect() as client:
+        client.send(post("/p/v1/chat?query", STREAM_BODY, *lines))
+        client.read_head()
+        for piece in (event(0), DONE, b""):
+            turn.give()
+            assert client.read_chunk() == piece
+    record = trace_of(stage.daemon, client_request_id="r-1")
+    assert list(record) == NAMES
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
+    assert re.fullmatch(r"[0-9a-f]{24}", record.pop("id"))
+    (attempt,) = record.pop("attempts")
+    assert (attempt["provider"], attempt["outcome"]) == ("p", "ok")
+    head, first = record.pop("head_s"), record.pop("first_chunk_s")
+    duration, gap = record.pop("duration_s"), record.pop("longest_gap_s")
+    assert 0 < attempt["seconds"] <= head <= first <= duration
+    assert 0 < gap <= duration
+    assert {name: value for name, value in record.items() if value is not None} == {
+        "client_request_id": "r-1",
+        "instance": "0",
+        "peer": "127.0.0.1",
+        "user_agent": "t/1",
+        "client": "team",
+        "session": "s-1",
+        "route": "p",
+        "provider": "p",
+        "dialect": "openai",
+        "method": "POST",
+        "path": "/p/v1/chat",
+        "model": "m",
+        "stream": True,
+        "status": 200,
+        "end_reason": "complete",
+        "is_complete": True,
+        "bytes_in": len(STREAM_BODY),
+        "bytes_out": len(event(0)) + len(DONE),
+        "chunks": 2,
+        "paused_s": 0.0,
+        "degraded": [],
+    }
+
+
+def test_a_refused_request_has_a_record_too(stage: Stage) -> None:
+    """With what is known of it, and null for the rest."""
+    got = stage.refuse(request("GET", "/nowhere/x"))
+    record = stage.trace(got)
+    assert list(record) == NAMES
+    assert (record["end_reason"], record["error"], record["status"]) == (
+        "rejected",
+        "no_route",
+        404,
+    )
+    assert (record["route"], record["provider"], record["attempts"]) == (None, None, [])
+    assert record["bytes_out"] == len(got.body)
+
+
+def test_a_client_that_leaves_in_its_own_body_has_a_record(stage: Stage) -> None:
+    """Its head was a request already."""
+    with stage.connect() as client:
+        kind = "Content-Type: application/json"
+        client.send(request("POST", "/p/half", kind, "Content-Length: 100"), b"{" * 10)
+        held = "llmproxy_request_bytes_held"
+        until(lambda: stage.daemon.metrics()[held] == 10, "the half body is held")
+    record = trace_of(stage.daemon, path="/p/half")
+    assert (record["end_reason"], record["status"], record["bytes_in"]) == ("client_gone", None, 10)
+    assert_settles(stage.daemon)
+
+
+def test_the_file_is_closed_to_others(stage: Stage) -> None:
+    """Records name callers and paths."""
+    assert os.stat(stage.daemon.trace_path).st_mode & 0o007 == 0
