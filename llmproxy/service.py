@@ -173,6 +173,7 @@ class ProxyService(Service):
             body_limit=self.gateway.routes.body_limit,
             holds_body=self.gateway.holds_body,
             early_refusal=self.gateway.early_refusal,
+            abandoned=self.gateway.abandoned,
         )
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.gateway.running

@@ -10,12 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llmproxy.errors import ProxyError
-from llmproxy.front.request import Request
+from llmproxy.front.request import METHODS, Request
 from llmproxy.headers import host_of, media_type, nominated, refuse_disguised, value_of
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import Routes, refuse_dots
-
-METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 
 
 class Rules(NamedTuple):

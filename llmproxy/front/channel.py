@@ -22,6 +22,13 @@ from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged
 _LINGER = 2.0
 """Seconds for which a refused upload is read and dropped, so that the refusal can be read."""
 
+_QUEUE = 32768
+"""Bytes in Twisted's queue at which it asks for no more.
+
+With one read from the provider behind it (64 KiB, and a TLS record), a response holds less than
+128 KiB.
+"""
+
 _CLOSE_GRACE = 5.0
 """Seconds that a closing connection with nothing left to send may take, as TLS's farewell does."""
 
@@ -50,6 +57,7 @@ class Channel(Receiver):
     def connectionMade(self) -> None:
         """Begin to wait for a request."""
         super().connectionMade()
+        raw_transport(self.transport).bufferSize = _QUEUE
         self.site.joined(self)
         self.enter(Phase.IDLE, self.site.timeouts.client_idle)
 

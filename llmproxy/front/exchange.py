@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.web.http import datetimeToString
 
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
-from llmproxy.front.request import Request
+from llmproxy.front.request import METHODS, Request
 from llmproxy.headers import Fields, host_of, is_ndjson, is_stream, value_of
 from llmproxy.policy.routes import Choice
 from llmproxy.record.trace import Trace, timestamp
@@ -88,6 +88,13 @@ class Exchange:
             trace.longest_gap_s = round(relay.longest_gap, 6)
             if relay.first_at is not None:
                 trace.first_chunk_s = round(relay.first_at - self.started, 6)
+
+    def labels(self) -> tuple[str, str, str, str, str]:
+        """Return route, provider, client, method and status class, from closed sets."""
+        trace = self.trace
+        status = "none" if trace.status is None else f"{trace.status // 100}xx"
+        method = trace.method if self.request.method in METHODS else "other"
+        return trace.route or "", trace.provider or "", trace.client or "", method, status
 
     def _between_events(self) -> bool:
         """Tell whether the stream stands between two events, so that one more can be added."""

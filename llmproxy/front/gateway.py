@@ -24,7 +24,7 @@ from llmproxy.errors import (
     ProxyError,
     upstream_timeout,
 )
-from llmproxy.front.admission import METHODS, Rules, admit, early_refusal
+from llmproxy.front.admission import Rules, admit, early_refusal
 from llmproxy.front.exchange import Exchange, new_trace
 from llmproxy.front.request import Request
 from llmproxy.headers import (
@@ -38,7 +38,7 @@ from llmproxy.policy.auth import Auth
 from llmproxy.policy.body import BodyError, replace_model
 from llmproxy.policy.routes import Choice, Routes
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Attempt, Sink, Trace, as_event
+from llmproxy.record.trace import Attempt, Sink, as_event
 from llmproxy.stream.relay import Relay
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream, credential_field, pool_key
@@ -108,12 +108,13 @@ class Gateway(Resource):
         """Return why ``request`` is refused before its body is read, or None."""
         return early_refusal(request, self._rules)
 
+    def abandoned(self, request: Request) -> None:
+        """Record a request whose client left before it could be served."""
+        self._record(self._begin(request), EndReason.CLIENT_GONE, None)
+
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
-        trace = new_trace(request, time=self._wall(), instance=self._instance)
-        exchange = Exchange(request, trace, self._clock())
-        self._running.add(exchange)
-        self._metrics.request_began()
+        exchange = self._begin(request)
 
         def client_left(why: ClientGone) -> None:
             exchange.left, exchange.left_at = why, self._clock()
@@ -123,6 +124,13 @@ class Gateway(Resource):
         exchange.task = Deferred.fromCoroutine(self._serve(exchange))
         exchange.task.addErrback(lambda failure: _log.failure("a request's end failed", failure))
         return NOT_DONE_YET
+
+    def _begin(self, request: Request) -> Exchange:
+        trace = new_trace(request, time=self._wall(), instance=self._instance)
+        exchange = Exchange(request, trace, self._clock())
+        self._running.add(exchange)
+        self._metrics.request_began()
+        return exchange
 
     # -- the story ------------------------------------------------------------------------------
 
@@ -283,16 +291,10 @@ class Gateway(Resource):
         relay, trace = exchange.relay, exchange.trace
         if relay is not None and relay.first_at is not None:
             self._metrics.first_chunk.observe(relay.first_at - exchange.started)
-        self._count(trace, exchange.request, end)
+        self._metrics.request_ended(exchange.labels(), end.value, trace.bytes_in)
         self._sink.write(trace)
         event = as_event(trace)
         if error is not None and error.detail:
             event |= {"cause": error.cause, "detail": error.detail}
         _log.info("{method} {path} {end_reason}", **event)
         self._running.discard(exchange)
-
-    def _count(self, trace: Trace, request: Request, end: EndReason) -> None:
-        status = "none" if trace.status is None else f"{trace.status // 100}xx"
-        method = trace.method if request.method in METHODS else "other"
-        labels = (trace.route or "", trace.provider or "", trace.client or "", method, status)
-        self._metrics.request_ended(labels, end.value, trace.bytes_in)

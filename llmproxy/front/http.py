@@ -44,6 +44,7 @@ class Site(server.Site):
         holds_body: from fields and raw target to whether the body is held before the request is
             served, rather than streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
+        abandoned: called with a request whose client left before it could be served.
 
     Attributes:
         channels: the open client connections.
@@ -65,6 +66,7 @@ class Site(server.Site):
         body_limit: Callable[[bytes], int],
         holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
+        abandoned: Callable[[Request], None] = lambda request: None,
     ) -> None:
         super().__init__(resource, reactor=reactor)
         self.clock = clock
@@ -73,6 +75,7 @@ class Site(server.Site):
         self.body_limit = body_limit
         self.holds_body = holds_body
         self.early_refusal = early_refusal
+        self.abandoned = abandoned
         self.channels: set[Channel] = set()
         self.held_bytes = 0
         self.draining = False

@@ -19,6 +19,9 @@ from llmproxy.errors import ClientGone, Dialect, ProxyError, error_body
 from llmproxy.front.upload import Upload
 from llmproxy.wire.grammar import LAST_CHUNK, Fields, RequestHead, chunk
 
+METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
+"""The methods that are served."""
+
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _BODY_GRACE = 1 / 65536
@@ -61,6 +64,7 @@ class Request(server.Request):
         self._length: int | None = None
         self._bodiless = False
         self._ended = False
+        self._served = False
 
     # -- in -------------------------------------------------------------------------------------
 
@@ -122,6 +126,7 @@ class Request(server.Request):
 
     def process(self) -> None:
         """Find the resource and render it; the body is held, refused or streams."""
+        self._served = True
         self.prepath: list[bytes] = []
         self.postpath = self.path[1:].split(b"/")
         try:
@@ -232,6 +237,8 @@ class Request(server.Request):
 
     def connectionLost(self, reason: Failure) -> None:
         """The client's connection is gone."""
+        if not self._served:
+            self.site.abandoned(self)
         self._leave(ClientGone(reason.getErrorMessage()))
         super().connectionLost(reason)
 

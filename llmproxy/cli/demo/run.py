@@ -44,6 +44,10 @@ def run(*, proxy_port: int, admin_port: int) -> None:
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    sys.stdout.write(
+        f"# The proxy listens on http://127.0.0.1:{proxy_port}, a demo provider behind it.\n"
+        "# Paste a command into another terminal; Ctrl-C ends this.\n\n"
+    )
     sys.stdout.write(curl_lines(proxy_port, admin_port=admin_port))
     sys.stdout.flush()
     reactor.run()
