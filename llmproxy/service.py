@@ -26,6 +26,7 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
 from llmproxy.config import Config, ConfigError, load
+from llmproxy.front.books import Books
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
 from llmproxy.ops.admin import admin_resource
@@ -154,15 +155,11 @@ class ProxyService(Service):
         path = config.trace.jsonl
         self.sink: Sink = NoSink() if path is None else JsonLines(path)
         self.upstream = Upstream(reactor, clock, config)
+        self.books = Books(
+            self.metrics, self.sink, clock=clock, wall=time.time, instance=self._instance
+        )
         self.gateway = Gateway(
-            config,
-            self.upstream,
-            self.metrics,
-            self.sink,
-            reactor=reactor,
-            clock=clock,
-            wall=time.time,
-            instance=self._instance,
+            config, self.upstream, self.books, self.metrics, reactor=reactor, clock=clock
         )
         self.site = Site(
             self.gateway,
@@ -173,10 +170,11 @@ class ProxyService(Service):
             body_limit=self.gateway.routes.body_limit,
             holds_body=self.gateway.holds_body,
             early_refusal=self.gateway.early_refusal,
-            abandoned=self.gateway.abandoned,
+            abandoned=self.books.abandoned,
+            malformed=self.books.malformed,
         )
         self.drain = Drain(
-            self.site, reactor, config.proxy.drain_timeout, lambda: self.gateway.running
+            self.site, reactor, config.proxy.drain_timeout, lambda: self.books.running
         )
         self._lag = LoopingCall(self._measure_lag)
         self._lag.clock = reactor

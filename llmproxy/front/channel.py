@@ -16,7 +16,8 @@ from twisted.python.failure import Failure
 from llmproxy.errors import ClientStalled, ProxyError
 from llmproxy.front.progress import Phase, Progress
 from llmproxy.front.receiver import Receiver
-from llmproxy.front.request import Request, bare_answer
+from llmproxy.front.refusal import bare_answer
+from llmproxy.front.request import Request
 from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged_bytes
 
 _LINGER = 2.0
@@ -114,6 +115,7 @@ class Channel(Receiver):
     def tell_and_close(self, error: ProxyError) -> None:
         """Answer where there is no request yet that could; what still comes is dropped."""
         self.write(bare_answer(error))
+        self.site.malformed(str(getattr(self.getPeer(), "host", "unix")), error)
         self._linger()
 
     def _linger(self) -> None:

@@ -7,7 +7,6 @@ can still be told, and a break that only the connection can tell.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -15,9 +14,9 @@ from twisted.web.http import datetimeToString
 
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
 from llmproxy.front.request import METHODS, Request
-from llmproxy.headers import Fields, host_of, is_ndjson, is_stream, value_of
+from llmproxy.headers import Fields, host_of, is_ndjson, is_stream
 from llmproxy.policy.routes import Choice
-from llmproxy.record.trace import Trace, timestamp
+from llmproxy.record.trace import Trace
 from llmproxy.stream.relay import Relay
 from llmproxy.upstream.answer import Answer
 
@@ -107,26 +106,6 @@ class Exchange:
         return not tail or tail.endswith(ends)
 
 
-def new_trace(request: Request, *, time: float, instance: str) -> Trace:
-    """Return the record of a request that has just come in, with an id of its own.
-
-    Args:
-        time: seconds since the epoch.
-    """
-    fields = request.fields
-    return Trace(
-        time=timestamp(time),
-        id=os.urandom(12).hex(),
-        client_request_id=_text(value_of(fields, b"x-request-id")),
-        instance=instance,
-        peer=str(getattr(request.getClientAddress(), "host", "unix")),
-        user_agent=_text(value_of(fields, b"user-agent")),
-        session=_text(value_of(fields, b"x-session-id")),
-        method=request.method.decode("ascii", "backslashreplace"),
-        path=_path(request.path),
-    )
-
-
 def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -> Fields:
     name = request_id.encode("ascii")
     fields = [
@@ -142,16 +121,3 @@ def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -
     if error.may_have_run:
         fields.append((b"x-should-retry", b"false"))
     return fields
-
-
-def _path(path: bytes) -> str:
-    """Return a path for the record; of other targets nothing, since they may hold a password."""
-    return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
-
-
-def _text(value: bytes | None) -> str | None:
-    """Return a header's value for the record, where it is short and printable."""
-    if value is None:
-        return None
-    text = value.decode("utf-8", "replace")[:256]
-    return text if text.isprintable() else None

@@ -25,7 +25,8 @@ from llmproxy.errors import (
     upstream_timeout,
 )
 from llmproxy.front.admission import Rules, admit, early_refusal
-from llmproxy.front.exchange import Exchange, new_trace
+from llmproxy.front.books import Books
+from llmproxy.front.exchange import Exchange
 from llmproxy.front.request import Request
 from llmproxy.headers import (
     Fields,
@@ -38,7 +39,7 @@ from llmproxy.policy.auth import Auth
 from llmproxy.policy.body import BodyError, replace_model
 from llmproxy.policy.routes import Choice, Routes
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Attempt, Sink, as_event
+from llmproxy.record.trace import Attempt
 from llmproxy.stream.relay import Relay
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream, credential_field, pool_key
@@ -52,12 +53,10 @@ class Gateway(Resource):
     Args:
         config: the checked configuration.
         upstream: sends requests.
-        metrics: counts them.
-        sink: keeps their traces.
+        books: keeps a record of each.
+        metrics: counts what is on the way.
         reactor: schedules deadlines.
         clock: monotonic seconds.
-        wall: seconds since the epoch.
-        instance: this process's name among several, for the traces.
     """
 
     isLeaf = True
@@ -66,24 +65,20 @@ class Gateway(Resource):
         self,
         config: Config,
         upstream: Upstream,
+        books: Books,
         metrics: Metrics,
-        sink: Sink,
         *,
         reactor: Any,
         clock: Callable[[], float],
-        wall: Callable[[], float],
-        instance: str,
     ) -> None:
         super().__init__()
         self._auth = Auth(config)
         self.routes = Routes(config)
         self._upstream = upstream
+        self._books = books
         self._metrics = metrics
-        self._sink = sink
         self._reactor = reactor
         self._clock = clock
-        self._wall = wall
-        self._instance = instance
         self._via = config.proxy.via.encode("ascii")
         self._credentials = {p.name: credential_field(p) for p in config.providers.values()}
         owned = frozenset(field[0] for field in self._credentials.values() if field is not None)
@@ -92,12 +87,6 @@ class Gateway(Resource):
             p.name: tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in p.headers)
             for p in config.providers.values()
         }
-        self._running: set[Exchange] = set()
-
-    @property
-    def running(self) -> int:
-        """How many requests are being served."""
-        return len(self._running)
 
     def holds_body(self, fields: Fields, target: bytes) -> bool:
         """Tell whether a request's body must be whole before it is served, or streams."""
@@ -108,13 +97,9 @@ class Gateway(Resource):
         """Return why ``request`` is refused before its body is read, or None."""
         return early_refusal(request, self._rules)
 
-    def abandoned(self, request: Request) -> None:
-        """Record a request whose client left before it could be served."""
-        self._record(self._begin(request), EndReason.CLIENT_GONE, None)
-
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
-        exchange = self._begin(request)
+        exchange = self._books.begin(request)
 
         def client_left(why: ClientGone) -> None:
             exchange.left, exchange.left_at = why, self._clock()
@@ -124,13 +109,6 @@ class Gateway(Resource):
         exchange.task = Deferred.fromCoroutine(self._serve(exchange))
         exchange.task.addErrback(lambda failure: _log.failure("a request's end failed", failure))
         return NOT_DONE_YET
-
-    def _begin(self, request: Request) -> Exchange:
-        trace = new_trace(request, time=self._wall(), instance=self._instance)
-        exchange = Exchange(request, trace, self._clock())
-        self._running.add(exchange)
-        self._metrics.request_began()
-        return exchange
 
     # -- the story ------------------------------------------------------------------------------
 
@@ -173,8 +151,10 @@ class Gateway(Resource):
             end = exchange.left.end
             self._metrics.cancel.observe(self._clock() - exchange.left_at)
         elif error is not None:
-            exchange.fail(error, self.routes.dialect(exchange.path, exchange.host), self._wall())
-        self._record(exchange, end, error)
+            exchange.fail(
+                error, self.routes.dialect(exchange.path, exchange.host), self._books.now()
+            )
+        self._books.close(exchange, end, error)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -205,9 +185,7 @@ class Gateway(Resource):
     def _choose(self, exchange: Exchange, client: Client, ask: Ask) -> Choice:
         request, trace = exchange.request, exchange.trace
         choice = self.routes.choose(client, request.uri, exchange.host, ask.models)
-        limit = choice.route.request_body
-        if limit is not None and len(request.body) > limit:
-            raise ProxyError(413, "body_too_large", f"The request body is over {limit} bytes.")
+        request.limit_body(self.routes.limit_of(choice.route))
         if choice.provider.pass_credential != self.routes.pass_credential(
             exchange.path, exchange.host
         ):
@@ -283,18 +261,3 @@ class Gateway(Resource):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
-
-    # -- its end --------------------------------------------------------------------------------
-
-    def _record(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
-        exchange.close(end, error, self._clock())
-        relay, trace = exchange.relay, exchange.trace
-        if relay is not None and relay.first_at is not None:
-            self._metrics.first_chunk.observe(relay.first_at - exchange.started)
-        self._metrics.request_ended(exchange.labels(), end.value, trace.bytes_in)
-        self._sink.write(trace)
-        event = as_event(trace)
-        if error is not None and error.detail:
-            event |= {"cause": error.cause, "detail": error.detail}
-        _log.info("{method} {path} {end_reason}", **event)
-        self._running.discard(exchange)

@@ -18,7 +18,7 @@ from twisted.web import http, server
 from twisted.web.resource import IResource
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.errors import Cut, ProxyError
+from llmproxy.errors import ClientGone, Cut, ProxyError
 from llmproxy.front.channel import Channel
 from llmproxy.front.progress import Phase
 from llmproxy.front.request import Request
@@ -44,11 +44,13 @@ class Site(server.Site):
         holds_body: from fields and raw target to whether the body is held before the request is
             served, rather than streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
-        abandoned: called with a request whose client left before it could be served.
+        abandoned: called with a request that ended before it could be served, and why.
+        malformed: called with a peer's address and the error where a head was refused.
 
     Attributes:
         channels: the open client connections.
         held_bytes: request bodies held in memory now, in bytes.
+        ended: requests that were served to whatever end.
         draining: no connection outlives its present request.
     """
 
@@ -66,7 +68,8 @@ class Site(server.Site):
         body_limit: Callable[[bytes], int],
         holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
-        abandoned: Callable[[Request], None] = lambda request: None,
+        abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
+        malformed: Callable[[str, ProxyError], None] = lambda peer, error: None,
     ) -> None:
         super().__init__(resource, reactor=reactor)
         self.clock = clock
@@ -76,8 +79,10 @@ class Site(server.Site):
         self.holds_body = holds_body
         self.early_refusal = early_refusal
         self.abandoned = abandoned
+        self.malformed = malformed
         self.channels: set[Channel] = set()
         self.held_bytes = 0
+        self.ended = 0
         self.draining = False
         self._waiting: list[Deferred[None]] = []
         self._sweep = LoopingCall(self._check_all)

@@ -25,9 +25,10 @@ from llmproxy.wire.grammar import (
     LengthReader,
     RequestHead,
     field_values,
+    is_chunked,
     list_tokens,
+    parse_length,
     parse_request_head,
-    request_body,
 )
 from llmproxy.wire.transport import has_peer_left
 
@@ -63,6 +64,7 @@ class Receiver(http.HTTPChannel):
         self._buffer = b""
         self._advancing = False
         self._reader: ChunkedReader | LengthReader = LengthReader(0)
+        self._skips_line = True
         self._invited = True
         self._upload_paused_at: float | None = None
         self._upload_left = 0.0
@@ -110,7 +112,11 @@ class Receiver(http.HTTPChannel):
 
     def _read_head(self) -> bool:
         if self.phase is Phase.IDLE:
-            self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, section 2.2
+            if self._skips_line:  # one empty line before a request: RFC 9112, section 2.2
+                if self._buffer == b"\r":
+                    return False
+                self._skips_line = not self._buffer.startswith(b"\r\n")
+                self._buffer = self._buffer.removeprefix(b"\r\n")
             if not self._buffer:
                 return False
             self.enter(Phase.HEAD, self.site.timeouts.request_head)
@@ -121,7 +127,7 @@ class Receiver(http.HTTPChannel):
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 self._begin(parse_request_head(head))
                 return True
-            if len(self._buffer) > longest:
+            if len(self._buffer) > longest + 3:
                 in_first = b"\r\n" not in self._buffer[:longest]
                 raise BadMessage("the request's head is too long", 414 if in_first else 431)
             if _BARE_LF.search(self._buffer):
@@ -140,6 +146,7 @@ class Receiver(http.HTTPChannel):
         request = Request(self)
         request.take_head(head)
         self.requests.append(request)
+        self._skips_line = True
         self._handlingRequest = True
         options = list_tokens(field_values(head.fields, b"connection"))
         self.persistent = head.minor == 1 and b"close" not in options
@@ -241,3 +248,21 @@ class Receiver(http.HTTPChannel):
         super().resumeProducing()
         if self._upload_paused_at is not None:
             self._networkProducer.pauseProducing()
+
+
+def request_body(head: RequestHead) -> ChunkedReader | LengthReader:
+    """Return what reads the body behind ``head`` (RFC 9112, section 6.3).
+
+    Raises:
+        BadMessage: 400 where it is framed twice or in a way that its version lacks, 501 for a
+            transfer coding that is not known.
+    """
+    coding = field_values(head.fields, b"transfer-encoding")
+    length = parse_length(field_values(head.fields, b"content-length"))
+    if not coding:
+        return LengthReader(length or 0)
+    if length is not None or head.minor == 0:
+        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
+    if not is_chunked(coding):
+        raise BadMessage("a transfer coding other than chunked", 501)
+    return ChunkedReader()

@@ -9,20 +9,18 @@ site, and nothing of providers, routes or dialects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from http import HTTPStatus
 from typing import Any
 
 from twisted.python.failure import Failure
 from twisted.web import server
 
-from llmproxy.errors import ClientGone, Dialect, ProxyError, error_body
+from llmproxy.errors import ClientGone, ProxyError
+from llmproxy.front.refusal import memory_full, phrase, too_large
 from llmproxy.front.upload import Upload
 from llmproxy.wire.grammar import LAST_CHUNK, Fields, RequestHead, chunk
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 """The methods that are served."""
-
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _BODY_GRACE = 1 / 65536
 """Seconds that each received byte of a request body adds to ``request_body``."""
@@ -72,7 +70,7 @@ class Request(server.Request):
         """The head is in: bound the body before the first byte of it."""
         self._limit = self.site.body_limit(self.uri)
         if length is not None and length > self._limit:
-            self.refusal = _too_large(self._limit)
+            self.refusal = too_large(self._limit)
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """Take one piece of the body: pass it on, or hold it within the bounds."""
@@ -82,11 +80,11 @@ class Request(server.Request):
         self.body_bytes += len(data)
         self.channel.deadline += len(data) * _BODY_GRACE
         if self.body_bytes > self._limit:
-            self.refuse(_too_large(self._limit))
+            self.refuse(too_large(self._limit))
         elif self.upload is not None:
             self.upload.feed(data)
         elif site.held_bytes + len(data) > site.limits.request_memory:
-            self.refuse(_memory_full())
+            self.refuse(memory_full())
         else:
             self._parts.append(data)
             self._held += len(data)
@@ -100,6 +98,17 @@ class Request(server.Request):
             self.channel.refuse_early(self)
         else:
             self.upload.fail(error)
+
+    def limit_body(self, limit: int) -> None:
+        """Bound the body by its route's own limit, now that the route is known.
+
+        Raises:
+            ProxyError: 413, where what came or what was announced is more.
+        """
+        announced = 0 if self.upload is None else self.upload.announced
+        if max(announced, self.body_bytes) > limit:
+            raise too_large(limit)
+        self._limit = min(self._limit, limit)
 
     def release(self) -> None:
         """Let go of the body; what it held counts no more."""
@@ -148,7 +157,7 @@ class Request(server.Request):
         self.status = self.code = status
         modern = self.clientproto == b"HTTP/1.1"
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        head = [b"HTTP/1.1 %d %b\r\n" % (status, _phrase(status).encode("ascii"))]
+        head = [b"HTTP/1.1 %d %b\r\n" % (status, phrase(status).encode("ascii"))]
         for name, value in fields:
             head += (name, b": ", value, b"\r\n")
             if name == b"content-length":
@@ -237,14 +246,14 @@ class Request(server.Request):
 
     def connectionLost(self, reason: Failure) -> None:
         """The client's connection is gone."""
-        if not self._served:
-            self.site.abandoned(self)
         self._leave(ClientGone(reason.getErrorMessage()))
         super().connectionLost(reason)
 
     def _leave(self, why: ClientGone) -> None:
         if not self._ended:
             self._close_books()
+            if not self._served:
+                self.site.abandoned(self, why)
             gone, self.gone = self.gone, None
             if gone is not None:
                 gone(why)
@@ -252,6 +261,7 @@ class Request(server.Request):
     def _close_books(self) -> None:
         self._ended = True
         self.finished = 1
+        self.site.ended += self._served
         self.release()
 
     def _part(self, tell: Callable[[Request], None]) -> None:
@@ -263,32 +273,3 @@ class Request(server.Request):
         waiting, self.notifications = self.notifications, []
         for deferred in waiting:
             deferred.callback(None)
-
-
-def bare_answer(error: ProxyError) -> bytes:
-    """Return a whole answer, head and all, for where there is no request yet that could be told."""
-    body = error_body(error, Dialect.OPENAI, "")
-    head = (
-        f"HTTP/1.1 {error.status} {_phrase(error.status)}\r\n"
-        f"content-type: application/json\r\nx-llmproxy-error: {error.reason}\r\n"
-        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("ascii") + body
-
-
-def _phrase(status: int) -> str:
-    """Return the reason phrase of a known status; clients ignore it (RFC 9112, section 4)."""
-    return _PHRASES.get(status, "")
-
-
-def _too_large(limit: int) -> ProxyError:
-    return ProxyError(413, "body_too_large", f"The request body is larger than {limit} bytes.")
-
-
-def _memory_full() -> ProxyError:
-    return ProxyError(
-        503,
-        "memory_full",
-        "The proxy holds as many request bodies as it may; try again.",
-        fields=((b"retry-after", b"1"),),
-    )

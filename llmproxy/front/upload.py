@@ -42,12 +42,13 @@ class Upload:
         length: bytes, or None where only its end will tell.
 
     Attributes:
-        length: bytes, or ``UNKNOWN_LENGTH``.
+        length: bytes, or ``UNKNOWN_LENGTH``; ``announced`` is 0 then.
         complete: the client has sent all of it.
     """
 
     def __init__(self, reading: Reading, length: int | None) -> None:
         self.length: Any = UNKNOWN_LENGTH if length is None else length
+        self.announced = length or 0
         self.complete = False
         self._reading = reading
         self._consumer: IConsumer | None = None

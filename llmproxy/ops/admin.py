@@ -39,7 +39,7 @@ class Endpoint(Resource):
     def render(self, request: Request) -> int:
         """Answer; anything but GET and HEAD is a 405, anything below the path a 404."""
         extra: list[tuple[bytes, bytes]] = []
-        if request.postpath:
+        if request.postpath or self._answer is not_found:
             status, kind, body = not_found(request)
         elif request.method in (b"GET", b"HEAD"):
             status, kind, body = self._answer(request)

@@ -45,15 +45,15 @@ class Drain:
             fires when no client connection is left.  It never fails.
         """
         self.begun = True
-        before = self._running()
-        _log.info("draining: {running} requests are being served", running=before)
+        ended_before = self._site.ended
+        _log.info("draining: {running} requests are being served", running=self._running())
         deadline = self._reactor.callLater(self._timeout, self.cut)
         self._site.drain()
 
         def rested(_: None) -> None:
             if deadline.active():
                 deadline.cancel()
-            finished = max(0, before - self._cut)
+            finished = self._site.ended - ended_before - self._cut
             _log.info("drained: {finished} finished, {cut} cut", finished=finished, cut=self._cut)
 
         return self._site.when_empty().addCallback(rested)

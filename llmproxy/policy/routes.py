@@ -93,12 +93,12 @@ class Routes:
     def body_limit(self, target: bytes) -> int:
         """Return the most bytes that any route at this target takes as a body."""
         path = target.partition(b"?")[0]
-        limits = [
-            self._default_limit if entry.route.request_body is None else entry.route.request_body
-            for entry in self._entries
-            if _is_below(path, entry)
-        ]
+        limits = [self.limit_of(entry.route) for entry in self._entries if _is_below(path, entry)]
         return max(limits, default=self._default_limit)
+
+    def limit_of(self, route: Route) -> int:
+        """Return the most bytes that a request body may have on ``route``."""
+        return self._default_limit if route.request_body is None else route.request_body
 
     def model_matters(self, path: bytes) -> bool:
         """Tell whether a body's model could decide anything at this path, whoever calls."""

@@ -13,7 +13,9 @@ from typing import IO, Any, cast
 
 import msgspec
 from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
+from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
 from llmproxy.record.trace import timestamp
@@ -47,7 +49,7 @@ def _line(event: LogEvent) -> str:
     try:
         rendered = _render(event)
         try:
-            return msgspec.json.encode(rendered, enc_hook=str).decode()
+            return msgspec.json.encode(rendered, enc_hook=_shown).decode()
         except Exception:  # half a surrogate pair, a number beyond 64 bits
             plain = {name: _text(value) for name, value in rendered.items()}
             return msgspec.json.encode(plain).decode()
@@ -57,7 +59,14 @@ def _line(event: LogEvent) -> str:
 
 
 def _text(value: object) -> str:
-    return str(value).encode("utf-8", "backslashreplace").decode()
+    return _shown(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return str(safe_repr(value))
 
 
 def _render(event: LogEvent) -> dict[str, Any]:
@@ -68,13 +77,13 @@ def _render(event: LogEvent) -> dict[str, Any]:
         "logger": event.get("log_namespace", "-"),
         "message": formatEvent(event),
     }
-    failure = event.get("log_failure")
-    if failure is not None:
+    failure = event.get("log_failure") or event.get("failure")
+    if isinstance(failure, Failure):
         rendered["traceback"] = failure.getTraceback()
         rendered["message"] = rendered["message"] or failure.getErrorMessage()
     for name, value in event.items():
         if not name.startswith("log_") and name not in _NOISE and name not in rendered:
-            rendered[name] = value if isinstance(value, _PLAIN) else str(value)
+            rendered[name] = value if isinstance(value, _PLAIN) else _shown(value)
     return rendered
 
 

@@ -186,21 +186,27 @@ class ProviderAgent:
     ) -> Answer:
         """Send the request and await its head: ``first_byte`` after it was sent.
 
-        While a body is being sent, the clock begins anew as long as the provider takes some of it.
+        While a body is being sent, the clock begins anew as long as the provider takes some of it,
+        or waits for more.
         """
         head = self._head(method, order, body)
         order.sent = True
         step = connection.send(method, head, body)
-        taken: int | None = None
+        stuck_at: int | None = None
+        was_sending = False
 
         def phase() -> str | None:
-            nonlocal taken
-            before, taken = taken, connection.taken()
-            if taken is None:
-                return "first_byte" if before is None else None
-            return "request" if taken == before else None
+            nonlocal stuck_at, was_sending
+            sending = connection.sending
+            before, stuck_at = stuck_at, None if sending is None else sending.untaken()
+            still, was_sending = was_sending, sending is not None and sending.active
+            if stuck_at is not None:
+                return "request" if stuck_at == before else None
+            return None if was_sending or still else "first_byte"
 
-        return await within(self._reactor, order.timeouts.first_byte, step, phase)
+        answer = await within(self._reactor, order.timeouts.first_byte, step, phase)
+        self._connector.remember(connection)
+        return answer
 
     def _head(self, method: bytes, order: Order, body: IBodyProducer | None) -> bytes:
         lines = [method, b" ", order.target, b" HTTP/1.1\r\n", self._host_line]
@@ -235,7 +241,6 @@ class ProviderAgent:
         if self._idle_count >= self._provider.pool or keep <= 0 or self._closed:
             connection.abort()
             return
-        self._connector.remember(connection)
         connection.expires_at = self._clock() + keep
         self._idle.setdefault(connection.pool_key, deque()).append(connection)
         self._idle_count += 1

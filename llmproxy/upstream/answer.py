@@ -20,6 +20,7 @@ from llmproxy.wire.grammar import (
     Fields,
     LengthReader,
     field_values,
+    is_chunked,
     list_tokens,
     parse_fields,
     parse_length,
@@ -106,13 +107,13 @@ def body_reader(method: bytes, answer: Answer) -> ChunkedReader | LengthReader:
         raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
     if length is not None:
         answer.length = length
-    if method == b"HEAD" or answer.code in (204, 304):
-        return LengthReader(0)
-    if not coding:
-        return LengthReader(length)
-    if list_tokens(coding) != [b"chunked"]:
+    if coding and not is_chunked(coding):
         raise BadMessage("a transfer coding other than chunked")
-    return ChunkedReader()
+    if answer.code < 200 and coding:
+        raise BadMessage("a Transfer-Encoding in a 1xx answer")
+    if method == b"HEAD" or answer.code < 200 or answer.code in (204, 304):
+        return LengthReader(0)
+    return ChunkedReader() if coding else LengthReader(length)
 
 
 def keep_alive_hint(answer: Answer) -> float | None:

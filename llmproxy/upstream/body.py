@@ -125,9 +125,10 @@ class Sending:
         self.active = True
         body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
 
-    def taken(self) -> int:
-        """Return how much of the body the kernel has taken, in bytes."""
-        return self._sink.written - pending_bytes(self._transport)
+    def untaken(self) -> int | None:
+        """Return how many bytes the kernel has taken, where more of them wait for it; else None."""
+        waiting = pending_bytes(self._transport)
+        return self._sink.written - waiting if waiting else None
 
     def stop(self) -> None:
         """Send no more."""

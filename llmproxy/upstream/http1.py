@@ -80,6 +80,8 @@ class Connection(Protocol):
         self.state = State.IDLE
         self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
         """Fires once requests may be sent, the name verified; cancelling it closes the socket."""
+        self.sending: Sending | None = None
+        """The request's body on its way, or the last one's."""
         self.keep_for: float | None = None
         """Seconds for which the provider says that it keeps the connection when it is idle."""
         self.expires_at = 0.0
@@ -159,18 +161,13 @@ class Connection(Protocol):
         self._buffer = b""
         self._interim = 0
         self._until_close = False
-        self._sending: Sending | None = None
+        self.sending = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
         self._transport.write(head)
         if body is not None:
-            self._sending = Sending(self._transport, body, self._sending_failed)
+            self.sending = Sending(self._transport, body, self._sending_failed)
         return answer
-
-    def taken(self) -> int | None:
-        """Return how much of the request's body the kernel has taken; None once it was all sent."""
-        sending = self._sending
-        return sending.taken() if sending is not None and sending.active else None
 
     def _sending_failed(self, failure: Failure) -> None:
         """The body will not be whole, so neither can the request be: give the connection up."""
@@ -181,8 +178,8 @@ class Connection(Protocol):
             self._end_body(failure)
 
     def _stop_sending(self) -> None:
-        if self._sending is not None:
-            self._sending.stop()
+        if self.sending is not None:
+            self.sending.stop()
 
     # -- the answer -----------------------------------------------------------------------------
 
@@ -210,7 +207,7 @@ class Connection(Protocol):
                 start = 0
                 if self._take_head(head):
                     return
-            if len(self._buffer) > self._max_head:
+            if len(self._buffer) > self._max_head + 3:
                 raise BadMessage(f"a response head longer than {self._max_head} bytes")
         except BadMessage as error:
             self.abort()
@@ -220,12 +217,13 @@ class Connection(Protocol):
     def _take_head(self, head: bytes) -> bool:
         """Read one head; return whether it was the final one (RFC 9112, section 6.3)."""
         answer = read_answer(self, head)
+        reader = body_reader(self._method, answer)
         if answer.code < 200:
             self._interim += 1
             if answer.code == 101 or self._interim > MAX_INTERIM:
                 raise BadMessage("a protocol switch that nobody asked for, or endless 1xx answers")
             return False
-        self._reader = body_reader(self._method, answer)
+        self._reader = reader
         self._until_close = isinstance(self._reader, LengthReader) and self._reader.left is None
         self._persistent = is_persistent(answer) and not self._until_close
         self.keep_for = keep_alive_hint(answer)
@@ -278,7 +276,8 @@ class Connection(Protocol):
         """The answer is whole: keep the connection for another, or close it."""
         if self.state is State.CLOSED:
             return
-        unsent = self.taken() is not None or pending_bytes(self._transport) > 0
+        sending = self.sending is not None and self.sending.active
+        unsent = sending or pending_bytes(self._transport) > 0
         if extra or unsent or not self._persistent or self.aborted:
             self._stop_sending()
             self.abort()

@@ -29,6 +29,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+_FRAMING = (b"content-length", b"transfer-encoding", b"host")
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])"
 )
@@ -36,7 +37,7 @@ _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]{0,5})?",
 )
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?",
+    rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
 )
 
 
@@ -99,24 +100,6 @@ def parse_request_head(head: bytes) -> RequestHead:
     return RequestHead(match[1], match[2], minor, fields)
 
 
-def request_body(head: RequestHead) -> ChunkedReader | LengthReader:
-    """Return what reads the body behind ``head`` (RFC 9112, section 6.3).
-
-    Raises:
-        BadMessage: 400 where it is framed twice or in a way that its version lacks, 501 for a
-            transfer coding that is not known.
-    """
-    coding = field_values(head.fields, b"transfer-encoding")
-    length = parse_length(field_values(head.fields, b"content-length"))
-    if not coding:
-        return LengthReader(length or 0)
-    if length is not None or head.minor == 0:
-        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
-    if list_tokens(coding) != [b"chunked"]:
-        raise BadMessage("a transfer coding other than chunked", 501)
-    return ChunkedReader()
-
-
 def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = MAX_LINE) -> Fields:
     """Read field lines, without their line ends (RFC 9112, section 5).
 
@@ -149,6 +132,11 @@ def list_tokens(values: list[bytes]) -> list[bytes]:
     """Split the comma lists of several lines into lower-case members (RFC 9110, 5.6.1)."""
     members = b",".join(values).lower().split(b",")
     return [token for member in members if (token := member.strip(b" \t"))]
+
+
+def is_chunked(values: list[bytes]) -> bool:
+    """Tell whether ``Transfer-Encoding`` is one line with ``chunked`` and nothing beside it."""
+    return [value.lower() for value in values] == [b"chunked"]
 
 
 def parse_length(values: list[bytes]) -> int | None:
@@ -260,7 +248,8 @@ class ChunkedReader:
             self._trailer_bytes += end - position
             if self._trailer_bytes > MAX_TRAILER:
                 raise BadMessage(f"a trailer section longer than {MAX_TRAILER} bytes")
-            _parse_field(data[position:end])
+            if _parse_field(data[position:end])[0] in _FRAMING:
+                raise BadMessage("a framing field in a trailer section")  # RFC 9110, 6.5.1
         return end + 2
 
     def _line_end(self, data: bytes, position: int, longest: int) -> int:

@@ -196,15 +196,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo(
     arguments: list[str], ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo is the service's, on the ports that are asked for, and its code is ours."""
+    """The demo runs on the ports that are asked for."""
     calls: list[tuple[int, int]] = []
 
-    def run_demo(*, proxy_port: int, admin_port: int) -> int:
+    def run(*, proxy_port: int, admin_port: int) -> None:
         calls.append((proxy_port, admin_port))
-        return 5
 
-    service = types.ModuleType("llmproxy.service")
-    monkeypatch.setattr(service, "run_demo", run_demo, raising=False)
-    monkeypatch.setitem(sys.modules, "llmproxy.service", service)
-    assert main(["demo", *arguments]) == 5
+    stand_in = types.ModuleType("llmproxy.cli.demo.run")
+    monkeypatch.setattr(stand_in, "run", run, raising=False)
+    monkeypatch.setitem(sys.modules, "llmproxy.cli.demo.run", stand_in)
+    assert main(["demo", *arguments]) == 0
     assert calls == [ports]

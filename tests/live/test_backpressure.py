@@ -1,4 +1,4 @@
-"""A client that does not read stops the reading from the provider, and little is held (design 6)."""
+"""A client that does not read stops the reading from the provider (design 6)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Flood:
 
 
 def test_what_is_held_for_a_stalled_client_is_bounded(stage: Stage) -> None:
-    """The provider cannot send it all, we hold at most 128 KiB, and every byte arrives in the end."""
+    """The provider cannot send it all, we hold 128 KiB at most, and every byte arrives."""
     flood = stage.script = Flood()
     with stage.connect(receive_buffer=16_384) as client:
         client.send(post("/p/flood"))

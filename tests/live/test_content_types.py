@@ -10,6 +10,7 @@ from tests.support.daemon import provider_config
 from tests.support.sockets import Wire, chunked, request
 from tests.support.stage import (
     LAST,
+    SSE,
     Link,
     Notes,
     Stage,
@@ -44,8 +45,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stag
 
 def head_of(kind: str) -> bytes:
     """Return the head of a chunked answer."""
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    return head.encode()
+    return SSE.replace(b"text/event-stream", kind.encode())
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, request
-from tests.support.stage import Link, Notes, Stage, answer, open_stage, read_got, until
+from tests.support.sockets import Wire, chunked, request
+from tests.support.stage import LAST, Link, Notes, Stage, answer, open_stage, read_got, until
 
 SHARED = """
 [providers.short]
@@ -71,7 +71,8 @@ def keep_alive(stage: Stage, count: int, *fields: bytes) -> Notes:
         for _ in range(count):
             wire.read_request()
             lines = b"".join(field + b"\r\n" for field in fields)
-            wire.send(b"HTTP/1.1 200 OK\r\n%bContent-Length: 2\r\n\r\nok" % lines)
+            wire.send(b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n" % lines)
+            wire.send(chunked(b"ok"), LAST)
         seen.put(wire.wait_closed())
 
     stage.script = script

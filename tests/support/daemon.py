@@ -1,4 +1,4 @@
-"""The real daemon for tests: ``twistd -n llmproxy`` as a child process, on ports of its own choice."""
+"""The real daemon for tests: ``twistd -n llmproxy`` as a child, on ports of its own choice."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Stand-ins for the parts of a reactor: a transport in memory, and a real reactor with a clock to turn.
+"""Stand-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
 
 The transport is Twisted's ``StringTransport`` with what that lacks of a TCP transport: the private
-figures of ``FileDescriptor`` that ``wire/transport.py`` reads, ``setTcpNoDelay``, a producer that may
-be unregistered twice, and an end that comes when the test says so.  Backpressure and kernels are not
+figures of ``FileDescriptor`` that ``wire/transport.py`` reads, a half close, a producer that may be
+unregistered twice, and an end that comes when the test says so.  Backpressure and kernels are not
 pretended; they are tested on real sockets.
 """
 
@@ -34,9 +34,12 @@ class FakeTransport(StringTransport):
     """One end of a connection whose other end is the test.
 
     Attributes:
-        calls: what was asked of it, in order: ``pause``, ``resume``, ``abort``, ``lose``, ``nodelay``.
+        calls: what was asked of it, in order: ``pause``, ``resume``, ``nodelay``, ``half`` (a half
+            close), ``lose`` (a close) and ``abort``.
         writes: what was written, one item for each call.
     """
+
+    producer: Any
 
     def __init__(self) -> None:
         super().__init__(lenient=True)
@@ -49,7 +52,7 @@ class FakeTransport(StringTransport):
     def connect(self, protocol: IProtocol) -> None:
         """Be the transport of ``protocol``."""
         self.protocol = protocol
-        protocol.makeConnection(self)  # type: ignore[arg-type]  # an ITransport but for its types
+        protocol.makeConnection(self)
 
     def end(self, reason: Exception) -> None:
         """End the connection as a TCP transport does: the producer is told first."""
@@ -68,9 +71,8 @@ class FakeTransport(StringTransport):
         """Return how often ``call`` was asked for."""
         return self.calls.count(call)
 
-    @property
-    def paused(self) -> bool:
-        """Whether reading is paused."""
+    def is_paused(self) -> bool:
+        """Tell whether reading is paused."""
         return self.producerState == "paused"
 
     def take(self) -> bytes:
@@ -97,6 +99,18 @@ class FakeTransport(StringTransport):
     def loseConnection(self) -> None:
         self.calls.append("lose")
         self.disconnecting = True
+
+    def loseWriteConnection(self) -> None:
+        self.calls.append("half")
+
+    def getTcpNoDelay(self) -> bool:
+        return bool(self.count("nodelay"))
+
+    def getTcpKeepAlive(self) -> bool:
+        return False
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        raise AssertionError("nobody asks for this")
 
     def setTcpNoDelay(self, enabled: bool) -> None:
         assert enabled
@@ -144,7 +158,7 @@ class Collector(Protocol):
 
 
 class TurnedReactor:
-    """The real reactor with real sockets, a clock that the test turns, and every name on loopback."""
+    """The real reactor and its sockets, but a clock that the test turns, and names on loopback."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -161,10 +175,15 @@ class TurnedReactor:
         return len(self.clock.getDelayedCalls())
 
 
+async def turn() -> None:
+    """Let the reactor turn once, for at most a millisecond."""
+    await deferLater(real_reactor, 0.001)
+
+
 async def until(condition: Callable[[], Any]) -> None:
     """Let the reactor turn until ``condition`` holds."""
     deadline = time.monotonic() + WAIT
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come to hold")
-        await deferLater(real_reactor, 0.001)  # type: ignore[arg-type]  # the reactor is a module
+        await turn()

@@ -1,7 +1,7 @@
 """Blocking sockets for tests: a provider that follows a script, and a client that sees every byte.
 
-Both run outside the reactor, in threads or in the test itself, so that what they see is what the wire
-carried, when it did.  Every wait has a limit; a wait that runs out raises ``TimeoutError``.
+Both run outside the reactor, in threads or in the test itself, so that what they see is what the
+wire carried, when it did.  Every wait has a limit; a wait that runs out raises ``TimeoutError``.
 """
 
 from __future__ import annotations

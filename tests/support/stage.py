@@ -21,7 +21,12 @@ from typing import Any, NamedTuple
 from tests.support.daemon import Daemon, provider_config
 from tests.support.sockets import WAIT, Provider, Received, Script, Wire, chunked, connect, request
 
-SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+# These say that their connection ends with them: a kept one, which its script then closes, could be
+# taken for the next request in the same moment.
+SSE = (
+    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
 LAST = b"0\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"

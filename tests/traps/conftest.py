@@ -69,14 +69,27 @@ def cleanups() -> Iterator[list[Cleanup]]:
 
 @pytest.fixture
 def upstream(stock: bool, cleanups: list[Cleanup]) -> Callable[..., Sender]:
-    """``upstream(url, ca=None)``: what sends requests to the provider at ``url``."""
+    """``upstream(url, ca=None, …)``: what sends requests to the provider at ``url``.
 
-    def make(url: str, ca: Path | None = None) -> Sender:
+    ``connect`` is how long that may take to connect, in seconds; ``pool_idle`` how long it keeps
+    an idle connection, for which stock parts have no setting that is read from anywhere.
+    """
+
+    def make(
+        url: str,
+        ca: Path | None = None,
+        *,
+        connect: float | None = None,
+        pool_idle: float | None = None,
+    ) -> Sender:
         sender: Sender
         if stock:
-            sender = StockSender(reactor, url, ca)
+            sender = StockSender(reactor, url, ca, connect)
         else:
-            sender = OurSender(reactor, our_config(url, ca=ca))
+            given = {"connect": connect, "pool_idle": pool_idle}
+            lines = [f'{k} = "{v * 1000:.0f}ms"' for k, v in given.items() if v is not None]
+            config = our_config(url, ca=ca, more="\n".join(["[timeouts]", *lines]))
+            sender = OurSender(reactor, config)
         cleanups.append(sender.close)
         return sender
 
@@ -111,6 +124,7 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
 
     ``ca`` is whom it trusts, ``tls`` ends TLS on its listener, ``send_buffer`` is the kernel's for
     each client in bytes, ``silence`` the seconds after which a silent provider is given up.
+    ``deadlines`` are further ones of ours, in TOML; stock parts have none that they could be.
     """
 
     def start(
@@ -120,6 +134,7 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
         tls: bool = False,
         send_buffer: int = 0,
         silence: float | None = None,
+        deadlines: str = "",
     ) -> int:
         address = _address(authority, tls=tls)
         if stock:
@@ -127,7 +142,9 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
             cleanups.append(pump.pool.closeCachedConnections)
             listening = _listen(server.Site(pump), address, cleanups)
         else:
-            more = "" if silence is None else f'timeouts = {{ idle = "{silence * 1000:.0f}ms" }}'
+            if silence is not None:
+                deadlines = f'idle = "{silence * 1000:.0f}ms"'
+            more = f"timeouts = {{ {deadlines} }}" if deadlines else ""
             config = our_config(url, ca=ca, listen=address, more=more)
             service = ProxyService(config, reactor, handle_signals=False)
             service.privilegedStartService()

@@ -106,11 +106,19 @@ class Sender(Protocol):
     """Sends requests to one provider."""
 
     def send(
-        self, method: str, target: str, fields: Fields, *, tenant: str = "a", **treq: Any
+        self,
+        method: str,
+        target: str,
+        fields: Fields,
+        *,
+        body: bytes = b"",
+        tenant: str = "a",
+        **treq: Any,
     ) -> Call:
-        """Send a request without a body.
+        """Send a request.
 
         Args:
+            body: held in memory.
             tenant: whose credential goes with it.
             treq: what the stock part passes on to ``HTTPClient.request``.
         """
@@ -165,7 +173,14 @@ class OurSender:
         self._upstream = Upstream(reactor, time.monotonic, config)
 
     def send(
-        self, method: str, target: str, fields: Fields, *, tenant: str = "a", **treq: Any
+        self,
+        method: str,
+        target: str,
+        fields: Fields,
+        *,
+        body: bytes = b"",
+        tenant: str = "a",
+        **treq: Any,
     ) -> OurCall:
         """Send a request."""
         provider = self._config.providers["p"]
@@ -175,7 +190,7 @@ class OurSender:
                 method,
                 target.encode("latin-1"),
                 fields,
-                b"",
+                body,
                 credential=tenant.encode(),
                 timeouts=self._config.timeouts,
             )
@@ -267,19 +282,28 @@ class StockCall:
 class StockSender:
     """treq over Twisted's agent and pool."""
 
-    def __init__(self, reactor: Any, url: str, ca: Path | None) -> None:
+    def __init__(
+        self, reactor: Any, url: str, ca: Path | None, connect: float | None = None
+    ) -> None:
         self._url = url
         self._pool = HTTPConnectionPool(reactor)
-        self._client = stock_client(reactor, self._pool, ca)
+        self._client = stock_client(reactor, self._pool, ca, connect)
 
     def send(
-        self, method: str, target: str, fields: Fields, *, tenant: str = "a", **treq: Any
+        self,
+        method: str,
+        target: str,
+        fields: Fields,
+        *,
+        body: bytes = b"",
+        tenant: str = "a",
+        **treq: Any,
     ) -> StockCall:
         """Send a request."""
         headers = Headers()
         for name, value in fields:
             headers.addRawHeader(name, value)
-        options = {"unbuffered": True, **treq}
+        options = {"unbuffered": True, "data": BytesIO(body) if body else None, **treq}
         url = self._url + target
         return StockCall(cast(Any, self._client.request(method, url, headers=headers, **options)))
 
@@ -288,12 +312,15 @@ class StockSender:
         return cast("Deferred[Any]", self._pool.closeCachedConnections())
 
 
-def stock_client(reactor: Any, pool: HTTPConnectionPool, ca: Path | None) -> HTTPClient:
-    """Return a treq client that trusts ``ca``."""
+def stock_client(
+    reactor: Any, pool: HTTPConnectionPool, ca: Path | None, connect: float | None = None
+) -> HTTPClient:
+    """Return a treq client that trusts ``ca`` and takes ``connect`` seconds to connect."""
     if ca is None:
-        return HTTPClient(Agent(reactor, pool=pool))
+        return HTTPClient(Agent(reactor, connectTimeout=connect, pool=pool))
     trust = trustRootFromCertificates([Certificate.loadPEM(ca.read_bytes())])
-    return HTTPClient(Agent(reactor, BrowserLikePolicyForHTTPS(trust), pool=pool))
+    policy = BrowserLikePolicyForHTTPS(trust)
+    return HTTPClient(Agent(reactor, policy, connectTimeout=connect, pool=pool))
 
 
 class StockPump(Resource):

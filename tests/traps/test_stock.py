@@ -1,7 +1,7 @@
 """Proof that the scenarios of this folder can fail: Twisted's and treq's own parts fail each row.
 
-One run of the folder with ``--stock``, in a process of its own, is read back from its report.  A
-row counts as red only where an assertion of one of its tests failed; what merely broke does not.
+The files of the folder run with ``--stock``, in a few processes at once (what stock parts never do
+is waited for), and their reports are read back.  A row counts as red only where an assertion of one of its tests failed; what merely broke does not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-UPSTREAM = ("U4", "U5", "U6", "U7", "U8", "U9", "U10", "U11", "U21", "U22")
+UPSTREAM = tuple(f"U{number}" for number in range(1, 23))
 CLIENT = ("C10", "C11", "C12", "C13", "C15", "C16", "C18", "C19")
 DUE = UPSTREAM + CLIENT
+AT_ONCE = 3
 
 # A socket that stock parts never let go of must not fail the test that comes next.
 QUIET = ("-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -61,6 +63,13 @@ def _python(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _run_stock(report: Path, files: list[str]) -> list[Case]:
+    options = ["--stock", "-q", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    run = _python("-m", "pytest", *options, *QUIET, *files)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    return list(_cases(report))
+
+
 def _cases(report: Path) -> Iterator[Case]:
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - pytest wrote it just now
         rows = [one.get("value", "") for one in case.iter("property") if one.get("name") == "trap"]
@@ -73,19 +82,12 @@ def _cases(report: Path) -> Iterator[Case]:
 @pytest.fixture(scope="module")
 def stock_run(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     """The tests of this folder, as they went on stock parts."""
-    report = tmp_path_factory.mktemp("stock") / "report.xml"
-    options = [
-        "--stock",
-        "-q",
-        "--tb=line",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *QUIET,
-    ]
-    run = _python("-m", "pytest", *options, f"--ignore={__file__}", str(HERE))
-    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
-    return list(_cases(report))
+    folder = tmp_path_factory.mktemp("stock")
+    files = sorted(str(file) for file in HERE.glob("test_*.py") if file.name != Path(__file__).name)
+    parts = [files[part::AT_ONCE] for part in range(AT_ONCE)]
+    reports = [folder / f"{part}.xml" for part in range(AT_ONCE)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [case for cases in pool.map(_run_stock, reports, parts) for case in cases]
 
 
 def test_every_row_has_its_tests() -> None:

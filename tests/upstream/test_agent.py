@@ -324,9 +324,9 @@ async def test_what_waits_on_an_idle_connection_is_seen_before_it_is_used(stray:
         await rig.fetch()
         wire = await peer.take(peer.wires)
         wire.send(stray) if stray else wire.sock.shutdown(socket.SHUT_WR)
-        arrived = threading.Event()
-        threading.Thread(target=lambda: (probe(peer.port), arrived.set())).start()
-        assert arrived.wait(WAIT)  # the reactor does not turn meanwhile
+        prober = threading.Thread(target=probe, args=(peer.port,))
+        prober.start()
+        prober.join(WAIT)  # the reactor does not turn meanwhile
         assert await rig.fetch() == b"ok"
         assert peer.accepted == 3
         await rig.rest()
@@ -358,7 +358,11 @@ async def test_a_connection_that_just_expired_is_not_taken() -> None:
 def silence() -> Iterator[Callable[[], None]]:
     """What a name server says that does not answer, until the test is over."""
     over = threading.Event()
-    yield lambda: over.wait(WAIT) and None
+
+    def wait() -> None:
+        over.wait(WAIT)
+
+    yield wait
     over.set()
 
 

@@ -1,4 +1,4 @@
-"""What a transport holds, told from Twisted's own TCP and TLS transports with a peer that does not read.
+"""What Twisted's own TCP and TLS transports hold when their peer does not read.
 
 These tests fail when the private attributes change on which ``wire/transport.py`` leans.
 """

@@ -1,0 +1,136 @@
+"""A record of every request: opened when it comes in, closed once, whatever became of it.
+
+Whatever ends a request ends here: in a trace, an access line and the counters.  Also what never
+became one has a record: a client that left inside its own body, a head that is not HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from twisted.logger import Logger
+
+from llmproxy.errors import ClientGone, EndReason, ProxyError
+from llmproxy.front.exchange import Exchange
+from llmproxy.front.request import Request
+from llmproxy.headers import value_of
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import Sink, Trace, as_event, timestamp
+
+_log = Logger(namespace="llmproxy.access")
+
+
+class Books:
+    """The records of one process.
+
+    Args:
+        metrics: counts what ended.
+        sink: keeps traces.
+        clock: monotonic seconds.
+        wall: seconds since the epoch.
+        instance: this process's name among several.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        sink: Sink,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        instance: str,
+    ) -> None:
+        self._metrics = metrics
+        self._sink = sink
+        self._clock = clock
+        self.now = wall
+        self._instance = instance
+        self._running: set[Exchange] = set()
+
+    @property
+    def running(self) -> int:
+        """How many requests are being served."""
+        return len(self._running)
+
+    def begin(self, request: Request) -> Exchange:
+        """Open the record of ``request``."""
+        trace = new_trace(request, time=self.now(), instance=self._instance)
+        exchange = Exchange(request, trace, self._clock())
+        self._running.add(exchange)
+        self._metrics.request_began()
+        return exchange
+
+    def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
+        """Close a record, with why its request ended and what the client was told."""
+        exchange.close(end, error, self._clock())
+        relay = exchange.relay
+        if relay is not None and relay.first_at is not None:
+            self._metrics.first_chunk.observe(relay.first_at - exchange.started)
+        self._running.discard(exchange)
+        self._write(exchange.trace, exchange.labels(), error)
+
+    def abandoned(self, request: Request, why: ClientGone) -> None:
+        """Record a request that ended before it could be served."""
+        self.close(self.begin(request), why.end, None)
+
+    def malformed(self, peer: str, error: ProxyError) -> None:
+        """Record a head that is not a request."""
+        self._metrics.request_began()
+        trace = Trace(
+            time=timestamp(self.now()),
+            id=_new_id(),
+            instance=self._instance,
+            peer=peer,
+            method="",
+            path="",
+            status=error.status,
+            end_reason=error.end.value,
+            error=error.reason,
+        )
+        self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
+
+    def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
+        self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
+        self._sink.write(trace)
+        event = as_event(trace)
+        if error is not None and error.detail:
+            event |= {"cause": error.cause, "detail": error.detail}
+        _log.info("{method} {path} {end_reason}", **event)
+
+
+def new_trace(request: Request, *, time: float, instance: str) -> Trace:
+    """Return the record of a request that has just come in, with an id of its own.
+
+    Args:
+        time: seconds since the epoch.
+    """
+    fields = request.fields
+    return Trace(
+        time=timestamp(time),
+        id=_new_id(),
+        client_request_id=_text(value_of(fields, b"x-request-id")),
+        instance=instance,
+        peer=str(getattr(request.getClientAddress(), "host", "unix")),
+        user_agent=_text(value_of(fields, b"user-agent")),
+        session=_text(value_of(fields, b"x-session-id")),
+        method=request.method.decode("ascii", "backslashreplace"),
+        path=_path(request.path),
+    )
+
+
+def _new_id() -> str:
+    return os.urandom(12).hex()
+
+
+def _path(path: bytes) -> str:
+    """Return a path for the record; of other targets nothing, since they may hold a password."""
+    return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
+
+
+def _text(value: bytes | None) -> str | None:
+    """Return a header's value for the record, where it is short and printable."""
+    if value is None:
+        return None
+    text = value.decode("utf-8", "replace")[:256]
+    return text if text.isprintable() else None

@@ -1,0 +1,110 @@
+"""Answers, judged by us, h11 and llhttp: valid ones are read, and none that either refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.differential.judges import h11_answer, llhttp_answer, our_answer
+from tests.differential.known import ANSWERS as KNOWN
+from tests.differential.known import Known, is_known
+from tests.differential.messages import Message, answers, mangled
+from tests.differential.recorded import Recorded, load
+from tests.differential.strictness import ANSWERS as STRICT
+from tests.differential.strictness import THEIR_OWN, Strict
+from tests.differential.verdict import Ending, framing_error
+
+RECORDED = load("answers")
+UNHURRIED = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def faults(method: bytes, wire: bytes) -> list[str]:
+    """Return how our reading differs from the others' where it must not."""
+    ours = our_answer(wire, method)
+    others = {"h11": h11_answer(wire, method), "llhttp": llhttp_answer(wire, method)}
+    found = [framing_error(ours, other, THEIR_OWN) for other in others.values()]
+    if not ours.whole and all(other.whole for other in others.values()):
+        strict = any(ours.why.startswith(strict.words) for strict in STRICT)
+        found += [] if strict else [f"refused what both read: {ours.why}"]
+    return [fault for fault in found if fault]
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
+def test_answers_of_real_servers_are_read(recorded: Recorded) -> None:
+    """Each is whole, with the status that its server gave, and all three readers agree on it."""
+    method = recorded.about["method"].encode()
+    ours = our_answer(recorded.wire, method)
+
+    assert (ours.ending, ours.leftover) == (Ending.WHOLE, b"")
+    assert ours.start[1] == int(recorded.about["status"])
+    assert ours.keep is (recorded.about["end"] == "kept")
+    for other in (h11_answer(recorded.wire, method), llhttp_answer(recorded.wire, method)):
+        assert other == ours
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
+def test_answers_of_real_servers_may_be_cut_anywhere(recorded: Recorded) -> None:
+    """The same answer is read at every single cut, and byte by byte."""
+    method, wire = recorded.about["method"].encode(), recorded.wire
+    whole = our_answer(wire, method)
+
+    for at in range(1, len(wire)):
+        assert our_answer(wire, method, cuts=(at,)) == whole
+    assert our_answer(wire, method, cuts=tuple(range(1, len(wire)))) == whole
+
+
+def test_there_are_answers_of_every_kind() -> None:
+    """The recorded ones are of all servers that were named, and of every framing."""
+    names = {message.name.partition("-")[0] for message in RECORDED}
+    assert names >= {"nginx", "node", "go", "uvicorn", "python", "haproxy", "llamacpp"}
+    about = [(m.about["method"], m.about["status"], m.about["end"]) for m in RECORDED]
+    for kind in (("GET", "204", "kept"), ("GET", "304", "kept"), ("HEAD", "200", "kept")):
+        assert kind in about
+    wires = b"".join(message.wire for message in RECORDED)
+    for mark in (b"HTTP/1.0", b" 100 ", b" 103 ", b"event-stream", b"chunked", b"0\r\nX-Tokens: 5"):
+        assert mark in wires
+
+
+@given(answers())
+@settings(UNHURRIED, max_examples=200)
+def test_valid_answers_are_read_as_they_were_written(message: Message) -> None:
+    """The content is what was written, at any cut, and the others read the same."""
+    wire = message.wire + message.extra
+    ours = our_answer(wire, message.method)
+
+    assert (ours.ending, ours.body, ours.leftover) == (Ending.WHOLE, message.body, message.extra)
+    assert not (ours.keep and message.extra)
+    cut = our_answer(wire, message.method, cuts=(len(wire) // 2, len(wire) - 1))
+    assert cut._replace(leftover=message.extra) == ours  # it is that of the last read alone
+    assert faults(message.method, wire) == []
+
+
+@given(mangled(answers()))
+@settings(UNHURRIED, max_examples=500)
+def test_mangled_answers_are_not_read_where_others_refuse(message: Message) -> None:
+    """Whatever we read both others read alike, and what both read we refuse for a reason only."""
+    if not is_known(KNOWN, message.method, message.wire):
+        assert faults(message.method, message.wire) == []
+
+
+@pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
+def test_what_is_refused_on_purpose(strict: Strict) -> None:
+    """It is refused in these words, also where a reader takes it."""
+    ours = our_answer(strict.wire)
+
+    assert ours.ending is Ending.REFUSED
+    assert ours.why.startswith(strict.words)
+    assert h11_answer(strict.wire).whole or llhttp_answer(strict.wire).whole
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.what)
+@pytest.mark.xfail(reason="known and not yet corrected")
+def test_known_faults(known: Known) -> None:
+    """What another reader refuses for its framing is refused."""
+    assert is_known(KNOWN, known.method, known.wire)
+    assert faults(known.method, known.wire) == []

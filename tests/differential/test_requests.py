@@ -1,0 +1,104 @@
+"""Requests, judged by us, h11 and llhttp: valid ones are read, and none that either refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.differential.judges import h11_request, llhttp_request, our_request
+from tests.differential.known import REQUESTS as KNOWN
+from tests.differential.known import Known, is_known
+from tests.differential.messages import Message, mangled, requests
+from tests.differential.recorded import Recorded, load
+from tests.differential.strictness import REQUESTS as STRICT
+from tests.differential.strictness import THEIR_OWN, Strict
+from tests.differential.verdict import Ending, framing_error
+
+RECORDED = load("requests")
+UNHURRIED = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def faults(wire: bytes) -> list[str]:
+    """Return how our reading differs from the others' where it must not."""
+    ours = our_request(wire)
+    others = {"h11": h11_request(wire), "llhttp": llhttp_request(wire)}
+    found = [framing_error(ours, other, THEIR_OWN) for other in others.values()]
+    if not ours.whole and all(other.whole for other in others.values()):
+        strict = any(ours.why.startswith(strict.words) for strict in STRICT)
+        found += [] if strict else [f"refused what both read: {ours.why}"]
+    return [fault for fault in found if fault]
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
+def test_requests_of_real_clients_are_read(recorded: Recorded) -> None:
+    """Each is whole, and the three readers agree on it."""
+    ours = our_request(recorded.wire)
+
+    assert (ours.ending, ours.leftover) == (Ending.WHOLE, b"")
+    assert h11_request(recorded.wire) == ours
+    if b"\nupgrade:" not in recorded.wire.lower():  # behind which httptools reads nothing
+        assert llhttp_request(recorded.wire) == ours
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
+def test_requests_of_real_clients_may_be_cut_anywhere(recorded: Recorded) -> None:
+    """The same request is read at every single cut, and byte by byte."""
+    wire = recorded.wire
+    whole = our_request(wire)
+
+    for at in range(1, len(wire)):
+        assert our_request(wire, cuts=(at,)) == whole
+    assert our_request(wire, cuts=tuple(range(1, len(wire)))) == whole
+
+
+def test_there_are_requests_of_every_kind() -> None:
+    """The recorded ones are of all clients that were named, and of every framing."""
+    names = {message.name.partition("-")[0] for message in RECORDED}
+    sdks = {"openai", "anthropic", "ollama"}
+    assert names >= {"curl", "node", "go", "java", "chromium", "firefox", "httpx", *sdks}
+    wires = b"".join(message.wire for message in RECORDED)
+    for mark in (b"HTTP/1.0", b"100-continue", b"chunked", b"GET http://", b"OPTIONS *"):
+        assert mark in wires
+
+
+@given(requests())
+@settings(UNHURRIED, max_examples=200)
+def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
+    """The content is what was written, at any cut, and the others read the same."""
+    wire = message.wire + message.extra
+    ours = our_request(wire)
+
+    assert (ours.ending, ours.body, ours.leftover) == (Ending.WHOLE, message.body, message.extra)
+    assert our_request(wire, cuts=(len(wire) // 2, len(wire) - 1)) == ours
+    assert faults(wire) == []
+
+
+@given(mangled(requests()))
+@settings(UNHURRIED, max_examples=500)
+def test_mangled_requests_are_not_read_where_others_refuse(message: Message) -> None:
+    """Whatever we read both others read alike, and what both read we refuse for a reason only."""
+    if not is_known(KNOWN, message.method, message.wire):
+        assert faults(message.wire) == []
+
+
+@pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
+def test_what_is_refused_on_purpose(strict: Strict) -> None:
+    """It is refused in these words, also where a reader takes it."""
+    ours = our_request(strict.wire)
+
+    assert ours.ending is Ending.REFUSED
+    assert ours.why.startswith(strict.words)
+    assert h11_request(strict.wire).whole or llhttp_request(strict.wire).whole
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.what)
+@pytest.mark.xfail(reason="known and not yet corrected")
+def test_known_faults(known: Known) -> None:
+    """What another reader refuses for its framing is refused."""
+    assert is_known(KNOWN, known.method, known.wire)
+    assert faults(known.wire) == []

@@ -1,0 +1,73 @@
+"""Short runs of a coverage-guided fuzzer over both readers, and proof that it finds planted faults."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import harness
+
+HERE = Path(__file__).parent
+CORPUS = sorted(path for path in (HERE / "corpus").glob("*/*") if path.is_file())
+
+needs_atheris = pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None,
+    reason="atheris is not installed: it has wheels for Linux on x86-64 only",
+)
+
+
+def fuzz(target: str, folder: Path, *options: str) -> tuple[int, str]:
+    """Run the fuzzer on a copy of the corpus; return its exit status and what it printed."""
+    corpus = folder / "corpus"
+    shutil.copytree(HERE / "corpus" / f"{target}s", corpus)
+    command = [sys.executable, "-m", "tests.fuzz.run", target, "-seed=1", "-max_len=640"]
+    command += ["-len_control=0", f"-artifact_prefix={folder}/", *options, str(corpus)]
+    done = subprocess.run(
+        command, cwd=HERE.parents[1], capture_output=True, text=True, errors="replace", check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_the_corpus_holds(path: Path) -> None:
+    """What is known to be read well is, also where there is no fuzzer."""
+    target = harness.answer if path.parent.name == "answers" else harness.request
+    data = path.read_bytes()
+
+    for control in range(0, 256, 15):
+        target(data[:1] + bytes([control]) + data[2:])
+
+
+@needs_atheris
+@pytest.mark.parametrize("target", ["answer", "request"])
+def test_a_short_run_finds_nothing(target: str, tmp_path: Path) -> None:
+    """Some seconds of fuzzing break nothing that must hold, and do reach our code."""
+    status, output = fuzz(target, tmp_path, "-max_total_time=4")
+
+    assert status == 0, output[-4000:]
+    done = re.search(r"DONE +cov: (\d+)", output)
+    assert done is not None
+    assert int(done[1]) > 100
+
+
+@needs_atheris
+@pytest.mark.parametrize(
+    ("target", "plant", "what"),
+    [
+        ("answer", "plus", "accepted what is refused elsewhere"),
+        ("request", "plus", "accepted what is refused elsewhere"),
+        ("answer", "extra", "what follows changes nothing but the connection"),
+    ],
+)
+def test_a_planted_fault_is_found(target: str, plant: str, what: str, tmp_path: Path) -> None:
+    """A sign before a chunk's size, and bytes left for the next answer, do not go unseen."""
+    status, output = fuzz(target, tmp_path, f"--plant={plant}", "-runs=60000")
+
+    assert status != 0
+    assert f"Broken: {what}" in output

@@ -1,0 +1,109 @@
+"""Out of descriptors: said by its name, and over as soon as there are some again."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, provider_config
+from tests.support.sockets import Provider, Wire, connect, request
+from tests.support.stage import Link, assert_settles, busy_gauges, post, read_got, trace_of, until
+
+CLOSING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+PINNED = 8
+"""Descriptors that the daemon gets beyond those that it has."""
+
+
+def serve(wire: Wire) -> None:
+    """Answer one request on a connection that then closes."""
+    wire.read_request()
+    wire.send(CLOSING)
+
+
+def open_files(daemon: Daemon) -> set[int]:
+    """Return the daemon's descriptors."""
+    return {int(name) for name in os.listdir(f"/proc/{daemon.process.pid}/fd")}
+
+
+@contextmanager
+def limited(daemon: Daemon, most: int) -> Iterator[None]:
+    """Let the daemon open no descriptor from ``most`` upwards."""
+    process = daemon.process.pid
+    before = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
+
+
+def ask(client: Wire, body: bytes = b'{"model":"m"}') -> tuple[int, dict[bytes, bytes]]:
+    """Send a request on a client connection that stands; return status and fields."""
+    client.send(post("/p/x", body))
+    got = read_got(client)
+    return got.status, dict(got.fields)
+
+
+def assert_alone(daemon: Daemon) -> None:
+    """Wait until nothing is left in the daemon but one client's connection, which is kept."""
+    until(
+        lambda: busy_gauges(daemon) == {"llmproxy_client_connections": 1},
+        f"one quiet client: {busy_gauges(daemon)}",
+    )
+
+
+@pytest.mark.trap("U18")
+def test_a_connection_that_has_no_descriptor_is_a_503(tmp_path: Path, link: Link) -> None:
+    """The caller is told when to come again, and is served when there are descriptors again."""
+    with link.provider(serve) as provider:
+        config = link.config(provider)
+        with Daemon(tmp_path, config) as daemon, connect(daemon.port) as client:
+            assert ask(client)[0] == 200
+            assert_alone(daemon)
+            with limited(daemon, 3):
+                for number in range(2):
+                    status, fields = ask(client)
+                    assert status == 503, number
+                    assert fields[b"x-llmproxy-error"] == b"no_descriptors"
+                    assert fields[b"retry-after"] == b"1"
+                    assert b"x-should-retry" not in fields
+            assert ask(client)[0] == 200
+            assert provider.accepted == 2
+            record = trace_of(daemon, error="no_descriptors", id=_last_refused(daemon))
+            assert (record["status"], record["is_complete"]) == (503, False)
+            line = daemon.wait_log("/p/x", error="no_descriptors")
+            assert "descriptors" in line["detail"]
+            assert_alone(daemon)
+    assert [line for line in daemon.log if "unhandled" in line["message"].lower()] == []
+
+
+def _last_refused(daemon: Daemon) -> str:
+    lines = [line for line in daemon.wait_ended(3) if line.get("error") == "no_descriptors"]
+    return str(lines[-1]["id"])
+
+
+@pytest.mark.trap("U18")
+def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
+    """Where clients take the last one, who is in is told, and all is well when they leave."""
+    with Provider(serve) as provider, Daemon(tmp_path, provider_config(provider.url)) as daemon:
+        with connect(daemon.port) as client:
+            assert ask(client)[0] == 200
+            assert_alone(daemon)
+            most = max(open_files(daemon)) + PINNED
+            with limited(daemon, most):
+                crowd = [connect(daemon.port) for _ in range(4 * PINNED)]
+                until(lambda: open_files(daemon) >= set(range(most)), "none is left")
+                status, fields = ask(client)
+                assert (status, fields[b"x-llmproxy-error"]) == (503, b"no_descriptors")
+                for one in crowd:
+                    one.close()
+                until(lambda: ask(client)[0] == 200, "the daemon serves again")
+        with connect(daemon.port) as client:
+            client.send(request("GET", "/p/x"))
+            assert read_got(client).body == b"ok"
+        assert_settles(daemon)

@@ -1,0 +1,192 @@
+"""One caller's poisoned answer, and the next caller's request to the same provider (design 6)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import Wire, request
+from tests.support.stage import (
+    Got,
+    Link,
+    Notes,
+    Stage,
+    Turn,
+    assert_settles,
+    client_config,
+    open_stage,
+)
+
+KEYS = {"mallory": "key-of-mallory", "bob": "key-of-bob"}
+PLAIN = b"HTTP/1.1 200 OK\r\n"
+TWO = PLAIN + b"Content-Length: 2\r\n\r\nok"
+CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+TRICK = PLAIN + b"Content-Length: 5\r\n\r\ntrick"
+MINE = PLAIN + b"Content-Length: 4\r\nConnection: close\r\n\r\nmine"
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
+    """One provider for two callers."""
+    folder = tmp_path_factory.mktemp("desync")
+    known = "".join(client_config(name, key) for name, key in KEYS.items())
+    with open_stage(
+        folder,
+        lambda url: provider_config(url, provider=link.keys) + known,
+        link=link,
+        proxy="",
+    ) as stage:
+        yield stage
+
+
+class Poisoned:
+    """A provider's script whose first connection is poisoned, and each one behind it honest.
+
+    A request on a connection that served another one is answered with ``trick``.
+
+    Args:
+        answer: what the poisoned connection says to its first request.
+        behind: what it says later, on its own, once it is told to.
+
+    Attributes:
+        served: the number of the connection and the target, for each request in order.
+    """
+
+    def __init__(self, answer: bytes, behind: bytes = b"", *, closes: bool = False) -> None:
+        self._answer, self._behind, self._closes = answer, behind, closes
+        self._number = itertools.count()
+        self.later = Turn()
+        self.said = Notes()
+        self.served: list[tuple[int, bytes]] = []
+
+    def __call__(self, wire: Wire) -> None:
+        """Serve one connection."""
+        number = next(self._number)
+        self.served.append((number, wire.read_request().target))
+        if number:
+            wire.send(MINE)
+            return
+        wire.send(self._answer)
+        if self._closes:
+            wire.farewell()
+            return
+        if self._behind:
+            self.later.take()
+            wire.send(self._behind)
+            self.said.put(None)
+        self.served.append((number, wire.read_request().target))
+        wire.send(TRICK)
+
+
+def ask(stage: Stage, who: str, method: str = "GET") -> Got:
+    """Send a request in somebody's name, on a client connection of its own."""
+    return stage.get(request(method, f"/p/{who}", f"x-api-key: {KEYS[who]}"))
+
+
+def assert_untouched(stage: Stage, script: Poisoned) -> None:
+    """The second caller gets its own answer, on a connection that served nobody before."""
+    got = ask(stage, "bob")
+    assert (got.status, got.body) == (200, b"mine")
+    assert script.served == [(0, b"/mallory"), (1, b"/bob")]
+    assert_settles(stage.daemon)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "status", "body"),
+    [
+        ("GET", TWO + TRICK, 200, b"ok"),
+        ("GET", TWO + b"\r\n", 200, b"ok"),
+        ("GET", PLAIN + b"Content-Length: 1\r\n\r\nok", 200, b"o"),
+        ("GET", PLAIN + b"Content-Length: 0\r\n\r\n" + TRICK, 200, b""),
+        ("GET", CHUNKED + TRICK, 200, b"ok"),
+        ("GET", CHUNKED + b"0\r\n\r\n", 200, b"ok"),
+        ("HEAD", TWO, 200, b""),
+        ("HEAD", CHUNKED, 200, b""),
+        ("HEAD", PLAIN + b"Content-Length: 2\r\n\r\n" + TRICK, 200, b""),
+        ("GET", b"HTTP/1.1 204 None\r\nContent-Length: 2\r\n\r\nok", 204, b""),
+        ("GET", b"HTTP/1.1 204 None\r\n\r\n" + TRICK, 204, b""),
+        ("GET", b"HTTP/1.1 304 Same\r\nContent-Length: 2\r\n\r\nok", 304, b""),
+        ("GET", b"HTTP/1.1 100 Continue\r\n\r\njunk\r\n\r\n" + TRICK, 502, None),
+        ("GET", b"HTTP/1.1 100 Continue\r\nContent-Length: 4\r\n\r\njunk" + TWO, 502, None),
+        ("GET", PLAIN + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok" + TRICK, 502, None),
+    ],
+    ids=[
+        "behind a length",
+        "a line end behind a length",
+        "a length that is too short",
+        "behind an empty body",
+        "behind the last chunk",
+        "a second last chunk",
+        "HEAD with a body",
+        "HEAD with a chunked body",
+        "HEAD with an answer behind it",
+        "204 with a body",
+        "204 with an answer behind it",
+        "304 with a body",
+        "100 and junk",
+        "100 with a body",
+        "two lengths",
+    ],
+)
+def test_poison_behind_an_answer_meets_nobody(
+    stage: Stage, method: str, answer: bytes, status: int, body: bytes | None
+) -> None:
+    """The first caller gets what its framing says, and nothing of the rest gets to the second."""
+    script = stage.script = Poisoned(answer)
+    got = ask(stage, "mallory", method)
+    assert got.status == status
+    assert body is None or got.body == body
+    assert b"trick" not in got.body
+    assert_untouched(stage, script)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [
+        ("GET", TWO),
+        ("GET", CHUNKED),
+        ("HEAD", PLAIN + b"Content-Length: 2\r\n\r\n"),
+        ("GET", b"HTTP/1.1 204 None\r\n\r\n"),
+    ],
+    ids=["length", "chunked", "HEAD", "204"],
+)
+@pytest.mark.parametrize(
+    "behind", [TRICK, b"\r\n", b"x"], ids=["an answer", "a line end", "a byte"]
+)
+def test_what_comes_unasked_on_an_idle_connection_meets_nobody(
+    stage: Stage, method: str, answer: bytes, behind: bytes
+) -> None:
+    """The connection was good when its answer ended; what comes then makes it useless."""
+    script = stage.script = Poisoned(answer, behind)
+    assert ask(stage, "mallory", method).status in (200, 204)
+    script.later.give()
+    script.said.read()
+    assert_untouched(stage, script)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [PLAIN + b"Content-Length: 9\r\n\r\nok", CHUNKED[:-5]],
+    ids=["a length that is too long", "no last chunk"],
+)
+def test_an_answer_that_ends_short_meets_nobody(stage: Stage, answer: bytes) -> None:
+    """The first caller's body breaks, and the second caller has a connection of its own."""
+    script = stage.script = Poisoned(answer, closes=True)
+    with stage.connect() as client:
+        client.send(request("GET", "/p/mallory", f"x-api-key: {KEYS['mallory']}"))
+        client.read_head()
+        client.wait_closed()
+        assert b"ok" in client.buffer
+        assert not client.buffer.endswith(b"0\r\n\r\n")
+    assert_untouched(stage, script)
+
+
+def test_an_honest_connection_serves_the_next_caller(stage: Stage) -> None:
+    """The counterpart: without poison both callers share one connection to the provider."""
+    script = stage.script = Poisoned(TWO)
+    assert ask(stage, "mallory").body == b"ok"
+    assert ask(stage, "bob").body == b"trick"
+    assert script.served == [(0, b"/mallory"), (0, b"/bob")]

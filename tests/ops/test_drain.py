@@ -1,0 +1,202 @@
+"""How a process comes to rest: refuse, wait, cut, and say how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.config import Limits, Timeouts
+from llmproxy.front.http import Site
+from llmproxy.front.request import Request
+from llmproxy.ops.drain import Drain
+from tests.support.fake_transport import ABORTED, FIN, FakeTransport
+from tests.support.sockets import request
+
+GET = request("GET", "/")
+
+
+class Waits(Resource):
+    """Counts what it serves, and answers when the test says so."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: dict[Request, None] = {}
+
+    def render(self, request: Request) -> int:
+        self.running[request] = None
+        request.gone = lambda why: self.running.pop(request)
+        return NOT_DONE_YET
+
+    def answer(self) -> None:
+        """Answer the oldest request."""
+        request = next(iter(self.running))
+        del self.running[request]
+        request.start(200, [(b"content-length", b"0")])
+        request.finish()
+
+
+class Stage:
+    """A site with clients, and its drain."""
+
+    def __init__(self, idle: int = 0, busy: int = 0) -> None:
+        self.clock = Clock()
+        self.resource = Waits()
+        self.site = Site(
+            self.resource,
+            self.clock,
+            self.clock.seconds,
+            Timeouts(),
+            Limits(),
+            body_limit=lambda target: 0,
+        )
+        self.transports: list[FakeTransport] = []
+        for number in range(idle + busy):
+            channel = self.connect()
+            if number >= idle:
+                channel.dataReceived(GET)
+        self.drain = Drain(self.site, self.clock, 30.0, lambda: len(self.resource.running))
+        self.rested: list[float] = []
+
+    def connect(self) -> Any:
+        """Connect a client and return our end."""
+        transport = FakeTransport()
+        self.transports.append(transport)
+        channel = self.site.buildProtocol(None)
+        transport.connect(channel)
+        return channel
+
+    def begin(self) -> None:
+        """Begin to drain."""
+        self.drain.begin().addCallback(lambda _: self.rested.append(self.clock.seconds()))
+
+    def pass_time(self, seconds: float) -> None:
+        """Turn the clock; a connection that we closed is gone a moment later."""
+        for _ in range(int(seconds / 0.5)):
+            self.clock.advance(0.5)
+            for transport in list(self.transports):
+                if transport.count("abort") or transport.count("lose"):
+                    self.transports.remove(transport)
+                    transport.end(ABORTED if transport.count("abort") else FIN)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[LogEvent]]:
+    """What is logged meanwhile."""
+    events: list[LogEvent] = []
+    observer = cast(ILogObserver, events.append)
+    globalLogPublisher.addObserver(observer)
+    yield events
+    globalLogPublisher.removeObserver(observer)
+
+
+def told(logged: list[LogEvent]) -> tuple[int, int]:
+    """Return how many the last line says have finished and were cut."""
+    assert formatEvent(logged[-1]).startswith("drained: ")
+    return logged[-1]["finished"], logged[-1]["cut"]
+
+
+def test_without_clients_it_is_over_at_once(logged: list[LogEvent]) -> None:
+    """There is nothing to wait for, and no timer stays."""
+    stage = Stage()
+    begun = [stage.drain.begun]
+    stage.begin()
+    begun.append(stage.drain.begun)
+
+    assert begun == [False, True]
+    assert stage.rested == [0.0]
+    assert told(logged) == (0, 0)
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_idle_clients_are_sent_away(logged: list[LogEvent]) -> None:
+    """After a short grace, and they are no requests that finished."""
+    stage = Stage(idle=3)
+    stage.begin()
+    stage.pass_time(5)
+
+    assert stage.rested
+    assert stage.rested[0] <= 3
+    assert told(logged) == (0, 0)
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_running_answers_go_on(logged: list[LogEvent]) -> None:
+    """It is over when the last of them is, long before the deadline if so."""
+    stage = Stage(idle=1, busy=2)
+    stage.begin()
+    assert "2 requests" in formatEvent(logged[-1])
+    stage.pass_time(10)
+    stage.resource.answer()
+    stage.pass_time(10)
+    assert not stage.rested
+    stage.resource.answer()
+    stage.pass_time(1)
+
+    assert stage.rested == [20.5]
+    assert told(logged) == (2, 0)
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_what_takes_too_long_is_cut(logged: list[LogEvent]) -> None:
+    """At the deadline the rest is dropped, and the last line says how many."""
+    stage = Stage(busy=3)
+    stage.begin()
+    stage.resource.answer()
+    stage.pass_time(29)
+    assert not stage.rested
+    stage.pass_time(2)
+
+    assert stage.rested == [30.0]
+    assert told(logged) == (1, 2)
+    assert not stage.resource.running
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_it_can_be_cut_short(logged: list[LogEvent]) -> None:
+    """A second signal drops what is left at once."""
+    stage = Stage(idle=1, busy=2)
+    stage.begin()
+    stage.pass_time(0.5)
+    stage.drain.cut()
+    stage.pass_time(0.5)
+
+    assert stage.rested == [1.0]
+    assert told(logged) == (0, 2)
+    stage.pass_time(60)
+    assert stage.rested == [1.0]
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_a_request_that_comes_in_a_drain_counts_too(logged: list[LogEvent]) -> None:
+    """Whoever was served or cut is told of, also if it came after the beginning."""
+    stage = Stage(busy=1)
+    late = [stage.connect(), stage.connect()]
+    for channel in late:
+        channel.dataReceived(GET[:5])
+    stage.begin()
+    for channel in late:
+        channel.dataReceived(GET[5:])
+    stage.resource.answer()
+    stage.resource.answer()
+    stage.pass_time(31)
+
+    assert told(logged) == (2, 1)
+
+
+def test_a_client_that_leaves_by_itself_is_waited_for_no_more(logged: list[LogEvent]) -> None:
+    """It was not cut."""
+    stage = Stage(busy=1)
+    stage.begin()
+    stage.transports.pop().end(FIN)
+
+    assert stage.rested == [0.0]
+    assert told(logged)[1] == 0
+    assert not stage.clock.getDelayedCalls()

@@ -1,0 +1,257 @@
+"""The log: whatever happens is one JSON object a line, and nothing raises."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.logger import Logger, LogLevel, LogPublisher, globalLogPublisher
+from twisted.python import log as old_log
+from twisted.python.failure import Failure
+
+from llmproxy.record.log import JsonLog, log_opener
+
+
+class Log:
+    """A log in memory, and Twisted's new API before it."""
+
+    def __init__(self) -> None:
+        self.file = io.StringIO()
+        self.observer = JsonLog(self.file)
+        publisher = LogPublisher(self.observer)
+        self.logger = Logger(namespace="llmproxy.test", observer=publisher)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what was written; every line must be one JSON object."""
+        text = self.file.getvalue()
+        assert text.endswith("\n")
+        decoded = [json.loads(line) for line in text.split("\n")[:-1]]
+        assert all(isinstance(line, dict) for line in decoded)
+        return decoded
+
+    def line(self) -> dict[str, Any]:
+        """Return the one line that was written."""
+        (line,) = self.lines()
+        return line
+
+
+def test_an_event_is_one_line() -> None:
+    """Time, level, logger and message, and the fields that it was given."""
+    log = Log()
+    log.logger.warn("{who} is here", who="somebody", count=3, ratio=0.5, ok=True, none=None)
+    line = log.line()
+
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "warn",
+        "logger": "llmproxy.test",
+        "message": "somebody is here",
+        "who": "somebody",
+        "count": 3,
+        "ratio": 0.5,
+        "ok": True,
+        "none": None,
+    }
+    assert list(log.line())[:4] == ["time", "level", "logger", "message"]
+
+
+@pytest.mark.parametrize("level", list(LogLevel.iterconstants()))
+def test_levels(level: Any) -> None:
+    """Each level has its own word."""
+    log = Log()
+    log.logger.emit(level, "x")
+
+    assert log.line()["level"] == level.name
+
+
+def test_a_failure_has_its_traceback() -> None:
+    """The message says what was tried, the traceback what came of it."""
+    log = Log()
+    try:
+        raise ZeroDivisionError("deep down")
+    except ZeroDivisionError:
+        log.logger.failure("could not {verb}", verb="divide")
+    line = log.line()
+
+    assert (line["level"], line["message"], line["verb"]) == (
+        "critical",
+        "could not divide",
+        "divide",
+    )
+    assert "Traceback" in line["traceback"]
+    assert "deep down" in line["traceback"]
+    assert "log_failure" not in line
+
+
+def test_a_failure_without_words_has_its_own() -> None:
+    """A failure that was only handed over still says what it is."""
+    log = Log()
+    log.observer(
+        {"log_time": 0.0, "log_failure": Failure(ValueError("why")), "log_level": LogLevel.critical}
+    )
+
+    assert log.line()["message"] == "why"
+
+
+OLD: list[tuple[Callable[[], object], str, str]] = [
+    (lambda: old_log.msg("old words", more=1), "info", "old words"),
+    (lambda: old_log.msg(format="%(a)s and %(b)d", a="x", b=2), "info", "x and 2"),
+    (lambda: old_log.err(ValueError("why"), "it broke"), "critical", "it broke"),
+    (lambda: old_log.err("only words"), "critical", "only words"),
+]
+
+
+@pytest.mark.parametrize(("speak", "level", "text"), OLD)
+def test_the_old_log_is_heard_too(
+    speak: Callable[[], object], level: str, text: str, logged_failures: Any
+) -> None:
+    """``twisted.python.log`` events are lines like all others."""
+    log = Log()
+    globalLogPublisher.addObserver(log.observer)
+    try:
+        speak()
+    finally:
+        globalLogPublisher.removeObserver(log.observer)
+    logged_failures.flush()
+    line = log.line()
+
+    assert line["level"] == level
+    assert text in line["message"]
+    assert ("traceback" in line) is (text == "it broke")
+
+
+class Strange:
+    """Something that is not JSON."""
+
+    def __str__(self) -> str:
+        return "a strange thing"
+
+
+class Worse:
+    """Something that cannot even be shown."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Strange(), "a strange thing"),
+        (b"bytes", "b'bytes'"),
+        ((1, 2), "(1, 2)"),
+        ([1, Strange()], [1, "a strange thing"]),
+        ({"a": Strange()}, {"a": "a strange thing"}),
+        (float("nan"), None),
+        ("two\nlines\r\u2028", "two\nlines\r\u2028"),
+        ("\x00\x1b", "\x00\x1b"),
+        (LogLevel.info, "<LogLevel=info>"),
+    ],
+)
+def test_what_is_not_json_becomes_text(value: object, shown: object) -> None:
+    """The line is whole, whatever an event holds."""
+    log = Log()
+    log.logger.info("x", value=value)
+
+    assert log.line()["value"] == shown
+
+
+@pytest.mark.parametrize(
+    "value", ["half a pair: \ud800", 2**80, -(2**80), Worse(), {1: 2}, {Worse(): 1}]
+)
+def test_a_strange_value_does_not_take_the_message_along(value: object) -> None:
+    """The event is still told, with whatever can be shown of it."""
+    log = Log()
+    log.logger.info("important", value=value)
+
+    assert log.line()["message"] == "important"
+
+
+def test_a_message_that_cannot_be_formatted_is_told() -> None:
+    """A mistake in the words is a line, and not an exception."""
+    log = Log()
+    log.logger.info("{missing.attribute[0]!z}")
+    log.logger.info("{value}", value=Worse())
+    log.logger.info("half a pair: {value}", value="\ud800")
+
+    assert all(line["message"] for line in log.lines())
+
+
+def test_an_event_without_anything_is_told() -> None:
+    """Not even the time must be there."""
+    log = Log()
+    log.observer({})
+
+    assert log.line()["level"]
+
+
+def test_our_own_words_are_not_overwritten() -> None:
+    """A field cannot pretend to be the level or the logger."""
+    log = Log()
+    event = {
+        "log_time": 0.0,
+        "log_level": LogLevel.info,
+        "log_namespace": "us",
+        "log_format": "true",
+    }
+    log.observer(
+        {**event, "level": "false", "logger": "false", "time": "false", "message": "false"}
+    )
+    line = log.line()
+
+    assert (line["level"], line["logger"], line["message"]) == ("info", "us", "true")
+    assert line["time"] == "1970-01-01T00:00:00.000Z"
+
+
+def test_a_log_that_cannot_be_written_stops_nobody() -> None:
+    """A full disk or a closed file loses lines, and raises nothing."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        JsonLog(full)({"log_time": 0.0, "log_format": "x"})
+        full.detach = lambda: None  # type: ignore[assignment,method-assign,return-value]
+        closed = io.StringIO()
+        closed.close()
+        JsonLog(closed)({"log_time": 0.0, "log_format": "x"})
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        (None, None),
+        ({"logger": "module.observer"}, None),
+        ({"syslog": True}, None),
+        ({"nodaemon": True}, "<stdout>"),
+        ({"logfile": "-"}, "<stdout>"),
+    ],
+)
+def test_twistds_options_say_where_the_log_goes(
+    options: dict[str, Any] | None, path: str | None
+) -> None:
+    """An observer of Twisted's is left alone; in the foreground lines go to standard output."""
+    opener = log_opener(options)
+
+    assert (opener is None) is (path is None)
+    if opener is not None:
+        assert opener() is sys.stdout
+
+
+def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that ``--logfile`` names, else ``twistd.log``; it is appended to."""
+    monkeypatch.chdir(tmp_path)
+    for options, name in (({"logfile": str(tmp_path / "x.log")}, "x.log"), ({}, "twistd.log")):
+        (tmp_path / name).write_text("before\n")
+        opener = log_opener(options)
+        assert opener is not None
+        file = opener()
+        JsonLog(file)({"log_time": 0.0, "log_format": "words"})
+        file.close()
+        before, line = (tmp_path / name).read_text().splitlines()
+        assert before == "before"
+        assert json.loads(line)["message"] == "words"

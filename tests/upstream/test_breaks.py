@@ -1,0 +1,227 @@
+"""Where an answer breaks: at every offset, in every way, the same reason and nothing left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from llmproxy.config import Provider, Timeouts, Url
+from llmproxy.errors import EndReason, ProxyError
+from llmproxy.stream.relay import Relay
+from llmproxy.upstream.agent import Order, ProviderAgent
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.connect import Attempt
+from llmproxy.upstream.http1 import Connection
+from llmproxy.upstream.names import Names
+from tests.support.fake_transport import ABORTED, FIN, RESET, FakeTransport
+
+OK = b"HTTP/1.1 200 OK\r\n"
+INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+
+
+class Shape:
+    """An answer, and what is in it.
+
+    Attributes:
+        wire: all of it.
+        head: how many bytes of it are the head.
+        body: the content.
+        until_close: whether only the connection's end is its end.
+    """
+
+    def __init__(self, head: bytes, framed: bytes, body: bytes, *, until_close: bool) -> None:
+        self.wire, self.head, self.body = head + framed, len(head), body
+        self.until_close = until_close
+
+
+SHAPES = {
+    "length": Shape(OK + b"content-length: 5\r\n\r\n", b"hello", b"hello", until_close=False),
+    "chunked": Shape(
+        OK + b"transfer-encoding: chunked\r\n\r\n",
+        b"2\r\nhe\r\n03;x=y\r\nllo\r\nA\r\n, everyone\r\n0\r\n\r\n",
+        b"hello, everyone",
+        until_close=False,
+    ),
+    "trailer": Shape(
+        OK + b"transfer-encoding: chunked\r\n\r\n",
+        b"5\r\nhello\r\n0\r\nx-sum: 1\r\ny: 2\r\n\r\n",
+        b"hello",
+        until_close=False,
+    ),
+    "interim": Shape(
+        INTERIM + INTERIM + OK + b"content-length: 2\r\n\r\n", b"hi", b"hi", until_close=False
+    ),
+    "until close": Shape(OK + b"x: y\r\n\r\n", b"hello", b"hello", until_close=True),
+    "1.0": Shape(b"HTTP/1.0 200 OK\r\n\r\n", b"hello", b"hello", until_close=True),
+}
+
+
+class Connected:
+    """Stands for the connector: a connection on a transport that the test plays."""
+
+    def __init__(self, agent: ProviderAgent) -> None:
+        self._agent = agent
+        self.transport = FakeTransport()
+
+    def connect(self, credential: bytes) -> Attempt:
+        """Be connected at once."""
+        connection = Connection(
+            max_head=4096,
+            became_idle=self._agent._put,
+            closed=self._agent._forget,
+            secure=False,
+        )
+        self.transport.connect(connection)
+        attempt = Attempt()
+        attempt.connected = succeed(connection)
+        return attempt
+
+    def remember(self, connection: Connection) -> None:
+        """There is no session."""
+
+
+class Sink:
+    """Takes what the relay hands on."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        """Take a chunk."""
+        self.data += data
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Pause nobody."""
+
+    def unregisterProducer(self) -> None:
+        """Nothing to forget."""
+
+
+class Play:
+    """One request through an agent and a relay, with deadlines and a clock that is turned."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        url = Url(scheme="http", host="127.0.0.1", port=1)
+        provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]
+        self.agent = ProviderAgent(
+            self.clock,
+            self.clock.seconds,
+            provider,
+            names=Names(self.clock, self.clock.seconds),
+            pool_idle=None,
+            max_head=4096,
+        )
+        connected = Connected(self.agent)
+        self.agent._connector = connected  # type: ignore[assignment]
+        self.transport = connected.transport
+        self.sink = Sink()
+        self.end: EndReason | None = None
+        timeouts = Timeouts(connect=1.0, first_byte=30.0)
+        order = Order(self.agent, b"/", [], b"", timeouts)
+        asked: Deferred[Any] = order.request(b"GET", b"", None, None)
+        asked.addCallback(self._relay).addCallbacks(self._whole, self._broken)
+
+    def _relay(self, answer: Answer) -> Deferred[None]:
+        relay = Relay(
+            answer,
+            self.sink,
+            self.clock,
+            self.clock.seconds,
+            idle=5.0,
+            gaps=lambda gap: None,
+        )
+        return relay.start()
+
+    def _whole(self, _: None) -> None:
+        assert self.end is None
+        self.end = EndReason.COMPLETE
+
+    def _broken(self, failure: Failure) -> None:
+        assert self.end is None
+        assert isinstance(failure.value, ProxyError), failure
+        self.end = failure.value.end
+
+    def feed(self, *reads: bytes) -> None:
+        """Let bytes come in, read by read."""
+        for read in reads:
+            self.transport.protocol.dataReceived(read)
+
+    def finish(self, how: str) -> None:
+        """Break off by ``fin`` or ``reset``, or ``stall`` for longer than anybody waits."""
+        if how == "stall":
+            self.clock.advance(31)
+        elif self.transport.connected:
+            self.transport.end(FIN if how == "fin" else RESET)
+
+    def assert_nothing_left(self) -> None:
+        """After the transport's end there is no connection and no timer, and one abort at most."""
+        assert self.transport.count("abort") <= 1
+        if self.transport.connected:
+            assert self.transport.count("abort") == 1
+            self.transport.end(ABORTED)
+        assert not any(self.agent.counts().values())
+        assert not self.clock.getDelayedCalls()
+
+
+def expected(shape: Shape, offset: int, how: str) -> EndReason:
+    """Return why a request must end whose answer breaks at ``offset``."""
+    if offset >= len(shape.wire) and not shape.until_close:
+        return EndReason.COMPLETE
+    if offset < shape.head:
+        return EndReason.UPSTREAM_TIMEOUT if how == "stall" else EndReason.UPSTREAM_BROKEN
+    if how == "stall":
+        return EndReason.UPSTREAM_IDLE
+    if shape.until_close and how == "fin":
+        return EndReason.COMPLETE
+    return EndReason.UPSTREAM_BROKEN
+
+
+@pytest.mark.parametrize("bytewise", [False, True], ids=["one read", "byte by byte"])
+@pytest.mark.parametrize("how", ["fin", "reset", "stall"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_break_at_any_offset_is_called_by_its_name(
+    shape: Shape, how: str, bytewise: bool
+) -> None:
+    """Around the head, in sizes, data, line ends and trailer: one reason for each."""
+    for offset in range(len(shape.wire) + 1):
+        play = Play()
+        sent = shape.wire[:offset]
+        play.feed(*([bytes([byte]) for byte in sent] if bytewise else [sent] if sent else []))
+        play.finish(how)
+        assert play.end is expected(shape, offset, how), sent
+        assert shape.body.startswith(play.sink.data)
+        if play.end is EndReason.COMPLETE:
+            assert play.sink.data == (shape.body if not shape.until_close else sent[shape.head :])
+            if not shape.until_close:
+                play.agent.close()
+        play.assert_nothing_left()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_an_answer_may_be_cut_at_any_two_offsets(shape: Shape) -> None:
+    """However the wire cuts head and framing, in three reads, body and end are the same."""
+    size = len(shape.wire)
+    for first in range(size):
+        for second in range(first, size, 1 if size < 90 else 7):
+            play = Play()
+            reads = shape.wire[:first], shape.wire[first:second], shape.wire[second:]
+            play.feed(*(read for read in reads if read))
+            if shape.until_close:
+                play.finish("fin")
+            assert (play.end, play.sink.data) == (EndReason.COMPLETE, shape.body)
+
+
+@pytest.mark.parametrize("how", ["fin", "reset"])
+def test_a_whole_answer_does_not_mind_how_its_connection_ends(how: str) -> None:
+    """What ends behind the last byte ends an idle connection, and no request."""
+    play = Play()
+    play.feed(SHAPES["chunked"].wire)
+    assert play.agent.counts()["idle"] == 1
+    play.finish(how)
+    assert play.end is EndReason.COMPLETE
+    play.assert_nothing_left()

@@ -1,0 +1,129 @@
+"""Names that hang, fail or cannot be looked up at all: who waits, and what is left."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+
+from llmproxy.config import Provider as ProviderConfig
+from llmproxy.config import Timeouts, Url
+from llmproxy.errors import EndReason, ProxyError
+from llmproxy.upstream.agent import Order, ProviderAgent
+from llmproxy.upstream.names import Names
+from tests.support.fake_transport import Collector, until
+from tests.support.sockets import WAIT, Provider, Wire
+
+CLOCK: Any = reactor
+
+
+def agent_for(names: Names, port: int, host: str = "p.example") -> ProviderAgent:
+    """Return an agent for a provider that is reached by its name."""
+    url = Url(scheme="http", host=host, port=port)
+    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]
+    return ProviderAgent(CLOCK, CLOCK.seconds, provider, names=names, pool_idle=None, max_head=4096)
+
+
+def ask(agent: ProviderAgent) -> Deferred[Any]:
+    """Send a request."""
+    order = Order(agent, b"/", [], b"", Timeouts(connect=5.0, first_byte=5.0))
+    return order.request(b"GET", b"", None, None)
+
+
+def answer(wire: Wire) -> None:
+    """Answer one request."""
+    wire.read_request()
+    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+
+class Lookup:
+    """A ``getaddrinfo`` that finds everything on loopback, but for what hangs."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.asked: list[str] = []
+
+    def __call__(self, host: str, *_: Any) -> list[Any]:
+        self.asked.append(host)
+        if host.startswith("hangs"):
+            self.over.wait(WAIT)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+
+async def fetched(agent: ProviderAgent) -> bytes:
+    """Send a request, take its body, and close everything."""
+    body = Collector()
+    (await ask(agent)).deliverBody(body)
+    await body.ended
+    agent.close()
+    await until(lambda: not any(agent.counts().values()))
+    return body.body
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_hanging_name_delays_no_other_provider() -> None:
+    """Twenty names hang at once; the provider whose name is found is asked meanwhile."""
+    lookup = Lookup()
+    names = Names(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
+    hanging = [agent_for(names, 1, f"hangs{number}.example") for number in range(20)]
+    asked = [ask(agent) for agent in hanging]
+    with Provider(answer) as provider:
+        assert await fetched(agent_for(names, provider.port)) == b"ok"
+    for request, agent in zip(asked, hanging, strict=True):
+        assert not request.called
+        request.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        agent.close()
+    lookup.over.set()
+    await until(lambda: not [one for one in threading.enumerate() if one.name.startswith("name-")])
+
+
+@pytest_twisted.ensureDeferred
+async def test_requests_that_left_are_not_kept_by_a_name_that_hangs() -> None:
+    """However long a lookup takes, whoever gave up on it is forgotten before it ends."""
+    lookup = Lookup()
+    names = Names(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
+    agent = agent_for(names, 1, "hangs.example")
+    gone: list[weakref.ref[Any]] = []
+    for _ in range(5):
+        order = Order(agent, b"/", [], b"", Timeouts())
+        request: Any = order.request(b"GET", b"", None, None)
+        (attempt,) = agent._connecting
+        gone.append(weakref.ref(attempt))
+        request.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        request.cancel()
+        del order, request, attempt
+    gc.collect()
+    left = [ref for ref in gone if ref() is not None]
+    waiting = sum(len(some) for some in names._waiting.values())
+    lookup.over.set()
+    await until(lambda: not names._waiting)
+    assert left == []
+    assert waiting == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lookup_that_cannot_begin_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no thread can be started the request fails, and the next one is looked up again."""
+
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    names = Names(CLOCK, CLOCK.seconds, getaddrinfo=Lookup())
+    with Provider(answer) as provider:
+        agent = agent_for(names, provider.port)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            failed = ask(agent)
+        with pytest.raises(ProxyError) as caught:
+            await failed
+        assert caught.value.end in (EndReason.UPSTREAM_UNREACHABLE, EndReason.REJECTED)
+        assert await fetched(agent) == b"ok"

@@ -1,0 +1,99 @@
+"""Answers cut at every offset by the wire itself: two segments, two reads, one meaning."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+
+from llmproxy.config import Provider as ProviderConfig
+from llmproxy.config import Timeouts, Url
+from llmproxy.upstream.agent import Order, ProviderAgent
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.names import Names
+from tests.support.fake_transport import Collector, until
+from tests.support.kernel import held
+from tests.support.sockets import Provider, Wire
+from tests.support.tls import Authority
+
+CLOCK: Any = reactor
+HEAD = b"HTTP/1.1 200 OK\r\nx-a: 1\r\n"
+CHUNKED = (
+    HEAD
+    + b"transfer-encoding: chunked\r\n\r\n4;x\r\ndata\r\n0A\r\n: a line\n\n\r\n0\r\nt: 1\r\n\r\n"
+)
+LENGTH = b"HTTP/1.1 103 X\r\n\r\n" + HEAD + b"content-length: 14\r\n\r\ndata: a line\n\n"
+
+
+class Cutting:
+    """A provider's script that cuts its answer to each request, further on each time.
+
+    The second piece follows only once the first one was read.
+    """
+
+    def __init__(self, answer: bytes, *, tls: bool) -> None:
+        self._answer, self._tls = answer, tls
+
+    def __call__(self, wire: Wire) -> None:
+        """Serve one connection."""
+        port = wire.sock.getpeername()[1]
+        tick = threading.Event()
+        for at in range(1, len(self._answer)):
+            wire.read_request()
+            wire.send(self._answer[:at])
+            while held(local=port).unread:
+                tick.wait(0.0005)
+            wire.send(self._answer[at:])
+
+
+def agent_for(provider: Provider, authority: Authority, tls: bool) -> ProviderAgent:
+    """Return an agent for the provider."""
+    host, scheme = ("localhost", "https") if tls else ("127.0.0.1", "http")
+    return ProviderAgent(
+        CLOCK,
+        CLOCK.seconds,
+        ProviderConfig(
+            name="p",
+            url=Url(scheme=scheme, host=host, port=provider.port),
+            dialect="raw",  # type: ignore[arg-type]
+            ca=str(authority.ca_path),
+        ),
+        names=Names(CLOCK, CLOCK.seconds),
+        pool_idle=None,
+        max_head=4096,
+    )
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority that the provider's certificate comes from."""
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("answer", [LENGTH, CHUNKED], ids=["length", "chunked"])
+@pytest_twisted.ensureDeferred
+async def test_an_answer_is_the_same_at_every_cut_of_the_wire(
+    authority: Authority, answer: bytes, tls: bool
+) -> None:
+    """One connection serves as many requests as there are cuts, and no answer differs."""
+    context = authority.server() if tls else None
+    with Provider(Cutting(answer, tls=tls), tls=context) as provider:
+        agent = agent_for(provider, authority, tls)
+        timeouts = Timeouts(connect=10.0, first_byte=10.0)
+        for at in range(1, len(answer)):
+            order = Order(agent, b"/%d" % at, [], b"", timeouts)
+            got: Any = await order.request(b"GET", b"", None, None)
+            assert isinstance(got, Answer)
+            body = Collector()
+            got.deliverBody(body)
+            await body.ended
+            assert (got.code, body.body) == (200, b"data: a line\n\n"), at
+            assert b"" not in body.pieces
+        accepted = provider.accepted
+        agent.close()
+        await until(lambda: not any(agent.counts().values()))
+    assert accepted == 1
