@@ -104,16 +104,19 @@ class Connector:
 
         factory = Factory.forProtocol(make)
         factory.noisy = False
+        reactor = ReactorWithNames(self._reactor, self._names)
         try:
-            connection = await self._endpoint().connect(cast(IProtocolFactory, factory))
+            connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
             attempt.phase = "handshake"
             return cast(Connection, await connection.ready)
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
         except Exception as error:
             raise self._why_not(error, made, attempt) from error
+        finally:
+            reactor.forget()
 
-    def _endpoint(self) -> Any:
+    def _endpoint(self, reactor: ReactorWithNames) -> Any:
         """Return where to connect; an address needs no race and fails at once."""
         endpoint: Any
         if isIPAddress(self._host):
@@ -121,7 +124,6 @@ class Connector:
         elif isIPv6Address(self._host):
             endpoint = TCP6ClientEndpoint(self._reactor, self._host, self._port, _NO_TIMEOUT)
         else:
-            reactor = ReactorWithNames(self._reactor, self._names)
             endpoint = HostnameEndpoint(reactor, self._host, self._port, timeout=_NO_TIMEOUT)
         return endpoint if self._tls is None else wrapClientTLS(self._tls, endpoint)
 

@@ -80,9 +80,18 @@ class Names:
             waiting.append((resolutionReceiver, portNumber))
         return resolution
 
+    def forget(self, receiver: IResolutionReceiver) -> None:
+        """Deliver nothing to ``receiver`` any more; its request has been given up."""
+        for waiting in self._waiting.values():
+            waiting[:] = [row for row in waiting if row[0] is not receiver]
+
     def _look_up(self, name: str) -> None:
         # A daemon thread: one that hangs in the resolver must not keep the process from ending.
-        threading.Thread(target=self._ask, args=(name,), name=f"name-{name}", daemon=True).start()
+        asking = threading.Thread(target=self._ask, args=(name,), name="name", daemon=True)
+        try:
+            asking.start()
+        except RuntimeError as error:  # no more threads: this request fails, the next asks again
+            self._found(name, [], error)
 
     def _ask(self, name: str) -> None:
         """On a thread: look up, and hand what came of it to the reactor."""
@@ -114,7 +123,7 @@ def _deliver(rows: list[Any], receiver: IResolutionReceiver, port: int) -> None:
 
 
 class ReactorWithNames:
-    """A reactor as ``HostnameEndpoint`` wants one, but with a resolver of its own.
+    """A reactor as ``HostnameEndpoint`` wants one for one connection, with a resolver of its own.
 
     Args:
         reactor: does everything else.
@@ -123,8 +132,25 @@ class ReactorWithNames:
 
     def __init__(self, reactor: Any, names: Names) -> None:
         self._reactor = reactor
-        self.nameResolver = names
+        self._names = names
+        self._receiver: IResolutionReceiver | None = None
+        self.nameResolver = self
         directlyProvides(self, providedBy(reactor), IReactorPluggableNameResolver)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reactor, name)
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: IResolutionReceiver,  # noqa: N803 - IHostnameResolver's name
+        *args: Any,
+        **kwargs: Any,
+    ) -> IHostResolution:
+        """Resolve, and know for whom: the endpoint tells nobody when it is cancelled."""
+        self._receiver = resolutionReceiver
+        return self._names.resolveHostName(resolutionReceiver, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Nobody waits for the name any more."""
+        if self._receiver is not None:
+            self._names.forget(self._receiver)

@@ -18,7 +18,8 @@ from llmproxy.errors import EndReason, ProxyError
 from llmproxy.front.channel import Channel
 from llmproxy.front.http import Site
 from llmproxy.front.request import Request
-from llmproxy.upstream.http1 import Answer, Connection
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.http1 import Connection
 from tests.differential.verdict import FRAMING, Ending, Fields, Verdict, plain, refused
 from tests.support.fake_transport import FIN, Collector, FakeTransport
 
@@ -50,9 +51,13 @@ def our_answer(
     )
     transport, collector, outcome = FakeTransport(), Collector(), list[Any]()
     transport.connect(connection)
+
+    def answered(answer: Answer) -> None:
+        outcome.append(answer)
+        answer.deliverBody(collector)
+
     waiting = connection.send(method, b"", None)
-    waiting.addCallback(lambda answer: (outcome.append(answer), answer.deliverBody(collector)))
-    waiting.addErrback(lambda failure: outcome.append(failure.value))
+    waiting.addCallbacks(answered, lambda failure: outcome.append(failure.value))
     for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
         connection.dataReceived(wire[start:end])
         watch(connection)
@@ -80,6 +85,9 @@ def our_answer(
     )
 
 
+_MAY_GO_ON = (h11.DONE, h11._state.MIGHT_SWITCH_PROTOCOL)
+
+
 def h11_answer(wire: bytes, method: bytes = b"GET") -> Verdict:
     """Read an answer that a FIN follows, as h11's client does."""
     peer = h11.Connection(h11.CLIENT, max_incomplete_event_size=ENOUGH)
@@ -104,7 +112,7 @@ def _h11_reads(peer: h11.Connection, wire: bytes, kind: type[Any]) -> Verdict:
         elif isinstance(event, h11.ConnectionClosed):
             return Verdict(Ending.SHORT)
         elif event is h11.PAUSED or isinstance(event, h11.EndOfMessage):
-            keep = peer.their_state in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL)
+            keep = peer.their_state in _MAY_GO_ON
             left = peer.trailing_data[0]
             return Verdict(Ending.WHOLE, start, plain(fields), body, left, keep)
         elif isinstance(event, kind):
@@ -231,7 +239,7 @@ def our_request(
         resource, clock, clock.seconds, Timeouts(), limits, body_limit=lambda target: 10**18
     )
     channel = site.buildProtocol(None)
-    transport.connect(channel)  # type: ignore[arg-type]  # an IProtocol
+    transport.connect(channel)
     for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
         channel.dataReceived(wire[start:end])
         watch(channel)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.differential.judges import h11_answer, llhttp_answer, our_answer
-from tests.differential.known import ANSWERS as KNOWN
-from tests.differential.known import Known, is_known
 from tests.differential.messages import Message, answers, mangled
+from tests.differential.past import ANSWERS as PAST
+from tests.differential.past import Past
 from tests.differential.recorded import Recorded, load
 from tests.differential.strictness import ANSWERS as STRICT
 from tests.differential.strictness import THEIR_OWN, Strict
@@ -88,8 +88,7 @@ def test_valid_answers_are_read_as_they_were_written(message: Message) -> None:
 @settings(UNHURRIED, max_examples=500)
 def test_mangled_answers_are_not_read_where_others_refuse(message: Message) -> None:
     """Whatever we read both others read alike, and what both read we refuse for a reason only."""
-    if not is_known(KNOWN, message.method, message.wire):
-        assert faults(message.method, message.wire) == []
+    assert faults(message.method, message.wire) == []
 
 
 @pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
@@ -102,9 +101,8 @@ def test_what_is_refused_on_purpose(strict: Strict) -> None:
     assert h11_answer(strict.wire).whole or llhttp_answer(strict.wire).whole
 
 
-@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.what)
-@pytest.mark.xfail(reason="known and not yet corrected")
-def test_known_faults(known: Known) -> None:
+@pytest.mark.parametrize("past", PAST, ids=lambda past: past.what)
+def test_faults_of_the_past_stay_away(past: Past) -> None:
     """What another reader refuses for its framing is refused."""
-    assert is_known(KNOWN, known.method, known.wire)
-    assert faults(known.method, known.wire) == []
+    assert our_answer(past.wire, past.method).ending is Ending.REFUSED
+    assert faults(past.method, past.wire) == []

@@ -150,6 +150,7 @@ class Stage:
             holds_body=self.gateway.holds_body,
             early_refusal=self.gateway.early_refusal,
             abandoned=self.books.abandoned,
+            malformed=self.books.malformed,
         )
         self.connect()
 
@@ -404,6 +405,29 @@ def test_refusals(data: bytes, status: int, reason: str) -> None:
     assert b"server" not in fields
     assert b"x-should-retry" not in fields
     assert not stage.upstream.asked
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (b"nonsense\r\n\r\n", 400, "malformed"),
+        (b"GET / HTTP/2.0\r\n\r\n", 505, "version"),
+        (b"GET /" + b"x" * 40_000, 414, "target_too_long"),
+        (b"GET / HTTP/1.1\r\nx: " + b"x" * 40_000, 431, "head_too_large"),
+    ],
+)
+def test_what_is_no_request_is_recorded_too(data: bytes, status: int, reason: str) -> None:
+    """One trace, always; with the status and the word that the client was told."""
+    stage = Stage()
+    stage.send(data)
+    got, fields, _ = stage.got()
+
+    assert (got, fields[b"x-llmproxy-error"]) == (status, reason.encode())
+    trace = stage.trace()
+    assert (trace.end_reason, trace.error, trace.status) == ("rejected", reason, status)
+    labels = {"route": "", "provider": "", "client": "", "method": "other", "status": "4xx"}
+    if status < 500:
+        assert stage.value("requests_total", **labels) == 1
 
 
 def test_a_method_that_is_not_served_says_which_are() -> None:

@@ -1,6 +1,6 @@
-"""Runs the harness under atheris: ``python -m tests.fuzz.run answer|request [libFuzzer's options]``.
+"""Runs the harness under atheris: ``python -m tests.fuzz.run answer`` or ``request``, and options.
 
-``--plant=NAME`` puts a fault into the readers first, to see that it is found.
+The options are libFuzzer's; ``--plant=NAME`` first puts a fault into the readers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import atheris
+import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 with atheris.instrument_imports(include=["llmproxy"]):
     from llmproxy.upstream.http1 import Connection
@@ -61,7 +61,7 @@ PLANTS = {"plus": plant_plus, "extra": plant_extra}
 def mutate(data: bytes, most: int, seed: int) -> bytes:
     """Change an input: as libFuzzer does, or by something strange where a line or value begins."""
     choose = random.Random(seed)
-    if choose.random() < 0.5:
+    if choose.random() < 0.3:
         return bytes(atheris.Mutate(data, most))
     starts = [at + 1 for at in range(2, len(data)) if data[at] in b"\n: ,;"] or [len(data)]
     at = choose.choice(starts)

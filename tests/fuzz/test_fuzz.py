@@ -1,4 +1,4 @@
-"""Short runs of a coverage-guided fuzzer over both readers, and proof that it finds planted faults."""
+"""Short runs of a coverage-guided fuzzer over both readers, which finds faults that are planted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,31 @@ from tests.fuzz import harness
 HERE = Path(__file__).parent
 CORPUS = sorted(path for path in (HERE / "corpus").glob("*/*") if path.is_file())
 
+FAULTS = {
+    "plus": "accepted what is refused elsewhere",
+    "extra": "what follows changes nothing but the connection",
+}
+
 needs_atheris = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,
     reason="atheris is not installed: it has wheels for Linux on x86-64 only",
 )
 
 
-def fuzz(target: str, folder: Path, *options: str) -> tuple[int, str]:
+def fuzz(target: str, folder: Path, *options: str, seeds: str = "*") -> tuple[int, str]:
     """Run the fuzzer on a copy of the corpus; return its exit status and what it printed."""
     corpus = folder / "corpus"
-    shutil.copytree(HERE / "corpus" / f"{target}s", corpus)
+    corpus.mkdir()
+    for path in (HERE / "corpus" / f"{target}s").glob(seeds):
+        shutil.copy(path, corpus)
     command = [sys.executable, "-m", "tests.fuzz.run", target, "-seed=1", "-max_len=640"]
-    command += ["-len_control=0", f"-artifact_prefix={folder}/", *options, str(corpus)]
+    command += [
+        "-len_control=0",
+        "-mutate_depth=1",
+        f"-artifact_prefix={folder}/",
+        *options,
+        str(corpus),
+    ]
     done = subprocess.run(
         command, cwd=HERE.parents[1], capture_output=True, text=True, errors="replace", check=False
     )
@@ -58,16 +71,15 @@ def test_a_short_run_finds_nothing(target: str, tmp_path: Path) -> None:
 
 @needs_atheris
 @pytest.mark.parametrize(
-    ("target", "plant", "what"),
-    [
-        ("answer", "plus", "accepted what is refused elsewhere"),
-        ("request", "plus", "accepted what is refused elsewhere"),
-        ("answer", "extra", "what follows changes nothing but the connection"),
-    ],
+    ("target", "plant", "seed"),
+    [("answer", "plus", "chunked"), ("request", "plus", "chunked"), ("answer", "extra", "length")],
 )
-def test_a_planted_fault_is_found(target: str, plant: str, what: str, tmp_path: Path) -> None:
-    """A sign before a chunk's size, and bytes left for the next answer, do not go unseen."""
-    status, output = fuzz(target, tmp_path, f"--plant={plant}", "-runs=60000")
+def test_a_planted_fault_is_found(target: str, plant: str, seed: str, tmp_path: Path) -> None:
+    """A sign before a chunk's size, and bytes left for the next answer, do not go unseen.
+
+    It begins with one good message, so that what it finds does not depend on the machine's pace.
+    """
+    status, output = fuzz(target, tmp_path, f"--plant={plant}", "-runs=20000", seeds=seed)
 
     assert status != 0
-    assert f"Broken: {what}" in output
+    assert f"Broken: {FAULTS[plant]}" in output

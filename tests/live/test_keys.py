@@ -31,7 +31,7 @@ credential = "key"
 url = "{url}"
 dialect = "openai"
 credential = "key"
-header = "Api-Key"
+header = "X-Custom-Auth"
 format = "Token {{}};v=1"
 [providers.open]
 url = "{url}"
@@ -117,7 +117,7 @@ def test_all_five_fields_together_are_dropped(stage: Stage) -> None:
     [
         ("openai", b"authorization", f"Bearer {CREDENTIAL}"),
         ("anthropic", b"x-api-key", CREDENTIAL),
-        ("custom", b"api-key", f"Token {CREDENTIAL};v=1"),
+        ("custom", b"x-custom-auth", f"Token {CREDENTIAL};v=1"),
     ],
 )
 def test_the_credential_is_in_the_providers_own_field(
@@ -126,8 +126,16 @@ def test_the_credential_is_in_the_providers_own_field(
     """Header and format follow the dialect, or what the provider sets."""
     received, _ = stage.ask(request("GET", f"/{route}/x", show("x-llmproxy-key")))
     assert received.values(field) == [value.encode()]
-    keys = {b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"}
+    keys = {b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-custom-auth"}
     assert [name for name, _ in received.fields if name in keys] == [field]
+
+
+def test_a_client_cannot_put_its_own_beside_the_credential(stage: Stage) -> None:
+    """The provider's own field is dropped first, by whatever name; disguised, it is refused."""
+    known = show("x-llmproxy-key")
+    received, _ = stage.ask(request("GET", "/custom/x", known, "x-custom-auth: forged"))
+    assert received.values(b"x-custom-auth") == [f"Token {CREDENTIAL};v=1".encode()]
+    assert stage.refuse(request("GET", "/custom/x", known, "x_custom_auth: forged")).status == 400
 
 
 def test_a_provider_without_a_credential_gets_none(stage: Stage) -> None:

@@ -159,7 +159,7 @@ async def test_being_out_of_descriptors_is_called_by_its_name(
 def resolving(monkeypatch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any]) -> Iterator[None]:
     """Let both casts look names up in this way."""
     monkeypatch.setattr(client, "Names", partial(Names, getaddrinfo=getaddrinfo))
-    stock = GAIResolver(ANY, getaddrinfo=getaddrinfo)  # type: ignore[arg-type]  # fewer arguments
+    stock = GAIResolver(ANY, getaddrinfo=getaddrinfo)
     before = ANY.installNameResolver(stock)
     try:
         yield

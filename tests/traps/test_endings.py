@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 SMALL = 4096
 """A kernel buffer in bytes; Linux gives twice as much, and bookkeeping takes part of it."""
 
-KERNEL, QUEUE, PAUSED = 400_000, 40_000, 120_000
+KERNEL, QUEUE, PAUSED = 400_000, 28_000, 120_000
 """Bytes before the break: what our kernel can take, what our queue can, and what neither can."""
 
 PIECE = 8192

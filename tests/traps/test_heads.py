@@ -44,7 +44,7 @@ class Flood:
         wire.wait_closed()
 
 
-FIELD = b"x-filler: " + b"y" * 52 + b"\r\n"
+FIELD = b"x-filler: " + b"y" * 1012 + b"\r\n"
 
 
 @pytest.mark.trap("U13")

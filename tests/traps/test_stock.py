@@ -1,7 +1,8 @@
 """Proof that the scenarios of this folder can fail: Twisted's and treq's own parts fail each row.
 
 The files of the folder run with ``--stock``, in a few processes at once (what stock parts never do
-is waited for), and their reports are read back.  A row counts as red only where an assertion of one of its tests failed; what merely broke does not.
+is waited for), and their reports are read back.  A row counts as red only where an assertion of one
+of its tests failed; what merely broke does not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROOT = HERE.parents[1]
 UPSTREAM = tuple(f"U{number}" for number in range(1, 23))
 CLIENT = ("C10", "C11", "C12", "C13", "C15", "C16", "C18", "C19")
 DUE = UPSTREAM + CLIENT
-AT_ONCE = 3
+AT_ONCE = 4
 
 # A socket that stock parts never let go of must not fail the test that comes next.
 QUIET = ("-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -8,7 +8,8 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
-from twisted.web.iweb import UNKNOWN_LENGTH
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
+from zope.interface import implementer
 
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.upstream.answer import Answer
@@ -553,6 +554,95 @@ def test_the_connections_end_before_a_head_fails_the_request(reason: Exception) 
     assert asked.outcome.end is EndReason.UPSTREAM_BROKEN
     assert asked.outcome.may_have_run
     assert asked.closed == [asked.connection]
+
+
+# --- bodies of requests ---------------------------------------------------------------------------
+
+
+@implementer(IBodyProducer)
+class Upload:
+    """A request body that the test produces."""
+
+    length = UNKNOWN_LENGTH
+
+    def __init__(self) -> None:
+        self.done: Deferred[None] = Deferred()
+        self.stops = 0
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        self.consumer = consumer
+        return self.done
+
+    def pauseProducing(self) -> None:
+        """The test needs no pause."""
+
+    def resumeProducing(self) -> None:
+        """Nor this."""
+
+    def stopProducing(self) -> None:
+        self.stops += 1
+
+
+def test_a_body_follows_its_head() -> None:
+    """Piece by piece, and ended when its producer says so; then the answer frees the connection."""
+    body = Upload()
+    asked = Asked(b"POST", body)
+    body.consumer.write(b"hello")
+    body.done.callback(None)
+    asked.answer(LENGTH + b"world")
+
+    head = b"POST / HTTP/1.1\r\n\r\n"
+    assert asked.transport.value() == head + b"5\r\nhello\r\n0\r\n\r\n"
+    assert asked.idle == [asked.connection]
+    assert not body.stops
+
+
+def test_an_early_answer_ends_the_upload() -> None:
+    """An answer that is whole before the request is one stops the body, and the connection."""
+    body = Upload()
+    asked = Asked(b"POST", body)
+    body.consumer.write(b"hel")
+    asked.answer(LENGTH + b"world")
+
+    asked.assert_whole(b"world")
+    assert not asked.idle
+    assert (body.stops, asked.transport.count("abort")) == (1, 1)
+
+
+def test_a_request_that_the_kernel_did_not_take_is_not_sent() -> None:
+    """Whatever still lies in our queue would meet the next request."""
+    asked = Asked()
+    asked.transport.hold(1)
+    asked.answer(LENGTH + b"world")
+
+    asked.assert_whole(b"world")
+    assert not asked.idle
+    assert asked.transport.count("abort") == 1
+
+
+@pytest.mark.parametrize("reads", [(), (LENGTH + b"wo",)])
+def test_a_body_that_fails_takes_the_connection_along(reads: tuple[bytes, ...]) -> None:
+    """Whoever waits for the head, or for the body, is told why; the socket is aborted once."""
+    body = Upload()
+    asked = Asked(b"POST", body)
+    if reads:
+        asked.answer(*reads)
+    error = ProxyError(413, "body_too_large", "Too large.")
+    body.done.errback(error)
+    asked.transport.end(ABORTED)
+
+    assert (asked.end() if reads else asked.outcome) is error
+    assert asked.transport.count("abort") == 1
+    assert not asked.idle
+
+
+def test_the_connections_end_stops_the_body() -> None:
+    """Nobody produces for a connection that is gone."""
+    body = Upload()
+    asked = Asked(b"POST", body)
+    asked.transport.end(RESET)
+
+    assert body.stops == 1
 
 
 # --- getting ready --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from llmproxy.wire.transport import (
+    has_peer_left,
     is_quiet,
     notice_vanished_peer,
     pending_bytes,
@@ -218,6 +219,24 @@ async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | N
             await until(lambda: held.ours.received == b"!x")
             assert is_quiet(transport)
         await held.close()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("how", ["fin", "reset"])
+async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
+    how: str, authority: Authority | None
+) -> None:
+    """Its end is known also while nobody reads, whatever lies before it."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        transport.pauseProducing()
+        held.wire.send(b"unread")
+        await until(lambda: not is_quiet(transport))
+        assert has_peer_left(transport) is False
+        held.wire.sock.shutdown(socket.SHUT_WR) if how == "fin" else held.wire.reset()
+        await until(lambda: has_peer_left(transport))
+        await held.close()
+        assert has_peer_left(transport)
 
 
 @pytest_twisted.ensureDeferred
