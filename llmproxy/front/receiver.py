@@ -1,8 +1,9 @@
 """What a client sends, read: heads and bodies become requests, strictly (RFC 9110 and 9112).
 
 This is the reading half of a connection; ``front/channel.py`` adds how it is written to and ends.
-Nothing is parsed by Twisted: its reader repairs what must be refused.  What follows a request that
-is being served is kept, up to the size of a head, and never hides that the client leaves::
+Nothing is parsed by Twisted: its reader repairs what must be refused (ADR-0007).  What follows a
+request that is being served is kept, up to the size of a head, and never hides that the client
+leaves::
 
     IDLE --a byte--> HEAD --its end--> BODY --its end--> SERVING --answer's end--> IDLE | CLOSING
 """

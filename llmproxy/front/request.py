@@ -2,8 +2,8 @@
 
 A :class:`Request` is Twisted's, with the parts replaced that a proxy cannot live with: the head
 goes out in one piece and without Twisted's defaults, the body is held in bounded memory and never
-in a file, and an answer that breaks never ends as if it were whole.  It knows its channel and its
-site, and nothing of providers, routes or dialects.
+in a file, and an answer that breaks never ends as if it were whole (ADR-0004).  It knows its
+channel and its site, and nothing of providers, routes or dialects.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``getaddrinfo`` blocks a thread for as long as a resolver is silent.  Twisted shares a few threads
 among everything; here each name has at most one lookup under way, on a thread that is its own, so
 that a hanging name delays nobody else and there are never more threads than names in the
-configuration. What was found is kept briefly.
+configuration. What was found is kept briefly (ADR-0006).
 """
 
 from __future__ import annotations

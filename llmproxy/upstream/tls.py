@@ -2,7 +2,7 @@
 
 Names are verified by service-identity within the handshake, before a byte of a request is sent.  A
 session is kept for the next connection; it belongs to this provider alone, and was verified when it
-began.  TLS 1.2 and newer, ALPN ``http/1.1``.
+began (ADR-0006).  TLS 1.2 and newer, ALPN ``http/1.1``.
 """
 
 from __future__ import annotations
