@@ -35,6 +35,7 @@ async def within(
     timer: Any = None
 
     def ring() -> None:
+        """Give up, or begin anew."""
         nonlocal late, timer
         late = phase()
         if late is None:
