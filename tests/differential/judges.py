@@ -142,6 +142,11 @@ class _Events:
         if not self.head_done:
             self.fields.append((name, value or b""))
 
+    def interim(self) -> bool:
+        """Tell whether this is a 1xx answer."""
+        answer = isinstance(self.parser, httptools.HttpResponseParser)
+        return answer and self.parser.get_status_code() < 200
+
     def on_url(self, url: bytes) -> None:
         self.target += url
 
@@ -161,6 +166,8 @@ def llhttp_answer(wire: bytes, method: bytes = b"GET") -> Verdict:
 
     It is not told of HEAD, nor of the connection's end: the one message without a framing that it
     goes on reading is the one that ends with its connection.
+    Every 1xx is ended at its head for it (RFC 9112, section 6.3): behind one that it does not know,
+    such as 199, llhttp reads as much as a Content-Length says.
     """
     at, bodiless = 0, method == b"HEAD"
     while True:
@@ -201,9 +208,7 @@ def _llhttp_reads(
             return _UPGRADE
         except httptools.HttpParserError as error:
             return f"llhttp: {error}"
-        if events.done or (until_head and events.head_done):
-            if until_head and events.parser.get_status_code() < 200 and not events.done:
-                continue
+        if events.done or (events.head_done and (until_head or events.interim())):
             return at + 1
     return len(wire)
 

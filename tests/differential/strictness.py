@@ -71,6 +71,11 @@ _CODED: list[tuple[str, str, bytes]] = [
         b"0\r\n" + b"a: b\r\n" * 5000 + b"\r\n",
     ),
     (_VALUE, "RFC 9110, 5.5: in trailers, too", b"0\r\na: \x01\r\n\r\n"),
+    (
+        "a framing field in a trailer section",
+        "RFC 9110, 6.5.1: nor one that routes",
+        b"0\r\nHost: h\r\n\r\n",
+    ),
 ]
 
 ANSWERS = [
@@ -90,6 +95,11 @@ ANSWERS = [
     Strict(_STATUS, "RFC 9112, 4: no control character", b"HTTP/1.1 200 O\x7f\r\n" + _LENGTH),
     Strict(_STATUS, "RFC 9112, 2.3: 1.0 and 1.1", b"HTTP/1.2 200 X\r\n" + _LENGTH),
     Strict(_STATUS, "RFC 9112, 2.2: empty lines stand before requests", b"\r\n" + _OK + _LENGTH),
+    Strict(
+        "a Transfer-Encoding in a 1xx answer",
+        "RFC 9112, 6.1: a server must not send it",
+        b"HTTP/1.1 103 X\r\n" + _CHUNKED + _OK + _LENGTH,
+    ),
     Strict(_INTERIM, "bounds: 16 of them", b"HTTP/1.1 102 X\r\n\r\n" * 17 + _OK + _LENGTH),
 ]
 

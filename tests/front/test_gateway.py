@@ -196,6 +196,7 @@ class Stage:
         assert self.site.held_bytes == 0
         assert self.value("active_streams") == 0
         assert self.value("ended_total", reason=trace.end_reason) == 1
+        assert not self.metrics.live
         assert trace.is_complete is (trace.end_reason == "complete")
         if not self.site.channels:
             assert not self.clock.getDelayedCalls()
@@ -637,10 +638,23 @@ def test_the_total_deadline_ends_with_the_request() -> None:
     stage.call()
     stage.answer().end()
     stage.transport.take()
-    stage.clock.advance(6)
+    stage.transport.end(FIN)
+    assert not stage.clock.getDelayedCalls()
 
     assert not stage.transport.writes
     assert stage.trace().end_reason == "complete"
+
+
+def test_a_mistake_behind_the_head_closes_the_provider(logged_failures: Any) -> None:
+    """An answer that nobody reads does not keep its connection."""
+    stage = Stage()
+    stage.call()
+    answer = stage.answer(200, (b"content-length", b"not a number"))
+
+    assert answer.aborts
+    assert answer.body is None
+    assert stage.trace().end_reason == "internal"
+    assert len(logged_failures.flush(ValueError)) == 1
 
 
 def test_a_mistake_of_ours_is_an_internal_error(logged_failures: Any) -> None:
@@ -808,6 +822,42 @@ def test_a_provider_that_is_full_stops_the_client(
 
     assert stage.upstream.cancelled == 1
     assert stage.trace().end_reason == "client_gone"
+
+
+def test_little_is_held_before_the_provider_takes_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Until there is a connection the client is read from for 64 KiB and not much more."""
+    stage = Stage()
+    stage.transport.socket = pair[0]  # type: ignore[attr-defined]  # what is looked at
+    stage.send(upload("Content-Length: 1000000") + bytes(65535))
+    paused = [stage.transport.is_paused()]
+    stage.send(b"x")
+    paused.append(stage.transport.is_paused())
+    taken = StringTransport()
+    stage.asked.body.startProducing(taken)
+    paused.append(stage.transport.is_paused())
+
+    assert paused == [False, True, False]
+    assert len(taken.value()) == 65536
+
+
+def test_a_provider_that_wants_no_more_lets_the_client_go_on(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """A paused client is read from again, and what it sends is dropped."""
+    stage = Stage()
+    stage.transport.socket = pair[0]  # type: ignore[attr-defined]  # what is looked at
+    stage.send(upload("Content-Length: 1000000"))
+    taken = StringTransport()
+    stage.asked.body.startProducing(taken)
+    stage.asked.body.pauseProducing()
+    stage.asked.body.stopProducing()
+    stage.send(b"more")
+
+    assert not stage.transport.is_paused()
+    assert not taken.value()
+    assert taken.producer is None
 
 
 def test_an_early_answer_ends_the_upload() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,13 @@ def test_a_message_that_cannot_be_formatted_is_told() -> None:
     log.logger.info("half a pair: {value}", value="\ud800")
 
     assert all(line["message"] for line in log.lines())
+
+
+def test_a_line_is_there_at_once(tmp_path: Path) -> None:
+    """Nobody has to wait for a buffer to fill."""
+    with open(tmp_path / "log", "w", encoding="utf-8") as file:
+        JsonLog(file)({"log_time": 0.0, "log_format": "words"})
+        assert json.loads((tmp_path / "log").read_text())["message"] == "words"
 
 
 def test_an_event_without_anything_is_told() -> None:

@@ -162,6 +162,26 @@ async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) 
         await held.close()
 
 
+@pytest_twisted.ensureDeferred
+async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
+    """To the byte: all the rest can be read by the peer while the reactor stands still."""
+    size = 20_000_000
+    with stuck(None) as held:
+        transport = await held.connect()
+        for _ in range(200):
+            transport.write(bytes(size // 200))
+        await held.fill()
+        taken = size - pending_bytes(transport)
+        assert transport.offset > 0  # part of one string was sent, which is what is easily missed
+        received = 0
+        while received < taken:
+            received += len(held.wire.sock.recv(min(65536, taken - received)))
+        while unacknowledged_bytes(transport):
+            pass
+        assert not select.select([held.wire.sock], [], [], 0)[0]
+        await held.close()
+
+
 async def until_received(wire: Wire) -> bytes:
     """Receive what is there, while the reactor turns."""
     wire.buffer = b""
