@@ -152,7 +152,7 @@ class Channel(Receiver):
         """Act on a deadline that has passed, and on a client that takes nothing."""
         if now >= self.deadline:
             self._expire(now)
-        elif self.phase is Phase.SERVING or self.phase is Phase.CLOSING:
+        elif self.phase is not Phase.IDLE:
             self._check_stall(now)
 
     def _expire(self, now: float) -> None:

@@ -65,6 +65,7 @@ class Receiver(http.HTTPChannel):
         self._buffer = b""
         self._advancing = False
         self._reader: ChunkedReader | LengthReader = LengthReader(0)
+        self._seen = 0
         self._skips_line = True
         self._invited = True
         self._upload_paused_at: float | None = None
@@ -122,16 +123,18 @@ class Receiver(http.HTTPChannel):
                 return False
             self.enter(Phase.HEAD, self.site.timeouts.request_head)
         longest = self.site.limits.request_head
-        end = self._buffer.find(b"\r\n\r\n", 0, longest + 4)
+        seen, self._seen = self._seen, len(self._buffer)
+        end = self._buffer.find(b"\r\n\r\n", max(0, seen - 3), longest + 4)
         try:
             if end >= 0:
+                self._seen = 0
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 self._begin(parse_request_head(head))
                 return True
             if len(self._buffer) > longest + 3:
                 in_first = b"\r\n" not in self._buffer[:longest]
                 raise BadMessage("the request's head is too long", 414 if in_first else 431)
-            if _BARE_LF.search(self._buffer):
+            if _BARE_LF.search(self._buffer, max(0, seen - 1)):
                 raise BadMessage("a line does not end with CRLF")
         except BadMessage as error:
             self._refuse_head(error)

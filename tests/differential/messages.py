@@ -6,6 +6,7 @@ so that no reader has to be believed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hypothesis import strategies as st
@@ -179,6 +180,20 @@ NASTY = [
 
 _BYTES = [b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b":", b"+", b"-", b"0", b"f", b";", b",", b"_"]
 _BYTES += [b"\x0b", b"\x7f", b"\x80", b'"', b"x", b"9" * 20]
+
+
+def mistakes(wire: bytes) -> Iterator[bytes]:
+    """Yield a message with each single mistake that bytes or lines can make in it."""
+    for at in range(len(wire) + 1):
+        for strange in _BYTES:
+            yield wire[:at] + strange + wire[at:]
+        yield wire[:at] + wire[at + 1 :]
+        yield wire[:at] + wire[at : at + 1].swapcase() + wire[at + 1 :]
+    lines = wire.split(b"\r\n")
+    for number in range(1, len(lines)):
+        for line in NASTY:
+            yield b"\r\n".join([*lines[:number], line, *lines[number:]])
+            yield b"\r\n".join([*lines[:number], line, *lines[number + 1 :]])
 
 
 @st.composite

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.differential.judges import h11_answer, llhttp_answer, our_answer
-from tests.differential.messages import Message, answers, mangled
+from tests.differential.messages import Message, answers, mangled, mistakes
 from tests.differential.past import ANSWERS as PAST
 from tests.differential.past import Past
 from tests.differential.recorded import Recorded, load
@@ -15,6 +15,11 @@ from tests.differential.strictness import THEIR_OWN, Strict
 from tests.differential.verdict import Ending, framing_error
 
 RECORDED = load("answers")
+PLAIN = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nt: v\r\n\r\n",
+    b"HTTP/1.1 103 X\r\n\r\nHTTP/1.0 200 OK\r\nX: y\r\n\r\nhello",
+]
 UNHURRIED = settings(
     derandomize=True,
     database=None,
@@ -89,6 +94,14 @@ def test_valid_answers_are_read_as_they_were_written(message: Message) -> None:
 def test_mangled_answers_are_not_read_where_others_refuse(message: Message) -> None:
     """Whatever we read both others read alike, and what both read we refuse for a reason only."""
     assert faults(message.method, message.wire) == []
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_no_single_mistake_is_read_where_others_refuse(plain: bytes) -> None:
+    """Each strange byte at each place, and each strange line, is judged as by the others."""
+    found = {wire: found for wire in mistakes(plain) if (found := faults(b"GET", wire))}
+
+    assert found == {}
 
 
 @pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)

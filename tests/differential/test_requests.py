@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.differential.judges import h11_request, llhttp_request, our_request
-from tests.differential.messages import Message, mangled, requests
+from tests.differential.messages import Message, mangled, mistakes, requests
 from tests.differential.past import REQUESTS as PAST
 from tests.differential.past import Past
 from tests.differential.recorded import Recorded, load
@@ -15,6 +15,11 @@ from tests.differential.strictness import THEIR_OWN, Strict
 from tests.differential.verdict import Ending, framing_error
 
 RECORDED = load("requests")
+PLAIN = [
+    b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello",
+    b"PUT / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nt: v\r\n\r\n",
+    b"GET / HTTP/1.0\r\nX: y\r\n\r\nGET /2 HTTP/1.0\r\n\r\n",
+]
 UNHURRIED = settings(
     derandomize=True,
     database=None,
@@ -83,6 +88,14 @@ def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
 def test_mangled_requests_are_not_read_where_others_refuse(message: Message) -> None:
     """Whatever we read both others read alike, and what both read we refuse for a reason only."""
     assert faults(message.wire) == []
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_no_single_mistake_is_read_where_others_refuse(plain: bytes) -> None:
+    """Each strange byte at each place, and each strange line, is judged as by the others."""
+    found = {wire: found for wire in mistakes(plain) if (found := faults(wire))}
+
+    assert found == {}
 
 
 @pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
