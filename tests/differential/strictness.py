@@ -6,6 +6,7 @@ both others accept.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -160,3 +161,6 @@ THEIR_OWN = (
     "h11: no request line received",
 )
 """How refusals of others begin that are not for framing."""
+
+UNDECIDED = re.compile(rb"transfer-encoding:[^\r\n]*\t", re.IGNORECASE)
+"""A tab beside a coding: white space by RFC 9110, section 5.6.3, but llhttp then sees no chunks."""
