@@ -180,7 +180,7 @@ class Table:
             self._read(f"{self.at(key)}[{at}]", one, reader, missing)
             for at, one in enumerate(items)
         ]
-        return tuple(one for one in read if one is not missing)  # type: ignore[misc]
+        return tuple(one for one in read if one is not missing)  # type: ignore[misc]  # the filter tells
 
     def table(self, key: str, section: str) -> Table:
         """Return the table ``key``, an empty one where it is absent."""

@@ -545,7 +545,7 @@ def test_one_broken_connection_does_not_stop_the_sweep(logged_failures: Any) -> 
     def fail(now: float) -> None:
         raise ZeroDivisionError
 
-    broken.check = fail  # type: ignore[method-assign]
+    broken.check = fail  # type: ignore[method-assign]  # a stand-in
     caller.connect()
     caller.clock.advance(11)
     assert transport.count("abort") == 1

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]  # has no types
 
 with atheris.instrument_imports(include=["llmproxy"]):
     from llmproxy.upstream.http1 import Connection
@@ -52,7 +52,7 @@ def plant_plus() -> None:
 def plant_extra() -> None:
     """Keep a connection on which something followed an answer."""
     settle: Any = Connection._settle
-    Connection._settle = lambda self, extra: settle(self, b"")  # type: ignore[method-assign]
+    Connection._settle = lambda self, extra: settle(self, b"")  # type: ignore[method-assign]  # a stand-in
 
 
 PLANTS = {"plus": plant_plus, "extra": plant_extra}

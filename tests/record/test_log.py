@@ -221,7 +221,7 @@ def test_a_log_that_cannot_be_written_stops_nobody() -> None:
     """A full disk or a closed file loses lines, and raises nothing."""
     with open("/dev/full", "w", encoding="utf-8") as full:
         JsonLog(full)({"log_time": 0.0, "log_format": "x"})
-        full.detach = lambda: None  # type: ignore[assignment,method-assign,return-value]
+        full.detach = lambda: None  # type: ignore[assignment,method-assign,return-value]  # a stand-in
         closed = io.StringIO()
         closed.close()
         JsonLog(closed)({"log_time": 0.0, "log_format": "x"})

@@ -161,7 +161,7 @@ def test_a_full_disk_loses_records_and_counts_them(
     disk(path.stat().st_size + 20)  # the next line begins to fit
     for number in (1, 2):
         sink.write(trace(number))
-        eventually(lambda number=number: sink.lost == number)  # type: ignore[misc]
+        eventually(lambda number=number: sink.lost == number)  # type: ignore[misc]  # the lambda's default
     assert ids(path) == [0]
     disk(None)
     sink.write(trace(3))
@@ -176,7 +176,7 @@ def test_a_disk_that_takes_nothing_is_told_once(logged: list[str]) -> None:
     sink = JsonLines("/dev/full")
     for number in range(3):
         sink.write(trace(number))
-        eventually(lambda number=number: sink.lost == number + 1)  # type: ignore[misc]
+        eventually(lambda number=number: sink.lost == number + 1)  # type: ignore[misc]  # the lambda's default
     sink.close()
 
     assert len([line for line in logged if "lost" in line]) == 1

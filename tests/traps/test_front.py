@@ -209,7 +209,7 @@ async def test_http_2_is_not_offered(
 
     def negotiate(port: int) -> str | None:
         with connect(port, tls=context) as wire:
-            chosen: str | None = wire.sock.selected_alpn_protocol()  # type: ignore[attr-defined]
+            chosen: str | None = wire.sock.selected_alpn_protocol()  # type: ignore[attr-defined]  # not in the stubs
             return chosen
 
     if whole_proxy:

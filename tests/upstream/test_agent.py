@@ -86,7 +86,7 @@ class Rig:
         self.clock = self.reactor.clock
         self.lookups: list[str] = []
         self.lookup: Callable[[], None] = lambda: None
-        provider = ProviderConfig(name="p", url=url, dialect="raw", ca=ca, pool=pool)  # type: ignore[arg-type]
+        provider = ProviderConfig(name="p", url=url, dialect="raw", ca=ca, pool=pool)  # type: ignore[arg-type]  # text will do
         self.agent = ProviderAgent(
             self.reactor,
             self.clock.seconds,
@@ -284,7 +284,7 @@ async def test_one_timer_serves_the_whole_pool() -> None:
         for left in (2, 1, 0):
             rig.clock.advance(30 if left == 2 else 10)
             await peer.take(peer.closed)
-            await until(lambda left=left: rig.agent.counts()["idle"] == left)  # type: ignore[misc]
+            await until(lambda left=left: rig.agent.counts()["idle"] == left)  # type: ignore[misc]  # the lambda's default
         assert not rig.reactor.timers()
 
 

@@ -107,7 +107,7 @@ class Play:
     def __init__(self) -> None:
         self.clock = Clock()
         url = Url(scheme="http", host="127.0.0.1", port=1)
-        provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]
+        provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
         self.agent = ProviderAgent(
             self.clock,
             self.clock.seconds,
@@ -117,7 +117,7 @@ class Play:
             max_head=4096,
         )
         connected = Connected(self.agent)
-        self.agent._connector = connected  # type: ignore[assignment]
+        self.agent._connector = connected  # type: ignore[assignment]  # a stand-in
         self.transport = connected.transport
         self.sink = Sink()
         self.end: EndReason | None = None

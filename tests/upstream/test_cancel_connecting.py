@@ -66,7 +66,7 @@ async def test_a_request_that_waits_for_a_name_is_given_up_at_once(
             await until(lambda: hanging_names)
             assert upstream.counts()["p", "connecting"] == 1
             began = time.monotonic()
-            asked.addErrback(lambda failure: took.append(time.monotonic() - began))  # noqa: B023
+            asked.addErrback(lambda failure: took.append(time.monotonic() - began))  # noqa: B023 - used at once
             asked.cancel()
             await assert_nothing_left(upstream, stage.provider.port, timers)
         assert hanging_names == ["localhost"]

@@ -27,7 +27,7 @@ CLOCK: Any = reactor
 def agent_for(names: Names, port: int, host: str = "p.example") -> ProviderAgent:
     """Return an agent for a provider that is reached by its name."""
     url = Url(scheme="http", host=host, port=port)
-    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]
+    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
     return ProviderAgent(CLOCK, CLOCK.seconds, provider, names=names, pool_idle=None, max_head=4096)
 
 

@@ -58,7 +58,7 @@ def agent_for(provider: Provider, authority: Authority, tls: bool) -> ProviderAg
         ProviderConfig(
             name="p",
             url=Url(scheme=scheme, host=host, port=provider.port),
-            dialect="raw",  # type: ignore[arg-type]
+            dialect="raw",  # type: ignore[arg-type]  # text will do
             ca=str(authority.ca_path),
         ),
         names=Names(CLOCK, CLOCK.seconds),

@@ -53,7 +53,7 @@ class Rig:
             ProviderConfig(
                 name="p",
                 url=Url(scheme="https", host=host, port=port),
-                dialect="raw",  # type: ignore[arg-type]
+                dialect="raw",  # type: ignore[arg-type]  # text will do
                 ca=str(authority.ca_path),
             ),
             names=Names(CLOCK, CLOCK.seconds),
@@ -280,6 +280,6 @@ def reading(handle: socket.socket) -> Callable[[int, int], int]:
 def plain_agent(port: int) -> ProviderAgent:
     """Return an agent without TLS."""
     url = Url(scheme="http", host="localhost", port=port)
-    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]
+    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
     names = Names(CLOCK, CLOCK.seconds)
     return ProviderAgent(CLOCK, CLOCK.seconds, provider, names=names, pool_idle=None, max_head=4096)

@@ -68,7 +68,7 @@ def asked(provider: Provider, body: Endless) -> tuple[ProviderAgent, Deferred[An
     agent = ProviderAgent(
         CLOCK,
         CLOCK.seconds,
-        ProviderConfig(name="p", url=url, dialect="raw"),  # type: ignore[arg-type]
+        ProviderConfig(name="p", url=url, dialect="raw"),  # type: ignore[arg-type]  # text will do
         names=Names(CLOCK, CLOCK.seconds),
         pool_idle=None,
         max_head=4096,
