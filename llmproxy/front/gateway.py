@@ -189,8 +189,10 @@ class Gateway(Resource):
         if choice.provider.pass_credential != self.routes.pass_credential(
             exchange.path, exchange.host
         ):
-            # The model led to a route on which other fields say who calls.
-            self._auth.identify(request.fields, pass_credential=choice.provider.pass_credential)
+            # The model led to a route on which other fields say who calls; it must be the same.
+            passes = choice.provider.pass_credential
+            if self._auth.identify(request.fields, pass_credential=passes).name != client.name:
+                raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.choice = choice
         request.stall_after = choice.timeouts.client_stall
         trace.route, trace.provider = choice.route.name, choice.provider.name

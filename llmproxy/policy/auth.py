@@ -34,10 +34,15 @@ class Auth:
                 speaks.
 
         Raises:
-            ProxyError: 401, where no key is shown and nobody is anonymous, a key is unknown, or two
-                keys name different clients.
+            ProxyError: 401, where no key is shown and nobody is anonymous, a key is unknown, two
+                keys name different clients, or a client's key stands in a field that would cross.
         """
-        names = () if pass_credential else KEY_FIELDS
+        client = self._caller(fields, () if pass_credential else KEY_FIELDS)
+        if pass_credential:
+            self._keep_keys_here(fields)
+        return client
+
+    def _caller(self, fields: Fields, names: tuple[bytes, ...]) -> Client:
         presented = [
             _key(name, value) for name, value in fields if name == OWN_KEY_FIELD or name in names
         ]
@@ -49,6 +54,14 @@ class Auth:
         if len(clients) > 1:
             raise _unauthorized("keys_disagree", "The keys of this request name different clients.")
         return next(iter(clients.values()))
+
+    def _keep_keys_here(self, fields: Fields) -> None:
+        """Refuse a client's key where the provider's credential belongs: it would be sent on."""
+        for name, value in fields:
+            key = value.partition(b" ")[2].strip(b" ") if name == b"authorization" else value
+            if name in KEY_FIELDS and hashlib.sha256(key).digest() in self._clients:
+                text = "A client key of this proxy stands where the provider's credential belongs."
+                raise _unauthorized("misplaced_key", text)
 
     def _lookup(self, key: bytes) -> Client:
         client = self._clients.get(hashlib.sha256(key).digest())

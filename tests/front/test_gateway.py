@@ -367,6 +367,27 @@ def test_the_callers_credential_may_cross() -> None:
     assert len(keys) == 2
 
 
+def test_a_model_that_leads_to_a_passing_route_does_not_take_the_clients_key_along() -> None:
+    """The first route by path takes our key; the one that the model leads to would send it on."""
+    passing = """
+[providers.q]
+url = "https://q.example"
+dialect = "openai"
+pass_credential = true
+[[routes]]
+name = "q"
+path = "/p"
+providers = ["q"]
+"""
+    stage = Stage(route='models = ["other"]', more=passing)
+    stage.call("POST", "/p", "X-Llmproxy-Key: key", body=b'{"model":"m"}')
+
+    written = b"".join(stage.transport.writes)
+    assert written.startswith(b"HTTP/1.1 401 ")
+    assert b"x-llmproxy-error: misplaced_key" in written
+    assert not stage.upstream.asked
+
+
 # --- a request that is refused --------------------------------------------------------------------
 
 REFUSALS: list[tuple[bytes, int, str]] = [

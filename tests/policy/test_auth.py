@@ -114,7 +114,6 @@ def test_with_pass_credential_the_sdks_fields_are_the_providers(name: bytes) -> 
     fields = [(name, b"sk-provider")]
     assert identify([*fields, (b"x-llmproxy-key", b"key-a")], pass_credential=True) == "a"
     assert identify(fields, pass_credential=True, anonymous=True) == "anonymous"
-    assert identify([(name, b"key-b")], pass_credential=True, anonymous=True) == "anonymous"
     assert refusal(fields, pass_credential=True).reason == "no_key"
     wrong = [*fields, (b"x-llmproxy-key", b"wrong")]
     assert refusal(wrong, pass_credential=True).reason == "unknown_key"
@@ -126,3 +125,14 @@ def test_no_key_is_ever_told() -> None:
         error = refusal(fields)
         shown = f"{error} {error.detail} {error.fields}".encode()
         assert b"s3cret" not in shown + error_body(error, Dialect.OPENAI, "id")
+
+
+@pytest.mark.parametrize("name", KEY_FIELDS)
+@pytest.mark.parametrize("own", [[], [(b"x-llmproxy-key", b"key-b")]], ids=["anonymous", "known"])
+def test_a_clients_key_never_crosses_as_the_providers(name: bytes, own: Fields) -> None:
+    """Where the SDK's fields are sent on, a key of ours in one of them is refused."""
+    value = b"Bearer key-b" if name == b"authorization" else b"key-b"
+    refused = refusal([*own, (name, value)], pass_credential=True, anonymous=True)
+
+    assert (refused.status, refused.reason) == (401, "misplaced_key")
+    assert "key-b" not in refused.message
