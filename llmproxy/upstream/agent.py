@@ -26,10 +26,10 @@ from llmproxy.errors import upstream_timeout
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.connect import Attempt, Connector
 from llmproxy.upstream.deadline import Late, within
-from llmproxy.upstream.http1 import Connection
+from llmproxy.upstream.http1 import Connection, State
 from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
-from llmproxy.wire.transport import is_quiet
+from llmproxy.wire.transport import is_quiet, raw_transport
 
 _HINT_MARGIN = 1.0
 """Seconds by which an idle connection is given up before its provider says that it does."""
@@ -235,6 +235,20 @@ class ProviderAgent:
         return None
 
     def _put(self, connection: Connection) -> None:
+        """Keep a connection whose answer is whole; behind a TLS layer from the next turn on.
+
+        Until then the layer may hand on what came in the same read: bytes that nobody asked for,
+        which would be the next request's answer, or the end.
+        """
+        transport = connection.transport
+        if transport is raw_transport(transport):
+            self._keep(connection)
+        else:
+            self._reactor.callLater(0, self._keep, connection)
+
+    def _keep(self, connection: Connection) -> None:
+        if connection.aborted or connection.state is not State.IDLE:
+            return
         keep = math.inf if self._pool_idle is None else self._pool_idle
         if connection.keep_for is not None:
             keep = min(keep, connection.keep_for - _HINT_MARGIN)

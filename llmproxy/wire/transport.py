@@ -21,9 +21,8 @@ _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
-    (socket.TCP_USER_TIMEOUT, 60_000),
 )
-"""Seconds of silence before a probe, between probes, how many; milliseconds for what was sent."""
+"""Seconds of silence before a probe, between probes, and how many."""
 
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
@@ -63,10 +62,12 @@ def is_quiet(transport: Any) -> bool:
     """Tell whether nothing waits to be read: no byte, no end of file, no error.
 
     An idle connection on which something waits must not be used again: it is the peer's end of
-    connection, or bytes that nobody asked for.
+    connection, or bytes that nobody asked for.  What a TLS layer has read and not handed on yet
+    cannot be seen from here: it hands on everything within one turn of the reactor.
     """
-    handle = getattr(raw_transport(transport), "socket", None)
-    if handle is None:
+    raw = raw_transport(transport)
+    handle = getattr(raw, "socket", None)
+    if handle is None or raw.disconnecting:
         return False
     try:
         handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -85,13 +86,30 @@ def has_peer_left(transport: Any) -> bool:
     return bool(poll.poll(0))  # errors and hang-ups are always reported, too
 
 
-def notice_vanished_peer(transport: Any) -> None:
+def has_input(handle: socket.socket) -> bool:
+    """Tell whether something waits at a socket: bytes, an end, or a connection."""
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def notice_vanished_peer(transport: Any, user_timeout: float | None = 60.0) -> None:
     """Let the kernel end a connection whose peer is gone without a word.
 
-    A quiet one after a minute (30 s, then three probes), one with bytes under way after 60 s.
+    A quiet one is probed after 30 s, and ended after ``user_timeout``, or else a minute.
+
+    Args:
+        transport: a connection, or a listening port of TCP, from which its connections inherit it.
+        user_timeout: seconds for which what was sent may stay unacknowledged; None for as long as
+            the kernel sends it again.  It also ends a peer that answers and takes nothing
+            (tcp(7), ``TCP_USER_TIMEOUT``), so it must not be shorter than what such a one may take.
     """
-    handle = getattr(raw_transport(transport), "socket", None)
+    if not isinstance(handle := getattr(transport, "socket", None), socket.socket):
+        handle = getattr(raw_transport(transport), "socket", None)
     if isinstance(handle, socket.socket) and handle.family in (socket.AF_INET, socket.AF_INET6):
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE:
             handle.setsockopt(socket.IPPROTO_TCP, option, value)
+        if user_timeout is not None:
+            milliseconds = min(int(user_timeout * 1000), 2**31 - 1)
+            handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

@@ -162,13 +162,17 @@ class TurnedReactor:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.callLater = self.clock.callLater
         self.seconds = self.clock.seconds
         self.nameResolver: Any = SynchronousResolver()
         directlyProvides(self, providedBy(real_reactor))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real_reactor, name)
+
+    def callLater(self, delay: float, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call when the test has turned the clock; what is only for the next turn, in that."""
+        later: Any = self.clock.callLater if delay else real_reactor.callLater
+        return later(delay, call, *args, **kwargs)
 
     def timers(self) -> int:
         """Return how many timed calls stand."""

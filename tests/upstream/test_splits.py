@@ -14,7 +14,7 @@ from llmproxy.config import Timeouts, Url
 from llmproxy.upstream.agent import Order, ProviderAgent
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.names import Names
-from tests.support.fake_transport import Collector, until
+from tests.support.fake_transport import Collector, turn, until
 from tests.support.kernel import held
 from tests.support.sockets import Provider, Wire
 from tests.support.tls import Authority
@@ -92,6 +92,7 @@ async def test_an_answer_is_the_same_at_every_cut_of_the_wire(
             got.deliverBody(body)
             await body.ended
             assert (got.code, body.body) == (200, b"data: a line\n\n"), at
+            await turn()  # a TLS connection is kept from then on
             assert b"" not in body.pieces
         accepted = provider.accepted
         agent.close()
