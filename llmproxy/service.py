@@ -17,20 +17,23 @@ from typing import IO, Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred, DeferredList, succeed
-from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
-from twisted.python.failure import Failure
 
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.front.books import Books
+from llmproxy.front.door import Door
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
+from llmproxy.front.listen import listen
+from llmproxy.front.tls import ListenerTls
 from llmproxy.ops.admin import admin_resource
 from llmproxy.ops.drain import Drain
+from llmproxy.ops.figures import expose
+from llmproxy.ops.reload import Reload
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import JsonLines, NoSink, Sink
@@ -64,13 +67,20 @@ def makeService(options: Options) -> ProxyService:
     """
     from twisted.internet import reactor  # twistd may install another one before this
 
+    def read() -> Config:
+        return load(options["config"], instance=options["instance"], environ=os.environ)
+
     try:
-        config = load(options["config"], instance=options["instance"], environ=os.environ)
+        config = read()
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(1) from None
     return ProxyService(
-        config, reactor, instance=options["instance"], log_file=log_opener(options.parent)
+        config,
+        reactor,
+        reread=read,
+        instance=options["instance"],
+        log_file=log_opener(options.parent),
     )
 
 
@@ -80,9 +90,10 @@ class ProxyService(Service):
     Args:
         config: the checked configuration.
         reactor: connects, listens and keeps time.
+        reread: reads the configuration again at SIGHUP; by default that changes nothing.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
-        handle_signals: take SIGTERM and SIGINT over: drain, then cut.
+        handle_signals: take SIGTERM and SIGINT over (drain, then cut), and SIGHUP (reload).
     """
 
     name = "llmproxy"
@@ -92,12 +103,14 @@ class ProxyService(Service):
         config: Config,
         reactor: Any,
         *,
+        reread: Callable[[], Config] | None = None,
         instance: str = "0",
         log_file: Callable[[], IO[str]] | None = None,
         handle_signals: bool = True,
     ) -> None:
         self.config = config
         self._reactor = reactor
+        self._reread = (lambda: config) if reread is None else reread
         self._instance = instance
         self._log_file = log_file
         self._handle_signals = handle_signals
@@ -124,6 +137,8 @@ class ProxyService(Service):
             SystemExit: 1, where a file cannot be opened or an address not be bound.
         """
         super().privilegedStartService()
+        if self._handle_signals:
+            self._take_hangups()
         try:
             self._build()
             self._listen()
@@ -139,11 +154,12 @@ class ProxyService(Service):
         if self._handle_signals:
             self._reactor.callWhenRunning(self._take_signals)
         for site, ports in (("proxy", self.proxy_ports), ("admin", self.admin_ports)):
-            for port in ports:
+            for at, port in enumerate(ports):
                 where = port.getHost()
                 _log.info(
                     "{site} listens on {address}",
                     site=site,
+                    tls=site == "proxy" and at >= len(self.config.proxy.listen),
                     address=str(where),
                     port=getattr(where, "port", None),
                 )
@@ -172,57 +188,42 @@ class ProxyService(Service):
             early_refusal=self.gateway.early_refusal,
             abandoned=self.books.abandoned,
             malformed=self.books.malformed,
+            door=Door(
+                config.proxy.max_connections,
+                config.limits.connections_per_address,
+                clock=clock,
+                wall=time.time,
+            ),
         )
+        keypair = config.proxy.keypair
+        self.tls = None if keypair is None else ListenerTls(keypair)
+        self.reload = Reload(self._reread, config, self.tls, time.time)
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.books.running
         )
         self._lag = LoopingCall(self._measure_lag)
         self._lag.clock = reactor
         self._expected = clock() + _LAG_INTERVAL
-        self._watch()
-
-    def _watch(self) -> None:
-        """Expose the figures that the parts hold themselves."""
-        watch, site, sink = self.metrics.watch, self.site, self.sink
-        watch(
-            "client_connections", "Open client connections.", [], lambda: {(): len(site.channels)}
-        )
-        watch(
-            "upstream_connections",
-            "Connections to providers.",
-            ["provider", "state"],
-            lambda: {labels: float(n) for labels, n in self.upstream.counts().items()},
-        )
-        watch(
-            "buffered_bytes",
-            "Bytes written that clients' kernels did not take yet.",
-            [],
-            lambda: {(): site.pending_bytes()},
-        )
-        watch("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
-        watch("draining", "1 while the process comes to rest.", [], lambda: {(): self.drain.begun})
-        self.metrics.watch_count(
-            "records_lost",
-            "Records that were not written.",
-            ["sink"],
-            lambda: {(sink.name,): sink.lost},
+        expose(
+            self.metrics,
+            site=self.site,
+            upstream=self.upstream,
+            sink=self.sink,
+            drain=self.drain,
+            reload=self.reload,
+            tls=self.tls,
         )
 
     def _listen(self) -> None:
         config, reactor = self.config, self._reactor
+        for texts, tls in ((config.proxy.listen, None), (config.proxy.listen_tls, self.tls)):
+            for text in texts:
+                self.proxy_ports.append(listen(reactor, text, self.site, tls=tls))
         admin = self._admin_site(config_shown=True)
-        wanted = [(self.proxy_ports, text, self.site) for text in config.proxy.listen]
-        wanted.append((self.admin_ports, config.admin.listen, admin))
+        self.admin_ports.append(listen(reactor, config.admin.listen, admin))
         if config.admin.metrics_listen is not None:
-            only_metrics = self._admin_site(config_shown=False)
-            wanted.append((self.admin_ports, config.admin.metrics_listen, only_metrics))
-        endpoints = [(ports, text, _endpoint(reactor, text), site) for ports, text, site in wanted]
-        for ports, text, endpoint, site in endpoints:
-            listening = endpoint.listen(site)
-            failures: list[Failure] = []
-            listening.addCallbacks(ports.append, failures.append)
-            if failures:
-                raise OSError(f"{text}: {failures[0].getErrorMessage()}")
+            metrics = self._admin_site(config_shown=False)
+            self.admin_ports.append(listen(reactor, config.admin.metrics_listen, metrics))
 
     def _admin_site(self, *, config_shown: bool) -> Site:
         resource = admin_resource(
@@ -246,6 +247,11 @@ class ProxyService(Service):
         self._expected = now + _LAG_INTERVAL
 
     # -- stop -----------------------------------------------------------------------------------
+
+    def _take_hangups(self) -> None:
+        """Take SIGHUP before anybody can think that we do; what comes now is done later."""
+        later = self._reactor.callFromThread
+        signal.signal(signal.SIGHUP, lambda *_: later(lambda: self.reload()))
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
@@ -280,13 +286,6 @@ class ProxyService(Service):
         self.upstream.close()
         closing = DeferredList([_stopped(port) for port in self.admin_ports])
         return closing.addCallback(lambda _: self.sink.close())
-
-
-def _endpoint(reactor: Any, text: str) -> Any:
-    try:
-        return serverFromString(reactor, text)
-    except Exception as error:
-        raise ValueError(f"{text}: not an endpoint: {type(error).__name__}: {error}") from error
 
 
 def _stopped(port: Any) -> Deferred[Any]:

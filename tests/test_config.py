@@ -103,7 +103,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "höst one")
     config = accepted({})
     assert config.proxy.listen == ("tcp:8080:interface=127.0.0.1",)
+    assert (config.proxy.listen_tls, config.proxy.keypair) == ((), None)
     assert config.proxy.drain_timeout == 300
+    assert config.proxy.max_connections == 20000
     assert config.proxy.via == "llmproxy-h-st-one"
     assert config.admin.listen == "tcp:9080:interface=127.0.0.1"
     assert config.admin.metrics_listen is None
@@ -125,6 +127,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "request_body": 32 * 1024**2,
         "request_memory": 256 * 1024**2,
         "response_head": 65536,
+        "connections_per_address": 0,
     }
 
 
@@ -394,6 +397,12 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("proxy.anonymous", "1", "", "expected true or false, got 1"),
     ("proxy.drain_timeout", '"off"', "", "cannot be off"),
     ("proxy.drain_timeout", "10", "", 'write "10s", got 10'),
+    ("proxy.max_connections", "0", "", "a whole number from 1 to 10000000, got 0"),
+    ("proxy.max_connections", "-1", "", "a whole number from 1"),
+    ("proxy.max_connections", "10000001", "", "to 10000000, got 10000001"),
+    ("proxy.max_connections", '"20000"', "", "a whole number"),
+    ("proxy.max_connections", '"off"', "", "a whole number"),
+    ("proxy.max_connections", "true", "", "a whole number"),
     ("proxy.via", '"a b"', "", "a token"),
     ("proxy.via", '""', "", "a token"),
     ("admin.listen", '["tcp:1"]', "", "an endpoint"),
@@ -417,6 +426,9 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("limits.request_body", '"off"', "", "a size"),
     ("limits.request_head", '"0"', "", "a size above zero"),
     ("limits.response_head", '"0B"', "", "a size above zero"),
+    ("limits.connections_per_address", "-1", "", "a whole number from 0 to 10000000, got -1"),
+    ("limits.connections_per_address", '"off"', "", "a whole number"),
+    ("limits.connections_per_address", '"1KiB"', "", "a whole number"),
     ("trace.jsonl", '"trace.jsonl"', "", "an absolute path"),
     ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
@@ -582,12 +594,9 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
     assert {key for keys in NOT_BUILT.values() for key in keys} == {
         "intercept",
         "tunnel",
-        "listen_tls",
         "reuse_port",
         "tuned_loop",
-        "max_connections",
         "token",
-        "connections_per_address",
         "drains",
         "accumulate",
         "event",
@@ -937,8 +946,12 @@ def test_redacted(vault: Path) -> None:
     assert json.loads(json.dumps(config.redacted())) == {
         "proxy": {
             "listen": ["tcp:8080:interface=127.0.0.1"],
+            "listen_tls": [],
+            "certificate": False,
+            "key": False,
             "anonymous": True,
             "drain_timeout": "5m",
+            "max_connections": 20000,
             "via": "v",
         },
         "admin": {"listen": "tcp:9080:interface=127.0.0.1", "metrics_listen": None},
@@ -958,6 +971,7 @@ def test_redacted(vault: Path) -> None:
             "request_body": "32MiB",
             "request_memory": "256MiB",
             "response_head": "64KiB",
+            "connections_per_address": 0,
         },
         "providers": {
             "p": {
@@ -1110,10 +1124,25 @@ def test_documented_defaults() -> None:
         (DOCS / "configuration.rst").read_text(),
         re.MULTILINE,
     )
-    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(KEYS["limits"])
+    sizes = [key for key in KEYS["limits"] if key != "connections_per_address"]
+    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(sizes)
     for section, keys in (("timeouts", stated[1:10]), ("limits", stated[10:])):
         shown = redacted[section]
         assert isinstance(shown, dict)
         for key, value in keys:
             read = size if section == "limits" else duration_or_off
             assert read(shown[key]) == read(value), (section, key)
+
+
+def test_documented_counts() -> None:
+    """So are those that it states for how many connections there may be."""
+    config = accepted({})
+    stated = re.findall(
+        r"^``(\w*connections\w*)`` \(whole number.*default ``(\d+)``\)$",
+        (DOCS / "configuration.rst").read_text(),
+        re.MULTILINE,
+    )
+    assert {key: int(value) for key, value in stated} == {
+        "max_connections": config.proxy.max_connections,
+        "connections_per_address": config.limits.connections_per_address,
+    }

@@ -5,9 +5,10 @@ mistake in it is reported at once, each with the path of its key, what stood the
 expected.  ``llmproxy check``, the start and the reload all call :func:`load`.
 
 How it works: ``sections.py`` reads each table into its struct (``settings.py``) through the walk
-of ``schema.py``, key by key with the readers of ``readers.py`` and ``values.py``, and
-``credentials.py`` opens credential files.  Here stands what only the whole file can tell.  Array
-items are counted from 0 in a key's path: ``routes[0]`` is the first.
+of ``schema.py``, key by key with the readers of ``readers.py`` and ``values.py``;
+``credentials.py`` opens credential files, and ``keypair.py`` knows those of a listener.  Here
+stands what only the whole file can tell.  Array items are counted from 0 in a key's path:
+``routes[0]`` is the first.
 
 This module may not know who uses a value, and touches no reactor.
 """
@@ -36,6 +37,7 @@ from llmproxy.config.settings import (
     Admin,
     Client,
     Config,
+    Keypair,
     Limits,
     Override,
     Provider,
@@ -53,6 +55,7 @@ __all__ = [
     "Client",
     "Config",
     "ConfigError",
+    "Keypair",
     "Limits",
     "Override",
     "Provider",
@@ -131,7 +134,7 @@ def _read(root: Table, instance: str, environ: Mapping[str, str], problems: list
     named = root.named("providers", "providers.*", provider_name)
     credentials = Credentials(directory.read("directory", absolute_path, None), environ, problems)
     config = Config(
-        proxy=read_proxy(root.table("proxy", "proxy"), instance),
+        proxy=read_proxy(root.table("proxy", "proxy"), instance, credentials),
         admin=read_admin(root.table("admin", "admin"), instance),
         timeouts=read_timeouts(root.table("timeouts", "timeouts")),
         limits=read_limits(root.table("limits", "limits")),

@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from llmproxy.config.settings import Secret
 from llmproxy.config.values import Wrong, show
+
+T = TypeVar("T")
 
 ENVIRONMENT = "CREDENTIALS_DIRECTORY"
 
 _KEY = "credentials.directory"
 _LARGEST_BYTES = 64 * 1024
+_TOO_LARGE = "a credential file of at most 64KiB"
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
@@ -48,6 +52,21 @@ class Credentials:
         Raises:
             Wrong: the name is not a file's bare name, or the file is not a credential.
         """
+        content = self._read(value)
+        return None if content is None else Secret(_value(content))
+
+    def pem(self, reader: Callable[[bytes], T]) -> Callable[[object], T | None]:
+        """Return a reader of a credential file in PEM, whose content ``reader`` checks."""
+
+        def read(value: object) -> T | None:
+            content = self._read(value)
+            if content is not None and len(content) > _LARGEST_BYTES:
+                raise Wrong(_TOO_LARGE, hidden=True)
+            return None if content is None else reader(content)
+
+        return read
+
+    def _read(self, value: object) -> bytes | None:
         if not isinstance(value, str) or not _is_bare_name(value):
             raise Wrong(
                 'the bare name of a file in the credentials directory (no "/")', hidden=True
@@ -57,13 +76,13 @@ class Credentials:
             self._usable = self._from_environment()
         if self._usable is None:
             return None
-        return Secret(_value(_content(os.path.join(self._usable, value))))
+        return _content(os.path.join(self._usable, value))
 
     def _from_environment(self) -> str | None:
         directory = self._environ.get(ENVIRONMENT)
         if not directory:
             self._problems.append(
-                f"{_KEY}: expected a directory, as a provider names a credential, "
+                f"{_KEY}: expected a directory, as a credential is named, "
                 f"but it is missing, and ${ENVIRONMENT} is not set either"
             )
             return None
@@ -119,7 +138,7 @@ def _value(content: bytes) -> str:
     if not value:
         raise Wrong("a credential file that is not empty", hidden=True)
     if len(value) > _LARGEST_BYTES:
-        raise Wrong("a credential file of at most 64KiB", hidden=True)
+        raise Wrong(_TOO_LARGE, hidden=True)
     if not _VALUE.fullmatch(value):
         raise Wrong(
             "a credential file of one line of visible ASCII, "

@@ -70,6 +70,19 @@ def endpoint(instance: str) -> Callable[[object], str]:
     return read
 
 
+def endpoint_for_tls(instance: str) -> Callable[[object], str]:
+    """Return a reader of endpoints below TLS, which is ended with the listener's own key."""
+    below = endpoint(instance)
+
+    def read(value: object) -> str:
+        found = below(value)
+        if found.removeprefix("haproxy:").split(":")[0] in ("ssl", "tls"):
+            raise Wrong('an endpoint without TLS of its own, such as "tcp:8443"')
+        return found
+
+    return read
+
+
 def file_of_instance(instance: str) -> Callable[[object], str]:
     """Return a reader of a file's absolute path, ``{instance}`` filled in."""
 
@@ -209,7 +222,7 @@ def _is_endpoint(value: str) -> bool:
     if kind not in _ENDPOINTS or not arguments:
         return False
     if kind == "haproxy":
-        return _is_endpoint(arguments)
+        return not arguments.startswith("haproxy:") and _is_endpoint(arguments)
     first = arguments.split(":")[0]
     if kind in _PORTED and "=" not in first and "{" not in first:
         return first.isascii() and first.isdigit() and len(first) < 6 and int(first) <= 65535

@@ -32,7 +32,16 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "clients",
         "trace",
     ),
-    "proxy": ("listen", "anonymous", "drain_timeout", "via"),
+    "proxy": (
+        "listen",
+        "listen_tls",
+        "certificate",
+        "key",
+        "anonymous",
+        "drain_timeout",
+        "max_connections",
+        "via",
+    ),
     "admin": ("listen", "metrics_listen"),
     "credentials": ("directory",),
     "timeouts": (
@@ -46,7 +55,13 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "client_idle",
         "pool_idle",
     ),
-    "limits": ("request_head", "request_body", "request_memory", "response_head"),
+    "limits": (
+        "request_head",
+        "request_body",
+        "request_memory",
+        "response_head",
+        "connections_per_address",
+    ),
     "providers.*": (
         "url",
         "dialect",
@@ -89,9 +104,9 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 #: Keys that the design has and this version has not; they are refused, never read and ignored.
 NOT_BUILT: Mapping[str, frozenset[str]] = {
     "": frozenset({"intercept", "tunnel"}),
-    "proxy": frozenset({"listen_tls", "reuse_port", "tuned_loop", "max_connections"}),
+    "proxy": frozenset({"reuse_port", "tuned_loop"}),
     "admin": frozenset({"token"}),
-    "limits": frozenset({"connections_per_address", "drains", "accumulate", "event"}),
+    "limits": frozenset({"drains", "accumulate", "event"}),
     "providers.*": frozenset({"max_streams"}),
     "routes": frozenset(
         {
@@ -166,12 +181,14 @@ class Table:
             self.problem(key, "expected this key, but it is missing")
         return self.read(key, reader, default)
 
-    def array(self, key: str, reader: Reader[T], default: D) -> tuple[T, ...] | D:
-        """Return what the non-empty array ``key`` holds, each item read by ``reader``."""
+    def array(
+        self, key: str, reader: Reader[T], default: D, *, may_be_empty: bool = False
+    ) -> tuple[T, ...] | D:
+        """Return what the array ``key`` holds, each item read by ``reader``."""
         if key not in self._data:
             return default
         items = self._data[key]
-        if not isinstance(items, list) or not items:
+        if not isinstance(items, list) or not (items or may_be_empty):
             got = "an empty one" if isinstance(items, list) else kind(items)
             self.problem(key, f"expected an array with at least one item, got {got}")
             return default

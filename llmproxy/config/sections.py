@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from llmproxy.config.credentials import Credentials
+from llmproxy.config.keypair import certificate_chain, keypair, private_key
 from llmproxy.config.readers import (
     added_header_name,
     certificates,
@@ -18,6 +19,7 @@ from llmproxy.config.readers import (
     default_via,
     digest,
     endpoint,
+    endpoint_for_tls,
     field_value,
     file_of_instance,
     header_name,
@@ -31,6 +33,7 @@ from llmproxy.config.schema import KEYS, NOT_BUILT_YET, Table
 from llmproxy.config.settings import (
     Admin,
     Client,
+    Keypair,
     Limits,
     Override,
     Provider,
@@ -61,14 +64,33 @@ _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identi
 _NOWHERE = Url(scheme="http", host="invalid", port=80)
 
 
-def read_proxy(table: Table, instance: str) -> Proxy:
-    """Read ``[proxy]``."""
+def read_proxy(table: Table, instance: str, credentials: Credentials) -> Proxy:
+    """Read ``[proxy]``; a proxy may listen with TLS alone."""
+    ours = Proxy()
+    secure = "listen_tls" in table
     return Proxy(
-        listen=table.array("listen", endpoint(instance), Proxy().listen),
+        listen=table.array("listen", endpoint(instance), ours.listen, may_be_empty=secure),
+        listen_tls=table.array("listen_tls", endpoint_for_tls(instance), ()),
+        keypair=_keypair(table, credentials, wanted=secure),
         anonymous=table.read("anonymous", boolean, False),
-        drain_timeout=table.read("drain_timeout", duration, Proxy().drain_timeout),
+        drain_timeout=table.read("drain_timeout", duration, ours.drain_timeout),
+        max_connections=table.read("max_connections", integer(1, 10_000_000), ours.max_connections),
         via=table.read("via", token, default_via()),
     )
+
+
+def _keypair(table: Table, credentials: Credentials, *, wanted: bool) -> Keypair | None:
+    """Return what the TLS listeners show, where there are some."""
+    if not wanted:
+        for name in ("certificate", "key"):
+            if name in table:
+                table.problem(name, "expected `listen_tls` beside it, which it is for")
+        return None
+    chain = table.need("certificate", credentials.pem(certificate_chain), None)
+    key = table.need("key", credentials.pem(private_key), None)
+    if chain is None or key is None:
+        return None
+    return table.read("key", lambda _: keypair(chain, key), None)
 
 
 def read_admin(table: Table, instance: str) -> Admin:
@@ -93,6 +115,7 @@ def read_limits(table: Table) -> Limits:
         request_body=table.read("request_body", size, ours.request_body),
         request_memory=table.read("request_memory", size, ours.request_memory),
         response_head=table.read("response_head", size_above_zero, ours.response_head),
+        connections_per_address=table.read("connections_per_address", integer(0, 10_000_000), 0),
     )
 
 

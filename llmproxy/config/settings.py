@@ -8,7 +8,7 @@ takes them from there.  Durations are seconds as ``float`` and ``None`` where th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -57,12 +57,13 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is held or accepted, in bytes."""
+    """How much is held or accepted, in bytes; of connections how many (0: no limit)."""
 
     request_head: int = 32 * 1024
     request_body: int = 32 * 1024**2
     request_memory: int = 256 * 1024**2
     response_head: int = 64 * 1024
+    connections_per_address: int = 0
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,12 +127,29 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Keypair(msgspec.Struct, frozen=True, kw_only=True):
+    """What a listener shows and proves with: a PEM chain and its key.
+
+    ``not_after`` is when the certificate expires, in seconds since the epoch.
+    """
+
+    certificate: bytes
+    key: Secret
+    not_after: float
+
+
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
-    """The listener that clients reach; ``via`` is our pseudonym in Via."""
+    """The listeners that clients reach; ``via`` is our pseudonym in Via.
+
+    ``keypair`` is there where ``listen_tls`` is.
+    """
 
     listen: tuple[str, ...] = ("tcp:8080:interface=127.0.0.1",)
+    listen_tls: tuple[str, ...] = ()
+    keypair: Keypair | None = None
     anonymous: bool = False
     drain_timeout: float = 300.0
+    max_connections: int = 20000
     via: str = "llmproxy"
 
 
@@ -174,9 +192,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "proxy": _proxy(self.proxy),
             "admin": msgspec.structs.asdict(self.admin),
             "timeouts": _durations(msgspec.structs.asdict(self.timeouts)),
-            "limits": {
-                name: show_size(size) for name, size in msgspec.structs.asdict(self.limits).items()
-            },
+            "limits": _limits(self.limits),
             "providers": {name: _provider(one) for name, one in self.providers.items()},
             "routes": [_route(one) for one in self.routes],
             "clients": {name: _client(one) for name, one in self.clients.items()},
@@ -187,10 +203,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 def _proxy(proxy: Proxy) -> dict[str, object]:
     return {
         "listen": list(proxy.listen),
+        "listen_tls": list(proxy.listen_tls),
+        "certificate": proxy.keypair is not None,
+        "key": proxy.keypair is not None,
         "anonymous": proxy.anonymous,
         "drain_timeout": show_duration(proxy.drain_timeout),
+        "max_connections": proxy.max_connections,
         "via": proxy.via,
     }
+
+
+def _limits(limits: Limits) -> dict[str, object]:
+    shown: dict[str, object] = dict(msgspec.structs.asdict(limits))
+    counts = {"connections_per_address": shown.pop("connections_per_address")}
+    return {name: show_size(cast(int, size)) for name, size in shown.items()} | counts
 
 
 def _durations(timeouts: dict[str, float | None]) -> dict[str, object]:

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.front.exchange import Exchange
+from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
 from llmproxy.headers import value_of
 from llmproxy.record.metrics import Metrics
@@ -74,11 +75,12 @@ class Books:
         """Record a request that ended before it could be served."""
         self.close(self.begin(request), why.end, None)
 
-    def malformed(self, peer: str, error: ProxyError) -> None:
-        """Record a head that is not a request."""
+    def malformed(self, peer: str, error: ProxyError) -> bytes:
+        """Record a head that is not a request; return the answer, which names the record."""
+        now = self.now()
         self._metrics.request_began()
         trace = Trace(
-            time=timestamp(self.now()),
+            time=timestamp(now),
             id=_new_id(),
             instance=self._instance,
             peer=peer,
@@ -89,6 +91,7 @@ class Books:
             error=error.reason,
         )
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
+        return bare_answer(error, trace.id, now)
 
     def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)

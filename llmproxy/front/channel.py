@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.protocol import connectionDone
+from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from llmproxy.errors import ClientStalled, ProxyError
 from llmproxy.front.progress import Phase, Progress
 from llmproxy.front.receiver import Receiver
-from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
 from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged_bytes
 
@@ -30,37 +33,71 @@ With one read from the provider behind it (64 KiB, and a TLS record), a response
 128 KiB.
 """
 
+_LOOKS = 4
+"""Looks at what the kernel alone holds within ``client_stall``; each is a system call."""
+
 _CLOSE_GRACE = 5.0
 """Seconds that a closing connection with nothing left to send may take, as TLS's farewell does."""
+
+_DRAIN_GRACE = 1.0
+"""Seconds for which an idle connection may still bring a request that was on its way."""
 
 _DRAIN_POLL = 0.02
 """Seconds between looks at a send queue that must empty before a reset."""
 
 
+@implementer(IHandshakeListener, IHalfCloseableProtocol)
 class Channel(Receiver):
     """One client connection.
+
+    Args:
+        site: the listener's factory.
+        address: the client's, as its door counted it; None where that is not known yet.
 
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
     """
 
-    def __init__(self, site: Any) -> None:
+    def __init__(self, site: Any, address: str | None = None) -> None:
         super().__init__(site)
+        self.address = address
         self._aborted = False
         self._lingering = False
         self._poll: Any = None
+        self._look_at = 0.0
         self._stall_after = site.timeouts.client_stall
         self._progress = Progress()
 
     # -- the life of the socket -----------------------------------------------------------------
 
     def connectionMade(self) -> None:
-        """Begin to wait for a request."""
+        """Begin to wait for a request, or for the handshake before it."""
         super().connectionMade()
         raw_transport(self.transport).bufferSize = _QUEUE
         self.site.joined(self)
-        self.enter(Phase.IDLE, self.site.timeouts.client_idle)
+        if isinstance(self.transport, TLSMemoryBIOProtocol):
+            self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
+        else:
+            self.await_request()
+
+    def handshakeCompleted(self) -> None:
+        """TLS is there: begin to wait for a request."""
+        self.await_request()
+
+    def await_request(self) -> None:
+        """Wait for the next request; while the process comes to rest, for a short grace."""
+        idle = _DRAIN_GRACE if self.site.draining else self.site.timeouts.client_idle
+        self.enter(Phase.IDLE, idle)
+
+    def identify(self) -> None:
+        """Count the client's address where a balancer had to say it first, or turn it away."""
+        host = getattr(self.getPeer(), "host", None)
+        refusal = None if host is None else self.site.door.recognise(host)
+        if refusal is None:
+            self.address = host
+        else:
+            self.tell_and_close(refusal)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Tell the running request, if any."""
@@ -72,6 +109,22 @@ class Channel(Receiver):
             super().connectionLost(reason)
         finally:
             self.site.left(self)  # last: whoever waits for it finds the request recorded
+
+    def readConnectionLost(self) -> None:
+        """The client has ended its side: it counts as gone, and cannot take a part for the whole.
+
+        This is what Twisted does where nobody asks to be told, but for the reset, and for what is
+        still being written out: that ends as it was to end.
+        """
+        if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
+            return
+        if any(request.is_unframed for request in self.requests):
+            self.abort()
+        else:
+            self.transport.connectionLost(Failure(ConnectionDone()))
+
+    def writeConnectionLost(self) -> None:
+        """Our side is ended; what the client still sends is read and dropped."""
 
     def abort(self) -> None:
         """Drop the connection and whatever it still holds; twice would be an error on TLS."""
@@ -107,15 +160,14 @@ class Channel(Receiver):
         if self._discarding or (request.upload is not None and not request.upload.complete):
             self._linger()
         elif self.persistent:
-            self.enter(Phase.IDLE, self.site.timeouts.client_idle)
+            self.await_request()
             self.dataReceived(b"")
         else:
             self.loseConnection()
 
     def tell_and_close(self, error: ProxyError) -> None:
         """Answer where there is no request yet that could; what still comes is dropped."""
-        self.write(bare_answer(error))
-        self.site.malformed(str(getattr(self.getPeer(), "host", "unix")), error)
+        self.write(self.site.malformed(str(getattr(self.getPeer(), "host", "unix")), error))
         self._linger()
 
     def _linger(self) -> None:
@@ -152,7 +204,7 @@ class Channel(Receiver):
         """Act on a deadline that has passed, and on a client that takes nothing."""
         if now >= self.deadline:
             self._expire(now)
-        elif self.phase is not Phase.IDLE:
+        elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE):
             self._check_stall(now)
 
     def _expire(self, now: float) -> None:
@@ -170,6 +222,8 @@ class Channel(Receiver):
                 self.abort()
         elif self.phase is Phase.HEAD:
             self.tell_and_close(ProxyError(408, "slow_request", "The request came too slowly."))
+        elif self.phase is Phase.HANDSHAKE:
+            self.abort()
         else:
             self.loseConnection()
 
@@ -178,8 +232,14 @@ class Channel(Receiver):
         if self.requests:
             self._stall_after = self.requests[0].stall_after  # stays behind for what it leaves
         waiting = pending_bytes(self.transport)
-        if self._poll is not None:
-            waiting += unacknowledged_bytes(self.transport)
+        if self._stall_after is None or (
+            not waiting and self._poll is None and now < self._look_at
+        ):
+            return
+        # The kernel asks for more only when much of its queue is free again, and what is all with
+        # it may be for a client that is no more: progress is what the client acknowledges.
+        waiting += unacknowledged_bytes(self.transport)
+        self._look_at = now + self._stall_after / _LOOKS
         if self._progress.has_stalled(now, waiting, self._stall_after):
             for request in list(self.requests):
                 request.abort(ClientStalled())

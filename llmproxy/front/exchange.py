@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.web.http import datetimeToString
 
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
+from llmproxy.front.refusal import error_fields
 from llmproxy.front.request import METHODS, Request
-from llmproxy.headers import Fields, host_of, is_ndjson, is_stream
+from llmproxy.headers import host_of, is_ndjson, is_stream
 from llmproxy.policy.routes import Choice
 from llmproxy.record.trace import Trace
 from llmproxy.stream.relay import Relay
@@ -60,7 +60,7 @@ class Exchange:
         request, name = self.request, self.trace.id
         if not request.startedWriting:
             body = error_body(error, dialect, name)
-            request.start(error.status, _error_fields(error, name, len(body), now))
+            request.start(error.status, error_fields(error, name, len(body), now))
             request.write(body)
             request.finish()
             return
@@ -104,20 +104,3 @@ class Exchange:
         tail = self.relay.tail
         ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")
         return not tail or tail.endswith(ends)
-
-
-def _error_fields(error: ProxyError, request_id: str, length: int, now: float) -> Fields:
-    name = request_id.encode("ascii")
-    fields = [
-        (b"date", datetimeToString(now)),
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % length),
-        (b"x-llmproxy-error", error.reason.encode("ascii")),
-        (b"x-llmproxy-request-id", name),
-        (b"x-request-id", name),
-        (b"request-id", name),
-        *error.fields,
-    ]
-    if error.may_have_run:
-        fields.append((b"x-should-retry", b"false"))
-    return fields

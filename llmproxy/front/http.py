@@ -20,13 +20,12 @@ from twisted.web.resource import IResource
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, Cut, ProxyError
 from llmproxy.front.channel import Channel
+from llmproxy.front.door import Door, TurnedAway
 from llmproxy.front.progress import Phase
+from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
 from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
-
-_DRAIN_GRACE = 1.0
-"""Seconds for which an idle connection may still bring a request that was on its way."""
 
 _log = Logger()
 
@@ -45,7 +44,8 @@ class Site(server.Site):
             served, rather than streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
         abandoned: called with a request that ended before it could be served, and why.
-        malformed: called with a peer's address and the error where a head was refused.
+        malformed: from a peer's address and the error where a head was refused to the answer.
+        door: counts the connections, and says which are too many; by default none is.
 
     Attributes:
         channels: the open client connections.
@@ -69,7 +69,8 @@ class Site(server.Site):
         holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
         abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
-        malformed: Callable[[str, ProxyError], None] = lambda peer, error: None,
+        malformed: Callable[[str, ProxyError], bytes] = lambda peer, error: bare_answer(error),
+        door: Door | None = None,
     ) -> None:
         super().__init__(resource, reactor=reactor)
         self.clock = clock
@@ -80,6 +81,7 @@ class Site(server.Site):
         self.early_refusal = early_refusal
         self.abandoned = abandoned
         self.malformed = malformed
+        self.door = Door() if door is None else door
         self.channels: set[Channel] = set()
         self.held_bytes = 0
         self.ended = 0
@@ -91,9 +93,17 @@ class Site(server.Site):
 
     def buildProtocol(  # type: ignore[override]  # Twisted's own wrapper is there for HTTP/2
         self, addr: IAddress | None
-    ) -> Channel:
-        """Serve one more connection, in HTTP/1.1 and nothing else."""
-        return Channel(self)
+    ) -> Channel | TurnedAway:
+        """Serve one more connection, in HTTP/1.1 and nothing else, or turn it away.
+
+        Args:
+            addr: the client's; None where a balancer is yet to say it.
+        """
+        address = getattr(addr, "host", None)  # a Unix socket has none
+        refusal = self.door.enter(address)
+        if refusal is not None:
+            return self.door.turn_away(refusal, self.reactor)
+        return Channel(self, address)
 
     def acceptableProtocols(self) -> list[bytes]:
         """Offer HTTP/1.1 alone: Twisted's HTTP/2 ends broken streams as if they were whole."""
@@ -120,6 +130,7 @@ class Site(server.Site):
     def left(self, channel: Channel) -> None:
         """A client's connection is gone."""
         self.channels.discard(channel)
+        self.door.leave(channel.address)
         if not self.channels:
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
@@ -135,7 +146,7 @@ class Site(server.Site):
         self.draining = True
         for channel in list(self.channels):
             if channel.phase is Phase.IDLE:
-                channel.enter(Phase.IDLE, _DRAIN_GRACE)
+                channel.await_request()
             elif channel.phase is Phase.SERVING:
                 channel.persistent = False
 

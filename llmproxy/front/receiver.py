@@ -5,6 +5,7 @@ Nothing is parsed by Twisted: its reader repairs what must be refused (ADR-0007)
 request that is being served is kept, up to the size of a head, and never hides that the client
 leaves::
 
+    HANDSHAKE --> IDLE
     IDLE --a byte--> HEAD --its end--> BODY --its end--> SERVING --answer's end--> IDLE | CLOSING
 """
 
@@ -49,9 +50,11 @@ class Receiver(http.HTTPChannel):
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
+        address: the client's, where it is known.
     """
 
     site: Any
+    address: str | None
     transport: Any
     _networkProducer: Any
 
@@ -80,6 +83,10 @@ class Receiver(http.HTTPChannel):
 
     def abort(self) -> None:
         """Drop the connection; see ``front.channel``."""
+        raise NotImplementedError
+
+    def identify(self) -> None:
+        """Find out where the client is; see ``front.channel``."""
         raise NotImplementedError
 
     def tell_and_close(self, error: ProxyError) -> None:
@@ -122,6 +129,10 @@ class Receiver(http.HTTPChannel):
             if not self._buffer:
                 return False
             self.enter(Phase.HEAD, self.site.timeouts.request_head)
+            if self.address is None:
+                self.identify()
+                if self._discarding:
+                    return False
         longest = self.site.limits.request_head
         seen, self._seen = self._seen, len(self._buffer)
         end = self._buffer.find(b"\r\n\r\n", max(0, seen - 3), longest + 4)
@@ -157,19 +168,18 @@ class Receiver(http.HTTPChannel):
         self.enter(Phase.BODY, self.site.timeouts.request_body)
         length = self._reader.left if isinstance(self._reader, LengthReader) else None
         request.gotLength(length)
-        if request.refusal is not None:
-            self.refuse_early(request)
-        elif length == 0:
+        expected = list_tokens(field_values(head.fields, b"expect"))
+        if request.refusal is None and expected not in ([], [b"100-continue"]):
+            request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
+        if length == 0:
             self._body_done()
+        elif request.refusal is not None:
+            self.refuse_early(request)
         else:
-            self._take_body(request, length)
+            self._take_body(request, length, expected)
 
-    def _take_body(self, request: Request, length: int | None) -> None:
+    def _take_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
         """Hold the body, or begin to serve the request while its body streams."""
-        expected = list_tokens(field_values(request.fields, b"expect"))
-        if expected not in ([], [b"100-continue"]):
-            request.refuse(ProxyError(417, "expectation", "This expectation cannot be met."))
-            return
         refusal = None if self._has_whole_body(length) else self.site.early_refusal(request)
         if refusal is not None:
             request.refuse(refusal)

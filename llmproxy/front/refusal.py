@@ -1,23 +1,49 @@
-"""What the wire itself refuses, and how that is told where there is no request yet."""
+"""What the wire itself refuses, and how an error is told, also where there is no request yet."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 
+from twisted.web.http import datetimeToString
+
 from llmproxy.errors import Dialect, ProxyError, error_body
+from llmproxy.headers import Fields
+
+_ID_FIELDS = (b"x-llmproxy-request-id", b"x-request-id", b"request-id")
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
-def bare_answer(error: ProxyError) -> bytes:
-    """Return a whole answer, head and all, for where there is no request yet that could be told."""
-    body = error_body(error, Dialect.OPENAI, "")
-    head = (
-        f"HTTP/1.1 {error.status} {phrase(error.status)}\r\n"
-        f"content-type: application/json\r\nx-llmproxy-error: {error.reason}\r\n"
-        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("ascii") + body
+def bare_answer(error: ProxyError, request_id: str | None = None, now: float = 0.0) -> bytes:
+    """Return a whole answer, head and all, for where there is no request yet that could be told.
+
+    Args:
+        error: what is told.
+        request_id: of its record; None where there is none.
+        now: seconds since the epoch.
+    """
+    body = error_body(error, Dialect.OPENAI, request_id or "")
+    head = [b"HTTP/1.1 %d %b" % (error.status, phrase(error.status).encode("ascii"))]
+    fields = error_fields(error, request_id, len(body), now)
+    head += [b"%b: %b" % field for field in fields]
+    return b"\r\n".join([*head, b"connection: close", b"", body])
+
+
+def error_fields(error: ProxyError, request_id: str | None, length: int, now: float) -> Fields:
+    """Return the header fields of an answer that tells ``error`` in ``length`` bytes (design 8)."""
+    fields = [
+        (b"date", datetimeToString(now)),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % length),
+        (b"x-llmproxy-error", error.reason.encode("ascii")),
+    ]
+    if request_id is not None:
+        name = request_id.encode("ascii")
+        fields += [(field, name) for field in _ID_FIELDS]
+    fields += error.fields
+    if error.may_have_run:
+        fields.append((b"x-should-retry", b"false"))
+    return fields
 
 
 def phrase(status: int) -> str:

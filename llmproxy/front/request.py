@@ -211,9 +211,15 @@ class Request(server.Request):
         """
         if self._ended or self._disconnected:
             return
+        unframed = self.is_unframed
         self._close_books()
-        framed = bool(self.chunked) or self._length is not None
-        self._part(self.channel.request_broken if not framed else self.channel.request_cut)
+        self._part(self.channel.request_broken if unframed else self.channel.request_cut)
+
+    @property
+    def is_unframed(self) -> bool:
+        """Whether the end of the connection would now be the end of the answer's body."""
+        framed = bool(self.chunked) or self._length is not None or self._bodiless
+        return bool(self.startedWriting) and not framed and not self._ended
 
     def abort(self, why: ClientGone) -> None:
         """Drop the client at once, for a reason of ours."""

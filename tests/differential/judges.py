@@ -244,6 +244,7 @@ def our_request(
         resource, clock, clock.seconds, Timeouts(), limits, body_limit=lambda target: 10**18
     )
     channel = site.buildProtocol(None)
+    assert isinstance(channel, Channel)
     transport.connect(channel)
     for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
         channel.dataReceived(wire[start:end])

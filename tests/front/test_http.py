@@ -17,6 +17,7 @@ from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
+from llmproxy.front.channel import Channel
 from llmproxy.front.http import Site
 from llmproxy.front.progress import Phase
 from llmproxy.front.receiver import request_body
@@ -74,8 +75,10 @@ class Caller:
     def connect(self) -> None:
         """Open another connection."""
         self.transport = FakeTransport()
-        self.channel = self.site.buildProtocol(None)
-        self.transport.connect(self.channel)
+        channel = self.site.buildProtocol(None)
+        assert isinstance(channel, Channel)
+        self.channel = channel
+        self.transport.connect(channel)
 
     def send(self, *reads: bytes) -> None:
         """Let bytes come in, read by read."""

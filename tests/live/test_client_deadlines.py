@@ -67,7 +67,7 @@ def endless(stage: Stage) -> Notes:
         try:
             wire.send(SSE)
             while True:
-                wire.send(chunked(b"x" * 10_000))
+                wire.send(chunked(b"x" * 300_000))
         except OSError:
             ended.put("cut")
             raise
@@ -112,7 +112,7 @@ def test_what_a_slow_stream_adds_is_not_what_the_client_took(stage: Stage) -> No
         wire.send(SSE)
         try:
             while not filled.is_set():
-                wire.send(chunked(b"x" * 10_000))
+                wire.send(chunked(b"x" * 300_000))
                 filled.wait(0.01)
             while True:
                 wire.send(chunked(b"y"))
@@ -142,7 +142,7 @@ def test_a_client_that_never_takes_the_rest_of_a_body_is_cut(stage: Stage) -> No
         wire.read_request()
         wire.send(SSE)
         while not filled.wait(0.01):
-            wire.send(chunked(b"x" * 10_000))
+            wire.send(chunked(b"x" * 300_000))
         wire.send(LAST)
 
     stage.script = script

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 
 HEADER = """\
 [proxy]
-listen = ["tcp:0:interface=127.0.0.1"]
 {proxy}
 [admin]
 listen = "tcp:0:interface=127.0.0.1"
@@ -40,7 +39,7 @@ class Daemon:
         environ: further environment variables.
 
     Attributes:
-        port: the proxy's port.
+        port: the proxy's port, and ``tls_port`` that where it ends TLS; 0 where there is none.
         admin_port: the admin site's.
         log: the log lines so far, decoded.
     """
@@ -57,11 +56,15 @@ class Daemon:
         self.folder = folder
         self.trace_path = folder / "trace.jsonl"
         self.config_path = folder / "llmproxy.toml"
+        self._plain = "listen = []" not in proxy
+        self._tls = "listen_tls" in proxy
+        if self._plain:
+            proxy = f'listen = ["tcp:0:interface=127.0.0.1"]\n{proxy}'
         header = HEADER.format(proxy=proxy, admin=admin, trace=self.trace_path)
         self.config_path.write_text(header + config, encoding="utf-8")
         self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
         self.log: list[dict[str, Any]] = []
-        self.port = self.admin_port = 0
+        self.port = self.tls_port = self.admin_port = 0
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -77,7 +80,10 @@ class Daemon:
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         try:
-            self.port = self.wait_log("listens", site="proxy")["port"]
+            if self._plain:
+                self.port = self.wait_log("listens", site="proxy", tls=False)["port"]
+            if self._tls:
+                self.tls_port = self.wait_log("listens", site="proxy", tls=True)["port"]
             self.admin_port = self.wait_log("listens", site="admin")["port"]
         except BaseException:
             self.process.kill()

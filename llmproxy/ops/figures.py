@@ -1,0 +1,74 @@
+"""The figures that the parts hold themselves, under the names that Prometheus knows (ADR-0003).
+
+Each is read when it is scraped.  The parts do not know that they are looked at.
+"""
+
+from __future__ import annotations
+
+from llmproxy.front.http import Site
+from llmproxy.front.tls import ListenerTls
+from llmproxy.ops.drain import Drain
+from llmproxy.ops.reload import Reload
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import Sink
+from llmproxy.upstream.client import Upstream
+
+
+def expose(
+    metrics: Metrics,
+    *,
+    site: Site,
+    upstream: Upstream,
+    sink: Sink,
+    drain: Drain,
+    reload: Reload,
+    tls: ListenerTls | None,
+) -> None:
+    """Let ``metrics`` show what these parts hold; ``tls`` is that of the listeners, if any."""
+    gauge, count = metrics.watch, metrics.watch_count
+    gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.channels)})
+    gauge(
+        "upstream_connections",
+        "Connections to providers.",
+        ["provider", "state"],
+        lambda: {labels: float(n) for labels, n in upstream.counts().items()},
+    )
+    gauge(
+        "buffered_bytes",
+        "Bytes written that clients' kernels did not take yet.",
+        [],
+        lambda: {(): site.pending_bytes()},
+    )
+    gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
+    gauge("draining", "1 while the process comes to rest.", [], lambda: {(): drain.begun})
+    gauge(
+        "config_last_reload_successful",
+        "Whether the configuration could be read when that was last asked for.",
+        [],
+        lambda: {(): reload.succeeded},
+    )
+    gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the configuration was last read.",
+        [],
+        lambda: {(): reload.succeeded_at},
+    )
+    if tls is not None:
+        gauge(
+            "certificate_not_after_timestamp_seconds",
+            "When a certificate expires.",
+            ["certificate"],
+            lambda: {("listen_tls",): tls.not_after},
+        )
+    count(
+        "limited",
+        "What was refused because of a limit.",
+        ["client", "limit"],
+        lambda: {("", limit): float(n) for limit, n in site.door.refused.items()},
+    )
+    count(
+        "records_lost",
+        "Records that were not written.",
+        ["sink"],
+        lambda: {(sink.name,): sink.lost},
+    )

@@ -1,0 +1,344 @@
+"""The keys of TLS listeners: what is accepted, and how a mistake with certificate or key is told.
+
+A PEM file is a credential like others, but for its shape; nothing of it, nor its name, is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import dsa, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import NameOID
+from trustme import KeyType
+
+from llmproxy.config import Keypair, Secret
+from tests.support.keypairs import Issued, Vault
+from tests.test_config import accepted, refused
+
+WHICH = ["certificate", "key"]
+PEM_LINE = re.compile(r"[A-Za-z0-9+/=]{60,}")
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Vault:
+    """A credentials directory with a certificate and its key in it."""
+    vault = Vault(tmp_path)
+    vault.put()
+    return vault
+
+
+def changes(vault: Vault, **proxy: str | None) -> dict[str, str | None]:
+    """Return a listener's keys over the smallest file, with changes in ``[proxy]``."""
+    keys: dict[str, str | None] = {
+        "listen_tls": '["tcp:8443"]',
+        "certificate": '"certificate"',
+        "key": '"key"',
+    }
+    directory = json.dumps(str(vault.directory))
+    changed = {f"proxy.{name}": value for name, value in {**keys, **proxy}.items()}
+    return {"credentials.directory": directory, **changed}
+
+
+def problem(changed: Mapping[str, str | None], key: str) -> str:
+    """Return the one problem of a refused file, which is ``key``'s and shows nothing secret."""
+    (found,) = refused(changed)
+    assert found.startswith(f"{key}: "), found
+    assert not PEM_LINE.search(found)
+    assert "\n" not in found
+    return found
+
+
+# --- what is accepted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_type", [KeyType.RSA, KeyType.ECDSA])
+def test_a_whole_listener(vault: Vault, key_type: KeyType) -> None:
+    """Chain, key and expiry arrive as they stand in the files."""
+    issued = vault.put(vault.issue(key_type=key_type))
+    proxy = accepted(changes(vault)).proxy
+    assert proxy.listen == ("tcp:8080:interface=127.0.0.1",)
+    assert proxy.listen_tls == ("tcp:8443",)
+    assert proxy.keypair == Keypair(
+        certificate=issued.chain, key=Secret(issued.key.decode()), not_after=issued.not_after
+    )
+
+
+def test_credentials_of_systemd_hold_them_too(vault: Vault) -> None:
+    """Without a directory of its own the file's keys name those of $CREDENTIALS_DIRECTORY."""
+    changed = {**changes(vault), "credentials.directory": None}
+    assert accepted(changed, CREDENTIALS_DIRECTORY=str(vault.directory)).proxy.keypair
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp:8443:interface=127.0.0.1",
+        "tcp6:8443",
+        "unix:/run/tls.sock",
+        "systemd:domain=INET:name=tls",
+        "haproxy:tcp:8443",
+    ],
+)
+def test_endpoints_below_tls(vault: Vault, endpoint: str) -> None:
+    """TLS is ended over whatever an endpoint accepts."""
+    changed = changes(vault, listen_tls=json.dumps([endpoint]))
+    assert accepted(changed).proxy.listen_tls == (endpoint,)
+
+
+def test_instance_is_filled_in(vault: Vault) -> None:
+    """{instance} stands for the daemon's name here too."""
+    changed = changes(vault, listen_tls='["unix:/run/{instance}.sock"]')
+    assert accepted(changed).proxy.listen_tls == ("unix:/run/0.sock",)
+
+
+def test_tls_alone(vault: Vault) -> None:
+    """A proxy may have no plain listener, if it has one with TLS."""
+    assert accepted(changes(vault, listen="[]")).proxy.listen == ()
+
+
+def test_what_stands_around_a_pem_block_is_no_matter(vault: Vault) -> None:
+    """Authorities and tools write text beside the blocks, and line ends of either kind."""
+    issued = vault.issue()
+    vault.write("certificate", b"subject=localhost\n" + issued.chain.replace(b"\n", b"\r\n"))
+    vault.write("key", b"\n" + issued.key + b"\n")
+    assert accepted(changes(vault)).proxy.keypair
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_formats_of_a_key(vault: Vault, form: PrivateFormat) -> None:
+    """A key may be in either of the formats that tools write."""
+    vault.write("key", vault.put().key_as(form))
+    assert accepted(changes(vault)).proxy.keypair
+
+
+def test_a_key_behind_its_certificate(vault: Vault) -> None:
+    """A tool that writes both into one file wrote the key, too."""
+    issued = vault.put()
+    vault.write("key", issued.chain + issued.key)
+    assert accepted(changes(vault)).proxy.keypair
+
+
+# --- what belongs together ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", WHICH)
+def test_a_tls_listener_needs_both(vault: Vault, missing: str) -> None:
+    """Without a certificate or without a key there is nothing to show, or to prove it with."""
+    changed = changes(vault, **{missing: None})
+    words = f"proxy.{missing}: expected this key, but it is missing"
+    assert problem(changed, f"proxy.{missing}") == words
+
+
+def test_both_are_missed_at_once(vault: Vault) -> None:
+    """Whoever wrote only the endpoint learns of both keys that it needs."""
+    found = refused(changes(vault, certificate=None, key=None))
+    assert [one.split(":")[0] for one in found] == ["proxy.certificate", "proxy.key"]
+
+
+@pytest.mark.parametrize("alone", WHICH)
+def test_neither_stands_without_a_tls_listener(vault: Vault, alone: str) -> None:
+    """A certificate that nobody would see is a mistake, not something that is ignored."""
+    (other,) = {*WHICH} - {alone}
+    told = problem(changes(vault, listen_tls=None, **{other: None}), f"proxy.{alone}")
+    assert told.endswith("expected `listen_tls` beside it, which it is for")
+
+
+def test_no_listener_at_all(vault: Vault) -> None:
+    """An empty `listen` is accepted beside `listen_tls` alone."""
+    changed = changes(vault, listen="[]", listen_tls=None, certificate=None, key=None)
+    assert "an array with at least one item, got an empty one" in problem(changed, "proxy.listen")
+
+
+def test_an_empty_listen_tls(vault: Vault) -> None:
+    """It listens nowhere, and so says nothing."""
+    told = problem(changes(vault, listen_tls="[]"), "proxy.listen_tls")
+    assert "an array with at least one item, got an empty one" in told
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@pytest.mark.parametrize("kind", ["ssl", "tls"])
+def test_no_tls_within_tls(vault: Vault, kind: str, below: str) -> None:
+    """An endpoint that ends TLS itself has a certificate of its own, and would be two layers."""
+    written = f"{below}{kind}:8443:privateKey=/k.pem"
+    told = problem(changes(vault, listen_tls=json.dumps([written])), "proxy.listen_tls[0]")
+    assert "an endpoint without TLS of its own" in told
+
+
+def test_an_endpoint_that_is_none(vault: Vault) -> None:
+    """It is checked as those of `listen` are."""
+    told = problem(changes(vault, listen_tls='["tcp:8443", "8443"]'), "proxy.listen_tls[1]")
+    assert "an endpoint such as" in told
+
+
+# --- what a file holds ----------------------------------------------------------------------------
+
+NOT_A_CERTIFICATE: dict[str, Callable[[Issued], bytes]] = {
+    "empty": lambda issued: b"",
+    "text": lambda issued: b"certificate\n",
+    "key": lambda issued: issued.key,
+    "key behind it": lambda issued: issued.chain + issued.key,
+    "der": lambda issued: issued.der,
+    "cut": lambda issued: issued.leaf[:-40],
+    "broken": lambda issued: issued.leaf.replace(b"MI", b"XX", 1),
+    "broken chain": lambda issued: issued.leaf + issued.leaf.replace(b"MI", b"XX", 1),
+    "chain cut": lambda issued: issued.chain[:-40],
+    "too large": lambda issued: issued.leaf + b"#" * 64 * 1024 + b"\n" + issued.chain,
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_CERTIFICATE.values(), ids=NOT_A_CERTIFICATE)
+def test_what_is_no_certificate(vault: Vault, content: Callable[[Issued], bytes]) -> None:
+    """What holds no chain, or one that is not whole, is refused before a client finds out."""
+    vault.write("certificate", content(vault.put()))
+    told = problem(changes(vault), "proxy.certificate")
+    assert "PEM file" in told or "64KiB" in told
+    assert "got" not in told
+
+
+NOT_A_KEY: dict[str, Callable[[Issued], bytes]] = {
+    "empty": lambda issued: b"",
+    "text": lambda issued: b"key\n",
+    "certificate": lambda issued: issued.chain,
+    "cut": lambda issued: issued.key[:-40],
+    "encrypted": lambda issued: issued.key_as(PrivateFormat.PKCS8, b"open sesame"),
+    "encrypted, old": lambda issued: issued.key_as(PrivateFormat.TraditionalOpenSSL, b"sesame"),
+    "not ASCII": lambda issued: "# Schlüssel\n".encode() + issued.key,
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_KEY.values(), ids=NOT_A_KEY)
+def test_what_is_no_key(vault: Vault, content: Callable[[Issued], bytes]) -> None:
+    """Nobody is there to type a passphrase, and nothing of what stood there is shown."""
+    vault.write("key", content(vault.put()))
+    told = problem(changes(vault), "proxy.key")
+    assert told.endswith("expected a PEM file of a private key without a passphrase")
+
+
+def test_a_key_of_another_certificate(vault: Vault) -> None:
+    """Both are fine, but not together."""
+    vault.write("key", vault.issue().key)
+    assert problem(changes(vault), "proxy.key").endswith("expected the key of `certificate`")
+
+
+def test_a_chain_in_the_wrong_order(vault: Vault) -> None:
+    """The certificate itself stands first; an authority's is not the key's."""
+    issued = vault.put()
+    vault.write("certificate", issued.chain.removeprefix(issued.leaf) + issued.leaf)
+    assert problem(changes(vault), "proxy.key").endswith("expected the key of `certificate`")
+
+
+def self_signed(key: rsa.RSAPrivateKey | dsa.DSAPrivateKey) -> tuple[bytes, bytes]:
+    """Return a certificate that is its own authority, and its key."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1)
+    builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    certificate = builder.sign(key, hashes.SHA256())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return certificate.public_bytes(Encoding.PEM), pem
+
+
+@pytest.mark.parametrize("kind", ["rsa", "dsa"])
+def test_a_key_with_which_no_handshake_could_succeed(vault: Vault, kind: str) -> None:
+    """The check tells it, and not the start, or each client in its turn."""
+    if kind == "rsa":
+        certificate, key = self_signed(rsa.generate_private_key(65537, 1024))  # noqa: S505 - weak on purpose
+    else:
+        certificate, key = self_signed(dsa.generate_private_key(2048))
+    vault.write("certificate", certificate)
+    vault.write("key", key)
+    (told,) = refused(changes(vault))
+    assert told.startswith(("proxy.key: ", "proxy.certificate: "))
+    assert not PEM_LINE.search(told)
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "a file that can be read in the credentials directory (No such file"),
+        ("folder", "a regular file"),
+        ("pipe", "a regular file"),
+        ("../certificate", "the bare name of a file"),
+        ("/etc/passwd", "the bare name of a file"),
+    ],
+)
+def test_a_file_that_cannot_be_one(vault: Vault, which: str, name: str, words: str) -> None:
+    """It is told without its name, as a name may be a secret that went astray."""
+    (vault.directory / "folder").mkdir()
+    os.mkfifo(vault.directory / "pipe")
+    told = problem(changes(vault, **{which: json.dumps(name)}), f"proxy.{which}")
+    assert words in told
+    assert name not in told.replace("credentials directory", "")
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_a_file_that_may_not_be_read(
+    vault: Vault, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may not read it is told so (root may read all)."""
+    really_open = open
+    forbidden = str(vault.directory / which)
+
+    def guarded(path: str, mode: str) -> object:
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, mode)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    assert "(Permission denied)" in problem(changes(vault), f"proxy.{which}")
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o704, 0o755])
+def test_a_directory_open_to_others(vault: Vault, mode: int) -> None:
+    """A key in a directory that others may enter stops the start, told once for both files."""
+    vault.directory.chmod(mode)
+    told = problem(changes(vault), "credentials.directory")
+    assert "expected a directory closed to others" in told
+
+
+def test_no_place_for_credentials(vault: Vault) -> None:
+    """Where nothing says where credentials are, that is said once for both files."""
+    told = problem({**changes(vault), "credentials.directory": None}, "credentials.directory")
+    assert "$CREDENTIALS_DIRECTORY is not set either" in told
+
+
+# --- nothing secret is shown ----------------------------------------------------------------------
+
+
+def test_nothing_of_the_key_is_shown(vault: Vault) -> None:
+    """Neither repr nor the redacted form holds the key or the files' names; msgspec refuses it."""
+    issued = vault.put()
+    config = accepted(changes(vault))
+    body = issued.key.decode().splitlines()[1]
+    redacted = config.redacted()
+    for shown in (repr(config), str(config.proxy.keypair), json.dumps(redacted)):
+        assert body not in shown
+    proxy = redacted["proxy"]
+    assert isinstance(proxy, dict)
+    assert (proxy["listen_tls"], proxy["certificate"], proxy["key"]) == (["tcp:8443"], True, True)
+    with pytest.raises(TypeError, match="Secret"):
+        msgspec.json.encode(config)
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_a_key_written_into_the_file_is_not_shown(vault: Vault, which: str) -> None:
+    """Whoever pastes the PEM where the file's name belongs finds it in no message."""
+    pasted = vault.put().key.decode()
+    told = problem(changes(vault, **{which: json.dumps(pasted)}), f"proxy.{which}")
+    assert pasted.splitlines()[1] not in told
+    assert "PRIVATE" not in told

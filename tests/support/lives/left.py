@@ -1,0 +1,87 @@
+"""What a process holds that lives may have left behind: objects, descriptors, timed calls."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from llmproxy.front.channel import Channel
+from llmproxy.front.exchange import Exchange
+from llmproxy.front.request import Request
+from llmproxy.front.upload import Upload
+from llmproxy.stream.relay import Relay
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.body import HeldBody, Sending
+from llmproxy.upstream.connect import Attempt
+from llmproxy.upstream.http1 import Connection
+
+CLOCK: Any = reactor
+
+PASSING = (
+    Channel,
+    Request,
+    Exchange,
+    Upload,
+    Relay,
+    Answer,
+    HeldBody,
+    Sending,
+    Attempt,
+    Connection,
+)
+"""What a request is made of, and must not stay when it is over."""
+
+
+class Everything(NamedTuple):
+    """What this process holds: objects of a request, descriptors by kind, timed calls."""
+
+    objects: Counter[str]
+    files: Counter[str]
+    calls: set[Any]
+
+    def more_than(self, before: Everything) -> Everything:
+        """Return what is held that was not then."""
+        return Everything(
+            self.objects - before.objects, self.files - before.files, self.calls - before.calls
+        )
+
+
+NOTHING = Everything(Counter(), Counter(), set())
+
+
+async def everything() -> Everything:
+    """Return what this process holds."""
+    await deferLater(CLOCK, 0)  # closing ends in the next turn
+    return Everything(_passing_objects(), _open_files(), delayed_calls())
+
+
+def _passing_objects() -> Counter[str]:
+    """Return how many objects there are of each class of which none may stay, and Deferreds."""
+    gc.collect()
+    kinds = (*PASSING, Deferred)
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
+
+
+def _open_files() -> Counter[str]:
+    """Return what this process's descriptors are open for, sockets by kind alone.
+
+    Twisted keeps one on ``/dev/null`` in reserve from the first time that it listens.
+    """
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own is closed by now
+            found[os.readlink(f"/proc/self/fd/{name}").partition("[")[0]] += 1
+    del found[os.devnull]
+    return found
+
+
+def delayed_calls() -> set[Any]:
+    """Return what the reactor will call; what calls itself again and again is one."""
+    return {call.func for call in CLOCK.getDelayedCalls()}

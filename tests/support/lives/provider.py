@@ -1,0 +1,192 @@
+"""The provider of all lives: reads each request, checks it, and plays the part that was drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.interfaces import IAddress, IProtocolNegotiationFactory, IReactorTime
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from llmproxy.wire.transport import raw_transport
+from tests.support.lives.messages import Act, Step, body, steps
+from tests.support.lives.plan import Ask, Kind, Part
+
+Name = tuple[int, int]
+"""A request: the number of its life, and which one it is there."""
+
+
+class Stagehand:
+    """What the provider's connections share.
+
+    Args:
+        reactor: keeps time.
+        ask_of: from a request's name to what was drawn for it.
+
+    Attributes:
+        heard: how often each request came.
+        complaints: what was wrong with a request, by its name.
+        actors: the open connections.
+    """
+
+    def __init__(self, reactor: IReactorTime, ask_of: Callable[[Name], Ask]) -> None:
+        self.reactor = reactor
+        self.ask_of = ask_of
+        self.heard: Counter[Name] = Counter()
+        self.complaints: list[tuple[Name, str]] = []
+        self.actors: set[Actor] = set()
+
+
+@implementer(IProtocolNegotiationFactory)
+class Stage(Factory):
+    """Lets an :class:`Actor` speak on each connection, over TLS or not."""
+
+    noisy = False
+
+    def __init__(self, hand: Stagehand) -> None:
+        self._hand = hand
+
+    def buildProtocol(self, addr: IAddress | None) -> Actor:
+        """Return another actor."""
+        return Actor(self._hand)
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """Agree to what the proxy offers: Twisted's TLS ends the handshake where it knows none."""
+        return [b"http/1.1"]
+
+
+class Actor(Protocol):
+    """One connection to the provider."""
+
+    transport: Any
+
+    def __init__(self, hand: Stagehand) -> None:
+        self._hand = hand
+        self._buffer = b""
+        self._name: Name | None = None
+        self._wanted: int | None = 0
+        self._has_all = False
+        self._has_answered = False
+        self._spoiled = False
+        self._steps: list[Step] = []
+        self._timer: Any = None
+
+    def connectionMade(self) -> None:
+        """Join the others."""
+        self._hand.actors.add(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Stop playing."""
+        self._hand.actors.discard(self)
+        self.transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a part of a request."""
+        self._buffer += data
+        if self._name is None:
+            self._read_head()
+        elif self._has_all:
+            self._hand.complaints.append((self._name, f"the provider was sent more: {data[:80]!r}"))
+        if self._name is not None and not self._has_all:
+            self._read_body(self._name)
+
+    def _read_head(self) -> None:
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        if not end:
+            return
+        self._buffer = rest
+        first, *lines = head.lower().split(b"\r\n")
+        _, life, number = first.split(b" ")[1].split(b"/")
+        self._name = name = (int(life), int(number))
+        self._hand.heard[name] += 1
+        if self._spoiled:
+            self._hand.complaints.append(
+                (name, "it came on a connection that had brought too much")
+            )
+        fields = dict(line.split(b": ", 1) for line in lines)
+        chunked = fields.get(b"transfer-encoding") == b"chunked"
+        self._wanted = None if chunked else int(fields.get(b"content-length", b"0"))
+        if self._part(name).kind is Kind.EARLY:
+            self._play(name)
+
+    def _read_body(self, name: Name) -> None:
+        if self._wanted is None:
+            got = _unchunked(self._buffer) if self._buffer.endswith(b"0\r\n\r\n") else None
+        else:
+            got = self._buffer if len(self._buffer) >= self._wanted else None
+        if got is None:
+            return
+        self._has_all = True
+        ask = self._hand.ask_of(name)
+        if got != body(ask, *name):
+            self._hand.complaints.append((name, f"the provider was sent another body: {got!r}"))
+        if ask.part.kind is Kind.EARLY:
+            self._look_for_the_next()
+        else:
+            self._play(name)
+
+    def _part(self, name: Name) -> Part:
+        return self._hand.ask_of(name).part
+
+    # -- the answer -----------------------------------------------------------------------------
+
+    def _play(self, name: Name) -> None:
+        self._steps = steps(self._hand.ask_of(name), *name)
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._steps:
+            if self._steps[0].after:
+                self._timer = self._hand.reactor.callLater(self._steps[0].after, self._step)
+                return
+            self._do(self._steps.pop(0))
+
+    def _step(self) -> None:
+        self._timer = None
+        self._do(self._steps.pop(0))
+        self._wait()
+
+    def _do(self, step: Step) -> None:
+        if step.data:
+            self.transport.write(step.data)
+        if step.act is Act.FIN and self._has_all:
+            self.transport.loseConnection()
+        elif step.act is Act.FIN:
+            self.transport.loseWriteConnection()  # a whole close would reset, with bytes unread
+        elif step.act is Act.RESET:
+            raw_transport(self.transport).abortConnection()
+        elif step.act is Act.NEXT:
+            self._has_answered = True
+            self._spoiled = self._name is not None and self._part(self._name).kind is Kind.EXTRA
+            self._look_for_the_next()
+
+    def _look_for_the_next(self) -> None:
+        """Be ready for another request once this one is all there, and answered."""
+        if self._has_all and self._has_answered:
+            self._has_all = self._has_answered = False
+            self._name, self._buffer = None, b""
+
+
+class Mute(Protocol):
+    """Takes a connection and whatever comes on it, and says nothing."""
+
+
+def _unchunked(data: bytes) -> bytes | None:
+    """Return the content of a whole chunked body; None where it is not whole."""
+    content = b""
+    while True:
+        line, end, data = data.partition(b"\r\n")
+        if not end:
+            return None
+        size = int(line, 16)
+        if not size:
+            return content if data == b"\r\n" else None
+        if len(data) < size + 2:
+            return None
+        content, data = content + data[:size], data[size + 2 :]

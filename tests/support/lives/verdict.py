@@ -1,0 +1,239 @@
+"""Whether what became of a life is what had to: what its client saw, and what was recorded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from tests.support.lives.caller import Caller
+from tests.support.lives.judge import Seen
+from tests.support.lives.messages import body, content, path
+from tests.support.lives.plan import BROKEN_BODY, MALFORMED, STERN, Ask, Kind, Moment, Way
+
+Record = dict[str, Any]
+
+_ENDS = {
+    Kind.SILENT: "upstream_timeout",
+    Kind.DROPPED: "upstream_broken",
+    Kind.GARBLED: "upstream_protocol",
+    Kind.SHORT: "upstream_broken",
+    Kind.BAD_CHUNK: "upstream_protocol",
+    Kind.HANGING: "upstream_idle",
+    Kind.GONE: "upstream_unreachable",
+    Kind.UNTRUSTED: "upstream_tls",
+    Kind.MUTE: "upstream_timeout",
+}
+_REFUSALS = {
+    "key": 401,
+    "route": 404,
+    "method": 405,
+    "expectation": 417,
+    "large": 413,
+    "bad_chunk": 400,
+}
+_ANSWERED = (Kind.WHOLE, Kind.EXTRA, Kind.EARLY)
+_MALFORMED = (400, 414, 431, 501, 505)
+
+
+def _identity(seen: Seen) -> str:
+    return seen.fields.get(b"x-llmproxy-request-id", b"").decode()
+
+
+def end_of(ask: Ask) -> str:
+    """Return how a request ends whose client stays and sends all of it."""
+    if ask.flaw:
+        return "rejected"
+    if ask.part.kind in _ANSWERED:
+        return "complete" if ask.part.status < 400 else "upstream_refused"
+    return _ENDS[ask.part.kind]
+
+
+class Records:
+    """The trace of all lives."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.by_path: dict[str, list[Record]] = defaultdict(list)
+        for record in records:
+            self.by_path[record["path"]].append(record)
+        self.by_id = {record["id"]: record for record in records}
+
+
+class Verdict:
+    """What is wrong with one life.
+
+    Args:
+        caller: its client.
+        records: the trace.
+        heard: how often the provider got its request with that number.
+        cut: the proxy was stopped in the middle of it.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        records: Records,
+        heard: dict[tuple[int, int], int],
+        *,
+        cut: bool = False,
+    ) -> None:
+        self._caller = caller
+        self._life = caller.life
+        self._records = records.by_path
+        self._by_id = records.by_id
+        self._heard = heard
+        self._cut = cut
+
+    def complaints(self) -> Iterator[str]:
+        """Yield what is not as it had to be."""
+        judge = self._caller.judge
+        if judge.complaint:
+            yield f"an answer is not HTTP: {judge.complaint}"
+        if judge.behind and not (self._life.pipelined and self._caller.left):
+            yield f"bytes behind the last answer: {judge.behind[:80]!r}"
+        for number, ask in enumerate(self._life.asks):
+            seen = judge.answers[number] if number < len(judge.answers) else Seen()
+            for complaint in self._of_request(number, ask, seen):
+                yield f"request {number}: {complaint}"
+
+    def _of_request(self, number: int, ask: Ask, seen: Seen) -> Iterator[str]:
+        name = (self._life.number, number)
+        records = self._records.get(path(ask, *name), [])
+        if ask.flaw == MALFORMED or self._stuck_in_head(number):
+            yield from self._of_no_request(number, ask, seen)
+            return
+        if len(records) > 1:
+            yield f"{len(records)} records"
+        if self._heard[name] > 1:
+            yield f"the provider was asked {self._heard[name]} times"
+        if self._heard[name] and ask.flaw and ask.flaw != "bad_chunk" and ask.flaw != "large":
+            yield "the provider was asked, although it was refused"
+        if not records:
+            if seen.code is not None or self._must_be_recorded(number):
+                yield f"no record, though the client saw {seen}"
+            return
+        yield from self._of_answer(ask, seen, number, records[0])
+        yield from self._of_record(ask, seen, number, records[0])
+
+    def _of_no_request(self, number: int, ask: Ask, seen: Seen) -> Iterator[str]:
+        """Judge what came of a head that is not one, or never became one."""
+        if seen.code is None:
+            if not self._may_have_left(number) and number < len(self._caller.judge.answers):
+                yield "the client was told nothing"
+            return
+        record = self._by_id.get(_identity(seen))
+        if record is None or (record["status"], record["path"]) != (seen.code, ""):
+            yield f"the client saw {seen}, the record is {record}"
+        if seen.code not in (*_MALFORMED, 408) or (seen.code == 408) != self._stuck(number, seen):
+            yield f"the client saw {seen}"
+
+    # -- what the client did --------------------------------------------------------------------
+
+    def _may_have_left(self, number: int) -> bool:
+        """Tell whether the client may have gone away before that request was over."""
+        leave = self._life.leave
+        if leave is None:
+            return self._cut
+        at_once = self._life.pipelined and leave.moment in (Moment.HEAD, Moment.BODY)
+        return self._cut or at_once or leave.ask <= number
+
+    def _stuck(self, number: int, seen: Seen) -> bool:
+        """Tell whether the client sent no more in the middle of a request, and was told so."""
+        leave = self._life.leave
+        return seen.code == 408 and leave is not None and leave.ask == number
+
+    def _stuck_in_head(self, number: int) -> bool:
+        leave = self._life.leave
+        if leave is None or (leave.ask, leave.way) != (number, Way.WAIT):
+            return False
+        return leave.moment is Moment.HEAD
+
+    def _must_be_recorded(self, number: int) -> bool:
+        """Tell whether the request's head certainly came before the client's end did."""
+        leave = self._life.leave
+        if self._cut or self._caller.unsent or self._caller.heads <= number:
+            return False
+        answers = self._caller.judge.answers
+        if number >= len(answers) or any(not answer.kept for answer in answers[:number]):
+            return False  # those before it may have ended the connection
+        if leave is None or leave.ask > number:
+            return not self._may_have_left(number)
+        # A reset makes the kernel drop what was not read.
+        resets = leave.way in (Way.RESET, Way.PAUSE_RESET)
+        return leave.ask == number and leave.moment is not Moment.HEAD and not resets
+
+    # -- what came of it ------------------------------------------------------------------------
+
+    def _of_answer(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+        part = ask.part
+        if seen.code is None:
+            if not self._may_have_left(number):
+                yield "the client was told nothing"
+            return
+        wanted = b"" if ask.method == "HEAD" else content(part, self._life.number, number)
+        if b"x-llmproxy-error" in seen.fields:
+            yield from self._of_refusal(ask, seen, number, record)
+            return
+        if ask.flaw:
+            yield f"a request with the flaw {ask.flaw!r} was answered: {seen}"
+        if seen.code != part.status or part.kind not in (*_ANSWERED, *BROKEN_BODY):
+            yield f"another answer than the provider's {part.status}: {seen}"
+        if not wanted.startswith(seen.body):
+            yield f"another body than the provider's: {seen}"
+        if seen.whole and part.kind in BROKEN_BODY:
+            yield f"a broken answer looks whole: {seen}"
+        if seen.whole and seen.body != wanted:
+            yield f"whole, and not the {len(wanted)} bytes of it: {seen}"
+        if self._may_have_left(number):
+            return
+        if part.kind in _ANSWERED and not seen.whole:
+            yield f"not the whole answer of {len(wanted)} bytes: {seen}"
+        # A reset makes the proxy's kernel drop what it had not read.
+        if (part.kind is not Kind.SHORT or not part.abrupt) and seen.body != wanted:
+            yield f"what came before the end ({len(wanted)} bytes) is not all there: {seen}"
+
+    def _of_refusal(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+        if not seen.whole and not self._may_have_left(number):
+            yield f"a refusal that is not whole: {seen}"
+        if record["error"] != seen.fields[b"x-llmproxy-error"].decode():
+            yield f"the client was told another reason than the record: {seen}"
+        if self._stuck(number, seen):
+            return
+        if ask.flaw and seen.code != _REFUSALS[ask.flaw]:
+            yield f"not the refusal of {ask.flaw!r}: {seen}"
+        if not ask.flaw and ask.part.kind in _ANSWERED:
+            yield f"a faultless answer became {seen}"
+
+    def _of_record(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+        end = record["end_reason"]
+        if end not in self._plausible_ends(ask, seen, number):
+            yield f"ended as {end}, plausible is {self._plausible_ends(ask, seen, number)}"
+        if record["is_complete"] != (end == "complete"):
+            yield "is_complete does not fit"
+        told = (_identity(seen), seen.code)
+        if seen.code is not None and (record["id"], record["status"]) != told:
+            yield f"the record is of another answer: {seen}"
+        if seen.whole and record["bytes_out"] != len(seen.body):
+            yield f"{record['bytes_out']} bytes out, {len(seen.body)} were seen"
+        sent = len(body(ask, self._life.number, number))
+        if end == "complete" and record["bytes_in"] != sent:
+            yield f"{record['bytes_in']} bytes in, {sent} were sent"
+        if len(record["attempts"]) != bool(record["attempts"]):
+            yield "more than one attempt"
+
+    def _plausible_ends(self, ask: Ask, seen: Seen, number: int) -> set[str]:
+        plain = {end_of(ask)}
+        leave = self._life.leave
+        if seen.whole and ask.part.kind in _ANSWERED and not ask.flaw and seen.code != 408:
+            return plain
+        if not self._may_have_left(number):
+            return plain
+        if self._cut:
+            plain.add("drained")
+        if leave is not None:
+            plain.add("client_gone")
+            if leave.way is Way.WAIT and leave.moment in (Moment.HEAD, Moment.BODY):
+                plain.add("rejected")
+            if leave.pause and ask.route in STERN:
+                plain.add("client_stalled")
+        return plain

@@ -1,0 +1,267 @@
+"""Where lives are lived: a whole proxy in this process, its provider, and its clients.
+
+All of it runs on one reactor and over real sockets, so that what a life leaves behind can be found:
+among the reactor's delayed calls, in the kernel, and among the objects that the collector knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.endpoints import (
+    TCP4ClientEndpoint,
+    serverFromString,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectError
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory
+from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFromCertificates
+
+from llmproxy.config import Config, parse
+from llmproxy.service import ProxyService
+from llmproxy.wire.transport import raw_transport
+from tests.support.lives.caller import Caller
+from tests.support.lives.plan import BODY_LIMIT, CURT, IMPATIENT, KEY, PLAIN, STERN, Life
+from tests.support.lives.provider import Mute, Stage, Stagehand
+from tests.support.lives.verdict import Record
+from tests.support.tls import Authority
+
+CLOCK: Any = reactor
+
+LONGEST = 40.0
+"""Seconds after which a life that is not over never will be."""
+
+SEND_BUFFER = 32768
+"""Bytes that the kernel takes for each client, as the listening sockets are told."""
+
+_AT_ONCE = 80
+"""Lives that run at the same time; each has four sockets, so it stays far below 1024."""
+
+_PRESENT = (
+    "llmproxy_active_streams",
+    "llmproxy_paused_streams",
+    "llmproxy_client_connections",
+    "llmproxy_upstream_connections",
+    "llmproxy_buffered_bytes",
+    "llmproxy_request_bytes_held",
+)
+
+
+class _Once(Factory):
+    """Hands out one protocol; Twisted's own says so in the log, whose history keeps it."""
+
+    noisy = False
+
+    def __init__(self, protocol: Caller) -> None:
+        self._protocol = protocol
+
+    def buildProtocol(self, addr: IAddress | None) -> Caller:
+        """Return it."""
+        return self._protocol
+
+
+class World:
+    """The proxy, its provider and its clients.
+
+    Args:
+        folder: for certificates and the trace.
+        lives: who will live, by number.
+    """
+
+    def __init__(self, folder: Path, lives: Iterable[Life]) -> None:
+        self.lives = {life.number: life for life in lives}
+        self.hand = Stagehand(CLOCK, lambda name: self.lives[name[0]].asks[name[1]])
+        self.callers: list[Caller] = []
+        self.endless: list[Life] = []
+        self.refused = 0
+        self.trace_path = folder / "trace.jsonl"
+        self._folder = folder
+        self._authority = Authority(folder)
+        self._listening: list[Any] = []
+        self._vacant = socket.socket()
+        pem = self._authority.ca_path.read_bytes()
+        trust = trustRootFromCertificates([Certificate.loadPEM(pem)])
+        self._trust: Any = optionsForClientTLS("localhost", trust)
+        self.service: ProxyService
+
+    # -- the proxy and its provider -------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Let everything listen."""
+        key, certificate = self._authority.key_and_certificate()
+        plain = "tcp:0:interface=127.0.0.1:backlog=256"
+        secure = f"ssl:0:interface=127.0.0.1:backlog=256:privateKey={key}:certKey={certificate}"
+        self._vacant.bind(("127.0.0.1", 0))
+        mute = Factory.forProtocol(Mute)
+        mute.noisy = False
+        ports = {"gone": int(self._vacant.getsockname()[1])}
+        for name, text, factory in (
+            ("plain", plain, Stage(self.hand)),
+            ("secure", secure, Stage(self.hand)),
+            ("mute", plain, mute),
+        ):
+            port: Any = await serverFromString(CLOCK, text).listen(factory)
+            self._listening.append(port)
+            ports[name] = port.getHost().port
+        self.service = ProxyService(
+            self._config(ports, [plain, secure]), CLOCK, handle_signals=False
+        )
+        self.service.privilegedStartService()
+        self.service.startService()
+        for port in self.service.proxy_ports:
+            port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._ports = [port.getHost().port for port in self.service.proxy_ports]
+
+    async def stop(self) -> None:
+        """Stop the proxy; once is enough."""
+        if self.service.running:
+            await self.service.stopService()
+
+    async def close(self) -> None:
+        """Stop the proxy and its provider, and drop whoever is still connected."""
+        await self.stop()
+        self._vacant.close()
+        for port in self._listening:
+            await port.stopListening()
+        for protocol in (*self.hand.actors, *self.callers):
+            if protocol.transport is not None:
+                raw_transport(protocol.transport).abortConnection()
+
+    def _config(self, ports: dict[str, int], listen: list[str]) -> Config:
+        other = self._folder / "other"
+        other.mkdir()
+        trusted, stranger = self._authority.ca_path, Authority(other).ca_path
+        return parse(
+            f"""
+            [proxy]
+            listen = {json.dumps(listen)}
+            drain_timeout = "10ms"
+            [admin]
+            listen = "tcp:0:interface=127.0.0.1"
+            [timeouts]
+            first_byte = "60s"
+            idle = "60s"
+            client_stall = "8s"
+            connect = "30s"
+            request_head = "2s"
+            request_body = "2s"
+            client_idle = "2s"
+            pool_idle = "1s"
+            [limits]
+            request_body = "{BODY_LIMIT // 1024}KiB"
+            [trace]
+            jsonl = "{self.trace_path}"
+            [clients.c]
+            keys = ["sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"]
+            {_provider("plain", f"http://127.0.0.1:{ports['plain']}", "pool = 20")}
+            {_provider("secure", f"https://localhost:{ports['secure']}", f'ca = "{trusted}"')}
+            {_provider("gone", f"http://127.0.0.1:{ports['gone']}")}
+            {_provider("untrusted", f"https://localhost:{ports['secure']}", f'ca = "{stranger}"')}
+            {_provider("mute", f"https://localhost:{ports['mute']}", f'ca = "{trusted}"')}
+            {_routes(PLAIN, "")}
+            {_routes(IMPATIENT, 'idle = "300ms"')}
+            {_routes(CURT, 'first_byte = "500ms"')}
+            {_routes(STERN, 'client_stall = "500ms"')}
+            {_route("gone", "gone")}
+            {_route("untrusted", "untrusted")}
+            {_route("mute", "mute", 'timeouts = { connect = "400ms" }')}
+            """,
+            environ={},
+        )
+
+    # -- lives ----------------------------------------------------------------------------------
+
+    async def live(self) -> None:
+        """Live every life, many at the same time."""
+        waiting = iter(self.lives.values())
+
+        async def one_after_another() -> None:
+            for life in waiting:
+                await self._live_one(life)
+
+        await gatherResults(
+            [Deferred.fromCoroutine(one_after_another()) for _ in range(_AT_ONCE)],
+            consumeErrors=True,
+        )
+
+    async def _live_one(self, life: Life) -> None:
+        endpoint: Any = TCP4ClientEndpoint(CLOCK, "127.0.0.1", self._ports[life.secure], LONGEST)
+        if life.secure:
+            endpoint = wrapClientTLS(self._trust, endpoint)
+        over: Deferred[None] = Deferred()
+        caller = Caller(life, CLOCK, over.callback)
+        try:
+            await endpoint.connect(_Once(caller))
+        except ConnectError:
+            self.refused += 1
+            return
+        self.callers.append(caller)
+        limit = CLOCK.callLater(LONGEST, self._give_up, caller)
+        await over
+        if limit.active():
+            limit.cancel()
+
+    def _give_up(self, caller: Caller) -> None:
+        self.endless.append(caller.life)
+        caller.transport.abortConnection()
+
+    # -- what is left ---------------------------------------------------------------------------
+
+    def gauges(self) -> dict[str, float]:
+        """Return every gauge of present work that is not zero."""
+        return {
+            f"{sample.name}{sample.labels}": sample.value
+            for sample in self._samples()
+            if sample.name in _PRESENT and sample.value
+        }
+
+    def busy(self) -> dict[str, float]:
+        """Return the same, and the provider's open connections: the proxy may not know of all."""
+        actors = float(len(self.hand.actors))
+        return self.gauges() | ({"connections at the provider": actors} if actors else {})
+
+    def total(self, name: str) -> float:
+        """Return a counter, over all its labels."""
+        return float(sum(sample.value for sample in self._samples() if sample.name == name))
+
+    def _samples(self) -> Iterator[Any]:
+        for metric in self.service.metrics.registry.collect():
+            yield from metric.samples
+
+    def records(self) -> list[Record]:
+        """Return the trace, once the service has stopped."""
+        return [json.loads(line) for line in self.trace_path.read_text().splitlines()]
+
+
+@asynccontextmanager
+async def open_world(folder: Path, lives: Iterable[Life]) -> AsyncIterator[World]:
+    """Let a world be, and end it whatever happens."""
+    world = World(folder, lives)
+    await world.open()
+    try:
+        yield world
+    finally:
+        await world.close()
+
+
+def _provider(name: str, url: str, more: str = "") -> str:
+    return f'[providers.{name}]\nurl = "{url}"\ndialect = "openai"\n{more}\n'
+
+
+def _routes(paths: tuple[str, str], timeouts: str) -> str:
+    """Return the sections of two routes, to the provider over TCP and over TLS."""
+    more = f"timeouts = {{ {timeouts} }}"
+    return "".join(_route(path, to, more) for path, to in zip(paths, PLAIN, strict=True))
+
+
+def _route(path: str, provider: str, more: str = "") -> str:
+    return f'[[routes]]\npath = "/{path}"\nproviders = ["{provider}"]\n{more}\n'

@@ -1,0 +1,149 @@
+"""A site behind one listener of ours, on the real reactor; its clients talk from threads."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from twisted.internet.threads import deferToThread
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.config import Limits, Timeouts
+from llmproxy.front.door import Door
+from llmproxy.front.http import Site
+from llmproxy.front.listen import listen
+from llmproxy.front.request import Request
+from llmproxy.front.tls import ListenerTls
+from tests.support.fake_transport import TurnedReactor, turn, until
+from tests.support.sockets import WAIT, Wire, request
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TCP = "tcp:0:interface=127.0.0.1"
+GET = request("GET", "/")
+
+
+class Saying(Resource):
+    """Answers with the address of whoever asks."""
+
+    isLeaf = True
+
+    def render(self, request: Request) -> int:
+        """Answer."""
+        body = str(getattr(request.getClientAddress(), "host", "unix")).encode()
+        request.start(200, [(b"content-length", b"%d" % len(body))])
+        request.write(body)
+        request.finish()
+        return NOT_DONE_YET
+
+
+class Served:
+    """A site that tells each caller its address; its clock is turned by the test.
+
+    Args:
+        text: the endpoint.
+        tls: ends TLS on it.
+        door: counts the connections.
+        timeouts: the deadlines towards clients.
+
+    Attributes:
+        port: where it listens; 0 where that is no TCP port.
+        listening: Twisted's port.
+    """
+
+    def __init__(
+        self,
+        text: str = TCP,
+        *,
+        tls: ListenerTls | None = None,
+        door: Door | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.reactor = TurnedReactor()
+        self.site = Site(
+            Saying(),
+            self.reactor,
+            self.reactor.seconds,
+            timeouts or Timeouts(),
+            Limits(),
+            body_limit=lambda target: 0,
+            door=door,
+        )
+        self.listening = listen(self.reactor, text, self.site, tls=tls)
+        self.port: int = getattr(self.listening.getHost(), "port", 0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.listening.stopListening()
+        self.site.cut()
+        await self.site.when_empty()
+        if self.reactor.timers():
+            await self.pass_time(3)  # for clients that were turned away, until they are dropped
+        assert not self.reactor.timers()
+
+    async def run(self, client: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Let a client that blocks talk in a thread."""
+        talk = deferToThread(client, *args, **kwargs)
+        return await talk
+
+    async def run_turning(self, client: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the same, while the clock goes on: half a second in each turn of the reactor."""
+        talk = deferToThread(client, *args, **kwargs)
+        while not talk.called:
+            await self.pass_time(0.5)
+        return await talk
+
+    async def until_connected(self, count: int) -> None:
+        """Wait until there are so many clients."""
+        await until(lambda: len(self.site.channels) == count)
+
+    async def pass_time(self, seconds: float) -> None:
+        """Turn the clock in steps of half a second, and let the reactor turn between them."""
+        for _ in range(int(seconds * 2)):
+            self.reactor.clock.advance(0.5)
+            await turn()
+
+    def sockets(self) -> list[Any]:
+        """Return the accepted sockets of the site's clients."""
+        found = []
+        for channel in self.site.channels:
+            transport: Any = channel.transport
+            while (below := getattr(transport, "transport", None)) is not None:
+                transport = below
+            found.append(transport.socket)
+        return found
+
+
+def knock(port: int) -> tuple[str, bytes]:
+    """Connect without a word; return how the connection ended, and what came before.
+
+    Who is turned away without a word may be so while still connecting.
+    """
+    with socket.socket() as sock:
+        sock.settimeout(WAIT)
+        try:
+            sock.connect(("127.0.0.1", port))
+        except ConnectionError:
+            return "reset", b""
+        wire = Wire(sock)
+        return wire.wait_closed(), wire.buffer
+
+
+def ask(wire: Wire) -> bytes:
+    """Ask once on a connection that stays; return the answer's body."""
+    wire.send(GET)
+    first, fields = wire.read_head()
+    body = wire.read_body(fields)
+    assert first == b"HTTP/1.1 200 OK", (first, body)
+    return body
