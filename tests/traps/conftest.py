@@ -30,6 +30,9 @@ from tests.traps.parts import (
 )
 from tests.traps.waits import until
 
+TOWARDS_CLIENTS = ("request_head", "request_body", "client_stall")
+"""Our deadlines that stock parts have their one idle timer for."""
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Write the row that a test is for into the report, for ``test_stock.py``."""
@@ -98,18 +101,24 @@ def upstream(stock: bool, cleanups: list[Cleanup]) -> Callable[..., Sender]:
 
 @pytest.fixture
 def front(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callable[..., int]:
-    """``front(resource, tls=False)``: listens, serves ``resource`` and returns the port."""
+    """``front(resource, tls=False, …)``: listens, serves ``resource`` and returns the port.
 
-    def listen(resource: Resource, *, tls: bool = False) -> int:
+    ``client_deadline`` is how long a head, a body and a client that takes nothing may last, in
+    seconds; stock parts have one timer for all.
+    """
+
+    def listen(
+        resource: Resource, *, tls: bool = False, client_deadline: float | None = None
+    ) -> int:
         site: Any
         if stock:
-            site = server.Site(resource)
+            site = _stock_site(resource, client_deadline)
         else:
             site = Site(
                 resource,
                 reactor,
                 time.monotonic,
-                Timeouts(),
+                _timeouts(client_deadline),
                 Limits(),
                 body_limit=lambda target: 1024,
             )
@@ -123,8 +132,9 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
     """``proxy(url, …)``: a whole proxy in front of ``url``, under ``/p``; returns its port.
 
     ``ca`` is whom it trusts, ``tls`` ends TLS on its listener, ``send_buffer`` is the kernel's for
-    each client in bytes, ``silence`` the seconds after which a silent provider is given up.
-    ``deadlines`` are further ones of ours, in TOML; stock parts have none that they could be.
+    each client in bytes, ``silence`` the seconds after which a silent provider is given up,
+    ``client_deadline`` is as for ``front``.  ``deadlines`` are further ones of ours, in TOML, and
+    ``body_limit`` is in bytes; stock parts have none that they could be.
     """
 
     def start(
@@ -134,18 +144,25 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
         tls: bool = False,
         send_buffer: int = 0,
         silence: float | None = None,
+        client_deadline: float | None = None,
         deadlines: str = "",
+        body_limit: int = 0,
     ) -> int:
         address = _address(authority, tls=tls)
         if stock:
             pump = StockPump(reactor, url, ca, silence)
             cleanups.append(pump.pool.closeCachedConnections)
-            listening = _listen(server.Site(pump), address, cleanups)
+            listening = _listen(_stock_site(pump, client_deadline), address, cleanups)
         else:
             if silence is not None:
                 deadlines = f'idle = "{silence * 1000:.0f}ms"'
-            more = f"timeouts = {{ {deadlines} }}" if deadlines else ""
-            config = our_config(url, ca=ca, listen=address, more=more)
+            lines = [f"timeouts = {{ {deadlines} }}"] if deadlines else []
+            if body_limit:
+                lines.append(f'request_body = "{body_limit}B"')
+            if client_deadline is not None:
+                each = [f'{name} = "{client_deadline * 1000:.0f}ms"' for name in TOWARDS_CLIENTS]
+                lines += ["[timeouts]", *each]
+            config = our_config(url, ca=ca, listen=address, more="\n".join(lines))
             service = ProxyService(config, reactor, handle_signals=False)
             service.privilegedStartService()
             service.startService()
@@ -156,6 +173,14 @@ def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
         return listening.port
 
     return start
+
+
+def _stock_site(resource: Resource, deadline: float | None) -> server.Site:
+    return server.Site(resource, **({} if deadline is None else {"timeout": deadline}))
+
+
+def _timeouts(deadline: float | None) -> Timeouts:
+    return Timeouts(**({} if deadline is None else dict.fromkeys(TOWARDS_CLIENTS, deadline)))
 
 
 class _Port:

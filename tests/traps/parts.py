@@ -326,7 +326,8 @@ def stock_client(
 class StockPump(Resource):
     """A proxy of forty lines: what comes in under ``/p`` goes to ``url``, and the answer back.
 
-    It lets no redirect be followed, buffers nothing and cancels its request when the client leaves.
+    It lets no redirect be followed, buffers nothing, and lets go of the provider when the client
+    leaves, before the head and in the body.
     """
 
     isLeaf = True
@@ -343,6 +344,7 @@ class StockPump(Resource):
         """Send the request on."""
         headers = request.requestHeaders.copy()
         headers.removeHeader(b"host")
+        headers.removeHeader(b"transfer-encoding")
         content = request.content.read()
         asked = self._client.request(
             request.method.decode("ascii"),
@@ -367,7 +369,9 @@ class StockPump(Resource):
             if name.lower() not in self._KEPT_HERE:
                 request.responseHeaders.setRawHeaders(name, values)
         request.write(b"")
-        response.original.deliverBody(_StockBody(request))
+        body: Any = _StockBody(request)
+        request.notifyFinish().addErrback(lambda _: body.transport.stopProducing())
+        response.original.deliverBody(body)
 
     def _fail(self, failure: Failure | None, request: Any) -> None:
         if not request._disconnected:

@@ -13,13 +13,12 @@ from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.web import http
-from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET
 
 from tests.conftest import LoggedFailures
 from tests.support.sockets import Provider, Wire, connect, request
 from tests.support.tls import Authority
 from tests.traps.endings import Ending, read_ending
+from tests.traps.resources import Saying
 from tests.traps.waits import happens, thread
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,21 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 Front = Callable[..., int]
 Head = tuple[bytes, list[tuple[bytes, bytes]]]
-
-
-class Saying(Resource):
-    """Answers with what ``say`` does to the request."""
-
-    isLeaf = True
-
-    def __init__(self, say: Callable[[Any], None]) -> None:
-        super().__init__()
-        self._say = say
-
-    def render_GET(self, request: Any) -> int:
-        """Answer."""
-        self._say(request)
-        return NOT_DONE_YET
 
 
 def ask(port: int, seconds: float, *requests: bytes) -> tuple[Head, Ending]:

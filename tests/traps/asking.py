@@ -1,0 +1,64 @@
+"""A client that asks in a way that it should not, and what it is told."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import NamedTuple
+
+from tests.support.sockets import Wire, connect
+from tests.traps.endings import read_ending
+
+
+class Told(NamedTuple):
+    """An answer, or that there was none.
+
+    Attributes:
+        status: its status; None where no head came.
+        fields: its header fields, names in lower case.
+        body: its body; where it is the last answer, everything that came behind its head.
+        how: the connection's end as :class:`~tests.traps.endings.Ending` has it; ``open`` where the
+            answer is not the last.
+    """
+
+    status: int | None
+    fields: list[tuple[bytes, bytes]]
+    body: bytes
+    how: str
+
+    @property
+    def message(self) -> str:
+        """What a refusal says in its JSON; empty where there is no JSON, or more than that."""
+        if (b"content-type", b"application/json") not in self.fields:
+            return ""
+        try:
+            said = json.loads(self.body)
+        except ValueError:
+            return ""
+        return str(said["error"]["message"])
+
+
+NOTHING = Told(None, [], b"", "open")
+
+
+def ask(port: int, seconds: float, *pieces: bytes) -> Told:
+    """Send bytes in one piece; return the first answer, waiting for so many seconds."""
+    with connect(port) as wire:
+        with suppress(ConnectionError):  # whoever refuses without a word may do it while we speak
+            wire.send(*pieces)
+        return read_told(wire, seconds)
+
+
+def read_told(wire: Wire, seconds: float) -> Told:
+    """Read one answer, and the end of the connection where the answer says that it is the last."""
+    wire.sock.settimeout(seconds)
+    try:
+        first, fields = wire.read_head()
+    except (EOFError, OSError):  # a timeout is an OSError, too
+        return NOTHING
+    status = int(first.split(b" ")[1])
+    framed = {name for name, _ in fields} & {b"content-length", b"transfer-encoding"}
+    if status >= 200 and ((b"connection", b"close") in fields or not framed):
+        ending = read_ending(wire, seconds)
+        return Told(status, fields, ending.raw, ending.how)
+    return Told(status, fields, wire.read_body(fields), "open")

@@ -1,0 +1,43 @@
+"""The applications that both casts' sites serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+
+class Saying(Resource):
+    """Answers with what ``say`` does to the request."""
+
+    isLeaf = True
+
+    def __init__(self, say: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def render_GET(self, request: Any) -> int:
+        """Answer."""
+        self._say(request)
+        return NOT_DONE_YET
+
+
+class Counting(Resource):
+    """Answers whatever reaches it.
+
+    Attributes:
+        rendered: how many requests did.
+    """
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rendered = 0
+
+    def render(self, request: Any) -> bytes:
+        """Answer."""
+        self.rendered += 1
+        return b"ok"

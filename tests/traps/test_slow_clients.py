@@ -1,0 +1,116 @@
+"""Clients that take their time: deadlines that a byte now and then does not push back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from pytest_twisted import ensureDeferred
+
+from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
+from tests.traps.asking import Told, ask, read_told
+from tests.traps.calls import Step
+from tests.traps.resources import Counting, Saying
+from tests.traps.waits import thread
+
+Ports = Callable[..., int]
+
+DEADLINE = 0.3
+"""Seconds that a client is given."""
+
+PACE = 0.03
+"""Seconds between two pieces, so that nobody could call the client silent."""
+
+GET = request("GET", "/x")
+
+
+def trickle(port: int, seconds: float, start: bytes, piece: bytes) -> Told | None:
+    """Send ``start`` and then the same piece again and again; return what that is answered.
+
+    After so many seconds without an answer or an end, that is None.
+    """
+    with connect(port) as wire:
+        wire.send(start)
+        wire.sock.settimeout(PACE)
+        over = time.monotonic() + seconds
+        with suppress(ConnectionError):
+            while not wire.buffer:
+                if time.monotonic() > over:
+                    return None
+                wire.send(piece)
+                with suppress(TimeoutError):
+                    if not wire.receive():
+                        break
+        return read_told(wire, seconds)
+
+
+@ensureDeferred
+async def test_who_asks_in_time_is_served(front: Ports) -> None:
+    """A deadline is no hindrance to a client that is quicker."""
+    port = front(Counting(), client_deadline=WAIT / 2)
+    assert (await thread(ask, port, WAIT, GET)).status == 200
+
+
+@pytest.mark.trap("C8")
+@ensureDeferred
+async def test_a_head_that_comes_byte_by_byte_has_an_end(front: Ports, patience: float) -> None:
+    """Its deadline is absolute: 408, and the connection is over."""
+    counting = Counting()
+    port = front(counting, client_deadline=DEADLINE)
+    start = b"GET /x HTTP/1.1\r\nHost: proxy\r\nX-Long: "
+    told = await thread(trickle, port, patience, start, b"x")
+    assert told is not None, "it is waited for"
+    assert (told.status, counting.rendered) == (408, 0)
+    assert told.message
+    assert told.how == "fin"
+
+
+@pytest.mark.trap("C8")
+@pytest.mark.parametrize(
+    ("fields", "piece"),
+    [
+        (["Content-Type: application/json", "Content-Length: 100000"], b"x"),
+        (["Content-Type: application/pdf", "Transfer-Encoding: chunked"], chunked(b"x")),
+    ],
+    ids=["held", "streamed"],
+)
+@ensureDeferred
+async def test_a_body_that_comes_byte_by_byte_has_an_end(
+    proxy: Ports, patience: float, fields: list[str], piece: bytes
+) -> None:
+    """The same for the body, whether it is held here or on its way to the provider already."""
+
+    def script(wire: Wire) -> None:
+        wire.wait_closed()
+
+    with Provider(script) as provider:
+        port = proxy(provider.url, client_deadline=DEADLINE)
+        start = request("POST", "/p/x", *fields)
+        told = await thread(trickle, port, patience, start, piece)
+    assert told is not None, "it is waited for"
+    assert told.status == 408
+    assert told.message
+    assert told.how == "fin"
+
+
+MORE_THAN_THE_KERNEL_TAKES = 8 << 20
+
+
+@pytest.mark.trap("C8")
+@ensureDeferred
+async def test_a_reader_that_takes_nothing_is_cut(front: Ports, patience: float) -> None:
+    """While its answer is under way, too: the Resource learns that it is gone."""
+    gone = Step()
+
+    def say(request: Any) -> None:
+        request.notifyFinish().addErrback(lambda _: gone.give())
+        request.write(bytes(MORE_THAN_THE_KERNEL_TAKES))
+
+    port = front(Saying(say), client_deadline=DEADLINE)
+    with await thread(connect, port, receive_buffer=4096) as wire:
+        wire.send(GET)
+        cut = await gone.happens(patience)
+    assert cut
