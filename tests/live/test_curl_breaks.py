@@ -1,0 +1,217 @@
+"""What curl says of an answer that breaks: every byte that came before it, and an error.
+
+Each kind of break is seen by curl in both versions of HTTP, plainly and by TLS, from a provider
+that is reached plainly and by TLS: eight curls at once.  That curl does not complain of whole
+answers is the proof that these tests can fail.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import pytest
+
+from tests.live.breaks import BARE_FIN, BREAKS, HELD, TOLD, UNTOLD, WHOLE, Sent
+from tests.live.curls import CLIENTS, Client, Net, Run, Said
+from tests.support.sockets import connect
+from tests.support.stage import assert_settles, post
+from tests.support.tls import Authority
+
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+FINE, PARTIAL_FILE, RECEIVE_ERROR = 0, 18, 56
+"""curl's own exit codes: whole; short of the framing; the connection's end is an error."""
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Net]:
+    """One daemon for all."""
+    net = Net(tmp_path_factory.mktemp("breaks"), authority)
+    with net.providers["plain"], net.providers["tls"], net.daemon:
+        yield net
+
+
+def exit_code(sent: Sent, client: Client) -> int:
+    """Return what curl must say of a break, by TLS or not."""
+    return PARTIAL_FILE if sent.tells_by_framing(client.version) else RECEIVE_ERROR
+
+
+def said(runs: dict[Client, Run], due: bytes) -> dict[Client, Said]:
+    """Return what each curl said, where ``due`` is the body that it should have got."""
+    return {client: run.said(due) for client, run in runs.items()}
+
+
+def broken(sent: Sent) -> dict[Client, Said]:
+    """Return what each curl must say of a break."""
+    count = len(sent.content)
+    return {client: Said(exit_code(sent, client), 200, count) for client in CLIENTS}
+
+
+def assert_recorded(net: Net, runs: dict[Client, Run], reason: str) -> None:
+    """Check the records, that curl complained in words just where it did by code, and the rest."""
+    for client, run in runs.items():
+        record = run.record
+        assert record["end_reason"] == reason, client
+        assert record["is_complete"] is (reason == "complete"), client
+        assert (record["status"], record["bytes_out"]) == (run.status, len(run.body)), client
+        assert bool(run.told) == (run.code != FINE), (client, run.told)
+    assert_settles(net.daemon)
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_all_that_came_is_there_and_an_error(net: Net, name: str) -> None:
+    """Exit 18 where the framing tells, 56 where only a reset can; the record knows why."""
+    sent = BREAKS[name]
+    runs = net.run_all(f"broken, {name}", sent)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(net, runs, sent.reason)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_nobody_had_read_when_the_break_came_is_read_later(net: Net, name: str) -> None:
+    """The request is over and its bytes are in the kernel's queues before curl goes on."""
+    sent = HELD[name]
+    runs = net.run_all(f"held, {name}", sent, held=True)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(net, runs, sent.reason)
+
+
+@pytest.mark.parametrize("name", BARE_FIN)
+def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(net: Net, name: str) -> None:
+    """A provider that speaks TLS and says no farewell may have been cut off by anybody."""
+    sent = BARE_FIN[name]
+    runs = net.run_all(f"bare, {name}", sent)
+    count = len(sent.content)
+    assert said(runs, sent.content) == {
+        client: Said(FINE if client.provider == "plain" else exit_code(sent, client), 200, count)
+        for client in CLIENTS
+    }
+    for provider, reason in (("plain", "complete"), ("tls", "upstream_broken")):
+        own = {client: run for client, run in runs.items() if client.provider == provider}
+        assert_recorded(net, own, reason)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_answer_is_no_error(net: Net, name: str) -> None:
+    """Exit 0 for each framing, in each version."""
+    sent = WHOLE[name]
+    runs = net.run_all(f"whole, {name}", sent)
+    assert said(runs, sent.content) == dict.fromkeys(CLIENTS, Said(FINE, 200, len(sent.content)))
+    assert_recorded(net, runs, "complete")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_an_error_event_is_the_last_that_comes(net: Net, name: str) -> None:
+    """Behind all that came, and curl has its error all the same."""
+    sent = TOLD[name]
+    runs = net.run_all(f"told, {name}", sent)
+    for client, run in runs.items():
+        assert (run.code, run.status) == (exit_code(sent, client), 200), client
+        assert run.body.startswith(sent.content), client
+        told = run.body[len(sent.content) :]
+        if sent.kind == "text/event-stream":
+            assert told.startswith(b"data: "), client
+            assert told.endswith(b"\n\n"), client
+        assert json.loads(told.removeprefix(b"data: "))["error"]["code"] == sent.reason, client
+    assert_recorded(net, runs, sent.reason)
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_no_event_is_put_where_none_can_be(net: Net, name: str) -> None:
+    """Nothing but what came, although the route asks for an event."""
+    sent = UNTOLD[name]
+    runs = net.run_all(f"untold, {name}", sent)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(net, runs, sent.reason)
+
+
+def test_a_break_before_the_head_is_a_whole_error_body(net: Net) -> None:
+    """While nothing has left, curl can be told properly: a 502, and no complaint of the wire."""
+    runs = net.run_all("headless", Sent("", "fin", b"", b"HTTP/1.1 200 OK\r\nContent-"))
+    for client, run in runs.items():
+        assert (run.code, run.status) == (FINE, 502), client
+        assert json.loads(run.body)["error"]["code"] == "upstream_broken", client
+    assert_recorded(net, runs, "upstream_broken")
+
+
+class Ending(NamedTuple):
+    """What came to a client, whether TLS's farewell (close_notify) did, and how TCP ended."""
+
+    content: bytes
+    farewell: bool
+    end: str
+
+
+def read_ending(net: Net, path: str) -> Ending:
+    """Ask in HTTP/1.0 over TLS, and read to the connection's end, record by record."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = net.authority.client().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with connect(net.daemon.tls_port) as wire:
+
+        def after(step: Callable[[], T]) -> T:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    if outgoing.pending:  # sending, even nothing, reports a reset before its time
+                        wire.send(outgoing.read())
+                    received = wire.receive()
+                    if not received:
+                        raise
+                    incoming.write(received)
+
+        after(tls.do_handshake)
+        tls.write(post(path, version="1.0"))
+        wire.send(outgoing.read())
+        content = b""
+        try:
+            while piece := after(lambda: tls.read(65536)):
+                content += piece
+        except ssl.SSLWantReadError:
+            return Ending(content, False, "fin")
+        except ConnectionError:
+            return Ending(content, False, "reset")
+        wire.sock.shutdown(socket.SHUT_WR)
+        return Ending(content, True, wire.wait_closed())
+
+
+@pytest.mark.parametrize("name", ["small, chunked", "big, close"])
+def test_a_whole_body_without_framing_ends_with_a_farewell(net: Net, name: str) -> None:
+    """close_notify, then a FIN: by TLS's own words nothing is missing."""
+    net.scripts["farewell"] = WHOLE[name].play
+    ending = read_ending(net, "/plain/relayed/farewell")
+    assert ending.content.endswith(WHOLE[name].content)
+    assert (ending.farewell, ending.end) == (True, "fin")
+
+
+@pytest.mark.parametrize("provider", ["plain", "tls"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chunked, fin between chunks",
+        "chunked, reset between chunks",
+        "chunked, bad size",
+        "close, reset",
+        "no byte, chunked, fin",
+        "big, chunked, fin inside a chunk",
+        "big, close, reset",
+    ],
+)
+def test_a_broken_body_without_framing_ends_without_a_farewell(
+    net: Net, name: str, provider: str
+) -> None:
+    """All that came, no close_notify behind it, and a RST: neither layer says that it is whole."""
+    sent = BREAKS[name]
+    net.scripts["no-farewell"] = sent.play
+    ending = read_ending(net, f"/{provider}/{sent.route}/no-farewell")
+    head, _, body = ending.content.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert body == sent.content
+    assert (ending.farewell, ending.end) == (False, "reset")
