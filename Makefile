@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-PEERS  := nginx curl
+PEERS  := nginx curl slowhttptest
 ARGS   ?=
 
 # A stamp for what `make run` needs and one for all the rest, so that the second run installs nothing.

@@ -1,0 +1,163 @@
+"""Clients that read slowly, and clients that do not read at all: plainly connected, and by TLS."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.daemon import provider_config
+from tests.support.sockets import WAIT, Wire, connect
+from tests.support.stage import (
+    Notes,
+    Stage,
+    assert_settles,
+    open_stage,
+    post,
+    trace_of,
+    until,
+    write_credential,
+)
+from tests.support.tls import Authority
+
+STALL = 2.0
+"""Seconds of ``client_stall``.
+
+The kernels tell the sender of what is read in steps of up to 64 KiB; a reader that is to live must
+be some times quicker than one step in this time.
+"""
+
+BOUND = 128 * 1024
+"""Bytes that may be held for one response."""
+
+SIZE = 16_000_000
+"""Bytes of an answer: more than the kernel takes on the way to a client that reads slowly."""
+
+PACE = threading.Event()
+"""Never set: a wait for it is a pause."""
+
+TIMEOUTS = f"""
+[timeouts]
+client_stall = "{STALL:.0f}s"
+"""
+
+
+class Front(NamedTuple):
+    """A stage, and one way to its daemon."""
+
+    stage: Stage
+    context: ssl.SSLContext | None
+
+    def connect(self) -> Wire:
+        """Connect as a client whose kernel takes little for it."""
+        daemon = self.stage.daemon
+        port = daemon.tls_port if self.context else daemon.port
+        return connect(port, receive_buffer=16_384, tls=self.context)
+
+    @property
+    def buffered(self) -> float:
+        """Bytes that the daemon holds for its clients."""
+        return self.stage.daemon.metrics()["llmproxy_buffered_bytes"]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Stage]:
+    """One route, reached plainly and by TLS."""
+    folder = tmp_path_factory.mktemp("readers")
+    with open_stage(
+        folder,
+        lambda url: provider_config(url) + TIMEOUTS + _credentials(folder, authority),
+        proxy='anonymous = true\nlisten_tls = ["tcp:0:interface=127.0.0.1"]\n'
+        'certificate = "proxy-cert"\nkey = "proxy-key"',
+    ) as stage:
+        yield stage
+
+
+def _credentials(folder: Path, authority: Authority) -> str:
+    key, certificate = authority.key_and_certificate()
+    write_credential(folder, "proxy-key", key.read_text())
+    return write_credential(folder, "proxy-cert", certificate.read_text())
+
+
+@pytest.fixture(params=["plain", "tls"])
+def front(request: pytest.FixtureRequest, stage: Stage, authority: Authority) -> Front:
+    """How the client reaches the proxy."""
+    return Front(stage, authority.client() if request.param == "tls" else None)
+
+
+def test_a_slow_reader_gets_every_byte(front: Front) -> None:
+    """Some KiB each 50 ms, for some times client_stall: it lives on, and nothing is lost."""
+    body = random.Random(1).randbytes(SIZE)
+    path = f"/p/slow/{'plain' if front.context is None else 'tls'}"
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % SIZE)
+        view = memoryview(body)
+        for at in range(0, SIZE, 100_000):
+            wire.sock.sendall(view[at : at + 100_000])
+
+    front.stage.script = script
+    with front.connect() as client:
+        client.send(post(path))
+        client.read_head()
+        got = bytearray(client.read(len(client.buffer)))
+        held = 0.0
+        over = time.monotonic() + 4 * STALL
+        while time.monotonic() < over:
+            got += client.sock.recv(8192)  # and no more: the kernel must not see a fast reader
+            held = max(held, front.buffered)
+            PACE.wait(0.05)
+        assert 0 < held <= BOUND, "it was held up, within bounds"
+        while len(got) < SIZE:
+            got += client.read(min(SIZE - len(got), 100_000))
+    assert bytes(got) == body
+    record = trace_of(front.stage.daemon, path=path)
+    assert (record["end_reason"], record["bytes_out"]) == ("complete", SIZE)
+    assert record["paused_s"] > STALL
+    assert_settles(front.stage.daemon)
+
+
+def test_stuck_readers_are_cut(front: Front) -> None:
+    """After client_stall; until then little is held for each, then nothing, by provider or us."""
+    count = 5
+    ended, kind = Notes(), "plain" if front.context is None else "tls"
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        try:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
+            while True:
+                wire.send(b"x" * 100_000)
+        except OSError:
+            ended.put(time.monotonic())
+            raise
+
+    front.stage.script = script
+    clients = [front.connect() for _ in range(count)]
+    for number, client in enumerate(clients):
+        client.send(post(f"/p/stuck/{kind}/{number}"))
+        client.read_head()
+    stuck = time.monotonic()
+    held = 0.0
+    while ended.empty():
+        held = max(held, front.buffered)
+        assert held <= count * BOUND
+        assert time.monotonic() - stuck < WAIT, "nobody was cut"
+    assert held > 0
+    cut = [ended.read() for _ in clients]
+    assert min(cut) - stuck > STALL / 2
+    for number in range(count):
+        record = trace_of(front.stage.daemon, path=f"/p/stuck/{kind}/{number}")
+        assert (record["end_reason"], record["is_complete"]) == ("client_stalled", False)
+    until(lambda: front.buffered == 0, "nothing is held any more")
+    assert_settles(front.stage.daemon)
+    for client in clients:
+        assert client.wait_closed() in ("reset", "truncated")
+        client.sock.close()
