@@ -24,7 +24,7 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 from llmproxy.config import Config, ConfigError, load
-from llmproxy.front.books import Books
+from llmproxy.front.books import Books, log_access
 from llmproxy.front.door import Door
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
@@ -39,6 +39,7 @@ from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import JsonLines, NoSink, Sink
 from llmproxy.upstream.client import Upstream
 from llmproxy.version import version
+from llmproxy.wire.loop import calm_collector, tune
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
@@ -118,6 +119,8 @@ class ProxyService(Service):
         self.admin_ports: list[Any] = []
         self.ready = False
         self._told = 0
+        self._json_log: JsonLog | None = None
+        self._untune: list[Callable[[], None]] = []
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, and decide how its log is written.
@@ -125,7 +128,9 @@ class ProxyService(Service):
         twistd begins to log only after this, and asks the application for an observer.
         """
         if self._log_file is not None and isinstance(parent, Componentized):
-            parent.setComponent(ILogObserver, JsonLog(self._log_file()))
+            later = self._reactor.callLater
+            self._json_log = JsonLog(self._log_file(), later=later, wall=time.time)
+            parent.setComponent(ILogObserver, self._json_log)
         super().setServiceParent(IServiceCollection(parent, parent))
 
     # -- start ----------------------------------------------------------------------------------
@@ -137,8 +142,9 @@ class ProxyService(Service):
             SystemExit: 1, where a file cannot be opened or an address not be bound.
         """
         super().privilegedStartService()
-        if self._handle_signals:
-            self._take_hangups()
+        if self._handle_signals:  # before anybody can think that we do; what comes is done later
+            later = self._reactor.callFromThread
+            signal.signal(signal.SIGHUP, lambda *_: later(lambda: self.reload()))
         try:
             self._build()
             self._listen()
@@ -149,6 +155,8 @@ class ProxyService(Service):
     def startService(self) -> None:
         """Everything listens: be ready."""
         super().startService()
+        if self.config.proxy.tuned_loop:
+            self._untune = [tune(self._reactor), calm_collector()]
         self._lag.start(_LAG_INTERVAL, now=False)
         self.ready = True
         if self._handle_signals:
@@ -172,7 +180,12 @@ class ProxyService(Service):
         self.sink: Sink = NoSink() if path is None else JsonLines(path)
         self.upstream = Upstream(reactor, clock, config)
         self.books = Books(
-            self.metrics, self.sink, clock=clock, wall=time.time, instance=self._instance
+            self.metrics,
+            self.sink,
+            access=log_access if self._json_log is None else self._json_log.access,
+            clock=clock,
+            wall=time.time,
+            instance=self._instance,
         )
         self.gateway = Gateway(
             config, self.upstream, self.books, self.metrics, reactor=reactor, clock=clock
@@ -218,7 +231,8 @@ class ProxyService(Service):
         config, reactor = self.config, self._reactor
         for texts, tls in ((config.proxy.listen, None), (config.proxy.listen_tls, self.tls)):
             for text in texts:
-                self.proxy_ports.append(listen(reactor, text, self.site, tls=tls))
+                port = listen(reactor, text, self.site, tls=tls, direct=config.proxy.tuned_loop)
+                self.proxy_ports.append(port)
         admin = self._admin_site(config_shown=True)
         self.admin_ports.append(listen(reactor, config.admin.listen, admin))
         if config.admin.metrics_listen is not None:
@@ -231,14 +245,10 @@ class ProxyService(Service):
             registry=self.metrics.registry,
             config=self.config.redacted if config_shown else None,
         )
-        config = self.config
+        timeouts, limits = self.config.timeouts, self.config.limits
+        nothing = 0  # is taken as a body
         return Site(
-            resource,
-            self._reactor,
-            time.monotonic,
-            config.timeouts,
-            config.limits,
-            body_limit=lambda target: 0,
+            resource, self._reactor, time.monotonic, timeouts, limits, body_limit=lambda _: nothing
         )
 
     def _measure_lag(self) -> None:
@@ -247,11 +257,6 @@ class ProxyService(Service):
         self._expected = now + _LAG_INTERVAL
 
     # -- stop -----------------------------------------------------------------------------------
-
-    def _take_hangups(self) -> None:
-        """Take SIGHUP before anybody can think that we do; what comes now is done later."""
-        later = self._reactor.callFromThread
-        signal.signal(signal.SIGHUP, lambda *_: later(lambda: self.reload()))
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
@@ -281,6 +286,8 @@ class ProxyService(Service):
         return rested
 
     def _close(self) -> Deferred[None]:
+        for undo in self._untune:
+            undo()
         if self._lag.running:
             self._lag.stop()
         self.upstream.close()

@@ -40,6 +40,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "anonymous",
         "drain_timeout",
         "max_connections",
+        "tuned_loop",
         "via",
     ),
     "admin": ("listen", "metrics_listen"),
@@ -104,7 +105,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 #: Keys that the design has and this version has not; they are refused, never read and ignored.
 NOT_BUILT: Mapping[str, frozenset[str]] = {
     "": frozenset({"intercept", "tunnel"}),
-    "proxy": frozenset({"reuse_port", "tuned_loop"}),
+    "proxy": frozenset({"reuse_port"}),
     "admin": frozenset({"token"}),
     "limits": frozenset({"drains", "accumulate", "event"}),
     "providers.*": frozenset({"max_streams"}),

@@ -75,6 +75,7 @@ def read_proxy(table: Table, instance: str, credentials: Credentials) -> Proxy:
         anonymous=table.read("anonymous", boolean, False),
         drain_timeout=table.read("drain_timeout", duration, ours.drain_timeout),
         max_connections=table.read("max_connections", integer(1, 10_000_000), ours.max_connections),
+        tuned_loop=table.read("tuned_loop", boolean, ours.tuned_loop),
         via=table.read("via", token, default_via()),
     )
 

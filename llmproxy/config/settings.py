@@ -150,6 +150,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     anonymous: bool = False
     drain_timeout: float = 300.0
     max_connections: int = 20000
+    tuned_loop: bool = True
     via: str = "llmproxy"
 
 
@@ -209,6 +210,7 @@ def _proxy(proxy: Proxy) -> dict[str, object]:
         "anonymous": proxy.anonymous,
         "drain_timeout": show_duration(proxy.drain_timeout),
         "max_connections": proxy.max_connections,
+        "tuned_loop": proxy.tuned_loop,
         "via": proxy.via,
     }
 

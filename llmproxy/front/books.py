@@ -16,10 +16,16 @@ from llmproxy.front.exchange import Exchange
 from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
 from llmproxy.headers import value_of
+from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Sink, Trace, as_event, timestamp
+from llmproxy.record.trace import Sink, Trace, timestamp
 
-_log = Logger(namespace="llmproxy.access")
+_log = Logger(namespace=ACCESS)
+
+
+def log_access(trace: Trace, cause: str | None, detail: str | None) -> None:
+    """Write an access line by way of ``twisted.logger``, whoever observes that."""
+    _log.info("{method} {path} {end_reason}", **access_event(trace, cause, detail))
 
 
 class Books:
@@ -28,6 +34,7 @@ class Books:
     Args:
         metrics: counts what ended.
         sink: keeps traces.
+        access: writes the access line of a trace, with a failure's cause and detail.
         clock: monotonic seconds.
         wall: seconds since the epoch.
         instance: this process's name among several.
@@ -38,12 +45,14 @@ class Books:
         metrics: Metrics,
         sink: Sink,
         *,
+        access: Callable[[Trace, str | None, str | None], None] = log_access,
         clock: Callable[[], float],
         wall: Callable[[], float],
         instance: str,
     ) -> None:
         self._metrics = metrics
         self._sink = sink
+        self._access = access
         self._clock = clock
         self.now = wall
         self._instance = instance
@@ -96,10 +105,10 @@ class Books:
     def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
         self._sink.write(trace)
-        event = as_event(trace)
         if error is not None and error.detail:
-            event |= {"cause": error.cause, "detail": error.detail}
-        _log.info("{method} {path} {end_reason}", **event)
+            self._access(trace, error.cause, error.detail)
+        else:
+            self._access(trace, None, None)
 
 
 def new_trace(request: Request, *, time: float, instance: str) -> Trace:

@@ -21,6 +21,7 @@ from llmproxy.errors import ClientStalled, ProxyError
 from llmproxy.front.progress import Phase, Progress
 from llmproxy.front.receiver import Receiver
 from llmproxy.front.request import Request
+from llmproxy.wire.secure import Secure
 from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged_bytes
 
 _LINGER = 2.0
@@ -76,7 +77,7 @@ class Channel(Receiver):
         super().connectionMade()
         raw_transport(self.transport).bufferSize = _QUEUE
         self.site.joined(self)
-        if isinstance(self.transport, TLSMemoryBIOProtocol):
+        if isinstance(self.transport, TLSMemoryBIOProtocol | Secure):
             self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
         else:
             self.await_request()

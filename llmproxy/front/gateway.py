@@ -44,7 +44,7 @@ from llmproxy.stream.relay import Relay
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream, credential_field, pool_key
 
-_log = Logger(namespace="llmproxy.access")
+_log = Logger()
 
 
 class Gateway(Resource):
@@ -259,7 +259,9 @@ class Gateway(Resource):
         )
         self._metrics.began(relay)
         try:
-            await relay.start()
+            done = relay.start()
+            exchange.request.flush()  # the head leaves before the body, unless some of it is there
+            await done
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)

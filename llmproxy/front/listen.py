@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from twisted.internet import tcp
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IAddress
-from twisted.internet.protocol import Factory, Protocol
-from twisted.protocols.haproxy._info import ProxyInfo
-from twisted.protocols.haproxy._v1parser import V1Parser
-from twisted.protocols.haproxy._v2parser import V2Parser
-from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
+from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
+from llmproxy.front.balancer import Proxied, ProxyHeaders
 from llmproxy.front.door import TurnedAway
 from llmproxy.front.http import Site
 from llmproxy.front.tls import ListenerTls
+from llmproxy.wire.direct import DirectServer
+from llmproxy.wire.secure import SecureServer
 from llmproxy.wire.transport import has_input, notice_vanished_peer
 
 _BACKLOG = 4096
@@ -36,11 +36,6 @@ _REST = 0.1
 _CROWD = 1000
 """Connections that are closed in one turn then, where that is all that can be done for them."""
 
-_PROXY_START = 16
-"""Bytes that Twisted wants at once of a PROXY header (the protocol's text, section 2)."""
-
-_UNKNOWN = b"PROXY UNKNOWN\r\n"
-
 _QUEUED = ("tcp", "tcp6", "unix", "ssl", "tls")
 
 
@@ -50,6 +45,7 @@ def listen(
     site: Site,
     *,
     tls: ListenerTls | None = None,
+    direct: bool = True,
 ) -> Any:
     """Listen at an endpoint.
 
@@ -57,6 +53,7 @@ def listen(
         text: an endpoint string of Twisted's.
         site: serves the connections.
         tls: ends TLS on them.
+        direct: with the transports of ``wire/``; else with Twisted's own.
 
     Returns:
         the listening port.
@@ -67,11 +64,15 @@ def listen(
     """
     below = text.removeprefix("haproxy:")
     proxied = below != text
-    factory: Any = _Proxied(site) if proxied else site
-    if tls is not None:
-        factory = _TlsLayer(tls, False, factory)
+    direct = direct and _is_tcp(below)
+    factory: Any = Proxied(site) if proxied else site
+    if tls is not None and (proxied or not direct):
+        # Where a PROXY header comes first, TLS does not begin with the socket.
+        direct, factory = False, _TlsLayer(tls, False, factory)
+    elif tls is not None:
+        factory = _Wordless(factory)
     if proxied:
-        factory = _ProxyHeaders(factory)
+        factory = ProxyHeaders(factory)
     ports: list[Any] = []
     failures: list[Failure] = []
     _endpoint(reactor, below).listen(factory).addCallbacks(ports.append, failures.append)
@@ -82,7 +83,16 @@ def listen(
     # at a time, too; for what is under way the channel's own look stands in (ADR-0008).
     notice_vanished_peer(port, None)
     _accept_patiently(port, reactor)
+    if direct:
+        # Not below Twisted's TLS layer, which writes a farewell when it aborts: it must not leave.
+        port.transport = DirectServer if tls is None else partial(SecureServer, tls.on_socket)
     return port
+
+
+def _is_tcp(text: str) -> bool:
+    """Tell whether an endpoint's connections are TCP's, with nothing of Twisted's above."""
+    kind = text.partition(":")[0]
+    return kind in ("tcp", "tcp6") or (kind == "systemd" and "domain=UNIX" not in text)
 
 
 def _accept_patiently(port: Any, reactor: Any) -> None:
@@ -121,60 +131,12 @@ def _endpoint(reactor: Any, text: str) -> Any:
         raise ValueError(f"{text}: not an endpoint: {type(error).__name__}: {error}") from error
 
 
-class _Proxied(Factory):
-    """Below it the peer is a balancer, whose address says nothing: the client's comes later."""
-
-    noisy = False
-
-    def __init__(self, site: Site) -> None:
-        self._site = site
-
-    def doStart(self) -> None:
-        self._site.doStart()
-
-    def doStop(self) -> None:
-        self._site.doStop()
+class _Wordless(Proxied):
+    """Who is turned away from a TLS listener is not worth a handshake."""
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol:
-        return self._site.buildProtocol(None)
-
-
-class _ProxyHeader(HAProxyProtocolWrapper):
-    """One connection that begins with a PROXY header, of either version, cut anywhere."""
-
-    _start: bytes = b""
-
-    def dataReceived(self, data: bytes) -> None:
-        if self._proxyInfo is None and self._parser is None:
-            data = self._start = self._start + data
-            if _is_undecided(data):
-                return
-            if data.startswith(_UNKNOWN):  # Twisted knows the long form alone
-                self._proxyInfo = ProxyInfo(_UNKNOWN, None, None)
-                data = data[len(_UNKNOWN) :]
-                if not data:
-                    return
-        if self._proxyInfo is not None:
-            self.wrappedProtocol.dataReceived(data)
-            return
-        try:
-            super().dataReceived(data)
-        except ValueError:  # Twisted's parsers let it through where a number or an address is none
-            if self._proxyInfo is not None:
-                raise  # it is not the header's
-            self.loseConnection()
-
-
-def _is_undecided(data: bytes) -> bool:
-    """Tell whether this may become a PROXY header of which there is not enough yet."""
-    second = V2Parser.PREFIX.startswith(data[: len(V2Parser.PREFIX)])
-    first = V1Parser.PROXYSTR.startswith(data[:5]) and b"\r\n" not in data
-    return len(data) < _PROXY_START and (first or second)
-
-
-class _ProxyHeaders(HAProxyWrappingFactory):
-    protocol = _ProxyHeader  # type: ignore[assignment]  # a subclass of what stands there
-    noisy = False
+        protocol = self._site.buildProtocol(addr)
+        return protocol.without_a_word() if isinstance(protocol, TurnedAway) else protocol
 
 
 class _TlsLayer(TLSMemoryBIOFactory):

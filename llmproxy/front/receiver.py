@@ -21,10 +21,9 @@ from llmproxy.errors import ProxyError
 from llmproxy.front.progress import Phase
 from llmproxy.front.request import Request
 from llmproxy.front.upload import Upload
+from llmproxy.wire.framing import ChunkedReader, LengthReader
 from llmproxy.wire.grammar import (
     BadMessage,
-    ChunkedReader,
-    LengthReader,
     RequestHead,
     field_values,
     is_chunked,

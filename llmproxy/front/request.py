@@ -17,7 +17,8 @@ from twisted.web import server
 from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.front.refusal import memory_full, phrase, too_large
 from llmproxy.front.upload import Upload
-from llmproxy.wire.grammar import LAST_CHUNK, Fields, RequestHead, chunk
+from llmproxy.wire.framing import LAST_CHUNK
+from llmproxy.wire.grammar import Fields, RequestHead
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 """The methods that are served."""
@@ -60,6 +61,7 @@ class Request(server.Request):
         self._limit = 0
         self._held = 0
         self._length: int | None = None
+        self._head = b""
         self._bodiless = False
         self._ended = False
         self._served = False
@@ -146,7 +148,7 @@ class Request(server.Request):
     # -- out ------------------------------------------------------------------------------------
 
     def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
-        """Send the head, in one piece and now.
+        """Begin the answer; the head leaves with the first bytes, or at :meth:`flush`.
 
         Args:
             fields: as they go on the wire, without framing but for a ``Content-Length``.
@@ -173,7 +175,13 @@ class Request(server.Request):
         if not self.channel.persistent:
             head.append(b"connection: close\r\n")
         head.append(b"\r\n")
-        self.channel.write(b"".join(head))
+        self._head = b"".join(head)
+
+    def flush(self) -> None:
+        """Send the head now, where nothing has taken it along."""
+        if self._head and not self._disconnected:
+            head, self._head = self._head, b""
+            self.channel.write(head)
 
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
@@ -186,9 +194,10 @@ class Request(server.Request):
             return
         self.sent += len(data)
         if self.chunked:
-            self.channel.writeSequence(chunk(data))
-        else:
-            self.channel.write(data)
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head:
+            data, self._head = self._head + data, b""
+        self.channel.write(data)
 
     def finish(self) -> None:
         """End the answer as whole; one that is short of its length is broken off instead."""
@@ -199,6 +208,7 @@ class Request(server.Request):
         if self._length is not None and self.sent != self._length and not self._bodiless:
             self.break_off()
             return
+        self.flush()
         if self.chunked:
             self.channel.write(LAST_CHUNK)
         self._close_books()
@@ -211,6 +221,7 @@ class Request(server.Request):
         """
         if self._ended or self._disconnected:
             return
+        self.flush()
         unframed = self.is_unframed
         self._close_books()
         self._part(self.channel.request_broken if unframed else self.channel.request_cut)

@@ -51,8 +51,12 @@ class ListenerTls:
         self.not_after = keypair.not_after
 
     def serverConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
-        """Return the OpenSSL side of one connection."""
+        """Return the OpenSSL side of one connection, for Twisted's layer."""
         return SSL.Connection(self._context, None)
+
+    def on_socket(self, transport: Any) -> SSL.Connection:
+        """Return the OpenSSL side of a transport of ``wire/secure.py``."""
+        return SSL.Connection(self._context, transport.socket)
 
 
 def _context(keypair: Keypair) -> SSL.Context:

@@ -7,6 +7,7 @@ body is opaque.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from llmproxy.errors import Dialect
@@ -24,6 +25,10 @@ from llmproxy.policy.body import (
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 """Types that curl and old SDKs put on JSON; Ollama, for one, reads it as JSON all the same."""
+
+# Callers use a few types and paths, again and again.
+_is_json = lru_cache(maxsize=64)(is_json)
+_path_model = lru_cache(maxsize=256)(path_model)
 
 
 class Ask(NamedTuple):
@@ -65,10 +70,10 @@ def read_ask(content_type: bytes | None, body: bytes, path: bytes) -> Ask:
     kind = media_type(content_type)
     if kind == _FORM and body:
         named = multipart_model(content_type or b"", body)
-    elif body and (is_json(content_type) or (kind in _PERHAPS_JSON and _opens_object(body))):
+    elif body and (_is_json(content_type) or (kind in _PERHAPS_JSON and _opens_object(body))):
         facts, json = inspect_json(body), True
         named = facts.model
-    models = tuple(dict.fromkeys(m for m in (named, path_model(path)) if m is not None))
+    models = tuple(dict.fromkeys(m for m in (named, _path_model(path)) if m is not None))
     return Ask(models, facts.model_span, json, facts)
 
 
@@ -81,7 +86,7 @@ def is_held(content_type: bytes | None, *, model_matters: bool) -> bool:
     kind = media_type(content_type)
     if kind == _FORM:
         return model_matters
-    return is_json(content_type) or kind in _PERHAPS_JSON
+    return _is_json(content_type) or kind in _PERHAPS_JSON
 
 
 def _opens_object(body: bytes) -> bool:

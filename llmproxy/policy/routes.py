@@ -41,11 +41,17 @@ class _Entry(NamedTuple):
     timeouts: Timeouts
 
 
+_MOST_KNOWN = 1024
+_LONGEST_KNOWN = 256
+"""How many paths are remembered, and of how many characters: callers use a few short ones."""
+
+
 class Routes:
     """Every route, prepared, in the order in which they are tried."""
 
     def __init__(self, config: Config) -> None:
         self._default_limit = config.limits.request_body
+        self._known: dict[tuple[bytes, str], list[_Entry]] = {}
         self._entries = [self._prepare(config, route) for route in config.routes]
         self._entries.sort(key=_rank)
         self._clients_restricted = any(c.models != ("*",) for c in config.clients.values())
@@ -154,11 +160,17 @@ class Routes:
             raise ProxyError(403, "model_forbidden", "This client may not use this model.")
 
     def _at(self, path: bytes, host: str) -> list[_Entry]:
-        return [
-            entry
-            for entry in self._entries
-            if _is_below(path, entry) and (entry.hosts is None or host in entry.hosts)
-        ]
+        """Return the routes at a path and host; what was asked for often is remembered."""
+        found = self._known.get((path, host))
+        if found is None:
+            found = [
+                entry
+                for entry in self._entries
+                if _is_below(path, entry) and (entry.hosts is None or host in entry.hosts)
+            ]
+            if len(self._known) < _MOST_KNOWN and len(path) + len(host) < _LONGEST_KNOWN:
+                self._known[path, host] = found
+        return found
 
 
 def refuse_dots(path: bytes) -> None:

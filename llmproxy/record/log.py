@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import IO, Any, cast
 
 import msgspec
@@ -18,7 +19,25 @@ from twisted.python.logfile import LogFile
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
-from llmproxy.record.trace import timestamp
+from llmproxy.record.trace import Trace, timestamp
+
+_GATHER = 0.05
+"""Seconds for which access lines wait for one another: a write costs more than a line."""
+
+_TOLD = tuple(n for n in Trace.__struct_fields__ if n not in ("attempts", "degraded", "time"))
+_told_of = attrgetter(*_TOLD)
+
+_AccessLine = msgspec.defstruct(
+    "_AccessLine",
+    [
+        *((name, str) for name in ("time", "level", "logger", "message")),
+        *((name, Any, None) for name in (*_TOLD, "cause", "detail")),
+    ],
+    omit_defaults=True,  # what is null is left out
+)
+
+ACCESS = "llmproxy.access"
+"""The logger of access lines."""
 
 _PLAIN = (str, int, float, bool, type(None), list, dict)
 _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
@@ -28,21 +47,73 @@ _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "f
 class JsonLog:
     """Writes events to a text file, one line each, flushed.
 
+    Access lines come past ``twisted.logger``, and are written together.
+
     Args:
         file: an open text file.
+        later: calls something after so many seconds; without it nothing waits.
+        wall: seconds since the epoch, for access lines; events bring their own time.
     """
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(
+        self,
+        file: IO[str],
+        *,
+        later: Callable[..., object] | None = None,
+        wall: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._file = file
+        self._wall = wall
+        self._later = later
+        self._lines: list[str] = []
 
     def __call__(self, event: LogEvent) -> None:
-        """Write one event."""
-        line = _line(event)
+        """Write one event, behind whatever was told before it."""
+        self._lines.append(_line(event) + "\n")
+        self.flush()
+
+    def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
+        """Write the access line of a request that has ended.
+
+        Args:
+            trace: its record.
+            cause: what tells failures of one reason apart.
+            detail: what went wrong, for the operator alone.
+        """
+        told = access_message(trace)
+        line = _AccessLine(
+            timestamp(self._wall()), "info", ACCESS, told, *_told_of(trace), cause, detail
+        )
         try:
-            self._file.write(line + "\n")
+            text = msgspec.json.encode(line).decode()
+        except Exception:  # half a surrogate pair
+            plain = {name: _text(getattr(line, name)) for name in ("time", "message", "id")}
+            text = msgspec.json.encode(plain).decode()
+        self._lines.append(text + "\n")
+        if self._later is None:
+            self.flush()
+        elif len(self._lines) == 1:
+            self._later(_GATHER, self.flush)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        lines, self._lines = self._lines, []
+        try:
+            self._file.write("".join(lines))
             self._file.flush()
         except (OSError, ValueError):
             return  # a log that cannot be written must not stop a stream
+
+
+def access_message(trace: Trace) -> str:
+    """Return an access line in words."""
+    return f"{trace.method} {trace.path} {trace.end_reason}"
+
+
+def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[str, Any]:
+    """Return what the access log tells of a trace: everything but what is null."""
+    told = dict(zip((*_TOLD, "cause", "detail"), (*_told_of(trace), cause, detail), strict=True))
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _line(event: LogEvent) -> str:

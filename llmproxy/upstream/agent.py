@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from twisted.internet.defer import Deferred
@@ -25,7 +26,7 @@ from llmproxy.config import Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.connect import Attempt, Connector
-from llmproxy.upstream.deadline import Late, within
+from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.http1 import Connection, State
 from llmproxy.upstream.names import Names
 from llmproxy.wire.grammar import Fields
@@ -83,6 +84,7 @@ class ProviderAgent:
         names: resolves the provider's name.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of an answer's head.
+        direct: with the transports of ``wire/``; else with Twisted's own.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ProviderAgent:
         names: Names,
         pool_idle: float | None,
         max_head: int,
+        direct: bool = True,
     ) -> None:
         self._reactor = reactor
         self._clock = clock
@@ -111,6 +114,7 @@ class ProviderAgent:
             max_head=max_head,
             became_idle=self._put,
             closed=self._forget,
+            direct=direct,
         )
         self._expiry: Any = None
         self._expiry_at = math.inf
@@ -142,13 +146,17 @@ class ProviderAgent:
             fires with the :class:`Answer`.  Cancelling it aborts whatever is under way at once.  It
             fails with ``ProxyError``.
         """
-        sending = Deferred.fromCoroutine(self._tell_lateness(order, method, body))
+        connection = self._take(order.credential)
+        if connection is not None:
+            return self._ask(connection, order, method, body)
+        connecting = Deferred.fromCoroutine(self._connect(order))
+        connecting.addCallback(self._ask, order, method, body)
         cancelled = False
 
         def cancel(_: Deferred[Answer]) -> None:
             nonlocal cancelled
             cancelled = True
-            sending.cancel()
+            connecting.cancel()
 
         def failed(failure: Failure) -> None:
             # Twisted's endpoints turn a cancel into errors of their own; it must stay one.
@@ -156,42 +164,32 @@ class ProviderAgent:
                 answer.errback(failure)
 
         answer: Deferred[Answer] = Deferred(cancel)
-        sending.addCallbacks(answer.callback, failed)
+        connecting.addCallbacks(answer.callback, failed)
         return answer
 
-    async def _tell_lateness(
-        self, order: Order, method: bytes, body: IBodyProducer | None
-    ) -> Answer:
+    async def _connect(self, order: Order) -> Connection:
+        attempt = self._connector.connect(order.credential)
+        self._connecting.add(attempt)
+        connected, late = attempt.connected, partial(upstream_timeout, may_have_run=False)
+        limit(self._reactor, order.timeouts.connect, connected, lambda: attempt.phase, late)
         try:
-            return await self._send(order, method, body)
-        except Late as late:
-            raise upstream_timeout(str(late), may_have_run=order.sent) from None
+            connection = await attempt.connected
+        finally:
+            self._connecting.discard(attempt)
+        self._live.add(connection)
+        return connection
 
-    async def _send(self, order: Order, method: bytes, body: IBodyProducer | None) -> Answer:
-        connection = self._take(order.credential)
-        if connection is None:
-            attempt = self._connector.connect(order.credential)
-            self._connecting.add(attempt)
-            try:
-                connection = await within(
-                    self._reactor, order.timeouts.connect, attempt.connected, lambda: attempt.phase
-                )
-            finally:
-                self._connecting.discard(attempt)
-            self._live.add(connection)
-        return await self._ask(connection, order, method, body)
-
-    async def _ask(
+    def _ask(
         self, connection: Connection, order: Order, method: bytes, body: IBodyProducer | None
-    ) -> Answer:
-        """Send the request and await its head: ``first_byte`` after it was sent.
+    ) -> Deferred[Answer]:
+        """Send the request and wait for its head: ``first_byte`` after it was sent.
 
         While a body is being sent, the clock begins anew as long as the provider takes some of it,
         or waits for more.
         """
         head = self._head(method, order, body)
         order.sent = True
-        step = connection.send(method, head, body)
+        answer = connection.send(method, head, body)
         stuck_at: int | None = None
         was_sending = False
 
@@ -204,7 +202,13 @@ class ProviderAgent:
                 return "request" if stuck_at == before else None
             return None if was_sending or still else "first_byte"
 
-        answer = await within(self._reactor, order.timeouts.first_byte, step, phase)
+        late = partial(upstream_timeout, may_have_run=True)
+        limit(self._reactor, order.timeouts.first_byte, answer, phase, late)
+        if self._connector.secure:
+            answer.addCallback(self._remember, connection)
+        return answer
+
+    def _remember(self, answer: Answer, connection: Connection) -> Answer:
         self._connector.remember(connection)
         return answer
 

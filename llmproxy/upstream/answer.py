@@ -14,11 +14,10 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 from zope.interface import implementer
 
+from llmproxy.wire.framing import ChunkedReader, LengthReader
 from llmproxy.wire.grammar import (
     BadMessage,
-    ChunkedReader,
     Fields,
-    LengthReader,
     field_values,
     is_chunked,
     list_tokens,

@@ -11,8 +11,8 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
-from llmproxy.wire.grammar import LAST_CHUNK, chunk
-from llmproxy.wire.transport import pending_bytes
+from llmproxy.wire.framing import LAST_CHUNK, chunk
+from llmproxy.wire.transport import pending_bytes, unacknowledged_bytes
 
 
 @implementer(IBodyProducer)
@@ -32,7 +32,7 @@ class HeldBody:
         self.length = len(data)
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Write the body; fires once the kernel has the last byte, or at once where it is short."""
+        """Write the body; fires once the last slice was written, at once where it is short."""
         if self.length <= self.SLICE:
             consumer.write(self._data)
             return succeed(None)
@@ -47,12 +47,11 @@ class HeldBody:
         if self._consumer is None:
             return
         start = self._position
-        if start >= self.length:
-            self.stopProducing()
-            self._done.callback(None)
-            return
         self._position = start + self.SLICE
         self._consumer.write(self._data[start : self._position])
+        if self._position >= self.length:
+            self.stopProducing()
+            self._done.callback(None)
 
     def pauseProducing(self) -> None:
         """Nothing to do: a pull producer writes only when it is asked."""
@@ -70,27 +69,36 @@ class BodySink:
 
     Args:
         transport: the provider's.
+        head: the request's, which leaves with the first piece, or at :meth:`flush`.
         chunked: the body's length is unknown, so it goes in the chunked coding.
 
     Attributes:
         written: bytes that were written so far.
     """
 
-    def __init__(self, transport: Any, *, chunked: bool) -> None:
+    def __init__(self, transport: Any, head: bytes, *, chunked: bool) -> None:
         self._transport = transport
+        self._head = head
         self._chunked = chunked
         self.written = 0
 
     def write(self, data: bytes) -> None:
         """Write one piece; an empty one would be the last chunk, and is none."""
         self.written += len(data)
-        if not self._chunked:
-            self._transport.write(data)
-        elif data:
-            self._transport.writeSequence(chunk(data))
+        if self._chunked and data:
+            data = b"".join(chunk(data))
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write the head now, where nothing has taken it along."""
+        if self._head:
+            self.write(b"")
 
     def finish(self) -> None:
         """The body is whole."""
+        self.flush()
         if self._chunked:
             self._transport.write(LAST_CHUNK)
 
@@ -108,6 +116,8 @@ class Sending:
 
     Args:
         transport: the provider's.
+        head: the request's, which leaves with the first piece of the body, or alone where that
+            takes longer.
         body: produces it.
         failed: called with the failure where the body will not be whole.
 
@@ -116,18 +126,23 @@ class Sending:
     """
 
     def __init__(
-        self, transport: Any, body: IBodyProducer, failed: Callable[[Failure], None]
+        self,
+        transport: Any,
+        head: bytes,
+        body: IBodyProducer,
+        failed: Callable[[Failure], None],
     ) -> None:
         self._transport = transport
         self._body = body
         self._failed = failed
-        self._sink = BodySink(transport, chunked=body.length is UNKNOWN_LENGTH)
+        self._sink = BodySink(transport, head, chunked=body.length is UNKNOWN_LENGTH)
         self.active = True
         body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
+        self._sink.flush()
 
     def untaken(self) -> int | None:
-        """Return how many bytes the kernel has taken, where more of them wait for it; else None."""
-        waiting = pending_bytes(self._transport)
+        """Return how many bytes the provider has taken, where more are on the way; else None."""
+        waiting = pending_bytes(self._transport) + unacknowledged_bytes(self._transport)
         return self._sink.written - waiting if waiting else None
 
     def stop(self) -> None:

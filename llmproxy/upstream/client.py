@@ -96,6 +96,7 @@ class Upstream:
                 names=names,
                 pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
                 max_head=config.limits.response_head,
+                direct=config.proxy.tuned_loop,
             )
             url = provider.url
             self._urls[provider.name] = PreparedUrl.prepare(f"{url.scheme}://{url.netloc}/")

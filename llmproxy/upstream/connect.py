@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from twisted.internet.abstract import isIPAddress, isIPv6Address
@@ -27,6 +28,8 @@ from llmproxy.errors import ProxyError, no_descriptors, upstream_tls, upstream_u
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.names import Names, ReactorWithNames
 from llmproxy.upstream.tls import client_options
+from llmproxy.wire.direct import DirectConnector
+from llmproxy.wire.secure import SecureConnector
 
 _NO_MORE = (errno.EMFILE, errno.ENFILE)
 _NO_TIMEOUT = cast("float", None)
@@ -57,6 +60,10 @@ class Connector:
         max_head: most bytes of an answer's head.
         became_idle: called with a connection on which another request may be sent.
         closed: called with a connection that is gone.
+        direct: with the transports of ``wire/``; else with Twisted's own.
+
+    Attributes:
+        secure: whether connections are made with TLS.
     """
 
     def __init__(
@@ -68,11 +75,18 @@ class Connector:
         max_head: int,
         became_idle: Callable[[Connection], None],
         closed: Callable[[Connection], None],
+        direct: bool = True,
     ) -> None:
         self._reactor = reactor
         self._names = names
         self._host, self._port = provider.url.host, provider.url.port
         self._tls = client_options(provider)
+        self.secure = self._tls is not None
+        self._make: Callable[..., Any] | None = None
+        if direct and self._tls is None:
+            self._make = DirectConnector
+        elif direct:
+            self._make = partial(SecureConnector, cast(Any, self._tls).on_socket)
         self._max_head = max_head
         self._became_idle = became_idle
         self._closed = closed
@@ -104,10 +118,12 @@ class Connector:
 
         factory = Factory.forProtocol(make)
         factory.noisy = False
-        reactor = ReactorWithNames(self._reactor, self._names)
+        reactor = ReactorWithNames(self._reactor, self._names, self._make)
         try:
             connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
             attempt.phase = "handshake"
+            if self._make is not None:
+                connection.transport.protocol = connection  # the endpoint's wrapper is through
             return cast(Connection, await connection.ready)
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
@@ -120,12 +136,13 @@ class Connector:
         """Return where to connect; an address needs no race and fails at once."""
         endpoint: Any
         if isIPAddress(self._host):
-            endpoint = TCP4ClientEndpoint(self._reactor, self._host, self._port, _NO_TIMEOUT)
+            endpoint = TCP4ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
         elif isIPv6Address(self._host):
-            endpoint = TCP6ClientEndpoint(self._reactor, self._host, self._port, _NO_TIMEOUT)
+            endpoint = TCP6ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
         else:
             endpoint = HostnameEndpoint(reactor, self._host, self._port, timeout=_NO_TIMEOUT)
-        return endpoint if self._tls is None else wrapClientTLS(self._tls, endpoint)
+        secured = self._tls is None or self._make is not None
+        return endpoint if secured else wrapClientTLS(cast(Any, self._tls), endpoint)
 
     def _why_not(self, error: Exception, made: list[Connection], attempt: Attempt) -> ProxyError:
         """Tell apart the ways in which no connection came about."""

@@ -6,31 +6,27 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 _Result = TypeVar("_Result")
 
 
-class Late(Exception):
-    """The step took too long; the text is the phase in which it was."""
-
-
-async def within(
+def limit(
     reactor: Any,
     seconds: float | None,
     step: Deferred[_Result],
     phase: Callable[[], str | None],
-) -> _Result:
-    """Await ``step`` for at most so many seconds.
+    error: Callable[[str], Exception],
+) -> None:
+    """Let ``step`` take so many seconds at most: then it is cancelled, and fails.
 
     Args:
-        seconds: None waits for ever.
+        seconds: None lets it wait for ever.
         phase: what took so long, asked when the time is over; None lets the time begin anew.
-
-    Raises:
-        Late: the time was over; ``step`` is cancelled.
+        error: from that to what ``step`` fails with.
     """
     if seconds is None:
-        return await step
+        return
     late: str | None = None
     timer: Any = None
 
@@ -43,13 +39,11 @@ async def within(
         else:
             step.cancel()
 
-    timer = reactor.callLater(seconds, ring)
-    try:
-        return await step
-    except Exception:
-        if late is not None:
-            raise Late(late) from None
-        raise
-    finally:
+    def settle(result: Any) -> Any:
+        """Stop the clock, and say why where it was the clock."""
         if timer.active():
             timer.cancel()
+        return Failure(error(late)) if late is not None and isinstance(result, Failure) else result
+
+    timer = reactor.callLater(seconds, ring)
+    step.addBoth(settle)

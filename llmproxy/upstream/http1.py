@@ -39,7 +39,8 @@ from llmproxy.upstream.answer import (
 )
 from llmproxy.upstream.body import Sending
 from llmproxy.upstream.tls import Verdict
-from llmproxy.wire.grammar import BadMessage, LengthReader
+from llmproxy.wire.framing import LengthReader
+from llmproxy.wire.grammar import BadMessage
 from llmproxy.wire.transport import notice_vanished_peer, pending_bytes
 
 MAX_INTERIM = 16
@@ -87,17 +88,15 @@ class Connection(Protocol):
         self.expires_at = 0.0
         """When the pool gives it up, in the pool's seconds; the pool's own mark."""
         self.verdict: Verdict | None = None
-        """What the TLS handshake found out; set by ``tls.ProviderTls``."""
+        """What the TLS handshake found out; ``tls.ProviderTls`` says it."""
         self.pool_key = b""
         """What the pool keeps it apart by; the pool's own mark."""
         self.serving: Answer | None = None
         """The answer that comes in on it now."""
-        self._became_idle = became_idle
-        self._closed = closed
-        self._max_head = max_head
-        self._secure = secure
+        self._became_idle, self._closed = became_idle, closed
+        self._max_head, self._secure = max_head, secure
         self.aborted = False
-        """Whether it is being closed by us, and so of no use to anybody."""
+        """Whether we close it, so that it is of no use to anybody."""
         self._early = b""
         self._lost_early: Failure | None = None
 
@@ -106,6 +105,7 @@ class Connection(Protocol):
     def connectionMade(self) -> None:
         """Set TCP_NODELAY; a plain connection is ready at once."""
         self._transport: Any = self.transport
+        self.verdict = self.verdict or getattr(self._transport, "verdict", None)
         if ITCPTransport.providedBy(self._transport):
             self._transport.setTcpNoDelay(True)
             notice_vanished_peer(self._transport)
@@ -164,9 +164,10 @@ class Connection(Protocol):
         self.sending = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
-        self._transport.write(head)
-        if body is not None:
-            self.sending = Sending(self._transport, body, self._sending_failed)
+        if body is None:
+            self._transport.write(head)
+        else:
+            self.sending = Sending(self._transport, head, body, self._sending_failed)
         return answer
 
     def _sending_failed(self, failure: Failure) -> None:

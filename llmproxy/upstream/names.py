@@ -123,22 +123,41 @@ def _deliver(rows: list[Any], receiver: IResolutionReceiver, port: int) -> None:
 
 
 class ReactorWithNames:
-    """A reactor as ``HostnameEndpoint`` wants one for one connection, with a resolver of its own.
+    """A reactor as an endpoint wants one for one connection: with a resolver of its own, and ours.
 
     Args:
         reactor: does everything else.
         names: resolves.
+        connector: makes what connects; None leaves that to the reactor.
     """
 
-    def __init__(self, reactor: Any, names: Names) -> None:
+    def __init__(
+        self, reactor: Any, names: Names, connector: Callable[..., Any] | None = None
+    ) -> None:
         self._reactor = reactor
         self._names = names
+        self._connector = connector
         self._receiver: IResolutionReceiver | None = None
         self.nameResolver = self
         directlyProvides(self, providedBy(reactor), IReactorPluggableNameResolver)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reactor, name)
+
+    def connectTCP(
+        self,
+        host: str,
+        port: int,
+        factory: Any,
+        timeout: float = 30,
+        bindAddress: Any = None,  # noqa: N803 - IReactorTCP's name
+    ) -> Any:
+        """Connect, with a transport of ours (``wire/``)."""
+        if self._connector is None:
+            return self._reactor.connectTCP(host, port, factory, timeout, bindAddress)
+        connector = self._connector(host, port, factory, timeout, bindAddress, self._reactor)
+        connector.connect()
+        return connector
 
     def resolveHostName(
         self,

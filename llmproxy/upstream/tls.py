@@ -24,6 +24,7 @@ from twisted.internet.ssl import (
 from zope.interface import implementer
 
 from llmproxy.config import Provider
+from llmproxy.wire.secure import Secure
 
 _MARK = b"-----BEGIN CERTIFICATE-----"
 
@@ -78,8 +79,18 @@ class ProviderTls:
     def clientConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
         """Return the OpenSSL side of one connection; its protocol gets a :class:`Verdict`."""
         connection = SSL.Connection(self._context, None)
-        verdict = tlsProtocol.wrappedProtocol.verdict = Verdict()
         connection.set_app_data(tlsProtocol)
+        tlsProtocol.wrappedProtocol.verdict = self._prepare(connection)
+        return connection
+
+    def on_socket(self, transport: Any) -> SSL.Connection:
+        """Do the same for a transport of ``wire/secure.py``, which gets the :class:`Verdict`."""
+        connection = SSL.Connection(self._context, transport.socket)
+        transport.verdict = self._prepare(connection)
+        return connection
+
+    def _prepare(self, connection: SSL.Connection) -> Verdict:
+        verdict = Verdict()
         if not self._is_address:
             connection.set_tlsext_host_name(self._host.encode("ascii"))
         connection.set_verify(
@@ -87,11 +98,12 @@ class ProviderTls:
         )
         if self._session is not None:
             connection.set_session(self._session)
-        return connection
+        return verdict
 
     def remember(self, transport: Any) -> None:
         """Keep the session of a verified connection for the next one."""
-        session = transport.getHandle().get_session()
+        handle = transport.tls if isinstance(transport, Secure) else transport.getHandle()
+        session = handle.get_session()
         if session is not None:
             self._session = session
 

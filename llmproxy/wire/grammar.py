@@ -1,4 +1,4 @@
-"""HTTP/1.1's own grammar: fields, tokens, lists, numbers and the chunked coding, strictly.
+"""HTTP/1.1's own grammar: start lines, fields, tokens, lists and numbers, strictly.
 
 What lives here reads and writes bytes and knows no socket, no provider and no client; both sides of
 the wire use it, so that they cannot disagree about a message.  It is strict by RFC 9110 and RFC
@@ -20,24 +20,18 @@ MAX_LINE = 8192
 MAX_FIELDS = 128
 """Most field lines of one head; Node allows about 2000, Apache 100."""
 
-MAX_TRAILER = 16384
-"""Most bytes of a trailer section, which is read, checked and dropped."""
-
-_MAX_CHUNK_LINE = 1024
-
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-_FRAMING = (b"content-length", b"transfer-encoding", b"host")
+_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\x20-\x7e\x80-\xff]*\r\n)+")
+"""Lines without a fault and without a tab; all others are looked at one by one."""
+
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])"
 )
 _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]{0,5})?",
-)
-_CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
 )
 
 
@@ -109,10 +103,22 @@ def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = M
     """
     if len(lines) > most:
         raise BadMessage(f"more than {most} header fields", 431)
-    return [_parse_field(line, longest) for line in lines]
+    block = b"\r\n".join((*lines, b""))
+    if _FIELD_LINES.fullmatch(block) is None or max(map(len, lines)) > longest:
+        return [parse_field(line, longest) for line in lines]
+    fields = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        fields.append((name.lower(), value.strip(b" \t")))
+    return fields
 
 
-def _parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
+def parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
+    """Read one field line.
+
+    Raises:
+        BadMessage: it is none, or longer than ``longest`` bytes.
+    """
     if len(line) > longest:
         raise BadMessage(f"a header field longer than {longest} bytes")
     name, colon, value = line.partition(b":")
@@ -154,137 +160,3 @@ def parse_length(values: list[bytes]) -> int | None:
     if len(values) > 1 or _DIGITS.fullmatch(values[0]) is None:
         raise BadMessage("the Content-Length is malformed or given twice")
     return int(values[0])
-
-
-def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return the pieces of ``data`` as one chunk, to be written together."""
-    return b"%x\r\n" % len(data), data, b"\r\n"
-
-
-LAST_CHUNK = b"0\r\n\r\n"
-
-
-class ChunkedReader:
-    """Reads the chunked coding, cut anywhere (RFC 9112, section 7.1).
-
-    Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
-    an unfinished line is kept from one call to the next.
-
-    Attributes:
-        done: the body has ended.
-        extra: what followed its end in the read that ended it.
-        error: what is wrong with the coding, where something is; nothing is read any more.
-    """
-
-    __slots__ = ("_left", "_line", "_step", "_trailer_bytes", "done", "error", "extra")
-
-    def __init__(self) -> None:
-        self._left = 0
-        self._line = b""
-        self._step = self._size
-        self._trailer_bytes = 0
-        self.done = False
-        self.extra = b""
-        self.error: BadMessage | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """Take the next bytes, cut anywhere, and return the content in them, joined.
-
-        What came before an error is returned, too; the error is in :attr:`error`.
-        """
-        if self.error is not None:
-            return b""
-        if self._line:
-            data = self._line + data
-            self._line = b""
-        content: list[bytes] = []
-        position = 0
-        try:
-            while position >= 0 and not self.done:
-                position = self._step(data, position, content)
-        except BadMessage as error:
-            self.error = error
-        if self.done:
-            self.extra = data[position:] if position >= 0 else b""
-        return content[0] if len(content) == 1 else b"".join(content)
-
-    def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
-        end = self._line_end(data, position, _MAX_CHUNK_LINE)
-        if end < 0:
-            return -1
-        match = _CHUNK_LINE.fullmatch(data, position, end)
-        if match is None:
-            raise BadMessage("a chunk's size line is malformed")
-        self._left = int(match[1], 16)
-        self._step = self._content if self._left else self._trailer
-        return end + 2
-
-    def _content(self, data: bytes, position: int, content: list[bytes]) -> int:
-        available = len(data) - position
-        if available < self._left:
-            if available:
-                content.append(data[position:])
-                self._left -= available
-            return -1
-        end = position + self._left
-        content.append(data[position:end])
-        self._left = 0
-        self._step = self._content_end
-        return end
-
-    def _content_end(self, data: bytes, position: int, content: list[bytes]) -> int:
-        mark = data[position : position + 2]
-        if mark == b"\r\n":
-            self._step = self._size
-            return position + 2
-        if mark and mark != b"\r":
-            raise BadMessage("a chunk is longer than its size")
-        self._line = mark
-        return -1
-
-    def _trailer(self, data: bytes, position: int, content: list[bytes]) -> int:
-        end = self._line_end(data, position, MAX_LINE)
-        if end < 0:
-            return -1
-        if end == position:
-            self.done = True
-        else:
-            self._trailer_bytes += end - position
-            if self._trailer_bytes > MAX_TRAILER:
-                raise BadMessage(f"a trailer section longer than {MAX_TRAILER} bytes")
-            if _parse_field(data[position:end])[0] in _FRAMING:
-                raise BadMessage("a framing field in a trailer section")  # RFC 9110, 6.5.1
-        return end + 2
-
-    def _line_end(self, data: bytes, position: int, longest: int) -> int:
-        end = data.find(b"\r\n", position, position + longest + 2)
-        if end < 0:
-            if len(data) - position > longest + data.endswith(b"\r"):
-                raise BadMessage("a line of the chunked coding is too long")
-            self._line = data[position:]
-        return end
-
-
-class LengthReader:
-    """Reads a body of ``left`` bytes, or one that ends with the connection (None).
-
-    Attributes are those of :class:`ChunkedReader`.
-    """
-
-    __slots__ = ("done", "error", "extra", "left")
-
-    def __init__(self, left: int | None) -> None:
-        self.left = left
-        self.done = left == 0
-        self.extra = b""
-        self.error: BadMessage | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """Take the next bytes, cut anywhere, and return the content in them."""
-        if self.left is None:
-            return data
-        if len(data) >= self.left:
-            data, self.extra = data[: self.left], data[self.left :]
-            self.done = True
-        self.left -= len(data)
-        return data

@@ -22,13 +22,8 @@ from llmproxy.front.http import Site
 from llmproxy.front.progress import Phase
 from llmproxy.front.receiver import request_body
 from llmproxy.front.request import Request
-from llmproxy.wire.grammar import (
-    MAX_FIELDS,
-    BadMessage,
-    ChunkedReader,
-    LengthReader,
-    parse_request_head,
-)
+from llmproxy.wire.framing import ChunkedReader, LengthReader
+from llmproxy.wire.grammar import MAX_FIELDS, BadMessage, parse_request_head
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, turn, until
 from tests.support.sockets import WAIT, chunked, connect, request
 
@@ -93,6 +88,7 @@ class Caller:
     def answer(self) -> None:
         """Answer the last request."""
         self.request.start(200, [(b"content-length", b"2")])
+        self.request.flush()
         self.request.write(b"ok")
         self.request.finish()
 
@@ -219,6 +215,7 @@ def test_a_client_that_takes_nothing_is_dropped(grows: bool, overhead: int) -> N
     caller = Caller(client_stall=10)
     caller.send(GET)
     caller.request.start(200, [])
+    caller.request.flush()
     held = len(caller.transport.value())
     caller.transport.hold(held)
     for _ in range(9):
@@ -239,6 +236,7 @@ def test_a_slow_client_is_not_a_stalled_one() -> None:
     caller = Caller(client_stall=10)
     caller.send(GET)
     caller.request.start(200, [])
+    caller.request.flush()
     for held in range(20, 0, -1):
         caller.transport.hold(held)
         caller.pass_time(9)
@@ -507,6 +505,7 @@ def test_a_client_that_pipelines_behind_a_stream_is_not_lost_sight_of() -> None:
     caller = Caller()
     caller.send(GET)
     caller.request.start(200, [])
+    caller.request.flush()
     for _ in range(100):
         caller.send(GET * 20)
 
@@ -573,6 +572,7 @@ def test_a_drain_closes_idle_connections_and_lets_answers_end() -> None:
     caller.connect()
     caller.send(GET)
     caller.request.start(200, [])
+    caller.request.flush()
     empty = caller.site.when_empty()
     caller.site.drain()
 
@@ -698,6 +698,7 @@ async def test_a_break_comes_after_all_that_was_written(version: str, end: str) 
 
     def serve(current: Request) -> None:
         current.start(200, [])
+        current.flush()
         current.write(b"x" * size)
         current.break_off()
 
@@ -719,6 +720,7 @@ async def test_a_break_does_not_wait_for_ever(size: int) -> None:
 
     def serve(current: Request) -> None:
         current.start(200, [])
+        current.flush()
         current.write(b"x" * size)
         current.break_off()
         listening.site.when_empty().addCallback(lambda _: gone.set())
@@ -751,6 +753,7 @@ async def test_a_client_that_does_not_read_pauses_the_producer() -> None:
 
     def serve(current: Request) -> None:
         current.start(200, [])
+        current.flush()
         current.registerProducer(Producer(), True)
         written = 0
 

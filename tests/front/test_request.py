@@ -203,6 +203,7 @@ def test_memory_is_given_back_in_every_ending(ending: str) -> None:
     assert caller.site.held_bytes == 5
     if ending not in ("aborted", "lost"):
         caller.request.start(200, LENGTH if ending == "short" else [])
+        caller.request.flush()
     ENDINGS[ending](caller)
     assert caller.site.held_bytes == 0
     caller.transport.end(RESET)
@@ -249,6 +250,7 @@ def test_the_head_goes_out_at_once_and_in_one_piece(
     """Status, our fields and the framing that the client understands, and nothing of Twisted's."""
     caller = Caller(data)
     caller.request.start(status, [(b"x-a", b"1"), (b"x-a", b"2"), *fields])
+    caller.request.flush()
 
     (head,) = caller.transport.writes
     first, _, rest = head.partition(b"\r\n")
@@ -261,6 +263,7 @@ def test_a_status_without_a_known_phrase_is_sent() -> None:
     """The code is exact, whatever is known of it."""
     caller = Caller(get())
     caller.request.start(529, LENGTH)
+    caller.request.flush()
 
     assert caller.transport.value().startswith(b"HTTP/1.1 529 \r\n")
 
@@ -269,7 +272,9 @@ def test_a_head_goes_out_once() -> None:
     """A second ``start`` changes nothing."""
     caller = Caller(get())
     caller.request.start(200, [])
+    caller.request.flush()
     caller.request.start(500, LENGTH)
+    caller.request.flush()
 
     assert len(caller.transport.writes) == 1
     assert caller.request.status == 200
@@ -282,6 +287,7 @@ def test_each_piece_is_one_write() -> None:
     """A piece leaves at once, with its chunk framing around it, and is counted."""
     caller = Caller(get())
     caller.request.start(200, [])
+    caller.request.flush()
     for data in (b"hello", b"", b"x" * 17):
         caller.request.write(data)
     caller.request.finish()
@@ -298,6 +304,7 @@ def test_without_chunks_the_bytes_are_the_body(
     """With a length, and for HTTP/1.0, nothing stands between the pieces."""
     caller = Caller(get("GET", version))
     caller.request.start(200, fields)
+    caller.request.flush()
     caller.request.write(b"he")
     caller.request.write(b"llo")
     caller.request.finish()
@@ -311,6 +318,7 @@ def test_where_no_body_belongs_none_is_written(method: str, status: int) -> None
     """The body of an answer that has none is dropped, and the connection goes on."""
     caller = Caller(get(method))
     caller.request.start(status, LENGTH)
+    caller.request.flush()
     caller.request.write(b"hello")
     caller.request.finish()
 
@@ -341,6 +349,7 @@ def test_a_whole_answer_leaves_the_connection_for_the_next() -> None:
     caller = Caller(get() + get("POST", "1.1", "Content-Length: 0"))
     assert len(caller.resource.requests) == 1
     caller.request.start(200, [])
+    caller.request.flush()
     caller.request.finish()
     assert [got.method for got in caller.resource.requests] == [b"GET", b"POST"]
     assert not caller.closed()
@@ -353,6 +362,7 @@ def test_a_broken_answer_never_looks_whole(how: str, fields: list[tuple[bytes, b
     """After all that was written it is closed, short of its length or without its last chunk."""
     caller = Caller(get())
     caller.request.start(200, fields)
+    caller.request.flush()
     caller.request.write(b"hel")
     getattr(caller.request, how)()
 
@@ -366,6 +376,7 @@ def test_without_framing_only_a_reset_tells_of_a_break() -> None:
     """HTTP/1.0: what is queued goes out first, and then the connection is reset, not closed."""
     caller = Caller(get("GET", "1.0"))
     caller.request.start(200, [])
+    caller.request.flush()
     caller.transport.hold(10)
     caller.request.break_off()
     caller.clock.pump([0.1] * 20)
@@ -381,6 +392,7 @@ def test_a_client_that_goes_while_a_reset_waits_leaves_nothing() -> None:
     """The wait for an empty queue ends with the connection."""
     caller = Caller(get("GET", "1.0"))
     caller.request.start(200, [])
+    caller.request.flush()
     caller.transport.hold(10)
     caller.request.break_off()
     caller.transport.end(RESET)
@@ -392,6 +404,7 @@ def test_an_abort_drops_the_client_at_once() -> None:
     """Whoever serves the request is told why, once, and the connection is aborted."""
     caller = Caller(get())
     caller.request.start(200, [])
+    caller.request.flush()
     why = ClientStalled()
     for _ in range(2):
         caller.request.abort(why)
@@ -408,11 +421,13 @@ def test_a_client_that_leaves_is_told_of_once(started: bool) -> None:
     current = caller.request
     if started:
         current.start(200, [])
+        current.flush()
     written = caller.transport.value()
     caller.transport.end(RESET)
     assert len(caller.left()) == 1
     assert type(caller.left()[0]) is ClientGone
     current.start(200, [])
+    current.flush()
     current.write(b"x")
     current.finish()
     current.break_off()
@@ -430,6 +445,7 @@ def test_an_ended_answer_is_over() -> None:
     caller = Caller(get() + get())
     first = caller.request
     first.start(200, [])
+    first.flush()
     first.finish()
     written = caller.transport.value()
     first.write(b"x")
@@ -450,6 +466,7 @@ def test_whoever_waits_for_the_end_hears_of_it(how: str) -> None:
     caller = Caller(get())
     ended: Deferred[None] = caller.request.notifyFinish()
     caller.request.start(200, [])
+    caller.request.flush()
     getattr(caller.request, how)()
 
     assert ended.called
@@ -500,6 +517,7 @@ def test_an_ended_answer_forgets_its_producer(how: str) -> None:
     caller, producer = Caller(get()), Producer()
     channel = caller.transport.producer
     caller.request.start(200, [])
+    caller.request.flush()
     caller.request.registerProducer(producer, True)
     getattr(caller.request, how)()
     channel.pauseProducing()
@@ -518,6 +536,7 @@ def test_an_exception_is_a_bare_500_or_a_break(started: bool, logged_failures: A
     def fail(current: Request) -> None:
         if started:
             current.start(200, [])
+            current.flush()
             current.write(b"x")
         raise ZeroDivisionError
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from llmproxy.front.channel import Channel
 from llmproxy.upstream.http1 import Connection
-from llmproxy.wire.grammar import MAX_LINE, ChunkedReader
+from llmproxy.wire.framing import ChunkedReader
+from llmproxy.wire.grammar import MAX_LINE
 from tests.differential.judges import (
     h11_answer,
     h11_request,

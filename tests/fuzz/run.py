@@ -15,7 +15,7 @@ import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]  #
 
 with atheris.instrument_imports(include=["llmproxy"]):
     from llmproxy.upstream.http1 import Connection
-    from llmproxy.wire import grammar
+    from llmproxy.wire import framing
     from tests.fuzz import harness
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -46,7 +46,7 @@ STRANGE += [b"HTTP/1.1 100 X\r\n\r\n", b"HTTP/1.0 200 X\r\n", b"chunked", b"gzip
 
 def plant_plus() -> None:
     """Let the size of a chunk begin with a sign, as ``int`` alone would."""
-    grammar._CHUNK_LINE = re.compile(rb"(\+?" + grammar._CHUNK_LINE.pattern[1:])
+    framing._CHUNK_LINE = re.compile(rb"(\+?" + framing._CHUNK_LINE.pattern[1:])
 
 
 def plant_extra() -> None:

@@ -14,7 +14,8 @@ from typing import Any, cast
 import pytest
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 
-from llmproxy.record.trace import Attempt, JsonLines, NoSink, Trace, as_event, timestamp
+from llmproxy.record.log import access_event
+from llmproxy.record.trace import Attempt, JsonLines, NoSink, Trace, timestamp
 from tests.support.sockets import WAIT
 
 DESIGN_10 = (
@@ -82,7 +83,7 @@ def test_times_are_rfc_3339_in_utc(seconds: float, text: str) -> None:
 
 def test_the_access_line_leaves_out_what_is_not_known() -> None:
     """Nulls, lists and the time that the log has itself are left out."""
-    event = as_event(trace(status=200, attempts=[Attempt("p", "ok", 0.5)]))
+    event = access_event(trace(status=200, attempts=[Attempt("p", "ok", 0.5)]), None, None)
 
     assert event["status"] == 200
     assert event["bytes_out"] == 0

@@ -17,6 +17,9 @@ from tests.support.sockets import WAIT
 
 ROOT = Path(__file__).parents[2]
 
+UNTUNED = os.environ.get("LLMPROXY_TEST_TUNED") == "off"
+"""The daemon runs on Twisted's own loop, transports and TLS layer."""
+
 HEADER = """\
 [proxy]
 {proxy}
@@ -60,6 +63,8 @@ class Daemon:
         self._tls = "listen_tls" in proxy
         if self._plain:
             proxy = f'listen = ["tcp:0:interface=127.0.0.1"]\n{proxy}'
+        if UNTUNED and "tuned_loop" not in proxy:
+            proxy = f"tuned_loop = false\n{proxy}"
         header = HEADER.format(proxy=proxy, admin=admin, trace=self.trace_path)
         self.config_path.write_text(header + config, encoding="utf-8")
         self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}

@@ -34,6 +34,7 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Config, parse
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream
+from tests.support.daemon import UNTUNED
 
 Fields = list[tuple[bytes, bytes]]
 
@@ -217,6 +218,7 @@ def our_config(
         listen = ["{listen}"]
         anonymous = true
         drain_timeout = "10ms"
+        {"tuned_loop = false" if UNTUNED else ""}
         [admin]
         listen = "tcp:0:interface=127.0.0.1"
         [providers.p]

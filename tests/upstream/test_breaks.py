@@ -63,6 +63,8 @@ SHAPES = {
 class Connected:
     """Stands for the connector: a connection on a transport that the test plays."""
 
+    secure = False
+
     def __init__(self, agent: ProviderAgent) -> None:
         self._agent = agent
         self.transport = FakeTransport()

@@ -449,7 +449,6 @@ def test_a_long_body_is_a_pull_producer() -> None:
     assert transport.streaming is False
     body.resumeProducing()
     body.pauseProducing()
-    body.resumeProducing()
     assert not whole
     body.resumeProducing()
 

@@ -7,16 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmproxy.wire.framing import LAST_CHUNK, MAX_TRAILER, ChunkedReader, LengthReader, chunk
 from llmproxy.wire.grammar import (
-    LAST_CHUNK,
     MAX_FIELDS,
     MAX_LINE,
-    MAX_TRAILER,
     BadMessage,
-    ChunkedReader,
-    LengthReader,
     RequestHead,
-    chunk,
     field_values,
     list_tokens,
     parse_fields,

@@ -89,9 +89,9 @@ class Actor(Protocol):
     def dataReceived(self, data: bytes) -> None:
         """Take a part of a request."""
         self._buffer += data
-        if self._name is None:
+        if self._name is None and self._buffer:
             self._read_head()
-        elif self._has_all:
+        elif self._name is not None and self._has_all:
             self._hand.complaints.append((self._name, f"the provider was sent more: {data[:80]!r}"))
         if self._name is not None and not self._has_all:
             self._read_body(self._name)
@@ -117,12 +117,17 @@ class Actor(Protocol):
 
     def _read_body(self, name: Name) -> None:
         if self._wanted is None:
-            got = _unchunked(self._buffer) if self._buffer.endswith(b"0\r\n\r\n") else None
+            found = _unchunked(self._buffer)
+        elif len(self._buffer) >= self._wanted:
+            found = self._buffer[: self._wanted], self._buffer[self._wanted :]
         else:
-            got = self._buffer if len(self._buffer) >= self._wanted else None
-        if got is None:
+            found = None
+        if found is None:
             return
+        got, self._buffer = found
         self._has_all = True
+        if self._buffer and not self._has_answered:
+            self._hand.complaints.append((name, f"the provider was sent more: {self._buffer!r}"))
         ask = self._hand.ask_of(name)
         if got != body(ask, *name):
             self._hand.complaints.append((name, f"the provider was sent another body: {got!r}"))
@@ -170,15 +175,17 @@ class Actor(Protocol):
         """Be ready for another request once this one is all there, and answered."""
         if self._has_all and self._has_answered:
             self._has_all = self._has_answered = False
-            self._name, self._buffer = None, b""
+            self._name = None
+            if self._buffer:  # the next one came in the same read
+                self.dataReceived(b"")
 
 
 class Mute(Protocol):
     """Takes a connection and whatever comes on it, and says nothing."""
 
 
-def _unchunked(data: bytes) -> bytes | None:
-    """Return the content of a whole chunked body; None where it is not whole."""
+def _unchunked(data: bytes) -> tuple[bytes, bytes] | None:
+    """Return the content of a whole chunked body, and what follows; None where it is not whole."""
     content = b""
     while True:
         line, end, data = data.partition(b"\r\n")
@@ -186,7 +193,7 @@ def _unchunked(data: bytes) -> bytes | None:
             return None
         size = int(line, 16)
         if not size:
-            return content if data == b"\r\n" else None
+            return (content, data[2:]) if data.startswith(b"\r\n") else None
         if len(data) < size + 2:
             return None
         content, data = content + data[:size], data[size + 2 :]

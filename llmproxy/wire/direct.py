@@ -1,0 +1,119 @@
+"""TCP transports that send at once what the kernel takes, and queue the rest.
+
+Twisted queues every write and asks epoll when it may be sent: two more system calls and half a turn
+of the reactor for each event of a stream.  Here a write goes to the socket while nothing waits; as
+soon as something does, everything queues behind it as Twisted has it, so that what comes meanwhile
+is joined, and a producer is paused (ADR-0009).
+
+These are Twisted's own transports in all else.  What is leaned on is the queue of
+``twisted.internet.abstract.FileDescriptor`` (``_tempDataBuffer``, ``_tempDataLen``,
+``dataBuffer``), ``_aborting`` and ``Connector._makeTransport``; ``tests/wire/test_direct.py`` fails
+when they change.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+from typing import Any
+
+from twisted.internet import tcp
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionAborted
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.python.failure import Failure
+
+_NO_LINGER = struct.pack("ii", 1, 0)
+"""SO_LINGER for a reset instead of a FIN (socket(7))."""
+
+
+class AtOnce(tcp.Connection):
+    """What a server's and a client's side have in common."""
+
+    def write(self, data: bytes) -> None:
+        """Send what the kernel takes now, and queue the rest."""
+        if self._tempDataLen or self.dataBuffer:
+            FileDescriptor.write(self, data)
+        elif self.connected and data and not (self._aborting or self._writeDisconnected):
+            try:
+                sent = self.socket.send(data)
+            except OSError:
+                sent = 0  # full, or broken: then the reactor's own attempt ends the connection
+            if sent < len(data):
+                FileDescriptor.write(self, data[sent:] if sent else data)
+            elif self.producer is not None and not self.streamingProducer:
+                self.startWriting()  # a pull producer is asked for more in the next turn
+
+    def writeSequence(self, iovec: Any) -> None:
+        """Send pieces together."""
+        self.write(b"".join(iovec))
+
+    def writeSomeData(self, data: bytes) -> Any:
+        """Send from the queue; an empty one costs no call."""
+        return super().writeSomeData(data) if data else 0
+
+    def abortConnection(self) -> None:
+        """Reset the connection now; the protocol is told in the next turn."""
+        if self.disconnected or self._aborting:
+            return
+        self.stopReading()
+        self.stopWriting()
+        self._aborting = True
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.socket.close()
+        reactor: Any = self.reactor
+        reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
+
+    def startReading(self) -> None:
+        """Read, unless the connection is aborted."""
+        if not self._aborting:
+            super().startReading()
+
+    def stopReading(self) -> None:
+        """Read no more."""
+        if not self._aborting:
+            super().stopReading()
+
+    def startWriting(self) -> None:
+        """Write what is queued, unless the connection is aborted."""
+        if not self._aborting:
+            super().startWriting()
+
+    def stopWriting(self) -> None:
+        """Write no more."""
+        if not self._aborting:
+            super().stopWriting()
+
+    def doWrite(self) -> Any:
+        """Send from the queue, unless the read of the same event has aborted the connection."""
+        return None if self._aborting else super().doWrite()
+
+    def doRead(self) -> Any:
+        """Hand on what came in, in one piece."""
+        try:
+            data = self.socket.recv(self.bufferSize)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
+
+class DirectServer(AtOnce, tcp.Server):
+    """An accepted connection."""
+
+
+class DirectClient(AtOnce, tcp.Client):
+    """A connection that was asked for."""
+
+
+class DirectConnector(tcp.Connector):
+    """Makes connections of :class:`DirectClient`."""
+
+    def _makeTransport(self) -> tcp.Client:  # noqa: N802 - Twisted's name
+        return DirectClient(self.host, self.port, self.bindAddress, self, self.reactor)

@@ -1,0 +1,177 @@
+"""Bodies on the wire: where one ends, and what it holds (RFC 9112, sections 6 and 7).
+
+The two readers are fed bytes, cut anywhere, and tell where a body is over; the chunked coding is
+written here, too.  Both sides of the wire use them.  No socket, provider or client is known here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from llmproxy.wire.grammar import MAX_LINE, BadMessage, parse_field
+
+MAX_TRAILER = 16384
+"""Most bytes of a trailer section, which is read, checked and dropped."""
+
+_MAX_CHUNK_LINE = 1024
+_MOST_SIZES = 4096
+
+_SIZES: dict[bytes, int] = {}
+"""Size lines that were read already, up to a bound: most streams repeat a few."""
+
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
+)
+
+_FRAMING = (b"content-length", b"transfer-encoding", b"host")
+
+
+def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the pieces of ``data`` as one chunk, to be written together."""
+    return b"%x\r\n" % len(data), data, b"\r\n"
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class ChunkedReader:
+    """Reads the chunked coding, cut anywhere (RFC 9112, section 7.1).
+
+    Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
+    an unfinished line is kept from one call to the next.
+
+    Attributes:
+        done: the body has ended.
+        extra: what followed its end in the read that ended it.
+        error: what is wrong with the coding, where something is; nothing is read any more.
+    """
+
+    __slots__ = ("_between", "_left", "_line", "_step", "_trailer_bytes", "done", "error", "extra")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._line = b""
+        self._step = self._size
+        self._between = True
+        self._trailer_bytes = 0
+        self.done = False
+        self.extra = b""
+        self.error: BadMessage | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, cut anywhere, and return the content in them, joined.
+
+        What came before an error is returned, too; the error is in :attr:`error`.
+        """
+        if self.error is not None:
+            return b""
+        if self._between and (whole := self._whole(data)):
+            return whole
+        if self._line:
+            data = self._line + data
+            self._line = b""
+        content: list[bytes] = []
+        position = 0
+        self._between = False
+        try:
+            while position >= 0 and not self.done:
+                position = self._step(data, position, content)
+        except BadMessage as error:
+            self.error = error
+        if self.done:
+            self.extra = data[position:] if position >= 0 else b""
+        return content[0] if len(content) == 1 else b"".join(content)
+
+    def _whole(self, data: bytes) -> bytes:
+        """Return the content of ``data`` where it is exactly one chunk, as most reads are."""
+        end = data.find(b"\r\n", 0, 18)
+        size = _SIZES.get(data[:end]) if end > 0 else None
+        if size is None or len(data) != end + 4 + size or not data.endswith(b"\r\n"):
+            return b""
+        return data[end + 2 : -2]
+
+    def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
+        if position == len(data):
+            self._between = True
+            return -1
+        end = self._line_end(data, position, _MAX_CHUNK_LINE)
+        if end < 0:
+            return -1
+        match = _CHUNK_LINE.fullmatch(data, position, end)
+        if match is None:
+            raise BadMessage("a chunk's size line is malformed")
+        self._left = int(match[1], 16)
+        if self._left and len(_SIZES) < _MOST_SIZES:
+            _SIZES[data[position:end]] = self._left
+        self._step = self._content if self._left else self._trailer
+        return end + 2
+
+    def _content(self, data: bytes, position: int, content: list[bytes]) -> int:
+        available = len(data) - position
+        if available < self._left:
+            if available:
+                content.append(data[position:])
+                self._left -= available
+            return -1
+        end = position + self._left
+        content.append(data[position:end])
+        self._left = 0
+        self._step = self._content_end
+        return end
+
+    def _content_end(self, data: bytes, position: int, content: list[bytes]) -> int:
+        mark = data[position : position + 2]
+        if mark == b"\r\n":
+            self._step = self._size
+            return position + 2
+        if mark and mark != b"\r":
+            raise BadMessage("a chunk is longer than its size")
+        self._line = mark
+        return -1
+
+    def _trailer(self, data: bytes, position: int, content: list[bytes]) -> int:
+        end = self._line_end(data, position, MAX_LINE)
+        if end < 0:
+            return -1
+        if end == position:
+            self.done = True
+        else:
+            self._trailer_bytes += end - position
+            if self._trailer_bytes > MAX_TRAILER:
+                raise BadMessage(f"a trailer section longer than {MAX_TRAILER} bytes")
+            if parse_field(data[position:end])[0] in _FRAMING:
+                raise BadMessage("a framing field in a trailer section")  # RFC 9110, 6.5.1
+        return end + 2
+
+    def _line_end(self, data: bytes, position: int, longest: int) -> int:
+        end = data.find(b"\r\n", position, position + longest + 2)
+        if end < 0:
+            if len(data) - position > longest + data.endswith(b"\r"):
+                raise BadMessage("a line of the chunked coding is too long")
+            self._line = data[position:]
+        return end
+
+
+class LengthReader:
+    """Reads a body of ``left`` bytes, or one that ends with the connection (None).
+
+    Attributes are those of :class:`ChunkedReader`.
+    """
+
+    __slots__ = ("done", "error", "extra", "left")
+
+    def __init__(self, left: int | None) -> None:
+        self.left = left
+        self.done = left == 0
+        self.extra = b""
+        self.error: BadMessage | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, cut anywhere, and return the content in them."""
+        if self.left is None:
+            return data
+        if len(data) >= self.left:
+            data, self.extra = data[: self.left], data[self.left :]
+            self.done = True
+        self.left -= len(data)
+        return data

@@ -1,0 +1,257 @@
+"""TLS straight on the socket: OpenSSL reads and writes it, without a copy of every byte between.
+
+Twisted's layer feeds OpenSSL through memory, which costs as much as the rest of an event.  Here
+pyOpenSSL's ``Connection(context, socket)`` stands in the place of ``recv`` and ``send`` below the
+queue of ``wire/direct.py`` (ADR-0009).  What its safety rests on::
+
+    handshake     nothing of the protocol's is sent before it; what is written waits in the queue
+    reading       one record is one read; OpenSSL keeps nothing back that epoll would not tell of
+    a full kernel a record that OpenSSL could not send stays first in the queue and is tried again
+                  with the same bytes (SSL_write(3), "moving write buffer")
+    the end       a peer's close_notify is answered and is an end; a FIN without one is a break
+    our end       close_notify and FIN, then the peer's; an abort is a reset, without either
+    renegotiation refused by the contexts; a key update is OpenSSL's own affair
+
+A protocol that implements ``IHandshakeListener`` is told when the handshake is done.  Nothing here
+knows a certificate, a provider or a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from OpenSSL import SSL
+from twisted.internet import tcp
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+
+from llmproxy.wire.direct import AtOnce
+
+_RECORD = 16384
+"""Most bytes of one record (RFC 8446, section 5.1)."""
+
+_BULK = _RECORD // 2
+"""A record of so many bytes is hardly alone: the next one is read in the same turn."""
+
+_MOST = 4
+"""Records of one read, so that others have their turn."""
+
+
+class Secure(AtOnce):
+    """What a server's and a client's side have in common.
+
+    Attributes:
+        tls: OpenSSL's side of the connection.
+        shaken: the handshake is done.
+        verdict: what the handshake found out, where whoever made ``tls`` notes it.
+    """
+
+    tls: SSL.Connection
+    verdict: Any = None
+    shaken: bool = False
+    _reading_waits: bool = False
+    _writing_waits: bool = False
+    _parted: bool = False
+
+    # -- the handshake --------------------------------------------------------------------------
+
+    def _shake(self) -> Any:
+        """Go on with the handshake; return why the connection is lost, where it is."""
+        try:
+            self.tls.do_handshake()
+        except SSL.WantReadError:
+            return None
+        except SSL.WantWriteError:
+            self.startWriting()
+            return None
+        except SSL.SysCallError:
+            return CONNECTION_LOST
+        except SSL.Error as error:
+            return error
+        self.shaken = True
+        if self.disconnecting:
+            self.stopReading()  # until all is sent, as behind any close
+        if self._tempDataLen or self.disconnecting or self._writeDisconnecting:
+            self.startWriting()
+        if IHandshakeListener.providedBy(self.protocol):
+            self.protocol.handshakeCompleted()
+        return None
+
+    # -- in -------------------------------------------------------------------------------------
+
+    def doRead(self) -> Any:
+        """Hand on the content of what came in, in one piece."""
+        if not self.shaken:
+            return self._shake()  # what stands behind it is told again
+        if self._writing_waits:
+            self._writing_waits = False
+            self.startWriting()
+        pieces: list[bytes] = []
+        why: Any = None
+        try:
+            while len(pieces) < _MOST:
+                piece = self.tls.recv(_RECORD)
+                pieces.append(piece)
+                if len(piece) < _BULK:
+                    break
+        except SSL.WantReadError:
+            pass
+        except SSL.WantWriteError:
+            self._reading_waits = True
+            self.startWriting()
+        except SSL.ZeroReturnError:
+            self._farewell()
+            why = CONNECTION_DONE
+        except SSL.Error:
+            why = CONNECTION_LOST
+        if pieces and not self.disconnecting:
+            self.protocol.dataReceived(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return None if self._aborting else why
+
+    # -- out ------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send what the kernel takes now, and queue the rest; before the handshake, all of it."""
+        if self._tempDataLen or self.dataBuffer:
+            self._enqueue(data)
+        elif self.connected and data and not (self._aborting or self._writeDisconnected):
+            sent = self.writeSomeData(data) if self.shaken else 0
+            if isinstance(sent, int) and sent < len(data):
+                self._enqueue(data[sent:] if sent else data)
+            elif not isinstance(sent, int):
+                self._enqueue(data)  # the reactor's own attempt ends the connection
+            elif self.producer is not None and not self.streamingProducer:
+                self.startWriting()  # a pull producer is asked for more in the next turn
+
+    def _enqueue(self, data: bytes) -> None:
+        if self.shaken:
+            FileDescriptor.write(self, data)
+        elif self.connected and data and not self._writeDisconnected:
+            self._tempDataBuffer.append(data)
+            self._tempDataLen += len(data)
+            self._maybePauseProducer()
+
+    def writeSomeData(self, data: bytes) -> Any:
+        """Send records as long as the kernel takes them; return how many bytes, or why not."""
+        view = memoryview(data)
+        end = min(len(view), self.SEND_LIMIT)
+        sent = 0
+        try:
+            while sent < end:
+                sent += self.tls.send(view[sent : sent + _RECORD])
+        except SSL.WantWriteError:
+            pass
+        except SSL.WantReadError:
+            self._writing_waits = True
+            self.stopWriting()
+        except SSL.Error:
+            return CONNECTION_LOST
+        return sent
+
+    def doWrite(self) -> Any:
+        """The kernel takes bytes: go on with whatever waited for that."""
+        if self._aborting:
+            return None  # by the read of the same event: the descriptor may be another's by now
+        if not self.shaken:
+            self.stopWriting()
+            return self._shake()
+        if self._reading_waits:
+            self._reading_waits = False
+            why = self.doRead()
+            if why is not None or self._aborting or not self.connected:  # type: ignore[redundant-expr]  # reading may abort
+                return why
+        return FileDescriptor.doWrite(self)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def loseConnection(self, *args: Any) -> None:
+        """Send what is queued, say farewell and close; before the handshake, drop it."""
+        if not self.shaken and not self._tempDataLen:
+            self.abortConnection()
+        else:
+            super().loseConnection(*args)
+            if self.connected and not self.shaken:
+                self.startReading()  # the handshake is not through
+
+    def _postLoseConnection(self) -> Any:
+        """All is sent: end our side, and wait for the peer's."""
+        self._writeDisconnected = True  # what is written from here on is dropped
+        if self._part():
+            self.startReading()
+        return None
+
+    def _closeWriteConnection(self) -> None:
+        self._part()
+
+    def _part(self) -> bool:
+        """Send our close_notify and FIN, once; return whether the kernel has taken them."""
+        if not self._parted:
+            if not self._farewell():
+                self.startWriting()  # then this is called again
+                return False
+            self._parted = True
+            with suppress(OSError):  # the peer was faster
+                self.socket.shutdown(1)
+        return True
+
+    def _farewell(self) -> bool:
+        """Send our close_notify; return False where the kernel is full."""
+        try:
+            self.tls.shutdown()
+        except SSL.WantWriteError:
+            return False
+        except SSL.Error:
+            pass  # the connection is broken, which reading finds
+        return True
+
+
+class SecureServer(Secure, tcp.Server):
+    """An accepted connection.
+
+    Args:
+        tls: makes OpenSSL's side of a connection, on its ``socket``.
+    """
+
+    def __init__(self, tls: Callable[[Any], SSL.Connection], *args: Any) -> None:
+        super().__init__(*args)
+        self.tls = tls(self)
+        self.tls.set_accept_state()
+
+
+class SecureClient(Secure, tcp.Client):
+    """A connection that was asked for.
+
+    Args:
+        tls: makes OpenSSL's side of a connection, on its ``socket``.
+    """
+
+    def __init__(self, tls: Callable[[Any], SSL.Connection], *args: Any) -> None:
+        self._make_tls = tls
+        super().__init__(*args)
+
+    def _connectDone(self) -> None:
+        self.tls = self._make_tls(self)
+        self.tls.set_connect_state()
+        super()._connectDone()
+        if self.connected and not self._aborting:
+            self.startWriting()  # the handshake begins in the next turn, where it may fail
+
+
+class SecureConnector(tcp.Connector):
+    """Makes connections of :class:`SecureClient`.
+
+    Args:
+        tls: makes OpenSSL's side of a connection, on its ``socket``.
+    """
+
+    def __init__(self, tls: Callable[[Any], SSL.Connection], *args: Any) -> None:
+        self._make_tls = tls
+        super().__init__(*args)
+
+    def _makeTransport(self) -> tcp.Client:  # noqa: N802 - Twisted's name
+        return SecureClient(
+            self._make_tls, self.host, self.port, self.bindAddress, self, self.reactor
+        )
