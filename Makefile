@@ -18,10 +18,10 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint fmt peers dist clean
+.PHONY: help run test lint fmt bench bench-quick peers dist clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 
 run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foreground (ARGS="--help")
 	@exec $(BIN)/llmproxy demo $(ARGS)
@@ -39,6 +39,12 @@ lint: $(DEV_STAMP) ## form, style, types and docstrings
 fmt: $(DEV_STAMP) ## put the code into its form
 	$(call quietly,$(BIN)/ruff check --select I --fix .)
 	$(call quietly,$(BIN)/ruff format .)
+
+bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
+	@$(BIN)/python -m bench.compare $(ARGS)
+
+bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a minute (ARGS="--help")
+	@$(BIN)/python -m bench.quick $(ARGS)
 
 peers: ## the other programs that tests talk to, by apt-get
 	@set -e; missing=; \

@@ -1,0 +1,94 @@
+"""What must be built before anything is measured, in a folder that is kept: ``build/bench``.
+
+What cannot be built is left out, and one line says why.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "bench"
+SOURCES = ROOT / "bench" / "src"
+PROXIES = ROOT / "bench" / "proxies"
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+
+
+class CannotBuildError(Exception):
+    """Something that is needed is not there; the text is for whoever started the benchmark."""
+
+
+def find(program: str) -> str:
+    """Return the path of a program.
+
+    Raises:
+        CannotBuildError: it is not installed.
+    """
+    found = shutil.which(program) or shutil.which(program, path=_SYSTEM_PATH)
+    if found is None:
+        raise CannotBuildError(f"{program} is not installed")
+    return found
+
+
+def is_fresh(made: Path, *sources: Path) -> bool:
+    """Tell whether ``made`` is there and younger than all that it is made from."""
+    if not made.exists():
+        return False
+    return all(made.stat().st_mtime >= source.stat().st_mtime for source in sources)
+
+
+def tool(name: str) -> str:
+    """Build the provider (``mock``) or the load generator (``load``); return its path."""
+    made = CACHE / name
+    if not is_fresh(made, *SOURCES.iterdir()):
+        _run(name, find("gcc"), "-O2", "-o", str(made), str(SOURCES / f"{name}.c"))
+    return str(made)
+
+
+def go_proxy() -> str:
+    """Build Go's ReverseProxy; return its path."""
+    made, source = CACHE / "reverseproxy", PROXIES / "reverseproxy.go"
+    if not is_fresh(made, source):
+        _run("Go's ReverseProxy", find("go"), "build", "-o", str(made), str(source))
+    return str(made)
+
+
+def aiohttp_python() -> str:
+    """Install aiohttp and uvloop into a folder of their own; return that one's Python."""
+    python, stamp = CACHE / "venv" / "bin" / "python", CACHE / "venv" / "installed"
+    if not stamp.exists():
+        _run("aiohttp", sys.executable, "-m", "venv", str(CACHE / "venv"))
+        options = ("--disable-pip-version-check", "--no-input", "-qq", "--retries", "1")
+        _run("aiohttp", str(python), "-m", "pip", "install", *options, "aiohttp", "uvloop")
+        stamp.touch()
+    return str(python)
+
+
+def certificates() -> tuple[Path, Path]:
+    """Make an authority, and a certificate for ``localhost``; return both files.
+
+    Raises:
+        CannotBuildError: trustme is not installed.
+    """
+    authority, certificate = CACHE / "ca.pem", CACHE / "localhost.pem"
+    if not (authority.exists() and certificate.exists()):
+        try:
+            import trustme
+        except ImportError:
+            raise CannotBuildError("trustme is not installed") from None
+        made = trustme.CA()
+        issued = made.issue_cert("localhost", "127.0.0.1")
+        issued.private_key_and_cert_chain_pem.write_to_path(str(certificate))
+        made.cert_pem.write_to_path(str(authority))
+    return authority, certificate
+
+
+def _run(what: str, *command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise CannotBuildError(f"{what} cannot be built: {lines[-1]}")

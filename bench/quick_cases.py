@@ -1,0 +1,131 @@
+"""The cases of ``make bench-quick`` that need no socket: grammar, and an event's way.
+
+An event's way is the whole one: a provider's ``Connection.dataReceived``, the chunked reader, the
+relay, ``Request.write`` and the channel, between two transports that drop what is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from bench.quick import Case
+from llmproxy.config import Limits, Timeouts
+from llmproxy.front.http import Site
+from llmproxy.record.metrics import Metrics
+from llmproxy.stream.relay import Relay
+from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.http1 import Connection
+from llmproxy.wire.framing import ChunkedReader
+from llmproxy.wire.grammar import parse_fields
+
+EVENT = b"data: " + b"x" * 215 + b"\n\n"
+"""As long as a usual one of OpenAI's: 223 bytes."""
+
+LARGE = b"x" * 16382 + b"\n\n"
+
+REQUEST = b"POST /x HTTP/1.1\r\nHost: proxy\r\nContent-Length: 2\r\n\r\n{}"
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+    b"Cache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+FIELDS = [
+    b"Host: api.openai.com",
+    b"Accept: application/json",
+    b"Accept-Encoding: gzip, deflate",
+    b"Connection: keep-alive",
+    b"Content-Type: application/json",
+    b"User-Agent: OpenAI/Python 1.99.1",
+    b"X-Stainless-Lang: python",
+    b"X-Stainless-Package-Version: 1.99.1",
+    b"X-Stainless-OS: Linux",
+    b"X-Stainless-Runtime-Version: 3.11.7",
+    b"Authorization: Bearer sk-proj-0123456789abcdefghijklmnopqrstuvwxyz",
+    b"Content-Length: 512",
+]
+
+
+def chunk(data: bytes) -> bytes:
+    """Return one chunk of the chunked coding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def every() -> Iterator[Case]:
+    """Yield each case."""
+    yield Case("grammar: parse_fields, 12 fields", 20_000, repeating(parse_fields, FIELDS))
+    for name, data, count in (("223 B", EVENT, 100_000), ("16 KiB", LARGE, 20_000)):
+        feed = ChunkedReader().feed
+        yield Case(f"grammar: ChunkedReader.feed, {name}", count, repeating(feed, chunk(data)))
+    for name, data, count in (("223 B", EVENT, 30_000), ("16 KiB", LARGE, 10_000)):
+        deliver = relay_between_nothing()
+        yield Case(f"event in memory, {name}", count, repeating(deliver, chunk(data)))
+
+
+def repeating(call: Callable[[Any], object], argument: Any) -> Callable[[int], float]:
+    """Return what calls ``call`` so many times, and says how long that took."""
+
+    def run(count: int) -> float:
+        began = time.process_time()
+        for _ in range(count):
+            call(argument)
+        return time.process_time() - began
+
+    return run
+
+
+class Nowhere(StringTransport):
+    """A transport that drops what is written; the rest is Twisted's own stand-in."""
+
+    def __init__(self) -> None:
+        super().__init__(lenient=True)
+        self.dataBuffer = b""
+        self.offset = 0
+        self._tempDataLen = 0
+
+    def write(self, data: bytes) -> None:
+        """Drop it."""
+
+    def abortConnection(self) -> None:
+        """Nothing is left to drop."""
+
+
+class Kept(Resource):
+    """Keeps the request that it is asked to render."""
+
+    isLeaf = True
+    request: Any
+
+    def render(self, request: Any) -> int:
+        """Keep it."""
+        self.request = request
+        return NOT_DONE_YET
+
+
+def relay_between_nothing() -> Callable[[bytes], None]:
+    """Begin an endless stream; return what takes the provider's bytes."""
+    kept, clock = Kept(), Clock()
+    limits, timeouts = Limits(), Timeouts()
+    site = Site(kept, clock, time.monotonic, timeouts, limits, body_limit=lambda _: 1000)
+    channel = site.buildProtocol(None)
+    channel.makeConnection(Nowhere())
+    channel.dataReceived(REQUEST)
+    provider = Connection(
+        max_head=65536, became_idle=lambda _: None, closed=lambda _: None, secure=False
+    )
+    provider.makeConnection(Nowhere())
+    answers: list[Answer] = []
+    provider.send(b"POST", b"POST / HTTP/1.1\r\n\r\n", None).addCallback(answers.append)
+    provider.dataReceived(HEAD)
+    (answer,) = answers
+    kept.request.start(answer.code, answer.fields[:2])
+    gaps = Metrics("0").gap.observe
+    relay = Relay(answer, kept.request, clock, time.monotonic, idle=300.0, gaps=gaps)
+    relay.start()
+    kept.request.flush()
+    return provider.dataReceived

@@ -1,0 +1,316 @@
+/* The clients: one thread, one workload, one line of JSON.
+ *
+ * --mode stream   each connection asks for a stream, and compares every byte of it
+ *        short    each asks for JSON in a closed loop, on a kept connection
+ *        big      the same, --requests times, with bodies of --request-bytes and --answer-bytes
+ *        leave    all leave in mid-stream after --seconds; the line tells when
+ *        stuck    all ask for a stream without end and read nothing, for --seconds
+ */
+#include "answer.h"
+#include "request.h"
+#include "samples.h"
+#include <getopt.h>
+
+enum mode { STREAM, SHORT, BIG, LEAVE, STUCK };
+static const char *const MODES[] = {"stream", "short", "big", "leave", "stuck"};
+
+struct conn {
+    int fd, number, connecting, over, wrong, tail;
+    struct answer answer;
+    char *request, *part; /* what is sent; an event that has come in part */
+    size_t request_size, request_at, part_size, part_room, body_at;
+    long seen, asked;
+    uint64_t asked_at, first_at, left_at, request_sum;
+};
+
+static enum mode mode;
+static int port, count = 1, requests = 1;
+static long events = 200, interval_us = 20000;
+static size_t request_bytes, answer_bytes = 1500;
+static double ramp = 0.2, seconds, timeout = 60;
+static const char *path = "/v1/chat/completions", *key = "none";
+
+static int poller, over_count;
+static struct conn *conns;
+static struct samples delays, firsts, round_trips;
+static uint64_t began, got_events, whole, failed, wrong, got_bytes, first_event, last_event;
+static char error[128], expected[EVENT_SIZE], *json;
+
+static double elapsed(void) { return (now_ns() - began) / 1e9; }
+static int in_loop(void) { return mode == SHORT || mode == BIG; }
+
+/* -- figures ---------------------------------------------------------------------------------------- */
+
+static void print_all(void)
+{
+    struct rusage own;
+    getrusage(RUSAGE_SELF, &own);
+    double cpu = (own.ru_utime.tv_sec + own.ru_stime.tv_sec) * 1e6 + own.ru_utime.tv_usec + own.ru_stime.tv_usec;
+    double span = (last_event - first_event) / 1e9, took = elapsed();
+    printf("{\"mode\":\"%s\",\"elapsed\":%.3f,\"cpu_us\":%.0f,\"events\":%lu,\"events_s\":%.0f,\"whole\":%lu,"
+           "\"failed\":%lu,\"unfinished\":%d,\"wrong\":%lu,\"requests_s\":%.1f,\"mb_s\":%.1f",
+           MODES[mode], took, cpu, got_events, span > 0 ? got_events / span : 0, whole, failed,
+           mode == LEAVE || mode == STUCK ? 0 : count - over_count, wrong, whole / took, got_bytes / took / 1e6);
+    print_samples("delay_us", &delays);
+    print_samples("first_us", &firsts);
+    print_samples("round_us", &round_trips);
+    printf(",\"left\":[");
+    for (int i = 0, first = 1; i < count; i++)
+        if (conns[i].left_at) {
+            printf("%s[%d,%lu]", first ? "" : ",", i, conns[i].left_at);
+            first = 0;
+        }
+    printf("],\"error\":\"%s\"}\n", error);
+}
+
+/* -- requests --------------------------------------------------------------------------------------- */
+
+static void build(struct conn *c)
+{
+    char wish[128];
+    if (in_loop()) sprintf(wish, "answer=%zu,sum=%d", answer_bytes, mode == BIG);
+    else sprintf(wish, "events=%ld,interval_us=%ld,id=%d,stuck=%d", events, interval_us, c->number, mode == STUCK);
+    char *body = make_body(request_bytes, !in_loop());
+    c->request = make_request(path, port, key, wish, body, &c->request_size);
+    c->request_sum = checksum(body, strlen(body));
+    free(body);
+}
+
+static void hang_up(struct conn *c)
+{
+    if (c->fd >= 0) close(c->fd);
+    c->fd = -1;
+}
+
+static void finish(struct conn *c)
+{
+    hang_up(c);
+    over_count += !c->over;
+    c->over = 1;
+}
+
+static void dial(struct conn *c);
+
+static void fail(struct conn *c, const char *why)
+{
+    failed++;
+    if (!*error) snprintf(error, sizeof error, "%s", why);
+    hang_up(c);
+    if (mode == SHORT && elapsed() < seconds && failed < 1000) dial(c);
+    else finish(c);
+}
+
+static void send_rest(struct conn *c)
+{
+    while (c->request_at < c->request_size) {
+        ssize_t sent = send(c->fd, c->request + c->request_at, c->request_size - c->request_at, MSG_NOSIGNAL);
+        if (sent < 0) return; /* full, or broken: then the next read tells */
+        c->request_at += sent;
+    }
+}
+
+static void ask(struct conn *c)
+{
+    c->request_at = c->part_size = c->body_at = c->first_at = c->seen = c->tail = c->wrong = 0;
+    c->answer.state = HEAD;
+    c->answer.head_size = 0;
+    c->asked++;
+    send_rest(c);
+}
+
+static void dial(struct conn *c)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct epoll_event all = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = c};
+    address.sin_port = htons(port);
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    c->connecting = 1;
+    c->asked_at = now_ns();
+    if (c->fd < 0) { fail(c, "no descriptor"); return; }
+    no_delay(c->fd);
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS) fail(c, "connect");
+    else epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &all);
+}
+
+/* -- answers ---------------------------------------------------------------------------------------- */
+
+static void take_event(struct conn *c, const char *event, size_t size, uint64_t now)
+{
+    char tail[512];
+    if (c->seen < events) {
+        uint64_t sent = size == EVENT_SIZE ? strtoull(event + TIME_AT, NULL, 10) : now;
+        put_digits(expected + NUMBER_AT, NUMBER_SIZE, c->seen++);
+        c->wrong |= size != EVENT_SIZE || memcmp(event, expected, TIME_AT) ||
+                    memcmp(event + TIME_AT + TIME_SIZE, expected + TIME_AT + TIME_SIZE, END_SIZE);
+        note(&delays, ((double)now - (double)sent) / 1e3);
+        got_events++;
+        if (!first_event) first_event = now;
+        last_event = now;
+        return;
+    }
+    int wanted = put_tail(tail, c->tail++, events);
+    c->wrong |= size != (size_t)wanted || memcmp(event, tail, size);
+}
+
+static void take_body(struct conn *c, const char *data, size_t size)
+{
+    uint64_t now = now_ns();
+    got_bytes += size;
+    if (!c->first_at) note(&firsts, ((c->first_at = now) - c->asked_at) / 1e3);
+    if (in_loop()) {
+        c->wrong |= c->body_at + size > answer_bytes || memcmp(json + c->body_at, data, size);
+        c->body_at += size;
+        return;
+    }
+    if (c->part_size + size > c->part_room) c->part = realloc(c->part, c->part_room = (c->part_size + size) * 2);
+    memcpy(c->part + c->part_size, data, size);
+    c->part_size += size;
+    size_t at = 0;
+    for (char *end; (end = memmem(c->part + at, c->part_size - at, "\n\n", 2)); at = end + 2 - c->part)
+        take_event(c, c->part + at, end + 2 - c->part - at, now);
+    c->part_size -= at;
+    if (at) memmove(c->part, c->part + at, c->part_size);
+}
+
+static void complete(struct conn *c)
+{
+    if (c->answer.status != 200) {
+        char why[32];
+        sprintf(why, "status %d", c->answer.status);
+        fail(c, why);
+        return;
+    }
+    if (in_loop()) {
+        note(&round_trips, (now_ns() - c->asked_at) / 1e3);
+        c->wrong |= c->body_at != answer_bytes;
+    } else {
+        c->wrong |= c->seen != events || c->tail != TAIL_EVENTS || c->part_size;
+    }
+    if (mode == BIG) {
+        const char *sum = strcasestr(c->answer.head, "\r\nx-body-sum:");
+        c->wrong |= !sum || strtoull(sum + 13, NULL, 10) != c->request_sum;
+    }
+    wrong += c->wrong;
+    whole++;
+    if (mode == SHORT ? elapsed() >= seconds : c->asked >= requests) {
+        finish(c);
+    } else if (c->answer.closes) {
+        hang_up(c);
+        dial(c);
+    } else {
+        c->asked_at = now_ns();
+        ask(c);
+    }
+}
+
+static void receive(struct conn *c)
+{
+    static char data[262144];
+    int fd = c->fd;
+    while (c->fd == fd && !c->over) {
+        ssize_t got = recv(fd, data, sizeof data, 0);
+        if (got < 0) {
+            if (errno != EAGAIN) fail(c, "reset");
+            return;
+        }
+        if (got == 0) {
+            if (c->answer.state == UNTIL_CLOSE) complete(c);
+            else fail(c, c->answer.state == HEAD ? "closed before the head" : "closed within the body");
+            return;
+        }
+        size_t taken = feed(&c->answer, c, data, got);
+        if (c->answer.state == BROKEN || taken < (size_t)got) fail(c, "bytes that are no answer");
+        else if (c->answer.state == WHOLE) complete(c);
+    }
+}
+
+/* -- the loop --------------------------------------------------------------------------------------- */
+
+/* Starts are even, with a golden-ratio offset within each, so that streams do not beat in phase. */
+static double start_of(int number)
+{
+    double offset = number * 0.6180339887;
+    return ramp * (number + offset - (long)offset) / count;
+}
+
+static void leave_all(void)
+{
+    for (int i = 0; i < count; i++)
+        if (conns[i].fd >= 0) {
+            conns[i].left_at = now_ns();
+            finish(&conns[i]);
+        }
+}
+
+static void run(void)
+{
+    struct epoll_event ready[512];
+    for (int started = 0;;) {
+        double now = elapsed(), pause = 1;
+        for (; started < count && now >= start_of(started); started++) dial(&conns[started]);
+        if (over_count == count || now > timeout) return;
+        if ((mode == LEAVE || mode == STUCK) && now >= seconds) return;
+        if (started < count) pause = start_of(started) - now;
+        if ((mode == LEAVE || mode == STUCK) && seconds - now < pause) pause = seconds - now;
+        int found = wait_ns(poller, ready, 512, pause > 0 ? pause * 1e9 : 0);
+        for (int i = 0; i < found; i++) {
+            struct conn *c = ready[i].data.ptr;
+            uint32_t what = ready[i].events;
+            if (c->fd < 0) continue;
+            if (c->connecting) {
+                if (what & (EPOLLERR | EPOLLHUP)) { fail(c, "refused"); continue; }
+                if (!(what & EPOLLOUT)) continue;
+                c->connecting = 0;
+                ask(c);
+                continue;
+            }
+            if (what & EPOLLOUT) send_rest(c);
+            if (mode != STUCK && what & ~EPOLLOUT) receive(c);
+        }
+    }
+}
+
+static void read_options(int argc, char **argv)
+{
+    static const struct option names[] = {
+        {"mode", 1, 0, 'm'}, {"port", 1, 0, 'p'}, {"conns", 1, 0, 'c'}, {"events", 1, 0, 'e'},
+        {"interval-us", 1, 0, 'i'}, {"ramp", 1, 0, 'r'}, {"seconds", 1, 0, 's'}, {"timeout", 1, 0, 't'},
+        {"requests", 1, 0, 'n'}, {"request-bytes", 1, 0, 'q'}, {"answer-bytes", 1, 0, 'a'}, {"path", 1, 0, 'P'},
+        {"key", 1, 0, 'k'}, {0}};
+    for (int option; (option = getopt_long(argc, argv, "", names, NULL)) != -1;) switch (option) {
+        case 'm': while (mode < STUCK && strcmp(optarg, MODES[mode])) mode++; break;
+        case 'p': port = atoi(optarg); break;
+        case 'c': count = atoi(optarg); break;
+        case 'e': events = atol(optarg); break;
+        case 'i': interval_us = atol(optarg); break;
+        case 'r': ramp = atof(optarg); break;
+        case 's': seconds = atof(optarg); break;
+        case 't': timeout = atof(optarg); break;
+        case 'n': requests = atoi(optarg); break;
+        case 'q': request_bytes = atol(optarg); break;
+        case 'a': answer_bytes = atol(optarg); break;
+        case 'P': path = optarg; break;
+        case 'k': key = optarg; break;
+        default: exit(2);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    read_options(argc, argv);
+    all_descriptors();
+    put_event(expected);
+    json = make_json(answer_bytes);
+    poller = epoll_create1(0);
+    conns = calloc(count, sizeof *conns);
+    for (int i = 0; i < count; i++) {
+        conns[i].fd = -1;
+        conns[i].number = i;
+        build(&conns[i]);
+    }
+    began = now_ns();
+    run();
+    if (mode == LEAVE) leave_all();
+    print_all();
+    return 0;
+}

@@ -1,0 +1,306 @@
+"""The benchmark's own arithmetic and grammar; what it measures is no test's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import build, compare, peers, quick, results, table, works
+from bench.processes import Cores, Program, cores
+
+ROOT = Path(__file__).parents[2]
+
+LOAD: Mapping[str, Any] = {
+    "mode": "stream",
+    "elapsed": 2.0,
+    "cpu_us": 500_000,
+    "events": 1000,
+    "events_s": 500,
+    "whole": 10,
+    "failed": 0,
+    "unfinished": 0,
+    "wrong": 0,
+    "requests_s": 5.0,
+    "mb_s": 0.1,
+    "delay_us": {"p50": 80.0, "p99": 300.0, "max": 900.0},
+    "first_us": {"p50": 90.0, "p99": 400.0, "max": 900.0},
+    "round_us": None,
+    "left": [],
+    "error": "",
+}
+STATS = {"timed": 1000, "late": 20, "stuck_bytes": 3_000_000}
+
+
+def observed(shared: bool = True, stats: Any = STATS, **more: Any) -> works.Observed:
+    """Return a run of which the load generator tells what is given, and else the usual."""
+    line = {**LOAD, **{name: value for name, value in more.items() if name in LOAD}}
+    closes = more.get("closes", {})
+    return works.Observed(line, stats, 20_000, 300_000, [1024, 3072, 2048], shared, closes)
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def test_everything_is_measured_by_default() -> None:
+    """Without arguments all peers and all workloads are meant, three times."""
+    asked = compare.options([])
+    assert asked.work == list(works.WORKS)
+    assert set(asked.peer) == set(peers.EVERY)
+    assert (asked.runs, asked.secs, asked.out) == (3, 5.0, None)
+
+
+def test_the_daemon_is_measured_with_every_choice() -> None:
+    """It stands before the peers that were named, plain, by TLS or both, as they are."""
+    assert compare.options(["--peer", "nginx,go"]).peer == ["llmproxy", "nginx", "go"]
+    assert peers.choose("go-tls") == ["llmproxy-tls", "go-tls"]
+    assert peers.choose("llmproxy") == ["llmproxy"]
+    assert peers.choose("go, go-tls") == ["llmproxy", "llmproxy-tls", "go", "go-tls"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--peer", "apache"], "no peer 'apache'"),
+        (["--peer", "caddy-tls"], "no peer 'caddy-tls'"),
+        (["--work", "W1,W9"], "no workload 'W9'"),
+        (["--runs", "0"], "above zero"),
+        (["--secs", "0"], "above zero"),
+        (["--secs", "long"], "invalid float value"),
+    ],
+)
+def test_a_wrong_argument_is_told(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be measured ends the program, with a line that names it."""
+    with pytest.raises(SystemExit) as ended:
+        compare.options(args)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_workload_has_whole_arguments() -> None:
+    """No placeholder is left in what the load generator is told, and W1 lasts as long as asked."""
+    for work in works.WORKS.values():
+        assert "{" not in " ".join(works.arguments(work, 3))
+    args = works.arguments(works.WORKS["W1"], 3)
+    assert args[args.index("--events") + 1] == "150"
+    assert works.rising_arguments(10_000)[-5:-4] == ["20000"]
+
+
+def test_more_rounds_are_estimated_to_last_longer() -> None:
+    """The estimate grows with proxies, rounds and the length of a run."""
+    once = compare.estimate(["llmproxy"], ["W1"], 1, 5)
+    assert compare.estimate(["llmproxy", "go"], ["W1"], 3, 5) == pytest.approx(6 * once)
+    assert compare.estimate(["llmproxy"], ["W1"], 1, 10) > once
+
+
+def test_processors_are_dealt_out() -> None:
+    """The proxy has one to itself as soon as there are two, the provider one as of three."""
+    assert cores({4}) == Cores(4, 4, 4)
+    assert cores({1, 0}) == Cores(0, 1, 1)
+    assert cores({0, 1, 2, 3}) == Cores(0, 1, 3)
+    assert cores({0, 1}).shared
+    assert not cores(range(3)).shared
+
+
+# -- one run's figures ----------------------------------------------------------------------------
+
+
+def test_figures_are_read_from_the_load_generators_line() -> None:
+    """Costs are for one event, memory in MiB, and what was not measured is not there."""
+    found = works.figures(works.WORKS["W1"], observed())
+    assert found["us_event"] == 20.0
+    assert (found["delay_p50"], found["delay_p99"], found["first_p99"]) == (80.0, 300.0, 400.0)
+    assert (found["pss_mib"], found["grown_mib"]) == (3.0, 2.0)
+    assert "us_request" not in found
+    assert "round_p50" not in found
+    assert found["late_share"] == 2.0
+
+
+def test_requests_are_counted_where_nothing_streams() -> None:
+    """In a closed loop the cost is that of one request."""
+    loop = {"p50": 1.0, "p99": 2.0, "max": 3.0}
+    seen = observed(events=0, delay_us=None, round_us=loop, stats={"timed": 0})
+    found = works.figures(works.WORKS["W3"], seen)
+    assert (found["us_request"], found["round_p99"]) == (2000.0, 2.0)
+    assert "us_event" not in found
+    assert "late_share" not in found
+
+
+def test_a_shared_processor_is_busy_with_both() -> None:
+    """Provider and load generator add up on one processor; on two the busier one counts."""
+    assert works.figures(works.WORKS["W1"], observed())["load_share"] == 40.0
+    assert works.figures(works.WORKS["W1"], observed(shared=False))["load_share"] == 25.0
+
+
+def test_closes_are_matched_by_their_numbers() -> None:
+    """A close that the provider never saw is counted; times are in milliseconds."""
+    seen = observed(left=[[0, 1_000_000], [1, 1_000_000]], closes={0: 3_000_000})
+    found = works.figures(works.WORKS["W7"], seen)
+    assert (found["close_p50"], found["close_p99"], found["untold"]) == (2.0, 2.0, 1)
+
+
+def test_a_rate_is_sustained_only_when_everything_is_whole() -> None:
+    """Delay, failures and the lack of any event each speak against a rate."""
+    assert works.is_sustained(LOAD)
+    slow = {"p50": 80.0, "p99": 100_000.0, "max": 1e6}
+    for fault in ({"delay_us": slow}, {"delay_us": None}, {"unfinished": 1}, {"wrong": 1}):
+        assert not works.is_sustained({**LOAD, **fault})
+
+
+def test_runs_are_combined_into_medians() -> None:
+    """A median is not moved by one odd run; failures and shares are the worst of all."""
+    pairs = ((10.0, 0.0), (12.0, 2.0), (99.0, 1.0))
+    runs = [{"us_event": x, "failures": y, "load_share": y} for x, y in pairs]
+    assert works.combine(runs) == {"us_event": 12, "failures": 2, "load_share": 2}
+    assert works.combine([{"us_event": 1}, {}]) == {"us_event": 1}
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def test_a_peer_is_compared_with_the_daemon_on_the_same_upstream() -> None:
+    """Plain with plain, TLS with TLS; without the daemon's own line there is no ratio."""
+    runs = {
+        "llmproxy": [{"us_event": 30.0}],
+        "llmproxy-tls": [{"us_event": 40.0}],
+        "nginx": [{"us_event": 20.0}],
+        "nginx-tls": [{"us_event": 80.0}],
+        "go": [{"us_event": 0.0}],
+        "haproxy": [],
+    }
+    w1 = works.WORKS["W1"]
+    assert table.ratios(w1, runs) == {"nginx": 1.5, "nginx-tls": 0.5}
+    assert table.ratios(w1, {"nginx": runs["nginx"]}) == {}
+
+
+def test_the_table_shows_figures_ratios_and_doubts() -> None:
+    """Each line has its figures; a busy load generator and failures stand behind it."""
+    good = works.figures(works.WORKS["W1"], observed(stats={"timed": 0}))
+    busy = {**good, "us_event": 10.0, "load_share": 97.0, "failures": 3, "late_share": 5.0}
+    shown = table.table({"W1": {"llmproxy": [good, good], "nginx": [busy], "go": []}})
+    title, head, ours, nginx, go, *_ = shown.splitlines()
+    assert title.startswith("W1  200 streams")
+    assert head.split()[:2] == ["µs/event", "p50"]
+    assert ours.split() == ["llmproxy", "20.0", "80.0", "300", "400", "20.0..20.0", "3.00", "40"]
+    assert nginx.endswith("2.00  3 FAILED, load generator at 97 %, 5 % of events sent late")
+    assert go.endswith("did not run")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.123, "0.12"),
+        (22.04, "22.0"),
+        (355.6, "356"),
+        (355_600.0, "356k"),
+    ],
+)
+def test_figures_have_the_digits_that_mean_something(value: float | None, shown: str) -> None:
+    """Three digits or so, and thousands where there are many."""
+    assert table.number(value) == shown
+
+
+# -- programs -------------------------------------------------------------------------------------
+
+
+def test_a_program_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """Stopping ends a child as well, and costs are those of both."""
+    script = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('started', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with Program(command, min(os.sched_getaffinity(0)), tmp_path / "log") as program:
+        over = time.monotonic() + 30
+        while len(pids := program.pids()) < 2:
+            assert time.monotonic() < over
+            time.sleep(0.01)
+        assert program.is_running()
+        assert program.cpu_us() > 0
+        assert program.pss_kib() > 0
+    assert not program.is_running()
+    over = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < over
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_missing_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed cannot be built, and the error says what it was."""
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(build.CannotBuildError, match="gcc is not installed"):
+        build.find("gcc")
+
+
+def test_every_configuration_can_be_written(tmp_path: Path) -> None:
+    """No placeholder is left, plain and by TLS, and the daemon takes its own."""
+    authority = tmp_path / "ca.pem"
+    authority.write_text("")
+    for upstream in (peers.Upstream(9000), peers.Upstream(9000, authority)):
+        for name in ("nginx", "haproxy", "caddy", "llmproxy"):
+            if name != "nginx" or upstream.authority is not None:
+                peers.PEERS[name].start("program", 8000, upstream, tmp_path)
+    for made in tmp_path.iterdir():
+        assert made.is_dir() or "$" not in made.read_text()
+
+
+# -- bench-quick ----------------------------------------------------------------------------------
+
+
+def test_a_change_is_told_of_the_least() -> None:
+    """A line compares the least figures, where there was one before."""
+    now = quick.Spread(11.0, 12.0, 13.0)
+    assert quick.line("event", now, {"event": [10.0, 99.0, 99.0]}).split()[-2:] == ["+10", "%"]
+    assert quick.line("event", now, {}).split() == ["event", "11.00", "12.00", "13.00"]
+
+
+def test_figures_of_another_machine_are_not_compared(tmp_path: Path) -> None:
+    """A result is compared with one of the same machine, and a broken or missing one with none."""
+    path, machine = tmp_path / "quick.json", results.machine()
+    assert quick.earlier(path, machine)[0] == {}
+    path.write_text("{")
+    assert quick.earlier(path, machine)[0] == {}
+    content = {"date": "d", "commit": "c", "machine": machine, "figures": {"event": [1, 2, 3]}}
+    results.keep(path, content)
+    assert quick.earlier(path, machine)[0] == {"event": [1, 2, 3]}
+    figures, why = quick.earlier(path, {**machine, "kernel": "other"})
+    assert figures == {}
+    assert "another machine" in why
+
+
+def test_bench_quick_runs(tmp_path: Path) -> None:
+    """Every case runs, a few times, and the result is kept where it is wanted."""
+    path = tmp_path / "quick.json"
+    command = [sys.executable, "-m", "bench.quick", "--scale", "0.0001", "--file", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(path.read_text())["figures"]
+    assert [name.partition(",")[0] for name in figures] == [
+        "grammar: parse_fields",
+        *["grammar: ChunkedReader.feed"] * 2,
+        *["event in memory"] * 2,
+        *["event over loopback"] * 2,
+        "request over loopback",
+    ]
+    assert all(name in done.stdout for name in figures)
