@@ -25,8 +25,10 @@ from typing import Any
 from OpenSSL import SSL
 from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.python.failure import Failure
 
 from llmproxy.wire.direct import AtOnce
 
@@ -103,8 +105,7 @@ class Secure(AtOnce):
             self._reading_waits = True
             self.startWriting()
         except SSL.ZeroReturnError:
-            self._farewell()
-            why = CONNECTION_DONE
+            why = CONNECTION_DONE  # answered when the connection ends, as something may be queued
         except SSL.Error:
             why = CONNECTION_LOST
         if pieces and not self.disconnecting:
@@ -175,6 +176,13 @@ class Secure(AtOnce):
             super().loseConnection(*args)
             if self.connected and not self.shaken:
                 self.startReading()  # the handshake is not through
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The connection is over; an orderly end has our close_notify, too."""
+        orderly = self.shaken and not self._parted and not self._aborting
+        if orderly and reason.check(ConnectionDone) and hasattr(self, "socket"):
+            self._farewell()
+        super().connectionLost(reason)
 
     def _postLoseConnection(self) -> Any:
         """All is sent: end our side, and wait for the peer's."""

@@ -17,7 +17,9 @@ import pytest
 import pytest_twisted
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import ClientFactory
+from zope.interface import directlyProvides
 
 from llmproxy.wire.secure import SecureConnector, SecureServer
 from tests.support.ends import Counted, End, Pull, Push, listening, reactor
@@ -523,6 +525,21 @@ async def test_a_peer_without_a_farewell_ends_our_close(tls: Open, how: str) -> 
         peer.held.reset() if how == "reset" else peer.held.sock.shutdown(socket.SHUT_WR)
         await until(lambda: peer.held.end.lost)
         assert len(peer.held.end.lost) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_peers_farewell_is_not_answered_before_the_protocol_has_its_say(tls: Open) -> None:
+    """Whoever aborts then must not have told the peer that the content was whole."""
+    async with tls.shaken() as peer:
+        end: Any = peer.held.end
+        end.readConnectionLost = peer.held.transport.abortConnection
+        end.writeConnectionLost = lambda: None
+        directlyProvides(end, IHalfCloseableProtocol)
+        peer.held.sock.send(peer.end_record())
+        await until(lambda: end.lost)
+        assert [type(error) for error in end.lost] == [ConnectionAborted]
+        assert await peer.hear_end() == "reset"
+        assert not peer.farewell
 
 
 @pytest_twisted.ensureDeferred
