@@ -94,7 +94,8 @@ class ProxyService(Service):
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
-        handle_signals: take SIGTERM and SIGINT over (drain, then cut), and SIGHUP (reload).
+        handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut) and SIGHUP
+            (reload), and set its garbage collector.
     """
 
     name = "llmproxy"
@@ -120,7 +121,7 @@ class ProxyService(Service):
         self.ready = False
         self._told = 0
         self._json_log: JsonLog | None = None
-        self._untune: list[Callable[[], None]] = []
+        self._untune: Callable[[], None] = lambda: None
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, and decide how its log is written.
@@ -156,7 +157,9 @@ class ProxyService(Service):
         """Everything listens: be ready."""
         super().startService()
         if self.config.proxy.tuned_loop:
-            self._untune = [tune(self._reactor), calm_collector()]
+            self._untune = tune(self._reactor)
+            if self._handle_signals:  # the process is ours
+                calm_collector()
         self._lag.start(_LAG_INTERVAL, now=False)
         self.ready = True
         if self._handle_signals:
@@ -246,10 +249,8 @@ class ProxyService(Service):
             config=self.config.redacted if config_shown else None,
         )
         timeouts, limits = self.config.timeouts, self.config.limits
-        nothing = 0  # is taken as a body
-        return Site(
-            resource, self._reactor, time.monotonic, timeouts, limits, body_limit=lambda _: nothing
-        )
+        clock = time.monotonic
+        return Site(resource, self._reactor, clock, timeouts, limits, body_limit=lambda _: 0)
 
     def _measure_lag(self) -> None:
         now = time.monotonic()
@@ -286,8 +287,7 @@ class ProxyService(Service):
         return rested
 
     def _close(self) -> Deferred[None]:
-        for undo in self._untune:
-            undo()
+        self._untune()
         if self._lag.running:
             self._lag.stop()
         self.upstream.close()

@@ -48,24 +48,15 @@ def tune(reactor: Any) -> Callable[[], None]:
     return undo
 
 
-def calm_collector() -> Callable[[], None]:
+def calm_collector() -> None:
     """Let the garbage collector leave alone what is there now, and look less often at the rest.
 
-    A stream's objects die by themselves; a collection looks at all streams, and holds all up.
-
-    Returns:
-        undoes it.
+    A stream's objects die by themselves; a collection looks at all streams, and holds all up.  The
+    collector is the whole process's: this is for whoever owns that.
     """
-    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
-
-    def undo() -> None:
-        gc.set_threshold(*before)
-        gc.unfreeze()
-
-    return undo
 
 
 def _iteration(reactor: Any) -> Callable[[float | None], None]:

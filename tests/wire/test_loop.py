@@ -447,3 +447,16 @@ def test_the_reactors_own_ways_are_there() -> None:
     assert callable(EPollReactor._doReadOrWrite)
     assert EPollReactor._disconnectSelectable is _DisconnectSelectableMixin._disconnectSelectable
     assert EPollReactor.doIteration is EPollReactor.doPoll
+
+
+def test_the_collector_is_calmed_for_the_process() -> None:
+    """What is there is left alone, and the rest is looked at less often."""
+    script = (
+        "import gc; from llmproxy.wire.loop import calm_collector; before = gc.get_threshold()\n"
+        "calm_collector(); assert gc.get_freeze_count() > 10_000, gc.get_freeze_count()\n"
+        "assert all(now > then for now, then in zip(gc.get_threshold(), before))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
