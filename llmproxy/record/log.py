@@ -21,7 +21,7 @@ from zope.interface import implementer
 
 from llmproxy.record.trace import Trace, timestamp
 
-_GATHER = 0.05
+_GATHER = 0.01
 """Seconds for which access lines wait for one another: a write costs more than a line."""
 
 _TOLD = tuple(n for n in Trace.__struct_fields__ if n not in ("attempts", "degraded", "time"))
