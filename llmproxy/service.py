@@ -129,8 +129,7 @@ class ProxyService(Service):
         twistd begins to log only after this, and asks the application for an observer.
         """
         if self._log_file is not None and isinstance(parent, Componentized):
-            later = self._reactor.callLater
-            self._json_log = JsonLog(self._log_file(), later=later, wall=time.time)
+            self._json_log = JsonLog(self._log_file(), wall=time.time)
             parent.setComponent(ILogObserver, self._json_log)
         super().setServiceParent(IServiceCollection(parent, parent))
 

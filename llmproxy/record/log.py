@@ -21,9 +21,6 @@ from zope.interface import implementer
 
 from llmproxy.record.trace import Trace, timestamp
 
-_GATHER = 0.01
-"""Seconds for which access lines wait for one another: a write costs more than a line."""
-
 _TOLD = tuple(n for n in Trace.__struct_fields__ if n not in ("attempts", "degraded", "time"))
 _told_of = attrgetter(*_TOLD)
 
@@ -47,30 +44,20 @@ _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "f
 class JsonLog:
     """Writes events to a text file, one line each, flushed.
 
-    Access lines come past ``twisted.logger``, and are written together.
+    Access lines come past ``twisted.logger``, which costs more than all the rest of them.
 
     Args:
         file: an open text file.
-        later: calls something after so many seconds; without it nothing waits.
         wall: seconds since the epoch, for access lines; events bring their own time.
     """
 
-    def __init__(
-        self,
-        file: IO[str],
-        *,
-        later: Callable[..., object] | None = None,
-        wall: Callable[[], float] = lambda: 0.0,
-    ) -> None:
+    def __init__(self, file: IO[str], *, wall: Callable[[], float] = lambda: 0.0) -> None:
         self._file = file
         self._wall = wall
-        self._later = later
-        self._lines: list[str] = []
 
     def __call__(self, event: LogEvent) -> None:
-        """Write one event, behind whatever was told before it."""
-        self._lines.append(_line(event) + "\n")
-        self.flush()
+        """Write one event."""
+        self._write(_line(event))
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
         """Write the access line of a request that has ended.
@@ -89,17 +76,11 @@ class JsonLog:
         except Exception:  # half a surrogate pair
             plain = {name: _text(getattr(line, name)) for name in ("time", "message", "id")}
             text = msgspec.json.encode(plain).decode()
-        self._lines.append(text + "\n")
-        if self._later is None:
-            self.flush()
-        elif len(self._lines) == 1:
-            self._later(_GATHER, self.flush)
+        self._write(text)
 
-    def flush(self) -> None:
-        """Write what waits."""
-        lines, self._lines = self._lines, []
+    def _write(self, line: str) -> None:
         try:
-            self._file.write("".join(lines))
+            self._file.write(line + "\n")
             self._file.flush()
         except (OSError, ValueError):
             return  # a log that cannot be written must not stop a stream
