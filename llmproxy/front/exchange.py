@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
-
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
 from llmproxy.front.refusal import error_fields
 from llmproxy.front.request import METHODS, Request
+from llmproxy.front.task import Task
 from llmproxy.headers import host_of, is_ndjson, is_stream
 from llmproxy.policy.routes import Choice
 from llmproxy.record.trace import Trace
@@ -42,14 +41,19 @@ class Exchange:
         self.relay: Relay | None = None
         self.answer: Answer | None = None
         self.content_type: bytes | None = None
-        self.task: Deferred[None] = succeed(None)
+        self.task: Task | None = None
         self.timer: Any = None
 
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
         self.timer = None
         self.late = True
-        self.task.cancel()
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Let whatever the request waits for fail."""
+        if self.task is not None:
+            self.task.cancel()
 
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
         """Tell the client; where it has bytes of an answer already, only the break can tell.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
@@ -28,6 +28,7 @@ from llmproxy.front.admission import Rules, admit, early_refusal
 from llmproxy.front.books import Books
 from llmproxy.front.exchange import Exchange
 from llmproxy.front.request import Request
+from llmproxy.front.task import Task
 from llmproxy.headers import (
     Fields,
     for_client,
@@ -103,11 +104,10 @@ class Gateway(Resource):
 
         def client_left(why: ClientGone) -> None:
             exchange.left, exchange.left_at = why, self._clock()
-            exchange.task.cancel()
+            exchange.cancel()
 
         request.gone = client_left
-        exchange.task = Deferred.fromCoroutine(self._serve(exchange))
-        exchange.task.addErrback(lambda failure: _log.failure("a request's end failed", failure))
+        exchange.task = Task(self._serve(exchange), _end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
@@ -265,3 +265,7 @@ class Gateway(Resource):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
+
+
+def _end_failed(failure: Failure) -> None:
+    _log.failure("a request's end failed", failure)

@@ -1,8 +1,7 @@
 """What a request asks for: which model, and whether a stream.
 
-Puts together what its body says (``policy/body.py``), a JSON object or a multipart form, and what
-its path says.  Only types whose content a provider might read as JSON are looked into; every other
-body is opaque.
+Puts together what its body says (``policy/body.py``, ``policy/form.py``) and what its path says.
+Only types whose content a provider might read as JSON are looked into; every other body is opaque.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from llmproxy.policy.body import (
     asks_for_stream,
     inspect_json,
     is_json,
-    multipart_model,
     path_model,
 )
+from llmproxy.policy.form import multipart_model
 
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")

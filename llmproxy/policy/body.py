@@ -6,16 +6,15 @@ Nothing here does I/O, knows a client, a route or a provider, or decodes and enc
 Theory of operation: the one danger is that the provider reads another model than we did. So what
 two readers could read differently is a `BodyError`; what is accepted has one reading. No Python
 code runs per byte, token or bracket: C code checks JSON, building no objects (`msgspec.Raw`), and
-tells how long each top-level value is; spans follow. A form is searched for its delimiters; what
-lies in a file is never looked at. Members, parts, nesting are bounded, and every pass is linear.
+tells how long each top-level value is; spans follow. Members and nesting are bounded, and every
+pass is linear. Usual bodies take a short way, which leaves to the long one whatever is not plain.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -24,8 +23,6 @@ import msgspec
 
 DEPTH: Final = 512  # arrays and objects in each other; CPython's own json gives up near 1000
 MEMBERS: Final = 65_536  # at the top of one object; an API call has dozens
-PARTS: Final = 1000  # of one form; Starlette allows as many fields
-PART_HEAD_BYTES: Final = 8192  # the header fields of one part
 MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
 
 _SLICE: Final = 65_536  # bytes decoded at once to check UTF-8: text can take four times its memory
@@ -33,16 +30,12 @@ _STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes
 _NOT_MARKS: Final = bytes(set(range(256)) - set(b'[]{}"'))
 _OBJECT = re.compile(rb"[ \t\n\r]*+\{")
 _NAME = re.compile(rb'(?s)\s*+[{,]\s*+"(?:[^"\\]++|\\.)*+"\s*+:\s*+')  # in JSON known to be valid
+_SHORT: Final = 262_144  # bytes of a body that may take the short way; fewer than hold MEMBERS
+_MODEL_NAME = re.compile(rb'"model"\s*+:\s*+')
 _FLAGS: Final = {b"true": True, b"false": False, b"null": None}
 _MODEL_VERB = re.compile(rb"([^:]+):[A-Za-z]+")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_TOKEN: Final = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++)"  # RFC 9110, section 5.6.2
-_PARAMETER = re.compile(rb'(?s);[ \t]*+%b=(?:"((?:[^"\\]++|\\.)*+)"|%b)[ \t]*+' % (_TOKEN, _TOKEN))
-_FIELD = re.compile(rb"%b:([^\r\n\0]*+)" % _TOKEN)
 _JSON = re.compile(rb"application/(?:.+\+)?json")
-_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
-_LINE_END = re.compile(rb"[ \t]*+\r\n")
-_CLOSE = re.compile(rb"--[ \t]*+(?:\r\n)?")
 
 
 class BodyError(ValueError):
@@ -56,14 +49,23 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class JsonFacts:
+class JsonFacts(NamedTuple):
     """What the top-level members of a JSON body say; null counts as absent, but has a span."""
 
     model: str | None = None
     model_span: Span | None = None
     stream: bool | None = None
-    stream_span: Span | None = None
+
+
+class _Asked(msgspec.Struct):
+    """The two members, as they stand in a body."""
+
+    model: msgspec.Raw = msgspec.Raw()
+    stream: msgspec.Raw = msgspec.Raw()
+
+
+_decode_asked = msgspec.json.Decoder(_Asked).decode
+_decode_name = msgspec.json.Decoder(str | None).decode
 
 
 class _Member:
@@ -84,6 +86,43 @@ def inspect_json(body: bytes) -> JsonFacts:
     """
     if not body:
         return JsonFacts()
+    facts = _plain_facts(body)
+    return _all_facts(body) if facts is None else facts
+
+
+def _plain_facts(body: bytes) -> JsonFacts | None:
+    """Return the facts of a body in which nothing can stand twice, or None for the long way.
+
+    In ASCII without escapes of letters a name is spelt in one way; one that stands there once at
+    most, in any case and at any depth, is not at the top twice.
+    """
+    if len(body) > _SHORT or not body.isascii() or b"\\u0" in body:
+        return None
+    folded = body.lower()
+    if folded.count(b'"model"') > 1 or folded.count(b'"stream"') > 1:
+        return None
+    if body.count(b"[") + body.count(b"{") > DEPTH:
+        return None
+    try:
+        asked = _decode_asked(body)
+        raw = bytes(asked.model)
+        name = _decode_name(raw) if raw else None
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    flag = bytes(asked.stream)
+    if flag and flag not in _FLAGS:
+        return None
+    span = None
+    if raw:
+        match = _MODEL_NAME.search(body)
+        if match is None:
+            return None
+        span = Span(match.end(), match.end() + len(raw))
+    known = None if name is None else model_text(name.encode())
+    return JsonFacts(known, span, _FLAGS[flag] if flag else None)
+
+
+def _all_facts(body: bytes) -> JsonFacts:
     _check_text(body)
     spans = _top_spans(body)
     if body.count(b"[") + body.count(b"{") > DEPTH and _depth(body) > DEPTH:
@@ -96,8 +135,8 @@ def inspect_json(body: bytes) -> JsonFacts:
         name = msgspec.json.decode(body[slice(*model)], type=str | None) if model else None
     except msgspec.DecodeError:
         raise BodyError('"model" must be a string, and of whole characters.') from None
-    known = None if name is None else _model_text(name.encode())
-    return JsonFacts(known, model, _FLAGS[flag], stream)
+    known = None if name is None else model_text(name.encode())
+    return JsonFacts(known, model, _FLAGS[flag])
 
 
 def replace_model(body: bytes, span: Span, model: str) -> bytes:
@@ -111,7 +150,7 @@ def replace_model(body: bytes, span: Span, model: str) -> bytes:
 
 def is_json(content_type: bytes | None) -> bool:
     """Whether a Content-Type is `application/json` or `application/*+json` (RFC 6839, 3.1)."""
-    return bool(_JSON.fullmatch(_kind(content_type or b"")))
+    return bool(_JSON.fullmatch(kind_of(content_type or b"")))
 
 
 def asks_for_stream(facts: JsonFacts, dialect: str, path: bytes) -> bool:
@@ -138,37 +177,8 @@ def path_model(path: bytes) -> str | None:
         if call or (name and kind == b"deployments"):
             if _BAD_ESCAPE.search(segment):
                 raise BodyError("The path has a malformed percent escape in the model's name.")
-            return _model_text(call[1] if call else name)
+            return model_text(call[1] if call else name)
     return None
-
-
-def multipart_model(content_type: bytes, body: bytes) -> str | None:
-    """Return the field `model`, no file, of a whole multipart/form-data body (RFC 7578), or None.
-
-    Raises:
-        BodyError: no valid boundary (RFC 2046, section 5.1.1); two `model` fields; a value that is
-            not UTF-8 or longer than `MODEL_BYTES`; more than `PARTS` parts; and what servers read
-            differently: text before the first or after the last delimiter, one after a bare CR or
-            LF, none at the end, malformed or repeated part headers and parameters, `name*`, and for
-            `model` an empty or encoded file name or a Content-Transfer-Encoding.
-    """
-    if _kind(content_type) != b"multipart/form-data":
-        return None
-    boundary = _parameters(content_type).get(b"boundary", b"")
-    if not _BOUNDARY.fullmatch(boundary):
-        raise BodyError("The Content-Type of the form has no valid boundary.")
-    model = None
-    for part in _parts(body, b"--" + boundary):
-        limit = min(part.start + PART_HEAD_BYTES, part.end + 2)  # a part may end with its head
-        head_end = body.find(b"\r\n\r\n", part.start, limit)
-        if head_end < 0:
-            raise BodyError("A part of the form has no header fields, or too many.")
-        if not _is_model_field(body[part.start : head_end]):
-            continue
-        if model is not None:
-            raise BodyError('The form has two "model" fields.')
-        model = _model_text(body[head_end + 4 : min(head_end + 5 + MODEL_BYTES, part.end)])
-    return model
 
 
 def _check_text(body: bytes) -> None:
@@ -236,7 +246,12 @@ def _members(body: bytes) -> Iterable[tuple[str, int]]:
     return zip(names, map(len, values), strict=True)
 
 
-def _model_text(name: bytes) -> str:
+def model_text(name: bytes) -> str:
+    """Return a model's name as text.
+
+    Raises:
+        BodyError: it is longer than `MODEL_BYTES`, or not UTF-8.
+    """
     if len(name) > MODEL_BYTES:
         raise BodyError(f'"model" is longer than {MODEL_BYTES} bytes.')
     try:
@@ -245,55 +260,6 @@ def _model_text(name: bytes) -> str:
         raise BodyError('"model" is not UTF-8.') from None
 
 
-def _kind(value: bytes) -> bytes:
+def kind_of(value: bytes) -> bytes:
     """Return what stands before the parameters of a header value, in lower case."""
     return value.partition(b";")[0].strip(b" \t").lower()
-
-
-def _parameters(value: bytes) -> dict[bytes, bytes]:
-    """Read the `;name=value` parameters of a header value; quoted ones keep their backslashes."""
-    text = value[len(value.partition(b";")[0]) :].rstrip(b"; \t")
-    pairs = _PARAMETER.findall(text)
-    found = {name.lower(): quoted or token for name, quoted, token in pairs}
-    if len(found) < len(pairs) or _PARAMETER.sub(b"", text):
-        raise BodyError("The form has malformed or repeated parameters in a header field.")
-    return found
-
-
-def _parts(body: bytes, delimiter: bytes) -> Iterator[Span]:
-    """Yield where the parts stand, header fields and content, without the delimiters' line ends."""
-    line = b"\n" + delimiter
-    if not body.startswith((delimiter, b"\r" + line)) or b"\r" + delimiter in body:
-        raise BodyError("The form does not begin with its delimiter, or has one after a bare CR.")
-    at = body.index(delimiter) + len(delimiter)
-    for _ in range(PARTS + 1):
-        if _CLOSE.fullmatch(body, at):
-            return
-        line_end = _LINE_END.match(body, at)
-        end = body.find(line, line_end.end() - 1) if line_end else -1
-        if line_end is None or end < 0 or not body.endswith(b"\r", 0, end):
-            raise BodyError("The form has a malformed delimiter, or lacks its last one.")
-        yield Span(line_end.end(), end - 1)
-        at = end + len(line)
-    raise BodyError(f"The form has more than {PARTS} parts.")
-
-
-def _is_model_field(head: bytes) -> bool:
-    """Whether a part's header fields (without their last line end) make it the field `model`."""
-    lines = [_FIELD.fullmatch(line) for line in head.split(b"\r\n")]
-    fields = {line[1].lower(): line[2].strip(b" \t") for line in lines if line}
-    if len(fields) < len(lines):
-        raise BodyError("A part of the form has a malformed or repeated header field.")
-    disposition = fields.get(b"content-disposition", b"")
-    parameters = _parameters(disposition)
-    name = parameters.get(b"name", b"\\")
-    plain = _kind(disposition) == b"form-data" and b"\\" not in name
-    if not plain or any(key.startswith(b"name*") for key in parameters):
-        raise BodyError("A part of the form has no plain field name.")
-    if name != b"model" or parameters.get(b"filename"):
-        return False
-    encoding = fields.get(b"content-transfer-encoding", b"binary").lower()
-    named = any(key.startswith(b"filename") for key in parameters)
-    if named or encoding not in (b"7bit", b"8bit", b"binary"):
-        raise BodyError('The "model" field of the form is encoded or has an unclear file name.')
-    return True

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from http.cookiejar import Cookie
+from types import FunctionType
 from typing import Any, cast
 
+import treq.client
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
@@ -46,6 +48,31 @@ class NoCookies(IndexableCookieJar):
 _NO_COOKIES = NoCookies()
 
 
+def _lean_request() -> Any:
+    """Return treq's ``request()`` with the agent that it is given in the place of two wrappings.
+
+    treq wraps every agent in one that keeps cookies and one that inflates bodies; neither has
+    anything to do here, and together they cost more than the rest of the call.  The code is treq's;
+    only the two names mean something else to this copy, and treq itself is left as it is.
+    ``tests/upstream/test_client.py`` fails when treq calls them otherwise (ADR-0011).
+    """
+    unwrapped = {
+        "CookieAgent": lambda agent, jar: agent,
+        "ContentDecoderAgent": lambda agent, decoders: agent,
+    }
+    request = cast(FunctionType, HTTPClient.request)
+    names = {**vars(treq.client), **unwrapped}
+    lean = FunctionType(request.__code__, names, request.__name__, request.__defaults__)
+    lean.__kwdefaults__ = request.__kwdefaults__
+    return lean
+
+
+class LeanClient(HTTPClient):
+    """treq's client, without the agents that keep cookies and change bodies."""
+
+    request = _lean_request()
+
+
 class PreparedUrl(EncodedURL):
     """A URL that was parsed and encoded once; treq asks for both on every request."""
 
@@ -66,6 +93,10 @@ class PreparedUrl(EncodedURL):
         url = cast("PreparedUrl", cls.from_text(text))
         url._text = text
         return url
+
+
+def _as_it_is(body: Any) -> Any:
+    return body
 
 
 def _producer(body: bytes | IBodyProducer) -> IBodyProducer | None:
@@ -125,7 +156,7 @@ class Upstream:
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
         order = Order(self._agents[provider.name], target, fields, credential, timeouts)
-        client = HTTPClient(order, _NO_COOKIES, data_to_body_producer=lambda data: data)
+        client = LeanClient(order, _NO_COOKIES, _as_it_is)
         answer: Deferred[Any] = client.request(
             method,
             self._urls[provider.name],
