@@ -40,6 +40,7 @@ from llmproxy.record.trace import JsonLines, NoSink, Sink
 from llmproxy.upstream.client import Upstream
 from llmproxy.version import version
 from llmproxy.wire.loop import calm_collector, tune
+from llmproxy.wire.timers import Timers
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
@@ -180,7 +181,8 @@ class ProxyService(Service):
         self.metrics = Metrics(version())
         path = config.trace.jsonl
         self.sink: Sink = NoSink() if path is None else JsonLines(path)
-        self.upstream = Upstream(reactor, clock, config)
+        self._timers = Timers(reactor)
+        self.upstream = Upstream(reactor, clock, config, timers=self._timers)
         self.books = Books(
             self.metrics,
             self.sink,
@@ -190,7 +192,7 @@ class ProxyService(Service):
             instance=self._instance,
         )
         self.gateway = Gateway(
-            config, self.upstream, self.books, self.metrics, reactor=reactor, clock=clock
+            config, self.upstream, self.books, self.metrics, reactor=self._timers, clock=clock
         )
         self.site = Site(
             self.gateway,
@@ -290,6 +292,7 @@ class ProxyService(Service):
         if self._lag.running:
             self._lag.stop()
         self.upstream.close()
+        self._timers.close()
         closing = DeferredList([_stopped(port) for port in self.admin_ports])
         return closing.addCallback(lambda _: self.sink.close())
 

@@ -89,6 +89,7 @@ ORDER = (
     "llmproxy.wire.secure",
     "llmproxy.wire.direct",
     "llmproxy.wire.transport",
+    "llmproxy.wire.timers",
     "llmproxy.wire.addresses",
     "llmproxy.wire.loop",
     "llmproxy.config",

@@ -56,7 +56,7 @@ class Gateway(Resource):
         upstream: sends requests.
         books: keeps a record of each.
         metrics: counts what is on the way.
-        reactor: schedules deadlines.
+        reactor: keeps the deadlines of requests (``wire/timers.py``).
         clock: monotonic seconds.
     """
 

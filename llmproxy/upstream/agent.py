@@ -85,6 +85,7 @@ class ProviderAgent:
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of an answer's head.
         direct: with the transports of ``wire/``; else with Twisted's own.
+        timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class ProviderAgent:
         pool_idle: float | None,
         max_head: int,
         direct: bool = True,
+        timers: Any = None,
     ) -> None:
         self._reactor = reactor
+        self._timers = reactor if timers is None else timers
         self._clock = clock
         self._provider = provider
         self._pool_idle = pool_idle
@@ -203,7 +206,7 @@ class ProviderAgent:
             return None if was_sending or still else "first_byte"
 
         late = partial(upstream_timeout, may_have_run=True)
-        limit(self._reactor, order.timeouts.first_byte, answer, phase, late)
+        limit(self._timers, order.timeouts.first_byte, answer, phase, late)
         if self._connector.secure:
             answer.addCallback(self._remember, connection)
         return answer

@@ -112,9 +112,12 @@ class Upstream:
         reactor: connects, resolves and keeps time.
         clock: monotonic seconds.
         config: the providers, and the limits of what they may send.
+        timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
-    def __init__(self, reactor: Any, clock: Callable[[], float], config: Config) -> None:
+    def __init__(
+        self, reactor: Any, clock: Callable[[], float], config: Config, *, timers: Any = None
+    ) -> None:
         self._reactor = reactor
         names = Names(reactor, clock)
         self._agents: dict[str, ProviderAgent] = {}
@@ -128,6 +131,7 @@ class Upstream:
                 pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
                 max_head=config.limits.response_head,
                 direct=config.proxy.tuned_loop,
+                timers=timers,
             )
             url = provider.url
             self._urls[provider.name] = PreparedUrl.prepare(f"{url.scheme}://{url.netloc}/")

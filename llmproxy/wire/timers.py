@@ -1,0 +1,95 @@
+"""Timers of a few lengths that are nearly always cancelled, such as deadlines.
+
+A reactor keeps its timers in a heap, and looks at new ones between any two polls; two for each
+request are a good part of what a request costs.  Here all timers of one length are a queue, in the
+order in which they ring, with one timer of the reactor's for the first of them.  That one stays
+where the first is cancelled: it finds later what is first by then (ADR-0011).
+
+:meth:`Timers.callLater` is that of ``IReactorTime``, so that whoever needs a timer need not know
+which of the two it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.logger import Logger
+
+_log = Logger()
+
+
+class Timer:
+    """One timer that was asked for; ``DelayedCall`` as far as anybody needs it."""
+
+    __slots__ = ("_queue", "at", "call")
+
+    def __init__(self, queue: dict[Timer, None], at: float, call: Callable[[], object]) -> None:
+        self._queue = queue
+        self.at = at
+        self.call = call
+        queue[self] = None
+
+    def active(self) -> bool:
+        """Tell whether it is still to ring."""
+        return self in self._queue
+
+    def cancel(self) -> None:
+        """Do not ring.
+
+        Raises:
+            KeyError: it has rung, or was cancelled.
+        """
+        del self._queue[self]
+
+
+class Timers:
+    """All such timers of one process.
+
+    Args:
+        reactor: rings for the first timer of each length.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._seconds: Callable[[], float] = reactor.seconds
+        self._queues: dict[float, dict[Timer, None]] = {}
+        self._bells: dict[float, Any] = {}
+
+    def callLater(self, delay: float, call: Callable[[], object]) -> Timer:
+        """Call ``call`` in so many seconds, unless the timer that is returned is cancelled."""
+        queue = self._queues.get(delay)
+        if queue is None:
+            queue = self._queues[delay] = {}
+            self._bells[delay] = self._reactor.callLater(delay, self._ring, delay, queue)
+        return Timer(queue, self._seconds() + delay, call)
+
+    def close(self) -> None:
+        """Forget every timer."""
+        for bell in self._bells.values():
+            bell.cancel()
+        self._bells.clear()
+        self._queues.clear()
+
+    def _ring(self, delay: float, queue: dict[Timer, None]) -> None:
+        """Call whoever is due, and ask to be rung for whoever is next."""
+        now = self._seconds()
+        due = []
+        for timer in queue:
+            if timer.at > now:
+                break
+            due.append(timer)
+        for timer in due:
+            if timer.active():
+                timer.cancel()
+                try:
+                    timer.call()
+                except Exception:
+                    _log.failure("a timer's call failed")
+        first = next(iter(queue), None)
+        if first is None:
+            del self._queues[delay], self._bells[delay]
+        else:
+            self._bells[delay] = self._reactor.callLater(
+                max(0.0, first.at - self._seconds()), self._ring, delay, queue
+            )
