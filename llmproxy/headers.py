@@ -9,6 +9,7 @@ names: the hop-by-hop fields, those that can carry a client's key, and those tha
 from __future__ import annotations
 
 from collections.abc import Container
+from functools import lru_cache
 
 from llmproxy.errors import ProxyError
 
@@ -28,11 +29,13 @@ HOP_BY_HOP = frozenset(
 _REQUEST_DROPPED = HOP_BY_HOP | {b"expect", b"host", b"content-length", b"forwarded", OWN_KEY_FIELD}
 _RESPONSE_DROPPED = HOP_BY_HOP | {b"alt-svc", b"strict-transport-security"}
 _REQUEST_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-llmproxy-")
+_RESPONSE_PREFIXES = (b"proxy-", b"x-llmproxy-")
 _STREAM_TYPES = (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
 _ANTI_BUFFERING = (
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
 )
+_STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
 
 
 def value_of(fields: Fields, name: bytes) -> bytes | None:
@@ -43,9 +46,10 @@ def value_of(fields: Fields, name: bytes) -> bytes | None:
     return None
 
 
-def host_of(fields: Fields) -> str:
-    """Return the name in ``Host``, in lower case, without its port."""
-    value = (value_of(fields, b"host") or b"").decode("ascii", "replace").lower()
+@lru_cache(maxsize=256)
+def host_of(host: bytes | None) -> str:
+    """Return the name in the value of ``Host``, in lower case, without its port."""
+    value = (host or b"").decode("ascii", "replace").lower()
     name, colon, port = value.rpartition(":")
     return name if colon and (port.isdigit() or not port) else value
 
@@ -53,6 +57,8 @@ def host_of(fields: Fields) -> str:
 def nominated(fields: Fields) -> set[bytes]:
     """Return every field name that a ``Connection`` line nominates, in lower case."""
     lines = [value for name, value in fields if name == b"connection"]
+    if not lines:
+        return set()
     return {token.strip(b" \t").lower() for line in lines for token in line.split(b",")}
 
 
@@ -71,78 +77,90 @@ def refuse_disguised(fields: Fields, credentials: Container[bytes] = ()) -> None
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
             owned = spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or spelt == b"via"
-            if owned or spelt in credentials or _has_owned_prefix(spelt):
+            if owned or spelt in credentials or spelt.startswith(_REQUEST_PREFIXES):
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )
 
 
-def for_provider(
-    fields: Fields,
-    *,
-    pass_credential: bool,
-    credential: tuple[bytes, bytes] | None,
-    defaults: tuple[tuple[bytes, bytes], ...],
-    via: bytes,
-    request_id: bytes,
-    streams: bool,
-    accept_events: bool,
-    identity: bool,
-) -> Fields:
-    """Return the fields to send upstream, without ``Host`` and framing.
+class Crossing:
+    """What crosses towards one provider, prepared once for all requests.
 
     Args:
-        fields: as the client sent them.
         pass_credential: the caller's own key fields cross.
         credential: the provider's credential field, or None.
         defaults: fields of the provider's that are added where the client sent none.
-        via: this hop, as ``1.1 pseudonym``.
-        request_id: added as ``x-request-id`` where the client sent none.
-        streams: the request asks for a stream.
-        accept_events: ``Accept: text/event-stream`` is added where the client sent no ``Accept``.
-        identity: a stream is asked for unencoded, whatever the client accepts.
+        accept_events: ``Accept: text/event-stream`` is added where a stream is asked for and the
+            client sent no ``Accept``.
     """
-    dropped = _REQUEST_DROPPED | nominated(fields)
-    if not pass_credential:
-        dropped |= set(KEY_FIELDS)
-    if credential is not None:
-        dropped |= {credential[0]}
-    unencoded = streams and identity
-    kept = [
-        (name, value)
-        for name, value in fields
-        if name not in dropped
-        and not _has_owned_prefix(name)
-        and not (unencoded and name == b"accept-encoding")
-    ]
-    names = {name for name, _ in kept}
-    if b"via" in names:
-        hops = [value for name, value in kept if name == b"via"]
-        kept = [(name, value) for name, value in kept if name != b"via"]
-        via = b", ".join([*hops, via])
-    kept.append((b"via", via))
-    kept += [(name, value) for name, value in defaults if name not in names]
-    if b"x-request-id" not in names:
-        kept.append((b"x-request-id", request_id))
-    if streams and accept_events and b"accept" not in names:
-        kept.append((b"accept", b"text/event-stream"))
-    if unencoded:
-        kept.append((b"accept-encoding", b"identity"))
-    if credential is not None:
-        kept.append(credential)
-    return kept
+
+    def __init__(
+        self,
+        *,
+        pass_credential: bool,
+        credential: tuple[bytes, bytes] | None,
+        defaults: tuple[tuple[bytes, bytes], ...],
+        accept_events: bool,
+    ) -> None:
+        self._dropped = _REQUEST_DROPPED
+        if not pass_credential:
+            self._dropped |= set(KEY_FIELDS)
+        if credential is not None:
+            self._dropped |= {credential[0]}
+        self._credential = credential
+        self._defaults = defaults
+        self._accept_events = accept_events
+
+    def for_provider(
+        self, fields: Fields, *, via: bytes, request_id: bytes, streams: bool, identity: bool
+    ) -> Fields:
+        """Return the fields to send upstream, without ``Host`` and framing.
+
+        Args:
+            fields: as the client sent them.
+            via: this hop, as ``1.1 pseudonym``.
+            request_id: added as ``x-request-id`` where the client sent none.
+            streams: the request asks for a stream.
+            identity: a stream is asked for unencoded, whatever the client accepts.
+        """
+        dropped = self._dropped
+        if listed := nominated(fields):
+            dropped |= listed
+        kept = [
+            field
+            for field in fields
+            if field[0] not in dropped and not field[0].startswith(_REQUEST_PREFIXES)
+        ]
+        names = {name for name, _ in kept}
+        if b"via" in names:
+            hops = [value for name, value in kept if name == b"via"]
+            kept = [field for field in kept if field[0] != b"via"]
+            via = b", ".join([*hops, via])
+        kept.append((b"via", via))
+        kept += [field for field in self._defaults if field[0] not in names]
+        if b"x-request-id" not in names:
+            kept.append((b"x-request-id", request_id))
+        if streams:
+            if self._accept_events and b"accept" not in names:
+                kept.append((b"accept", b"text/event-stream"))
+            if identity:
+                kept = [field for field in kept if field[0] != b"accept-encoding"]
+                kept.append((b"accept-encoding", b"identity"))
+        if self._credential is not None:
+            kept.append(self._credential)
+        return kept
 
 
 def for_client(fields: Fields, request_id: bytes) -> Fields:
     """Return the fields of a provider's answer that the client gets, with our id."""
-    dropped = _RESPONSE_DROPPED | nominated(fields)
     streams = is_stream(value_of(fields, b"content-type"))
-    if streams:
-        dropped |= {name for name, _ in _ANTI_BUFFERING}
+    dropped = _STREAM_DROPPED if streams else _RESPONSE_DROPPED
+    if listed := nominated(fields):
+        dropped |= listed
     kept = [
-        (name, value)
-        for name, value in fields
-        if name not in dropped and not name.startswith((b"proxy-", b"x-llmproxy-"))
+        field
+        for field in fields
+        if field[0] not in dropped and not field[0].startswith(_RESPONSE_PREFIXES)
     ]
     if streams:
         kept += _ANTI_BUFFERING
@@ -160,10 +178,7 @@ def is_ndjson(content_type: bytes | None) -> bool:
     return media_type(content_type) in _STREAM_TYPES[1:]
 
 
+@lru_cache(maxsize=256)
 def media_type(content_type: bytes | None) -> bytes:
     """Return the type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
     return (content_type or b"").partition(b";")[0].strip(b" \t").lower()
-
-
-def _has_owned_prefix(name: bytes) -> bool:
-    return name.startswith(_REQUEST_PREFIXES)

@@ -9,9 +9,9 @@ import pytest
 from llmproxy.errors import ProxyError
 from llmproxy.headers import (
     KEY_FIELDS,
+    Crossing,
     Fields,
     for_client,
-    for_provider,
     host_of,
     is_ndjson,
     is_stream,
@@ -38,17 +38,21 @@ VIA, ID = (b"via", b"1.1 us"), (b"x-request-id", b"our-id")
 
 def sent(fields: Fields, **changes: Any) -> Fields:
     """Return what the provider gets of ``fields``."""
-    options: dict[str, Any] = {
+    prepared: dict[str, Any] = {
         "pass_credential": False,
         "credential": None,
         "defaults": (),
+        "accept_events": True,
+    }
+    each: dict[str, Any] = {
         "via": b"1.1 us",
         "request_id": b"our-id",
         "streams": False,
-        "accept_events": True,
         "identity": True,
     }
-    return for_provider(fields, **{**options, **changes})
+    for name, value in changes.items():
+        (prepared if name in prepared else each)[name] = value
+    return Crossing(**prepared).for_provider(fields, **each)
 
 
 # --- towards the provider -------------------------------------------------------------------------
@@ -365,4 +369,4 @@ def test_the_first_value_counts() -> None:
 )
 def test_host_is_a_name_without_port(value: bytes | None, host: str) -> None:
     """In lower case; IPv6 addresses keep their brackets."""
-    assert host_of([] if value is None else [(b"host", value)]) == host
+    assert host_of(value) == host

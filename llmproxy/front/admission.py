@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llmproxy.errors import ProxyError
 from llmproxy.front.request import METHODS, Request
-from llmproxy.headers import host_of, media_type, nominated, refuse_disguised, value_of
+from llmproxy.headers import host_of, media_type, nominated, refuse_disguised
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import Routes, refuse_dots
 
@@ -44,17 +44,17 @@ def admit(request: Request, rules: Rules) -> None:
     if not request.uri.startswith(b"/"):
         raise ProxyError(400, "bad_target", "The request target must be a path.")
     refuse_dots(request.path)
-    upgrade = media_type(value_of(request.fields, b"upgrade"))
-    if upgrade == b"websocket" and b"upgrade" in nominated(request.fields):
+    first = request.first
+    if b"upgrade" in first and _asks_for_websocket(request):
         raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
-    if any(rules.pseudonym in _hops(v) for name, v in request.fields if name == b"via"):
+    if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(request.fields, rules.credentials)
 
 
 def early_refusal(request: Request, rules: Rules) -> ProxyError | None:
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
-    host = host_of(request.fields)
+    host = host_of(request.first.get(b"host"))
     try:
         admit(request, rules)
         passes = rules.routes.pass_credential(request.path, host)
@@ -63,6 +63,15 @@ def early_refusal(request: Request, rules: Rules) -> ProxyError | None:
     except ProxyError as error:
         return error
     return None
+
+
+def _asks_for_websocket(request: Request) -> bool:
+    asked = media_type(request.first[b"upgrade"]) == b"websocket"
+    return asked and b"upgrade" in nominated(request.fields)
+
+
+def _came_through(request: Request, pseudonym: bytes) -> bool:
+    return any(pseudonym in _hops(value) for name, value in request.fields if name == b"via")
 
 
 def _hops(via: bytes) -> list[bytes]:

@@ -15,7 +15,6 @@ from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.front.exchange import Exchange
 from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
-from llmproxy.headers import value_of
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Sink, Trace, timestamp
@@ -117,15 +116,15 @@ def new_trace(request: Request, *, time: float, instance: str) -> Trace:
     Args:
         time: seconds since the epoch.
     """
-    fields = request.fields
+    first = request.first
     return Trace(
         time=timestamp(time),
         id=_new_id(),
-        client_request_id=_text(value_of(fields, b"x-request-id")),
+        client_request_id=_text(first.get(b"x-request-id")),
         instance=instance,
         peer=str(getattr(request.getClientAddress(), "host", "unix")),
-        user_agent=_text(value_of(fields, b"user-agent")),
-        session=_text(value_of(fields, b"x-session-id")),
+        user_agent=_text(first.get(b"user-agent")),
+        session=_text(first.get(b"x-session-id")),
         method=request.method.decode("ascii", "backslashreplace"),
         path=_path(request.path),
     )

@@ -33,7 +33,7 @@ class Exchange:
         self.trace = trace
         self.started = started
         self.path = request.path
-        self.host = host_of(request.fields)
+        self.host = host_of(request.first.get(b"host"))
         self.left: ClientGone | None = None
         self.left_at = 0.0
         self.late = False

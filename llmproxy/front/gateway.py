@@ -30,10 +30,8 @@ from llmproxy.front.exchange import Exchange
 from llmproxy.front.request import Request
 from llmproxy.front.task import Task
 from llmproxy.headers import (
-    Fields,
+    Crossing,
     for_client,
-    for_provider,
-    value_of,
 )
 from llmproxy.policy.ask import Ask, is_held, read_ask
 from llmproxy.policy.auth import Auth
@@ -84,15 +82,21 @@ class Gateway(Resource):
         self._credentials = {p.name: credential_field(p) for p in config.providers.values()}
         owned = frozenset(field[0] for field in self._credentials.values() if field is not None)
         self._rules = Rules(self._via.lower(), owned, self._auth, self.routes)
-        self._defaults = {
-            p.name: tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in p.headers)
+        self._crossings = {
+            p.name: Crossing(
+                pass_credential=p.pass_credential,
+                credential=self._credentials[p.name],
+                defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in p.headers),
+                accept_events=p.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
+            )
             for p in config.providers.values()
         }
+        self._via_1_1, self._via_1_0 = b"1.1 " + self._via, b"1.0 " + self._via
 
-    def holds_body(self, fields: Fields, target: bytes) -> bool:
+    def holds_body(self, request: Request) -> bool:
         """Tell whether a request's body must be whole before it is served, or streams."""
-        kind = value_of(fields, b"content-type")
-        return is_held(kind, model_matters=self.routes.model_matters(target.partition(b"?")[0]))
+        kind = request.first.get(b"content-type")
+        return is_held(kind, lambda: self.routes.model_matters(request.path))
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
@@ -167,7 +171,7 @@ class Gateway(Resource):
     def _look_inside(self, exchange: Exchange, client: Client) -> Ask:
         """Read what routing needs from the body and the path."""
         request, trace = exchange.request, exchange.trace
-        encoding = value_of(request.fields, b"content-encoding")
+        encoding = request.first.get(b"content-encoding")
         body = request.body
         if encoding is not None and body:
             if self.routes.must_look_inside(exchange.path, exchange.host, client):
@@ -176,7 +180,7 @@ class Gateway(Resource):
                 )
             body = b""
         try:
-            ask = read_ask(value_of(request.fields, b"content-type"), body, exchange.path)
+            ask = read_ask(request.first.get(b"content-type"), body, exchange.path)
         except BodyError as error:
             raise ProxyError(400, "bad_body", str(error)) from error
         trace.model = ask.model
@@ -207,15 +211,11 @@ class Gateway(Resource):
         body: bytes | IBodyProducer = request.upload or request.body
         if choice.model is not None and ask.model_span is not None:
             body = replace_model(request.body, ask.model_span, choice.model)
-        fields = for_provider(
+        fields = self._crossings[provider.name].for_provider(
             request.fields,
-            pass_credential=provider.pass_credential,
-            credential=self._credentials[provider.name],
-            defaults=self._defaults[provider.name],
-            via=request.clientproto.removeprefix(b"HTTP/") + b" " + self._via,
+            via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),
-            accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
             identity=choice.route.accept_encoding == "identity",
         )
         sent_at = self._clock()
@@ -248,7 +248,7 @@ class Gateway(Resource):
 
     async def _pump(self, exchange: Exchange, choice: Choice, answer: Answer) -> None:
         began = self._clock()
-        exchange.content_type = value_of(answer.fields, b"content-type")
+        exchange.content_type = answer.first.get(b"content-type")
         relay = exchange.relay = Relay(
             answer,
             exchange.request,

@@ -24,7 +24,6 @@ from llmproxy.front.door import Door, TurnedAway
 from llmproxy.front.progress import Phase
 from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
-from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
 
 _log = Logger()
@@ -40,8 +39,8 @@ class Site(server.Site):
         timeouts: the deadlines towards clients.
         limits: what a request may hold.
         body_limit: from a raw target to the most bytes of its body.
-        holds_body: from fields and raw target to whether the body is held before the request is
-            served, rather than streamed; by default it always is.
+        holds_body: from a request to whether its body is held before it is served, rather than
+            streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
         abandoned: called with a request that ended before it could be served, and why.
         malformed: from a peer's address and the error where a head was refused to the answer.
@@ -66,7 +65,7 @@ class Site(server.Site):
         limits: Limits,
         *,
         body_limit: Callable[[bytes], int],
-        holds_body: Callable[[Fields, bytes], bool] = lambda fields, target: True,
+        holds_body: Callable[[Request], bool] = lambda request: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
         abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
         malformed: Callable[[str, ProxyError], bytes] = lambda peer, error: bare_answer(error),

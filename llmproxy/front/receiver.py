@@ -37,6 +37,7 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
 
+_NOTHING: list[bytes] = []
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
 
 
@@ -162,12 +163,16 @@ class Receiver(http.HTTPChannel):
         self.requests.append(request)
         self._skips_line = True
         self._handlingRequest = True
-        options = list_tokens(field_values(head.fields, b"connection"))
-        self.persistent = head.minor == 1 and b"close" not in options
+        self.persistent = head.minor == 1
+        if b"connection" in head.first:
+            options = list_tokens(field_values(head.fields, b"connection"))
+            self.persistent = self.persistent and b"close" not in options
         self.enter(Phase.BODY, self.site.timeouts.request_body)
         length = self._reader.left if isinstance(self._reader, LengthReader) else None
         request.gotLength(length)
-        expected = list_tokens(field_values(head.fields, b"expect"))
+        expected = _NOTHING
+        if b"expect" in head.first:
+            expected = list_tokens(field_values(head.fields, b"expect"))
         if request.refusal is None and expected not in ([], [b"100-continue"]):
             request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
         if length == 0:
@@ -184,7 +189,7 @@ class Receiver(http.HTTPChannel):
             request.refuse(refusal)
             return
         self._invited = not expected or request.clientproto == b"HTTP/1.0"
-        if self.site.holds_body(request.fields, request.uri):
+        if self.site.holds_body(request):
             self.invite_upload()
         else:
             request.upload = Upload(self, length)
@@ -270,10 +275,12 @@ def request_body(head: RequestHead) -> ChunkedReader | LengthReader:
         BadMessage: 400 where it is framed twice or in a way that its version lacks, 501 for a
             transfer coding that is not known.
     """
-    coding = field_values(head.fields, b"transfer-encoding")
-    length = parse_length(field_values(head.fields, b"content-length"))
-    if not coding:
+    length = None
+    if b"content-length" in head.first:
+        length = parse_length(field_values(head.fields, b"content-length"))
+    if b"transfer-encoding" not in head.first:
         return LengthReader(length or 0)
+    coding = field_values(head.fields, b"transfer-encoding")
     if length is not None or head.minor == 0:
         raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
     if not is_chunked(coding):

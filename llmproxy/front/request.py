@@ -32,6 +32,7 @@ class Request(server.Request):
 
     Attributes:
         fields: the header fields in their order, names in lower case.
+        first: the first value of each name.
         body: the whole request body, where it is held.
         upload: the request body, where it streams.
         refusal: why the request cannot be served, where the wire knows already.
@@ -49,6 +50,7 @@ class Request(server.Request):
         super().__init__(channel, *args, **kwargs)
         self.site = channel.site
         self.fields: Fields = []
+        self.first: dict[bytes, bytes] = {}
         self.body = b""
         self.upload: Upload | None = None
         self.refusal: ProxyError | None = None
@@ -121,8 +123,13 @@ class Request(server.Request):
 
     def take_head(self, head: RequestHead) -> None:
         """Take over what the head says."""
-        self.method, self.uri, self.fields = head.method, head.target, head.fields
-        self.clientproto = b"HTTP/1.%d" % head.minor
+        self.method, self.uri, self.fields, self.first = (
+            head.method,
+            head.target,
+            head.fields,
+            head.first,
+        )
+        self.clientproto = b"HTTP/1.1" if head.minor else b"HTTP/1.0"
         self.path = head.target.partition(b"?")[0]
         self.args = {}
 

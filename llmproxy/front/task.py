@@ -1,8 +1,8 @@
 """Runs one coroutine that awaits Deferreds, for a request's whole life.
 
-``Deferred.fromCoroutine`` does the same, with a copy of the context variables, a Deferred of its own
-and some bookkeeping for whoever awaits that; nobody awaits a request, and each costs as much as a
-good part of one (ADR-0011).  Nothing here knows what the coroutine is for.
+``Deferred.fromCoroutine`` does the same, with a copy of the context variables, a Deferred of its
+own and some bookkeeping for whoever awaits that; nobody awaits a request, and each of these costs
+as much as a good part of one (ADR-0011).  Nothing here knows what the coroutine is for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Task:
         self._awaited = None
         try:
             if isinstance(result, Failure):
-                awaited = result.throwExceptionIntoGenerator(self._coroutine)  # type: ignore[arg-type]  # a coroutine is thrown into alike
+                awaited = result.throwExceptionIntoGenerator(self._coroutine)
             else:
                 awaited = self._coroutine.send(None)
         except StopIteration:

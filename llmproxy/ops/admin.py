@@ -14,7 +14,6 @@ from prometheus_client.exposition import choose_encoder
 from twisted.web.resource import Resource
 
 from llmproxy.front.request import Request
-from llmproxy.headers import value_of
 
 _JSON = b"application/json"
 _TEXT = b"text/plain; charset=utf-8"
@@ -88,7 +87,7 @@ def admin_resource(
         return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"not ready\n")
 
     def metrics(request: Request) -> Answer:
-        accept = (value_of(request.fields, b"accept") or b"").decode("latin-1")
+        accept = (request.first.get(b"accept", b"")).decode("latin-1")
         encode, kind = choose_encoder(accept)
         return 200, kind.encode("ascii"), encode(registry)
 

@@ -6,6 +6,7 @@ Only types whose content a provider might read as JSON are looked into; every ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from llmproxy.policy.form import multipart_model
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 """Types that curl and old SDKs put on JSON; Ollama, for one, reads it as JSON all the same."""
+
+_NO_FACTS = JsonFacts()
 
 # Callers use a few types and paths, again and again.
 _is_json = lru_cache(maxsize=64)(is_json)
@@ -65,28 +68,31 @@ def read_ask(content_type: bytes | None, body: bytes, path: bytes) -> Ask:
     Raises:
         BodyError: the body is not what its type says, or says something twice.
     """
-    facts, json, named = JsonFacts(), False, None
-    kind = media_type(content_type)
-    if kind == _FORM and body:
-        named = multipart_model(content_type or b"", body)
-    elif body and (_is_json(content_type) or (kind in _PERHAPS_JSON and _opens_object(body))):
+    facts, json, named = _NO_FACTS, False, None
+    if body and (_is_json(content_type) or _may_be_json(content_type, body)):
         facts, json = inspect_json(body), True
         named = facts.model
-    models = tuple(dict.fromkeys(m for m in (named, _path_model(path)) if m is not None))
+    elif body and media_type(content_type) == _FORM:
+        named = multipart_model(content_type or b"", body)
+    by_path = _path_model(path)
+    models = () if named is None else (named,)
+    if by_path is not None and by_path != named:
+        models = (*models, by_path)
     return Ask(models, facts.model_span, json, facts)
 
 
-def is_held(content_type: bytes | None, *, model_matters: bool) -> bool:
+def is_held(content_type: bytes | None, model_matters: Callable[[], bool]) -> bool:
     """Tell whether a body of this type is held, so that it can be looked into and sent again.
 
     JSON is, and what some providers take for JSON; a form where its model decides something.  Every
     other body streams upwards.
     """
+    if _is_json(content_type):
+        return True
     kind = media_type(content_type)
-    if kind == _FORM:
-        return model_matters
-    return _is_json(content_type) or kind in _PERHAPS_JSON
+    return model_matters() if kind == _FORM else kind in _PERHAPS_JSON
 
 
-def _opens_object(body: bytes) -> bool:
-    return body[:64].lstrip(b" \t\r\n").startswith(b"{")
+def _may_be_json(content_type: bytes | None, body: bytes) -> bool:
+    opens_object = body[:64].lstrip(b" \t\r\n").startswith(b"{")
+    return opens_object and media_type(content_type) in _PERHAPS_JSON

@@ -19,12 +19,15 @@ from llmproxy.wire.grammar import (
     BadMessage,
     Fields,
     field_values,
+    first_values,
     is_chunked,
     list_tokens,
     parse_fields,
     parse_length,
     parse_status_line,
 )
+
+_NOTHING: list[bytes] = []
 
 
 class Holder(Protocol):
@@ -46,6 +49,7 @@ class Answer:
     Attributes:
         code: the status, 100 to 599.
         fields: the header fields as they came, in order, names in lower case.
+        first: the first value of each name.
         length: the body's bytes as announced, or ``UNKNOWN_LENGTH``.
         headers: always empty; it stands between treq's decoders and the bytes (ADR-0002).
     """
@@ -53,13 +57,14 @@ class Answer:
     phrase = b""
     request = None
     previousResponse = None  # noqa: N815 - IResponse's name
+    headers = Headers()
 
     def __init__(self, connection: Holder, minor: int, code: int, fields: Fields) -> None:
         self._connection = connection
         self.version = (b"HTTP", 1, minor)
         self.code = code
         self.fields = fields
-        self.headers = Headers()
+        self.first = first_values(fields)
         self.length: Any = UNKNOWN_LENGTH
 
     def deliverBody(self, protocol: IProtocol) -> None:
@@ -100,8 +105,11 @@ def body_reader(method: bytes, answer: Answer) -> ChunkedReader | LengthReader:
     Raises:
         BadMessage: the head frames the body twice, or in a way that is not known.
     """
-    coding = field_values(answer.fields, b"transfer-encoding")
-    length = parse_length(field_values(answer.fields, b"content-length"))
+    coding, length = _NOTHING, None
+    if b"transfer-encoding" in answer.first:
+        coding = field_values(answer.fields, b"transfer-encoding")
+    if b"content-length" in answer.first:
+        length = parse_length(field_values(answer.fields, b"content-length"))
     if coding and (length is not None or answer.version[2] == 0):
         raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
     if length is not None:
@@ -120,6 +128,8 @@ def keep_alive_hint(answer: Answer) -> float | None:
 
     From ``Keep-Alive: timeout=5``, which no RFC defines and most servers send.
     """
+    if b"keep-alive" not in answer.first:
+        return None
     for member in list_tokens(field_values(answer.fields, b"keep-alive")):
         name, _, seconds = member.partition(b"=")
         if name.strip() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
@@ -129,5 +139,8 @@ def keep_alive_hint(answer: Answer) -> float | None:
 
 def is_persistent(answer: Answer) -> bool:
     """Tell whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
-    options = list_tokens(field_values(answer.fields, b"connection"))
-    return bool(answer.version[2] == 1) and b"close" not in options
+    if b"connection" in answer.first:
+        options = list_tokens(field_values(answer.fields, b"connection"))
+        if b"close" in options:
+            return False
+    return bool(answer.version[2] == 1)

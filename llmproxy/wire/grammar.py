@@ -48,12 +48,16 @@ class BadMessage(ValueError):
 
 
 class RequestHead(NamedTuple):
-    """The head of a request: ``target`` as it came, ``minor`` 0 or 1."""
+    """The head of a request: ``target`` as it came, ``minor`` 0 or 1.
+
+    ``first`` has the first value of each name, for whoever asks for one.
+    """
 
     method: bytes
     target: bytes
     minor: int
     fields: Fields
+    first: dict[bytes, bytes]
 
 
 class StatusLine(NamedTuple):
@@ -86,12 +90,13 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise BadMessage("only HTTP/1.0 and HTTP/1.1 are served", 505)
     minor = int(match[3][2:])
     fields = parse_fields(lines[1:], longest=len(head))
-    hosts = field_values(fields, b"host")
-    if len(hosts) != 1 and (hosts or minor):
+    first = first_values(fields)
+    host = first.get(b"host")
+    if minor if host is None else len(field_values(fields, b"host")) > 1:
         raise BadMessage("exactly one Host field is needed")
-    if hosts and _HOST.fullmatch(hosts[0]) is None:
+    if host is not None and _HOST.fullmatch(host) is None:
         raise BadMessage("the Host field is malformed")
-    return RequestHead(match[1], match[2], minor, fields)
+    return RequestHead(match[1], match[2], minor, fields, first)
 
 
 def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = MAX_LINE) -> Fields:
@@ -131,6 +136,11 @@ def parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
         # Allowed by RFC 9110, 5.6.3, but llhttp does not see `chunked` beside a tab.
         raise BadMessage("a tab beside a transfer coding")
     return name, value.strip(b" \t")
+
+
+def first_values(fields: Fields) -> dict[bytes, bytes]:
+    """Return the first value of each name."""
+    return dict(reversed(fields))
 
 
 def field_values(fields: Fields, name: bytes) -> list[bytes]:

@@ -39,6 +39,7 @@ class Answer:
     def __init__(self, code: int, fields: tuple[tuple[bytes, bytes], ...]) -> None:
         self.code = code
         self.fields = list(fields)
+        self.first = dict(reversed(self.fields))
         self.transport = FakeTransport()
         self.aborts = 0
         self.body: Any = None

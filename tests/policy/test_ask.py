@@ -135,5 +135,5 @@ def test_a_body_that_is_not_what_it_says_is_refused(kind: bytes, body: bytes) ->
 )
 def test_what_is_held(kind: bytes | None, plain: bool, model_matters: bool) -> None:
     """JSON is held, a form where its model decides something, and everything else streams."""
-    assert is_held(kind, model_matters=False) is plain
-    assert is_held(kind, model_matters=True) is model_matters
+    assert is_held(kind, model_matters=lambda: False) is plain
+    assert is_held(kind, model_matters=lambda: True) is model_matters

@@ -333,7 +333,7 @@ def test_request_heads(
     head: bytes, expected: tuple[bytes, bytes, int, list[tuple[bytes, bytes]]]
 ) -> None:
     """Method, target and version stand in the first line; the target is raw."""
-    assert parse_request_head(head) == RequestHead(*expected)
+    assert parse_request_head(head) == RequestHead(*expected, dict(expected[3]))
 
 
 @pytest.mark.parametrize(
