@@ -177,9 +177,8 @@ class ProxyService(Service):
 
     def _build(self) -> None:
         config, reactor = self.config, self._reactor
-        clock = time.monotonic
+        clock, path = time.monotonic, config.trace.jsonl
         self.metrics = Metrics(version())
-        path = config.trace.jsonl
         self.sink: Sink = NoSink() if path is None else JsonLines(path)
         self._timers = Timers(reactor)
         self.upstream = Upstream(reactor, clock, config, timers=self._timers)

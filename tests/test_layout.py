@@ -50,6 +50,7 @@ ORDER = (
     "llmproxy.front.receiver",
     "llmproxy.front.progress",
     "llmproxy.front.request",
+    "llmproxy.front.lazy",
     "llmproxy.front.upload",
     "llmproxy.front.door",
     "llmproxy.front.refusal",

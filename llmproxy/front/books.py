@@ -122,7 +122,7 @@ def new_trace(request: Request, *, time: float, instance: str) -> Trace:
         id=_new_id(),
         client_request_id=_text(first.get(b"x-request-id")),
         instance=instance,
-        peer=str(getattr(request.getClientAddress(), "host", "unix")),
+        peer=request.channel.peer_name,
         user_agent=_text(first.get(b"user-agent")),
         session=_text(first.get(b"x-session-id")),
         method=request.method.decode("ascii", "backslashreplace"),

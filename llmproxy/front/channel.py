@@ -8,6 +8,7 @@ channel knows its site and its requests, and nothing of what they are for.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
@@ -138,6 +139,16 @@ class Channel(Receiver):
         self.enter(Phase.CLOSING, _CLOSE_GRACE)
         super().loseConnection()
 
+    @cached_property
+    def peer(self) -> Any:
+        """The client's address, from the first request on; a balancer has said it by then."""
+        return self.getPeer()
+
+    @cached_property
+    def peer_name(self) -> str:
+        """The client's address in words."""
+        return str(getattr(self.peer, "host", "unix"))
+
     @property
     def is_full(self) -> bool:
         """Whether the transport asked for no more."""
@@ -168,7 +179,7 @@ class Channel(Receiver):
 
     def tell_and_close(self, error: ProxyError) -> None:
         """Answer where there is no request yet that could; what still comes is dropped."""
-        self.write(self.site.malformed(str(getattr(self.getPeer(), "host", "unix")), error))
+        self.write(self.site.malformed(self.peer_name, error))
         self._linger()
 
     def _linger(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from http import HTTPStatus
 
 from twisted.web.http import datetimeToString
@@ -23,10 +24,9 @@ def bare_answer(error: ProxyError, request_id: str | None = None, now: float = 0
         now: seconds since the epoch.
     """
     body = error_body(error, Dialect.OPENAI, request_id or "")
-    head = [b"HTTP/1.1 %d %b" % (error.status, phrase(error.status).encode("ascii"))]
     fields = error_fields(error, request_id, len(body), now)
-    head += [b"%b: %b" % field for field in fields]
-    return b"\r\n".join([*head, b"connection: close", b"", body])
+    lines = [b"%b: %b" % field for field in fields]
+    return status_line(error.status) + b"\r\n".join([*lines, b"connection: close", b"", body])
 
 
 def error_fields(error: ProxyError, request_id: str | None, length: int, now: float) -> Fields:
@@ -46,9 +46,10 @@ def error_fields(error: ProxyError, request_id: str | None, length: int, now: fl
     return fields
 
 
-def phrase(status: int) -> str:
-    """Return the reason phrase of a known status; clients ignore it (RFC 9112, section 4)."""
-    return _PHRASES.get(status, "")
+@lru_cache(maxsize=600)
+def status_line(status: int) -> bytes:
+    """Return the first line, with the phrase of a known status (RFC 9112, section 4)."""
+    return b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, "").encode("ascii"))
 
 
 def too_large(limit: int) -> ProxyError:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from twisted.python.failure import Failure
-from twisted.web import server
 
 from llmproxy.errors import ClientGone, ProxyError
-from llmproxy.front.refusal import memory_full, phrase, too_large
+from llmproxy.front.lazy import LazyRequest
+from llmproxy.front.refusal import memory_full, status_line, too_large
 from llmproxy.front.upload import Upload
 from llmproxy.wire.framing import LAST_CHUNK
-from llmproxy.wire.grammar import Fields, RequestHead
+from llmproxy.wire.grammar import RequestHead
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 """The methods that are served."""
@@ -27,11 +27,10 @@ _BODY_GRACE = 1 / 65536
 """Seconds that each received byte of a request body adds to ``request_body``."""
 
 
-class Request(server.Request):
+class Request(LazyRequest):
     """One request and the answer to it.
 
     Attributes:
-        fields: the header fields in their order, names in lower case.
         first: the first value of each name.
         body: the whole request body, where it is held.
         upload: the request body, where it streams.
@@ -43,13 +42,9 @@ class Request(server.Request):
     """
 
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
-    channel: Any
-    site: Any
 
-    def __init__(self, channel: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(channel, *args, **kwargs)
-        self.site = channel.site
-        self.fields: Fields = []
+    def __init__(self, channel: Any) -> None:
+        super().__init__(channel)
         self.first: dict[bytes, bytes] = {}
         self.body = b""
         self.upload: Upload | None = None
@@ -145,10 +140,13 @@ class Request(server.Request):
     def process(self) -> None:
         """Find the resource and render it; the body is held, refused or streams."""
         self._served = True
-        self.prepath: list[bytes] = []
-        self.postpath = self.path[1:].split(b"/")
+        resource = self.site.resource
         try:
-            self.render(self.site.getResourceFor(self))
+            if not resource.isLeaf:
+                self.prepath: list[bytes] = []
+                self.postpath = self.path[1:].split(b"/")
+                resource = self.site.getResourceFor(self)
+            self.render(resource)
         except Exception:
             self.processingFailed(Failure())
 
@@ -166,7 +164,7 @@ class Request(server.Request):
         self.status = self.code = status
         modern = self.clientproto == b"HTTP/1.1"
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        head = [b"HTTP/1.1 %d %b\r\n" % (status, phrase(status).encode("ascii"))]
+        head = [status_line(status)]
         for name, value in fields:
             head += (name, b": ", value, b"\r\n")
             if name == b"content-length":

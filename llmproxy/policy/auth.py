@@ -43,17 +43,19 @@ class Auth:
         return client
 
     def _caller(self, fields: Fields, names: tuple[bytes, ...]) -> Client:
-        presented = [
-            _key(name, value) for name, value in fields if name == OWN_KEY_FIELD or name in names
-        ]
-        if not presented:
-            if self._anonymous:
-                return ANONYMOUS
-            raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
-        clients = {self._lookup(key).name: self._lookup(key) for key in presented}
-        if len(clients) > 1:
-            raise _unauthorized("keys_disagree", "The keys of this request name different clients.")
-        return next(iter(clients.values()))
+        found: Client | None = None
+        for name, value in fields:
+            if name == OWN_KEY_FIELD or name in names:
+                client = self._lookup(_key(name, value))
+                if found is not None and client is not found:
+                    text = "The keys of this request name different clients."
+                    raise _unauthorized("keys_disagree", text)
+                found = client
+        if found is not None:
+            return found
+        if self._anonymous:
+            return ANONYMOUS
+        raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
 
     def _keep_keys_here(self, fields: Fields) -> None:
         """Refuse a client's key where the provider's credential belongs: it would be sent on."""

@@ -39,6 +39,7 @@ class _Entry(NamedTuple):
     hosts: frozenset[str] | None
     allows: Callable[[str | None], bool]
     timeouts: Timeouts
+    base: bytes
 
 
 _MOST_KNOWN = 1024
@@ -52,6 +53,7 @@ class Routes:
     def __init__(self, config: Config) -> None:
         self._default_limit = config.limits.request_body
         self._known: dict[tuple[bytes, str], list[_Entry]] = {}
+        self._limits: dict[bytes, int] = {}
         self._entries = [self._prepare(config, route) for route in config.routes]
         self._entries.sort(key=_rank)
         self._clients_restricted = any(c.models != ("*",) for c in config.clients.values())
@@ -71,6 +73,7 @@ class Routes:
             hosts=None if route.hosts is None else frozenset(route.hosts),
             allows=_matcher(("*",) if route.models is None else route.models),
             timeouts=config.timeouts_for(route, provider),
+            base=provider.url.path.encode("ascii"),
         )
 
     # -- before anyone is identified ------------------------------------------------------------
@@ -86,7 +89,8 @@ class Routes:
 
     def pass_credential(self, path: bytes, host: str) -> bool:
         """Tell whether the callers' own credentials cross on the first matching route."""
-        return any(entry.provider.pass_credential for entry in self._at(path, host)[:1])
+        entries = self._at(path, host)
+        return bool(entries) and entries[0].provider.pass_credential
 
     def dialect(self, path: bytes, host: str) -> Dialect:
         """Return the dialect in which a request is told its errors."""
@@ -99,8 +103,15 @@ class Routes:
     def body_limit(self, target: bytes) -> int:
         """Return the most bytes that any route at this target takes as a body."""
         path = target.partition(b"?")[0]
-        limits = [self.limit_of(entry.route) for entry in self._entries if _is_below(path, entry)]
-        return max(limits, default=self._default_limit)
+        limit = self._limits.get(path)
+        if limit is None:
+            found = [
+                self.limit_of(entry.route) for entry in self._entries if _is_below(path, entry)
+            ]
+            limit = max(found, default=self._default_limit)
+            if len(self._limits) < _MOST_KNOWN and len(path) < _LONGEST_KNOWN:
+                self._limits[path] = limit
+        return limit
 
     def limit_of(self, route: Route) -> int:
         """Return the most bytes that a request body may have on ``route``."""
@@ -135,22 +146,19 @@ class Routes:
         path, mark, query = target.partition(b"?")
         candidates = self._at(path, host)
         named: tuple[str | None, ...] = models or (None,)
-        entry = next((entry for entry in candidates if entry.allows(named[0])), None)
-        if entry is None:
+        for entry in candidates:
+            if entry.allows(named[0]):
+                break
+        else:
             raise _no_route(path_known=bool(candidates))
         self._permit(client, entry.route, named)
         override = entry.route.override.get(entry.provider.name)
         rest = path
         if entry.route.strip:
             rest = path[len(entry.path) :] if entry.path != b"/" else path
-        joined = entry.provider.url.path.encode("ascii") + rest or b"/"
-        return Choice(
-            route=entry.route,
-            provider=entry.provider,
-            model=None if override is None else override.model,
-            target=joined + mark + query,
-            timeouts=entry.timeouts,
-        )
+        joined = entry.base + rest or b"/"
+        model = None if override is None else override.model
+        return Choice(entry.route, entry.provider, model, joined + mark + query, entry.timeouts)
 
     def _permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
         if "*" not in client.routes and route.name not in client.routes:

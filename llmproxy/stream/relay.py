@@ -156,7 +156,7 @@ class Relay(TwistedProtocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The body is over: whole where ``reason`` is ``ResponseDone``, else broken."""
-        self._end(None if reason.check(ResponseDone) else reason)
+        self._end(None if isinstance(reason.value, ResponseDone) else reason)
 
     # -- from the client ------------------------------------------------------------------------
 

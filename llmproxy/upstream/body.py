@@ -26,15 +26,20 @@ class HeldBody:
     SLICE = 65536
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self.data = data
         self._position = 0
         self._consumer: IConsumer | None = None
         self.length = len(data)
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it goes out at once."""
+        return self.length <= self.SLICE
+
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         """Write the body; fires once the last slice was written, at once where it is short."""
-        if self.length <= self.SLICE:
-            consumer.write(self._data)
+        if self.is_short:
+            consumer.write(self.data)
             return succeed(None)
         self._consumer = consumer
         self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
@@ -48,7 +53,7 @@ class HeldBody:
             return
         start = self._position
         self._position = start + self.SLICE
-        self._consumer.write(self._data[start : self._position])
+        self._consumer.write(self.data[start : self._position])
         if self._position >= self.length:
             self.stopProducing()
             self._done.callback(None)
@@ -136,6 +141,10 @@ class Sending:
         self._body = body
         self._failed = failed
         self._sink = BodySink(transport, head, chunked=body.length is UNKNOWN_LENGTH)
+        if isinstance(body, HeldBody) and body.is_short:
+            self.active = False
+            self._sink.write(body.data)  # as most are, and nobody has to wait for it
+            return
         self.active = True
         body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
         self._sink.flush()

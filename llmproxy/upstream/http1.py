@@ -85,20 +85,17 @@ class Connection(Protocol):
         """The request's body on its way, or the last one's."""
         self.keep_for: float | None = None
         """Seconds for which the provider says that it keeps the connection when it is idle."""
-        self.expires_at = 0.0
-        """When the pool gives it up, in the pool's seconds; the pool's own mark."""
+        self.expires_at, self.pool_key = 0.0, b""
+        """The pool's own marks: when it gives it up, and what it keeps it apart by."""
         self.verdict: Verdict | None = None
         """What the TLS handshake found out; ``tls.ProviderTls`` says it."""
-        self.pool_key = b""
-        """What the pool keeps it apart by; the pool's own mark."""
         self.serving: Answer | None = None
         """The answer that comes in on it now."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
+        self._lost_early: Failure | None = None
         self.aborted = False
         """Whether we close it, so that it is of no use to anybody."""
-        self._early = b""
-        self._lost_early: Failure | None = None
 
     # -- the life of the socket -----------------------------------------------------------------
 
@@ -161,6 +158,7 @@ class Connection(Protocol):
         self._buffer = b""
         self._interim = 0
         self._until_close = False
+        self._paused = False
         self.sending = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
@@ -236,6 +234,7 @@ class Connection(Protocol):
         if deferred is not None:
             deferred.callback(answer)
         if self.state is State.ANSWERED:
+            self._paused = True
             self._transport.pauseProducing()
         return True
 
@@ -253,7 +252,9 @@ class Connection(Protocol):
         protocol.makeConnection(self._transport)
         if not lost:
             self.state = State.FLOWING
-            self._transport.resumeProducing()
+            if self._paused:
+                self._paused = False
+                self._transport.resumeProducing()
         early, self._early = self._early, b""
         if early or self._reader.done:
             self._read_body(early)

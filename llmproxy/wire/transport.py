@@ -24,6 +24,8 @@ _KEEPALIVE = (
 )
 """Seconds of silence before a probe, between probes, and how many."""
 
+_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
 
@@ -70,7 +72,7 @@ def is_quiet(transport: Any) -> bool:
     if handle is None or raw.disconnecting:
         return False
     try:
-        handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        handle.recv(1, _LOOK)
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EWOULDBLOCK)
     return False
