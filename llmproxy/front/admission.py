@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llmproxy.errors import ProxyError
-from llmproxy.front.request import METHODS, Request
+from llmproxy.front.refusal import METHODS
+from llmproxy.front.request import Request
 from llmproxy.headers import host_of, media_type, nominated, refuse_disguised
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import Routes, refuse_dots

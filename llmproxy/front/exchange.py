@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
-from llmproxy.front.refusal import error_fields
-from llmproxy.front.request import METHODS, Request
+from llmproxy.front.refusal import METHODS, error_fields
+from llmproxy.front.request import Request
 from llmproxy.front.task import Task
 from llmproxy.headers import host_of, is_ndjson, is_stream
 from llmproxy.policy.routes import Choice

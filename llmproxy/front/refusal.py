@@ -10,6 +10,9 @@ from twisted.web.http import datetimeToString
 from llmproxy.errors import Dialect, ProxyError, error_body
 from llmproxy.headers import Fields
 
+METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
+"""The methods that are served."""
+
 _ID_FIELDS = (b"x-llmproxy-request-id", b"x-request-id", b"request-id")
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}

@@ -20,9 +20,6 @@ from llmproxy.front.upload import Upload
 from llmproxy.wire.framing import LAST_CHUNK
 from llmproxy.wire.grammar import RequestHead
 
-METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
-"""The methods that are served."""
-
 _BODY_GRACE = 1 / 65536
 """Seconds that each received byte of a request body adds to ``request_body``."""
 
@@ -62,6 +59,7 @@ class Request(LazyRequest):
         self._bodiless = False
         self._ended = False
         self._served = False
+        self._flows = False
 
     # -- in -------------------------------------------------------------------------------------
 
@@ -162,7 +160,6 @@ class Request(LazyRequest):
             return
         self.startedWriting = 1
         self.status = self.code = status
-        modern = self.clientproto == b"HTTP/1.1"
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
         head = [status_line(status)]
         for name, value in fields:
@@ -170,7 +167,7 @@ class Request(LazyRequest):
             if name == b"content-length":
                 self._length = int(value)
         if self._length is None and not self._bodiless:
-            if modern:
+            if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
                 head.append(b"transfer-encoding: chunked\r\n")
             else:
@@ -190,6 +187,10 @@ class Request(LazyRequest):
 
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
+        if self._flows and data:
+            self.sent += len(data)
+            self.channel.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return
         if self._disconnected or self._ended:
             return
         if not self.startedWriting:
@@ -202,6 +203,7 @@ class Request(LazyRequest):
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head:
             data, self._head = self._head + data, b""
+        self._flows = bool(self.chunked)
         self.channel.write(data)
 
     def finish(self) -> None:
@@ -282,6 +284,7 @@ class Request(LazyRequest):
 
     def _close_books(self) -> None:
         self._ended = True
+        self._flows = False
         self.finished = 1
         self.site.ended += self._served
         self.release()

@@ -134,10 +134,7 @@ class Connection(Protocol):
 
     def _settle_ready(self, result: Any) -> None:
         if not self.ready.called:
-            if isinstance(result, Failure):
-                self.ready.errback(result)
-            else:
-                self.ready.callback(result)
+            (self.ready.errback if isinstance(result, Failure) else self.ready.callback)(result)
 
     # -- the request ----------------------------------------------------------------------------
 

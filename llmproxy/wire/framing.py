@@ -63,10 +63,14 @@ class ChunkedReader:
 
         What came before an error is returned, too; the error is in :attr:`error`.
         """
+        if self._between:
+            # Most reads are exactly one chunk, and of a few sizes.
+            end = data.find(b"\r\n", 0, 18)
+            size = _SIZES.get(data[:end])
+            if size is not None and len(data) == end + 4 + size and data.endswith(b"\r\n"):
+                return data[end + 2 : -2]
         if self.error is not None:
             return b""
-        if self._between and (whole := self._whole(data)):
-            return whole
         if self._line:
             data = self._line + data
             self._line = b""
@@ -82,14 +86,6 @@ class ChunkedReader:
             self.extra = data[position:] if position >= 0 else b""
         return content[0] if len(content) == 1 else b"".join(content)
 
-    def _whole(self, data: bytes) -> bytes:
-        """Return the content of ``data`` where it is exactly one chunk, as most reads are."""
-        end = data.find(b"\r\n", 0, 18)
-        size = _SIZES.get(data[:end]) if end > 0 else None
-        if size is None or len(data) != end + 4 + size or not data.endswith(b"\r\n"):
-            return b""
-        return data[end + 2 : -2]
-
     def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
         if position == len(data):
             self._between = True
@@ -101,7 +97,7 @@ class ChunkedReader:
         if match is None:
             raise BadMessage("a chunk's size line is malformed")
         self._left = int(match[1], 16)
-        if self._left and len(_SIZES) < _MOST_SIZES:
+        if self._left and len(_SIZES) < _MOST_SIZES and end - position <= 16:
             _SIZES[data[position:end]] = self._left
         self._step = self._content if self._left else self._trailer
         return end + 2
