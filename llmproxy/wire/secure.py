@@ -12,6 +12,9 @@ queue of ``wire/direct.py`` (ADR-0009).  What its safety rests on::
     our end       close_notify and FIN, then the peer's; an abort is a reset, without either
     renegotiation refused by the contexts; a key update is OpenSSL's own affair
 
+pyOpenSSL's private ``_ssl``, ``_raise_ssl_error`` and ``_util`` are leaned on for reading;
+``tests/wire/test_secure.py`` fails when they change (ADR-0011).
+
 A protocol that implements ``IHandshakeListener`` is told when the handshake is done.  Nothing here
 knows a certificate, a provider or a client.
 """
@@ -23,6 +26,7 @@ from contextlib import suppress
 from typing import Any
 
 from OpenSSL import SSL
+from OpenSSL._util import ffi, lib
 from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionDone
@@ -40,6 +44,10 @@ _BULK = _RECORD // 2
 
 _MOST = 4
 """Records of one read, so that others have their turn."""
+
+_read_record = lib.SSL_read
+_BUFFER = ffi.new("char[]", _RECORD)
+_VIEW = ffi.buffer(_BUFFER)
 
 
 class Secure(AtOnce):
@@ -91,14 +99,23 @@ class Secure(AtOnce):
         if self._writing_waits:
             self._writing_waits = False
             self.startWriting()
+        # pyOpenSSL's recv() makes a buffer of its own for each record; what is not a record goes its
+        # way.  All reads are of one thread, and done with the buffer before the next.
+        size = _read_record(self.tls._ssl, _BUFFER, _RECORD)
+        if 0 < size < _BULK:
+            if not self.disconnecting:
+                self.protocol.dataReceived(_VIEW[:size])
+            return None
         pieces: list[bytes] = []
         why: Any = None
         try:
-            while len(pieces) < _MOST:
-                piece = self.tls.recv(_RECORD)
-                pieces.append(piece)
-                if len(piece) < _BULK:
+            while True:
+                if size <= 0:
+                    self.tls._raise_ssl_error(self.tls._ssl, size)
+                pieces.append(_VIEW[:size])
+                if size < _BULK or len(pieces) == _MOST:
                     break
+                size = _read_record(self.tls._ssl, _BUFFER, _RECORD)
         except SSL.WantReadError:
             pass
         except SSL.WantWriteError:
