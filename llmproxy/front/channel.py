@@ -8,7 +8,6 @@ channel knows its site and its requests, and nothing of what they are for.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
@@ -61,8 +60,15 @@ class Channel(Receiver):
         phase: where the connection stands.
     """
 
+    __slots__ = (
+        *("_aborted", "_lingering", "_look_at", "_peer", "_peer_name", "_poll", "_progress"),
+        "_stall_after",
+    )
+
     def __init__(self, site: Any, address: str | None = None) -> None:
         super().__init__(site)
+        self._peer: Any = None
+        self._peer_name: str | None = None
         self.address = address
         self._aborted = False
         self._lingering = False
@@ -139,15 +145,19 @@ class Channel(Receiver):
         self.enter(Phase.CLOSING, _CLOSE_GRACE)
         super().loseConnection()
 
-    @cached_property
+    @property
     def peer(self) -> Any:
         """The client's address, from the first request on; a balancer has said it by then."""
-        return self.getPeer()
+        if self._peer is None:
+            self._peer = self.getPeer()
+        return self._peer
 
-    @cached_property
+    @property
     def peer_name(self) -> str:
         """The client's address in words."""
-        return str(getattr(self.peer, "host", "unix"))
+        if self._peer_name is None:
+            self._peer_name = str(getattr(self.peer, "host", "unix"))
+        return self._peer_name
 
     @property
     def is_full(self) -> bool:

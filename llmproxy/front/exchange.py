@@ -28,6 +28,11 @@ class Exchange:
         late: the request took longer than ``total``.
     """
 
+    __slots__ = (
+        *("answer", "choice", "content_encoding", "content_type", "has_length", "host", "late"),
+        *("left", "left_at", "path", "relay", "request", "started", "task", "timer", "trace"),
+    )
+
     def __init__(self, request: Request, trace: Trace, started: float) -> None:
         self.request = request
         self.trace = trace
@@ -41,8 +46,19 @@ class Exchange:
         self.relay: Relay | None = None
         self.answer: Answer | None = None
         self.content_type: bytes | None = None
+        self.content_encoding: bytes | None = None
+        self.has_length = False
         self.task: Task | None = None
         self.timer: Any = None
+
+    def keep_of(self, answer: Answer) -> None:
+        """Keep what must be known of an answer's head later; both heads go, as a stream lasts."""
+        first = answer.first
+        self.content_type = first.get(b"content-type")
+        self.content_encoding = first.get(b"content-encoding")
+        self.has_length = b"content-length" in first
+        for head in (answer, self.request):
+            head.fields, head.first = [], {}
 
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
@@ -103,7 +119,7 @@ class Exchange:
         """Tell whether the stream stands between two events, so that one more can be added."""
         if self.relay is None or self.answer is None or not is_stream(self.content_type):
             return False
-        if any(name in (b"content-length", b"content-encoding") for name, _ in self.answer.fields):
+        if self.has_length or self.content_encoding is not None:
             return False
         tail = self.relay.tail
         ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")

@@ -248,7 +248,7 @@ class Gateway(Resource):
 
     async def _pump(self, exchange: Exchange, choice: Choice, answer: Answer) -> None:
         began = self._clock()
-        exchange.content_type = answer.first.get(b"content-type")
+        exchange.keep_of(answer)
         relay = exchange.relay = Relay(
             answer,
             exchange.request,

@@ -25,6 +25,7 @@ class LazyRequest(server.Request):
         fields: the header fields in their order, names in lower case.
     """
 
+    __slots__ = ("fields",)
     channel: Any
     site: Any
 

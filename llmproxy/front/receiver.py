@@ -53,6 +53,10 @@ class Receiver(http.HTTPChannel):
         address: the client's, where it is known.
     """
 
+    __slots__ = (
+        *("_advancing", "_buffer", "_discarding", "_invited", "_reader", "_seen", "_skips_line"),
+        *("_upload_left", "_upload_paused_at", "_watch", "address", "deadline", "phase", "site"),
+    )
     site: Any
     address: str | None
     transport: Any

@@ -38,6 +38,11 @@ class Request(LazyRequest):
         sent: bytes of the body that were written.
     """
 
+    __slots__ = (
+        *("_bodiless", "_ended", "_flows", "_head", "_held", "_length", "_limit", "_parts"),
+        *("_served", "body", "body_bytes", "first", "gone", "refusal", "sent", "stall_after"),
+        *("status", "upload"),
+    )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
 
     def __init__(self, channel: Any) -> None:
@@ -116,13 +121,8 @@ class Request(LazyRequest):
 
     def take_head(self, head: RequestHead) -> None:
         """Take over what the head says."""
-        self.method, self.uri, self.fields, self.first = (
-            head.method,
-            head.target,
-            head.fields,
-            head.first,
-        )
-        self.clientproto = b"HTTP/1.1" if head.minor else b"HTTP/1.0"
+        self.method, self.uri, minor, self.fields, self.first = head
+        self.clientproto = b"HTTP/1.1" if minor else b"HTTP/1.0"
         self.path = head.target.partition(b"?")[0]
         self.args = {}
 
@@ -295,6 +295,5 @@ class Request(LazyRequest):
             self.unregisterProducer()
         self.channel = None
         tell(self)
-        waiting, self.notifications = self.notifications, []
-        for deferred in waiting:
-            deferred.callback(None)
+        while self.notifications:
+            self.notifications.pop(0).callback(None)

@@ -85,6 +85,12 @@ class Relay(TwistedProtocol):
             source.
     """
 
+    __slots__ = (
+        *("_clock", "_gaps", "_idle", "_paused_at", "_paused_before", "_reactor", "_sink"),
+        *("_source", "_timer", "_write", "byte_count", "chunks", "done", "first_at", "last_at"),
+        *("longest_gap", "state", "tail"),
+    )
+
     def __init__(
         self,
         source: Source,

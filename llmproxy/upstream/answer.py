@@ -54,6 +54,7 @@ class Answer:
         headers: always empty; it stands between treq's decoders and the bytes (ADR-0002).
     """
 
+    __slots__ = ("_connection", "code", "fields", "first", "length", "version")
     phrase = b""
     request = None
     previousResponse = None  # noqa: N815 - IResponse's name
@@ -66,6 +67,29 @@ class Answer:
         self.fields = fields
         self.first = first_values(fields)
         self.length: Any = UNKNOWN_LENGTH
+
+    @property
+    def keep_alive_hint(self) -> float | None:
+        """For how many seconds the provider says it keeps an idle connection, or None.
+
+        From ``Keep-Alive: timeout=5``, which no RFC defines and most servers send.
+        """
+        if b"keep-alive" not in self.first:
+            return None
+        for member in list_tokens(field_values(self.fields, b"keep-alive")):
+            name, _, seconds = member.partition(b"=")
+            if name.strip() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
+                return float(seconds)
+        return None
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
+        if b"connection" in self.first:
+            options = list_tokens(field_values(self.fields, b"connection"))
+            if b"close" in options:
+                return False
+        return bool(self.version[2] == 1)
 
     def deliverBody(self, protocol: IProtocol) -> None:
         """Hand the body to ``protocol``, from now on.
@@ -121,26 +145,3 @@ def body_reader(method: bytes, answer: Answer) -> ChunkedReader | LengthReader:
     if method == b"HEAD" or answer.code < 200 or answer.code in (204, 304):
         return LengthReader(0)
     return ChunkedReader() if coding else LengthReader(length)
-
-
-def keep_alive_hint(answer: Answer) -> float | None:
-    """Return for how many seconds the provider says it keeps an idle connection, or None.
-
-    From ``Keep-Alive: timeout=5``, which no RFC defines and most servers send.
-    """
-    if b"keep-alive" not in answer.first:
-        return None
-    for member in list_tokens(field_values(answer.fields, b"keep-alive")):
-        name, _, seconds = member.partition(b"=")
-        if name.strip() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
-            return float(seconds)
-    return None
-
-
-def is_persistent(answer: Answer) -> bool:
-    """Tell whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
-    if b"connection" in answer.first:
-        options = list_tokens(field_values(answer.fields, b"connection"))
-        if b"close" in options:
-            return False
-    return bool(answer.version[2] == 1)

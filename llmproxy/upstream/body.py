@@ -23,7 +23,7 @@ class HeldBody:
     sent the one before.
     """
 
-    SLICE = 65536
+    SLICE = 262_144
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -138,13 +138,14 @@ class Sending:
         failed: Callable[[Failure], None],
     ) -> None:
         self._transport = transport
-        self._body = body
+        self._body: IBodyProducer | None = None
         self._failed = failed
         self._sink = BodySink(transport, head, chunked=body.length is UNKNOWN_LENGTH)
         if isinstance(body, HeldBody) and body.is_short:
             self.active = False
             self._sink.write(body.data)  # as most are, and nobody has to wait for it
             return
+        self._body = body
         self.active = True
         body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
         self._sink.flush()
@@ -156,12 +157,13 @@ class Sending:
 
     def stop(self) -> None:
         """Send no more."""
-        if self.active:
+        if self.active and self._body is not None:
             self.active = False
             self._body.stopProducing()
 
     def _sent(self, _: None) -> None:
         self.active = False
+        self._body = None  # a stream may last for long after its request
         self._sink.finish()
 
     def _broke(self, failure: Failure) -> None:

@@ -30,13 +30,7 @@ from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.errors import upstream_broken, upstream_protocol
-from llmproxy.upstream.answer import (
-    Answer,
-    body_reader,
-    is_persistent,
-    keep_alive_hint,
-    read_answer,
-)
+from llmproxy.upstream.answer import Answer, body_reader, read_answer
 from llmproxy.upstream.body import Sending
 from llmproxy.upstream.tls import Verdict
 from llmproxy.wire.framing import LengthReader
@@ -69,6 +63,13 @@ class Connection(Protocol):
         closed: called once with this connection when it is gone.
         secure: whether a TLS handshake comes before the first request.
     """
+
+    __slots__ = (  # more attributes than the dictionaries of instances share (ADR-0011)
+        *("_answer", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
+        *("_lost_early", "_max_head", "_method", "_paused", "_persistent", "_reader", "_secure"),
+        *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "pool_key", "ready"),
+        *("sending", "serving", "state", "verdict"),
+    )
 
     def __init__(
         self,
@@ -220,9 +221,9 @@ class Connection(Protocol):
                 raise BadMessage("a protocol switch that nobody asked for, or endless 1xx answers")
             return False
         self._reader = reader
-        self._until_close = isinstance(self._reader, LengthReader) and self._reader.left is None
-        self._persistent = is_persistent(answer) and not self._until_close
-        self.keep_for = keep_alive_hint(answer)
+        self._until_close = isinstance(reader, LengthReader) and reader.left is None
+        self._persistent = answer.is_persistent and not self._until_close
+        self.keep_for = answer.keep_alive_hint
         self._early, self._buffer = self._buffer, b""
         self._lost_early = None
         self.state = State.ANSWERED

@@ -24,6 +24,9 @@ from twisted.internet.error import ConnectionAborted
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
+READ_SIZE = 65536
+"""Bytes of one read at most; ``bufferSize`` is how many may be queued before a producer pauses."""
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 """SO_LINGER for a reset instead of a FIN (socket(7))."""
 
@@ -93,7 +96,7 @@ class AtOnce(tcp.Connection):
     def doRead(self) -> Any:
         """Hand on what came in, in one piece."""
         try:
-            data = self.socket.recv(self.bufferSize)
+            data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
             return None
         except OSError:

@@ -99,8 +99,8 @@ class Secure(AtOnce):
         if self._writing_waits:
             self._writing_waits = False
             self.startWriting()
-        # pyOpenSSL's recv() makes a buffer of its own for each record; what is not a record goes its
-        # way.  All reads are of one thread, and done with the buffer before the next.
+        # pyOpenSSL's recv() makes a buffer of its own for each record; what is not a record goes
+        # its way.  All reads are of one thread, and done with the buffer before the next.
         size = _read_record(self.tls._ssl, _BUFFER, _RECORD)
         if 0 < size < _BULK:
             if not self.disconnecting:
