@@ -124,8 +124,16 @@ def relay_between_nothing() -> Callable[[bytes], None]:
     provider.dataReceived(HEAD)
     (answer,) = answers
     kept.request.start(answer.code, answer.fields[:2])
-    gaps = Metrics("0").gap.observe
-    relay = Relay(answer, kept.request, clock, time.monotonic, idle=300.0, gaps=gaps)
+    metrics = Metrics("0")
+    relay = Relay(
+        answer,
+        kept.request,
+        clock,
+        time.monotonic,
+        idle=300.0,
+        gaps=metrics.gap.observe,
+        delays=metrics.relay_delay.observe,
+    )
     relay.start()
     kept.request.flush()
     return provider.dataReceived

@@ -50,6 +50,7 @@ ORDER = (
     "llmproxy.front.receiver",
     "llmproxy.front.progress",
     "llmproxy.front.request",
+    "llmproxy.front.incoming",
     "llmproxy.front.lazy",
     "llmproxy.front.upload",
     "llmproxy.front.door",

@@ -7,7 +7,7 @@ channel knows its site and its requests, and nothing of what they are for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
@@ -21,6 +21,7 @@ from llmproxy.errors import ClientStalled, ProxyError
 from llmproxy.front.progress import Phase, Progress
 from llmproxy.front.receiver import Receiver
 from llmproxy.front.request import Request
+from llmproxy.wire.direct import AtOnce
 from llmproxy.wire.secure import Secure
 from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged_bytes
 
@@ -170,6 +171,16 @@ class Channel(Receiver):
         """Write, and count what was written."""
         self._progress.written += len(data)
         self.transport.write(data)
+
+    def when_sent(self, call: Callable[[], object]) -> None:
+        """Call ``call`` once the kernel has all that was written, at once where it has.
+
+        The last call counts alone.  Twisted's own transports do not tell: there it is dropped.
+        """
+        if not pending_bytes(self.transport):
+            call()
+        elif isinstance(self.transport, AtOnce):
+            self.transport.drained = call
 
     def writeSequence(self, pieces: Iterable[bytes]) -> None:
         """Write pieces together."""

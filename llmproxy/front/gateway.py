@@ -256,6 +256,7 @@ class Gateway(Resource):
             self._clock,
             idle=choice.timeouts.idle,
             gaps=self._metrics.gap.observe,
+            delays=self._metrics.relay_delay.observe,
         )
         self._metrics.began(relay)
         try:

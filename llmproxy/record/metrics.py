@@ -23,6 +23,7 @@ from prometheus_client.core import (
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 _FINE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+_DELAYS = (0.00005, 0.0001, 0.00025, *_FINE_SECONDS, 10.0, 60.0)
 
 _PREFIX = "llmproxy_"
 
@@ -95,6 +96,7 @@ class Metrics:
         self.head = Tally(_SECONDS)
         self.first_chunk = Tally(_SECONDS)
         self.gap = Tally(_SECONDS)
+        self.relay_delay = Tally(_DELAYS)
         self.stream = Tally(_SECONDS)
         self.overhead = Tally(_FINE_SECONDS)
         self.cancel = Tally(_FINE_SECONDS)
@@ -220,6 +222,11 @@ class Metrics:
             ("head_seconds", "Request sent to answer's head.", self.head),
             ("first_chunk_seconds", "Request received to first chunk.", self.first_chunk),
             ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
+            (
+                "relay_delay_seconds",
+                "Chunk read to chunk handed to the kernel, of every sixteenth chunk.",
+                self.relay_delay,
+            ),
             ("stream_seconds", "Head sent to body's end.", self.stream),
             (
                 "overhead_seconds",

@@ -29,6 +29,9 @@ from zope.interface import implementer
 
 from llmproxy.errors import ClientGone, upstream_idle
 
+_SAMPLE = 15
+"""One in so many and one chunks is followed until the kernel has it."""
+
 
 class Sink(Protocol):
     """What the relay writes to; ``front.http.Request`` is one."""
@@ -41,6 +44,9 @@ class Sink(Protocol):
 
     def unregisterProducer(self) -> None:
         """Pause nobody any more."""
+
+    def when_sent(self, call: Callable[[], object]) -> None:
+        """Call ``call`` once the kernel has all that was written, at once where it has."""
 
 
 class Source(Protocol):
@@ -72,6 +78,9 @@ class Relay(TwistedProtocol):
         clock: monotonic seconds.
         idle: seconds of silence after which the source is given up, or None.
         gaps: called with the seconds between one chunk and the next.
+        delays: called with the seconds from a chunk's coming in until the kernel has it; of every
+            sixteenth chunk, the second being the first of those.
+        copy: called with each chunk after it was written, or None.
 
     Attributes:
         chunks: how many were handed on.
@@ -86,7 +95,17 @@ class Relay(TwistedProtocol):
     """
 
     __slots__ = (
-        *("_clock", "_gaps", "_idle", "_paused_at", "_paused_before", "_reactor", "_sink"),
+        *(
+            "_clock",
+            "_copy",
+            "_delays",
+            "_gaps",
+            "_idle",
+            "_paused_at",
+            "_paused_before",
+            "_reactor",
+            "_sink",
+        ),
         *("_source", "_timer", "_write", "byte_count", "chunks", "done", "first_at", "last_at"),
         *("longest_gap", "state", "tail"),
     )
@@ -100,6 +119,8 @@ class Relay(TwistedProtocol):
         *,
         idle: float | None,
         gaps: Callable[[float], None],
+        delays: Callable[[float], None],
+        copy: Callable[[bytes], None] | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -108,6 +129,8 @@ class Relay(TwistedProtocol):
         self._clock = clock
         self._idle = idle
         self._gaps = gaps
+        self._delays = delays
+        self._copy = copy
         self._timer: Any = None
         self._paused_at = 0.0
         self._paused_before = 0.0
@@ -159,6 +182,10 @@ class Relay(TwistedProtocol):
         self.byte_count += len(data)
         self.tail = data[-4:] if len(data) > 3 else (self.tail + data)[-4:]
         self._write(data)
+        if self.chunks & _SAMPLE == 2:
+            self._sink.when_sent(lambda: self._delays(self._clock() - now))
+        if self._copy is not None:
+            self._copy(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The body is over: whole where ``reason`` is ``ResponseDone``, else broken."""

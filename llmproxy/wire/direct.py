@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +33,13 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class AtOnce(tcp.Connection):
-    """What a server's and a client's side have in common."""
+    """What a server's and a client's side have in common.
+
+    Attributes:
+        drained: called once, when the kernel has taken all that is queued.
+    """
+
+    drained: Callable[[], object] | None = None
 
     def write(self, data: bytes) -> None:
         """Send what the kernel takes now, and queue the rest."""
@@ -91,7 +98,13 @@ class AtOnce(tcp.Connection):
 
     def doWrite(self) -> Any:
         """Send from the queue, unless the read of the same event has aborted the connection."""
-        return None if self._aborting else super().doWrite()
+        if self._aborting:
+            return None
+        why = super().doWrite()
+        if self.drained is not None and not self._tempDataLen and not self.dataBuffer:
+            told, self.drained = self.drained, None
+            told()
+        return why
 
     def doRead(self) -> Any:
         """Hand on what came in, in one piece."""

@@ -181,7 +181,7 @@ class Secure(AtOnce):
             why = self.doRead()
             if why is not None or self._aborting or not self.connected:  # type: ignore[redundant-expr]  # reading may abort
                 return why
-        return FileDescriptor.doWrite(self)
+        return super().doWrite()
 
     # -- the end --------------------------------------------------------------------------------
 

@@ -29,6 +29,14 @@ class Sink:
         self.full = False
         self.on_write: Callable[[], None] = lambda: None
         self.unregistered = 0
+        self.waiting: Callable[[], object] | None = None
+        self.slow = False
+
+    def when_sent(self, call: Callable[[], object]) -> None:
+        if self.slow:
+            self.waiting = call
+        else:
+            call()
 
     def write(self, data: bytes) -> None:
         self.chunks.append(data)
@@ -76,6 +84,8 @@ class Pump:
         self.clock.advance(1000)
         self.source, self.sink = Source(), Sink()
         self.gaps: list[float] = []
+        self.delays: list[float] = []
+        self.copied: list[bytes] = []
         self.relay = Relay(
             self.source,
             self.sink,
@@ -83,6 +93,8 @@ class Pump:
             self.clock.seconds,
             idle=idle,
             gaps=self.gaps.append,
+            delays=self.delays.append,
+            copy=self.copied.append,
         )
         self.outcomes: list[Any] = []
         self.relay.done.addBoth(self._keep)
@@ -394,3 +406,34 @@ def test_a_sink_may_cancel_inside_a_write() -> None:
     assert pump.relay.chunks == 1
     assert isinstance(pump.outcomes[0], CancelledError)
     pump.assert_let_go()
+
+
+# -- what is copied and measured ------------------------------------------------------------------
+
+
+def test_the_copy_comes_after_the_write() -> None:
+    """Whoever reads along gets each chunk once the client has it, and in the same order."""
+    pump = Pump()
+    seen: list[tuple[int, int]] = []
+    pump.sink.on_write = lambda: seen.append((len(pump.sink.chunks), len(pump.copied)))
+    for chunk in (b"a", b"b", b"c"):
+        pump.relay.dataReceived(chunk)
+    assert pump.copied == pump.sink.chunks == [b"a", b"b", b"c"]
+    assert seen == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_the_delay_of_some_chunks_is_followed_to_the_kernel() -> None:
+    """The second chunk's delay ends when the sink says so, and every sixteenth one's after it."""
+    pump = Pump()
+    pump.sink.slow = True
+    for _ in range(2):
+        pump.relay.dataReceived(b"x")
+    pump.clock.advance(3)
+    assert pump.sink.waiting is not None
+    assert not pump.delays
+    pump.sink.waiting()
+    assert pump.delays == [3.0]
+    pump.sink.slow = False
+    for _ in range(32):
+        pump.relay.dataReceived(b"x")
+    assert pump.delays == [3.0, 0.0, 0.0]

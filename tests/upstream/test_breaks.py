@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,6 +103,10 @@ class Sink:
     def unregisterProducer(self) -> None:
         """Nothing to forget."""
 
+    def when_sent(self, call: Callable[[], object]) -> None:
+        """It is sent."""
+        call()
+
 
 class Play:
     """One request through an agent and a relay, with deadlines and a clock that is turned."""
@@ -136,6 +141,7 @@ class Play:
             self.clock.seconds,
             idle=5.0,
             gaps=lambda gap: None,
+            delays=lambda delay: None,
         )
         return relay.start()
 

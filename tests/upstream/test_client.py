@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+import treq.client
+import twisted.web.client
+from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.threads import deferToThread
 from twisted.web.client import ResponseDone
@@ -21,7 +24,7 @@ from llmproxy.config import Provider as ProviderConfig
 from llmproxy.errors import Dialect, EndReason, ProxyError
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.body import HeldBody
-from llmproxy.upstream.client import NoCookies, PreparedUrl, Upstream
+from llmproxy.upstream.client import LeanClient, NoCookies, PreparedUrl, Upstream
 from llmproxy.wire.grammar import Fields
 from llmproxy.wire.transport import pending_bytes
 from tests.support.fake_transport import Collector, FakeTransport, TurnedReactor, turn, until
@@ -108,6 +111,19 @@ async def test_treq_adds_nothing_to_a_request() -> None:
             assert got.target == b"/v1/{x}|?"
             assert got.fields == [(b"host", f"127.0.0.1:{peer.port}".encode()), (b"x-a", b"1")]
         await rig.rest()
+
+
+def test_only_two_names_of_treqs_request_mean_something_else() -> None:
+    """The call is treq's own code, which asks for both agents by name, and treq keeps its own."""
+    theirs, ours = HTTPClient.request, LeanClient.request
+    assert ours.__code__ is theirs.__code__
+    assert {"CookieAgent", "ContentDecoderAgent"} <= set(theirs.__code__.co_names)
+    own, lean = vars(treq.client), ours.__globals__
+    changed = {name for name in own if name != "__builtins__" and own[name] is not lean.get(name)}
+    assert changed == {"CookieAgent", "ContentDecoderAgent"}
+    agent = object()
+    assert lean["CookieAgent"](agent, None) is lean["ContentDecoderAgent"](agent, []) is agent
+    assert own["CookieAgent"] is twisted.web.client.CookieAgent
 
 
 @pytest_twisted.ensureDeferred

@@ -113,6 +113,25 @@ async def test_what_comes_while_something_waits_is_joined(open_end: Open) -> Non
 
 
 @pytest_twisted.ensureDeferred
+async def test_whoever_asks_is_told_when_the_kernel_has_everything(open_end: Open) -> None:
+    """Not before the last queued byte is taken, and once."""
+    async with open_end(small=True) as held:
+        told: list[bool] = []
+        sent = _fill(held)
+        held.transport.drained = lambda: told.append(
+            bool(held.transport._tempDataLen or held.transport.dataBuffer)
+        )
+        for _ in range(5):
+            await turn()
+        assert told == []
+        assert await held.pull_all(len(sent)) == sent
+        await until(lambda: bool(told))
+        held.transport.write(b"more")
+        await turn()
+        assert told == [False]
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_push_producer_is_paused_while_much_waits(open_end: Open) -> None:
     """Past the buffer's size it is paused, and resumed when everything is with the kernel."""
     async with open_end(small=True) as held:
