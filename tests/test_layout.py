@@ -75,6 +75,7 @@ ORDER = (
     "llmproxy.stream.relay",
     "llmproxy.stream.tap",
     "llmproxy.stream.inflate",
+    "llmproxy.stream.document",
     "llmproxy.stream.events",
     "llmproxy.stream.dialects",
     "llmproxy.stream.dialects.anthropic",

@@ -1,4 +1,4 @@
-"""Bytes, cut anywhere, into the events of a stream: SSE, lines of JSON, or one whole document.
+"""Bytes, cut anywhere, into the events of a stream: SSE, or lines of JSON.
 
 A framing is fed what came and returns what is complete, as ``(name, data)`` pairs.  It never holds
 more than one event, of at most ``limit`` bytes; a longer one is dropped as it passes, up to the
@@ -19,8 +19,8 @@ from typing import Protocol
 Event = tuple[bytes | None, bytes]
 """The name that a stream gave to an event, or None, and its data."""
 
-_ONE_EVENT = re.compile(rb"(?:event: ?(.*+)\n)?data: ?(.*+)\n\n").fullmatch
-_PLAIN_BLOCK = re.compile(rb"(?:event: ?(.*+)\n)?data: ?(.*+)").fullmatch
+_ONE_EVENT = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)\n\n").fullmatch
+_PLAIN_BLOCK = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)").fullmatch
 _FIELDS = re.compile(rb"^(data|event)(?:: ?(.*+))?$", re.MULTILINE).finditer
 
 
@@ -162,6 +162,7 @@ class ServerSentEvents:
 
     def flush(self) -> Sequence[Event]:
         """Return the event that lacks its blank line, if there is one."""
+        self._start = None
         return [event for block in self._blocks.flush() if (event := _event(block)) is not None]
 
     def _without_mark(self, data: bytes) -> bytes:
@@ -228,36 +229,3 @@ class Lines:
     def flush(self) -> Sequence[Event]:
         """Return the line that lacks its end, if there is one."""
         return [(None, line) for line in self._blocks.flush() if not line.isspace()]
-
-
-class Document:
-    """One whole JSON document, which is there when the body ends.
-
-    Args:
-        limit: its longest length, in bytes.
-        overlong: called once where it is longer; then nothing of it is held.
-    """
-
-    def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
-        self._limit = limit
-        self._overlong = overlong
-        self._body: bytearray | None = bytearray()
-
-    @property
-    def held_bytes(self) -> int:
-        """How much of the document there is so far."""
-        return 0 if self._body is None else len(self._body)
-
-    def feed(self, data: bytes) -> Sequence[Event]:
-        """Hold ``data``; a document is never complete before its end."""
-        if self._body is not None:
-            self._body += data
-            if len(self._body) > self._limit:
-                self._body = None
-                self._overlong()
-        return ()
-
-    def flush(self) -> Sequence[Event]:
-        """Return the document."""
-        body, self._body = self._body, None
-        return [(None, bytes(body).removeprefix(codecs.BOM_UTF8))] if body else []

@@ -22,7 +22,8 @@ from twisted.logger import Logger
 from llmproxy.errors import EndReason
 from llmproxy.headers import media_type
 from llmproxy.stream.dialects import DONE, Endpoint
-from llmproxy.stream.events import Document, Framing, Lines, ServerSentEvents
+from llmproxy.stream.document import Document
+from llmproxy.stream.events import Framing, Lines, ServerSentEvents
 from llmproxy.stream.gathered import Gathered, ProviderError, ToolCall, Usage
 from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
 
@@ -287,7 +288,9 @@ class StreamAccumulator:
             return None
 
     def _overlong(self) -> None:
-        self._degrade(Degraded.OVERLONG)
+        # Of a long answer in one piece the counts are found all the same.
+        if self._is_stream or self._seen.keeps:
+            self._degrade(Degraded.OVERLONG)
 
     def _degrade(self, reason: Degraded) -> None:
         if reason not in self.degraded:
