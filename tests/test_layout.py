@@ -74,6 +74,7 @@ ORDER = (
     "llmproxy.stream",
     "llmproxy.stream.relay",
     "llmproxy.stream.tap",
+    "llmproxy.stream.result",
     "llmproxy.stream.inflate",
     "llmproxy.stream.document",
     "llmproxy.stream.events",

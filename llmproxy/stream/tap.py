@@ -12,7 +12,6 @@ This module knows no route, no trace and no metric, and nothing of who relays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Literal
 
 import msgspec
@@ -24,62 +23,14 @@ from llmproxy.headers import media_type
 from llmproxy.stream.dialects import DONE, Endpoint
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Framing, Lines, ServerSentEvents
-from llmproxy.stream.gathered import Gathered, ProviderError, ToolCall, Usage
+from llmproxy.stream.gathered import Gathered, ProviderError, Usage
 from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
+from llmproxy.stream.result import Degraded, Result
 
 _PIECE = 64 * 1024
 """Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
 
 _log = Logger()
-
-
-class Degraded(StrEnum):
-    """What a result may lack, and why: a label of ``llmproxy_tap_degraded_total``.
-
-    ``encoding``: the coding is not known here, or the bytes are not in it; ``bomb``: they grow out
-    of all proportion; ``overlong``: an event, or an answer in one piece, was longer than
-    ``limits.event`` and was left out; ``unreadable``: one was not what the dialect sends;
-    ``internal``: an error of ours, which ended the tap.
-    """
-
-    ENCODING = "encoding"
-    BOMB = "bomb"
-    OVERLONG = "overlong"
-    UNREADABLE = "unreadable"
-    INTERNAL = "internal"
-
-
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stream held.
-
-    Attributes:
-        end_reason: why it ended, the verdict on its content included.
-        text: of the first choice, as far as it is held; empty without ``capture = "content"``.
-        text_bytes: how long the whole text is in UTF-8; 0 without ``capture = "content"``.
-        tool_calls: of the first choice, as far as they are held.
-        is_cut: text or tool calls were longer than ``limits.accumulate``.
-        events: how many events with data there were, about one for each token of a stream.
-        error: the provider's own error, if its answer held one.
-        degraded: what the tap did not understand, so that all else may lack something.
-    """
-
-    end_reason: EndReason
-    text: str = ""
-    text_bytes: int = 0
-    tool_calls: tuple[ToolCall, ...] = ()
-    is_cut: bool = False
-    events: int = 0
-    finish_reason: str | None = None
-    model: str | None = None
-    response_id: str | None = None
-    usage: Usage = Usage()
-    error: ProviderError | None = None
-    degraded: tuple[Degraded, ...] = ()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the client got all that there was."""
-        return self.end_reason is EndReason.COMPLETE
 
 
 _FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
@@ -107,7 +58,7 @@ class StreamAccumulator:
         degraded: called once for each reason.
 
     Attributes:
-        degraded: the reasons so far.
+        degraded: the reasons so far, in the order of their class.
         events: how many events with data came so far.
     """
 
@@ -293,15 +244,19 @@ class StreamAccumulator:
             self._degrade(Degraded.OVERLONG)
 
     def _degrade(self, reason: Degraded) -> None:
-        if reason not in self.degraded:
-            self.degraded += (reason,)
+        if reason in self.degraded:
+            return
+        self.degraded = tuple(one for one in Degraded if one in (*self.degraded, reason))
+        if reason is not Degraded.INTERNAL:
+            _log.warn(
+                "{name}: what the answer holds is not known in full: {reason}",
+                name=self._name,
+                reason=reason.value,
+            )
+        try:
             self._tell(reason)
-            if reason is not Degraded.INTERNAL:
-                _log.warn(
-                    "{name}: what the answer holds is not known in full: {reason}",
-                    name=self._name,
-                    reason=reason.value,
-                )
+        except Exception:
+            _log.failure("{name}: a degraded tap could not be counted", name=self._name)
 
     def _give_up(self, reason: Degraded) -> None:
         self._framing = self._inflater = None
@@ -309,12 +264,8 @@ class StreamAccumulator:
 
     def _break(self) -> None:
         """An error of ours: log it, and read no further."""
-        self._framing = self._inflater = None
         _log.failure("{name}: the tap broke; its stream goes on", name=self._name)
-        try:
-            self._degrade(Degraded.INTERNAL)
-        except Exception:
-            _log.failure("{name}: the tap's end could not be counted", name=self._name)
+        self._give_up(Degraded.INTERNAL)
 
 
 def _is_json(event: bytes) -> bool:

@@ -145,7 +145,7 @@ def test_lines(body: bytes, lines: list[bytes]) -> None:
 def test_an_overlong_event_is_left_out(
     make: Callable[[int, Callable[[], None]], Framing], body: bytes, kept: bytes
 ) -> None:
-    """One byte over the limit and the event is dropped and told, at any cut; the next one is not."""
+    """One byte over the limit and the event is dropped and told, at any cut; the next is not."""
     for size, overlong in ((94, 0), (95, 1), (300, 1)):
         whole = body % (b"x" * size)
         for at in range(len(whole) + 1):
@@ -169,7 +169,7 @@ class Counted(bytearray):
 
 @pytest.mark.parametrize("delimiter", [b"\n", b"\n\n"])
 def test_an_endless_event_costs_linear_time_and_no_memory(delimiter: bytes) -> None:
-    """Of 100 MB without a boundary no byte is searched twice, and no more than the limit is held."""
+    """Of 100 MB without a boundary no byte is searched twice, and no more than a limit is held."""
     overlong: list[None] = []
     blocks = Blocks(delimiter, 1024**2, lambda: overlong.append(None))
     pending = blocks._pending = Counted()

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from llmproxy.errors import Dialect, EndReason
 from llmproxy.stream.dialects import endpoint
 from llmproxy.stream.gathered import ProviderError, ToolCall, Usage
-from llmproxy.stream.tap import Result, StreamAccumulator
+from llmproxy.stream.result import Result
+from llmproxy.stream.tap import StreamAccumulator
 
 GOLDEN = Path(__file__).parents[1] / "stream" / "golden"
 
@@ -102,19 +103,25 @@ def _ollama(file: str, path: bytes, result: Result) -> Recorded:
 
 
 FAILED = EndReason.UPSTREAM_FAILED
-_4O = {"model": "gpt-4o-2024-08-06", "response_id": "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT"}
-_41 = {
+_4O: dict[str, Any] = {
+    "model": "gpt-4o-2024-08-06",
+    "response_id": "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT",
+}
+_41: dict[str, Any] = {
     "model": "gpt-4.1-2025-04-14",
     "response_id": "resp_67c9fdcecf488190bdd9a0409de3a1ec07b8b0ad4e5eb654",
 }
-_INSTRUCT = {
+_INSTRUCT: dict[str, Any] = {
     "model": "gpt-3.5-turbo-instruct",
     "response_id": "cmpl-7iA7iJjj8V2zOkCGvWF2hAkWhkvIs",
 }
-_SONNET = {"model": "claude-sonnet-4-5-20250929", "response_id": "msg_014p7gG3wDgGV9EUtLvnow3U"}
-_LLAMA = {"model": "llama3.2"}
-_DETAILS = {"cache_read_tokens": 0, "cache_write_tokens": 3, "reasoning_tokens": 4}
-_RESPONSE = {"cache_read_tokens": 5, "cache_write_tokens": 0, "reasoning_tokens": 2}
+_SONNET: dict[str, Any] = {
+    "model": "claude-sonnet-4-5-20250929",
+    "response_id": "msg_014p7gG3wDgGV9EUtLvnow3U",
+}
+_LLAMA: dict[str, Any] = {"model": "llama3.2"}
+_DETAILS: dict[str, Any] = {"cache_read_tokens": 0, "cache_write_tokens": 3, "reasoning_tokens": 4}
+_RESPONSE: dict[str, Any] = {"cache_read_tokens": 5, "cache_write_tokens": 0, "reasoning_tokens": 2}
 _WEATHER = "call_unDUaX7dlAFXEZyhtVoGqMhN"
 
 RECORDED = (
