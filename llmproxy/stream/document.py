@@ -16,8 +16,13 @@ from llmproxy.stream.events import Event
 _LONGEST_VALUE = 16 * 1024
 """Longer values of members become null where a document is thinned, in bytes."""
 
+_STUMP = b"{"
+"""What stands for a document that is too long without its long values, too; it is no JSON."""
+
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL).match
 _AT_TOP = re.compile(rb'[^"{}\[\],:]*+').match
+# Below the top what is whole is passed over at once: strings, and arrays and objects that hold
+# no other.
 _FLAT = rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+'
 _BELOW = re.compile(
     rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+"|[\[{]%b[\]}])*+' % _FLAT, re.DOTALL
@@ -71,7 +76,7 @@ class _Thin:
     Whether this is JSON at all is left to who decodes the copy.
 
     Args:
-        limit: most bytes that the copy may have; beyond it nothing is kept.
+        limit: most bytes that the copy may have; beyond it only a stump is left.
     """
 
     def __init__(self, limit: int) -> None:
@@ -136,5 +141,5 @@ class _Thin:
             self.kept += b"null"
             self._drops = True
         if len(self.kept) > self._limit:
-            self.kept.clear()
+            self.kept[:] = _STUMP
             self._is_over = True

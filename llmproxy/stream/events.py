@@ -19,6 +19,8 @@ from typing import Protocol
 Event = tuple[bytes | None, bytes]
 """The name that a stream gave to an event, or None, and its data."""
 
+_CR = 0x0D  # an int is found in bytes ten times as fast as a bytes object of length one
+
 _ONE_EVENT = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)\n\n").fullmatch
 _PLAIN_BLOCK = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)").fullmatch
 _FIELDS = re.compile(rb"^(data|event)(?:: ?(.*+))?$", re.MULTILINE).finditer
@@ -154,7 +156,7 @@ class ServerSentEvents:
         if self._is_clear and len(data) <= self._limit:
             # Nearly all that a provider sends is this: one whole event.
             one = _ONE_EVENT(data)
-            if one is not None and data.find(b"\r") < 0:
+            if one is not None and _CR not in data:
                 return (one.groups(),)  # type: ignore[return-value]  # two groups
         blocks = self._blocks.feed(self._with_newlines(self._without_mark(data)))
         self._is_clear = self._blocks.is_clear and self._start is None and not self._after_cr
@@ -182,7 +184,7 @@ class ServerSentEvents:
         after_cr, self._after_cr = self._after_cr, data.endswith(b"\r")
         if after_cr:
             data = data.removeprefix(b"\n")
-        if data.find(b"\r") < 0:
+        if _CR not in data:
             return data
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 

@@ -11,7 +11,7 @@ This module knows no route, no trace and no metric, and nothing of who relays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import msgspec
@@ -22,7 +22,7 @@ from llmproxy.errors import EndReason
 from llmproxy.headers import media_type
 from llmproxy.stream.dialects import DONE, Endpoint
 from llmproxy.stream.document import Document
-from llmproxy.stream.events import Framing, Lines, ServerSentEvents
+from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
 from llmproxy.stream.gathered import Gathered, ProviderError, Usage
 from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
 from llmproxy.stream.result import Degraded, Result
@@ -131,8 +131,7 @@ class StreamAccumulator:
             return
         try:
             if self._inflater is None and len(data) <= _PIECE:
-                for name, event in framing.feed(data):
-                    self._take(name, event)
+                self._take(framing.feed(data))
             else:
                 self._feed_pieces(framing, data)
         except Exception:
@@ -168,21 +167,20 @@ class StreamAccumulator:
         try:
             for opened in [data] if self._inflater is None else self._inflater.feed(data):
                 for at in range(0, len(opened), _PIECE):
-                    for name, event in framing.feed(opened[at : at + _PIECE]):
-                        self._take(name, event)
+                    self._take(framing.feed(opened[at : at + _PIECE]))
         except BadCoding:
             self._give_up(Degraded.ENCODING)
         except Bomb:
             self._give_up(Degraded.BOMB)
 
-    def _take(self, name: bytes | None, event: bytes) -> None:
-        self.events += 1
-        if name in self._idle:
-            return
-        try:
-            self._read(event, self._seen)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._take_odd(event)
+    def _take(self, events: Iterable[Event]) -> None:
+        for name, event in events:
+            self.events += 1
+            if name not in self._idle:
+                try:
+                    self._read(event, self._seen)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    self._take_odd(event)
 
     def _take_odd(self, event: bytes) -> None:
         """An event that cannot be decoded: the marker, which is no JSON, or nothing at all."""
@@ -196,9 +194,10 @@ class StreamAccumulator:
         """Read what the end completes: a body that broke may have stopped inside an event."""
         if self._framing is None:
             return
-        for name, event in self._framing.flush():
-            if end is EndReason.COMPLETE or _is_json(event):
-                self._take(name, event)
+        events = self._framing.flush()
+        if end is not EndReason.COMPLETE:
+            events = [(name, event) for name, event in events if _is_whole(event)]
+        self._take(events)
 
     def _concluded(self, end: EndReason) -> Result:
         seen = self._seen
@@ -268,7 +267,7 @@ class StreamAccumulator:
         self._give_up(Degraded.INTERNAL)
 
 
-def _is_json(event: bytes) -> bool:
+def _is_whole(event: bytes) -> bool:
     try:
         msgspec.json.decode(event, type=msgspec.Raw)
     except (msgspec.DecodeError, RecursionError):

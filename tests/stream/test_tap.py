@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import itertools
 import tracemalloc
+import weakref
 from typing import Any
 
 import pytest
@@ -78,12 +80,17 @@ def test_the_verdict(stream: list[bytes], end: EndReason, verdict: EndReason, ca
     assert result.is_complete == (verdict is EndReason.COMPLETE)
 
 
-@pytest.mark.parametrize("file", [one.file for one in RECORDED if not one.file.endswith(".json")])
+ENDED = [
+    one.file
+    for one in RECORDED
+    if one.result.is_complete and not one.file.endswith((".json", "odd.sse"))
+]
+
+
+@pytest.mark.parametrize("file", ENDED)
 def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
     """Every recorded stream that ends well does not, without the event that ends it."""
     one = BY_FILE[file]
-    if not one.result.is_complete or file == "openai-chat-odd.sse":
-        return
     separator = b"\n" if file.endswith(".ndjson") else b"\n\n"
     lines = one.data.replace(b"\r\n", b"\n").rstrip().split(separator)
     assert one.read([one.data]).end_reason is EndReason.COMPLETE
@@ -333,6 +340,28 @@ def test_long_embeddings_are_counted() -> None:
     long = one.data.replace(b"0.0023064255", b",".join([b"0.0023064255"] * 10_000))
     assert one.read([long], "usage", event=20_000) == one.result
     assert one.read([long], "content", event=20_000).degraded == (Degraded.OVERLONG,)
+
+
+def test_a_document_of_which_nothing_is_left() -> None:
+    """An answer in one piece that cannot be thinned is told to be unread."""
+    one = BY_FILE["openai-embeddings.json"]
+    members = b"{" + b",".join(b'"%d":1' % n for n in range(5000)) + b"}"
+    assert one.read([members], "usage", event=20_000).degraded == (Degraded.UNREADABLE,)
+    assert one.read([members], "usage").degraded == ()
+
+
+def test_a_tap_that_ended_leaves_no_cycle() -> None:
+    """What is over is gone at once, without the collector."""
+    tap = chat()
+    tap.feed(CHAT.data[:500])
+    tap.finish(EndReason.CLIENT_GONE)
+    gone = weakref.ref(tap)
+    gc.disable()
+    try:
+        del tap
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 GARBAGE = st.sampled_from(

@@ -153,8 +153,9 @@ def _take(response: _Response, seen: Gathered) -> None:
 
 def _finish(response: _Response, seen: Gathered) -> None:
     """The status is the finish reason, unless it has one itself (``max_output_tokens``)."""
-    details = response.incomplete_details
-    seen.finish((details and details.reason) or response.status)
+    if response.status not in ("queued", "in_progress"):
+        details = response.incomplete_details
+        seen.finish((details and details.reason) or response.status)
 
 
 def _keep(output: list[_Item], seen: Gathered) -> None:
