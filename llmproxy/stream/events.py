@@ -43,7 +43,7 @@ class Framing(Protocol):
 class Blocks:
     r"""Cuts bytes at ``delimiter``: a line end, or two of them.
 
-    Newlines around a block do not belong to it, and may leave empty blocks.
+    Newlines around a block do not belong to it, and may leave nothing of it.
 
     Args:
         delimiter: ``b"\n"`` or ``b"\n\n"``.
@@ -81,7 +81,7 @@ class Blocks:
         whole = self._join(data) if self._pending else self._cut(data)
         blocks = [] if whole is None else whole.split(self._delimiter)
         self._look_at_rest()
-        return [block for one in blocks if self._fits(block := one.strip(b"\n"))]
+        return [block for one in blocks if one and self._fits(block := one.strip(b"\n"))]
 
     def flush(self) -> list[bytes]:
         """Return the block that lacks its delimiter, if there is one."""
@@ -104,7 +104,7 @@ class Blocks:
         last = pending.rfind(self._delimiter, start)
         if last < 0:
             return None
-        whole = bytes(memoryview(pending)[:last])
+        whole = bytes(pending[:last])
         del pending[: last + len(self._delimiter)]
         return whole
 

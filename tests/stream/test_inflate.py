@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -72,6 +74,21 @@ def test_an_unknown_coding(coding: bytes) -> None:
     """What nothing here opens is refused at once."""
     with pytest.raises(BadCoding):
         Inflater(coding)
+
+
+@pytest.mark.parametrize(("coding", "known"), [("gzip", True), ("br", False), ("zstd", False)])
+def test_without_the_extra(coding: str, known: bool) -> None:
+    """Where brotli's and zstd's libraries are not installed, those two are unknown codings."""
+    program = (
+        "import sys; sys.modules.update(brotli=None, backports=None, compression=None)\n"
+        "from llmproxy.stream.inflate import Inflater\n"
+        f"Inflater(b{coding!r})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.stderr.strip().endswith(f"BadCoding: b{coding!r}" if not known else "")
+    assert (run.returncode == 0) is known
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd"])
