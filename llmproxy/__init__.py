@@ -19,6 +19,8 @@ Glossary
         one provider, with an optional model override, that a route may use
     relay
         the byte pump for one response
+    tap
+        the side copy of an answer that ``stream/tap.py`` reads
     trace
         the one record of one request, written when it ends
     end reason

@@ -127,6 +127,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "request_body": 32 * 1024**2,
         "request_memory": 256 * 1024**2,
         "response_head": 65536,
+        "accumulate": 1024**2,
+        "event": 1024**2,
         "connections_per_address": 0,
     }
 
@@ -138,6 +140,7 @@ def test_defaults_of_a_route() -> None:
     assert (route.hosts, route.models, route.strip, route.override) == (None, None, True, {})
     assert (route.timeouts, route.accept_encoding) == ({}, "identity")
     assert (route.error_event, route.request_body) == (False, None)
+    assert route.capture == "usage"
 
 
 @pytest.mark.parametrize(
@@ -525,6 +528,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].override", '"m"', "", "expected a table"),
     ("routes[0].timeouts", '{ pool_idle = "1s" }', ".pool_idle", "only be set in [timeouts]"),
     ("routes[0].timeouts", '{ first_byte = "x" }', ".first_byte", "a duration"),
+    ("routes[0].capture", '"text"', "", 'one of "usage", "content", got "text"'),
+    ("limits.event", '"0"', "", "above"),
     ("routes[0].accept_encoding", '"gzip"', "", 'one of "identity", "pass", got "gzip"'),
     ("routes[0].error_event", '"on"', "", "true or false"),
     ("routes[0].request_body", "1", "", "a size with its unit"),
@@ -597,8 +602,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "reuse_port",
         "token",
         "drains",
-        "accumulate",
-        "event",
         "max_streams",
         "balance",
         "retry_on",
@@ -607,7 +610,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "include_usage",
         "heartbeat",
         "padding",
-        "capture",
         "weight",
         "requests_per_minute",
         "tokens_per_minute",
@@ -939,6 +941,8 @@ def test_redacted(vault: Path) -> None:
                 "proxy.via": '"v"',
                 "routes[0].override": '{ p = { model = "m" } }',
                 "routes[0].request_body": '"1KiB"',
+                "routes[0].capture": '"content"',
+                "limits.accumulate": '"0"',
             },
         )
     )
@@ -971,6 +975,8 @@ def test_redacted(vault: Path) -> None:
             "request_body": "32MiB",
             "request_memory": "256MiB",
             "response_head": "64KiB",
+            "accumulate": "0",
+            "event": "1MiB",
             "connections_per_address": 0,
         },
         "providers": {
@@ -999,6 +1005,7 @@ def test_redacted(vault: Path) -> None:
                 "timeouts": {},
                 "accept_encoding": "identity",
                 "error_event": False,
+                "capture": "content",
                 "request_body": "1KiB",
             }
         ],

@@ -61,6 +61,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "request_body",
         "request_memory",
         "response_head",
+        "accumulate",
+        "event",
         "connections_per_address",
     ),
     "providers.*": (
@@ -94,6 +96,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "timeouts",
         "accept_encoding",
         "error_event",
+        "capture",
         "request_body",
     ),
     "routes.timeouts": ("connect", "first_byte", "idle", "total", "client_stall"),
@@ -107,7 +110,7 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {
     "": frozenset({"intercept", "tunnel"}),
     "proxy": frozenset({"reuse_port"}),
     "admin": frozenset({"token"}),
-    "limits": frozenset({"drains", "accumulate", "event"}),
+    "limits": frozenset({"drains"}),
     "providers.*": frozenset({"max_streams"}),
     "routes": frozenset(
         {
@@ -118,7 +121,6 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {
             "include_usage",
             "heartbeat",
             "padding",
-            "capture",
         }
     ),
     "routes.override.*": frozenset({"weight"}),

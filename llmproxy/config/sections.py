@@ -61,6 +61,7 @@ from llmproxy.errors import Dialect
 
 _DIALECTS = {one.value: one for one in Dialect}
 _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identity", "pass": "pass"}
+_CAPTURES: dict[str, Literal["usage", "content"]] = {"usage": "usage", "content": "content"}
 _NOWHERE = Url(scheme="http", host="invalid", port=80)
 
 
@@ -109,13 +110,15 @@ def read_timeouts(table: Table) -> Timeouts:
 
 
 def read_limits(table: Table) -> Limits:
-    """Read ``[limits]``; only a body may be limited to nothing."""
+    """Read ``[limits]``; only bodies and what is kept of them may be limited to nothing."""
     ours = Limits()
     return Limits(
         request_head=table.read("request_head", size_above_zero, ours.request_head),
         request_body=table.read("request_body", size, ours.request_body),
         request_memory=table.read("request_memory", size, ours.request_memory),
         response_head=table.read("response_head", size_above_zero, ours.response_head),
+        accumulate=table.read("accumulate", size, ours.accumulate),
+        event=table.read("event", size_above_zero, ours.event),
         connections_per_address=table.read("connections_per_address", integer(0, 10_000_000), 0),
     )
 
@@ -169,6 +172,7 @@ def read_route(table: Table, known: Collection[str]) -> Route:
         timeouts=_timeouts(table.table("timeouts", "routes.timeouts")),
         accept_encoding=table.read("accept_encoding", choice(_ACCEPT_ENCODINGS), "identity"),
         error_event=table.read("error_event", boolean, False),
+        capture=table.read("capture", choice(_CAPTURES), "usage"),
         request_body=table.read("request_body", size, None),
     )
 

@@ -63,6 +63,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     request_body: int = 32 * 1024**2
     request_memory: int = 256 * 1024**2
     response_head: int = 64 * 1024
+    accumulate: int = 1024**2
+    event: int = 1024**2
     connections_per_address: int = 0
 
 
@@ -109,6 +111,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     timeouts: dict[str, float | None] = {}
     accept_encoding: Literal["identity", "pass"] = "identity"
     error_event: bool = False
+    capture: Literal["usage", "content"] = "usage"
     request_body: int | None = None
 
 
@@ -252,6 +255,7 @@ def _route(route: Route) -> dict[str, object]:
         "timeouts": _durations(route.timeouts),
         "accept_encoding": route.accept_encoding,
         "error_event": route.error_event,
+        "capture": route.capture,
         "request_body": None if route.request_body is None else show_size(route.request_body),
     }
 

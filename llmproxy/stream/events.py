@@ -1,0 +1,233 @@
+"""Bytes, cut anywhere, into the events of a stream: SSE, or lines of JSON.
+
+A framing is fed what came and returns what is complete, as ``(name, data)`` pairs.  It never holds
+more than one event, of at most ``limit`` bytes; a longer one is dropped as it passes, up to the
+next boundary, and told by a callback.  Each byte is copied and searched a bounded number of times,
+so that an event of 100 MB costs linear time and no memory.  What comes out does not depend on how
+the bytes were cut.
+
+Nothing here knows JSON, a dialect or a coding.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+Event = tuple[bytes | None, bytes]
+"""The name that a stream gave to an event, or None, and its data."""
+
+_CR = 0x0D  # an int is found in bytes ten times as fast as a bytes object of length one
+
+_ONE_EVENT = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)\n\n").fullmatch
+_PLAIN_BLOCK = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)").fullmatch
+_FIELDS = re.compile(rb"^(data|event)(?:: ?(.*+))?$", re.MULTILINE).finditer
+
+
+class Framing(Protocol):
+    """What turns bytes into events."""
+
+    @property
+    def held_bytes(self) -> int:
+        """How much is held for the event that is not complete yet."""
+
+    def feed(self, data: bytes) -> Sequence[Event]:
+        """Return the events that these bytes, cut anywhere, complete."""
+
+    def flush(self) -> Sequence[Event]:
+        """Return what the end of the stream completes, and hold nothing any more."""
+
+
+class Blocks:
+    r"""Cuts bytes at ``delimiter``: a line end, or two of them.
+
+    Newlines around a block do not belong to it, and may leave nothing of it.
+
+    Args:
+        delimiter: ``b"\n"`` or ``b"\n\n"``.
+        limit: the longest block, in bytes; of longer ones nothing comes out.
+        overlong: called once for each of those.
+
+    Attributes:
+        is_clear: the next byte begins a block.
+    """
+
+    def __init__(self, delimiter: bytes, limit: int, overlong: Callable[[], None]) -> None:
+        self._delimiter = delimiter
+        self._reach = len(delimiter) - 1  # how far back a delimiter may have begun
+        self._limit = limit
+        self._overlong = overlong
+        self._pending = bytearray()
+        self._skipped: bytes | None = None  # the last bytes of an overlong block, while in one
+        self.is_clear = True
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes wait for the end of their block."""
+        return len(self._pending)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the blocks that ``data`` completes, in order."""
+        if self._skipped is not None:
+            joined = self._skipped + data
+            at = joined.find(self._delimiter)
+            if at < 0:
+                self._skipped = self._end_of(joined)
+                return []
+            self._skipped = None
+            data = joined[at + len(self._delimiter) :]
+        whole = self._join(data) if self._pending else self._cut(data)
+        blocks = [] if whole is None else whole.split(self._delimiter)
+        self._look_at_rest()
+        return [block for one in blocks if one and self._fits(block := one.strip(b"\n"))]
+
+    def flush(self) -> list[bytes]:
+        """Return the block that lacks its delimiter, if there is one."""
+        block = bytes(self._pending).strip(b"\n")
+        self._pending.clear()
+        return [block] if block and self._fits(block) else []
+
+    def _cut(self, data: bytes) -> bytes | None:
+        """Return what ends with the last delimiter of ``data``, and hold the rest."""
+        last = data.rfind(self._delimiter)
+        rest = data[last + len(self._delimiter) :] if last >= 0 else data
+        self._pending += rest.lstrip(b"\n")
+        return data[:last] if last >= 0 else None
+
+    def _join(self, data: bytes) -> bytes | None:
+        """Do as :meth:`_cut` where something is held already; only ``data`` is searched."""
+        pending = self._pending
+        start = max(0, len(pending) - self._reach)
+        pending += data
+        last = pending.rfind(self._delimiter, start)
+        if last < 0:
+            return None
+        whole = bytes(pending[:last])
+        del pending[: last + len(self._delimiter)]
+        return whole
+
+    def _look_at_rest(self) -> None:
+        """Let go of a block as soon as it is known to be too long."""
+        pending = self._pending
+        if len(pending) > self._limit and len(pending) - pending.endswith(b"\n") > self._limit:
+            self._skipped = self._end_of(pending)
+            pending.clear()
+            self._overlong()
+        self.is_clear = not pending and self._skipped is None
+
+    def _fits(self, block: bytes) -> bool:
+        if len(block) > self._limit:
+            self._overlong()
+            return False
+        return True
+
+    def _end_of(self, data: bytes | bytearray) -> bytes:
+        return bytes(data[len(data) - self._reach :])
+
+
+class ServerSentEvents:
+    r"""The events of a ``text/event-stream`` (HTML Living Standard, section 9.2.6).
+
+    Lines end with CR, LF or CRLF; a byte order mark may come first; comments, ``id`` and ``retry``
+    say nothing to us.  Unlike there, an event whose blank line is missing at the end of the stream
+    counts: some providers leave it out after the last one.
+
+    Args:
+        limit: the longest event, with its field names, in bytes.
+        overlong: called for each longer one.
+    """
+
+    def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
+        self._limit = limit
+        self._blocks = Blocks(b"\n\n", limit, overlong)
+        self._start: bytes | None = b""  # the first bytes, while they may be a byte order mark
+        self._after_cr = False
+        self._is_clear = False
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes wait for the end of their event."""
+        return self._blocks.held_bytes + len(self._start or b"")
+
+    def feed(self, data: bytes) -> Sequence[Event]:
+        """Return the events that ``data`` completes, in order."""
+        if self._is_clear and len(data) <= self._limit:
+            # Nearly all that a provider sends is this: one whole event.
+            one = _ONE_EVENT(data)
+            if one is not None and _CR not in data:
+                return (one.groups(),)  # type: ignore[return-value]  # two groups
+        blocks = self._blocks.feed(self._with_newlines(self._without_mark(data)))
+        self._is_clear = self._blocks.is_clear and self._start is None and not self._after_cr
+        return [event for block in blocks if (event := _event(block)) is not None]
+
+    def flush(self) -> Sequence[Event]:
+        """Return the event that lacks its blank line, if there is one."""
+        self._start = None
+        return [event for block in self._blocks.flush() if (event := _event(block)) is not None]
+
+    def _without_mark(self, data: bytes) -> bytes:
+        if self._start is None:
+            return data
+        start = self._start + data
+        if len(start) < len(codecs.BOM_UTF8) and codecs.BOM_UTF8.startswith(start):
+            self._start = start
+            return b""
+        self._start = None
+        return start.removeprefix(codecs.BOM_UTF8)
+
+    def _with_newlines(self, data: bytes) -> bytes:
+        """Make every line end a newline; a CR is one at once, and an LF right after it nothing."""
+        if not data:
+            return data
+        after_cr, self._after_cr = self._after_cr, data.endswith(b"\r")
+        if after_cr:
+            data = data.removeprefix(b"\n")
+        if _CR not in data:
+            return data
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _event(block: bytes) -> Event | None:
+    """Return the event that a block of lines is; None where it has no data."""
+    plain = _PLAIN_BLOCK(block)
+    if plain is not None:
+        return plain.groups()  # type: ignore[return-value]  # two groups
+    name = None
+    parts = []
+    for field in _FIELDS(block):
+        if field[1] == b"data":
+            parts.append(field[2] or b"")
+        else:
+            name = field[2] or None
+    return (name, b"\n".join(parts)) if parts else None
+
+
+class Lines:
+    """The lines of ``application/x-ndjson``; blank ones are none.
+
+    Args:
+        limit: the longest line, in bytes.
+        overlong: called for each longer one.
+    """
+
+    def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
+        self._limit = limit
+        self._blocks = Blocks(b"\n", limit, overlong)
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes wait for the end of their line."""
+        return self._blocks.held_bytes
+
+    def feed(self, data: bytes) -> Sequence[Event]:
+        """Return the lines that ``data`` completes, in order."""
+        if data and self._blocks.is_clear and data.find(b"\n") == len(data) - 1 <= self._limit:
+            # Nearly all that a provider sends is this: one whole line.
+            return () if data.isspace() else ((None, data),)
+        return [(None, line) for line in self._blocks.feed(data) if line and not line.isspace()]
+
+    def flush(self) -> Sequence[Event]:
+        """Return the line that lacks its end, if there is one."""
+        return [(None, line) for line in self._blocks.flush() if not line.isspace()]

@@ -1,0 +1,275 @@
+"""The accumulator that reads a copy of a stream beside the relay (ADR-0024).
+
+Who relays a chunk feeds it here after it was written to the client.  The copy passes through three
+stages, each bounded: ``inflate.py`` opens its coding, ``events.py`` cuts it into events, and the
+endpoint's row of ``dialects/`` reads them into ``gathered.py``.  Whatever goes wrong here marks the
+result, is logged and counted once, and ends at most the tap: nothing is ever raised towards the
+relay, and no byte of the stream is touched.
+
+This module knows no route, no trace and no metric, and nothing of who relays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import msgspec
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from llmproxy.errors import EndReason
+from llmproxy.headers import media_type
+from llmproxy.stream.dialects import DONE, Endpoint
+from llmproxy.stream.document import Document
+from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
+from llmproxy.stream.gathered import Gathered, ProviderError, Usage
+from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
+from llmproxy.stream.result import Degraded, Result
+
+_PIECE = 64 * 1024
+"""Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
+
+_log = Logger()
+
+
+_FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
+    b"text/event-stream": ServerSentEvents,
+    b"application/x-ndjson": Lines,
+    b"application/jsonl": Lines,
+    b"application/json": Document,
+}
+
+_JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
+"""Ends behind which a provider's own error stands, if it sent one: SDKs leave when they see it."""
+
+
+class StreamAccumulator:
+    """Reads a copy of one answer.
+
+    Args:
+        endpoint: the row that says how to read it.
+        content_type: the answer's; what is neither SSE, NDJSON nor JSON is not read.
+        content_encoding: the answer's, or None.
+        capture: ``content`` holds text and tool calls, ``usage`` only counts events.
+        accumulate: most bytes of text and tool calls that are held, in UTF-8.
+        event: the longest event, or answer in one piece, that is read, in bytes.
+        name: the request's id, for the log.
+        degraded: called once for each reason.
+
+    Attributes:
+        degraded: the reasons so far, in the order of their class.
+        events: how many events with data came so far.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        content_type: bytes | None,
+        content_encoding: bytes | None = None,
+        capture: Literal["usage", "content"] = "usage",
+        accumulate: int = 1024**2,
+        event: int = 1024**2,
+        name: str = "",
+        degraded: Callable[[Degraded], None] = lambda _: None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._name = name
+        self._tell = degraded
+        self._seen = Gathered(keeps=capture == "content", budget=accumulate)
+        self._idle = frozenset() if capture == "content" else endpoint.idle
+        self._result: Result | None = None
+        self._waiting: list[Deferred[Result]] = []
+        self.degraded: tuple[Degraded, ...] = ()
+        self.events = 0
+        framing = _FRAMINGS.get(media_type(content_type))
+        self._framing = framing and framing(event, self._overlong)
+        self._is_document = framing is Document
+        self._is_stream = framing is not None and framing is not Document
+        self._is_document = framing is Document
+        self._is_stream = framing is not None and framing is not Document
+        self._read = endpoint.document if self._is_document else endpoint.event
+        self._inflater = self._opened(content_encoding) if framing else None
+
+    # -- what there is so far -------------------------------------------------------------------
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether further bytes can tell anything; feeding others costs nothing."""
+        return self._framing is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the dialect's end marker was seen."""
+        return self._seen.has_ended
+
+    @property
+    def error(self) -> ProviderError | None:
+        """The error that the provider put into its answer, so far."""
+        return self._seen.error
+
+    @property
+    def usage(self) -> Usage:
+        """The counts so far."""
+        seen = self._seen
+        is_final = self._is_document or seen.has_ended or seen.finish_reason is not None
+        return seen.usage(is_final=is_final)
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes are held, at most ``accumulate`` and ``event`` and a line end."""
+        framing = self._framing
+        return self._seen.held_bytes + (0 if framing is None else framing.held_bytes)
+
+    # -- the stream -----------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Read a copy of a chunk, cut anywhere; never raises."""
+        framing = self._framing
+        if framing is None:
+            return
+        try:
+            if self._inflater is None and len(data) <= _PIECE:
+                self._take(framing.feed(data))
+            else:
+                self._feed_pieces(framing, data)
+        except Exception:
+            self._break()
+
+    def finish(self, end: EndReason) -> Result:
+        """Return what the stream held, now that it has ended; later calls return the same.
+
+        Args:
+            end: why it ended, as the relay saw it.
+        """
+        if self._result is None:
+            try:
+                self._flush(end)
+            except Exception:
+                self._break()
+            self._framing = self._inflater = None
+            self._result = self._concluded(end)
+            waiting, self._waiting = self._waiting, []
+            for deferred in waiting:
+                deferred.callback(self._result)
+        return self._result
+
+    def wait(self) -> Deferred[Result]:
+        """Return a Deferred of the result; it never fails, and cancelling it ends only itself."""
+        if self._result is not None:
+            return succeed(self._result)
+        deferred: Deferred[Result] = Deferred(self._waiting.remove)
+        self._waiting.append(deferred)
+        return deferred
+
+    def _feed_pieces(self, framing: Framing, data: bytes) -> None:
+        try:
+            for opened in [data] if self._inflater is None else self._inflater.feed(data):
+                for at in range(0, len(opened), _PIECE):
+                    self._take(framing.feed(opened[at : at + _PIECE]))
+        except BadCoding:
+            self._give_up(Degraded.ENCODING)
+        except Bomb:
+            self._give_up(Degraded.BOMB)
+
+    def _take(self, events: Iterable[Event]) -> None:
+        for name, event in events:
+            self.events += 1
+            if name not in self._idle:
+                try:
+                    self._read(event, self._seen)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    self._take_odd(event)
+
+    def _take_odd(self, event: bytes) -> None:
+        """An event that cannot be decoded: the marker, which is no JSON, or nothing at all."""
+        if event.startswith(DONE):
+            if self._endpoint.marker == DONE.decode():
+                self._seen.has_ended = True
+        elif not event.isspace() and event:
+            self._degrade(Degraded.UNREADABLE)
+
+    def _flush(self, end: EndReason) -> None:
+        """Read what the end completes: a body that broke may have stopped inside an event."""
+        if self._framing is None:
+            return
+        events = self._framing.flush()
+        if end is not EndReason.COMPLETE:
+            events = [(name, event) for name, event in events if _is_whole(event)]
+        self._take(events)
+
+    def _concluded(self, end: EndReason) -> Result:
+        seen = self._seen
+        return Result(
+            end_reason=self._verdict(end),
+            text=seen.text,
+            text_bytes=seen.text_bytes,
+            tool_calls=seen.tool_calls,
+            is_cut=seen.is_cut,
+            events=self.events,
+            finish_reason=seen.finish_reason,
+            model=seen.model,
+            response_id=seen.response_id,
+            usage=self.usage,
+            error=seen.error,
+            degraded=self.degraded,
+        )
+
+    def _verdict(self, end: EndReason) -> EndReason:
+        seen = self._seen
+        if seen.error is not None:
+            return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
+        if seen.has_ended:
+            return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
+        must_end = self._is_stream and self._endpoint.marker is not None and not self.degraded
+        return EndReason.UNFINISHED if end is EndReason.COMPLETE and must_end else end
+
+    # -- what goes wrong ------------------------------------------------------------------------
+
+    def _opened(self, coding: bytes | None) -> Inflater | None:
+        """Return what opens ``coding``; without one for it the tap is given up."""
+        if coding is None or coding.strip(b" \t").lower() in (b"", b"identity"):
+            return None
+        try:
+            return Inflater(coding)
+        except BadCoding:
+            self._give_up(Degraded.ENCODING)
+            return None
+
+    def _overlong(self) -> None:
+        # Of a long answer in one piece the counts are found all the same.
+        if self._is_stream or self._seen.keeps:
+            self._degrade(Degraded.OVERLONG)
+
+    def _degrade(self, reason: Degraded) -> None:
+        if reason in self.degraded:
+            return
+        self.degraded = tuple(one for one in Degraded if one in (*self.degraded, reason))
+        if reason is not Degraded.INTERNAL:
+            _log.warn(
+                "{name}: what the answer holds is not known in full: {reason}",
+                name=self._name,
+                reason=reason.value,
+            )
+        try:
+            self._tell(reason)
+        except Exception:
+            _log.failure("{name}: a degraded tap could not be counted", name=self._name)
+
+    def _give_up(self, reason: Degraded) -> None:
+        self._framing = self._inflater = None
+        self._degrade(reason)
+
+    def _break(self) -> None:
+        """An error of ours: log it, and read no further."""
+        _log.failure("{name}: the tap broke; its stream goes on", name=self._name)
+        self._give_up(Degraded.INTERNAL)
+
+
+def _is_whole(event: bytes) -> bool:
+    try:
+        msgspec.json.decode(event, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError):
+        return event.startswith(DONE)
+    return True

@@ -1,0 +1,106 @@
+"""An answer in one piece, and what is found of one that is too long to be held."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmproxy.stream.document import Document
+
+USAGE = {"prompt_tokens": 1, "details": {"z": [1, 2, '"],}']}}
+LONG: dict[str, Any] = {
+    "object": "list",
+    "data": [{"i": i, "e": [0.1, -2.5] * 10, "s": 'a\\"]},:"{', "n": [[{}]]} for i in range(300)],
+    'mo"de:l': "m",
+    "usage": USAGE,
+    "long": '"' * 20_000,
+    "n": 5,
+}
+SHORT = {**LONG, "data": None, "long": None}
+
+
+def read(chunks: Iterable[bytes], limit: int) -> tuple[bytes | None, int]:
+    """What is there at the end, and how often the document was told to be too long."""
+    overlong: list[None] = []
+    document = Document(limit, lambda: overlong.append(None))
+    for chunk in chunks:
+        assert document.feed(chunk) == ()
+        assert document.held_bytes <= limit
+    events = [data for _, data in document.flush()]
+    assert document.held_bytes == 0
+    return (events[0] if events else None), len(overlong)
+
+
+def test_up_to_its_limit_it_is_held_as_it_came() -> None:
+    """Not a byte is changed of what fits, but for a byte order mark before it."""
+    assert read([b"\xef\xbb\xbf{ ", b'"a" : 1}\n'], 20) == (b'{ "a" : 1}\n', 0)
+    assert read([b""], 20) == (None, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 10**6])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_long_values_of_a_long_one_are_left_out(size: int, indent: int | None) -> None:
+    """However it is cut, what is short is kept to the letter and what is long becomes null."""
+    body = json.dumps(LONG, indent=indent).encode()
+    found, overlong = read((body[at : at + size] for at in range(0, len(body), size)), 17_000)
+    assert found is not None
+    assert (json.loads(found), overlong) == (SHORT, 1)
+
+
+def test_ten_megabytes_of_embeddings() -> None:
+    """The usage behind them is found, and no more than the limit is held on the way."""
+    vector = b'{"object":"embedding","embedding":[' + b",".join([b"0.0123456"] * 1536) + b"]}"
+
+    def chunks() -> Iterable[bytes]:
+        yield b'{"data":['
+        for _ in range(640):
+            yield vector + b","
+        yield vector + b'],"usage":{"prompt_tokens":9}}'
+
+    tracemalloc.start()
+    try:
+        found = read(chunks(), 100_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == (b'{"data":null,"usage":{"prompt_tokens":9}}', 1)
+    assert peak < 1024**2
+
+
+def test_too_many_members() -> None:
+    """Of an object that does not fit even without its long values no JSON is left."""
+    body = json.dumps({str(n): n for n in range(1000)}).encode()
+    assert read([body[:500], body[500:]], 1000) == (b"{", 1)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, min_size=1), st.data())
+def test_any_object(members: dict[str, Any], data: st.DataObject) -> None:
+    """Whatever its values and its cuts, each member is there, as it was or null."""
+    body = json.dumps(members, ensure_ascii=data.draw(st.booleans())).encode()
+    at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
+    limit = data.draw(st.integers(1, len(body)))
+    found, _ = read((body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)), limit)
+    if found != b"{":
+        assert found is not None
+        kept = json.loads(found)
+        assert list(kept) == list(members)
+        assert all(kept[name] in (None, members[name]) for name in members)
+
+
+@given(st.lists(st.text('{}[]",:\\ a', max_size=20), max_size=20))
+def test_garbage(pieces: list[str]) -> None:
+    """What is no JSON is neither held beyond the limit nor an error."""
+    read((piece.encode() for piece in pieces), 10)

@@ -1,0 +1,226 @@
+"""Streams as the providers document them: what is in each is found however its bytes are cut."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anthropic.types
+import ollama
+import openai.types
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from llmproxy.cli.demo import anthropic as demo_anthropic
+from llmproxy.cli.demo import ollama as demo_ollama
+from llmproxy.cli.demo import openai as demo_openai
+from llmproxy.cli.demo.answer import Ask, Tool, answer
+from llmproxy.cli.demo.dialect import Dialect as DemoDialect
+from llmproxy.errors import Dialect, EndReason
+from llmproxy.stream.events import ServerSentEvents
+from tests.support.golden import BY_FILE, GOLDEN, RECORDED, Recorded
+
+every_one = pytest.mark.parametrize("one", RECORDED, ids=lambda one: one.file)
+
+
+def cuts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Every way to cut bytes in two, the empty halves included."""
+    for at in range(len(data) + 1):
+        yield data[:at], data[at:]
+
+
+def by_bytes(data: bytes) -> Iterator[bytes]:
+    """One byte after the other."""
+    return (data[at : at + 1] for at in range(len(data)))
+
+
+@every_one
+def test_what_is_in_it_is_found(one: Recorded) -> None:
+    """Text, tool calls, usage, names, end and error of each recorded answer are as written down."""
+    assert one.read([one.data]) == one.result
+
+
+@every_one
+def test_usage_is_found_without_the_content(one: Recorded) -> None:
+    """With ``capture = "usage"`` all else is the same, and no content is held."""
+    assert one.read([one.data], "usage") == one.without_content
+
+
+@every_one
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_no_cut_matters(one: Recorded, capture: Any) -> None:
+    """The result is the same for each of all cuts in two, and byte by byte."""
+    expected = one.result if capture == "content" else one.without_content
+    for cut in cuts(one.data):
+        assert one.read(cut, capture) == expected
+    assert one.read(by_bytes(one.data), capture) == expected
+
+
+@every_one
+def test_no_cut_of_a_compressed_copy_matters(one: Recorded) -> None:
+    """The same through gzip, in two members."""
+    half = len(one.data) // 2
+    packed = gzip.compress(one.data[:half]) + gzip.compress(one.data[half:])
+    for cut in cuts(packed):
+        assert one.read(cut, "usage", content_encoding=b"gzip") == one.without_content
+    assert one.read(by_bytes(packed), content_encoding=b"gzip") == one.result
+
+
+@every_one
+def test_each_event_by_itself_through_deflate(one: Recorded) -> None:
+    """A server that flushes its compressor after each event is read event by event."""
+    packer = zlib.compressobj()
+    tap = one.tap(content_encoding=b"deflate")
+    for piece in one.data.splitlines(keepends=True):
+        tap.feed(packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH))
+    tap.feed(packer.flush())
+    assert tap.finish(EndReason.COMPLETE) == one.result
+
+
+@given(st.data())
+def test_random_cuts(data: st.DataObject) -> None:
+    """Any number of cuts anywhere changes nothing."""
+    one = data.draw(st.sampled_from(RECORDED))
+    at = sorted(data.draw(st.lists(st.integers(0, len(one.data)), max_size=12)))
+    chunks = [one.data[a:b] for a, b in zip([0, *at], [*at, len(one.data)], strict=True)]
+    assert one.read(chunks) == one.result
+    assert one.read(chunks, "usage") == one.without_content
+
+
+def test_every_file_is_read() -> None:
+    """No recorded file lies there unread."""
+    assert {path.name for path in GOLDEN.iterdir()} == set(BY_FILE)
+
+
+# --- the recordings are what the providers send ---------------------------------------------------
+
+
+def events(one: Recorded) -> list[Any]:
+    """The decoded events of a recorded stream, by another reader than the tap's."""
+    lines = one.data.decode().splitlines()
+    data = [line.removeprefix("data: ") for line in lines if line.startswith(("data: ", "{"))]
+    return [json.loads(line) for line in data if line != "[DONE]"]
+
+
+SDK: dict[str, Callable[[Any], object]] = {
+    "openai-chat.sse": ChatCompletionChunk.model_validate,
+    "openai-chat-usage.sse": ChatCompletionChunk.model_validate,
+    "openai-chat-tools.sse": ChatCompletionChunk.model_validate,
+    "openai-chat-two.sse": ChatCompletionChunk.model_validate,
+    "openai-responses.sse": TypeAdapter[Any](ResponseStreamEvent).validate_python,
+    "openai-responses-incomplete.sse": TypeAdapter[Any](ResponseStreamEvent).validate_python,
+    "openai-responses-failed.sse": TypeAdapter[Any](ResponseStreamEvent).validate_python,
+    "openai-responses-error.sse": TypeAdapter[Any](ResponseStreamEvent).validate_python,
+    "openai-responses-tools.sse": TypeAdapter[Any](ResponseStreamEvent).validate_python,
+    "ollama-chat.ndjson": ollama.ChatResponse.model_validate,
+    "ollama-chat-tools.ndjson": ollama.ChatResponse.model_validate,
+    "ollama-generate.ndjson": ollama.GenerateResponse.model_validate,
+}
+
+
+@pytest.mark.parametrize("file", SDK)
+def test_the_providers_own_sdk_accepts_the_recording(file: str) -> None:
+    """Each event has the shape that the provider's SDK is generated from."""
+    found = events(BY_FILE[file])
+    assert found
+    for event in found:
+        SDK[file](event)
+
+
+@pytest.mark.parametrize("file", ["messages.sse", "messages-tools.sse", "messages-partial.sse"])
+def test_anthropics_sdk_accepts_the_recording(file: str) -> None:
+    """Each event but ``ping``, which the SDK drops, has the shape of Anthropic's SDK."""
+    adapter = TypeAdapter[Any](anthropic.types.RawMessageStreamEvent)
+    found = [one for one in events(BY_FILE[f"anthropic-{file}"]) if one["type"] != "ping"]
+    assert found
+    for event in found:
+        adapter.validate_python(event)
+
+
+@pytest.mark.parametrize(
+    ("file", "type_"),
+    [
+        ("openai-chat.json", ChatCompletion),
+        ("openai-completions.json", openai.types.Completion),
+        ("openai-embeddings.json", openai.types.CreateEmbeddingResponse),
+        ("openai-responses.json", Response),
+        ("anthropic-messages.json", anthropic.types.Message),
+        ("ollama-chat.json", ollama.ChatResponse),
+        ("ollama-generate.json", ollama.GenerateResponse),
+        ("ollama-embed.json", ollama.EmbedResponse),
+    ],
+)
+def test_the_providers_own_sdk_accepts_the_document(file: str, type_: Any) -> None:
+    """Each answer in one piece has the shape of the provider's SDK."""
+    type_.model_validate_json(BY_FILE[file].data)
+
+
+# --- the demo provider ----------------------------------------------------------------------------
+
+ASK = Ask(model="demo-fast", stream=True, prompt=("a b c",), said="a tool", user_last=True)
+TOOL = Tool("look", {"properties": {"what": {"type": "string"}}})
+
+
+@pytest.mark.parametrize(
+    ("demo", "recorded"),
+    [
+        (demo_openai.OpenAI(), BY_FILE["openai-chat.sse"]),
+        (demo_anthropic.Anthropic(), BY_FILE["anthropic-messages.sse"]),
+        (demo_ollama.Ollama(), BY_FILE["ollama-chat.ndjson"]),
+    ],
+    ids=["openai", "anthropic", "ollama"],
+)
+@pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["text", "tool"])
+def test_the_demo_provider_is_read(
+    demo: DemoDialect, recorded: Recorded, tools: tuple[Tool, ...]
+) -> None:
+    """Its streams and its answers in one piece are counted as it counts them itself."""
+    ask = Ask(**{**{f: getattr(ASK, f) for f in ASK.__slots__}, "tools": tools})
+    if recorded.dialect is Dialect.OPENAI:
+        ask = Ask(**{**{f: getattr(ask, f) for f in ask.__slots__}, "include_usage": True})
+    said = answer(ask)
+    stream = [event.data for event in demo.events(said, ask, lambda: 0.0)]
+    document = json.dumps(demo.document(said, lambda: 0.0)).encode()
+    for result in (
+        recorded.read(stream),
+        recorded.read([b"".join(stream)]),
+        recorded.read([document], content_type=b"application/json"),
+    ):
+        assert result.is_complete
+        assert not result.degraded
+        assert result.model == "demo-fast"
+        assert result.usage.provenance == "reported"
+        assert (result.usage.input_tokens, result.usage.output_tokens) == (3, len(said.tokens))
+        if tools:
+            (call,) = result.tool_calls
+            assert (call.name, json.loads(call.arguments)) == ("look", {"what": "demo"})
+        else:
+            assert result.text == said.text
+
+
+# --- what is passed over --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in BY_FILE if re.match(r".*(responses|messages).*sse", f)]
+)
+def test_what_is_passed_over_holds_nothing(file: str) -> None:
+    """An event that is not decoded for its name would have told nothing but content."""
+    one = BY_FILE[file]
+    tap = one.tap("usage")
+    plain = one.tap("usage")
+    plain._idle = frozenset()
+    framing = ServerSentEvents(1024**2, lambda: None)
+    passed = [name for name, _ in framing.feed(one.data) if name in tap._idle]
+    assert passed
+    for each in (tap, plain):
+        each.feed(one.data)
+    assert tap.finish(EndReason.COMPLETE) == plain.finish(EndReason.COMPLETE)

@@ -1,0 +1,398 @@
+"""The accumulator: its verdict, its bounds, and that nothing in it reaches the stream."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import itertools
+import tracemalloc
+import weakref
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError
+from twisted.python.failure import Failure
+
+from llmproxy.errors import Dialect, EndReason
+from llmproxy.stream.dialects import Endpoint, endpoint
+from llmproxy.stream.gathered import Gathered, ProviderError, Usage
+from llmproxy.stream.result import Degraded, Result
+from llmproxy.stream.tap import StreamAccumulator
+from tests.conftest import LoggedFailures
+from tests.support.golden import BY_FILE, RECORDED
+
+CHAT = BY_FILE["openai-chat-usage.sse"]
+SSE = b"text/event-stream"
+DONE = b"data: [DONE]\n\n"
+ERROR = b'data: {"error":{"type":"t","message":"m"}}\n\n'
+
+
+def chunk(content: str, rest: str = "") -> bytes:
+    """One chunk of a chat stream."""
+    delta = f'{{"index":0,"delta":{{"content":"{content}"}},"finish_reason":null}}'
+    return f'data: {{"id":"x","model":"m","choices":[{delta}]{rest}}}\n\n'.encode()
+
+
+def chat(**options: Any) -> StreamAccumulator:
+    """A tap for a chat stream that holds its content."""
+    row = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
+    assert row is not None
+    options.setdefault("content_type", SSE)
+    options.setdefault("capture", "content")
+    return StreamAccumulator(row, **options)
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stream", "end", "verdict"),
+    [
+        ([chunk("a"), DONE], EndReason.COMPLETE, EndReason.COMPLETE),
+        ([chunk("a"), DONE], EndReason.CLIENT_GONE, EndReason.COMPLETE),
+        ([chunk("a"), DONE], EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_BROKEN),
+        ([chunk("a"), DONE], EndReason.DRAINED, EndReason.DRAINED),
+        ([chunk("a"), DONE.rstrip()], EndReason.CLIENT_GONE, EndReason.COMPLETE),
+        ([chunk("a")], EndReason.COMPLETE, EndReason.UNFINISHED),
+        ([], EndReason.COMPLETE, EndReason.UNFINISHED),
+        ([chunk("a")], EndReason.CLIENT_GONE, EndReason.CLIENT_GONE),
+        ([chunk("a")], EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_BROKEN),
+        ([chunk("a")], EndReason.UPSTREAM_IDLE, EndReason.UPSTREAM_IDLE),
+        ([chunk("data: [DONE]")], EndReason.COMPLETE, EndReason.UNFINISHED),
+        ([chunk("a"), ERROR], EndReason.COMPLETE, EndReason.UPSTREAM_FAILED),
+        ([chunk("a"), ERROR, DONE], EndReason.COMPLETE, EndReason.UPSTREAM_FAILED),
+        ([chunk("a"), ERROR], EndReason.CLIENT_GONE, EndReason.UPSTREAM_FAILED),
+        ([chunk("a"), ERROR], EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_FAILED),
+        ([chunk("a"), ERROR], EndReason.KILLED, EndReason.KILLED),
+        ([ERROR], EndReason.UPSTREAM_REFUSED, EndReason.UPSTREAM_REFUSED),
+    ],
+)
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_the_verdict(stream: list[bytes], end: EndReason, verdict: EndReason, capture: str) -> None:
+    """Marker and error decide where the framing alone would not know."""
+    tap = chat(capture=capture)
+    for data in stream:
+        tap.feed(data)
+    result = tap.finish(end)
+    assert result.end_reason is verdict
+    assert result.is_complete == (verdict is EndReason.COMPLETE)
+
+
+ENDED = [
+    one.file
+    for one in RECORDED
+    if one.result.is_complete and not one.file.endswith((".json", "odd.sse"))
+]
+
+
+@pytest.mark.parametrize("file", ENDED)
+def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
+    """Every recorded stream that ends well does not, without the event that ends it."""
+    one = BY_FILE[file]
+    separator = b"\n" if file.endswith(".ndjson") else b"\n\n"
+    lines = one.data.replace(b"\r\n", b"\n").rstrip().split(separator)
+    assert one.read([one.data]).end_reason is EndReason.COMPLETE
+    cut = separator.join(lines[:-1]) + separator
+    assert one.read([cut]).end_reason is EndReason.UNFINISHED
+    assert one.read([cut], "usage").end_reason is EndReason.UNFINISHED
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        (b"/v1/chat/completions", b"application/json"),
+        (b"/v1/chat/completions", b"text/html"),
+        (b"/v1/chat/completions", None),
+        (b"/v1/embeddings", SSE),
+    ],
+)
+def test_what_has_no_marker_is_never_unfinished(path: bytes, content_type: bytes | None) -> None:
+    """An answer in one piece, of an unread type or of an endpoint without marker just ends."""
+    row = endpoint(Dialect.OPENAI, path)
+    assert row is not None
+    tap = StreamAccumulator(row, content_type=content_type)
+    assert tap.is_reading == (content_type in (SSE, b"application/json"))
+    assert tap.finish(EndReason.COMPLETE).is_complete
+
+
+def test_a_degraded_tap_does_not_judge() -> None:
+    """Who did not read everything cannot say that the marker is missing."""
+    tap = chat(event=100)
+    tap.feed(b"data: " + b"x" * 1000 + b"\n\n")
+    assert tap.finish(EndReason.COMPLETE).is_complete
+
+
+def test_what_is_known_on_the_way() -> None:
+    """Usage, error and marker can be asked for while the stream runs."""
+    tap = chat(capture="usage")
+    tap.feed(chunk("a", ',"usage":{"prompt_tokens":3,"completion_tokens":1}'))
+    assert tap.usage == Usage(input_tokens=3, output_tokens=1, provenance="partial")
+    assert (tap.has_ended, tap.error, tap.events) == (False, None, 1)
+    tap.feed(ERROR)
+    assert tap.error == ProviderError("t", "m")
+    tap.feed(DONE)
+    assert tap.has_ended
+    assert tap.usage.provenance == "reported"
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def test_who_waits_is_told() -> None:
+    """Every Deferred fires with the one result, whether asked for before or after the end."""
+    tap = chat()
+    before: list[Result] = []
+    tap.wait().addCallback(before.append)
+    tap.wait().addCallback(before.append)
+    tap.feed(chunk("a"))
+    assert before == []
+    result = tap.finish(EndReason.COMPLETE)
+    assert tap.finish(EndReason.KILLED) is result
+    after: list[Result] = []
+    tap.wait().addCallback(after.append)
+    assert before == [result, result]
+    assert after == [result]
+
+
+def test_who_waits_no_more_is_not_told() -> None:
+    """Cancelling a Deferred ends the waiting of its owner alone."""
+    tap = chat()
+    cancelled, told = tap.wait(), tap.wait()
+    failures: list[Failure] = []
+    cancelled.addErrback(failures.append)
+    cancelled.cancel()
+    assert [failure.check(CancelledError) for failure in failures] == [CancelledError]
+    results: list[Result] = []
+    told.addCallback(results.append)
+    tap.finish(EndReason.COMPLETE)
+    assert len(results) == 1
+
+
+def test_bytes_after_the_end_change_nothing() -> None:
+    """What is fed after the result is not read."""
+    tap = chat()
+    result = tap.finish(EndReason.CLIENT_GONE)
+    tap.feed(chunk("a") + DONE)
+    assert (tap.events, tap.has_ended, tap.finish(EndReason.COMPLETE)) == (0, False, result)
+
+
+def test_a_body_that_broke_inside_an_event() -> None:
+    """What was cut off is neither read nor held against the tap; what ended well is."""
+    half = chunk("b")[:-10]
+    for end in (EndReason.UPSTREAM_BROKEN, EndReason.CLIENT_GONE):
+        tap = chat()
+        tap.feed(chunk("a") + half)
+        assert (tap.finish(end).text, tap.degraded) == ("a", ())
+    tap = chat()
+    tap.feed(chunk("a") + half)
+    assert tap.finish(EndReason.COMPLETE).degraded == (Degraded.UNREADABLE,)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "reason"),
+    [
+        ({"content_encoding": b"compress"}, [], Degraded.ENCODING),
+        ({"content_encoding": b"gzip"}, [b"no gzip"] * 3, Degraded.ENCODING),
+        (
+            {"content_encoding": b"gzip"},
+            [gzip.compress(b": %b\n\n" % (b"x" * 1000) * 20_000)],
+            Degraded.BOMB,
+        ),
+        ({"event": 100}, [b"data: " + b"x" * 200 + b"\n\n"] * 3, Degraded.OVERLONG),
+        ({}, [b"data: {nonsense\n\n"] * 3, Degraded.UNREADABLE),
+        ({}, [b'data: {"choices":7}\n\n'], Degraded.UNREADABLE),
+        ({}, [b'data: {"id":"\xff"}\n\n'], Degraded.UNREADABLE),
+        ({}, [b'data: {"x":' + b"[" * 100_000 + b"\n\n"], Degraded.UNREADABLE),
+    ],
+)
+def test_each_reason_is_told_once(
+    options: dict[str, Any], data: list[bytes], reason: Degraded
+) -> None:
+    """What is not understood marks the result, and is counted once however often it comes."""
+    told: list[Degraded] = []
+    tap = chat(degraded=told.append, **options)
+    for each in data:
+        tap.feed(each)
+    assert tap.finish(EndReason.COMPLETE).degraded == (reason,)
+    assert told == [reason]
+
+
+def test_what_follows_an_unread_event_is_read() -> None:
+    """One event too long or broken costs that event; usage and marker behind it are found."""
+    tap = chat(event=800)
+    tap.feed(b"data: {nonsense\n\n" + b"data: " + b"x" * 1000 + b"\n\n" + CHAT.data)
+    result = tap.finish(EndReason.COMPLETE)
+    assert result.degraded == (Degraded.OVERLONG, Degraded.UNREADABLE)
+    assert (result.usage.input_tokens, result.is_complete) == (19, True)
+
+
+@pytest.mark.parametrize("data", [b"data: \n\n", b"data:\n\n", b": x\n\n", b"data:  \r\n\r\n"])
+def test_an_empty_event_is_nothing(data: bytes) -> None:
+    """Servers keep a connection alive by such."""
+    tap = chat()
+    tap.feed(data)
+    assert tap.finish(EndReason.UPSTREAM_BROKEN).degraded == ()
+
+
+def test_another_dialects_marker_is_nothing() -> None:
+    """``[DONE]`` does not end a stream that ends otherwise, and is not held against it."""
+    one = BY_FILE["openai-responses.sse"]
+    assert one.read([one.data, DONE]).degraded == ()
+    assert one.read([DONE]).end_reason is EndReason.UNFINISHED
+
+
+def broken(*_: Any) -> None:
+    """Raise what nobody expects."""
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("place", ["_take", "_feed_pieces", "_flush", "_read"])
+def test_an_error_of_ours_ends_the_tap_and_nothing_else(
+    place: str, monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
+) -> None:
+    """It is logged once and counted once, nothing is raised, and the tap reads no further."""
+    told: list[Degraded] = []
+    coding = b"gzip" if place == "_feed_pieces" else None
+    tap = chat(content_encoding=coding, degraded=told.append)
+    monkeypatch.setattr(tap, place, broken)
+    for data in (chunk("a"), chunk("b"), DONE):
+        tap.feed(data)
+    assert tap.is_reading == (place == "_flush")
+    result = tap.finish(EndReason.COMPLETE)
+    assert (result.is_complete, result.degraded) == (True, (Degraded.INTERNAL,))
+    assert told == [Degraded.INTERNAL]
+    assert len(logged_failures.flush(ZeroDivisionError)) == 1
+
+
+@pytest.mark.parametrize("coding", [None, b"compress"])
+def test_a_count_that_fails_is_logged(
+    coding: bytes | None, logged_failures: LoggedFailures
+) -> None:
+    """Who is told of a degraded tap and raises reaches neither the tap nor the stream."""
+    tap = chat(content_encoding=coding, degraded=broken)
+    tap.feed(b"data: {\n\n" + DONE)
+    assert len(tap.finish(EndReason.COMPLETE).degraded) == 1
+    assert len(logged_failures.flush(ZeroDivisionError)) == 1
+
+
+def test_a_reader_that_raises_leaves_what_was_found(logged_failures: LoggedFailures) -> None:
+    """A row of the table with a mistake in it costs what it did not read, and no more."""
+    calls = itertools.count()
+
+    def read(data: bytes, seen: Gathered) -> None:
+        seen.add_text(data.decode())
+        if next(calls):
+            raise KeyError
+
+    tap = StreamAccumulator(Endpoint("x", read, read), content_type=SSE, capture="content")
+    for data in (b"data: a\n\n", b"data: b\n\n", b"data: c\n\n"):
+        tap.feed(data)
+    assert tap.finish(EndReason.COMPLETE).text == "ab"
+    assert len(logged_failures.flush(KeyError)) == 1
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def test_an_hour_leaves_nothing_behind() -> None:
+    """Ten events a second for an hour hold no more at the end than after the first minute."""
+    tap = chat(accumulate=10_000)
+    events = [chunk(f"token {n}") for n in range(100)]
+    for n in range(600):
+        tap.feed(events[n % 100])
+    held = tap.held_bytes
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for n in range(36_000):
+            tap.feed(events[n % 100])
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20_000
+    assert (held <= 10_000, tap.held_bytes) == (True, 10_000)
+    result = tap.finish(EndReason.COMPLETE)
+    assert (result.is_cut, result.events) == (True, 36_600)
+    assert result.text_bytes > 10_000 >= len(result.text)
+
+
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_an_endless_event_is_let_go(capture: str) -> None:
+    """20 MB in one event pass by, and what follows is read."""
+    tap = chat(capture=capture, event=10_000)
+    tap.feed(b"data: ")
+    for _ in range(20):
+        tap.feed(b"x" * 1024**2)
+        assert tap.held_bytes <= 10_001
+    tap.feed(b"\n\n" + DONE)
+    assert tap.has_ended
+    assert tap.degraded == (Degraded.OVERLONG,)
+
+
+def test_long_embeddings_are_counted() -> None:
+    """Of an answer in one piece beyond the limit the usage is found, and that is no lack."""
+    one = BY_FILE["openai-embeddings.json"]
+    long = one.data.replace(b"0.0023064255", b",".join([b"0.0023064255"] * 10_000))
+    assert one.read([long], "usage", event=20_000) == one.result
+    assert one.read([long], "content", event=20_000).degraded == (Degraded.OVERLONG,)
+
+
+def test_a_document_of_which_nothing_is_left() -> None:
+    """An answer in one piece that cannot be thinned is told to be unread."""
+    one = BY_FILE["openai-embeddings.json"]
+    members = b"{" + b",".join(b'"%d":1' % n for n in range(5000)) + b"}"
+    assert one.read([members], "usage", event=20_000).degraded == (Degraded.UNREADABLE,)
+    assert one.read([members], "usage").degraded == ()
+
+
+def test_a_tap_that_ended_leaves_no_cycle() -> None:
+    """What is over is gone at once, without the collector."""
+    tap = chat()
+    tap.feed(CHAT.data[:500])
+    tap.finish(EndReason.CLIENT_GONE)
+    gone = weakref.ref(tap)
+    gc.disable()
+    try:
+        del tap
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+GARBAGE = st.sampled_from(
+    [b"data: ", b"\n", b"\r\n", b"\n\n", b"{", b"}", b'"', b'{"choices":[{"delta":', b"[DONE]"]
+) | st.binary(max_size=40)
+
+
+@given(
+    st.sampled_from(RECORDED),
+    st.sampled_from(["usage", "content"]),
+    st.sampled_from([None, b"gzip", b"deflate", b"br", b"zstd", b"x"]),
+    st.lists(GARBAGE, max_size=30),
+    st.sampled_from(list(EndReason)),
+)
+def test_garbage(
+    one: Any, capture: Any, coding: bytes | None, chunks: list[bytes], end: EndReason
+) -> None:
+    """Whatever comes, nothing is raised and no more than the bounds is held."""
+    tap = one.tap(capture, content_encoding=coding, accumulate=50, event=100)
+    for data in [one.data[:200], *chunks]:
+        tap.feed(data)
+        assert tap.held_bytes <= 50 + 101
+    result = tap.finish(end)
+    assert Degraded.INTERNAL not in result.degraded
+    assert len(result.text.encode()) <= 50
+
+
+@given(st.sampled_from(RECORDED), st.data())
+def test_a_flipped_byte(one: Any, data: st.DataObject) -> None:
+    """A stream with one wrong byte is read as far as it can be, and never raises."""
+    body = bytearray(one.data)
+    body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    result = one.read([bytes(body)])
+    assert Degraded.INTERNAL not in result.degraded
