@@ -137,6 +137,7 @@ def test_defaults_of_a_route() -> None:
     assert (route.name, route.path, route.providers) == ("a", "/a", ("p",))
     assert (route.hosts, route.models, route.strip, route.override) == (None, None, True, {})
     assert (route.timeouts, route.accept_encoding) == ({}, "identity")
+    assert route.include_usage == "as-asked"
     assert (route.error_event, route.request_body) == (False, None)
 
 
@@ -316,6 +317,7 @@ def test_a_whole_route() -> None:
             "routes[0].override": '{ p = { model = "big" } }',
             "routes[0].timeouts": '{ first_byte = "30s", client_stall = "off" }',
             "routes[0].accept_encoding": '"pass"',
+            "routes[0].include_usage": '"inject"',
             "routes[0].error_event": "true",
         }
     ).routes
@@ -324,7 +326,7 @@ def test_a_whole_route() -> None:
     assert route.models == ("gpt-*", "-", "*")
     assert route.override == {"p": Override(model="big")}
     assert route.timeouts == {"first_byte": 30, "client_stall": None}
-    assert route.accept_encoding == "pass"
+    assert (route.accept_encoding, route.include_usage) == ("pass", "inject")
 
 
 @pytest.mark.parametrize(
@@ -526,6 +528,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].timeouts", '{ pool_idle = "1s" }', ".pool_idle", "only be set in [timeouts]"),
     ("routes[0].timeouts", '{ first_byte = "x" }', ".first_byte", "a duration"),
     ("routes[0].accept_encoding", '"gzip"', "", 'one of "identity", "pass", got "gzip"'),
+    ("routes[0].include_usage", "true", "", 'one of "as-asked", "inject", got true'),
     ("routes[0].error_event", '"on"', "", "true or false"),
     ("routes[0].request_body", "1", "", "a size with its unit"),
     ("clients.c", f'{{ keys = {KEYS_LINE}, routes = ["b"] }}', ".routes[0]", "the name of a route"),
@@ -604,7 +607,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "retry_on",
         "on_disconnect",
         "drain_for",
-        "include_usage",
         "heartbeat",
         "padding",
         "capture",
@@ -998,6 +1000,7 @@ def test_redacted(vault: Path) -> None:
                 "override": {"p": {"model": "m"}},
                 "timeouts": {},
                 "accept_encoding": "identity",
+                "include_usage": "as-asked",
                 "error_event": False,
                 "request_body": "1KiB",
             }

@@ -61,6 +61,10 @@ from llmproxy.errors import Dialect
 
 _DIALECTS = {one.value: one for one in Dialect}
 _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identity", "pass": "pass"}
+_INCLUDE_USAGE: dict[str, Literal["as-asked", "inject"]] = {
+    "as-asked": "as-asked",
+    "inject": "inject",
+}
 _NOWHERE = Url(scheme="http", host="invalid", port=80)
 
 
@@ -168,6 +172,7 @@ def read_route(table: Table, known: Collection[str]) -> Route:
         override=_overrides(table, candidates),
         timeouts=_timeouts(table.table("timeouts", "routes.timeouts")),
         accept_encoding=table.read("accept_encoding", choice(_ACCEPT_ENCODINGS), "identity"),
+        include_usage=table.read("include_usage", choice(_INCLUDE_USAGE), "as-asked"),
         error_event=table.read("error_event", boolean, False),
         request_body=table.read("request_body", size, None),
     )
