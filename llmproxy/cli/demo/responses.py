@@ -156,7 +156,6 @@ def _shell(answer: Answer, ask: Ask, clock: Clock) -> Document:
         "model": answer.model,
         "output": [],
         "service_tier": "default",
-        "store": False,
         "text": {"format": {"type": "text"}},
         "truncation": "disabled",
         "usage": None,
