@@ -139,6 +139,7 @@ def test_defaults_of_a_route() -> None:
     assert (route.name, route.path, route.providers) == ("a", "/a", ("p",))
     assert (route.hosts, route.models, route.strip, route.override) == (None, None, True, {})
     assert (route.timeouts, route.accept_encoding) == ({}, "identity")
+    assert route.include_usage == "as-asked"
     assert (route.error_event, route.request_body) == (False, None)
     assert route.capture == "usage"
 
@@ -319,6 +320,7 @@ def test_a_whole_route() -> None:
             "routes[0].override": '{ p = { model = "big" } }',
             "routes[0].timeouts": '{ first_byte = "30s", client_stall = "off" }',
             "routes[0].accept_encoding": '"pass"',
+            "routes[0].include_usage": '"inject"',
             "routes[0].error_event": "true",
         }
     ).routes
@@ -327,7 +329,7 @@ def test_a_whole_route() -> None:
     assert route.models == ("gpt-*", "-", "*")
     assert route.override == {"p": Override(model="big")}
     assert route.timeouts == {"first_byte": 30, "client_stall": None}
-    assert route.accept_encoding == "pass"
+    assert (route.accept_encoding, route.include_usage) == ("pass", "inject")
 
 
 @pytest.mark.parametrize(
@@ -531,6 +533,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].capture", '"text"', "", 'one of "usage", "content", got "text"'),
     ("limits.event", '"0"', "", "above"),
     ("routes[0].accept_encoding", '"gzip"', "", 'one of "identity", "pass", got "gzip"'),
+    ("routes[0].include_usage", "true", "", 'one of "as-asked", "inject", got true'),
     ("routes[0].error_event", '"on"', "", "true or false"),
     ("routes[0].request_body", "1", "", "a size with its unit"),
     ("clients.c", f'{{ keys = {KEYS_LINE}, routes = ["b"] }}', ".routes[0]", "the name of a route"),
@@ -607,7 +610,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "retry_on",
         "on_disconnect",
         "drain_for",
-        "include_usage",
         "heartbeat",
         "padding",
         "weight",
@@ -1004,6 +1006,7 @@ def test_redacted(vault: Path) -> None:
                 "override": {"p": {"model": "m"}},
                 "timeouts": {},
                 "accept_encoding": "identity",
+                "include_usage": "as-asked",
                 "error_event": False,
                 "capture": "content",
                 "request_body": "1KiB",

@@ -95,6 +95,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "override",
         "timeouts",
         "accept_encoding",
+        "include_usage",
         "error_event",
         "capture",
         "request_body",
@@ -118,7 +119,6 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {
             "retry_on",
             "on_disconnect",
             "drain_for",
-            "include_usage",
             "heartbeat",
             "padding",
         }

@@ -62,6 +62,10 @@ from llmproxy.errors import Dialect
 _DIALECTS = {one.value: one for one in Dialect}
 _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identity", "pass": "pass"}
 _CAPTURES: dict[str, Literal["usage", "content"]] = {"usage": "usage", "content": "content"}
+_INCLUDE_USAGE: dict[str, Literal["as-asked", "inject"]] = {
+    "as-asked": "as-asked",
+    "inject": "inject",
+}
 _NOWHERE = Url(scheme="http", host="invalid", port=80)
 
 
@@ -171,6 +175,7 @@ def read_route(table: Table, known: Collection[str]) -> Route:
         override=_overrides(table, candidates),
         timeouts=_timeouts(table.table("timeouts", "routes.timeouts")),
         accept_encoding=table.read("accept_encoding", choice(_ACCEPT_ENCODINGS), "identity"),
+        include_usage=table.read("include_usage", choice(_INCLUDE_USAGE), "as-asked"),
         error_event=table.read("error_event", boolean, False),
         capture=table.read("capture", choice(_CAPTURES), "usage"),
         request_body=table.read("request_body", size, None),

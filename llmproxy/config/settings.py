@@ -110,6 +110,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     override: dict[str, Override] = {}
     timeouts: dict[str, float | None] = {}
     accept_encoding: Literal["identity", "pass"] = "identity"
+    include_usage: Literal["as-asked", "inject"] = "as-asked"
     error_event: bool = False
     capture: Literal["usage", "content"] = "usage"
     request_body: int | None = None
@@ -254,6 +255,7 @@ def _route(route: Route) -> dict[str, object]:
         "override": {name: {"model": one.model} for name, one in route.override.items()},
         "timeouts": _durations(route.timeouts),
         "accept_encoding": route.accept_encoding,
+        "include_usage": route.include_usage,
         "error_event": route.error_event,
         "capture": route.capture,
         "request_body": None if route.request_body is None else show_size(route.request_body),

@@ -37,6 +37,7 @@ from llmproxy.policy.ask import Ask, is_held, read_ask
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.body import BodyError, replace_model
 from llmproxy.policy.routes import Choice, Routes
+from llmproxy.policy.usage import ask_for_usage
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.stream.relay import Relay
@@ -211,6 +212,8 @@ class Gateway(Resource):
         body: bytes | IBodyProducer = request.upload or request.body
         if choice.model is not None and ask.model_span is not None:
             body = replace_model(request.body, ask.model_span, choice.model)
+        if choice.route.include_usage == "inject" and trace.stream and isinstance(body, bytes):
+            body = ask_for_usage(body, provider.dialect, choice.target)
         fields = self._crossings[provider.name].for_provider(
             request.fields,
             via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,

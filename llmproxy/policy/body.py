@@ -5,48 +5,51 @@ Nothing here does I/O, knows a client, a route or a provider, or decodes and enc
 
 Theory of operation: the one danger is that the provider reads another model than we did. So what
 two readers could read differently is a `BodyError`; what is accepted has one reading. No Python
-code runs per byte, token or bracket: C code checks JSON, building no objects (`msgspec.Raw`), and
-tells how long each top-level value is; spans follow. Members and nesting are bounded, and every
-pass is linear. Usual bodies take a short way, which leaves to the long one whatever is not plain.
+code runs per byte, token or bracket: C code checks JSON (`members.py`). Nesting is bounded, and
+every pass is linear. Usual bodies take a short way, which leaves to the long one whatever is not
+plain.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from llmproxy.policy.members import MEMBERS, BodyError, Span, member_spans
+
+__all__ = [
+    "DEPTH",
+    "MEMBERS",
+    "MODEL_BYTES",
+    "BodyError",
+    "JsonFacts",
+    "Span",
+    "asks_for_stream",
+    "inspect_json",
+    "is_json",
+    "kind_of",
+    "model_text",
+    "path_model",
+    "replace_model",
+]
+
 DEPTH: Final = 512  # arrays and objects in each other; CPython's own json gives up near 1000
-MEMBERS: Final = 65_536  # at the top of one object; an API call has dozens
 MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
 
 _SLICE: Final = 65_536  # bytes decoded at once to check UTF-8: text can take four times its memory
 _STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: in is 1, out is -1
 _NOT_MARKS: Final = bytes(set(range(256)) - set(b'[]{}"'))
-_OBJECT = re.compile(rb"[ \t\n\r]*+\{")
-_NAME = re.compile(rb'(?s)\s*+[{,]\s*+"(?:[^"\\]++|\\.)*+"\s*+:\s*+')  # in JSON known to be valid
 _SHORT: Final = 262_144  # bytes of a body that may take the short way; fewer than hold MEMBERS
 _MODEL_NAME = re.compile(rb'"model"\s*+:\s*+')
 _FLAGS: Final = {b"true": True, b"false": False, b"null": None}
 _MODEL_VERB = re.compile(rb"([^:]+):[A-Za-z]+")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _JSON = re.compile(rb"application/(?:.+\+)?json")
-
-
-class BodyError(ValueError):
-    """What is wrong with a body or path: a sentence for the caller that repeats none of it."""
-
-
-class Span(NamedTuple):
-    """Where a value stands in a body: byte offsets, `end` not included, no whitespace around."""
-
-    start: int
-    end: int
 
 
 class JsonFacts(NamedTuple):
@@ -66,10 +69,6 @@ class _Asked(msgspec.Struct):
 
 _decode_asked = msgspec.json.Decoder(_Asked).decode
 _decode_name = msgspec.json.Decoder(str | None).decode
-
-
-class _Member:
-    """A dictionary key for a member: it equals only itself, so that equal names stay apart."""
 
 
 def inspect_json(body: bytes) -> JsonFacts:
@@ -124,7 +123,7 @@ def _plain_facts(body: bytes) -> JsonFacts | None:
 
 def _all_facts(body: bytes) -> JsonFacts:
     _check_text(body)
-    spans = _top_spans(body)
+    spans = member_spans(body, ("model", "stream"))
     if _openings(body) > DEPTH and _depth(body) > DEPTH:
         raise BodyError(f"The body has more than {DEPTH} arrays and objects in each other.")
     model, stream = spans.get("model"), spans.get("stream")
@@ -206,49 +205,6 @@ def _depth(body: bytes) -> int:
     marks = unescaped.translate(None, _NOT_MARKS).replace(b'""', b"")
     outside = b"".join(marks.split(b'"')[::2])
     return max(accumulate(memoryview(outside.translate(_STEPS)).cast("b")), default=0)
-
-
-def _top_spans(body: bytes) -> dict[str, Span]:
-    """Check the body's grammar and return where the values of `model` and `stream` stand."""
-    spans: dict[str, Span] = {}
-    at = 0
-    for name, length in _members(body):
-        match = _NAME.match(body, at)
-        if match is None:
-            raise BodyError("The body is not valid JSON.")  # never, while msgspec and we agree
-        at = match.end() + length
-        if (folded := name.casefold()) in ("model", "stream"):
-            if any(other.casefold() == folded for other in spans):
-                raise BodyError(f'The body has two "{folded}" members.')
-            spans[name] = Span(match.end(), at)
-    return spans
-
-
-def _members(body: bytes) -> Iterable[tuple[str, int]]:
-    """Return the name and the value's length in bytes of each top-level member, in order."""
-    names: list[str] = []
-
-    def add(_type: type, name: str) -> _Member:
-        if len(names) == MEMBERS:
-            raise OverflowError  # msgspec lets it through, unlike a ValueError
-        names.append(name)
-        return _Member()
-
-    try:
-        if not _OBJECT.match(body):
-            msgspec.json.decode(body, type=msgspec.Raw)
-            return []
-        values = msgspec.json.decode(body, type=dict[_Member, msgspec.Raw], dec_hook=add).values()
-    except msgspec.DecodeError:
-        # msgspec refuses half a surrogate pair. In a copy of the same length and grammar it becomes
-        # another character beyond ASCII; so no name turns into one that we look for.
-        plain = body.replace(b"\\ud", b"\\ue").replace(b"\\uD", b"\\ue")
-        if plain == body:
-            raise BodyError("The body is not valid JSON.") from None
-        return _members(plain)
-    except (OverflowError, RecursionError):  # the latter where our own stack is deep already
-        raise BodyError("The body nests too deeply, or has too many members at its top.") from None
-    return zip(names, map(len, values), strict=True)
 
 
 def model_text(name: bytes) -> str:

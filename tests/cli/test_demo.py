@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shlex
 import socket
 import tomllib
@@ -20,39 +21,32 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
 from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
-from twisted.web.server import Site
 
 from llmproxy.cli.demo import curl_lines, demo_config, demo_site
 from llmproxy.cli.demo import flow as demo_flow
 from llmproxy.cli.demo.answer import MODELS
+from llmproxy.cli.main import main
+from tests.support.daemon import ROOT
+from tests.support.demo_wire import (
+    ANTHROPIC_TOOL,
+    ARGUMENTS,
+    FUNCTION,
+    MESSAGES,
+    PROMPT_WORDS,
+    SAID,
+    STREAM_ENDS,
+    TOOL_MESSAGES,
+    Wire,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SAID = "the quick brown fox"
-MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SAID}]
-PROMPT_WORDS = 6
-TOOL_MESSAGES: Any = [{"role": "user", "content": "Please use the tool for Oslo"}]
-SCHEMA: Any = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-}
-ARGUMENTS = {"city": "demo", "days": 1}
-FUNCTION: Any = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
-ANTHROPIC_TOOL: Any = {"name": "weather", "input_schema": SCHEMA}
-
 CHATS = ["/v1/chat/completions", "/v1/messages", "/api/chat"]
-STREAM_ENDS = {
-    "/v1/chat/completions": b"data: [DONE]\n\n",
-    "/v1/messages": b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
-    "/api/chat": b'"done":true',
-}
 
 
 class Listening:
@@ -84,74 +78,6 @@ class Listening:
         """Close the port, and wait until every connection has ended."""
         await self.port.stopListening()
         await gatherResults(self.gone)
-
-
-class Turns(Clock):
-    """A clock on which, as in a reactor, a call made during one turn waits for the next."""
-
-    def advance(self, amount: float) -> None:
-        """Let so many seconds pass, and take one turn."""
-        self.rightNow += amount
-        for call in [call for call in self.calls if call.getTime() <= self.seconds()]:
-            if call.active():
-                self.calls.remove(call)
-                call.called = 1
-                call.func(*call.args, **call.kw)
-
-
-class Wire:
-    """A connection to a demo provider whose time stands still."""
-
-    def __init__(self, *, pace: float | None = None) -> None:
-        self.clock = Turns()
-        self.site: Site = demo_site(cast(IReactorTime, self.clock), pace=pace)
-        self.transport: Any = StringTransport()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
-        build: Any = self.site.buildProtocol
-        self.protocol: Any = build(None)
-        self.protocol.makeConnection(self.transport)
-
-    def post(self, path: str, body: bytes, *fields: str) -> None:
-        """Send a POST."""
-        head = [f"POST {path} HTTP/1.1", "Host: demo", f"Content-Length: {len(body)}", *fields]
-        self.protocol.dataReceived("\r\n".join([*head, "", ""]).encode() + body)
-
-    def chat(self, path: str, model: str, *, stream: bool = True) -> None:
-        """Ask a model."""
-        body = {"model": model, "stream": stream, "messages": MESSAGES}
-        self.post(path, json.dumps(body).encode())
-
-    def get(self, path: str, *fields: str) -> None:
-        """Send a GET."""
-        head = [f"GET {path} HTTP/1.1", "Host: demo", *fields, "", ""]
-        self.protocol.dataReceived("\r\n".join(head).encode())
-
-    def taken(self) -> bytes:
-        """What was written since the last look."""
-        data: bytes = self.transport.value()
-        self.transport.clear()
-        return data
-
-    def turn(self, seconds: float = 0.0, *, turns: int = 1) -> bytes:
-        """Let time pass so often, and see what was written."""
-        for _ in range(turns):
-            self.clock.advance(seconds)
-        return self.taken()
-
-    def answer(self) -> tuple[int, dict[str, Any]]:
-        """Status and document of an answer that was written at once."""
-        head, body = self.taken().split(b"\r\n\r\n", 1)
-        return int(head.split()[1]), json.loads(body)
-
-    def timers(self) -> int:
-        """How many calls wait, but for the connection's own idle timeout."""
-        named = [
-            call for call in cast(Any, self.clock).getDelayedCalls() if "Flow" in repr(call.func)
-        ]
-        return len(named)
-
-    def leave(self) -> None:
-        """The client goes away."""
-        self.protocol.connectionLost(Failure(ConnectionDone()))  # type: ignore[no-untyped-call, unused-ignore]  # so has this
 
 
 @pytest.fixture(autouse=True)
@@ -589,22 +515,22 @@ async def test_slow_client_stops_the_flow(
 # Byte by byte, on a clock
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 def test_head_leaves_at_once(path: str) -> None:
     """The head is written before the first token's time has come."""
     wire = Wire()
-    wire.chat(path, "demo-slow")
+    wire.ask(path, "demo-slow")
     written = wire.taken()
     assert written.startswith(b"HTTP/1.1 200 OK\r\n")
     assert written.endswith(b"\r\n\r\n")
     assert b"transfer-encoding: chunked" in written.lower()
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 def test_each_event_is_one_write(path: str) -> None:
     """Every turn writes one whole event, in one chunk of its own."""
     wire = Wire()
-    wire.chat(path, "demo-fast")
+    wire.ask(path, "demo-fast")
     wire.taken()
     turns = [turn for turn in iter(wire.turn, b"") if turn]
     sizes = [turn.split(b"\r\n", 1) for turn in turns]
@@ -627,7 +553,7 @@ def test_each_event_is_one_write(path: str) -> None:
 def test_pace_is_what_the_name_says(model: str, pace: float | None, step: float) -> None:
     """A token takes its time, and no longer; a pace given to the site wins over the name."""
     wire = Wire(pace=pace)
-    wire.chat("/api/chat", model)
+    wire.ask("/api/chat", model)
     wire.taken()
     assert wire.turn(step * 0.75) == b""
     assert b'"You"' in wire.turn(step * 0.25)
@@ -666,7 +592,7 @@ def test_pace_must_be_above_zero() -> None:
 def test_paused_flow_stands_still(model: str) -> None:
     """Nothing is due while the transport is full, and the next event comes after it has drained."""
     wire = Wire()
-    wire.chat("/api/chat", model)
+    wire.ask("/api/chat", model)
     wire.turn(0.5)
     wire.transport.producer.pauseProducing()
     assert wire.timers() == 0
@@ -675,38 +601,38 @@ def test_paused_flow_stands_still(model: str) -> None:
     assert b'" said:"' in wire.turn(0.5)
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
     """The client's leaving forgets what was due."""
     wire = Wire()
-    wire.chat(path, "demo-slow", stream=stream)
+    wire.ask(path, "demo-slow", stream=stream)
     wire.turn(0.5)
     assert wire.timers() == 1
     wire.leave()
     assert wire.timers() == 0
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_stalled_answer_stays_open_and_silent(path: str, stream: bool) -> None:
     """After its beginning there is neither a byte nor an end, nor a timer that could bring one."""
     wire = Wire()
-    wire.chat(path, "demo-stall", stream=stream)
+    wire.ask(path, "demo-stall", stream=stream)
     begun = wire.turn(turns=20)
     assert b"You said: the" in begun or b'" the"' in begun
-    assert b"arrive" not in begun
+    assert b"arrive" not in begun if stream else begun.count(b"{") > begun.count(b"}")
     assert wire.turn(turns=100) == b""
     assert wire.timers() == 0
     assert not wire.transport.disconnecting
     assert not wire.transport.disconnected
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 def test_broken_whole_answer_promises_more_than_it_sends(path: str) -> None:
     """Content-Length says the whole, half of it is sent, and then the connection is aborted."""
     wire = Wire()
-    wire.chat(path, "demo-break", stream=False)
+    wire.ask(path, "demo-break", stream=False)
     head, sent = wire.turn().split(b"\r\n\r\n", 1)
     length = next(
         int(line.split(b":")[1])
@@ -719,12 +645,12 @@ def test_broken_whole_answer_promises_more_than_it_sends(path: str) -> None:
     assert wire.transport.disconnected
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_malformed_answer_has_a_chunk_size_that_is_no_number(path: str, stream: bool) -> None:
     """Where a chunk should begin stand other bytes, and then the connection closes."""
     wire = Wire()
-    wire.chat(path, "demo-malformed", stream=stream)
+    wire.ask(path, "demo-malformed", stream=stream)
     assert wire.turn(turns=20).endswith(b"\r\nnot-a-size\r\n")
     assert wire.transport.disconnecting
 
@@ -750,7 +676,7 @@ def test_connection_is_used_again_after_a_proper_end() -> None:
     """A second request on the same connection is answered too."""
     wire = Wire()
     for _ in range(2):
-        wire.chat(CHATS[0], "demo-fast")
+        wire.ask(CHATS[0], "demo-fast")
         assert wire.turn(turns=100).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
@@ -771,7 +697,7 @@ def test_head_has_what_such_a_provider_sends(
 ) -> None:
     """The content type of a stream and the provider's own fields are there."""
     wire = Wire()
-    wire.chat(path, "demo-fast")
+    wire.ask(path, "demo-fast")
     head = wire.taken().lower()
     assert b"\r\ncontent-type: " + content_type + b"\r\n" in head
     for field in fields:
@@ -781,17 +707,17 @@ def test_head_has_what_such_a_provider_sends(
 def test_rate_limit_says_when_to_come_back() -> None:
     """A 429 has retry-after and no request left."""
     wire = Wire()
-    wire.chat(CHATS[0], "demo-429")
+    wire.ask(CHATS[0], "demo-429")
     head = wire.taken().lower()
     assert b"\r\nretry-after: 1\r\n" in head
     assert b"\r\nx-ratelimit-remaining-requests: 0\r\n" in head
 
 
-@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("path", STREAM_ENDS)
 def test_redirect_is_a_307_to_another_path(path: str) -> None:
     """The answer is empty and says where to go."""
     wire = Wire()
-    wire.chat(path, "demo-redirect")
+    wire.ask(path, "demo-redirect")
     written = wire.taken()
     assert written.startswith(b"HTTP/1.1 307 ")
     assert b"location: /redirected" + path.encode() in written.replace(b"Location", b"location")
@@ -836,10 +762,10 @@ def test_malformed_request_is_a_400_of_the_dialect(path: str, dialect: str, body
     ("path", "fields", "dialect"),
     [
         ("/", [], "openai"),
-        ("/v1/responses", [], "openai"),
-        ("/v1/responses", ["anthropic-version: 2023-06-01"], "anthropic"),
+        ("/v1/files", [], "openai"),
+        ("/v1/files", ["anthropic-version: 2023-06-01"], "anthropic"),
         ("/v1/messages/batches", [], "anthropic"),
-        ("/api/generate", [], "ollama"),
+        ("/api/show", [], "ollama"),
     ],
 )
 def test_unknown_path_is_a_404_of_the_dialect(path: str, fields: list[str], dialect: str) -> None:
@@ -969,3 +895,13 @@ def test_curl_lines_stream_from_each_dialect() -> None:
         written = wire.turn(1.0, turns=60)
         assert written.startswith(b"HTTP/1.1 200 OK\r\n")
         assert STREAM_ENDS[path] in written
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_texts_name_every_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README, the command's help and what it prints tell of the models that there are."""
+    name = "demo-Ntps" if model == "demo-20tps" else model
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    texts = [(ROOT / "README.rst").read_text("utf-8"), curl_lines(1), capsys.readouterr().out]
+    assert [text for text in texts if name not in re.sub(r"-\s+", "-", text)] == []

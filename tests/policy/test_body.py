@@ -28,6 +28,7 @@ from llmproxy.policy.body import (
     replace_model,
 )
 from llmproxy.policy.form import PART_HEAD_BYTES, PARTS, multipart_model
+from tests.support.written_json import KEYS, TEXT, VALUES, write
 
 # --- a JSON body ---------------------------------------------------------------------------------
 
@@ -294,63 +295,23 @@ def test_an_error_repeats_no_content(body: bytes) -> None:
 
 # --- for any body --------------------------------------------------------------------------------
 
-_SPACE = st.text(" \t\n\r", max_size=2)
-_KEYS = st.sampled_from(["model", "stream", "a", "Model", '"]}', "\\", ""]) | st.text(max_size=4)
-_TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
-_VALUES: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | _TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-def _string(text: str, rng: random.Random) -> str:
-    """Write a JSON string, each character plain or escaped as JSON allows."""
-    units = text.encode("utf-16-be").hex()
-    written, at = "", 0
-    for character in text:
-        width = 4 * (1 + (ord(character) > 0xFFFF))
-        escapes = "".join(f"\\u{units[i : i + 4]}" for i in range(at, at + width, 4))
-        at += width
-        plain = json.dumps(character, ensure_ascii=False)[1:-1]
-        written += rng.choice([plain, plain, escapes, escapes.upper().replace("\\U", "\\u")])
-    return f'"{written}"'
-
-
-def _write(value: Any, rng: random.Random) -> str:
-    """Write any JSON value with whitespace and escapes at random."""
-    gap = "".join(rng.choices(" \t\n\r", k=rng.choice([0, 0, 1, 2])))
-    if isinstance(value, str):
-        return gap + _string(value, rng) + gap
-    if isinstance(value, list):
-        return gap + "[" + ",".join(_write(item, rng) for item in value) + gap + "]" + gap
-    if isinstance(value, dict):
-        pairs = (_write(key, rng) + ":" + _write(item, rng) for key, item in value.items())
-        return gap + "{" + ",".join(pairs) + gap + "}" + gap
-    return gap + json.dumps(value) + gap
-
-
 _OBJECTS = st.fixed_dictionaries(
     {},
     optional={
-        "model": st.none() | _TEXT,
+        "model": st.none() | TEXT,
         "stream": st.none() | st.booleans(),
-        "x": _VALUES,
-        "y": _VALUES,
+        "x": VALUES,
+        "y": VALUES,
     },
 ).flatmap(lambda value: st.permutations(list(value.items())).map(dict))
 
 
-@given(_OBJECTS, st.randoms(use_true_random=False), _TEXT)
+@given(_OBJECTS, st.randoms(use_true_random=False), TEXT)
 def test_facts_and_replacement_agree_with_a_usual_parser(
     value: dict[str, Any], rng: random.Random, model: str
 ) -> None:
     """Spans hold what json.loads reads, and a replacement changes that value and no other byte."""
-    body = _write(value, rng).encode()
+    body = write(value, rng).encode()
 
     facts = inspect_json(body)
 
@@ -422,7 +383,7 @@ def test_any_bytes_are_read_as_json_loads_reads_them(body: bytes) -> None:
 
 
 @given(
-    st.dictionaries(_KEYS, _VALUES, max_size=4),
+    st.dictionaries(KEYS, VALUES, max_size=4),
     st.randoms(use_true_random=False),
     st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), _PIECES | st.just(b"")), max_size=2),
 )
@@ -430,7 +391,7 @@ def test_damaged_json_is_read_as_json_loads_reads_it(
     value: dict[str, Any], rng: random.Random, edits: list[tuple[int, int, bytes]]
 ) -> None:
     """A cut or an insertion anywhere makes no body that we and a usual parser read differently."""
-    body = _write(value, rng).encode()
+    body = write(value, rng).encode()
     for at, length, piece in edits:
         body = body[:at] + piece + body[at + length :]
 
@@ -477,10 +438,10 @@ def _nesting(value: Any) -> int:
     return 0 if inner is None else 1 + max(map(_nesting, inner), default=0)
 
 
-@given(_VALUES, st.randoms(use_true_random=False))
+@given(VALUES, st.randoms(use_true_random=False))
 def test_depth_is_that_of_the_value(value: Any, rng: random.Random) -> None:
     """The levels are counted exactly, whatever brackets and quotes the strings hold."""
-    assert module._depth(_write(value, rng).encode()) == _nesting(value)
+    assert module._depth(write(value, rng).encode()) == _nesting(value)
 
 
 def _calls(function: Callable[[], object]) -> int:

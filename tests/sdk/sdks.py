@@ -1,4 +1,4 @@
-"""The three SDKs, each in its four ways: sync or async, whole or streamed.
+"""The three SDKs, each endpoint in up to four ways: sync or async, whole or streamed.
 
 A :class:`Way` asks one question as a program would that was written with that SDK, and returns an
 :class:`Outcome`: what the SDK gave, and what it raised.  Nothing here speaks HTTP itself.
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import anthropic
@@ -44,6 +45,26 @@ TOOLS: Mapping[str, Any] = {
     "anthropic": [{"name": "weather", "input_schema": SCHEMA}],
     "ollama": [FUNCTION],
 }
+RESPONSES_TOOLS: Any = [
+    {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
+]
+
+METHODS = {
+    ("openai", "chat"): "chat.completions.create",
+    ("openai", "completions"): "completions.create",
+    ("openai", "responses"): "responses.create",
+    ("openai", "embeddings"): "embeddings.create",
+    ("anthropic", "chat"): "messages.create",
+    ("anthropic", "count_tokens"): "messages.count_tokens",
+    ("ollama", "chat"): "chat",
+    ("ollama", "generate"): "generate",
+    ("ollama", "embed"): "embed",
+    ("ollama", "embeddings"): "embeddings",
+}
+"""What to call for an endpoint of an SDK; a conversation is ``chat`` everywhere."""
+
+STREAMING = frozenset({"chat", "completions", "responses", "generate"})
+CALLS_TOOLS = frozenset({"chat", "responses"})
 
 SDK_ERRORS = (
     openai.APIError,
@@ -57,9 +78,11 @@ SDK_ERRORS = (
 NEVER_THE_SAME = frozenset(
     (
         "id",
+        "item_id",
         "request_id",
         "created",
         "created_at",
+        "completed_at",
         "total_duration",
         "load_duration",
         "prompt_eval_duration",
@@ -138,15 +161,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to use one SDK."""
+    """One way to use one endpoint of one SDK."""
 
     sdk: str
     is_async: bool
     stream: bool
+    endpoint: str = "chat"
 
     def __str__(self) -> str:
+        name = self.sdk if self.endpoint == "chat" else f"{self.sdk}-{self.endpoint}"
         mode = "async" if self.is_async else "sync"
-        return f"{self.sdk}-{mode}-{'stream' if self.stream else 'whole'}"
+        return f"{name}-{mode}-{'stream' if self.stream else 'whole'}"
 
     def ask(self, question: Question) -> Outcome:
         """Ask, read the answer to its end or to where the question says, and close the client."""
@@ -226,22 +251,29 @@ class Way:
         )
 
     def _call(self, client: Any, question: Question) -> Any:
-        asked: dict[str, Any] = {
-            "model": question.model,
-            "messages": user(question.said),
-            "stream": self.stream,
-            **question.more,
-        }
+        asked: dict[str, Any] = {"model": question.model, **self._said(question.said)}
+        if self.endpoint in STREAMING:
+            asked["stream"] = self.stream
         if question.tools:
-            asked["tools"] = TOOLS[self.sdk]
-        if self.sdk == "ollama":
-            return client.chat(**asked)
-        if question.key is None:
+            is_responses = self.endpoint == "responses"
+            asked["tools"] = RESPONSES_TOOLS if is_responses else TOOLS[self.sdk]
+        if question.key is None and self.sdk != "ollama":
             omit: Any = {"openai": openai.Omit(), "anthropic": anthropic.Omit()}[self.sdk]
             asked["extra_headers"] = {"Authorization": omit}
-        if self.sdk == "openai":
-            return client.chat.completions.create(**asked)
-        return client.messages.create(**{"max_tokens": 1024, **asked})
+        if (self.sdk, self.endpoint) == ("anthropic", "chat"):
+            asked["max_tokens"] = 1024
+        call = attrgetter(METHODS[self.sdk, self.endpoint])(client)
+        return call(**{**asked, **question.more})
+
+    def _said(self, said: str) -> dict[str, Any]:
+        """Return the argument that has what is said, under its name at this endpoint."""
+        if self.endpoint in ("chat", "count_tokens"):
+            return {"messages": user(said)}
+        if self.endpoint == "responses":
+            return {"input": user(said)}
+        is_prompt = self.endpoint in ("completions", "generate")
+        is_prompt = is_prompt or (self.sdk, self.endpoint) == ("ollama", "embeddings")
+        return {"prompt" if is_prompt else "input": said}
 
 
 SDKS = ("openai", "anthropic", "ollama")
@@ -251,6 +283,15 @@ WAYS = [
     for is_async in (False, True)
     for stream in (False, True)
 ]
+ENDPOINT_WAYS = [
+    Way(sdk, is_async, stream, endpoint)
+    for sdk, endpoint in METHODS
+    for is_async in (False, True)
+    for stream in (False, True)
+    if endpoint in STREAMING or not stream
+]
+"""Every endpoint in every way that it has."""
+
 STREAMS = [way for way in WAYS if way.stream]
 WHOLES = [way for way in WAYS if not way.stream]
 

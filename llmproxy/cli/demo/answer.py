@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 MODELS = (
@@ -25,6 +25,8 @@ MODELS = (
     "demo-break",
     "demo-stall",
     "demo-malformed",
+    "demo-unfinished",
+    "demo-fail",
     "demo-redirect",
 )
 """The models that lists show; beside them every ``demo-Ntps`` with N from 1 to 9999 exists."""
@@ -34,6 +36,9 @@ _REST = (
     " words, one at a time, so that you can watch them arrive."
 )
 _SLOW_TPS = 2.0
+_FAILS = "demo-fail"
+_FAILURE = "The demo provider gave up in the middle, as this model always does."
+_TOKENS_BEFORE_FAILURE = 3
 _PACED = re.compile(r"demo-([1-9][0-9]{0,3})tps")
 _TOKEN = re.compile(r"\s*\S+")
 _ASKS_FOR_TOOL = re.compile(r"\btool\b", re.IGNORECASE)
@@ -82,7 +87,12 @@ class Ask:
         tools: those that may be called; empty where the request forbids it.
         forced: the request says that a tool must be called.
         max_tokens: the longest text wanted, in tokens; None: no limit.
+        reasoning: tokens to be spent on reasoning, beside those of the text.
+        caches: the prompt is kept between requests, as far as it can be.
         include_usage: an OpenAI stream ends with a chunk of usage.
+        echo: members of the request that the answer repeats, where the endpoint does so.
+        dimensions: how long each embedding is to be.
+        base64: embeddings are wanted as base64 of little-endian floats.
     """
 
     model: str
@@ -93,7 +103,12 @@ class Ask:
     tools: tuple[Tool, ...] = ()
     forced: bool = False
     max_tokens: int | None = None
+    reasoning: int = 0
+    caches: bool = False
     include_usage: bool = False
+    echo: Mapping[str, Any] = field(default_factory=dict)
+    dimensions: int = 0
+    base64: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +119,31 @@ class Answer:
         model: as the request named it.
         tokens: words with the space before them; joined they are the text, or the tool's
             arguments as JSON.
-        prompt_tokens: the words of the prompt.
+        prompt_tokens: the words of the prompt, cached or not.
+        read_tokens: those of them that came out of the cache.
+        written_tokens: those of them that went into it.
+        reasoning_tokens: made before the first of ``tokens``, and not shown.
         tool: the name of the tool that is called; None: this is a text.
         cut: ``max_tokens`` ended the text.
-        seconds: how long these tokens take at the model's pace.
+        failure: why the provider gives up after these tokens; None: it does not.
+        seconds: how long all tokens take at the model's pace.
     """
 
     model: str
     tokens: tuple[str, ...]
     prompt_tokens: int
+    read_tokens: int = 0
+    written_tokens: int = 0
+    reasoning_tokens: int = 0
     tool: str | None = None
     cut: bool = False
+    failure: str | None = None
     seconds: float = 0.0
+
+    @property
+    def made(self) -> int:
+        """How many tokens were made, with those of the reasoning."""
+        return self.reasoning_tokens + len(self.tokens)
 
     @property
     def text(self) -> str:
@@ -126,6 +154,13 @@ class Answer:
     def arguments(self) -> Any:
         """The tool's arguments, decoded."""
         return json.loads(self.text)
+
+    def timed(self) -> Iterator[tuple[str, int]]:
+        """Each token, and how many had to be made for it; the reasoning comes before the first."""
+        before = self.reasoning_tokens
+        for token in self.tokens:
+            yield token, 1 + before
+            before = 0
 
 
 def model_exists(name: str) -> bool:
@@ -147,18 +182,28 @@ def answer(ask: Ask, pace: float | None = None) -> Answer:
     A tool is called, the first one offered, where the request forces it, or where tools are offered
     and the last message is the user's and contains the word "tool".  ``max_tokens`` cuts a text,
     never a tool's arguments: half a JSON object would help nobody.
+
+    Where the prompt is cached, its first part was there already, its last is new and is not kept,
+    and what stands between goes into the cache; a prompt of one part is not cached.
     """
     tool = _tool_to_call(ask)
     text = _echo(ask.said) if tool is None else json.dumps(_sample_arguments(tool.schema))
     tokens = tuple(_TOKEN.findall(text))
     kept = tokens if tool is not None else tokens[: ask.max_tokens]
+    fails = ask.model == _FAILS
+    words = [len(part.split()) for part in ask.prompt]
+    cached = words[:-1] if ask.caches else []
     return Answer(
         model=ask.model,
-        tokens=kept,
-        prompt_tokens=sum(len(part.split()) for part in ask.prompt),
+        tokens=kept[:_TOKENS_BEFORE_FAILURE] if fails else kept,
+        prompt_tokens=sum(words),
+        read_tokens=sum(cached[:1]),
+        written_tokens=sum(cached[1:]),
+        reasoning_tokens=ask.reasoning,
         tool=None if tool is None else tool.name,
         cut=len(kept) < len(tokens),
-        seconds=len(kept) / pace if pace else 0.0,
+        failure=_FAILURE if fails else None,
+        seconds=(ask.reasoning + len(kept)) / pace if pace else 0.0,
     )
 
 

@@ -1,11 +1,12 @@
-"""The demo provider's Anthropic dialect: messages, their named events, models and errors.
+"""The demo provider's Anthropic dialect: messages, their named events and counts, models, errors.
 
-It knows the published shapes of that API and what ``demo_dialect`` offers; no HTTP, no reactor.
+It knows the published shapes of that API and what ``dialect.py`` offers; no HTTP, no reactor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llmproxy.cli.demo.answer import MODELS, Answer, Ask, BadAsk, Tool
@@ -15,22 +16,27 @@ from llmproxy.cli.demo.dialect import (
     Clock,
     Dialect,
     Document,
+    Endpoint,
     Event,
     Fields,
+    Streamed,
     json_bytes,
+    new_id,
+    rfc3339,
+    sse,
+)
+from llmproxy.cli.demo.reading import (
     limit,
     messages_of,
     model_named,
-    new_id,
     object_or_empty,
     objects,
-    rfc3339,
     said_by_user,
-    sse,
     text_of,
     tools_named,
 )
 
+_THINKING = 8  # tokens, where the request lets the model think
 _ERRORS = {
     404: "not_found_error",
     429: "rate_limit_error",
@@ -40,51 +46,7 @@ _ERRORS = {
 
 
 class Anthropic(Dialect):
-    """Messages: named SSE events around one content block, usage at both ends."""
-
-    stream_type = b"text/event-stream; charset=utf-8"
-
-    def ask(self, body: dict[str, Any]) -> Ask:
-        """Read a messages request; ``max_tokens`` may be left out here."""
-        messages = messages_of(body)
-        said, user_last = said_by_user(messages)
-        choice = object_or_empty(body.get("tool_choice"))
-        named = choice.get("name") if choice.get("type") == "tool" else None
-        return Ask(
-            model=model_named(body),
-            stream=body.get("stream") is True,
-            prompt=(text_of(body.get("system")), *(text_of(m.get("content")) for m in messages)),
-            said=said,
-            user_last=user_last,
-            tools=() if choice.get("type") == "none" else tools_named(_tools(body), named),
-            forced=choice.get("type") in ("any", "tool"),
-            max_tokens=limit(body, "max_tokens"),
-        )
-
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
-        """From ``message_start`` to ``message_stop``; ``message_delta`` counts in totals."""
-        yield _event("message_start", message={**_message(answer), "usage": _usage(answer, 1)})
-        yield _event("content_block_start", index=0, content_block=_block(answer, "", {}))
-        yield _event("ping")
-        if answer.tool is not None:
-            yield _event("content_block_delta", index=0, delta=_delta(answer, ""))
-        for token in answer.tokens:
-            delta = _delta(answer, token)
-            yield _event("content_block_delta", index=0, delta=delta)._replace(tokens=1)
-        yield _event("content_block_stop", index=0)
-        ending = {"stop_reason": _stop_reason(answer), "stop_sequence": None}
-        yield _event("message_delta", delta=ending, usage=_usage(answer, len(answer.tokens)))
-        yield _event("message_stop")
-
-    def document(self, answer: Answer, clock: Clock) -> Document:
-        """One message."""
-        arguments = None if answer.tool is None else answer.arguments
-        return {
-            **_message(answer),
-            "content": [_block(answer, answer.text, arguments)],
-            "stop_reason": _stop_reason(answer),
-            "usage": _usage(answer, len(answer.tokens)),
-        }
+    """Errors that say their type, models in pages."""
 
     def error(self, status: int, bad: BadAsk, request_id: str) -> Document:
         """``{"type": "error", "error": {"type", "message"}, "request_id"}``."""
@@ -122,12 +84,101 @@ class Anthropic(Dialect):
         }
 
 
+ANTHROPIC = Anthropic()
+
+
+class Messages(Streamed):
+    """``POST /v1/messages``: named events around one content block, usage at both ends."""
+
+    dialect = ANTHROPIC
+    stream_type = b"text/event-stream; charset=utf-8"
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read a messages request; ``max_tokens`` may be left out here."""
+        messages = messages_of(body)
+        said, user_last = said_by_user(messages)
+        choice = object_or_empty(body.get("tool_choice"))
+        named = choice.get("name") if choice.get("type") == "tool" else None
+        return Ask(
+            model=model_named(body),
+            stream=body.get("stream") is True,
+            prompt=(text_of(body.get("system")), *(text_of(m.get("content")) for m in messages)),
+            said=said,
+            user_last=user_last,
+            tools=() if choice.get("type") == "none" else tools_named(_tools(body), named),
+            forced=choice.get("type") in ("any", "tool"),
+            max_tokens=limit(body, "max_tokens"),
+            reasoning=_THINKING if _thinks(body) else 0,
+            caches=_asks_to_cache(body),
+        )
+
+    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+        """From ``message_start`` to ``message_stop``; ``message_delta`` counts in totals."""
+        usage = {**_prompt_usage(answer), "output_tokens": 1, "service_tier": "standard"}
+        begun = {**_message(answer), "usage": usage}
+        yield _event("message_start", message=begun)
+        yield _event("content_block_start", index=0, content_block=_block(answer, "", {}))
+        yield _event("ping")
+        if answer.tool is not None:
+            yield _event("content_block_delta", index=0, delta=_delta(answer, ""))
+        for token, tokens in answer.timed():
+            delta = _delta(answer, token)
+            yield _event("content_block_delta", index=0, delta=delta)._replace(tokens=tokens)
+        if answer.failure is not None:
+            yield _event("error", error={"type": "api_error", "message": answer.failure})
+            return
+        yield _event("content_block_stop", index=0)
+        ending = {"stop_reason": _stop_reason(answer), "stop_sequence": None}
+        yield _event("message_delta", delta=ending, usage=_usage(answer))
+        yield _event("message_stop")
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """One message."""
+        arguments = None if answer.tool is None else answer.arguments
+        return {
+            **_message(answer),
+            "content": [_block(answer, answer.text, arguments)],
+            "stop_reason": _stop_reason(answer),
+            "usage": {**_usage(answer), "service_tier": "standard"},
+        }
+
+
+class CountTokens(Endpoint):
+    """``POST /v1/messages/count_tokens``: the words of the prompt, cached or not, at once."""
+
+    dialect = ANTHROPIC
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read what a messages request has, too; it is never streamed."""
+        return replace(Messages().ask(body), stream=False)
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """``{"input_tokens": N}``."""
+        return {"input_tokens": answer.prompt_tokens}
+
+    def work(self, answer: Answer, ask: Ask) -> int:
+        """Nothing is made."""
+        return 0
+
+
 def _tools(body: dict[str, Any]) -> list[Tool]:
     return [
         Tool(tool["name"], object_or_empty(tool.get("input_schema")))
         for tool in objects(body, "tools")
         if isinstance(tool.get("name"), str)
     ]
+
+
+def _thinks(body: dict[str, Any]) -> bool:
+    return object_or_empty(body.get("thinking")).get("type") in ("enabled", "adaptive")
+
+
+def _asks_to_cache(body: dict[str, Any]) -> bool:
+    """Whether the request, or any block of its system text, messages or tools, asks for it."""
+    contents = [body.get("system"), *(message.get("content") for message in messages_of(body))]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    marked = [body, *objects(body, "tools"), *map(object_or_empty, blocks)]
+    return any(one.get("cache_control") is not None for one in marked)
 
 
 def _event(kind: str, **members: object) -> Event:
@@ -165,10 +216,18 @@ def _stop_reason(answer: Answer) -> str:
     return "max_tokens" if answer.cut else "end_turn"
 
 
-def _usage(answer: Answer, made: int) -> Document:
+def _usage(answer: Answer) -> Document:
+    """The counts in the end; thinking is part of ``output_tokens``."""
+    usage = {**_prompt_usage(answer), "output_tokens": answer.made}
+    if answer.reasoning_tokens:
+        usage["output_tokens_details"] = {"thinking_tokens": answer.reasoning_tokens}
+    return usage
+
+
+def _prompt_usage(answer: Answer) -> Document:
+    """The counts of the prompt; what was cached is not in ``input_tokens``."""
     return {
-        "input_tokens": answer.prompt_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": made,
+        "input_tokens": answer.prompt_tokens - answer.read_tokens - answer.written_tokens,
+        "cache_creation_input_tokens": answer.written_tokens,
+        "cache_read_input_tokens": answer.read_tokens,
     }

@@ -1,6 +1,6 @@
-"""The demo provider's Ollama dialect: chat as lines of JSON, tags and errors.
+"""The demo provider's Ollama dialect: lines of JSON, embeddings, tags and errors.
 
-It knows the published shapes of that API and what ``demo_dialect`` offers; no HTTP, no reactor.
+It knows the published shapes of that API and what ``dialect.py`` offers; no HTTP, no reactor.
 """
 
 from __future__ import annotations
@@ -14,58 +14,33 @@ from llmproxy.cli.demo.dialect import (
     Clock,
     Dialect,
     Document,
+    Endpoint,
     Event,
     Fields,
-    function_tools,
+    Streamed,
     json_bytes,
+    new_id,
+    rfc3339,
+)
+from llmproxy.cli.demo.reading import (
+    dimensions_of,
+    function_tools,
     messages_of,
     model_named,
-    new_id,
     object_or_empty,
-    rfc3339,
     said_by_user,
     text_of,
+    texts_of,
 )
+from llmproxy.cli.demo.vector import vector
+
+STREAM_TYPE = b"application/x-ndjson"
 
 _UNPACED_TPS = 1_000_000  # what an unpaced answer claims: clients divide by the duration
 
 
 class Ollama(Dialect):
-    """Chat: one JSON object a line; a stream unless the request says ``"stream": false``."""
-
-    stream_type = b"application/x-ndjson"
-
-    def ask(self, body: dict[str, Any]) -> Ask:
-        """Read a chat request; ``options.num_predict`` below 1 means no limit."""
-        messages = messages_of(body)
-        said, user_last = said_by_user(messages)
-        wanted = object_or_empty(body.get("options")).get("num_predict")
-        return Ask(
-            model=model_named(body),
-            stream=body.get("stream") is not False,
-            prompt=tuple(text_of(message.get("content")) for message in messages),
-            said=said,
-            user_last=user_last,
-            tools=tuple(function_tools(body)),
-            max_tokens=wanted if isinstance(wanted, int) and wanted > 0 else None,
-        )
-
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
-        """A line for each token, or one for a tool call; then one that is ``done``."""
-        if answer.tool is None:
-            for token in answer.tokens:
-                message: Document = {"role": "assistant", "content": token}
-                yield _line({**_shell(answer, clock), "message": message, "done": False}, 1)
-        else:
-            shell = _shell(answer, clock)
-            yield _line({**shell, "message": _message(answer), "done": False}, len(answer.tokens))
-        message = {"role": "assistant", "content": ""}
-        yield _line({**_shell(answer, clock), "message": message, "done": True, **_end(answer)})
-
-    def document(self, answer: Answer, clock: Clock) -> Document:
-        """The same in one object, ``done``."""
-        message = _message(answer)
-        return {**_shell(answer, clock), "message": message, "done": True, **_end(answer)}
+    """Errors as a mere sentence, models as tags."""
 
     def error(self, status: int, bad: BadAsk, request_id: str) -> Document:
         """``{"error": "..."}``."""
@@ -95,8 +70,137 @@ class Ollama(Dialect):
         }
 
 
+OLLAMA = Ollama()
+
+
+class Chat(Streamed):
+    """``POST /api/chat``: a JSON object a line; a stream unless ``"stream": false`` is said."""
+
+    dialect = OLLAMA
+    stream_type = STREAM_TYPE
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read a chat request; ``options.num_predict`` below 1 means no limit."""
+        messages = messages_of(body)
+        said, user_last = said_by_user(messages)
+        return Ask(
+            model=model_named(body),
+            stream=body.get("stream") is not False,
+            prompt=tuple(text_of(message.get("content")) for message in messages),
+            said=said,
+            user_last=user_last,
+            tools=tuple(function_tools(body)),
+            max_tokens=_num_predict(body),
+        )
+
+    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+        """A line for each token, or one for a tool call; then one that is ``done``."""
+        if answer.tool is None:
+            for token, tokens in answer.timed():
+                message: Document = {"role": "assistant", "content": token}
+                yield _line({**_shell(answer, clock), "message": message, "done": False}, tokens)
+        elif answer.failure is None:
+            shell = _shell(answer, clock)
+            yield _line({**shell, "message": _message(answer), "done": False}, answer.made)
+        if answer.failure is not None:
+            yield _failure(answer.failure)
+            return
+        message = {"role": "assistant", "content": ""}
+        yield _line({**_shell(answer, clock), "message": message, "done": True, **_end(answer)})
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """The same in one object, ``done``."""
+        message = _message(answer)
+        return {**_shell(answer, clock), "message": message, "done": True, **_end(answer)}
+
+
+class Generate(Streamed):
+    """``POST /api/generate``: the same for one prompt, without messages and tools."""
+
+    dialect = OLLAMA
+    stream_type = STREAM_TYPE
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read a request; its prompt may be empty."""
+        prompt = text_of(body.get("prompt"))
+        return Ask(
+            model=model_named(body),
+            stream=body.get("stream") is not False,
+            prompt=(text_of(body.get("system")), prompt),
+            said=prompt,
+            user_last=True,
+            max_tokens=_num_predict(body),
+        )
+
+    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+        """A line for each token; then one that is ``done``."""
+        for token, tokens in answer.timed():
+            yield _line({**_shell(answer, clock), "response": token, "done": False}, tokens)
+        if answer.failure is not None:
+            yield _failure(answer.failure)
+            return
+        yield _line(_generated(answer, clock, ""))
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """The same in one object, ``done``."""
+        return _generated(answer, clock, answer.text)
+
+
+class Embed(Endpoint):
+    """``POST /api/embed``: a vector for each text, each in the time of one token."""
+
+    dialect = OLLAMA
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read a request whose ``input`` is a text or a list of texts."""
+        return Ask(
+            model=model_named(body),
+            stream=False,
+            prompt=texts_of(body, "input"),
+            said="",
+            user_last=False,
+            dimensions=dimensions_of(body),
+        )
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """The vectors in the order of their texts, with the words of all texts."""
+        load, prompt = _durations(answer)
+        return {
+            "model": answer.model,
+            "embeddings": [vector(text, ask.dimensions) for text in ask.prompt],
+            "total_duration": load + prompt,
+            "load_duration": load,
+            "prompt_eval_count": answer.prompt_tokens,
+        }
+
+    def work(self, answer: Answer, ask: Ask) -> int:
+        """A token's time for each text."""
+        return len(ask.prompt)
+
+
+class OldEmbeddings(Embed):
+    """``POST /api/embeddings``: what there was before ``/api/embed``, for one text."""
+
+    def ask(self, body: dict[str, Any]) -> Ask:
+        """Read a request that has a ``prompt``."""
+        return super().ask({**body, "input": text_of(body.get("prompt"))})
+
+    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+        """One vector, and nothing of counts."""
+        return {"embedding": vector(ask.prompt[0], ask.dimensions)}
+
+
 def _line(document: Document, tokens: int = 0) -> Event:
     return Event(json_bytes(document) + b"\n", tokens)
+
+
+def _failure(failure: str) -> Event:
+    return _line(OLLAMA.error(500, BadAsk(failure), ""))
+
+
+def _num_predict(body: dict[str, Any]) -> int | None:
+    wanted = object_or_empty(body.get("options")).get("num_predict")
+    return wanted if isinstance(wanted, int) and wanted > 0 else None
 
 
 def _shell(answer: Answer, clock: Clock) -> Document:
@@ -111,17 +215,28 @@ def _message(answer: Answer) -> Document:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+def _generated(answer: Answer, clock: Clock, text: str) -> Document:
+    """The end of a generation; its ``context`` stands for all tokens so far."""
+    context = list(range(answer.prompt_tokens + answer.made))
+    shell = {**_shell(answer, clock), "response": text, "done": True}
+    return {**shell, **_end(answer), "context": context}
+
+
+def _durations(answer: Answer) -> tuple[int, int]:
+    """Nanoseconds that loading the model and reading the prompt are said to have taken."""
+    return 1_000_000, 1_000 * max(answer.prompt_tokens, 1)
+
+
 def _end(answer: Answer) -> Document:
     """The counts, and durations in nanoseconds at the pace that was asked for."""
-    made = len(answer.tokens)
-    load, prompt = 1_000_000, 1_000 * max(answer.prompt_tokens, 1)
-    making = round((answer.seconds or made / _UNPACED_TPS) * 1e9)
+    load, prompt = _durations(answer)
+    making = round((answer.seconds or answer.made / _UNPACED_TPS) * 1e9)
     return {
         "done_reason": "length" if answer.cut else "stop",
         "total_duration": load + prompt + making,
         "load_duration": load,
         "prompt_eval_count": answer.prompt_tokens,
         "prompt_eval_duration": prompt,
-        "eval_count": made,
+        "eval_count": answer.made,
         "eval_duration": making,
     }

@@ -12,7 +12,7 @@ key names: what it sends must not come from the code that is to be shown or test
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 from urllib.parse import unquote
@@ -22,24 +22,40 @@ from twisted.web import resource, server
 
 from llmproxy.cli.demo import answer as answers
 from llmproxy.cli.demo import flow
-from llmproxy.cli.demo.answer import Ask, BadAsk
-from llmproxy.cli.demo.anthropic import Anthropic
+from llmproxy.cli.demo.answer import Answer, Ask, BadAsk
+from llmproxy.cli.demo.anthropic import ANTHROPIC, CountTokens, Messages
+from llmproxy.cli.demo.chat import ChatCompletions
+from llmproxy.cli.demo.completions import Completions
 from llmproxy.cli.demo.dialect import (
     REQUESTS_PER_MINUTE,
     Dialect,
     Document,
+    Endpoint,
     Event,
     Fields,
+    Streamed,
     json_bytes,
     new_id,
 )
+from llmproxy.cli.demo.embeddings import Embeddings
 from llmproxy.cli.demo.flow import Ending, Flow, Reply, Time
-from llmproxy.cli.demo.ollama import Ollama
-from llmproxy.cli.demo.openai import OpenAI
+from llmproxy.cli.demo.ollama import OLLAMA, Chat, Embed, Generate, OldEmbeddings
+from llmproxy.cli.demo.openai import OPENAI
+from llmproxy.cli.demo.responses import Responses
 
-_OPENAI, _ANTHROPIC, _OLLAMA = OpenAI(), Anthropic(), Ollama()
-_CHATS: Mapping[str, Dialect] = MappingProxyType(
-    {"/v1/chat/completions": _OPENAI, "/v1/messages": _ANTHROPIC, "/api/chat": _OLLAMA}
+_ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
+    {
+        "/v1/chat/completions": ChatCompletions(),
+        "/v1/completions": Completions(),
+        "/v1/responses": Responses(),
+        "/v1/embeddings": Embeddings(),
+        "/v1/messages": Messages(),
+        "/v1/messages/count_tokens": CountTokens(),
+        "/api/chat": Chat(),
+        "/api/generate": Generate(),
+        "/api/embed": Embed(),
+        "/api/embeddings": OldEmbeddings(),
+    }
 )
 _REDIRECTED = "/redirected"
 _REFUSALS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -54,8 +70,10 @@ _ENDINGS: Mapping[str, Ending] = MappingProxyType(
         "demo-break": flow.end_broken,
         "demo-stall": flow.end_silent,
         "demo-malformed": flow.end_malformed,
+        "demo-unfinished": flow.end_properly,
     }
 )
+_WITHOUT_LENGTH = frozenset({"demo-malformed", "demo-unfinished"})
 
 
 class _Refused(Exception):
@@ -71,16 +89,20 @@ class _Refused(Exception):
 class DemoProvider(resource.Resource):
     """Three providers in one resource; the path says which one is meant.
 
-    ``POST /v1/chat/completions``, ``POST /v1/messages`` and ``POST /api/chat`` chat; ``GET
-    /v1/models``, ``/v1/models/NAME``, ``/api/tags`` and ``/api/version`` tell what there is.  A
-    request with ``anthropic-version`` gets Anthropic's lists.  Everything else is a 404 in the
-    dialect of the path.
+    ``POST`` answers at ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``,
+    ``/v1/embeddings``, ``/v1/messages``, ``/v1/messages/count_tokens``, ``/api/chat``,
+    ``/api/generate``, ``/api/embed`` and ``/api/embeddings``; ``GET /v1/models``,
+    ``/v1/models/NAME``, ``/api/tags`` and ``/api/version`` tell what there is.  A request with
+    ``anthropic-version`` gets Anthropic's lists.  Everything else is a 404 in the dialect of the
+    path.
 
     ``demo-fast`` answers without a pause, ``demo-slow`` with 2 tokens a second, ``demo-Ntps`` with
     N; a whole answer takes as long as its stream would.  ``demo-429``, ``demo-500`` and
     ``demo-503`` refuse, ``demo-redirect`` sends a 307; after three chunks (half of a whole answer)
-    ``demo-break`` resets the connection, ``demo-stall`` falls silent for ever, and
-    ``demo-malformed`` sends a chunk whose size is no number.
+    ``demo-break`` resets the connection, ``demo-stall`` falls silent for ever, ``demo-malformed``
+    sends a chunk whose size is no number, and ``demo-unfinished`` ends the response as if it were
+    whole.  ``demo-fail`` says three tokens and then the dialect's own error event; asked for no
+    stream, it refuses with a 500.
 
     Args:
         reactor: gives the time.
@@ -103,52 +125,44 @@ class DemoProvider(resource.Resource):
         path = unquote(reply.path.decode("latin-1"))
         dialect = _dialect_of(path, reply)
         try:
-            if reply.method == b"POST" and path in _CHATS:
-                return self._chat(reply, dialect)
+            if reply.method == b"POST" and path in _ENDPOINTS:
+                return self._serve(reply, _ENDPOINTS[path])
             if reply.method in (b"GET", b"HEAD"):
                 return self._say(reply, dialect, 200, _listed(path, dialect))
             raise _unknown_path(reply.method, path)
         except _Refused as refused:
             return self._refuse(reply, dialect, refused)
 
-    def _chat(self, reply: Reply, dialect: Dialect) -> bytes | int:
-        """One chat request, in order: read it, refuse it or answer it."""
-        try:
-            ask = dialect.ask(_read_object(reply))
-        except BadAsk as bad:
-            raise _Refused(400, bad) from bad
-        if not answers.model_exists(ask.model):
-            raise _Refused(404, dialect.unknown_model(ask.model))
-        if ask.model in _REFUSALS:
-            status, message = _REFUSALS[ask.model]
-            retry = ((b"retry-after", b"1"),) if status == 429 else ()
-            raise _Refused(status, BadAsk(message), retry)
+    def _serve(self, reply: Reply, endpoint: Endpoint) -> bytes | int:
+        """One request for an answer, in order: read it, refuse it or answer it."""
+        ask = _read_ask(reply, endpoint)
         if ask.model == "demo-redirect":
-            self._set_head(reply, dialect, 307)
+            self._set_head(reply, endpoint.dialect, 307)
             reply.setHeader(b"location", _REDIRECTED.encode() + reply.path)
             return b""
-        self._pour(reply, dialect, ask)
-        return server.NOT_DONE_YET
-
-    def _pour(self, reply: Reply, dialect: Dialect, ask: Ask) -> None:
-        """Begin a response that is written event by event; a whole answer is one event."""
         pace = self._pace or answers.tokens_per_second(ask.model)
         answer = answers.answer(ask, pace)
-        ending = _ENDINGS.get(ask.model, flow.end_properly)
-        fails = ask.model in _ENDINGS
-        self._set_head(reply, dialect, 200)
-        if ask.stream:
-            reply.setHeader(b"content-type", dialect.stream_type)
+        if answer.failure is not None and not ask.stream:
+            raise _Refused(500, BadAsk(answer.failure))
+        self._set_head(reply, endpoint.dialect, 200)
+        if ask.stream and isinstance(endpoint, Streamed):
+            reply.setHeader(b"content-type", endpoint.stream_type)
             reply.setHeader(b"cache-control", b"no-cache")
-            events = dialect.events(answer, ask, self._time.seconds)
-            events = flow.cut_short(events) if fails else events
+            events = endpoint.events(answer, ask, self._time.seconds)
+            events = flow.cut_short(events) if ask.model in _ENDINGS else events
         else:
-            body = json_bytes(dialect.document(answer, self._time.seconds))
-            if ending is not flow.end_malformed:  # that one needs chunks
-                reply.setHeader(b"content-length", b"%d" % len(body))
-            sent = body[: len(body) // 2] if fails else body
-            events = iter((Event(sent, len(answer.tokens)),))
+            events = self._whole(reply, endpoint, answer, ask)
+        ending = _ENDINGS.get(ask.model, flow.end_properly)
         Flow(reply, self._time, events, pace, ending).start()
+        return server.NOT_DONE_YET
+
+    def _whole(self, reply: Reply, endpoint: Endpoint, answer: Answer, ask: Ask) -> Iterator[Event]:
+        """An answer in one piece, or half of it where the model fails."""
+        body = json_bytes(endpoint.document(answer, ask, self._time.seconds))
+        if ask.model not in _WITHOUT_LENGTH:
+            reply.setHeader(b"content-length", b"%d" % len(body))
+        sent = body[: len(body) // 2] if ask.model in _ENDINGS else body
+        return iter((Event(sent, endpoint.work(answer, ask)),))
 
     def _say(self, reply: Reply, dialect: Dialect, status: int, document: Document) -> bytes:
         self._set_head(reply, dialect, status)
@@ -197,13 +211,13 @@ def demo_site(reactor: IReactorTime, *, pace: float | None = None) -> server.Sit
 
 def _dialect_of(path: str, reply: Reply) -> Dialect:
     path = path.removeprefix(_REDIRECTED)
-    if path in _CHATS:
-        return _CHATS[path]
+    if path in _ENDPOINTS:
+        return _ENDPOINTS[path].dialect
     if path == "/api" or path.startswith("/api/"):
-        return _OLLAMA
+        return OLLAMA
     if path.startswith("/v1/messages/") or reply.getHeader(b"anthropic-version") is not None:
-        return _ANTHROPIC
-    return _OPENAI
+        return ANTHROPIC
+    return OPENAI
 
 
 def _listed(path: str, dialect: Dialect) -> Document:
@@ -226,6 +240,25 @@ def _listed(path: str, dialect: Dialect) -> Document:
 
 def _unknown_path(method: bytes, path: str) -> _Refused:
     return _Refused(404, BadAsk(f"Unknown request URL: {method.decode('latin-1')} {path}"))
+
+
+def _read_ask(reply: Reply, endpoint: Endpoint) -> Ask:
+    """What a request asks of an endpoint.
+
+    Raises:
+        _Refused: it cannot be read, or names a model that does not exist or always refuses.
+    """
+    try:
+        ask = endpoint.ask(_read_object(reply))
+    except BadAsk as bad:
+        raise _Refused(400, bad) from bad
+    if not answers.model_exists(ask.model):
+        raise _Refused(404, endpoint.dialect.unknown_model(ask.model))
+    if ask.model in _REFUSALS:
+        status, message = _REFUSALS[ask.model]
+        retry = ((b"retry-after", b"1"),) if status == 429 else ()
+        raise _Refused(status, BadAsk(message), retry)
+    return ask
 
 
 def _read_object(reply: Reply) -> dict[str, Any]:

@@ -78,7 +78,9 @@ curl -N {base}/ollama/api/chat -H 'content-type: application/json' \\
   -d '{ollama}'
 
 # Other models: demo-fast, demo-slow, demo-Ntps, and failures: demo-429, demo-500, demo-503,
-# demo-break, demo-stall, demo-malformed, demo-redirect
+# demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail, demo-redirect
+# Other paths: /openai/v1/completions, /openai/v1/responses, /openai/v1/embeddings,
+# /anthropic/v1/messages/count_tokens, /ollama/api/generate, /ollama/api/embed
 
 # Metrics
 curl http://127.0.0.1:{admin_port}/metrics
