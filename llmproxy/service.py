@@ -36,7 +36,7 @@ from llmproxy.ops.figures import expose
 from llmproxy.ops.reload import Reload
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import JsonLines, NoSink, Sink
+from llmproxy.record.sinks import open_sinks
 from llmproxy.upstream.client import Upstream
 from llmproxy.version import version
 from llmproxy.wire.loop import calm_collector, tune
@@ -177,9 +177,9 @@ class ProxyService(Service):
 
     def _build(self) -> None:
         config, reactor = self.config, self._reactor
-        clock, path = time.monotonic, config.trace.jsonl
+        clock = time.monotonic
         self.metrics = Metrics(version())
-        self.sink: Sink = NoSink() if path is None else JsonLines(path)
+        self.sink = open_sinks(config.trace, clock=clock)
         self._timers = Timers(reactor)
         self.upstream = Upstream(reactor, clock, config, timers=self._timers)
         self.books = Books(
@@ -213,7 +213,7 @@ class ProxyService(Service):
         )
         keypair = config.proxy.keypair
         self.tls = None if keypair is None else ListenerTls(keypair)
-        self.reload = Reload(self._reread, config, self.tls, time.time)
+        self.reload = Reload(self._reread, config, self.tls, time.time, reopen=self.sink.reopen)
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.books.running
         )
