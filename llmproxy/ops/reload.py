@@ -39,8 +39,7 @@ class Reload:
         running: Config,
         tls: ListenerTls | None,
         wall: Callable[[], float],
-        *,
-        reopen: Callable[[], None] = lambda: None,
+        reopen: Callable[[], None],
     ) -> None:
         self._reread = reread
         self._running = running

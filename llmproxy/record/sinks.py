@@ -1,14 +1,20 @@
-"""The sinks that a configuration asks for, behind one door (ADR-0013)."""
+"""The sinks that a configuration asks for, behind one door.
+
+File and ledger share a queue and a thread; a collector has its own, because it can hang (ADR-0013).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from llmproxy.config import Trace as TraceConfig
+from llmproxy.record import otlp
+from llmproxy.record.ledger import Ledger
 from llmproxy.record.lines import JsonLines
 from llmproxy.record.output import Output
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import Writer
+from llmproxy.version import version
 
 CLOSING_S = 5.0
 """Seconds for which the end of the process waits for what is not written."""
@@ -58,17 +64,33 @@ def open_sinks(
     config: TraceConfig,
     *,
     clock: Callable[[], float],
+    wall: Callable[[], float],
+    instance: str,
 ) -> Sinks:
     """Open the sinks that ``[trace]`` names.
 
     Args:
         clock: monotonic seconds.
+        wall: seconds since the epoch.
+        instance: this process's name among several.
 
     Raises:
-        OSError: a file cannot be opened.
+        OSError: a file cannot be opened, or is no ledger.
     """
     outputs: list[Output] = []
+    collectors: list[Output] = []
     if config.jsonl is not None:
         outputs.append(JsonLines(config.jsonl))
+    if config.ledger is not None:
+        outputs.append(Ledger(config.ledger, keep_s=config.keep, wall=wall))
+    if config.otlp is not None:
+        resource = {
+            "service.name": "llmproxy",
+            "service.version": version(),
+            "service.instance.id": instance,
+        }
+        collectors.append(otlp.Otlp(config.otlp, resource))
     writers = [Writer(outputs, clock=clock)] if outputs else []
+    for one in collectors:
+        writers.append(Writer([one], clock=clock, gather_s=otlp.GATHER_S, batch=otlp.BATCH))
     return Sinks(writers, clock=clock)
