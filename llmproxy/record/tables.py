@@ -124,6 +124,8 @@ def open_for_reading(path: str) -> sqlite3.Connection:
     try:
         connection.execute("BEGIN")
         steps = _steps_taken(connection, path)
+        if not steps:
+            raise LedgerError(f"{path}: an empty file, not a ledger")
         if steps < len(STEPS):
             raise LedgerError(
                 f"{path}: a ledger of an older version ({steps}, not {len(STEPS)}): "

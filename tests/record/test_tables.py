@@ -164,6 +164,8 @@ def test_a_missing_file_is_told(path: Path) -> None:
 def test_an_empty_file_becomes_a_ledger(path: Path) -> None:
     """As one does that was made for its permissions."""
     path.touch()
+    with pytest.raises(LedgerError, match="empty file, not a ledger"):
+        open_for_reading(str(path))
     open_for_writing(str(path)).close()
     assert shape(path)
 
