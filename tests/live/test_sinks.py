@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -19,8 +20,20 @@ from tests.live.test_starting import HEAD, assert_refused, start
 from tests.support.collector import Collector
 from tests.support.daemon import ROOT, Daemon, provider_config
 from tests.support.records import query
-from tests.support.sockets import request
-from tests.support.stage import OK, STREAM_BODY, Stage, client_config, open_stage, post, until
+from tests.support.sockets import Wire, chunked, request
+from tests.support.stage import (
+    LAST,
+    OK,
+    SSE,
+    STREAM_BODY,
+    Stage,
+    Turn,
+    client_config,
+    event,
+    open_stage,
+    post,
+    until,
+)
 
 LOST = 'llmproxy_records_lost_total{sink="%s"}'
 
@@ -65,8 +78,11 @@ def ledger_of(stage: Stage) -> Path:
 
 
 def kept(stage: Stage) -> int:
-    """How many traces the ledger holds."""
-    return int(query(ledger_of(stage), "SELECT count(*) FROM traces")[0][0])
+    """How many traces the ledger holds; none where it is just being made."""
+    try:
+        return int(query(ledger_of(stage), "SELECT count(*) FROM traces")[0][0])
+    except sqlite3.OperationalError:
+        return 0
 
 
 def take_errors(daemon: Daemon) -> list[str]:
@@ -155,6 +171,44 @@ def test_a_locked_ledger_costs_no_stream(stage: Stage) -> None:
     assert stage.daemon.metrics()[LOST % "jsonl"] == 0
     stage.daemon.wait_log("ledger: records are kept again, 5 were lost so far")
     assert take_errors(stage.daemon) == ["ledger: records are being lost: database is locked"]
+
+
+def test_a_full_disk_costs_no_stream(stage: Stage) -> None:
+    """A stream that runs meanwhile arrives event by event; there is room again, and all is kept."""
+    turn = Turn()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(SSE)
+        for number in range(6):
+            turn.take()
+            wire.send(chunked(event(number)))
+        wire.send(LAST)
+
+    ask(stage)
+    until(lambda: kept(stage) == 1, "the first is written")
+    stage.script = script
+    pid, full = stage.daemon.process.pid, resource.RLIMIT_FSIZE
+    limits = resource.prlimit(pid, full)
+    with stage.connect() as client:
+        client.send(post("/p/stream"))
+        client.read_head()
+        for number in range(6):
+            if number == 2:
+                resource.prlimit(pid, full, (0, limits[1]))
+                stage.script = ok
+                ask(stage, count=5)
+                for name in ("jsonl", "ledger"):
+                    until(lambda name=name: stage.daemon.metrics()[LOST % name] == 5, "counted")  # type: ignore[misc]  # the lambda's default
+                resource.prlimit(pid, full, limits)
+            turn.give()
+            assert client.read_chunk() == event(number)
+        assert client.read_chunk() == b""
+    until(lambda: kept(stage) == 2, "the stream's record is written")
+    assert [record["path"] for record in stage.daemon.traces()] == ["/p/v1/chat", "/p/stream"]
+    assert stage.daemon.traces()[1]["end_reason"] == "complete"
+    assert [stage.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")] == [5, 5]
+    assert len(take_errors(stage.daemon)) == 2
 
 
 def test_files_that_are_gone_cost_no_stream(stage: Stage) -> None:
