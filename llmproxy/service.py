@@ -36,7 +36,7 @@ from llmproxy.ops.figures import expose
 from llmproxy.ops.reload import Reload
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import JsonLines, NoSink, Sink
+from llmproxy.record.sinks import open_sinks
 from llmproxy.upstream.client import Upstream
 from llmproxy.version import version
 from llmproxy.wire.loop import calm_collector, tune
@@ -176,10 +176,9 @@ class ProxyService(Service):
                 )
 
     def _build(self) -> None:
-        config, reactor = self.config, self._reactor
-        clock, path = time.monotonic, config.trace.jsonl
+        config, reactor, clock = self.config, self._reactor, time.monotonic
         self.metrics = Metrics(version())
-        self.sink: Sink = NoSink() if path is None else JsonLines(path)
+        self.sink = open_sinks(config.trace, clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.upstream = Upstream(reactor, clock, config, timers=self._timers)
         self.books = Books(
@@ -189,6 +188,7 @@ class ProxyService(Service):
             clock=clock,
             wall=time.time,
             instance=self._instance,
+            session_header=config.trace.session_header,
         )
         self.gateway = Gateway(
             config, self.upstream, self.books, self.metrics, reactor=self._timers, clock=clock
@@ -213,7 +213,7 @@ class ProxyService(Service):
         )
         keypair = config.proxy.keypair
         self.tls = None if keypair is None else ListenerTls(keypair)
-        self.reload = Reload(self._reread, config, self.tls, time.time)
+        self.reload = Reload(self._reread, config, self.tls, time.time, self.sink.reopen)
         self.drain = Drain(
             self.site, reactor, config.proxy.drain_timeout, lambda: self.books.running
         )

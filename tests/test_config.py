@@ -26,7 +26,9 @@ from llmproxy.config import (
     Provider,
     Secret,
     Timeouts,
+    Trace,
     Url,
+    ledger_path,
     load,
     parse,
 )
@@ -109,7 +111,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.proxy.via == "llmproxy-h-st-one"
     assert config.admin.listen == "tcp:9080:interface=127.0.0.1"
     assert config.admin.metrics_listen is None
-    assert config.trace.jsonl is None
+    assert (config.trace.jsonl, config.trace.ledger, config.trace.otlp) == (None, None, None)
+    assert (config.trace.keep, config.trace.session_header) == (30 * 86400, "x-session-id")
     assert config.clients == {}
     assert config.timeouts == Timeouts(
         connect=10,
@@ -269,13 +272,53 @@ def test_instance_is_filled_in() -> None:
             "admin.listen": '"tcp:908{instance}"',
             "admin.metrics_listen": '"unix:/run/m-{instance}"',
             "trace.jsonl": '"/var/{instance}.jsonl"',
+            "trace.ledger": '"/var/{instance}.sqlite3"',
         }
     )
     config = parse(text, instance="3", environ={})
     assert config.proxy.listen == ("unix:/run/p-3.sock", "tcp:8083")
     assert (config.admin.listen, config.admin.metrics_listen) == ("tcp:9083", "unix:/run/m-3")
-    assert config.trace.jsonl == "/var/3.jsonl"
+    assert (config.trace.jsonl, config.trace.ledger) == ("/var/3.jsonl", "/var/3.sqlite3")
     assert parse(text, environ={}).trace.jsonl == "/var/0.jsonl"
+
+
+def test_a_whole_trace() -> None:
+    """Everything that [trace] may say arrives in its struct."""
+    config = accepted(
+        {
+            "trace.ledger": '"/var/ledger"',
+            "trace.keep": '"36h"',
+            "trace.otlp": '"https://otel.example:4318/base/"',
+            "trace.session_header": '"X-Conversation"',
+        }
+    )
+    assert config.trace == Trace(
+        ledger="/var/ledger",
+        keep=36 * 3600,
+        otlp=Url(scheme="https", host="otel.example", port=4318, path="/base"),
+        session_header="x-conversation",
+    )
+    kept = accepted({"trace.ledger": '"/var/ledger"', "trace.keep": '"off"'})
+    assert kept.trace.keep is None
+
+
+def test_a_session_is_not_named_by_a_provider_s_key() -> None:
+    """The field that carries a credential is not recorded, whatever it is called."""
+    (problem,) = refused({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
+    assert problem.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_the_ledger_s_name_is_read_alone(tmp_path: Path) -> None:
+    """Without its instance, and whatever else is wrong with the file."""
+    path = tmp_path / "c.toml"
+    path.write_text('nothing = 1\n[trace]\nledger = "/var/{instance}"\n')
+    assert ledger_path(str(path)) == "/var/{instance}"
+    path.write_text("")
+    assert ledger_path(str(path)) is None
+    for wrong, words in (("ledger = 1", "trace.ledger: expected"), ("[", "expected TOML")):
+        path.write_text(f"[trace]\n{wrong}\n")
+        with pytest.raises(ConfigError, match=words):
+            ledger_path(str(path))
 
 
 def test_a_whole_provider(vault: Path, tmp_path: Path) -> None:
@@ -436,6 +479,14 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("limits.connections_per_address", '"1KiB"', "", "a whole number"),
     ("trace.jsonl", '"trace.jsonl"', "", "an absolute path"),
     ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
+    ("trace.ledger", '"ledger"', "", "an absolute path"),
+    ("trace.keep", '"7d"', "", "expected `ledger` beside it"),
+    ("trace.otlp", '"127.0.0.1:4318"', "", "an http:// or https:// URL"),
+    ("trace.otlp", '"http://key@host"', "", "without a user or password"),
+    ("trace.session_header", '"x session"', "", "a header's name"),
+    ("trace.session_header", '"Authorization"', "", "a header that carries no key"),
+    ("trace.session_header", '"cookie"', "", "a header that carries no key"),
+    ("trace.session_header", '"x-llmproxy-key"', "", "a header that neither the proxy"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
     ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
     ("providers.p.url", "1", "", "an http:// or https:// URL"),
@@ -555,7 +606,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.timeouts", '{ idel = "1s" }', ".idel", 'did you mean "idle"?'),
     ("routes[0].provider", '"p"', "", 'did you mean "providers"?'),
     ("routes[0].override", "{ p = { modle = 1 } }", ".p.modle", 'did you mean "model"?'),
-    ("trace.zzz", "1", "", "unknown key; expected one of jsonl"),
+    ("trace.zzz", "1", "", "unknown key; expected one of jsonl, ledger, keep, otlp"),
 ]
 
 
@@ -616,10 +667,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "requests_per_minute",
         "tokens_per_minute",
         "tokens_per_day",
-        "ledger",
-        "keep",
-        "otlp",
-        "session_header",
     }
 
 
@@ -945,6 +992,7 @@ def test_redacted(vault: Path) -> None:
                 "routes[0].request_body": '"1KiB"',
                 "routes[0].capture": '"content"',
                 "limits.accumulate": '"0"',
+                "trace.otlp": '"http://127.0.0.1:4318/"',
             },
         )
     )
@@ -1013,7 +1061,13 @@ def test_redacted(vault: Path) -> None:
             }
         ],
         "clients": {},
-        "trace": {"jsonl": None},
+        "trace": {
+            "jsonl": None,
+            "ledger": None,
+            "keep": "30d",
+            "otlp": "http://127.0.0.1:4318",
+            "session_header": "x-session-id",
+        },
     }
 
 
@@ -1135,8 +1189,9 @@ def test_documented_defaults() -> None:
         re.MULTILINE,
     )
     sizes = [key for key in KEYS["limits"] if key != "connections_per_address"]
-    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(sizes)
-    for section, keys in (("timeouts", stated[1:10]), ("limits", stated[10:])):
+    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(sizes) + 1
+    sections = {"timeouts": stated[1:10], "limits": stated[10:-1], "trace": stated[-1:]}
+    for section, keys in sections.items():
         shown = redacted[section]
         assert isinstance(shown, dict)
         for key, value in keys:

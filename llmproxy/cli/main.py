@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``check``, ``keys`` and ``demo``.
+"""The ``llmproxy`` command: ``check``, ``keys``, ``usage`` and ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -16,6 +16,7 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 
+from llmproxy.cli.usage import add_usage
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands)
     _add_keys(commands)
+    add_usage(commands)
     _add_demo(commands)
     return parser
 

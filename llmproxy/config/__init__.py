@@ -21,7 +21,12 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from llmproxy.config.credentials import Credentials
-from llmproxy.config.readers import client_name, instance_name, provider_name
+from llmproxy.config.readers import (
+    client_name,
+    file_of_instance,
+    instance_name,
+    provider_name,
+)
 from llmproxy.config.schema import Table
 from llmproxy.config.sections import (
     read_admin,
@@ -49,6 +54,7 @@ from llmproxy.config.settings import (
 )
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, absolute_path, show
+from llmproxy.config.values import text as any_text
 
 __all__ = [
     "Admin",
@@ -65,6 +71,7 @@ __all__ = [
     "Timeouts",
     "Trace",
     "Url",
+    "ledger_path",
     "load",
     "parse",
 ]
@@ -94,14 +101,24 @@ def load(path: str, *, instance: str = "0", environ: Mapping[str, str]) -> Confi
     Raises:
         ConfigError: the file cannot be read or is wrong.
     """
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8")
-    except OSError as error:
-        raise ConfigError([f"{path}: expected a file to read ({error.strerror})"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: expected UTF-8, as TOML is (byte {error.start})"]) from error
-    return parse(text, instance=instance, environ=environ, source=path)
+    return parse(_text_of(path), instance=instance, environ=environ, source=path)
+
+
+def ledger_path(path: str) -> str | None:
+    """Return ``trace.ledger`` of a configuration file, ``{instance}`` as it stands there.
+
+    Nothing else is looked at: whoever may read a ledger may not read the credentials.
+
+    Raises:
+        ConfigError: the file cannot be read, or that key is wrong.
+    """
+    problems: list[str] = []
+    data = _toml(_text_of(path), path)
+    table = Table(data.get("trace", {}), "trace", "trace", problems)
+    table.read("ledger", file_of_instance("0"), None)
+    if problems:
+        raise ConfigError(problems)
+    return table.read("ledger", any_text, None)
 
 
 def parse(
@@ -112,12 +129,7 @@ def parse(
     source: str = "configuration",
 ) -> Config:
     """Do as :func:`load` with the ``text`` of a file; ``source`` is what errors call it."""
-    try:
-        data = tomllib.loads(text)
-    except RecursionError:
-        raise ConfigError([f"{source}: expected TOML, got one nested too deeply"]) from None
-    except ValueError as error:
-        raise ConfigError([f"{source}: expected TOML: {error}"]) from error
+    data = _toml(text, source)
     problems: list[str] = []
     try:
         instance_name(instance)
@@ -127,6 +139,25 @@ def parse(
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _text_of(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: expected a file to read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: expected UTF-8, as TOML is (byte {error.start})"]) from error
+
+
+def _toml(text: str, source: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError([f"{source}: expected TOML, got one nested too deeply"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{source}: expected TOML: {error}"]) from error
 
 
 def _read(root: Table, instance: str, environ: Mapping[str, str], problems: list[str]) -> Config:
@@ -143,6 +174,7 @@ def _read(root: Table, instance: str, environ: Mapping[str, str], problems: list
         trace=read_trace(root.table("trace", "trace"), instance),
     )
     _check_route_names(config.routes, problems)
+    _check_session_header(config, problems)
     clients = _read_clients(root, config.routes)
     _check_keys(clients, problems)
     _check_present(config, clients, problems)
@@ -165,6 +197,15 @@ def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:
                 f"routes[{at}].name: expected a name of its own: set `name`, "
                 f"as routes[{first[route.name]}] is called {show(route.name)} already"
             )
+
+
+def _check_session_header(config: Config, problems: list[str]) -> None:
+    name = config.trace.session_header
+    if any(name == provider.header for provider in config.providers.values()):
+        problems.append(
+            "trace.session_header: expected a header that carries no key, "
+            f"but a provider's `header` is {show(name)}"
+        )
 
 
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:

@@ -173,6 +173,14 @@ def added_header_name(value: object, credential: str) -> str:
     return lower
 
 
+def session_header(value: object) -> str:
+    """Read the name of the field in which callers name their session, in lower case."""
+    lower = header_name(value)
+    if lower in _CARRY_KEYS or lower == "cookie":
+        raise Wrong("a header that carries no key: what it says is recorded")
+    return lower
+
+
 def field_value(value: object) -> str:
     """Read the value of a header field."""
     if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):

@@ -103,7 +103,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "routes.timeouts": ("connect", "first_byte", "idle", "total", "client_stall"),
     "routes.override.*": ("model",),
     "clients.*": ("keys", "routes", "models"),
-    "trace": ("jsonl",),
+    "trace": ("jsonl", "ledger", "keep", "otlp", "session_header"),
 }
 
 #: Keys that the design has and this version has not; they are refused, never read and ignored.
@@ -127,7 +127,6 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {
     "clients.*": frozenset(
         {"max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"}
     ),
-    "trace": frozenset({"ledger", "keep", "otlp", "session_header"}),
 }
 
 NOT_BUILT_YET = "is not built yet in this version"

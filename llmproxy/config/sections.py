@@ -28,6 +28,7 @@ from llmproxy.config.readers import (
     reference,
     route_name,
     route_path,
+    session_header,
 )
 from llmproxy.config.schema import KEYS, NOT_BUILT_YET, Table
 from llmproxy.config.settings import (
@@ -129,7 +130,16 @@ def read_limits(table: Table) -> Limits:
 
 def read_trace(table: Table, instance: str) -> Trace:
     """Read ``[trace]``."""
-    return Trace(jsonl=table.read("jsonl", file_of_instance(instance), None))
+    ours = Trace()
+    if "keep" in table and table.lacks("ledger"):
+        table.problem("keep", "expected `ledger` beside it, which it is for")
+    return Trace(
+        jsonl=table.read("jsonl", file_of_instance(instance), None),
+        ledger=table.read("ledger", file_of_instance(instance), None),
+        keep=table.read("keep", duration_or_off, ours.keep),
+        otlp=table.read("otlp", url, None),
+        session_header=table.read("session_header", session_header, ours.session_header),
+    )
 
 
 def read_provider(name: str, table: Table, credentials: Credentials) -> Provider:

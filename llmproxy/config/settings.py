@@ -166,9 +166,17 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the record of each request goes; ``None`` is nowhere."""
+    """Where the record of each request goes; ``None`` is nowhere.
+
+    ``keep`` is for how many seconds the ledger keeps it (``None``: for ever), ``session_header``
+    the lower-case name of the field in which callers name their session.
+    """
 
     jsonl: str | None = None
+    ledger: str | None = None
+    keep: float | None = 30 * 86400.0
+    otlp: Url | None = None
+    session_header: str = "x-session-id"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "providers": {name: _provider(one) for name, one in self.providers.items()},
             "routes": [_route(one) for one in self.routes],
             "clients": {name: _client(one) for name, one in self.clients.items()},
-            "trace": msgspec.structs.asdict(self.trace),
+            "trace": _trace(self.trace),
         }
 
 
@@ -259,6 +267,16 @@ def _route(route: Route) -> dict[str, object]:
         "error_event": route.error_event,
         "capture": route.capture,
         "request_body": None if route.request_body is None else show_size(route.request_body),
+    }
+
+
+def _trace(trace: Trace) -> dict[str, object]:
+    return {
+        "jsonl": trace.jsonl,
+        "ledger": trace.ledger,
+        "keep": show_duration(trace.keep),
+        "otlp": None if trace.otlp is None else str(trace.otlp),
+        "session_header": trace.session_header,
     }
 
 

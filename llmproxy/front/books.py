@@ -37,6 +37,7 @@ class Books:
         clock: monotonic seconds.
         wall: seconds since the epoch.
         instance: this process's name among several.
+        session_header: the field in which callers name their session, in lower case.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Books:
         clock: Callable[[], float],
         wall: Callable[[], float],
         instance: str,
+        session_header: str = "x-session-id",
     ) -> None:
         self._metrics = metrics
         self._sink = sink
@@ -55,6 +57,7 @@ class Books:
         self._clock = clock
         self.now = wall
         self._instance = instance
+        self._session_header = session_header.encode("ascii")
         self._running: set[Exchange] = set()
 
     @property
@@ -64,7 +67,7 @@ class Books:
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        trace = new_trace(request, time=self.now(), instance=self._instance)
+        trace = new_trace(request, self._session_header, time=self.now(), instance=self._instance)
         exchange = Exchange(request, trace, self._clock())
         self._running.add(exchange)
         self._metrics.request_began()
@@ -110,10 +113,11 @@ class Books:
             self._access(trace, None, None)
 
 
-def new_trace(request: Request, *, time: float, instance: str) -> Trace:
+def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:
     """Return the record of a request that has just come in, with an id of its own.
 
     Args:
+        session_header: the field in which callers name their session, in lower case.
         time: seconds since the epoch.
     """
     first = request.first
@@ -124,7 +128,7 @@ def new_trace(request: Request, *, time: float, instance: str) -> Trace:
         instance=instance,
         peer=request.channel.peer_name,
         user_agent=_text(first.get(b"user-agent")),
-        session=_text(first.get(b"x-session-id")),
+        session=_text(first.get(session_header)),
         method=request.method.decode("ascii", "backslashreplace"),
         path=_path(request.path),
     )

@@ -10,7 +10,7 @@ from llmproxy.front.tls import ListenerTls
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.reload import Reload
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Sink
+from llmproxy.record.sinks import Sinks
 from llmproxy.upstream.client import Upstream
 
 
@@ -19,7 +19,7 @@ def expose(
     *,
     site: Site,
     upstream: Upstream,
-    sink: Sink,
+    sink: Sinks,
     drain: Drain,
     reload: Reload,
     tls: ListenerTls | None,
@@ -70,5 +70,5 @@ def expose(
         "records_lost",
         "Records that were not written.",
         ["sink"],
-        lambda: {(sink.name,): sink.lost},
+        lambda: {(name,): float(lost) for name, lost in sink.losses().items()},
     )

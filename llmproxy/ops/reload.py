@@ -1,5 +1,6 @@
 """SIGHUP: the file is read again, and what can change without a restart changes.
 
+Trace files are opened anew first, whatever the configuration says: that is how logrotate asks.
 A file with a mistake changes nothing.  What changes is the certificate of the TLS listeners and its
 key; what else is new in the file waits for the next start, and the log says so.
 """
@@ -25,6 +26,7 @@ class Reload:
         running: the configuration that the process began with.
         tls: what the TLS listeners show, where there are some.
         wall: seconds since the epoch.
+        reopen: opens the trace files anew.
 
     Attributes:
         succeeded: whether the last reading did; the start counts as one.
@@ -37,16 +39,19 @@ class Reload:
         running: Config,
         tls: ListenerTls | None,
         wall: Callable[[], float],
+        reopen: Callable[[], None],
     ) -> None:
         self._reread = reread
         self._running = running
         self._tls = tls
         self._wall = wall
+        self._reopen = reopen
         self.succeeded = True
         self.succeeded_at = wall()
 
     def __call__(self) -> None:
         """Read the file; it never raises."""
+        self._reopen()
         try:
             config = self._reread()
             keypair = config.proxy.keypair

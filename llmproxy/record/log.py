@@ -19,9 +19,9 @@ from twisted.python.logfile import LogFile
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
-from llmproxy.record.trace import Trace, timestamp
+from llmproxy.record.trace import NAMES, Trace, timestamp
 
-_TOLD = tuple(n for n in Trace.__struct_fields__ if n not in ("attempts", "degraded", "time"))
+_TOLD = tuple(name for name in NAMES if name not in ("attempts", "degraded", "time"))
 _told_of = attrgetter(*_TOLD)
 
 _AccessLine = msgspec.defstruct(

@@ -1,31 +1,21 @@
-"""The one record of one request, written when it ends, and the file that it is written to.
+"""The one record of one request, written when it ends.
 
-Records pass a bounded queue to one writer thread: a full disk or a slow one loses records, which
-are counted, and never holds up a stream.  No content and no key is ever in a record.
+What becomes of it is the business of a :class:`Sink`; ``record/sinks.py`` has those that there are.
+No key is ever in a record, and no content unless a route asks for it (``capture``).
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import deque
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Protocol
 
 import msgspec
-from twisted.logger import Logger
+from msgspec import UNSET, UnsetType
 
-_QUEUE = 10_000
-"""Most records that wait for the writer; about 10 MB."""
-
-_BATCH = 2_000
-"""Most records that are written together."""
-
-_GATHER = 0.02
-"""Seconds for which the writer waits for more: waking it costs more than a record."""
-
-_log = Logger()
+CONTENT = ("finish_reason", "response_id", "text", "tool_calls")
+"""The fields that speak of an answer's content: only where they are set, and in no ledger."""
 
 
 class Attempt(msgspec.Struct):
@@ -41,11 +31,20 @@ class Attempt(msgspec.Struct):
     cause: str | None = None
 
 
+class ToolCall(Protocol):
+    """What a tool was called with; a struct that is encoded as it is."""
+
+    @property
+    def arguments(self) -> str:
+        """Mostly JSON."""
+
+
 class Trace(msgspec.Struct, kw_only=True):
     """What is remembered of one request; names and order are those of design 10.
 
-    Times are in seconds, ``bytes_in`` and ``bytes_out`` count bodies.  Token fields stay null until
-    something counts tokens.
+    Times are in seconds, ``bytes_in`` and ``bytes_out`` count bodies.  Token fields are null where
+    nothing counted tokens: unknown is not zero.  The last fields, :data:`CONTENT`, are left out of
+    the record unless they are set; whoever sets ``tool_calls`` sets ``text``, too, if only to "".
     """
 
     time: str
@@ -84,24 +83,34 @@ class Trace(msgspec.Struct, kw_only=True):
     reasoning_tokens: int | None = None
     usage: str | None = None
     degraded: list[str] = msgspec.field(default_factory=list)
+    finish_reason: str | UnsetType = UNSET
+    response_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    tool_calls: Sequence[ToolCall] | UnsetType = UNSET
+
+
+NAMES = tuple(name for name in Trace.__struct_fields__ if name not in CONTENT)
+"""The fields that every record has, in their order."""
+
+
+def content_size(trace: Trace) -> int:
+    """Return how many characters of an answer's content a trace holds."""
+    size = 0 if trace.text is UNSET else len(trace.text)
+    if trace.tool_calls is not UNSET:
+        size += sum(len(call.arguments) for call in trace.tool_calls)
+    return size
+
+
+def without_content(trace: Trace) -> Trace:
+    """Return a trace as it is without the text and the tool calls of its answer."""
+    return msgspec.structs.replace(trace, text=UNSET, tool_calls=UNSET)
 
 
 class Sink(Protocol):
-    """Where traces go.
-
-    Attributes:
-        name: what the metric calls it.
-        lost: how many traces were not written.
-    """
-
-    name: str
-    lost: int
+    """Where traces go, as the path of a request sees it."""
 
     def write(self, trace: Trace) -> None:
         """Take one trace; never blocks and never raises."""
-
-    def close(self) -> None:
-        """Write what waits, and stop."""
 
 
 def timestamp(seconds: float) -> str:
@@ -113,93 +122,3 @@ def timestamp(seconds: float) -> str:
 @lru_cache(maxsize=16)
 def _whole_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")
-
-
-class JsonLines:
-    """Appends traces to a file, one JSON object a line.
-
-    Args:
-        path: the file; opened at once, so that a path that cannot be written stops the start.
-
-    Attributes:
-        lost: records that were not written, because the queue was full or the file refused them.
-
-    Raises:
-        OSError: the file cannot be opened for appending.
-    """
-
-    name = "jsonl"
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.lost = 0
-        self._failing = False
-        self._closing = False
-        self._closed = threading.Event()
-        self._waiting: deque[Trace] = deque()
-        self._wake = threading.Event()
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        self._encoder = msgspec.json.Encoder()
-        self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
-        self._thread.start()
-
-    def write(self, trace: Trace) -> None:
-        """Queue one trace, or lose it where the queue is full."""
-        waiting = self._waiting
-        if len(waiting) >= _QUEUE:
-            self.lost += 1
-            return
-        waiting.append(trace)
-        if len(waiting) == 1:
-            self._wake.set()
-
-    def close(self) -> None:
-        """Write what waits, for at most five seconds, and stop."""
-        self._closing = True
-        self._closed.set()
-        self._wake.set()
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            try:
-                self._append(b"".join(self._encoder.encode(trace) + b"\n" for trace in batch))
-                self._failing = False
-            except Exception as error:
-                self.lost += len(batch)
-                if not self._failing:
-                    self._failing = True
-                    _log.error("traces are being lost: {reason}", reason=str(error))
-        os.close(self._file)
-
-    def _next_batch(self) -> list[Trace] | None:
-        """Wait for traces, a moment for more of them, and take all; None once the end has come."""
-        waiting = self._waiting
-        while not waiting:
-            if self._closing:
-                return None
-            self._wake.wait()
-            self._wake.clear()
-        self._closed.wait(_GATHER)  # so that a busy daemon wakes this thread fifty times a second
-        return [waiting.popleft() for _ in range(min(len(waiting), _BATCH))]
-
-    def _append(self, lines: bytes) -> None:
-        """Append whole lines; what a full disk took of them is cut off again."""
-        before = os.fstat(self._file).st_size
-        written = os.write(self._file, lines)
-        if written != len(lines):
-            os.ftruncate(self._file, before)
-            raise OSError(28, "the disk is full")
-
-
-class NoSink:
-    """Takes traces and forgets them: no trace file is configured."""
-
-    name = "none"
-    lost = 0
-
-    def write(self, trace: Trace) -> None:
-        """Forget it."""
-
-    def close(self) -> None:
-        """Nothing to close."""

@@ -169,7 +169,7 @@ def test_a_wrong_command_line(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["check"], ["keys"], ["keys", "new"], ["demo"]], ids=" ".join
+    "command", [[], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]], ids=" ".join
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Each command has a help that tells the exit codes, in plain ASCII."""

@@ -22,7 +22,7 @@ from llmproxy.front.books import Books
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Trace
+from llmproxy.record.trace import NAMES, Trace
 from tests.support.fake_transport import FIN, RESET, FakeTransport
 from tests.support.sockets import chunked, request
 
@@ -275,7 +275,7 @@ def test_a_record_tells_the_whole_story() -> None:
     answer.end()
     trace = stage.trace()
 
-    told = {name: getattr(trace, name) for name in trace.__struct_fields__}
+    told = {name: getattr(trace, name) for name in NAMES}
     attempt = told.pop("attempts")[0]
     assert (attempt.provider, attempt.outcome, attempt.seconds) == ("p", "ok", 1.0)
     assert len(told.pop("id")) == 24

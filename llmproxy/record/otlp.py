@@ -1,0 +1,146 @@
+"""Traces to an OpenTelemetry collector, by OTLP over HTTP with JSON (``POST /v1/traces``).
+
+It blocks, and so it has a thread and a queue of its own: a collector that hangs holds up nobody
+else.  A batch is one request on a connection of its own, with a deadline over all of it.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from math import inf
+
+import msgspec
+
+from llmproxy.config import Url
+from llmproxy.record.output import Busy, Lost
+from llmproxy.record.spans import export_request
+from llmproxy.record.trace import Trace
+
+BATCH = 512
+"""Most spans in a request, as the SDKs of OpenTelemetry have it."""
+
+GATHER_S = 1.0
+"""Seconds for which spans wait for one another."""
+
+_DEADLINE_S = 4.0
+"""Seconds that a request may take; below the time that the end of the process leaves."""
+
+_AGAIN_S = 1.0
+"""Seconds between two tries at a collector that is not there."""
+
+_ANSWER_BYTES = 65536
+"""What is read of an answer, which says little."""
+
+_AGAIN = frozenset((429, 502, 503, 504))
+"""The statuses after which OTLP lets a client try again."""
+
+
+class _Partial(msgspec.Struct, rename="camel"):
+    """How many spans the collector refused of a batch that it took, and why."""
+
+    rejected_spans: int | str = 0
+    error_message: str = ""
+
+
+class _Answer(msgspec.Struct, rename="camel"):
+    partial_success: _Partial | None = None
+
+
+class Otlp:
+    """Sends traces to a collector.
+
+    Args:
+        url: the collector; ``/v1/traces`` is put behind its path.
+        resource: attributes of this process, such as ``service.name``.
+        deadline_s: seconds that one request may take.
+    """
+
+    name = "otlp"
+    patience_s = 5.0
+    keeps_content = False
+
+    def __init__(
+        self, url: Url, resource: dict[str, str], *, deadline_s: float = _DEADLINE_S
+    ) -> None:
+        self._url = url
+        self._path = f"{url.path}/v1/traces"
+        self._resource = resource
+        self._deadline_s = deadline_s
+        self._context = ssl.create_default_context() if url.scheme == "https" else None
+
+    def put(self, traces: list[Trace]) -> None:
+        """Send these traces as one request.
+
+        Raises:
+            Busy: the collector cannot be reached, or asks for another try.
+            Lost: it refused some of them.
+            OSError: it refused all.
+        """
+        body, refused = export_request(traces, self._resource)
+        try:
+            status, answer = self._post(body)
+        except (OSError, HTTPException) as error:
+            raise Busy(str(error) or type(error).__name__, again_s=_AGAIN_S) from error
+        if status in _AGAIN:
+            raise Busy(f"the collector answered {status}", again_s=_AGAIN_S)
+        if not 200 <= status < 300:
+            raise OSError(f"the collector answered {status}")
+        rejected, why = _rejected(answer)
+        if rejected or refused:
+            count = min(rejected + refused, len(traces))
+            raise Lost(count, f"the collector refused spans: {why}" if rejected else "no span")
+
+    def chore(self) -> float:
+        """There is none."""
+        return inf
+
+    def reopen(self) -> None:
+        """No connection is kept."""
+
+    def close(self) -> None:
+        """No connection is kept."""
+
+    def _post(self, body: bytes) -> tuple[int, bytes]:
+        connection = self._connection()
+        connection.connect()
+        deadline = threading.Timer(self._deadline_s, _cutter(connection))
+        deadline.daemon = True
+        deadline.start()
+        try:
+            fields = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request("POST", self._path, body, fields)
+            answer: HTTPResponse = connection.getresponse()
+            return answer.status, answer.read(_ANSWER_BYTES)
+        finally:
+            deadline.cancel()
+            connection.close()
+
+    def _connection(self) -> HTTPConnection:
+        host, port = self._url.host, self._url.port
+        if self._context is None:
+            return HTTPConnection(host, port, timeout=self._deadline_s)
+        return HTTPSConnection(host, port, timeout=self._deadline_s, context=self._context)
+
+
+def _cutter(connection: HTTPConnection) -> Callable[[], None]:
+    """Return what ends a request: the socket's own timeout begins anew with every byte."""
+    sock = connection.sock
+
+    def cut() -> None:
+        with suppress(OSError):
+            sock.shutdown(2)
+
+    return cut
+
+
+def _rejected(answer: bytes) -> tuple[int, str]:
+    """Return how many spans the collector took a request without, and why."""
+    try:
+        partial = msgspec.json.decode(answer, type=_Answer).partial_success
+        return (0, "") if partial is None else (int(partial.rejected_spans), partial.error_message)
+    except ValueError:  # an empty answer, or one in another encoding
+        return 0, ""

@@ -1,0 +1,169 @@
+"""Traces as OpenTelemetry spans, in the JSON encoding of OTLP.
+
+One span a trace.  Attributes have the names of the semantic conventions where there is one
+(``gen_ai.*``, ``http.*``, ``error.type``) and ``llmproxy.*`` else; what is not known is left out.
+An answer's text and tool calls never go into a span.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from operator import attrgetter
+
+import msgspec
+from msgspec import UNSET
+
+from llmproxy.record.trace import Trace
+
+_CLIENT = 3  # SPAN_KIND_CLIENT, as the conventions have it for a call of a model
+_ERROR = 2  # STATUS_CODE_ERROR
+
+_SLICE = 16
+"""Spans after which other threads get their turn: a long one would hold up the streams."""
+
+_OPERATIONS = (
+    ("/embeddings", "embeddings"),
+    ("/embed", "embeddings"),
+    ("/chat/completions", "chat"),
+    ("/completions", "text_completion"),
+    ("/generate", "text_completion"),
+    ("/responses", "chat"),
+    ("/messages", "chat"),
+    ("/chat", "chat"),
+)
+"""What a request asks for, by the end of its path (``gen_ai.operation.name``)."""
+
+
+def _string(value: object) -> dict[str, object]:
+    return {"stringValue": value}
+
+
+def _integer(value: object) -> dict[str, object]:
+    return {"intValue": str(value)}  # 64 bits are text in protobuf's JSON
+
+
+def _double(value: object) -> dict[str, object]:
+    return {"doubleValue": value}
+
+
+def _boolean(value: object) -> dict[str, object]:
+    return {"boolValue": value}
+
+
+def _strings(values: Iterable[object]) -> dict[str, object]:
+    return {"arrayValue": {"values": [_string(value) for value in values]}}
+
+
+_Kind = Callable[[object], "dict[str, object]"]
+
+_ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
+    ("gen_ai.provider.name", "dialect", _string),
+    ("gen_ai.request.model", "model", _string),
+    ("gen_ai.response.model", "served_model", _string),
+    ("gen_ai.conversation.id", "session", _string),
+    ("gen_ai.usage.input_tokens", "input_tokens", _integer),
+    ("gen_ai.usage.output_tokens", "output_tokens", _integer),
+    ("gen_ai.usage.cache_read.input_tokens", "cache_read_tokens", _integer),
+    ("gen_ai.usage.cache_creation.input_tokens", "cache_write_tokens", _integer),
+    ("gen_ai.usage.reasoning.output_tokens", "reasoning_tokens", _integer),
+    ("gen_ai.response.id", "response_id", _string),
+    ("http.request.method", "method", _string),
+    ("http.response.status_code", "status", _integer),
+    ("url.path", "path", _string),
+    ("user_agent.original", "user_agent", _string),
+    ("client.address", "peer", _string),
+    ("llmproxy.id", "id", _string),
+    ("llmproxy.client_request_id", "client_request_id", _string),
+    ("llmproxy.client", "client", _string),
+    ("llmproxy.route", "route", _string),
+    ("llmproxy.provider", "provider", _string),
+    ("llmproxy.stream", "stream", _boolean),
+    ("llmproxy.end_reason", "end_reason", _string),
+    ("llmproxy.error", "error", _string),
+    ("llmproxy.is_complete", "is_complete", _boolean),
+    ("llmproxy.bytes_in", "bytes_in", _integer),
+    ("llmproxy.bytes_out", "bytes_out", _integer),
+    ("llmproxy.chunks", "chunks", _integer),
+    ("llmproxy.head_s", "head_s", _double),
+    ("llmproxy.first_chunk_s", "first_chunk_s", _double),
+    ("llmproxy.longest_gap_s", "longest_gap_s", _double),
+    ("llmproxy.paused_s", "paused_s", _double),
+    ("llmproxy.usage", "usage", _string),
+)
+_values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
+
+
+def export_request(traces: list[Trace], resource: dict[str, str]) -> tuple[bytes, int]:
+    """Return the body of an OTLP request, and how many traces would not become a span.
+
+    Args:
+        traces: at least one.
+        resource: attributes of this process.
+    """
+    encoder = msgspec.json.Encoder()
+    spans: list[msgspec.Raw] = []
+    for at in range(0, len(traces), _SLICE):
+        spans += filter(None, (_encoded(trace, encoder) for trace in traces[at : at + _SLICE]))
+        time.sleep(0)  # lets go of the interpreter
+    body = {
+        "resourceSpans": [
+            {
+                "resource": {
+                    "attributes": [
+                        {"key": key, "value": _string(value)} for key, value in resource.items()
+                    ]
+                },
+                "scopeSpans": [{"scope": {"name": "llmproxy"}, "spans": spans}],
+            }
+        ]
+    }
+    return encoder.encode(body), len(traces) - len(spans)
+
+
+def _encoded(trace: Trace, encoder: msgspec.json.Encoder) -> msgspec.Raw | None:
+    """Return the trace's span; None where it cannot be one (half a surrogate pair)."""
+    try:
+        return msgspec.Raw(encoder.encode(_span(trace)))
+    except Exception:
+        return None
+
+
+def _span(trace: Trace) -> dict[str, object]:
+    began = _nanoseconds(trace.time)
+    span_id = trace.id.zfill(32)
+    operation = next((word for end, word in _OPERATIONS if trace.path.endswith(end)), None)
+    words = (operation or trace.method, trace.model or trace.route)
+    return {
+        "traceId": span_id,
+        "spanId": span_id[-16:],
+        "name": " ".join(word for word in words if word) or "request",
+        "kind": _CLIENT,
+        "startTimeUnixNano": str(began),
+        "endTimeUnixNano": str(began + round(trace.duration_s * 1e9)),
+        "attributes": list(_attributes(trace, operation)),
+        "status": {} if trace.is_complete else {"code": _ERROR, "message": trace.end_reason},
+    }
+
+
+def _attributes(trace: Trace, operation: str | None) -> Iterable[dict[str, object]]:
+    for (key, _, kind), value in zip(_ATTRIBUTES, _values_of(trace), strict=True):
+        if value is not None and value is not UNSET:
+            yield {"key": key, "value": kind(value)}
+    if operation is not None:
+        yield {"key": "gen_ai.operation.name", "value": _string(operation)}
+    if not trace.is_complete:
+        yield {"key": "error.type", "value": _string(trace.error or trace.end_reason)}
+    if trace.finish_reason is not UNSET:
+        yield {"key": "gen_ai.response.finish_reasons", "value": _strings([trace.finish_reason])}
+    if trace.attempts:
+        told = (f"{one.provider} {one.outcome} {one.seconds:.3f}" for one in trace.attempts)
+        yield {"key": "llmproxy.attempts", "value": _strings(told)}
+    if trace.degraded:
+        yield {"key": "llmproxy.degraded", "value": _strings(trace.degraded)}
+
+
+def _nanoseconds(time_text: str) -> int:
+    """Return a record's time in nanoseconds since the epoch, exactly to its millisecond."""
+    return round(datetime.fromisoformat(time_text).timestamp() * 1000) * 1_000_000

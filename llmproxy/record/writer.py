@@ -1,0 +1,158 @@
+"""One bounded queue, one thread, and the outputs that the thread writes to.
+
+The path of a request appends to the queue and goes on.  The thread takes traces in batches and
+gives each batch to every output in turn; what an output does not take is lost for it alone, and
+counted by its lane.  Nobody has to restart anything after a failure (ADR-0013).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from math import inf
+
+import msgspec
+from msgspec import UNSET
+
+from llmproxy.record.output import Lane, Output
+from llmproxy.record.trace import Trace, content_size, without_content
+
+QUEUE = 10_000
+"""Most traces that wait for the thread, and for an output that is busy; about 10 MB each."""
+
+BATCH = 256
+"""Most traces that an output gets at once: while they are encoded, the reactor waits."""
+
+CONTENT = 64 * 1024**2
+"""Most characters of answers that wait; beyond that records are kept without them."""
+
+_BATCH_CONTENT = 1024**2
+"""So many characters of answers end a batch before its time."""
+
+GATHER_S = 0.02
+"""Seconds for which the thread waits for more: waking it costs more than a trace."""
+
+
+class Writer:
+    """The queue and its thread, which runs from the beginning.
+
+    Args:
+        outputs: they get every trace, the first one first.
+        clock: monotonic seconds; called by the thread, too.
+        gather_s: seconds for which the thread waits for more, once there is a trace.
+        batch: most traces that an output gets at once.
+        queue: most traces that wait.
+        content: most characters of answers that wait.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Output],
+        *,
+        clock: Callable[[], float],
+        gather_s: float = GATHER_S,
+        batch: int = BATCH,
+        queue: int = QUEUE,
+        content: int = CONTENT,
+    ) -> None:
+        self._lanes = [Lane(output, clock, batch, queue) for output in outputs]
+        self._clock = clock
+        self._gather_s = gather_s
+        self._batch = batch
+        self._most = queue
+        self._most_content = content if any(one.keeps_content for one in outputs) else -1
+        self._content_in = 0  # the reactor's count
+        self._content_out = 0  # the thread's: neither writes the other's
+        self._waiting: deque[Trace] = deque()
+        self._overflowed = 0
+        self._wake = threading.Event()
+        self._finishing = threading.Event()
+        self._reopening = False
+        self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
+        self._thread.start()
+
+    def write(self, trace: Trace) -> None:
+        """Queue one trace, or lose it where the queue is full."""
+        waiting = self._waiting
+        if len(waiting) >= self._most:
+            self._overflowed += 1
+            return
+        if trace.text is not UNSET:
+            trace = self._with_room(trace)
+        waiting.append(trace)
+        if len(waiting) == 1:
+            self._wake.set()
+
+    def _with_room(self, trace: Trace) -> Trace:
+        """Return a trace as there is room for it: without its content where too much waits."""
+        if self._most_content < 0:
+            return without_content(trace)
+        size = content_size(trace)
+        if self._content_in - self._content_out + size > self._most_content:
+            degraded = [*trace.degraded, "content"]
+            return msgspec.structs.replace(without_content(trace), degraded=degraded)
+        self._content_in += size
+        return trace
+
+    def losses(self) -> dict[str, int]:
+        """Return how many traces each output has not kept, by its name."""
+        return {lane.output.name: lane.lost + self._overflowed for lane in self._lanes}
+
+    def reopen(self) -> None:
+        """Let every output open its file anew, soon; traces that wait are lost to none."""
+        self._reopening = True
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Begin to end: what waits is written, and nobody waits for more."""
+        self._finishing.set()
+        self._wake.set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end, so long at most; what is not written by then is lost, and told."""
+        self._thread.join(timeout=seconds)
+        self._most = 0
+        if self._thread.is_alive():
+            for lane in self._lanes:
+                lane.give_up(len(self._waiting))
+
+    def _run(self) -> None:
+        while True:
+            self._rest()
+            if self._reopening:
+                self._reopening = False
+                for lane in self._lanes:
+                    lane.reopen()
+            batch, content = self._next_batch()
+            for lane in self._lanes:
+                lane.take(batch)
+            self._content_out += content
+            if self._finishing.is_set() and not self._has_work():
+                break
+        for lane in self._lanes:
+            lane.close()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting) or any(lane.held for lane in self._lanes)
+
+    def _rest(self) -> None:
+        """Wait for traces, or for the time of something else, then a moment for more traces."""
+        due = min(lane.due() for lane in self._lanes)
+        if not self._waiting and not (self._finishing.is_set() and not self._has_work()):
+            self._wake.wait(None if due == inf else max(0.0, due - self._clock()))
+        self._wake.clear()
+        if self._waiting:
+            self._finishing.wait(self._gather_s)
+
+    def _next_batch(self) -> tuple[list[Trace], int]:
+        """Take traces out of the queue; return them, and how large their content is."""
+        waiting = self._waiting
+        batch: list[Trace] = []
+        content = 0
+        while waiting and len(batch) < self._batch and content < _BATCH_CONTENT:
+            trace = waiting.popleft()
+            batch.append(trace)
+            if trace.text is not UNSET:
+                content += content_size(trace)
+        return batch, content

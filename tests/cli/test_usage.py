@@ -1,0 +1,270 @@
+"""``llmproxy usage``: what it prints where, of which ledgers, and with which code it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from llmproxy.cli import usage
+from llmproxy.cli.main import main
+from llmproxy.record.ledger import Ledger
+from llmproxy.record.trace import Trace
+from tests.support.records import trace
+
+NOW = 1_793_577_600.0  # 2026-11-02T00:00:00Z
+
+
+def fill(path: Path, *traces: Trace) -> str:
+    """Make a ledger with these traces; return its name."""
+    with closing(Ledger(str(path), keep_s=None, wall=lambda: NOW)) as ledger:
+        ledger.put(list(traces))
+    return str(path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A ledger with three requests."""
+    reported: dict[str, Any] = {"usage": "reported", "is_complete": True}
+    return fill(
+        tmp_path / "ledger",
+        trace(1, client="a", model="m", session="s", input_tokens=1000, **reported),
+        trace(2, client="a", model="m", session="s", time="2026-11-02T00:00:00.000Z"),
+        trace(3, client="b", model="n", input_tokens=0, output_tokens=5, **reported),
+    )
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Path:
+    """A configuration file whose ledger has the instance in its name; nothing else is whole."""
+    path = tmp_path / "llmproxy.toml"
+    path.write_text(
+        f'[trace]\nledger = "{tmp_path}/led[ge]r-{{instance}}.db"\n'
+        '[providers.p]\ncredential = "not-there"\n'
+    )
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what a command that goes well prints."""
+    assert main(["usage", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def read(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Return the JSON that it prints."""
+    return json.loads(run(capsys, *arguments, "--json"))
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the words of a table, line by line, without its rules."""
+    lines = [line.split() for line in text.splitlines()]
+    return [words for words in lines if words and words[0].isascii()]
+
+
+def test_a_table(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By client and model, with a total; what nobody reported is empty, and zero is zero."""
+    text = run(capsys, file)
+    head, *body = rows(text)
+    assert " ".join(head) == (
+        "client model requests complete unreported input output cache read cache write reasoning"
+    )
+    assert body == [
+        ["a", "m", "2", "1", "1", "1,000"],
+        ["b", "n", "1", "1", "0", "0", "5"],
+        ["total", "3", "2", "1", "1,000", "5"],
+    ]
+    assert "\x1b" not in text
+
+
+def test_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program reads groups and total; unknown is null."""
+    told = read(capsys, file, "--by", "day,client")
+    assert told["by"] == ["day", "client"]
+    first = told["groups"][0]
+    assert first == {
+        "day": "2026-11-01",
+        "client": "a",
+        "requests": 1,
+        "complete": 1,
+        "unreported": 0,
+        "input_tokens": 1000,
+        "output_tokens": None,
+        "cache_read_tokens": None,
+        "cache_write_tokens": None,
+        "reasoning_tokens": None,
+    }
+    assert [group["day"][-1] + group["client"] for group in told["groups"]] == ["1a", "1b", "2a"]
+    assert told["total"]["requests"] == 3
+
+
+@pytest.mark.parametrize(
+    ("since", "count"),
+    [
+        ("24h", 3),
+        ("1d", 3),
+        ("23h", 1),
+        ("2026-11-01", 3),
+        ("2026-11-02", 1),
+        ("2026-11-01T00:00:00.001Z", 1),
+        ("2026-11-01T01:00+01:00", 3),
+        ("2026-11-03", 0),
+        ("0001-01-01T00:00+23:00", 3),
+    ],
+)
+def test_since(
+    since: str,
+    count: int,
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So long ago, or since a day or a moment; days begin in UTC."""
+    monkeypatch.setattr(usage.time, "time", lambda: NOW)  # type: ignore[attr-defined]  # its import
+    assert read(capsys, file, "--since", since)["total"]["requests"] == count
+
+
+def test_sessions(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint of each, as a table and for programs."""
+    assert rows(run(capsys, file, "--sessions"))[1] == [
+        "s",
+        "a",
+        "2026-11-01T00:00:00.000Z",
+        "2026-11-02T00:00:00.000Z",
+        "2",
+        "2",
+        "1",
+        "1",
+        "1,000",
+    ]
+    (session,) = read(capsys, file, "--sessions")["sessions"]
+    assert (session["session"], session["client"], session["last_trace"]) == ("s", "a", "2")
+    assert (session["requests"], session["complete"], session["incomplete"]) == (2, 1, 1)
+    assert read(capsys, file, "--sessions", "--since", "2026-11-03") == {"sessions": []}
+
+
+def test_every_instance_is_counted(
+    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file that the configured name can stand for; of the rest of it nothing is read."""
+    for name in ("0", "west.1", "-"):
+        fill(tmp_path / f"led[ge]r-{name}.db", trace(1, instance=name))
+    for name in ("ledger-0.db", "led[ge]r-a b.db", "led[ge]r-0.db-wal", "led[ge]r-.db"):
+        (tmp_path / name).write_text("no ledger")
+    told = read(capsys, "--config", str(configured), "--by", "instance")
+    assert [group["instance"] for group in told["groups"]] == ["-", "0", "west.1"]
+
+
+def test_what_sqlite_puts_beside_a_ledger_is_none(
+    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that ends with the instance fits the files of the write-ahead log, too."""
+    configured.write_text(f'[trace]\nledger = "{tmp_path}/{{instance}}/ledger-{{instance}}"\n')
+    for name in ("0", "1", "x"):
+        (tmp_path / name).mkdir()
+    for name in ("0", "1"):
+        fill(tmp_path / name / f"ledger-{name}", trace(1))
+        (tmp_path / name / f"ledger-{name}-wal").touch()
+    (tmp_path / "x" / "ledger-y").write_text("of no instance: its two names differ")
+    assert read(capsys, "--config", str(configured))["total"]["requests"] == 2
+
+
+def test_one_name_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ledger without an instance in its name is that one file."""
+    config = tmp_path / "c.toml"
+    config.write_text(f'[trace]\nledger = "{fill(tmp_path / "ledger", trace(1))}"\n')
+    assert read(capsys, "--config", str(config))["total"]["requests"] == 1
+
+
+def test_files_as_arguments(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are added up, and no configuration is needed."""
+    other = fill(tmp_path / "other", trace(9, client="a", model="m"))
+    told = read(capsys, file, other, "--config", "/none", "--by", "client")
+    assert [group["requests"] for group in told["groups"]] == [3, 1]
+
+
+def test_what_cannot_be_read_is_told(
+    file: str, configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line of stderr, the code 1, and no half of a table."""
+    (tmp_path / "text").write_text("text" * 1000)
+    newer = fill(tmp_path / "newer")
+    with closing(sqlite3.connect(newer)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    bare, wrong = tmp_path / "bare.toml", tmp_path / "wrong.toml"
+    bare.write_text('[trace]\njsonl = "/t"\n')
+    wrong.write_text('[trace]\nledger = "relative"\n')
+    for arguments, words in (
+        ([file, str(tmp_path / "none")], "none: there is no such file"),
+        ([file, str(tmp_path / "text")], "text: file is not a database"),
+        ([newer, file], "newer: a ledger of a newer version"),
+        (["--config", str(bare)], "no ledger is configured ([trace] ledger)"),
+        (["--config", str(configured)], "there is no such file, of any instance"),
+        (["--config", str(wrong)], "trace.ledger: expected an absolute path"),
+        (["--config", "/none.toml"], "/none.toml: expected a file to read"),
+    ):
+        assert main(["usage", *arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--by", "client,nothing"], "expected some of client, model"),
+        (["--by", ""], "expected some of"),
+        (["--by", "client,client"], "each once"),
+        (["--since", "yesterday"], "expected a duration such as 7d, or a date"),
+        (["--since", "7"], "expected a duration"),
+        (["--since", "2026-13-01"], "expected a duration"),
+    ],
+)
+def test_a_wrong_command_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong command line is the code 2 and words on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(["usage", *arguments])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_callers_words_do_nothing_to_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither control characters nor rich's markup."""
+    file = fill(tmp_path / "ledger", trace(1, model="\x1b[2J[bold]m\n\N{SNOWMAN}"))
+    (row,) = [words for words in rows(run(capsys, file)) if words[0] == "-"]
+    assert row[1] == "\\x1b[2J[bold]m\\n\N{SNOWMAN}"
+    assert read(capsys, file)["groups"][0]["model"] == "\x1b[2J[bold]m\n\N{SNOWMAN}"
+
+
+def test_a_pipe_gets_whole_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However long they are, nothing is cut, wrapped or padded to a terminal's width."""
+    word = "m" * 500
+    file = fill(tmp_path / "ledger", trace(1, model=word))
+    assert word in run(capsys, file)
+
+
+def test_a_terminal_gets_its_own_width(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a table fits the window."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
+    lines = re.sub(r"\x1b\[[0-9]*m", "", run(capsys, file)).splitlines()
+    assert {len(line) for line in lines} == {100}

@@ -1,0 +1,306 @@
+"""Spans for a collector: what they say, and what becomes of them when it is not well."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmproxy.config import Url
+from llmproxy.record.otlp import Otlp
+from llmproxy.record.output import Busy, Lost
+from llmproxy.record.spans import export_request
+from llmproxy.record.trace import CONTENT, NAMES, Attempt, Trace
+from tests.support.collector import Collector
+from tests.support.records import trace
+from tests.support.sockets import WAIT
+from tests.support.tls import Authority
+
+RESOURCE = {"service.name": "llmproxy", "service.instance.id": "0"}
+ID = "0123456789abcdef01234567"
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector without TLS."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+def spans_of(traces: list[Trace]) -> list[dict[str, Any]]:
+    """The spans that these traces become."""
+    body, _ = export_request(traces, RESOURCE)
+    (of_resource,) = json.loads(body)["resourceSpans"]
+    (of_scope,) = of_resource["scopeSpans"]
+    spans: list[dict[str, Any]] = of_scope["spans"]
+    return spans
+
+
+def attributes_of(span: dict[str, Any]) -> dict[str, Any]:
+    """A span's attributes, each once, with the word for its type."""
+    found = {one["key"]: one["value"] for one in span["attributes"]}
+    assert len(found) == len(span["attributes"])
+    return found
+
+
+# --- what a span says -----------------------------------------------------------------------------
+
+
+def test_a_trace_is_a_span_of_the_conventions() -> None:
+    """Ids, times and the GenAI attributes, in protobuf's JSON: 64 bits are text."""
+    (span,) = spans_of(
+        [
+            trace(
+                id=ID,
+                time="2026-11-01T00:00:00.125Z",
+                duration_s=1.5,
+                method="POST",
+                path="/openai/v1/chat/completions",
+                dialect="openai",
+                provider="azure",
+                client="c",
+                model="gpt-4o",
+                served_model="gpt-4o-1",
+                session="s",
+                stream=True,
+                status=200,
+                end_reason="complete",
+                is_complete=True,
+                attempts=[Attempt("azure", "ok", 0.25)],
+                head_s=0.5,
+                input_tokens=0,
+                output_tokens=2**53 + 1,
+                cache_read_tokens=3,
+                cache_write_tokens=4,
+                reasoning_tokens=5,
+                usage="reported",
+                response_id="r",
+                finish_reason="stop",
+                degraded=["event"],
+            )
+        ]
+    )
+    assert (span["traceId"], span["spanId"]) == ("00000000" + ID, ID[-16:])
+    assert (span["name"], span["kind"], span["status"]) == ("chat gpt-4o", 3, {})
+    assert span["startTimeUnixNano"] == "1793491200125000000"
+    assert span["endTimeUnixNano"] == "1793491201625000000"
+    found = attributes_of(span)
+    assert {
+        "gen_ai.operation.name": {"stringValue": "chat"},
+        "gen_ai.provider.name": {"stringValue": "openai"},
+        "gen_ai.request.model": {"stringValue": "gpt-4o"},
+        "gen_ai.response.model": {"stringValue": "gpt-4o-1"},
+        "gen_ai.response.id": {"stringValue": "r"},
+        "gen_ai.response.finish_reasons": {"arrayValue": {"values": [{"stringValue": "stop"}]}},
+        "gen_ai.conversation.id": {"stringValue": "s"},
+        "gen_ai.usage.input_tokens": {"intValue": "0"},
+        "gen_ai.usage.output_tokens": {"intValue": "9007199254740993"},
+        "gen_ai.usage.cache_read.input_tokens": {"intValue": "3"},
+        "gen_ai.usage.cache_creation.input_tokens": {"intValue": "4"},
+        "gen_ai.usage.reasoning.output_tokens": {"intValue": "5"},
+        "http.response.status_code": {"intValue": "200"},
+        "llmproxy.provider": {"stringValue": "azure"},
+        "llmproxy.stream": {"boolValue": True},
+        "llmproxy.head_s": {"doubleValue": 0.5},
+        "llmproxy.attempts": {"arrayValue": {"values": [{"stringValue": "azure ok 0.250"}]}},
+        "llmproxy.degraded": {"arrayValue": {"values": [{"stringValue": "event"}]}},
+    }.items() <= found.items()
+    assert "error.type" not in found
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    """No null, and no zero in its place."""
+    (span,) = spans_of([trace(id=ID, path="/v1/models", end_reason="rejected", error="no_key")])
+    found = attributes_of(span)
+    assert not [key for key in found if key.startswith("gen_ai.")]
+    assert (span["name"], span["status"]) == ("GET", {"code": 2, "message": "rejected"})
+    assert found["error.type"] == {"stringValue": "no_key"}
+    assert "null" not in json.dumps(span)
+
+
+def test_every_field_is_in_a_span() -> None:
+    """A new field of the record must find its place."""
+    given: dict[str, Any] = dict.fromkeys(NAMES, 7) | dict.fromkeys(CONTENT, "7")
+    given |= {"id": ID, "time": "2026-11-01T00:00:00.000Z", "path": "/", "is_complete": False}
+    given |= {"attempts": [], "degraded": [], **dict.fromkeys(("error", "method", "model"), "7")}
+    told = set(attributes_of(spans_of([trace(**given)])[0]))
+    elsewhere = {"time", "duration_s", "attempts", "degraded", "instance"}
+    assert len(told) == len(NAMES) - len(elsewhere) + len(
+        {"response_id", "finish_reason", "error.type"}
+    )
+
+
+def test_no_content_is_in_a_span() -> None:
+    """Whatever a route captures."""
+    body, _ = export_request([trace(id=ID, text="needle")], RESOURCE)
+    assert b"needle" not in body
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/openai/v1/embeddings", "embeddings m"),
+        ("/ollama/api/embed", "embeddings m"),
+        ("/v1/completions", "text_completion m"),
+        ("/ollama/api/generate", "text_completion m"),
+        ("/anthropic/v1/messages", "chat m"),
+        ("/v1/responses", "chat m"),
+        ("/ollama/api/chat", "chat m"),
+        ("/v1/audio/speech", "GET m"),
+    ],
+)
+def test_names_of_spans(path: str, name: str) -> None:
+    """What was asked for, and of which model."""
+    assert spans_of([trace(id=ID, path=path, model="m")])[0]["name"] == name
+
+
+def test_a_resource_says_who_speaks() -> None:
+    """The process's own attributes stand once, before all its spans."""
+    body, refused = export_request([trace(id=ID) for _ in range(40)], RESOURCE)
+    (of_resource,) = json.loads(body)["resourceSpans"]
+    assert refused == 0
+    assert {
+        one["key"]: one["value"]["stringValue"] for one in of_resource["resource"]["attributes"]
+    } == RESOURCE
+    assert len(of_resource["scopeSpans"][0]["spans"]) == 40
+
+
+# --- the collector --------------------------------------------------------------------------------
+
+
+def test_a_batch_is_one_request(collector: Collector) -> None:
+    """To the path of the protocol below the collector's own."""
+    otlp = Otlp(
+        Url(scheme="http", host="localhost", port=collector.url.port, path="/base"), RESOURCE
+    )
+    otlp.put([trace(id=ID), trace(id=ID)])
+    ((path, fields, body),) = collector.requests
+    assert (path, fields["Content-Type"]) == ("/base/v1/traces", "application/json")
+    assert len(body["resourceSpans"][0]["scopeSpans"][0]["spans"]) == 2
+
+
+@pytest.mark.parametrize("status", [200, 202])
+@pytest.mark.parametrize("body", [b"", b"{}", b"\x0a\x00", b'{"partialSuccess":{}}', b"[1]"])
+def test_what_a_collector_says_when_all_is_well(
+    collector: Collector, status: int, body: bytes
+) -> None:
+    """Nothing, JSON, or something else: the status counts."""
+    collector.status, collector.body = status, body
+    Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+
+
+@pytest.mark.parametrize("count", [b"2", b'"2"'])
+def test_a_part_that_is_refused_is_lost(collector: Collector, count: bytes) -> None:
+    """The collector says how many, as a number or as text."""
+    collector.body = b'{"partialSuccess":{"rejectedSpans":%b,"errorMessage":"full"}}' % count
+    with pytest.raises(Lost, match="refused spans: full") as caught:
+        Otlp(collector.url, RESOURCE).put([trace(id=ID) for _ in range(5)])
+    assert caught.value.count == 2
+
+
+def test_what_cannot_be_a_span_is_lost_alone(collector: Collector) -> None:
+    """The others of its batch are sent."""
+    with pytest.raises(Lost) as caught:
+        Otlp(collector.url, RESOURCE).put([trace(id=ID), trace(id=ID, model="\ud800")])
+    assert caught.value.count == 1
+    assert len(collector.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 500, 301])
+def test_a_refusal_is_a_loss(collector: Collector, status: int) -> None:
+    """The protocol forbids another try."""
+    collector.status = status
+    with pytest.raises(OSError, match=f"answered {status}"):
+        Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_collector_that_is_busy_is_tried_again(collector: Collector, status: int) -> None:
+    """In a while."""
+    collector.status = status
+    with pytest.raises(Busy, match=f"answered {status}") as caught:
+        Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+    assert caught.value.again_s >= 1
+
+
+def test_a_collector_that_is_not_there_is_tried_again() -> None:
+    """Until then no connection is left."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(Busy, match="refused"):
+        Otlp(Url(scheme="http", host="127.0.0.1", port=port), RESOURCE).put([trace(id=ID)])
+
+
+def hang(conn: socket.socket, over: threading.Event) -> None:
+    """Answer nothing."""
+    over.wait(WAIT)
+
+
+def drip(conn: socket.socket, over: threading.Event) -> None:
+    """Answer a byte at a time, so that no single wait is long."""
+    while not over.wait(0.01):
+        try:
+            conn.sendall(b"H")
+        except OSError:
+            return
+
+
+def babble(conn: socket.socket, over: threading.Event) -> None:
+    """Answer what is no HTTP."""
+    conn.recv(65536)
+    conn.sendall(b"SSH-2.0-x\r\n")
+
+
+def leave(conn: socket.socket, over: threading.Event) -> None:
+    """Go away."""
+    conn.recv(65536)
+
+
+@pytest.mark.parametrize("play", [hang, drip, babble, leave])
+def test_a_collector_that_misbehaves_is_tried_again(
+    play: Callable[[socket.socket, threading.Event], None],
+) -> None:
+    """Within the deadline, whatever it does with it."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            conn, _ = server.accept()
+            with conn:
+                play(conn, over)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = Url(scheme="http", host="127.0.0.1", port=server.getsockname()[1])
+        with pytest.raises(Busy):
+            Otlp(url, RESOURCE, deadline_s=0.2).put([trace(id=ID)])
+        over.set()
+        thread.join(WAIT)
+
+
+def test_a_collector_s_certificate_is_verified(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the system trusts; without that nothing is sent."""
+    collector = Collector(authority.server())
+    try:
+        with pytest.raises(Busy, match="certificate verify failed"):
+            Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+        assert collector.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_path))
+        Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+        assert len(collector.requests) == 1
+    finally:
+        collector.close()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """An authority that nobody trusts."""
+    return Authority(tmp_path)

@@ -1,0 +1,54 @@
+"""What the tests of records share: a record, bounded waits, and lines read back."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from llmproxy.record.trace import Trace
+from tests.support.sockets import WAIT
+
+
+def trace(number: int = 0, **fields: Any) -> Trace:
+    """Return a record whose id is ``number``."""
+    given: dict[str, Any] = {
+        "time": "2026-11-01T00:00:00.000Z",
+        "id": str(number),
+        "instance": "0",
+        "peer": "::1",
+        "method": "GET",
+        "path": "/",
+    }
+    return Trace(**given | fields)
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    """Wait for a writer's thread."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.001)
+
+
+def ids_in(path: Path) -> list[int]:
+    """Return the ids in a trace file; every line must be whole."""
+    text = path.read_bytes()
+    assert not text or text.endswith(b"\n")
+    return [int(json.loads(line)["id"]) for line in text.splitlines()]
+
+
+def query(path: Path, words: str) -> list[tuple[Any, ...]]:
+    """Return what a ledger answers."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(words).fetchall()
+
+
+def ids_of(path: Path) -> list[int]:
+    """Return the ids in a ledger, in the order in which they were written."""
+    return [int(number) for (number,) in query(path, "SELECT id FROM traces ORDER BY rowid")]
