@@ -224,6 +224,7 @@ class ProxyService(Service):
             self.metrics,
             site=self.site,
             upstream=self.upstream,
+            drains=self.gateway.drains,
             sink=self.sink,
             drain=self.drain,
             reload=self.reload,
@@ -290,6 +291,7 @@ class ProxyService(Service):
         self._untune()
         if self._lag.running:
             self._lag.stop()
+        self.gateway.drains.close()
         self.upstream.close()
         self._timers.close()
         closing = DeferredList([_stopped(port) for port in self.admin_ports])

@@ -133,6 +133,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "accumulate": 1024**2,
         "event": 1024**2,
         "connections_per_address": 0,
+        "drains": 100,
     }
 
 
@@ -655,12 +656,9 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
         "tunnel",
         "reuse_port",
         "token",
-        "drains",
         "max_streams",
         "balance",
         "retry_on",
-        "on_disconnect",
-        "drain_for",
         "heartbeat",
         "padding",
         "weight",
@@ -759,7 +757,7 @@ def test_all_mistakes_at_once() -> None:
         lisen = ["tcp:1"]
         drain_timeout = 10
         [limits]
-        drains = 5
+        drains = "5"
         [providers.p]
         url = "ftp://x"
         dialect = "openai"
@@ -1028,6 +1026,7 @@ def test_redacted(vault: Path) -> None:
             "accumulate": "0",
             "event": "1MiB",
             "connections_per_address": 0,
+            "drains": 100,
         },
         "providers": {
             "p": {
@@ -1055,6 +1054,8 @@ def test_redacted(vault: Path) -> None:
                 "timeouts": {},
                 "accept_encoding": "identity",
                 "include_usage": "as-asked",
+                "on_disconnect": "cancel",
+                "drain_for": "30s",
                 "error_event": False,
                 "capture": "content",
                 "request_body": "1KiB",
@@ -1188,9 +1189,11 @@ def test_documented_defaults() -> None:
         (DOCS / "configuration.rst").read_text(),
         re.MULTILINE,
     )
-    sizes = [key for key in KEYS["limits"] if key != "connections_per_address"]
-    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(sizes) + 1
-    sections = {"timeouts": stated[1:10], "limits": stated[10:-1], "trace": stated[-1:]}
+    sizes = [key for key in KEYS["limits"] if key not in ("connections_per_address", "drains")]
+    assert len(stated) == 1 + len(KEYS["timeouts"]) + len(sizes) + 2
+    sections = {"timeouts": stated[1:10], "limits": stated[10:-2], "trace": stated[-1:]}
+    (route,) = accepted({}).routes
+    assert (stated[-2][0], duration_or_off(stated[-2][1])) == ("drain_for", route.drain_for)
     for section, keys in sections.items():
         shown = redacted[section]
         assert isinstance(shown, dict)
@@ -1203,11 +1206,12 @@ def test_documented_counts() -> None:
     """So are those that it states for how many connections there may be."""
     config = accepted({})
     stated = re.findall(
-        r"^``(\w*connections\w*)`` \(whole number.*default ``(\d+)``\)$",
+        r"^``(\w*connections\w*|drains)`` \(whole number.*default ``(\d+)``\)$",
         (DOCS / "configuration.rst").read_text(),
         re.MULTILINE,
     )
     assert {key: int(value) for key, value in stated} == {
         "max_connections": config.proxy.max_connections,
         "connections_per_address": config.limits.connections_per_address,
+        "drains": config.limits.drains,
     }

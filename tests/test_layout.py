@@ -48,6 +48,8 @@ ORDER = (
     "llmproxy.front.gateway",
     "llmproxy.front.admission",
     "llmproxy.front.books",
+    "llmproxy.front.drains",
+    "llmproxy.front.findings",
     "llmproxy.front.exchange",
     "llmproxy.front.pace",
     "llmproxy.front.listen",

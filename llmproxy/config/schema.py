@@ -64,6 +64,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "accumulate",
         "event",
         "connections_per_address",
+        "drains",
     ),
     "providers.*": (
         "url",
@@ -96,6 +97,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "timeouts",
         "accept_encoding",
         "include_usage",
+        "on_disconnect",
+        "drain_for",
         "error_event",
         "capture",
         "request_body",
@@ -111,14 +114,11 @@ NOT_BUILT: Mapping[str, frozenset[str]] = {
     "": frozenset({"intercept", "tunnel"}),
     "proxy": frozenset({"reuse_port"}),
     "admin": frozenset({"token"}),
-    "limits": frozenset({"drains"}),
     "providers.*": frozenset({"max_streams"}),
     "routes": frozenset(
         {
             "balance",
             "retry_on",
-            "on_disconnect",
-            "drain_for",
             "heartbeat",
             "padding",
         }

@@ -63,6 +63,7 @@ from llmproxy.errors import Dialect
 _DIALECTS = {one.value: one for one in Dialect}
 _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identity", "pass": "pass"}
 _CAPTURES: dict[str, Literal["usage", "content"]] = {"usage": "usage", "content": "content"}
+_ON_DISCONNECT: dict[str, Literal["cancel", "drain"]] = {"cancel": "cancel", "drain": "drain"}
 _INCLUDE_USAGE: dict[str, Literal["as-asked", "inject"]] = {
     "as-asked": "as-asked",
     "inject": "inject",
@@ -125,6 +126,7 @@ def read_limits(table: Table) -> Limits:
         accumulate=table.read("accumulate", size, ours.accumulate),
         event=table.read("event", size_above_zero, ours.event),
         connections_per_address=table.read("connections_per_address", integer(0, 10_000_000), 0),
+        drains=table.read("drains", integer(0, 1_000_000), ours.drains),
     )
 
 
@@ -186,6 +188,8 @@ def read_route(table: Table, known: Collection[str]) -> Route:
         timeouts=_timeouts(table.table("timeouts", "routes.timeouts")),
         accept_encoding=table.read("accept_encoding", choice(_ACCEPT_ENCODINGS), "identity"),
         include_usage=table.read("include_usage", choice(_INCLUDE_USAGE), "as-asked"),
+        on_disconnect=table.read("on_disconnect", choice(_ON_DISCONNECT), "cancel"),
+        drain_for=table.read("drain_for", duration, 30.0),
         error_event=table.read("error_event", boolean, False),
         capture=table.read("capture", choice(_CAPTURES), "usage"),
         request_body=table.read("request_body", size, None),

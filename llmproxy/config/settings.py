@@ -57,7 +57,10 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is held or accepted, in bytes; of connections how many (0: no limit)."""
+    """How much is held or accepted, in bytes; of connections and drains how many.
+
+    With 0 there is no limit to ``connections_per_address``, and no drain.
+    """
 
     request_head: int = 32 * 1024
     request_body: int = 32 * 1024**2
@@ -66,6 +69,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     accumulate: int = 1024**2
     event: int = 1024**2
     connections_per_address: int = 0
+    drains: int = 100
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +115,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     timeouts: dict[str, float | None] = {}
     accept_encoding: Literal["identity", "pass"] = "identity"
     include_usage: Literal["as-asked", "inject"] = "as-asked"
+    on_disconnect: Literal["cancel", "drain"] = "cancel"
+    drain_for: float = 30.0
     error_event: bool = False
     capture: Literal["usage", "content"] = "usage"
     request_body: int | None = None
@@ -229,7 +235,7 @@ def _proxy(proxy: Proxy) -> dict[str, object]:
 
 def _limits(limits: Limits) -> dict[str, object]:
     shown: dict[str, object] = dict(msgspec.structs.asdict(limits))
-    counts = {"connections_per_address": shown.pop("connections_per_address")}
+    counts = {name: shown.pop(name) for name in ("connections_per_address", "drains")}
     return {name: show_size(cast(int, size)) for name, size in shown.items()} | counts
 
 
@@ -264,6 +270,8 @@ def _route(route: Route) -> dict[str, object]:
         "timeouts": _durations(route.timeouts),
         "accept_encoding": route.accept_encoding,
         "include_usage": route.include_usage,
+        "on_disconnect": route.on_disconnect,
+        "drain_for": show_duration(route.drain_for),
         "error_event": route.error_event,
         "capture": route.capture,
         "request_body": None if route.request_body is None else show_size(route.request_body),

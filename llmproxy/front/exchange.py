@@ -16,7 +16,9 @@ from llmproxy.front.task import Task
 from llmproxy.headers import host_of, is_ndjson, is_stream
 from llmproxy.policy.routes import Choice
 from llmproxy.record.trace import Trace
+from llmproxy.stream.dialects import Endpoint
 from llmproxy.stream.relay import Relay
+from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.upstream.answer import Answer
 
 
@@ -26,11 +28,15 @@ class Exchange:
     Attributes:
         left: why the client is gone, where it is.
         late: the request took longer than ``total``.
+        status: the provider's, or 0 before its head has come.
+        endpoint: how the answer is read, where it can be; ``tap`` reads it.
+        drains: the answer is read on although the client has left, or was.
     """
 
     __slots__ = (
-        *("answer", "choice", "content_encoding", "content_type", "has_length", "host", "late"),
-        *("left", "left_at", "path", "relay", "request", "started", "task", "timer", "trace"),
+        *("answer", "choice", "content_encoding", "content_type", "drain_timer", "drains"),
+        *("endpoint", "has_length", "host", "late", "left", "left_at", "path", "relay", "request"),
+        *("started", "status", "tap", "task", "timer", "trace"),
     )
 
     def __init__(self, request: Request, trace: Trace, started: float) -> None:
@@ -48,12 +54,18 @@ class Exchange:
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None
         self.has_length = False
+        self.status = 0
+        self.endpoint: Endpoint | None = None
+        self.tap: StreamAccumulator | None = None
+        self.drains = False
+        self.drain_timer: Any = None
         self.task: Task | None = None
         self.timer: Any = None
 
     def keep_of(self, answer: Answer) -> None:
         """Keep what must be known of an answer's head later; both heads go, as a stream lasts."""
         first = answer.first
+        self.status = answer.code
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
         self.has_length = b"content-length" in first
@@ -91,9 +103,9 @@ class Exchange:
 
     def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:
         """Let go of everything and fill in the trace; ``now`` in the clock's seconds."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        for timer in (self.timer, self.drain_timer):
+            if timer is not None and timer.active():
+                timer.cancel()
         if self.answer is not None:
             self.answer.abort()
         trace, relay = self.trace, self.relay

@@ -26,7 +26,9 @@ from llmproxy.errors import (
 )
 from llmproxy.front.admission import Rules, admit, early_refusal
 from llmproxy.front.books import Books
+from llmproxy.front.drains import Drains
 from llmproxy.front.exchange import Exchange
+from llmproxy.front.findings import Findings
 from llmproxy.front.request import Request
 from llmproxy.front.task import Task
 from llmproxy.headers import (
@@ -76,6 +78,8 @@ class Gateway(Resource):
         self.routes = Routes(config)
         self._upstream = upstream
         self._books = books
+        self._findings = Findings(config, metrics)
+        self.drains = Drains(config.limits.drains, reactor)
         self._metrics = metrics
         self._reactor = reactor
         self._clock = clock
@@ -109,7 +113,8 @@ class Gateway(Resource):
 
         def client_left(why: ClientGone) -> None:
             exchange.left, exchange.left_at = why, self._clock()
-            exchange.cancel()
+            if not self.drains.takes(exchange, why):
+                exchange.cancel()
 
         request.gone = client_left
         exchange.task = Task(self._serve(exchange), _end_failed)
@@ -154,12 +159,14 @@ class Gateway(Resource):
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
             end = exchange.left.end
-            self._metrics.cancel.observe(self._clock() - exchange.left_at)
+            if not exchange.drains:
+                self._metrics.cancel.observe(self._clock() - exchange.left_at)
         elif error is not None:
             exchange.fail(
                 error, self.routes.dialect(exchange.path, exchange.host), self._books.now()
             )
-        self._books.close(exchange, end, error)
+        self.drains.over(exchange)
+        self._books.close(exchange, self._findings.conclude(exchange, end), error)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -203,6 +210,7 @@ class Gateway(Resource):
         trace.route, trace.provider = choice.route.name, choice.provider.name
         trace.dialect = choice.provider.dialect.value
         trace.stream = ask.wants_stream(choice.provider.dialect, exchange.path)
+        exchange.endpoint = self._findings.endpoint_of(exchange, choice)
         if choice.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(choice.timeouts.total, exchange.expire)
         return choice
@@ -252,6 +260,9 @@ class Gateway(Resource):
     async def _pump(self, exchange: Exchange, choice: Choice, answer: Answer) -> None:
         began = self._clock()
         exchange.keep_of(answer)
+        exchange.tap = self._findings.open(exchange, choice)
+        if exchange.tap is None and exchange.left is not None:
+            raise exchange.left  # nobody waits for it, and nothing could be read in it
         relay = exchange.relay = Relay(
             answer,
             exchange.request,
@@ -260,6 +271,8 @@ class Gateway(Resource):
             idle=choice.timeouts.idle,
             gaps=self._metrics.gap.observe,
             delays=self._metrics.relay_delay.observe,
+            copy=None if exchange.tap is None else exchange.tap.feed,
+            stays=lambda: self.drains.takes(exchange, ClientGone()),
         )
         self._metrics.began(relay)
         try:

@@ -148,6 +148,8 @@ class Request(Incoming):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Register; a producer that comes while the wire is full is paused at once."""
+        if self.channel is None:
+            return  # the client has left, and the answer is read on all the same
         super().registerProducer(producer, streaming)
         if self.channel.is_full:
             producer.pauseProducing()

@@ -5,6 +5,7 @@ Each is read when it is scraped.  The parts do not know that they are looked at.
 
 from __future__ import annotations
 
+from llmproxy.front.drains import Drains
 from llmproxy.front.http import Site
 from llmproxy.front.tls import ListenerTls
 from llmproxy.ops.drain import Drain
@@ -19,6 +20,7 @@ def expose(
     *,
     site: Site,
     upstream: Upstream,
+    drains: Drains,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -40,6 +42,7 @@ def expose(
         lambda: {(): site.pending_bytes()},
     )
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
+    gauge("drains", "Answers read on for their usage alone.", [], lambda: {(): len(drains)})
     gauge("draining", "1 while the process comes to rest.", [], lambda: {(): drain.begun})
     gauge(
         "config_last_reload_successful",

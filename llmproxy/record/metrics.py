@@ -92,6 +92,8 @@ class Metrics:
         self._ended: dict[Labels, int] = defaultdict(int)
         self._attempts: dict[Labels, int] = defaultdict(int)
         self._causes: dict[Labels, int] = defaultdict(int)
+        self._degraded: dict[Labels, int] = defaultdict(int)
+        self._tokens: dict[Labels, int] = defaultdict(int)
         self._active = 0
         self.head = Tally(_SECONDS)
         self.first_chunk = Tally(_SECONDS)
@@ -133,6 +135,21 @@ class Metrics:
         self._attempts[provider, outcome] += 1
         if cause is not None:
             self._causes[provider, cause] += 1
+
+    def degraded(self, reason: str) -> None:
+        """A tap did not understand its answer in full."""
+        self._degraded[reason,] += 1
+
+    def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
+        """Count the tokens of an answer.
+
+        Args:
+            labels: client, provider and model.
+            tokens: by type, None where the provider did not say.
+        """
+        for kind, count in tokens:
+            if count:
+                self._tokens[*labels, kind] += count
 
     def request_began(self) -> None:
         """A request is being served."""
@@ -190,6 +207,22 @@ class Metrics:
                 labels=["provider", "cause"],
             ),
             self._causes.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "tokens",
+                "Tokens, as the providers count them.",
+                labels=["client", "provider", "model", "type"],
+            ),
+            self._tokens.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "tap_degraded",
+                "Answers that were not understood in full.",
+                labels=["reason"],
+            ),
+            self._degraded.items(),
         )
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(

@@ -91,6 +91,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.longest_gap_s", "longest_gap_s", _double),
     ("llmproxy.paused_s", "paused_s", _double),
     ("llmproxy.usage", "usage", _string),
+    ("llmproxy.on_disconnect", "on_disconnect", _string),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 

@@ -63,7 +63,8 @@ STEPS: tuple[tuple[str, ...], ...] = (
             bytes_out INTEGER NOT NULL, chunks INTEGER NOT NULL, head_s REAL, first_chunk_s REAL,
             duration_s REAL NOT NULL, longest_gap_s REAL, paused_s REAL NOT NULL,
             input_tokens INTEGER, output_tokens INTEGER, cache_read_tokens INTEGER,
-            cache_write_tokens INTEGER, reasoning_tokens INTEGER, usage TEXT, degraded TEXT NOT NULL
+            cache_write_tokens INTEGER, reasoning_tokens INTEGER, usage TEXT,
+            degraded TEXT NOT NULL, on_disconnect TEXT
         )""",
         "CREATE INDEX traces_by_time ON traces (time)",
     ),

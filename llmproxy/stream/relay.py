@@ -81,6 +81,7 @@ class Relay(TwistedProtocol):
         delays: called with the seconds from a chunk's coming in until the kernel has it; of every
             sixteenth chunk, the second being the first of those.
         copy: called with each chunk after it was written, or None.
+        stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
     Attributes:
         chunks: how many were handed on.
@@ -106,7 +107,17 @@ class Relay(TwistedProtocol):
             "_reactor",
             "_sink",
         ),
-        *("_source", "_timer", "_write", "byte_count", "chunks", "done", "first_at", "last_at"),
+        *(
+            "_source",
+            "_stays",
+            "_timer",
+            "_write",
+            "byte_count",
+            "chunks",
+            "done",
+            "first_at",
+            "last_at",
+        ),
         *("longest_gap", "state", "tail"),
     )
 
@@ -121,6 +132,7 @@ class Relay(TwistedProtocol):
         gaps: Callable[[float], None],
         delays: Callable[[float], None],
         copy: Callable[[bytes], None] | None = None,
+        stays: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -131,6 +143,7 @@ class Relay(TwistedProtocol):
         self._gaps = gaps
         self._delays = delays
         self._copy = copy
+        self._stays = stays
         self._timer: Any = None
         self._paused_at = 0.0
         self._paused_before = 0.0
@@ -214,8 +227,11 @@ class Relay(TwistedProtocol):
                 self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
 
     def stopProducing(self) -> None:
-        """The client is gone."""
-        self._end(Failure(ClientGone()))
+        """The client is gone: what is read on from here reaches the copy alone."""
+        if self._stays():
+            self.resumeProducing()
+        else:
+            self._end(Failure(ClientGone()))
 
     def cancel(self) -> None:
         """Stop, and close the provider's connection; :attr:`done` does not fire by this."""

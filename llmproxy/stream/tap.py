@@ -87,8 +87,6 @@ class StreamAccumulator:
         self._framing = framing and framing(event, self._overlong)
         self._is_document = framing is Document
         self._is_stream = framing is not None and framing is not Document
-        self._is_document = framing is Document
-        self._is_stream = framing is not None and framing is not Document
         self._read = endpoint.document if self._is_document else endpoint.event
         self._inflater = self._opened(content_encoding) if framing else None
 

@@ -63,6 +63,7 @@ NAMES = [
     "reasoning_tokens",
     "usage",
     "degraded",
+    "on_disconnect",
 ]
 
 

@@ -152,7 +152,6 @@ def assert_timed_out(error: Exception) -> None:
         assert type(error).__name__ == httpx.ReadTimeout.__name__
 
 
-@pytest.mark.xfail(reason="end markers are not read yet: that takes the tap", strict=True)
 @pytest.mark.parametrize("sdk", SDKS[:2])
 def test_leaving_at_the_end_marker_is_a_complete_request(
     sdk: str, stage: Stage, stage_proxy: Daemon

@@ -1,0 +1,64 @@
+"""Answers that are read on after their client has left, for what they will have cost.
+
+A route with ``on_disconnect = "drain"`` wants a provider's counts, which come last, also of what
+nobody waits for any more.  Each such answer is read for ``drain_for`` at most, and only so many at
+once; whatever is beyond is cancelled, as on any other route (ADR-0024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmproxy.errors import ClientGone, ClientStalled
+from llmproxy.front.exchange import Exchange
+
+
+class Drains:
+    """The answers that are read on now.
+
+    Args:
+        most: how many may be at once.
+        reactor: keeps their deadlines.
+    """
+
+    def __init__(self, most: int, reactor: Any) -> None:
+        self._most = most
+        self._reactor = reactor
+        self._running: set[Exchange] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def takes(self, exchange: Exchange, why: ClientGone) -> bool:
+        """Tell whether the answer of a client that has left is read on; the first asking decides.
+
+        It is not where it cannot tell its usage any more, where the request itself was not whole,
+        or where it is the proxy that ends the request.
+        """
+        if exchange in self._running:
+            return True
+        choice, tap = exchange.choice, exchange.tap
+        if choice is None or choice.route.on_disconnect != "drain":
+            return False
+        upload = exchange.request.upload
+        if type(why) not in (ClientGone, ClientStalled) or not (upload is None or upload.complete):
+            return False
+        if tap is None:
+            wanted = exchange.relay is None and exchange.endpoint is not None
+        else:
+            wanted = tap.is_reading and not tap.has_ended
+        if not wanted or len(self._running) >= self._most or exchange.drains:
+            return False
+        exchange.drains = True
+        self._running.add(exchange)
+        exchange.drain_timer = self._reactor.callLater(choice.route.drain_for, exchange.cancel)
+        return True
+
+    def over(self, exchange: Exchange) -> None:
+        """The request has ended."""
+        self._running.discard(exchange)
+
+    def close(self) -> None:
+        """Read none on; each is recorded with what it said so far."""
+        for exchange in list(self._running):
+            exchange.cancel()
