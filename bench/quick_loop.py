@@ -22,19 +22,41 @@ from zope.interface import implementer
 
 from bench.peers import KEY, PATH, Upstream, daemon_config
 from bench.quick import Case
-from bench.quick_cases import EVENT, HEAD, LARGE, chunk
+from bench.quick_cases import HEAD, chunk
 from llmproxy.config import load
 from llmproxy.service import ProxyService
 
 reactor: Any = _reactor
 
-MARK = b"x\n\n"
+MARK = b"}\n\n"
 """How every piece of content ends here."""
+
+
+def event(size: int) -> bytes:
+    """Return an event of OpenAI's, so many bytes long."""
+    before = (
+        b'data: {"id":"chatcmpl-9f8e7d6c5b4a39281706","object":"chat.completion.chunk","created":'
+        b'1763650000,"model":"m","choices":[{"index":0,"delta":{"content":"'
+    )
+    after = b'"},"finish_reason":null}]' + MARK
+    return before + b"x" * (size - len(before) - len(after)) + after
+
+
+def document(size: int) -> bytes:
+    """Return an answer of OpenAI's in one piece, so many bytes long."""
+    before = (
+        b'{"id":"chatcmpl-9f8e7d6c5b4a39281706","object":"chat.completion","created":1763650000,'
+        b'"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"'
+    )
+    after = (
+        b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":11,"completion_tokens":300}' + MARK
+    )
+    return before + b"x" * (size - len(before) - len(after)) + after
+
 
 ANSWER = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1500\r\n\r\n"
-    + b"x" * (1500 - len(MARK))
-    + MARK
+    + document(1500)
 )
 BODY = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"%b"}]}' % (b"word " * 100)
 
@@ -227,8 +249,8 @@ def loopback() -> Iterator[Iterator[Case]]:
         stage = Stage(Path(folder))
 
         def every() -> Iterator[Case]:
-            for name, data in (("223 B", EVENT), ("16 KiB", LARGE)):
-                yield Case(f"event over loopback, {name}", 5000, events(stage, data))
+            for name, size in (("223 B", 223), ("16 KiB", 16384)):
+                yield Case(f"event over loopback, {name}", 5000, events(stage, event(size)))
             yield Case("request over loopback, to its record", 1000, requests(stage))
 
         try:
