@@ -9,8 +9,8 @@ whenever they like.  Its life is three states::
        +------------ end of the body, a fault, cancel() ----------> ENDED
 
 The idle clock runs only while the relay flows: a client that is slow must not look like a provider
-that is silent.  It is one timer that looks at the last chunk's time when it rings; chunks do not
-touch it.
+that is silent.  It is one timer that looks at the last chunk's time when it rings; neither chunks
+nor pauses touch it.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class Relay(TwistedProtocol):
     def start(self) -> Deferred[None]:
         """Begin to pump; returns :attr:`done`."""
         self._sink.registerProducer(self, True)
-        if self.state is State.FLOWING:
-            self._run_idle_clock()
+        if self._idle is not None:
+            self._wait(self._idle)
         self._source.deliverBody(self)
         if self.state is State.PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
@@ -211,7 +211,6 @@ class Relay(TwistedProtocol):
         if self.state is State.FLOWING:
             self.state = State.PAUSED
             self._paused_at = self._clock()
-            self._stop_idle_clock()
             if self.transport is not None:
                 self.transport.pauseProducing()  # type: ignore[attr-defined]  # see start()
 
@@ -222,7 +221,8 @@ class Relay(TwistedProtocol):
             self._paused_before += now - self._paused_at
             self.last_at += now - max(self._paused_at, self.last_at)
             self.state = State.FLOWING
-            self._run_idle_clock()
+            if self._timer is None and self._idle is not None:
+                self._wait(self._idle - (now - self.last_at))
             if self.transport is not None:
                 self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
 
@@ -241,23 +241,18 @@ class Relay(TwistedProtocol):
 
     # -- the end --------------------------------------------------------------------------------
 
-    def _run_idle_clock(self) -> None:
-        """Ring when the silence since the last chunk has lasted for ``idle``."""
-        if self._idle is not None:
-            left = self._idle - (self._clock() - self.last_at)
-            self._timer = self._reactor.callLater(max(0.0, left), self._check_idle)
-
-    def _stop_idle_clock(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _wait(self, seconds: float) -> None:
+        self._timer = self._reactor.callLater(max(0.0, seconds), self._check_idle)
 
     def _check_idle(self) -> None:
+        """Give up where the silence since the last chunk has lasted for ``idle``; else go on."""
         self._timer = None
-        if self._idle is not None and self._clock() - self.last_at >= self._idle:
-            self._end(Failure(upstream_idle()))
-        else:
-            self._run_idle_clock()
+        if self.state is State.FLOWING and self._idle is not None:
+            left = self._idle - (self._clock() - self.last_at)
+            if left <= 0:
+                self._end(Failure(upstream_idle()))
+            else:
+                self._wait(left)
 
     def _end(self, failure: Failure | None) -> None:
         if self.state is State.ENDED:
@@ -272,5 +267,7 @@ class Relay(TwistedProtocol):
     def _finish(self) -> None:
         self._paused_before = self.paused_s
         self.state = State.ENDED
-        self._stop_idle_clock()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._sink.unregisterProducer()
