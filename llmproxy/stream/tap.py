@@ -192,10 +192,13 @@ class StreamAccumulator:
         """Read what the end completes: a body that broke may have stopped inside an event."""
         if self._framing is None:
             return
+        is_long = isinstance(self._framing, Document) and self._framing.is_long
         events = self._framing.flush()
         if end is not EndReason.COMPLETE:
             events = [(name, event) for name, event in events if _is_whole(event)]
         self._take(events)
+        if is_long and self._seen.usage(is_final=True).provenance == "none":
+            self._degrade(Degraded.OVERLONG)
 
     def _concluded(self, end: EndReason) -> Result:
         seen = self._seen

@@ -343,10 +343,10 @@ def test_long_embeddings_are_counted() -> None:
 
 
 def test_a_document_of_which_nothing_is_left() -> None:
-    """An answer in one piece that cannot be thinned is told to be unread."""
+    """A long answer in one piece in whose ends no usage stands is told to be unread."""
     one = BY_FILE["openai-embeddings.json"]
     members = b"{" + b",".join(b'"%d":1' % n for n in range(5000)) + b"}"
-    assert one.read([members], "usage", event=20_000).degraded == (Degraded.UNREADABLE,)
+    assert one.read([members], "usage", event=20_000).degraded == (Degraded.OVERLONG,)
     assert one.read([members], "usage").degraded == ()
 
 
