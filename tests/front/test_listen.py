@@ -161,7 +161,7 @@ async def test_a_taken_address_is_told(below: str) -> None:
             listen(reactor, text, served.site)
 
 
-@pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET:name=x"])
+@pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET"])
 @ensureDeferred
 async def test_an_endpoint_that_is_none_is_told(text: str) -> None:
     """Whatever Twisted makes of it, it is told as what the operator wrote."""
