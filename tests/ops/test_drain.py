@@ -62,7 +62,7 @@ class Stage:
             channel = self.connect()
             if number >= idle:
                 channel.dataReceived(GET)
-        self.drain = Drain(self.site, self.clock, 30.0, lambda: len(self.resource.running))
+        self.drain = Drain(self.site, self.clock, 30.0)
         self.rested: list[float] = []
 
     def connect(self) -> Any:
