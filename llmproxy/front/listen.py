@@ -15,7 +15,7 @@ from typing import Any
 
 from twisted.internet import tcp
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
@@ -80,11 +80,13 @@ def listen(
     ports: list[Any] = []
     failures: list[Failure] = []
     binder = _Sharing(reactor) if reuse_port else reactor
-    _endpoint(binder, below).listen(factory).addCallbacks(ports.append, failures.append)
+    endpoint = _endpoint(binder, below)
+    if isinstance(endpoint, AdoptedStreamServerEndpoint):
+        _check_family(text, endpoint)
+    endpoint.listen(factory).addCallbacks(ports.append, failures.append)
     if failures:
         raise OSError(f"{text}: {failures[0].getErrorMessage()}")
     (port,) = ports
-    _check_family(text, port)
     # Accepted connections inherit it.  No TCP_USER_TIMEOUT: it would end clients that take little
     # at a time, too; for what is under way the channel's own look stands in (ADR-0008).
     notice_vanished_peer(port, None)
@@ -133,16 +135,14 @@ class _Sharing:
         return self._reactor.listenTCP(binding, factory, backlog, interface)
 
 
-def _check_family(text: str, port: Any) -> None:
+def _check_family(text: str, endpoint: AdoptedStreamServerEndpoint) -> None:
     """Refuse a socket of systemd's that is not of the family that the endpoint says.
 
-    ``ListenStream=8080`` is one of IPv6 on most machines, and Twisted would misread its clients.
+    ``ListenStream=8080`` is one of IPv6 on most machines; as one of IPv4 its clients are misread.
     """
-    if is_inherited(text):
-        family = socket.AddressFamily(port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN))
-        if family != port.addressFamily:
-            port.stopListening()
-            said = family.name.removeprefix("AF_")
+    with socket.socket(fileno=os.dup(endpoint.fileno)) as found:
+        if found.family != endpoint.addressFamily:
+            said = found.family.name.removeprefix("AF_")
             raise OSError(f"{text}: the socket from systemd is of another family: domain={said}")
 
 

@@ -98,6 +98,8 @@ class Drain:
         return self._site.ended - self._ended_before
 
     def _tell(self) -> None:
+        if self._finished is not None:
+            return  # it was cut, and the last line follows
         _log.info(
             "draining: {remaining} requests are left, to be cut in {seconds} s",
             remaining=self.remaining,
