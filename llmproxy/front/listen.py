@@ -194,6 +194,8 @@ def _endpoint(reactor: Any, text: str) -> Any:
 
 def _handed_over() -> str:
     """Return what systemd handed over, in words (sd_listen_fds(3))."""
+    if "LISTEN_PID" in os.environ:  # Twisted takes it away where it was for us
+        return "and LISTEN_PID is another process's"
     names = os.environ.get("LISTEN_FDNAMES")
     if names:
         return f"but {names.replace(':', ', ')}: FileDescriptorName= of the .socket unit names it"

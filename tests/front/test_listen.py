@@ -249,6 +249,7 @@ async def test_a_socket_of_systemds_stays_open(
 async def test_no_socket_of_systemds_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """As what is missing, not as an exception's name."""
     monkeypatch.delenv("LISTEN_FDNAMES", raising=False)
+    monkeypatch.delenv("LISTEN_PID", raising=False)
     async with Served() as served:
         with pytest.raises(ValueError, match=f"{text}: systemd handed over no such socket, and "):
             listen(reactor, text, served.site)
