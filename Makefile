@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-PEERS  := nginx curl slowhttptest
+# A command, and behind a colon the package that has it, where that is called otherwise.
+PEERS  := nginx curl slowhttptest debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
 ARGS   ?=
 
 # A stamp for what `make run` needs and one for all the rest, so that the second run installs nothing.
@@ -49,7 +50,7 @@ bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a min
 peers: ## the other programs that tests talk to, by apt-get
 	@set -e; missing=; \
 	for peer in $(PEERS); do \
-	    PATH="$$PATH:/usr/sbin:/sbin" command -v $$peer >/dev/null || missing="$$missing $$peer"; \
+	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${peer%:*} >/dev/null || missing="$$missing $${peer#*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "peers: no apt-get here; left out:$$missing"; exit 0; fi; \

@@ -12,14 +12,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from twisted.application.service import IServiceCollection, Service
-from twisted.internet.defer import Deferred, DeferredList, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
-from twisted.internet.task import LoopingCall
-from twisted.logger import ILogObserver, Logger
+from twisted.logger import ILogObserver
 from twisted.python import usage
 from twisted.python.components import Componentized
 
@@ -28,12 +27,18 @@ from llmproxy.front.books import Books, log_access
 from llmproxy.front.door import Door
 from llmproxy.front.gateway import Gateway
 from llmproxy.front.http import Site
-from llmproxy.front.listen import listen
 from llmproxy.front.tls import ListenerTls
-from llmproxy.ops.admin import admin_resource
+from llmproxy.ops.admin import admin_sites
+from llmproxy.ops.descriptors import raise_limit
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.figures import expose
+from llmproxy.ops.lag import Lag
+from llmproxy.ops.listeners import Listeners
+from llmproxy.ops.notify import Notify
 from llmproxy.ops.reload import Reload
+from llmproxy.ops.signals import take_signals
+from llmproxy.ops.status import Status
+from llmproxy.ops.streams import Streams
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import open_sinks
@@ -43,11 +48,6 @@ from llmproxy.wire.loop import calm_collector, tune
 from llmproxy.wire.timers import Timers
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
-
-_LAG_INTERVAL = 1.0
-"""Seconds between the appointments by which the reactor's lag is measured."""
-
-_log = Logger()
 
 
 class Options(usage.Options):
@@ -83,6 +83,7 @@ def makeService(options: Options) -> ProxyService:
         reread=read,
         instance=options["instance"],
         log_file=log_opener(options.parent),
+        environ=os.environ,
     )
 
 
@@ -95,8 +96,10 @@ class ProxyService(Service):
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
-        handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut) and SIGHUP
-            (reload), and set its garbage collector.
+        environ: where the service manager says how it is reached; by default there is none.
+        handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut), SIGHUP
+            (reload) and SIGUSR1 (log the streams), raise its limit of descriptors, and set its
+            garbage collector.
     """
 
     name = "llmproxy"
@@ -109,6 +112,7 @@ class ProxyService(Service):
         reread: Callable[[], Config] | None = None,
         instance: str = "0",
         log_file: Callable[[], IO[str]] | None = None,
+        environ: Mapping[str, str] | None = None,
         handle_signals: bool = True,
     ) -> None:
         self.config = config
@@ -116,9 +120,10 @@ class ProxyService(Service):
         self._reread = (lambda: config) if reread is None else reread
         self._instance = instance
         self._log_file = log_file
+        self._environ = environ or {}
         self._handle_signals = handle_signals
-        self.proxy_ports: list[Any] = []
-        self.admin_ports: list[Any] = []
+        self._listeners = Listeners(reactor, config.proxy)
+        self.proxy_ports, self.admin_ports = self._listeners.proxy, self._listeners.admin
         self.ready = False
         self._told = 0
         self._json_log: JsonLog | None = None
@@ -143,10 +148,10 @@ class ProxyService(Service):
             SystemExit: 1, where a file cannot be opened or an address not be bound.
         """
         super().privilegedStartService()
-        if self._handle_signals:  # before anybody can think that we do; what comes is done later
-            later = self._reactor.callFromThread
-            signal.signal(signal.SIGHUP, lambda *_: later(lambda: self.reload()))
         try:
+            if self._handle_signals:
+                self._take_early_signals()
+                raise_limit(self.config.proxy.max_connections)
             self._build()
             self._listen()
         except (OSError, ValueError, CannotListenError) as error:
@@ -160,20 +165,12 @@ class ProxyService(Service):
             self._untune = tune(self._reactor)
             if self._handle_signals:  # the process is ours
                 calm_collector()
-        self._lag.start(_LAG_INTERVAL, now=False)
+        self._lag.start()
         self.ready = True
         if self._handle_signals:
             self._reactor.callWhenRunning(self._take_signals)
-        for site, ports in (("proxy", self.proxy_ports), ("admin", self.admin_ports)):
-            for at, port in enumerate(ports):
-                where = port.getHost()
-                _log.info(
-                    "{site} listens on {address}",
-                    site=site,
-                    tls=site == "proxy" and at >= len(self.config.proxy.listen),
-                    address=str(where),
-                    port=getattr(where, "port", None),
-                )
+        self._listeners.tell()
+        self._reactor.callWhenRunning(self.notify.ready)
 
     def _build(self) -> None:
         config, reactor, clock = self.config, self._reactor, time.monotonic
@@ -214,12 +211,16 @@ class ProxyService(Service):
         keypair = config.proxy.keypair
         self.tls = None if keypair is None else ListenerTls(keypair)
         self.reload = Reload(self._reread, config, self.tls, time.time, self.sink.reopen)
-        self.drain = Drain(
-            self.site, reactor, config.proxy.drain_timeout, lambda: self.books.running
+        self.drain = Drain(self.site, reactor, config.proxy.drain_timeout)
+        self.streams = Streams(self.site, self.books, clock)
+        self.notify = Notify(
+            self._environ,
+            reactor,
+            clock,
+            Status(self.site, self.books, self.drain, self.reload, time.time),
+            pid=os.getpid(),
         )
-        self._lag = LoopingCall(self._measure_lag)
-        self._lag.clock = reactor
-        self._expected = clock() + _LAG_INTERVAL
+        self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
         expose(
             self.metrics,
             site=self.site,
@@ -232,38 +233,29 @@ class ProxyService(Service):
         )
 
     def _listen(self) -> None:
-        config, reactor = self.config, self._reactor
-        for texts, tls in ((config.proxy.listen, None), (config.proxy.listen_tls, self.tls)):
-            for text in texts:
-                port = listen(reactor, text, self.site, tls=tls, direct=config.proxy.tuned_loop)
-                self.proxy_ports.append(port)
-        admin = self._admin_site(config_shown=True)
-        self.admin_ports.append(listen(reactor, config.admin.listen, admin))
-        if config.admin.metrics_listen is not None:
-            metrics = self._admin_site(config_shown=False)
-            self.admin_ports.append(listen(reactor, config.admin.metrics_listen, metrics))
-
-    def _admin_site(self, *, config_shown: bool) -> Site:
-        resource = admin_resource(
-            ready=lambda: self.ready,
-            registry=self.metrics.registry,
-            config=self.config.redacted if config_shown else None,
+        registry = self.metrics.registry
+        admin = admin_sites(
+            self.config, self._reactor, time.monotonic, ready=lambda: self.ready, registry=registry
         )
-        timeouts, limits = self.config.timeouts, self.config.limits
-        clock = time.monotonic
-        return Site(resource, self._reactor, clock, timeouts, limits, body_limit=lambda _: 0)
+        self._listeners.open(self.site, self.tls, admin)
 
-    def _measure_lag(self) -> None:
-        now = time.monotonic()
-        self.metrics.reactor_lag.observe(max(0.0, now - self._expected))
-        self._expected = now + _LAG_INTERVAL
+    # -- signals --------------------------------------------------------------------------------
 
-    # -- stop -----------------------------------------------------------------------------------
+    def _take_early_signals(self) -> None:
+        """Take those that would end the process, before anybody can think that we do."""
+        calls = {signal.SIGHUP: self._told_to_reload, signal.SIGUSR1: lambda: self.streams.log()}
+        take_signals(self._reactor, calls)
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._reactor.callFromThread(self._told_to_stop))
+        take_signals(
+            self._reactor,
+            {signal.SIGTERM: self._told_to_stop, signal.SIGINT: self._told_to_stop},
+        )
+
+    def _told_to_reload(self) -> None:
+        with self.notify.reloading():
+            self.reload()
 
     def _told_to_stop(self) -> None:
         self._told += 1
@@ -273,30 +265,26 @@ class ProxyService(Service):
             self.drain.cut()
         # A second signal in the turn of the first finds no drain yet; stopService sees the count.
 
+    # -- stop -----------------------------------------------------------------------------------
+
     def stopService(self) -> Deferred[None]:
         """Stop listening, let running answers end, then close everything else."""
         super().stopService()
         self.ready = False
-        closing = DeferredList([_stopped(port) for port in self.proxy_ports])
-        closing.addCallback(lambda _: self._rest())
-        return closing.addCallback(lambda _: self._close())
+        self.notify.stopping()
+        return self._listeners.close_proxy().addCallback(lambda _: self._rest())
 
     def _rest(self) -> Deferred[None]:
         rested = self.drain.begin()
         if self._told > 1:
             self.drain.cut()
-        return rested
+        return rested.addCallback(lambda _: self._close())
 
     def _close(self) -> Deferred[None]:
         self._untune()
-        if self._lag.running:
-            self._lag.stop()
+        self._lag.stop()
+        self.notify.close()
         self.gateway.drains.close()
         self.upstream.close()
         self._timers.close()
-        closing = DeferredList([_stopped(port) for port in self.admin_ports])
-        return closing.addCallback(lambda _: self.sink.close())
-
-
-def _stopped(port: Any) -> Deferred[Any]:
-    return port.stopListening() or succeed(None)
+        return self._listeners.close_admin().addCallback(lambda _: self.sink.close())

@@ -654,7 +654,6 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
     assert {key for keys in NOT_BUILT.values() for key in keys} == {
         "intercept",
         "tunnel",
-        "reuse_port",
         "token",
         "max_streams",
         "balance",
@@ -998,6 +997,7 @@ def test_redacted(vault: Path) -> None:
         "proxy": {
             "listen": ["tcp:8080:interface=127.0.0.1"],
             "listen_tls": [],
+            "reuse_port": False,
             "certificate": False,
             "key": False,
             "anonymous": True,

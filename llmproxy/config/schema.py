@@ -35,6 +35,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "proxy": (
         "listen",
         "listen_tls",
+        "reuse_port",
         "certificate",
         "key",
         "anonymous",
@@ -112,7 +113,6 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 #: Keys that the design has and this version has not; they are refused, never read and ignored.
 NOT_BUILT: Mapping[str, frozenset[str]] = {
     "": frozenset({"intercept", "tunnel"}),
-    "proxy": frozenset({"reuse_port"}),
     "admin": frozenset({"token"}),
     "providers.*": frozenset({"max_streams"}),
     "routes": frozenset(

@@ -78,6 +78,7 @@ def read_proxy(table: Table, instance: str, credentials: Credentials) -> Proxy:
     return Proxy(
         listen=table.array("listen", endpoint(instance), ours.listen, may_be_empty=secure),
         listen_tls=table.array("listen_tls", endpoint_for_tls(instance), ()),
+        reuse_port=table.read("reuse_port", boolean, ours.reuse_port),
         keypair=_keypair(table, credentials, wanted=secure),
         anonymous=table.read("anonymous", boolean, False),
         drain_timeout=table.read("drain_timeout", duration, ours.drain_timeout),

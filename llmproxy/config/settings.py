@@ -156,6 +156,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 
     listen: tuple[str, ...] = ("tcp:8080:interface=127.0.0.1",)
     listen_tls: tuple[str, ...] = ()
+    reuse_port: bool = False
     keypair: Keypair | None = None
     anonymous: bool = False
     drain_timeout: float = 300.0
@@ -223,6 +224,7 @@ def _proxy(proxy: Proxy) -> dict[str, object]:
     return {
         "listen": list(proxy.listen),
         "listen_tls": list(proxy.listen_tls),
+        "reuse_port": proxy.reuse_port,
         "certificate": proxy.keypair is not None,
         "key": proxy.keypair is not None,
         "anonymous": proxy.anonymous,

@@ -7,7 +7,7 @@ became one has a record: a client that left inside its own body, a head that is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from twisted.logger import Logger
 
@@ -64,6 +64,11 @@ class Books:
     def running(self) -> int:
         """How many requests are being served."""
         return len(self._running)
+
+    @property
+    def exchanges(self) -> Collection[Exchange]:
+        """The requests that are being served."""
+        return self._running
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""

@@ -141,13 +141,15 @@ class Site(server.Site):
         return sum(pending_bytes(channel.transport) for channel in self.channels)
 
     def drain(self) -> None:
-        """Close idle connections after a short grace, the others after their present request."""
+        """Close idle connections after a short grace, the others after their present request.
+
+        Where the head of an answer has left already, its client was not told: it may send one more
+        request within the grace, and is told then.
+        """
         self.draining = True
         for channel in list(self.channels):
             if channel.phase is Phase.IDLE:
                 channel.await_request()
-            elif channel.phase is Phase.SERVING:
-                channel.persistent = False
 
     def when_empty(self) -> Deferred[None]:
         """Fire once no client is connected; at once where none is."""

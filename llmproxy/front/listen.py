@@ -1,19 +1,21 @@
 """From endpoints to listening sockets: what lies below a site's connections.
 
 An endpoint is Twisted's; added here are a queue that a burst fits into, the kernel's own watch over
-clients that vanish, TLS with the listener's certificate, and whose address counts where a balancer
-stands before us (PROXY protocol).
+clients that vanish, TLS with the listener's certificate, whose address counts where a balancer
+stands before us (PROXY protocol), and what several processes need that share a port (ADR-0012).
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from twisted.internet import tcp
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
@@ -46,6 +48,7 @@ def listen(
     *,
     tls: ListenerTls | None = None,
     direct: bool = True,
+    reuse_port: bool = False,
 ) -> Any:
     """Listen at an endpoint.
 
@@ -54,13 +57,14 @@ def listen(
         site: serves the connections.
         tls: ends TLS on them.
         direct: with the transports of ``wire/``; else with Twisted's own.
+        reuse_port: let other processes bind the same address, where it is one of TCP.
 
     Returns:
         the listening port.
 
     Raises:
-        OSError: the address cannot be bound.
-        ValueError: the text is no endpoint.
+        OSError: the address cannot be bound, or the socket that systemd handed over not be used.
+        ValueError: the text is no endpoint, or one of a socket that systemd did not hand over.
     """
     below = text.removeprefix("haproxy:")
     proxied = below != text
@@ -75,7 +79,11 @@ def listen(
         factory = ProxyHeaders(factory)
     ports: list[Any] = []
     failures: list[Failure] = []
-    _endpoint(reactor, below).listen(factory).addCallbacks(ports.append, failures.append)
+    binder = _Sharing(reactor) if reuse_port else reactor
+    endpoint = _endpoint(binder, below)
+    if isinstance(endpoint, AdoptedStreamServerEndpoint):
+        _check_family(text, endpoint)
+    endpoint.listen(factory).addCallbacks(ports.append, failures.append)
     if failures:
         raise OSError(f"{text}: {failures[0].getErrorMessage()}")
     (port,) = ports
@@ -87,6 +95,55 @@ def listen(
         # Not below Twisted's TLS layer, which writes a farewell when it aborts: it must not leave.
         port.transport = DirectServer if tls is None else partial(SecureServer, tls.on_socket)
     return port
+
+
+def is_inherited(text: str) -> bool:
+    """Tell whether an endpoint is a socket that systemd opened, and keeps."""
+    return text.removeprefix("haproxy:").partition(":")[0] == "systemd"
+
+
+def close(port: Any, *, inherited: bool) -> Deferred[Any]:
+    """Stop listening.
+
+    Whoever waits in the queue of a socket of our own is accepted first: the kernel would reset
+    them. A socket that systemd opened stays open, and its queue waits for the other processes.
+
+    Returns:
+        fires when the socket is closed here.
+    """
+    if not inherited and port.connected:
+        most = port.sessionno + _BACKLOG
+        while port.sessionno < most and has_input(port.socket):
+            before = port.sessionno
+            port.doRead()
+            if port.sessionno == before:
+                break
+    return maybeDeferred(port.stopListening)
+
+
+class _Sharing:
+    """A reactor whose TCP ports let other processes bind the same address (SO_REUSEPORT)."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reactor, name)
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        binding: Any = tcp.makeBinding(interface, port, reuseAddress=True, reusePort=True)
+        return self._reactor.listenTCP(binding, factory, backlog, interface)
+
+
+def _check_family(text: str, endpoint: AdoptedStreamServerEndpoint) -> None:
+    """Refuse a socket of systemd's that is not of the family that the endpoint says.
+
+    ``ListenStream=8080`` is one of IPv6 on most machines; as one of IPv4 its clients are misread.
+    """
+    with socket.socket(fileno=os.dup(endpoint.fileno)) as found:
+        if found.family != endpoint.addressFamily:
+            said = found.family.name.removeprefix("AF_")
+            raise OSError(f"{text}: the socket from systemd is of another family: domain={said}")
 
 
 def _is_tcp(text: str) -> bool:
@@ -128,7 +185,21 @@ def _endpoint(reactor: Any, text: str) -> Any:
     try:
         return serverFromString(reactor, text)
     except Exception as error:
+        if is_inherited(text) and isinstance(error, LookupError):
+            raise ValueError(
+                f"{text}: systemd handed over no such socket, {_handed_over()}"
+            ) from error
         raise ValueError(f"{text}: not an endpoint: {type(error).__name__}: {error}") from error
+
+
+def _handed_over() -> str:
+    """Return what systemd handed over, in words (sd_listen_fds(3))."""
+    if "LISTEN_PID" in os.environ:  # Twisted takes it away where it was for us
+        return "and LISTEN_PID is another process's"
+    names = os.environ.get("LISTEN_FDNAMES")
+    if names:
+        return f"but {names.replace(':', ', ')}: FileDescriptorName= of the .socket unit names it"
+    return "and LISTEN_FDNAMES is not set: start it with the .socket unit (Sockets= in the service)"
 
 
 class _Wordless(Proxied):

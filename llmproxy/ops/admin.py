@@ -6,13 +6,16 @@ made from what is passed in, so that this module knows neither gateway nor upstr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from twisted.web.resource import Resource
 
+from llmproxy.config import Config
+from llmproxy.front.http import Site
 from llmproxy.front.request import Request
 
 _JSON = b"application/json"
@@ -67,6 +70,35 @@ class _Root(Resource):
 def not_found(request: Request) -> Answer:
     """Answer 404."""
     return 404, _JSON, _error("There is nothing at this path.")
+
+
+def admin_sites(
+    config: Config,
+    reactor: Any,
+    clock: Callable[[], float],
+    *,
+    ready: Callable[[], bool],
+    registry: CollectorRegistry,
+) -> Iterator[tuple[str, Site]]:
+    """Yield each endpoint that ``[admin]`` names, with the site that stands there.
+
+    Args:
+        config: the checked configuration.
+        reactor: keeps time.
+        clock: monotonic seconds.
+        ready: whether requests are taken.
+        registry: what ``/metrics`` shows.
+    """
+
+    def site(shown: Callable[[], object] | None) -> Site:
+        resource = admin_resource(ready=ready, registry=registry, config=shown)
+        return Site(
+            resource, reactor, clock, config.timeouts, config.limits, body_limit=lambda _: 0
+        )
+
+    yield config.admin.listen, site(config.redacted)
+    if config.admin.metrics_listen is not None:
+        yield config.admin.metrics_listen, site(None)
 
 
 def admin_resource(

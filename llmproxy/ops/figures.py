@@ -44,6 +44,13 @@ def expose(
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
     gauge("drains", "Answers read on for their usage alone.", [], lambda: {(): len(drains)})
     gauge("draining", "1 while the process comes to rest.", [], lambda: {(): drain.begun})
+    gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})
+    gauge(
+        "drain_remaining_seconds",
+        "Until a drain cuts what is left; 0 where there is none.",
+        [],
+        lambda: {(): drain.remaining_s},
+    )
     gauge(
         "config_last_reload_successful",
         "Whether the configuration could be read when that was last asked for.",

@@ -582,11 +582,29 @@ def test_a_drain_closes_idle_connections_and_lets_answers_end() -> None:
     caller.request.write(b"more")
     caller.request.finish()
     assert caller.transport.value().endswith(LAST)
-    assert caller.transport.count("lose") == 1
     idle.end(FIN)
     assert not empty.called
+    caller.pass_time(3)
+    assert caller.transport.count("lose") == 1
     caller.transport.end(FIN)
     assert empty.called
+
+
+def test_who_was_not_told_of_a_drain_may_ask_once_more() -> None:
+    """An answer that began before it says nothing of an end; the next one does."""
+    caller = Caller()
+    caller.send(GET)
+    caller.request.start(200, [(b"content-length", b"0")])
+    caller.request.flush()
+    caller.site.drain()
+    caller.request.finish()
+    assert b"connection: close" not in caller.transport.take()
+    caller.pass_time(0.5)
+    caller.send(GET)
+    caller.answer()
+
+    assert b"connection: close\r\n" in caller.transport.take()
+    assert caller.transport.count("lose") == 1
 
 
 @pytest.mark.parametrize("sent", [0, 1, 10, len(GET) - 1])

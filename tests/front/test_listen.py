@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet import reactor
+from twisted.internet.endpoints import _SystemdParser
+from twisted.python.systemd import ListenFDs
 
 from llmproxy.config import parse
 from llmproxy.front.door import Door
-from llmproxy.front.listen import listen
+from llmproxy.front.listen import close, is_inherited, listen
 from llmproxy.front.tls import ListenerTls
 from llmproxy.service import ProxyService
 from tests.support.fake_transport import until
@@ -161,13 +164,140 @@ async def test_a_taken_address_is_told(below: str) -> None:
             listen(reactor, text, served.site)
 
 
-@pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET:name=x"])
+@pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET"])
 @ensureDeferred
 async def test_an_endpoint_that_is_none_is_told(text: str) -> None:
     """Whatever Twisted makes of it, it is told as what the operator wrote."""
     async with Served() as served:
         with pytest.raises(ValueError, match=f"{text}.*: not an endpoint: "):
             listen(reactor, text, served.site)
+
+
+# --- several processes on one port ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@pytest.mark.parametrize("kind", ["tcp:{}:interface=127.0.0.1", "tcp6:{}:interface=\\:\\:1"])
+@ensureDeferred
+async def test_a_port_can_be_shared(below: str, kind: str) -> None:
+    """Two that both allow it bind the same address; one alone that does is not enough."""
+    if "tcp6" in kind and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    async with Served(below + kind.format(0), reuse_port=True) as first:
+        text = below + kind.format(first.port)
+        async with Served(text, reuse_port=True) as second:
+            assert second.port == first.port
+        with pytest.raises(OSError, match="in use"):
+            listen(reactor, text, first.site)
+
+
+@ensureDeferred
+async def test_who_stands_in_the_queue_is_accepted_before_it_closes() -> None:
+    """The kernel would reset those connections, and their clients think that they were served."""
+    async with Served() as served:
+        # The reactor does not turn meanwhile: all of them stand in the queue.
+        crowd = [connect(served.port) for _ in range(300)]
+        try:
+            await close(served.listening, inherited=False)
+            assert len(served.site.channels) == 300
+            assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
+        finally:
+            for wire in crowd:
+                wire.close()
+
+
+def handed_over(monkeypatch: pytest.MonkeyPatch, sock: socket.socket, name: str = "proxy") -> None:
+    """Let Twisted find ``sock`` as one that systemd handed over; it closes what it finds."""
+    found = ListenFDs([os.dup(sock.fileno())], [name])
+    monkeypatch.setattr(_SystemdParser, "_sddaemon", found)
+    monkeypatch.setenv("LISTEN_FDNAMES", name)
+
+
+@pytest.fixture
+def systemds() -> Iterator[socket.socket]:
+    """A listening socket that systemd would hold."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock
+
+
+INHERITED = "systemd:domain=INET:name=proxy"
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@ensureDeferred
+async def test_a_socket_of_systemds_stays_open(
+    monkeypatch: pytest.MonkeyPatch, systemds: socket.socket, below: str
+) -> None:
+    """Who stands in its queue when we close our copy is served by whoever accepts next."""
+    handed_over(monkeypatch, systemds)
+    async with Served(below + INHERITED) as served:
+        early = connect(served.port)  # the reactor does not turn before the close
+        assert is_inherited(below + INHERITED)
+        await close(served.listening, inherited=True)
+        assert not served.site.channels
+        systemds.settimeout(WAIT)
+        accepted, _ = systemds.accept()
+        with early, Wire(accepted) as other:
+            other.send(b"hello")
+            assert early.read(5) == b"hello"
+
+
+@pytest.mark.parametrize("text", [INHERITED, "systemd:domain=INET:index=0"])
+@ensureDeferred
+async def test_no_socket_of_systemds_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """As what is missing, not as an exception's name."""
+    monkeypatch.delenv("LISTEN_FDNAMES", raising=False)
+    monkeypatch.delenv("LISTEN_PID", raising=False)
+    async with Served() as served:
+        with pytest.raises(ValueError, match=f"{text}: systemd handed over no such socket, and "):
+            listen(reactor, text, served.site)
+
+
+@ensureDeferred
+async def test_a_socket_of_another_name_is_told(
+    monkeypatch: pytest.MonkeyPatch, systemds: socket.socket
+) -> None:
+    """With the names that are there."""
+    handed_over(monkeypatch, systemds, "web")
+    async with Served() as served:
+        with pytest.raises(ValueError, match=r"name=proxy: .* no such socket, but web: "):
+            listen(reactor, INHERITED, served.site)
+
+
+@ensureDeferred
+async def test_a_socket_for_both_families_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ListenStream=8080` is one of IPv6, and serves clients of either, each with its address."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as sock:
+        handed_over(monkeypatch, sock)
+        async with Served("systemd:domain=INET6:name=proxy") as served:
+            with connect(served.port) as client:
+                assert await served.run(ask, client) == b"::ffff:127.0.0.1"
+            with Wire(socket.create_connection(("::1", served.port), WAIT)) as client:
+                assert await served.run(ask, client) == b"::1"
+
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [(a, b) for a in FAMILIES for b in FAMILIES if a is not b]
+)
+@ensureDeferred
+async def test_a_socket_of_another_family_is_told(
+    monkeypatch: pytest.MonkeyPatch, said: socket.AddressFamily, found: socket.AddressFamily
+) -> None:
+    """Twisted would take it, and misread who connects; the start tells what it should say."""
+    with socket.socket(found) as sock:
+        handed_over(monkeypatch, sock)
+        text = f"systemd:domain={said.name.removeprefix('AF_')}:name=proxy"
+        wanted = found.name.removeprefix("AF_")
+        async with Served() as served:
+            with pytest.raises(OSError, match=rf"^{text}: .* another family: domain={wanted}$"):
+                listen(reactor, text, served.site)
 
 
 # --- a Unix socket --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ listen = "tcp:{admin}:interface=127.0.0.1"
 """
 
 
-def start(folder: Path, config: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, config: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Start a daemon that must end by itself."""
     path = folder / "bad.toml"
     path.write_text(config)
@@ -31,7 +32,7 @@ def start(folder: Path, config: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(path)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
         capture_output=True,
         text=True,
         timeout=20,
@@ -103,6 +104,51 @@ def test_a_port_that_is_taken_stops_the_start(tmp_path: Path, taken_by: str) -> 
         ports = {"proxy": 0, "admin": 0} | {taken_by: port}
         ended = start(tmp_path, HEAD.format(**ports) + provider_config("http://127.0.0.1:1"))
     assert_refused(ended, "llmproxy cannot start", str(port))
+
+
+INHERITED = HEAD.replace("tcp:{proxy}:interface=127.0.0.1", "systemd:domain=INET:name=proxy")
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, "LISTEN_FDNAMES is not set"),
+        # For another process: a daemon that was started by hand in a service's shell.
+        ({"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "proxy"}, "LISTEN_PID"),
+    ],
+)
+def test_a_socket_that_nobody_handed_over_stops_the_start(
+    tmp_path: Path, environ: dict[str, str], words: str
+) -> None:
+    """In one line that says what is missing."""
+    config = INHERITED.format(admin=0) + provider_config("http://127.0.0.1:1")
+    ended = start(tmp_path, config, **environ)
+    told = "llmproxy cannot start: systemd:domain=INET:name=proxy: systemd handed over no such"
+    assert_refused(ended, told, words)
+    assert (ended.stdout + ended.stderr).count("cannot start") == 1
+
+
+def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
+    """From what a shell gives to what max_connections may need, without a word."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    proxy = "anonymous = true\nmax_connections = 1000"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), proxy=proxy) as daemon:
+            pid = daemon.process.pid
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (2512, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not [line for line in daemon.log if "descriptors" in line["message"]]
+
+
+def test_a_limit_of_descriptors_that_is_too_low_is_told(tmp_path: Path) -> None:
+    """The start goes on as far as it may, with a warning."""
+    proxy = "anonymous = true\nmax_connections = 10000000"
+    with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), proxy=proxy) as daemon:
+        line = daemon.wait_log("raise LimitNOFILE", level="warn")
+        assert line["needed"] == 20_000_512
 
 
 def test_a_trace_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:

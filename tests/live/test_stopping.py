@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 import urllib.error
 from contextlib import suppress
 from pathlib import Path
@@ -217,6 +218,65 @@ def test_the_drain_timeout_cuts_what_runs(tmp_path: Path, link: Link) -> None:
     ):
         daemon.terminate()
         assert_cut(daemon, client, script)
+
+
+def test_a_body_that_is_still_coming_is_cut_too(tmp_path: Path) -> None:
+    """Nobody serves that request yet; the last line counts it, and it has a record."""
+    plain = Link(None, "")
+    with (
+        plain.provider(Paced()) as provider,
+        Daemon(tmp_path, plain.config(provider)) as daemon,
+        connect(daemon.port) as client,
+    ):
+        client.send(post("/p/x")[:-1])
+        until(lambda: daemon.metrics()["llmproxy_request_bytes_held"] > 0, "a body is coming")
+        daemon.terminate()
+        assert daemon.wait_log("draining")["running"] == 1
+        until(lambda: daemon.metrics()["llmproxy_drain_remaining_requests"] == 1, "it is seen")
+        assert 0 < daemon.metrics()["llmproxy_drain_remaining_seconds"] <= 300
+        daemon.terminate()
+        client.wait_closed()
+        assert client.buffer == b""
+        assert_ended(daemon, finished=0, cut=1)
+        assert trace_of(daemon, path="/p/x")["end_reason"] == "drained"
+
+
+def test_the_service_manager_hears_of_a_life(tmp_path: Path) -> None:
+    """Ready once it listens; then a reload; how far a drain is; and nothing that comes later."""
+    script, plain = Paced(), Link(None, "")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(WAIT)
+
+        def hear(*words: str) -> list[str]:
+            """Return the lines of the next message that is no ping, and check how they begin."""
+            while (lines := manager.recv(4096).decode().splitlines()) == ["WATCHDOG=1"]:
+                pings.append(lines[0])
+            for word in words:
+                assert any(line.startswith(word) for line in lines), lines
+            return lines
+
+        pings: list[str] = []
+        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        with (
+            plain.provider(script) as provider,
+            Daemon(tmp_path, plain.config(provider), environ=environ) as daemon,
+        ):
+            hear("READY=1", "STATUS=0 streams, 0 connections, version ")
+            daemon.process.send_signal(signal.SIGHUP)
+            (_, said) = hear("RELOADING=1", "MONOTONIC_USEC=")
+            assert int(said.partition("=")[2]) < time.monotonic() * 1e6
+            hear("READY=1")
+            with begin(daemon) as client:
+                daemon.terminate()
+                hear("STOPPING=1")
+                hear("EXTEND_TIMEOUT_USEC=", "STATUS=")
+                while "draining: 1 streams are left" not in hear("STATUS=")[-1]:
+                    pass
+                script.turn.give()
+                assert client.read_chunks() == event(1)
+            assert daemon.process.wait(WAIT) == 0
+            assert pings
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

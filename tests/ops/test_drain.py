@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import LogEvent, formatEvent
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
@@ -19,6 +18,7 @@ from tests.support.fake_transport import ABORTED, FIN, FakeTransport
 from tests.support.sockets import request
 
 GET = request("GET", "/")
+POST = request("POST", "/", body=b"{}")
 
 
 class Waits(Resource):
@@ -55,14 +55,14 @@ class Stage:
             self.clock.seconds,
             Timeouts(),
             Limits(),
-            body_limit=lambda target: 0,
+            body_limit=lambda target: 100,
         )
         self.transports: list[FakeTransport] = []
         for number in range(idle + busy):
             channel = self.connect()
             if number >= idle:
                 channel.dataReceived(GET)
-        self.drain = Drain(self.site, self.clock, 30.0, lambda: len(self.resource.running))
+        self.drain = Drain(self.site, self.clock, 30.0)
         self.rested: list[float] = []
 
     def connect(self) -> Any:
@@ -85,16 +85,6 @@ class Stage:
                 if transport.count("abort") or transport.count("lose"):
                     self.transports.remove(transport)
                     transport.end(ABORTED if transport.count("abort") else FIN)
-
-
-@pytest.fixture
-def logged() -> Iterator[list[LogEvent]]:
-    """What is logged meanwhile."""
-    events: list[LogEvent] = []
-    observer = cast(ILogObserver, events.append)
-    globalLogPublisher.addObserver(observer)
-    yield events
-    globalLogPublisher.removeObserver(observer)
 
 
 def told(logged: list[LogEvent]) -> tuple[int, int]:
@@ -200,3 +190,68 @@ def test_a_client_that_leaves_by_itself_is_waited_for_no_more(logged: list[LogEv
     assert stage.rested == [0.0]
     assert told(logged)[1] == 0
     assert not stage.clock.getDelayedCalls()
+
+
+@pytest.mark.parametrize("how", ["deadline", "second signal"])
+def test_a_body_that_is_still_coming_is_cut_and_counted(logged: list[LogEvent], how: str) -> None:
+    """A request that nobody serves yet is one all the same, for whoever sent it."""
+    stage = Stage(busy=1)
+    stage.connect().dataReceived(POST[:-1])
+    stage.begin()
+    assert "2 requests" in formatEvent(logged[-1])
+    stage.resource.answer()
+    stage.pass_time(5)
+    assert stage.drain.remaining == 1
+    if how == "second signal":
+        stage.drain.cut()
+        stage.drain.cut()
+    stage.pass_time(30)
+
+    assert told(logged) == (1, 1)
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_a_body_that_comes_in_time_is_served(logged: list[LogEvent]) -> None:
+    """A drain waits for it as for any other."""
+    stage = Stage()
+    channel = stage.connect()
+    channel.dataReceived(POST[:-1])
+    stage.begin()
+    stage.pass_time(5)
+    assert not stage.rested
+    channel.dataReceived(POST[-1:])
+    stage.resource.answer()
+    stage.pass_time(1)
+
+    assert told(logged) == (1, 0)
+
+
+def test_what_is_left_can_be_seen(logged: list[LogEvent]) -> None:
+    """How many requests, and for how long; nothing while nothing is drained."""
+    stage = Stage(idle=1, busy=2)
+    seen = [(stage.drain.remaining, stage.drain.remaining_s)]
+    stage.begin()
+    seen.append((stage.drain.remaining, stage.drain.remaining_s))
+    stage.resource.answer()
+    stage.pass_time(10)
+    seen.append((stage.drain.remaining, stage.drain.remaining_s))
+    stage.resource.answer()
+    stage.pass_time(1)
+    seen.append((stage.drain.remaining, stage.drain.remaining_s))
+
+    assert seen == [(0, 0.0), (2, 30.0), (1, 20.0), (0, 0.0)]
+
+
+def test_progress_is_logged(logged: list[LogEvent]) -> None:
+    """Every ten seconds, until it is over."""
+    stage = Stage(busy=2)
+    stage.begin()
+    stage.pass_time(10)
+    stage.resource.answer()
+    stage.pass_time(50)
+
+    lines = [formatEvent(event) for event in logged if "requests are left" in formatEvent(event)]
+    assert lines == [
+        "draining: 2 requests are left, to be cut in 20 s",
+        "draining: 1 requests are left, to be cut in 10 s",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,18 @@ jsonl = "{trace}"
 """
 
 
+# What systemd does for a service with a socket (sd_listen_fds(3)): its descriptor is number 3.
+_HAND_OVER = """\
+import os, sys
+given = int(sys.argv[1])
+if given != 3:
+    os.dup2(given, 3)
+    os.close(given)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class Daemon:
     """A spawned ``twistd -n llmproxy``; leaving the context stops it with SIGTERM, then by force.
 
@@ -40,6 +53,9 @@ class Daemon:
         proxy: further keys of ``[proxy]``; by default whoever shows no key is anonymous.
         admin: further keys of ``[admin]``.
         environ: further environment variables.
+        instance: its name among several.
+        inherit: a listening socket that it is handed as systemd does; the names of those are the
+            environment's ``LISTEN_FDNAMES``.
 
     Attributes:
         port: the proxy's port, and ``tls_port`` that where it ends TLS; 0 where there is none.
@@ -55,13 +71,15 @@ class Daemon:
         proxy: str = "anonymous = true",
         admin: str = "",
         environ: dict[str, str] | None = None,
+        instance: str = "0",
+        inherit: socket.socket | None = None,
     ) -> None:
         self.folder = folder
         self.trace_path = folder / "trace.jsonl"
         self.config_path = folder / "llmproxy.toml"
         self._plain = "listen = []" not in proxy
         self._tls = "listen_tls" in proxy
-        if self._plain:
+        if "listen = " not in proxy:
             proxy = f'listen = ["tcp:0:interface=127.0.0.1"]\n{proxy}'
         if UNTUNED and "tuned_loop" not in proxy:
             proxy = f"tuned_loop = false\n{proxy}"
@@ -71,11 +89,19 @@ class Daemon:
         self.log: list[dict[str, Any]] = []
         self.port = self.tls_port = self.admin_port = 0
         self._changed = threading.Condition()
+        self._instance = instance
+        self._inherit = inherit
 
     def __enter__(self) -> Self:
         twistd = str(Path(sys.executable).parent / "twistd")
+        command = [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(self.config_path)]
+        handed = []
+        if self._inherit is not None:
+            handed = [self._inherit.fileno()]
+            command = [sys.executable, "-c", _HAND_OVER, str(handed[0]), *command]
         self.process = subprocess.Popen(
-            [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(self.config_path)],
+            [*command, "--instance", self._instance],
+            pass_fds=handed,
             cwd=self.folder,
             env=self._environ,
             stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.threads import deferToThread
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
@@ -49,6 +50,7 @@ class Served:
         tls: ends TLS on it.
         door: counts the connections.
         timeouts: the deadlines towards clients.
+        reuse_port: others may bind the same address.
 
     Attributes:
         port: where it listens; 0 where that is no TCP port.
@@ -62,6 +64,7 @@ class Served:
         tls: ListenerTls | None = None,
         door: Door | None = None,
         timeouts: Timeouts | None = None,
+        reuse_port: bool = False,
     ) -> None:
         self.reactor = TurnedReactor()
         self.site = Site(
@@ -73,7 +76,7 @@ class Served:
             body_limit=lambda target: 0,
             door=door,
         )
-        self.listening = listen(self.reactor, text, self.site, tls=tls)
+        self.listening = listen(self.reactor, text, self.site, tls=tls, reuse_port=reuse_port)
         self.port: int = getattr(self.listening.getHost(), "port", 0)
 
     async def __aenter__(self) -> Self:
@@ -85,7 +88,7 @@ class Served:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.listening.stopListening()
+        await maybeDeferred(self.listening.stopListening)
         self.site.cut()
         await self.site.when_empty()
         if self.reactor.timers():

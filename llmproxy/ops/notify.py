@@ -1,0 +1,141 @@
+"""What the service manager is told: ready, reloading, stopping, alive, and how it goes.
+
+The protocol is that of sd_notify(3): one datagram of ``KEY=value`` lines to the socket that
+``$NOTIFY_SOCKET`` names.  Without that variable nothing is said, and nothing costs anything.  The
+watchdog is answered from the reactor, so that a reactor that is stuck is one that is restarted.
+What goes on in the process is not known here; a line of it is passed in.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+_STATUS_INTERVAL = 5.0
+"""Seconds between two looks at the status line; one that is the same is not sent again."""
+
+_STOPPING_INTERVAL = 1.0
+"""The same while the process comes to rest."""
+
+_MORE_TIME = 15_000_000
+"""Microseconds within which the next message comes while the process comes to rest."""
+
+_PATIENCE = 2.0
+"""Seconds that a message may wait for the manager which it must not miss."""
+
+Reloading = Callable[[], AbstractContextManager[None]]
+"""What a reload opens around its work: the manager hears of its beginning and of its end."""
+
+_log = Logger()
+
+
+class Notify:
+    """Tells the service manager about one process.
+
+    Args:
+        environ: where ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` may stand.
+        reactor: keeps the appointments.
+        monotonic: seconds of ``CLOCK_MONOTONIC``, which is the manager's clock, too.
+        status: makes the line that ``systemctl status`` shows.
+        pid: this process's number.
+    """
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        reactor: Any,
+        monotonic: Callable[[], float],
+        status: Callable[[], str],
+        *,
+        pid: int,
+    ) -> None:
+        self._address = _address(environ.get("NOTIFY_SOCKET", ""))
+        self._watchdog = _watchdog(environ, pid)
+        self._monotonic = monotonic
+        self._status = status
+        self._told = ""
+        self._more = ""
+        self._failing = False
+        self._socket: socket.socket | None = None
+        self._looks = LoopingCall(self._tell_status)
+        self._pings = LoopingCall(self._send, "WATCHDOG=1")
+        self._looks.clock = self._pings.clock = reactor
+
+    def ready(self) -> None:
+        """Everything listens: say so, and begin to show the status and to answer the watchdog."""
+        if self._address is None:
+            return
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._told = self._status()
+        self._send(f"READY=1\nSTATUS={self._told}", wait=True)
+        self._looks.start(_STATUS_INTERVAL, now=False)
+        if self._watchdog is not None:
+            self._pings.start(self._watchdog / 2)
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Say that a reload begins, and at the end that the process is ready again, either way."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", wait=True)
+        try:
+            yield
+        finally:
+            self._told = self._status()
+            self._send(f"READY=1\nSTATUS={self._told}", wait=True)
+
+    def stopping(self) -> None:
+        """The process comes to rest, which may take long: say how it goes, and ask for the time."""
+        self._send("STOPPING=1", wait=True)
+        if self._looks.running:
+            self._looks.stop()
+            self._more = f"EXTEND_TIMEOUT_USEC={_MORE_TIME}\n"
+            self._looks.start(_STOPPING_INTERVAL)
+
+    def close(self) -> None:
+        """Say the last status, and nothing any more."""
+        for call in (self._looks, self._pings):
+            if call.running:
+                call.stop()
+        if self._socket is not None:
+            self._send(f"STATUS={self._status()}")
+            self._socket.close()
+            self._socket = None
+
+    def _tell_status(self) -> None:
+        status = self._status()
+        if status != self._told or self._more:
+            self._told = status
+            self._send(f"{self._more}STATUS={status}")
+
+    def _send(self, text: str, *, wait: bool = False) -> None:
+        """Send; a manager that takes nothing is told of in the log, once, and holds up nobody."""
+        if self._socket is None or self._address is None:
+            return
+        self._socket.settimeout(_PATIENCE if wait else 0.0)
+        try:
+            self._socket.sendto(text.encode("utf-8"), self._address)
+        except OSError as error:
+            if not self._failing:
+                _log.warn("the service manager cannot be told: {why}", why=str(error))
+            self._failing = True
+        else:
+            self._failing = False
+
+
+def _address(text: str) -> str | None:
+    """Return the address of a socket: a file's path, or an abstract name behind an ``@``."""
+    if text.startswith("@"):
+        return "\0" + text[1:]
+    return text if text.startswith("/") else None
+
+
+def _watchdog(environ: Mapping[str, str], pid: int) -> float | None:
+    """Return within how many seconds the manager wants to hear from this process, if it does."""
+    microseconds = environ.get("WATCHDOG_USEC", "")
+    if environ.get("WATCHDOG_PID", str(pid)) != str(pid) or not microseconds.isdecimal():
+        return None
+    return int(microseconds) / 1e6 or None

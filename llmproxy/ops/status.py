@@ -1,0 +1,48 @@
+"""How the process does, in one line, for whoever asks the service manager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from llmproxy.front.books import Books
+from llmproxy.front.http import Site
+from llmproxy.ops.drain import Drain
+from llmproxy.ops.reload import Reload
+from llmproxy.version import version
+
+
+class Status:
+    """Makes the line from what the parts hold.
+
+    Args:
+        site: the site that clients are connected to.
+        books: knows what is being served.
+        drain: how the process comes to rest.
+        reload: whether the last reload went well.
+        wall: seconds since the epoch.
+    """
+
+    def __init__(
+        self, site: Site, books: Books, drain: Drain, reload: Reload, wall: Callable[[], float]
+    ) -> None:
+        self._site = site
+        self._books = books
+        self._drain = drain
+        self._reload = reload
+        self._wall = wall
+
+    def __call__(self) -> str:
+        """Return the line, as it is now."""
+        if self._drain.begun:
+            return self._draining()
+        line = f"{self._books.running} streams, {len(self._site.channels)} connections"
+        failed = "" if self._reload.succeeded else ", the last reload FAILED (see the log)"
+        return f"{line}, version {version()}{failed}"
+
+    def _draining(self) -> str:
+        left = f"draining: {self._drain.remaining} streams are left"
+        if not self._drain.remaining_s:
+            return left
+        until = datetime.fromtimestamp(self._wall() + self._drain.remaining_s, UTC)
+        return f"{left}, to be cut at {until:%H:%M:%S} UTC"

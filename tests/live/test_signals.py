@@ -1,0 +1,78 @@
+"""What an operator can ask of a running daemon by a signal: who is being served."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from tests.support.daemon import Daemon
+from tests.support.sockets import Wire, chunked, connect, request
+from tests.support.stage import LAST, PLAIN, SSE, Turn, client_config, event, post, until
+
+KEY = "key-of-bob"
+
+
+class Script:
+    """A provider that streams one event, and the rest at a turn; of others it takes the request."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
+
+    def __call__(self, wire: Wire) -> None:
+        """Play."""
+        asked = wire.read_request()
+        if asked.target == b"/stream":
+            wire.send(SSE, chunked(event(0)))
+        self.turn.take()
+        if asked.target == b"/stream":
+            wire.send(LAST)
+        wire.wait_closed()
+
+
+def test_the_streams_are_logged_on_demand(tmp_path: Path) -> None:
+    """A line each: who, where to, how far, how long; and how many are still coming in."""
+    script = Script()
+    key = f"x-api-key: {KEY}"
+    with (
+        PLAIN.provider(script) as provider,
+        Daemon(tmp_path, PLAIN.config(provider) + client_config("bob", KEY), proxy="") as daemon,
+        connect(daemon.port) as streaming,
+        connect(daemon.port) as waiting,
+        connect(daemon.port) as coming,
+    ):
+        streaming.send(post("/p/stream", b'{"model":"m","stream":true}', key))
+        streaming.read_head()
+        assert streaming.read_chunk() == event(0)
+        waiting.send(request("GET", "/p/wait", key))
+        until(lambda: provider.accepted == 2, "the second request has reached the provider")
+        coming.send(post("/p/x", b"{}", key)[:-1])
+        until(lambda: daemon.metrics()["llmproxy_request_bytes_held"] > 0, "a body is coming")
+
+        daemon.process.send_signal(signal.SIGUSR1)
+        counted = daemon.wait_log("are being served")
+        assert (counted["count"], counted["coming"]) == (2, 1)
+        line = daemon.wait_log("streaming since")
+        assert {name: line[name] for name in ("client", "route", "provider", "model")} == {
+            "client": "bob",
+            "route": "p",
+            "provider": "p",
+            "model": "m",
+        }
+        assert line["phase"] == "streaming"
+        assert line["bytes"] == len(event(0))
+        assert len(line["id"]) == 24
+        assert 0 <= line["last_chunk_s"] <= line["age_s"] < 60
+        assert line["paused_s"] == 0
+        other = daemon.wait_log("waiting since")
+        assert (other["bytes"], other["last_chunk_s"], other["model"]) == (0, None, None)
+        script.turn.give(2)
+
+
+def test_a_signal_that_finds_nothing_is_answered(tmp_path: Path) -> None:
+    """Whoever asks sees that it was heard."""
+    with (
+        PLAIN.provider(Script()) as provider,
+        Daemon(tmp_path, PLAIN.config(provider)) as daemon,
+    ):
+        daemon.process.send_signal(signal.SIGUSR1)
+        assert daemon.wait_log("are being served")["count"] == 0

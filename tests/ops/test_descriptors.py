@@ -1,0 +1,100 @@
+"""The limit of descriptors: raised as far as that is needed and allowed, or told."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import pytest
+from twisted.logger import formatEvent
+
+from llmproxy.ops.descriptors import RESERVE, needed, raise_limit
+from tests.ops.conftest import Listening
+
+Limits = tuple[int, int]
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[Limits]]:
+    """Return a way to set soft and hard limit, which returns the list of what is set then."""
+
+    def begin(soft: int, hard: int) -> list[Limits]:
+        now = [(soft, hard)]
+
+        def set_limit(which: int, limits: Limits) -> None:
+            assert which == resource.RLIMIT_NOFILE
+            now.append(limits)
+
+        monkeypatch.setattr(resource, "getrlimit", lambda which: now[-1])
+        monkeypatch.setattr(resource, "setrlimit", set_limit)
+        return now
+
+    return begin
+
+
+def test_two_for_each_connection() -> None:
+    """One for the client, one for the provider, and some for all else."""
+    assert needed(1000) == 2000 + RESERVE
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [
+        (1024, 100_000, 2512),
+        (1024, resource.RLIM_INFINITY, 2512),
+        (1024, 2000, 2000),
+        (2511, 2512, 2512),
+    ],
+)
+def test_it_is_raised_as_far_as_allowed(
+    limits: Callable[[int, int], list[Limits]], soft: int, hard: int, raised: int
+) -> None:
+    """The soft limit rises to what is needed; the hard one is left alone."""
+    now = limits(soft, hard)
+    raise_limit(1000)
+    assert now == [(soft, hard), (raised, hard)]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard"),
+    [(2512, 2512), (5000, 9000), (resource.RLIM_INFINITY, resource.RLIM_INFINITY), (100, 100)],
+)
+def test_it_is_left_where_nothing_can_be_gained(
+    limits: Callable[[int, int], list[Limits]], soft: int, hard: int
+) -> None:
+    """It is high enough already, or the hard limit allows no more; it never sinks."""
+    now = limits(soft, hard)
+    raise_limit(1000)
+    assert now == [(soft, hard)]
+
+
+@pytest.mark.parametrize(("hard", "warned"), [(2511, True), (2512, False)])
+def test_too_low_a_hard_limit_is_told(
+    limits: Callable[[int, int], list[Limits]], logged: Listening, hard: int, warned: bool
+) -> None:
+    """With both numbers, and what an operator can do."""
+    limits(1024, hard)
+    raise_limit(1000)
+    lines = [formatEvent(event) for event in logged]
+    assert lines == (
+        [
+            "2511 file descriptors are allowed, and max_connections = 1000 may need 2512: "
+            "raise LimitNOFILE, or lower max_connections"
+        ]
+        if warned
+        else []
+    )
+
+
+def test_a_limit_that_cannot_be_raised_is_an_error(
+    limits: Callable[[int, int], list[Limits]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something forbids what the hard limit would allow."""
+    limits(1024, 9000)
+
+    def refuse(which: int, limits: Limits) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(OSError, match="cannot be raised from 1024 to 2512: not allowed"):
+        raise_limit(1000)

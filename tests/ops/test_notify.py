@@ -1,0 +1,209 @@
+"""What the service manager hears: at which moment, in which words, and through which socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, formatEvent
+
+from llmproxy.ops.notify import Notify
+from tests.ops.conftest import Listening
+
+PID = 4711
+
+
+class Manager:
+    """The manager's end of the socket, and one process's word for it.
+
+    Args:
+        address: as ``NOTIFY_SOCKET`` writes it.
+        environ: further variables.
+    """
+
+    def __init__(self, address: str, **environ: str) -> None:
+        self.clock = Clock()
+        self.status = "fine"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
+        self.socket.setblocking(False)
+        self.notify = Notify(
+            {"NOTIFY_SOCKET": address, **environ},
+            self.clock,
+            lambda: 12.5,
+            lambda: self.status,
+            pid=PID,
+        )
+
+    def heard(self) -> list[str]:
+        """Return what came since the last look."""
+        messages = []
+        while True:
+            try:
+                messages.append(self.socket.recv(4096).decode())
+            except BlockingIOError:
+                return messages
+
+    def close(self) -> None:
+        """Take down both ends."""
+        self.notify.close()
+        self.socket.close()
+        assert not self.clock.getDelayedCalls()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    """Where a manager may listen."""
+    return str(tmp_path / "notify")
+
+
+@pytest.fixture
+def manager(address: str) -> Iterator[Manager]:
+    """A manager without a watchdog."""
+    manager = Manager(address)
+    yield manager
+    manager.close()
+
+
+def test_it_is_ready_with_its_status(manager: Manager) -> None:
+    """Before that it has not said a word."""
+    assert manager.heard() == []
+    manager.notify.ready()
+    assert manager.heard() == ["READY=1\nSTATUS=fine"]
+
+
+def test_an_abstract_socket(tmp_path: Path) -> None:
+    """A name behind an @ is one without a file."""
+    manager = Manager(f"@{tmp_path}/abstract")
+    manager.notify.ready()
+    assert manager.heard() == ["READY=1\nSTATUS=fine"]
+    manager.close()
+
+
+def test_a_status_is_told_when_it_has_changed(manager: Manager) -> None:
+    """The same line is not sent again and again."""
+    manager.notify.ready()
+    manager.heard()
+    manager.clock.pump([1.0] * 60)
+    assert manager.heard() == []
+    manager.status = "better"
+    manager.clock.pump([1.0] * 60)
+    assert manager.heard() == ["STATUS=better"]
+
+
+def test_a_reload_has_a_beginning_and_an_end(manager: Manager) -> None:
+    """The beginning says when it was, in the manager's own clock."""
+    manager.notify.ready()
+    manager.heard()
+    with manager.notify.reloading():
+        assert manager.heard() == ["RELOADING=1\nMONOTONIC_USEC=12500000"]
+        manager.status = "reloaded"
+    assert manager.heard() == ["READY=1\nSTATUS=reloaded"]
+
+
+def test_a_reload_that_fails_ends_too(manager: Manager) -> None:
+    """A manager that waits for the end would take the process for stuck."""
+    manager.notify.ready()
+    with pytest.raises(RuntimeError), manager.notify.reloading():
+        raise RuntimeError
+    assert manager.heard()[-1] == "READY=1\nSTATUS=fine"
+
+
+def test_a_stop_says_how_it_goes_and_asks_for_time(manager: Manager) -> None:
+    """Each second, so that a long drain is not taken for a stop that hangs."""
+    manager.notify.ready()
+    manager.heard()
+    manager.status = "3 left"
+    manager.notify.stopping()
+    first, second = manager.heard()
+    assert first == "STOPPING=1"
+    assert second == "EXTEND_TIMEOUT_USEC=15000000\nSTATUS=3 left"
+    manager.clock.pump([1.0] * 10)
+    assert manager.heard() == [second] * 10
+    manager.status = "none left"
+    manager.notify.close()
+    assert manager.heard() == ["STATUS=none left"]
+
+
+@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_PID": str(PID)}])
+def test_the_watchdog_is_answered_twice_as_often_as_it_asks(
+    address: str, environ: dict[str, str]
+) -> None:
+    """From the reactor: one that does not turn does not answer."""
+    manager = Manager(address, WATCHDOG_USEC="3000000", **environ)
+    manager.notify.ready()
+    assert manager.heard()[1:] == ["WATCHDOG=1"]
+    manager.clock.advance(1.4)
+    assert manager.heard() == []
+    manager.clock.pump([0.2] * 23)
+    assert manager.heard() == ["WATCHDOG=1"] * 4
+    manager.notify.stopping()
+    manager.heard()
+    manager.clock.advance(1.5)
+    assert "WATCHDOG=1" in manager.heard()
+    manager.close()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"WATCHDOG_USEC": "0"},
+        {"WATCHDOG_USEC": "soon"},
+        {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"},
+    ],
+)
+def test_a_watchdog_for_nobody_or_for_another_is_not_answered(
+    address: str, environ: dict[str, str]
+) -> None:
+    """A process that inherited the variables must not speak for the one that they are for."""
+    manager = Manager(address, **environ)
+    manager.notify.ready()
+    manager.clock.pump([1.0] * 10)
+    assert not any("WATCHDOG" in message for message in manager.heard())
+    manager.close()
+
+
+@pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "nowhere"}])
+def test_without_a_manager_nothing_is_done(environ: dict[str, str]) -> None:
+    """No socket is opened, and no appointment made."""
+    clock = Clock()
+    notify = Notify(
+        {**environ, "WATCHDOG_USEC": "1000"}, clock, clock.seconds, lambda: "fine", pid=PID
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    notify.ready()
+    with notify.reloading():
+        pass
+    notify.stopping()
+    assert not clock.getDelayedCalls()
+    assert len(os.listdir("/proc/self/fd")) == before
+    notify.close()
+
+
+def test_a_manager_that_is_gone_is_told_of_once(manager: Manager, logged: Listening) -> None:
+    """The process goes on without it, and says it again only after it was there again."""
+    manager.notify.ready()
+    manager.socket.close()
+    for status in ("a", "b", "c"):
+        manager.status = status
+        manager.clock.advance(5)
+    told: list[LogEvent] = [e for e in logged if "cannot be told" in formatEvent(e)]
+    assert len(told) == 1
+
+
+def test_a_manager_that_takes_nothing_holds_nothing_up(manager: Manager) -> None:
+    """A full queue costs messages that say how it goes, and no time."""
+    manager.notify.ready()
+    for number in range(2000):
+        manager.status = str(number)
+        manager.clock.advance(5)
+    heard = manager.heard()
+    assert 1 < len(heard) < 2000
+    manager.status = "again"
+    manager.clock.advance(5)
+    assert manager.heard() == ["STATUS=again"]

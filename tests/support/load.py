@@ -1,0 +1,130 @@
+"""Callers that do not try again: short calls and streams, one after the other, until told to end.
+
+They talk to the demo provider behind the proxy.  Whatever goes wrong for one of them, a connection
+that is refused, an answer that is broken or an error, is kept; a caller goes on after it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tests.support.sockets import WAIT, Wire, connect
+from tests.support.stage import DONE, post, read_got
+
+_PAUSE = 0.02
+"""Seconds between two short calls of one caller: they are to be many, not to fill the machine."""
+
+
+def ask(words: int, model: str) -> bytes:
+    """Return the request of one stream of so many words."""
+    message = {"role": "user", "content": "word " * words}
+    body = json.dumps({"model": model, "stream": True, "messages": [message]}).encode()
+    return post("/p/v1/chat/completions", body)
+
+
+class Load:
+    """Calls through one port, in threads; leaving the context lets each end what it has begun.
+
+    Args:
+        port: the proxy's, on loopback.
+        fresh: callers that make short calls, each on a connection of its own.
+        kept: callers that make short calls on a connection for as long as that is offered.
+        streams: callers that read streams.
+        words: how long a stream is; there are twenty words a second.
+
+    Attributes:
+        done: how many calls went well, by kind.
+        failures: what went wrong.
+    """
+
+    def __init__(
+        self, port: int, *, fresh: int = 2, kept: int = 1, streams: int = 4, words: int = 60
+    ) -> None:
+        self.done: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._port = port
+        self._words = words
+        self._over = threading.Event()
+        self._changed = threading.Condition()
+        callers = [self._call_fresh] * fresh + [self._call_kept] * kept + [self._stream] * streams
+        self._threads = [threading.Thread(target=self._go_on, args=[one]) for one in callers]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(WAIT)
+            assert not thread.is_alive()
+
+    def wait_more(self, kind: str, count: int) -> None:
+        """Wait until so many more calls of one kind went well than until now."""
+        with self._changed:
+            wanted = self.done[kind] + count
+            enough = self._changed.wait_for(
+                lambda: self.done[kind] >= wanted or self.failures, WAIT
+            )
+        assert enough, f"no {count} more of {kind}: {self.done}"
+
+    def assert_whole(self, *kinds: str) -> None:
+        """Check that nothing went wrong, and that there were calls of each kind."""
+        assert not self.failures, (self.failures[:5], len(self.failures), self.done)
+        assert all(self.done[kind] for kind in kinds), self.done
+
+    def _go_on(self, call: Callable[[], str]) -> None:
+        while not self._over.is_set():
+            try:
+                kind = call()
+            except (OSError, EOFError, AssertionError, ValueError) as error:
+                self._note(None, f"{call.__name__}: {error!r}")
+            else:
+                self._note(kind, None)
+
+    def _note(self, done: str | None, failure: str | None) -> None:
+        with self._changed:
+            if failure is not None:
+                self.failures.append(failure)
+            elif done is not None:
+                self.done[done] += 1
+            self._changed.notify_all()
+
+    def _call_fresh(self) -> str:
+        with connect(self._port) as wire:
+            self._ask_shortly(wire)
+        self._over.wait(_PAUSE)
+        return "fresh"
+
+    def _call_kept(self) -> str:
+        with connect(self._port) as wire:
+            while not self._ask_shortly(wire) and not self._over.wait(_PAUSE):
+                self._note("kept", None)
+        return "kept"
+
+    def _ask_shortly(self, wire: Wire) -> bool:
+        """Make one short call; return whether its answer says that the connection ends with it."""
+        wire.send(ask(1, "demo-fast"))
+        got = read_got(wire)
+        assert got.status == 200, got
+        assert got.body.endswith(DONE), got
+        return b"close" in got.values(b"connection")
+
+    def _stream(self) -> str:
+        with connect(self._port) as wire:
+            wire.send(ask(self._words, "demo-20tps"))
+            got = read_got(wire)
+        assert got.status == 200, got
+        assert got.body.endswith(DONE), got.body[-100:]
+        return "stream"

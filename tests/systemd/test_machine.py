@@ -1,0 +1,338 @@
+"""The units under a real systemd: start, watchdog, reload, stop, and restarts under load."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import ROOT
+from tests.support.demo import Demo
+from tests.support.load import Load, ask
+from tests.support.sockets import Wire, connect
+from tests.support.stage import DONE, read_got, until
+from tests.systemd.machine import Impossible, Machine, why_not
+from tests.systemd.wheels import checkout
+
+# The first test waits for the base system, the wheels, the boot and the installation.
+pytestmark = pytest.mark.timeout(400)
+
+CONFIG_PATH = "/etc/llmproxy/llmproxy.toml"
+CONFIG = """\
+[proxy]
+listen = ["{listen}"]
+anonymous = true
+[admin]
+listen = "unix:/run/{folder}/admin.sock"
+[providers.p]
+url = "{url}"
+dialect = "openai"
+credential = "openai-key"
+[[routes]]
+path = "/p"
+providers = ["p"]
+[trace]
+jsonl = "/var/log/llmproxy/trace-{{instance}}.jsonl"
+"""
+KEY = "sk-the-providers-own"
+
+DROP_IN = """\
+[Service]
+LoadCredential=openai-key:/etc/llmproxy/credentials/openai-key
+Environment=LLMPROXY_STUCK=/run/stuck
+RestartSec=100ms
+WatchdogSec=2s
+TimeoutStopSec=2s
+"""
+"""What tests cannot wait for is shortened; a stop may take less time than a stream."""
+
+# What makes a reactor stuck: imported at each start of the environment's Python, it does nothing
+# unless a file appears.
+STUCK = """\
+import os, threading, time
+
+def wait(path):
+    while not os.path.exists(path):
+        time.sleep(0.05)
+    from twisted.internet import reactor
+    reactor.callFromThread(time.sleep, 120)
+
+if "LLMPROXY_STUCK" in os.environ:
+    threading.Thread(target=wait, args=[os.environ["LLMPROXY_STUCK"]], daemon=True).start()
+"""
+
+
+def sequence(heading: str) -> str:
+    """Return the first shell commands that stand below a heading of the operators' guide."""
+    guide = (ROOT / "docs" / "operations.rst").read_text(encoding="utf-8")
+    section = guide.partition(f"\n{heading}\n---")[2]
+    block = re.search(r"::\n\n((?:    .*\n|\n)+)", section)
+    assert block is not None, heading
+    return "\n".join(line[4:] for line in block[1].splitlines())
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine on which the program was installed as the guide says."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"no machine of its own: {reason}")
+    tree = tmp_path_factory.mktemp("machine") / "llmproxy"
+    try:
+        machine = Machine(tree)
+        checkout(tree)
+        with machine:
+            install(machine)
+            yield machine
+    except Impossible as error:
+        pytest.skip(f"no machine of its own: {error}")
+
+
+def install(machine: Machine) -> None:
+    """Install, as the guide says, from the tree that the machine sees; without an index."""
+    offline = "cd /srv && export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/dist && set -e"
+    machine.run(f"{offline}\n{sequence('Install it')}")
+    machine.run("cat > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.py", stdin=STUCK)
+    machine.run("echo import stuck > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.pth")
+    machine.write("/etc/llmproxy/credentials/openai-key", f"{KEY}\n", mode="600")
+    for unit in ("llmproxy.service", "llmproxy@.service"):
+        machine.write(f"/etc/systemd/system/{unit}.d/test.conf", DROP_IN)
+    machine.run("systemctl daemon-reload")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    """The demo provider, on the loopback that host and machine share."""
+    with Demo() as demo:
+        yield demo
+
+
+@pytest.fixture
+def port() -> int:
+    """A port of loopback that is free on host and machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        found: int = free.getsockname()[1]
+    return found
+
+
+@pytest.fixture
+def simple(machine: Machine, demo: Demo, port: int) -> Iterator[Machine]:
+    """The machine with ``llmproxy.service``."""
+    listen = f"tcp:{port}:interface=127.0.0.1"
+    machine.write(CONFIG_PATH, CONFIG.format(listen=listen, folder="llmproxy", url=demo.url))
+    machine.run("systemctl start llmproxy")
+    yield machine
+    machine.run("systemctl stop llmproxy; systemctl reset-failed; rm -f /run/stuck")
+
+
+@pytest.fixture
+def several(machine: Machine, demo: Demo, port: int) -> Iterator[Machine]:
+    """The machine with ``llmproxy.target``: the socket, and two instances."""
+    listen, folder = "systemd:domain=INET:name=proxy", "llmproxy-{instance}"
+    machine.write(CONFIG_PATH, CONFIG.format(listen=listen, folder=folder, url=demo.url))
+    machine.write(
+        "/etc/systemd/system/llmproxy.socket.d/test.conf",
+        f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{port}\n",
+    )
+    machine.run("systemctl daemon-reload")
+    machine.run("systemctl start llmproxy.socket llmproxy@1 llmproxy@2 llmproxy.target")
+    yield machine
+    machine.run("systemctl stop llmproxy.target 'llmproxy@*'; systemctl reset-failed")
+
+
+def serves(port: int) -> bool:
+    """Tell whether one call is answered."""
+    with connect(port) as wire:
+        wire.send(ask(1, "demo-fast"))
+        return read_got(wire).status == 200
+
+
+def begin(port: int, words: int) -> Wire:
+    """Begin a stream of twenty words a second."""
+    wire = connect(port)
+    wire.send(ask(words, "demo-20tps"))
+    assert wire.read_head()[0] == b"HTTP/1.1 200 OK"
+    return wire
+
+
+def invocation(machine: Machine, unit: str) -> str:
+    """Return what tells this run of a unit from all others."""
+    return machine.show(unit, "InvocationID")
+
+
+def lines(machine: Machine, unit: str, run: str = "") -> list[dict[str, object]]:
+    """Return what one run of a unit logged, by default the present one; not systemd's own lines."""
+    text = machine.journal(f"{unit} _SYSTEMD_INVOCATION_ID={run or invocation(machine, unit)}")
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_a_start_waits_until_it_listens(simple: Machine, port: int) -> None:
+    """`systemctl start` returns when the first call is answered, and the status line is there."""
+    assert serves(port)
+    assert simple.show("llmproxy", "ActiveState") == "active"
+    assert re.fullmatch(
+        r"\d+ streams, \d+ connections, version \S+", simple.show("llmproxy", "StatusText")
+    )
+
+
+def test_the_journal_is_readable(simple: Machine, port: int) -> None:
+    """One JSON object a line, no complaint about twistd's cache, and no key."""
+    assert serves(port)
+    messages = [str(line["message"]) for line in lines(simple, "llmproxy")]
+    assert any(message.endswith("complete") for message in messages), messages
+    whole = simple.journal("llmproxy")
+    assert "dropin.cache" not in whole
+    assert "Traceback" not in whole
+    assert KEY not in whole
+
+
+def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) -> None:
+    """Traces are closed to others, and nobody but root knows where the keys lie."""
+    assert serves(port)
+    until(lambda: simple.run("cat /var/log/llmproxy/trace-0.jsonl"), "a trace is written")
+    pid = simple.show("llmproxy", "MainPID")
+    user = simple.run(f"stat -c %u /proc/{pid}").strip()
+    assert int(user) >= 61184  # systemd's range of dynamic users
+    assert simple.run("stat -L -c '%u %a' /var/log/llmproxy").split() == [user, "750"]
+    assert simple.run("stat -c '%u %a' /var/log/llmproxy/trace-0.jsonl").split() == [user, "600"]
+    assert simple.run("stat -c %a /etc/llmproxy/credentials/openai-key").strip() == "600"
+
+
+def test_a_reload_that_goes_well(simple: Machine, port: int) -> None:
+    """The same process goes on; the journal says that it read its file."""
+    before = simple.show("llmproxy", "MainPID")
+    simple.run("systemctl reload llmproxy || { journalctl -u llmproxy -n 20; false; }")
+    until(
+        lambda: any("reloaded" in str(line["message"]) for line in lines(simple, "llmproxy")),
+        "the reload is in the journal",
+    )
+    until(lambda: simple.show("llmproxy", "ActiveState") == "active", "it is ready again")
+    assert simple.show("llmproxy", "MainPID") == before
+    assert serves(port)
+
+
+def test_a_reload_of_a_bad_file_fails_visibly(simple: Machine, port: int) -> None:
+    """`systemctl` says so, the journal says why, and the process goes on as it was."""
+    before = simple.show("llmproxy", "MainPID")
+    good = simple.run(f"cat {CONFIG_PATH}")
+    simple.write(CONFIG_PATH, f"{good}\n[limits]\nspeed = 3\n")
+    said = simple.run("systemctl reload llmproxy; echo code $?")
+    simple.write(CONFIG_PATH, good)
+    assert "code 0" not in said
+    assert "limits.speed: unknown key" in simple.journal("llmproxy")
+    assert simple.show("llmproxy", "ActiveState") == "active"
+    assert simple.show("llmproxy", "MainPID") == before
+    assert not any("reload failed" in str(line["message"]) for line in lines(simple, "llmproxy"))
+    assert serves(port)
+
+
+def test_a_reactor_that_is_stuck_is_restarted(simple: Machine, port: int) -> None:
+    """The watchdog kills the process, and the next one serves."""
+    before = invocation(simple, "llmproxy")
+    simple.run("touch /run/stuck")
+    until(lambda: simple.show("llmproxy", "ActiveState") != "active", "the watchdog has bitten")
+    simple.run("rm /run/stuck")
+    until(lambda: simple.show("llmproxy", "ActiveState") == "active", "it has started again")
+    assert invocation(simple, "llmproxy") != before
+    assert simple.show("llmproxy", "NRestarts") == "1"
+    assert "Watchdog timeout" in simple.journal("llmproxy")
+    assert serves(port)
+
+
+def test_a_stop_lets_a_stream_end(simple: Machine, port: int) -> None:
+    """The daemon asks for more time than the unit gives, and `systemctl status` says what for."""
+    run = invocation(simple, "llmproxy")
+    with begin(port, 120) as stream:
+        stopping = simple.start("systemctl stop llmproxy")
+        until(
+            lambda: "draining: 1 streams are left" in simple.show("llmproxy", "StatusText"),
+            "the status shows the drain",
+        )
+        assert stream.read_chunks().endswith(DONE)
+    said, _ = stopping.communicate(timeout=20)
+    assert stopping.returncode == 0, said
+    assert simple.show("llmproxy", "Result") == "success"
+    drained = [line for line in lines(simple, "llmproxy", run) if "finished" in line]
+    assert [(line["finished"], line["cut"]) for line in drained] == [(1, 0)]
+
+
+def test_instances_are_restarted_in_turn_under_load(several: Machine, port: int) -> None:
+    """Short calls and streams, none tried again: nobody is refused, and nothing is broken."""
+    before = {name: invocation(several, f"llmproxy@{name}") for name in "12"}
+    with Load(port, words=60) as load:
+        load.wait_more("fresh", 20)
+        for name in "12":
+            several.run(f"systemctl restart llmproxy@{name}")
+    load.assert_whole("fresh", "kept", "stream")
+    for name in "12":
+        assert invocation(several, f"llmproxy@{name}") != before[name]
+        assert several.show(f"llmproxy@{name}", "Result") == "success"
+
+
+@pytest.mark.parametrize("what", ["'llmproxy@*.service'", "llmproxy.target"])
+def test_a_restart_of_all_keeps_the_port(several: Machine, port: int, what: str) -> None:
+    """Who connects while no instance is there waits in the socket's queue."""
+    before = {name: invocation(several, f"llmproxy@{name}") for name in "12"}
+
+    def all_are_new() -> bool:
+        return all(
+            several.show(f"llmproxy@{name}", "ActiveState") == "active"
+            and invocation(several, f"llmproxy@{name}") != before[name]
+            for name in "12"
+        )
+
+    with Load(port, fresh=2, kept=0, streams=0) as load:
+        load.wait_more("fresh", 5)
+        several.run(f"systemctl restart {what}")
+        until(all_are_new, "both have started again")
+        load.wait_more("fresh", 5)
+    load.assert_whole("fresh")
+
+
+def test_an_instance_that_cannot_start_takes_nothing_with_it(several: Machine, port: int) -> None:
+    """It is tried again for ever; the socket and the other one stay, and a good file heals it."""
+    good = several.run(f"cat {CONFIG_PATH}")
+    several.write(CONFIG_PATH, "speed = 3\n")
+    assert "code 0" not in several.run("systemctl restart llmproxy@2; echo code $?")
+    until(lambda: int(several.show("llmproxy@2", "NRestarts")) > 6, "it is tried again and again")
+    assert several.show("llmproxy.socket", "ActiveState") == "active"
+    assert several.show("llmproxy@1", "ActiveState") == "active"
+    assert serves(port)
+    several.write(CONFIG_PATH, good)
+    until(lambda: several.show("llmproxy@2", "ActiveState") == "active", "it has started")
+    assert serves(port)
+
+
+def test_an_end_of_the_target_is_one_of_all(several: Machine, port: int) -> None:
+    """Socket and instances end with it, and nobody listens any more."""
+    several.run("systemctl stop llmproxy.target")
+    units = ("llmproxy.socket", "llmproxy@1", "llmproxy@2")
+    until(
+        lambda: {several.show(unit, "ActiveState") for unit in units} == {"inactive"},
+        "all have ended",
+    )
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
+def test_both_ways_at_once_are_none(several: Machine, demo: Demo, port: int) -> None:
+    """Starting the one stops the other."""
+    listen = f"tcp:{port}:interface=127.0.0.1"
+    several.write(CONFIG_PATH, CONFIG.format(listen=listen, folder="llmproxy", url=demo.url))
+    several.run("systemctl start llmproxy")
+    assert several.show("llmproxy.socket", "ActiveState") == "inactive"
+    assert several.show("llmproxy@1", "ActiveState") == "inactive"
+    assert serves(port)
+    several.run("systemctl start llmproxy.target; systemctl stop llmproxy.target")
+    assert several.show("llmproxy", "ActiveState") == "inactive"
+
+
+def test_nothing_of_a_machine_stays() -> None:
+    """No mount of an earlier machine is left on the host."""
+    assert "llmproxy-machine-" not in Path("/proc/self/mounts").read_text()
