@@ -19,7 +19,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint fmt bench bench-quick peers dist clean
+.PHONY: help run test lint fmt bench bench-quick bench-capacity peers dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -46,6 +46,9 @@ bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="-
 
 bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a minute (ARGS="--help")
 	@$(BIN)/python -m bench.quick $(ARGS)
+
+bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one port (ARGS="--help")
+	@$(BIN)/python -m bench.capacity $(ARGS)
 
 peers: ## the other programs that tests talk to, by apt-get
 	@set -e; missing=; \

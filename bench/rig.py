@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bench import build, peers
 from bench.peers import Upstream
@@ -37,6 +37,16 @@ _SAMPLE = 0.25
 
 _TOLD_WITHIN = 6.0
 """Seconds after which a provider that was not told of a client's leaving never will be."""
+
+
+class Measured(Protocol):
+    """What is looked at; ``processes.Program`` is one."""
+
+    def cpu_us(self) -> float:
+        """Return its processor time so far, in microseconds."""
+
+    def pss_kib(self) -> int:
+        """Return its memory, in KiB."""
 
 
 class LoadError(Exception):
@@ -76,7 +86,7 @@ class Bench:
         line: dict[str, Any] = json.loads(done.stdout)
         return line
 
-    def measure(self, work: Work, proxy: Program, port: int, path: str, secs: float) -> Figures:
+    def measure(self, work: Work, proxy: Measured, port: int, path: str, secs: float) -> Figures:
         """Run one workload once."""
         self.tell("reset")
         with _memory(proxy) as pss:
@@ -130,7 +140,7 @@ class Bench:
 
 
 @contextmanager
-def _memory(program: Program) -> Iterator[list[int]]:
+def _memory(program: Measured) -> Iterator[list[int]]:
     """Look at a program's memory before, now and then, and after; the list fills meanwhile."""
     seen, over = [program.pss_kib()], threading.Event()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import build, works
+from bench import build, capacity, peers, works
 from bench.rig import Bench, open_bench
 from tests.support.sockets import Provider, Wire, chunked
 
@@ -102,3 +103,24 @@ def test_the_reason_of_a_failed_build_is_told(
     monkeypatch.setattr(build, "CACHE", tmp_path / "missing" / "folder")
     with pytest.raises(build.CannotBuildError, match="mock cannot be built"):
         build.tool("mock")
+
+
+def test_a_crowd_is_held_by_one_process(bench: Bench, tmp_path: Path) -> None:
+    """Every stream of a small crowd is whole, and there are figures for each of them."""
+    found = capacity.crowd(bench, tmp_path, 20, 1)
+    assert found["failures"] == 0
+    assert {"kib_stream", "core_share", "delay_p99", "us_event"} <= set(found)
+    (line,) = capacity.lines({"crowd": found}, 20)
+    assert line.startswith("20 streams of one event a second: ")
+    assert line.endswith("failed 0")
+
+
+def test_two_processes_share_a_port(bench: Bench, tmp_path: Path) -> None:
+    """Both are started, and a load that goes to either is whole."""
+    with ExitStack() as stack:
+        proxy, port = capacity.start(bench, 2, tmp_path, stack)
+        before = proxy.cpu_us()
+        line = bench.load(port, f"/openai{peers.PATH}", SMALL["stream"].split())
+        assert works.failures(line) == 0
+        assert proxy.cpu_us() > before
+        assert proxy.pss_kib() > 0
