@@ -194,7 +194,8 @@ class Channel(Receiver):
             self._linger()
         elif self.persistent:
             self.await_request()
-            self.dataReceived(b"")
+            if self._buffer:
+                self.dataReceived(b"")
         else:
             self.loseConnection()
 

@@ -53,6 +53,7 @@ class JsonLog:
 
     def __init__(self, file: IO[str], *, wall: Callable[[], float] = lambda: 0.0) -> None:
         self._file = file
+        self._bytes: Any = getattr(file, "buffer", None)
         self._wall = wall
 
     def __call__(self, event: LogEvent) -> None:
@@ -72,16 +73,20 @@ class JsonLog:
             timestamp(self._wall()), "info", ACCESS, told, *_told_of(trace), cause, detail
         )
         try:
-            text = msgspec.json.encode(line).decode()
+            text = msgspec.json.encode(line)
         except Exception:  # half a surrogate pair
             plain = {name: _text(getattr(line, name)) for name in ("time", "message", "id")}
-            text = msgspec.json.encode(plain).decode()
+            text = msgspec.json.encode(plain)
         self._write(text)
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: bytes) -> None:
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            if self._bytes is None:
+                self._file.write(line.decode() + "\n")
+                self._file.flush()
+            else:  # JSON is UTF-8, whatever the file would encode text in
+                self._bytes.write(line + b"\n")
+                self._bytes.flush()
         except (OSError, ValueError):
             return  # a log that cannot be written must not stop a stream
 
@@ -97,17 +102,17 @@ def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[st
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _line(event: LogEvent) -> str:
+def _line(event: LogEvent) -> bytes:
     try:
         rendered = _render(event)
         try:
-            return msgspec.json.encode(rendered, enc_hook=_shown).decode()
+            return msgspec.json.encode(rendered, enc_hook=_shown)
         except Exception:  # half a surrogate pair, a number beyond 64 bits
             plain = {name: _text(value) for name, value in rendered.items()}
-            return msgspec.json.encode(plain).decode()
+            return msgspec.json.encode(plain)
     except Exception as error:
         lost = {"level": "error", "logger": "-", "message": f"an event was lost: {_text(error)}"}
-        return msgspec.json.encode(lost).decode()
+        return msgspec.json.encode(lost)
 
 
 def _text(value: object) -> str:

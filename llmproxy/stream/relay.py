@@ -159,9 +159,9 @@ class Relay(TwistedProtocol):
     def start(self) -> Deferred[None]:
         """Begin to pump; returns :attr:`done`."""
         self._sink.registerProducer(self, True)
-        if self._idle is not None:
-            self._wait(self._idle)
         self._source.deliverBody(self)
+        if self._idle is not None and self.state is not State.ENDED:
+            self._wait(self._idle)
         if self.state is State.PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
         return self.done

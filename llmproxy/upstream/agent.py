@@ -25,6 +25,7 @@ from zope.interface import implementer
 from llmproxy.config import Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.upstream.answer import Answer
+from llmproxy.upstream.body import Phase
 from llmproxy.upstream.connect import Attempt, Connector
 from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.http1 import Connection, State
@@ -34,6 +35,9 @@ from llmproxy.wire.transport import is_quiet, raw_transport
 
 _HINT_MARGIN = 1.0
 """Seconds by which an idle connection is given up before its provider says that it does."""
+
+
+_late = partial(upstream_timeout, may_have_run=True)
 
 
 @implementer(IAgent)
@@ -193,20 +197,7 @@ class ProviderAgent:
         head = self._head(method, order, body)
         order.sent = True
         answer = connection.send(method, head, body)
-        stuck_at: int | None = None
-        was_sending = False
-
-        def phase() -> str | None:
-            nonlocal stuck_at, was_sending
-            sending = connection.sending
-            before, stuck_at = stuck_at, None if sending is None else sending.untaken()
-            still, was_sending = was_sending, sending is not None and sending.active
-            if stuck_at is not None:
-                return "request" if stuck_at == before else None
-            return None if was_sending or still else "first_byte"
-
-        late = partial(upstream_timeout, may_have_run=True)
-        limit(self._timers, order.timeouts.first_byte, answer, phase, late)
+        limit(self._timers, order.timeouts.first_byte, answer, Phase(connection.sending), _late)
         if self._connector.secure:
             answer.addCallback(self._remember, connection)
         return answer

@@ -116,6 +116,28 @@ class BodySink:
         self._transport.unregisterProducer()
 
 
+class Sent:
+    """A short body, which was written at once, as most are; nobody has to wait for it.
+
+    Attributes are those of :class:`Sending`.
+    """
+
+    __slots__ = ("_transport", "_written")
+    active = False
+
+    def __init__(self, transport: Any, head: bytes, body: HeldBody) -> None:
+        self._transport = transport
+        self._written = len(head) + body.length
+        transport.write(head + body.data)
+
+    def untaken(self) -> int | None:
+        """Do as :meth:`Sending.untaken`."""
+        return _untaken(self._transport, self._written)
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+
 class Sending:
     """One body that is being sent.
 
@@ -138,22 +160,16 @@ class Sending:
         failed: Callable[[Failure], None],
     ) -> None:
         self._transport = transport
-        self._body: IBodyProducer | None = None
+        self._body: IBodyProducer | None = body
         self._failed = failed
         self._sink = BodySink(transport, head, chunked=body.length is UNKNOWN_LENGTH)
-        if isinstance(body, HeldBody) and body.is_short:
-            self.active = False
-            self._sink.write(body.data)  # as most are, and nobody has to wait for it
-            return
-        self._body = body
         self.active = True
         body.startProducing(self._sink).addCallbacks(self._sent, self._broke)
         self._sink.flush()
 
     def untaken(self) -> int | None:
         """Return how many bytes the provider has taken, where more are on the way; else None."""
-        waiting = pending_bytes(self._transport) + unacknowledged_bytes(self._transport)
-        return self._sink.written - waiting if waiting else None
+        return _untaken(self._transport, self._sink.written)
 
     def stop(self) -> None:
         """Send no more."""
@@ -170,3 +186,32 @@ class Sending:
         if self.active:
             self.active = False
             self._failed(failure)
+
+
+class Phase:
+    """What takes so long of a request, asked whenever a deadline is over.
+
+    Args:
+        sending: the request's body on its way, or None where it has none.
+    """
+
+    __slots__ = ("_sending", "_stuck_at", "_was_active")
+
+    def __init__(self, sending: Sending | Sent | None) -> None:
+        self._sending = sending
+        self._stuck_at: int | None = None
+        self._was_active = False
+
+    def __call__(self) -> str | None:
+        """Return ``request``, ``first_byte``, or None where the provider takes some of it."""
+        sending = self._sending
+        before, self._stuck_at = self._stuck_at, None if sending is None else sending.untaken()
+        still, self._was_active = self._was_active, sending is not None and sending.active
+        if self._stuck_at is not None:
+            return "request" if self._stuck_at == before else None
+        return None if self._was_active or still else "first_byte"
+
+
+def _untaken(transport: Any, written: int) -> int | None:
+    waiting = pending_bytes(transport) + unacknowledged_bytes(transport)
+    return written - waiting if waiting else None

@@ -17,6 +17,7 @@ from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import Deferred
+from twisted.web.http_headers import Headers
 from twisted.web.iweb import IBodyProducer
 
 from llmproxy.config import Config, Provider, Timeouts
@@ -95,6 +96,10 @@ class PreparedUrl(EncodedURL):
         return url
 
 
+_NO_HEADERS = Headers()
+"""An order brings its own; treq would make an empty table for each."""
+
+
 def _as_it_is(body: Any) -> Any:
     return body
 
@@ -164,6 +169,7 @@ class Upstream:
         answer: Deferred[Any] = client.request(
             method,
             self._urls[provider.name],
+            headers=_NO_HEADERS,
             data=_producer(body),
             cookies=_NO_COOKIES,
             allow_redirects=False,

@@ -31,7 +31,7 @@ from zope.interface import implementer
 
 from llmproxy.errors import upstream_broken, upstream_protocol
 from llmproxy.upstream.answer import Answer, body_reader, read_answer
-from llmproxy.upstream.body import Sending
+from llmproxy.upstream.body import HeldBody, Sending, Sent
 from llmproxy.upstream.tls import Verdict
 from llmproxy.wire.framing import LengthReader
 from llmproxy.wire.grammar import BadMessage
@@ -82,8 +82,7 @@ class Connection(Protocol):
         self.state = State.IDLE
         self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
         """Fires once requests may be sent, the name verified; cancelling it closes the socket."""
-        self.sending: Sending | None = None
-        """The request's body on its way, or the last one's."""
+        self.sending: Sending | Sent | None = None  # the request's body on its way, or the last's
         self.keep_for: float | None = None
         """Seconds for which the provider says that it keeps the connection when it is idle."""
         self.expires_at, self.pool_key = 0.0, b""
@@ -162,6 +161,8 @@ class Connection(Protocol):
         self._answer: Deferred[Answer] | None = answer
         if body is None:
             self._transport.write(head)
+        elif isinstance(body, HeldBody) and body.is_short:
+            self.sending = Sent(self._transport, head, body)
         else:
             self.sending = Sending(self._transport, head, body, self._sending_failed)
         return answer

@@ -40,6 +40,7 @@ class AtOnce(tcp.Connection):
     """
 
     drained: Callable[[], object] | None = None
+    _reads: bool = False
 
     def write(self, data: bytes) -> None:
         """Send what the kernel takes now, and queue the rest."""
@@ -77,13 +78,15 @@ class AtOnce(tcp.Connection):
         reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
 
     def startReading(self) -> None:
-        """Read, unless the connection is aborted."""
-        if not self._aborting:
+        """Read, unless the connection is aborted, or is read already."""
+        if not (self._reads or self._aborting):
+            self._reads = True
             super().startReading()
 
     def stopReading(self) -> None:
         """Read no more."""
         if not self._aborting:
+            self._reads = False
             super().stopReading()
 
     def startWriting(self) -> None:
