@@ -80,8 +80,8 @@ class Books:
 
     def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
         """Close a record, with why its request ended and what the client was told."""
-        exchange.close(end, error, self._clock())
         relay = exchange.relay
+        exchange.close(end, error, self._clock())
         if relay is not None and relay.first_at is not None:
             self._metrics.first_chunk.observe(relay.first_at - exchange.started)
         self._running.discard(exchange)

@@ -108,7 +108,7 @@ class Exchange:
                 timer.cancel()
         if self.answer is not None:
             self.answer.abort()
-        trace, relay = self.trace, self.relay
+        trace, relay, self.relay = self.trace, self.relay, None  # which would keep each other
         trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
         trace.status, trace.bytes_out = self.request.status, self.request.sent

@@ -177,15 +177,16 @@ class Request(Incoming):
 
     def _leave(self, why: ClientGone) -> None:
         if not self.ended:
+            gone = self.gone
             self._close_books()
             if not self._served:
                 self.site.abandoned(self, why)
-            gone, self.gone = self.gone, None
             if gone is not None:
                 gone(why)
 
     def _close_books(self) -> None:
         self.ended = True
+        self.gone = None  # it knows whoever serves this request, who knows it
         self._flows = False
         self.finished = 1
         self.site.ended += self._served

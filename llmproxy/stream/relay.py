@@ -19,7 +19,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
@@ -31,6 +31,10 @@ from llmproxy.errors import ClientGone, upstream_idle
 
 _SAMPLE = 15
 """One in so many and one chunks is followed until the kernel has it."""
+
+
+_OVER: Deferred[None] = succeed(None)
+"""What stands for :attr:`Relay.done` once that has fired."""
 
 
 class Sink(Protocol):
@@ -257,12 +261,13 @@ class Relay(TwistedProtocol):
     def _end(self, failure: Failure | None) -> None:
         if self.state is State.ENDED:
             return
+        done, self.done = self.done, _OVER  # which would keep this relay
         self._finish()
         if failure is None:
-            self.done.callback(None)
+            done.callback(None)
         else:
             self._source.abort()
-            self.done.errback(failure)
+            done.errback(failure)
 
     def _finish(self) -> None:
         self._paused_before = self.paused_s

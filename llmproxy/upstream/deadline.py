@@ -25,25 +25,45 @@ def limit(
         phase: what took so long, asked when the time is over; None lets the time begin anew.
         error: from that to what ``step`` fails with.
     """
-    if seconds is None:
-        return
-    late: str | None = None
-    timer: Any = None
+    if seconds is not None:
+        _Limit(reactor, seconds, step, phase, error)
 
-    def ring() -> None:
+
+class _Limit:
+    """One such deadline; an object, because functions that know each other keep each other."""
+
+    __slots__ = ("_error", "_late", "_phase", "_reactor", "_seconds", "_step", "_timer")
+
+    def __init__(
+        self,
+        reactor: Any,
+        seconds: float,
+        step: Deferred[Any],
+        phase: Callable[[], str | None],
+        error: Callable[[str], Exception],
+    ) -> None:
+        self._reactor = reactor
+        self._seconds = seconds
+        self._step: Deferred[Any] | None = step
+        self._phase = phase
+        self._error = error
+        self._late: str | None = None
+        self._timer = reactor.callLater(seconds, self._ring)
+        step.addBoth(self._settle)
+
+    def _ring(self) -> None:
         """Give up, or begin anew."""
-        nonlocal late, timer
-        late = phase()
-        if late is None:
-            timer = reactor.callLater(seconds, ring)
-        else:
-            step.cancel()
+        self._late = self._phase()
+        if self._late is None:
+            self._timer = self._reactor.callLater(self._seconds, self._ring)
+        elif self._step is not None:
+            self._step.cancel()
 
-    def settle(result: Any) -> Any:
+    def _settle(self, result: Any) -> Any:
         """Stop the clock, and say why where it was the clock."""
-        if timer.active():
-            timer.cancel()
-        return Failure(error(late)) if late is not None and isinstance(result, Failure) else result
-
-    timer = reactor.callLater(seconds, ring)
-    step.addBoth(settle)
+        self._step = None
+        if self._timer.active():
+            self._timer.cancel()
+        if self._late is not None and isinstance(result, Failure):
+            return Failure(self._error(self._late))
+        return result

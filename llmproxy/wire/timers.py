@@ -19,6 +19,10 @@ from twisted.logger import Logger
 _log = Logger()
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class Timer:
     """One timer that was asked for; ``DelayedCall`` as far as anybody needs it."""
 
@@ -41,6 +45,7 @@ class Timer:
             KeyError: it has rung, or was cancelled.
         """
         del self._queue[self]
+        self.call = _nothing  # whoever keeps this timer is mostly kept by what it was to call
 
 
 class Timers:
@@ -81,9 +86,10 @@ class Timers:
             due.append(timer)
         for timer in due:
             if timer.active():
+                call = timer.call
                 timer.cancel()
                 try:
-                    timer.call()
+                    call()
                 except Exception:
                     _log.failure("a timer's call failed")
         first = next(iter(queue), None)
