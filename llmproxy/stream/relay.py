@@ -162,13 +162,14 @@ class Relay(TwistedProtocol):
 
     def start(self) -> Deferred[None]:
         """Begin to pump; returns :attr:`done`."""
+        done = self.done  # the body may be over within this call
         self._sink.registerProducer(self, True)
         self._source.deliverBody(self)
         if self._idle is not None and self.state is not State.ENDED:
             self._wait(self._idle)
         if self.state is State.PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
-        return self.done
+        return done
 
     @property
     def paused_s(self) -> float:

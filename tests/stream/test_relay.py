@@ -176,6 +176,17 @@ def test_bytes_that_came_before_the_start_go_out_first() -> None:
     pump.assert_let_go()
 
 
+@pytest.mark.parametrize("end", [WHOLE, Failure(upstream_broken("reset"))])
+def test_an_end_within_the_start_is_told_to_whoever_started(end: Failure) -> None:
+    """The Deferred that ``start`` returns is the one that fires, also where it has already."""
+    pump = Pump(start=False)
+    pump.source.early = [b"some of it"]
+    pump.source.early_end = end
+    done = pump.relay.done
+    assert pump.relay.start() is done
+    assert pump.outcomes == [None if end is WHOLE else end.value]
+
+
 # --- pausing --------------------------------------------------------------------------------------
 
 
