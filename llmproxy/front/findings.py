@@ -31,6 +31,9 @@ _TYPES = (
 )
 """The types of ``llmproxy_tokens_total``, and the trace's fields that they are counted from."""
 
+_ANSWERED = range(200, 204)
+"""The statuses of an endpoint's own answers: no refusal, no redirect, nothing without a body."""
+
 
 class Findings:
     """Opens taps and writes down what they found; an error of ours in that stays here.
@@ -54,7 +57,7 @@ class Findings:
 
     def open(self, exchange: Exchange, choice: Choice) -> StreamAccumulator | None:
         """Return what reads the answer whose head has come, or None where nothing can."""
-        if exchange.endpoint is None or exchange.status >= 400:
+        if exchange.endpoint is None or exchange.status not in _ANSWERED:
             return None
         try:
             tap = StreamAccumulator(

@@ -140,16 +140,23 @@ def test_a_coding_is_opened_for_the_record_alone() -> None:
     assert (trace.text, trace.output_tokens, trace.end_reason) == ("hidden", 5, "complete")
 
 
-def test_a_refusal_has_no_usage() -> None:
-    """Whatever stands in its body."""
+@pytest.mark.parametrize(
+    ("status", "end"),
+    [(204, "complete"), (304, "complete"), (307, "complete"), (429, "upstream_refused")],
+)
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+def test_only_an_answer_of_the_endpoints_own_is_read(status: int, end: str, kind: bytes) -> None:
+    """Neither a refusal nor a redirect has usage or lacks a marker, whatever stands in its body."""
     stage = Stage()
     stage.call(target=CHAT)
-    answer = stage.answer(429, (b"content-type", b"application/json"))
-    answer.push(b'{"usage":{"prompt_tokens":3}}')
+    answer = stage.answer(status, (b"content-type", kind))
+    if status not in (204, 304):
+        answer.push(b'{"usage":{"prompt_tokens":3}}')
     answer.end()
 
     trace = stage.trace()
-    assert (trace.end_reason, trace.usage, trace.input_tokens) == ("upstream_refused", "none", None)
+    assert (trace.end_reason, trace.usage, trace.input_tokens) == (end, "none", None)
+    assert trace.degraded == []
 
 
 # --- faults ---------------------------------------------------------------------------------------
