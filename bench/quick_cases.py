@@ -1,14 +1,15 @@
 """The cases of ``make bench-quick`` that need no socket: grammar, and an event's way.
 
 An event's way is the whole one: a provider's ``Connection.dataReceived``, the chunked reader, the
-relay, ``Request.write`` and the channel, between two transports that drop what is written.
+relay, ``Request.write`` and the channel, between two transports that drop what is written.  With a
+tap, what it reads of the event is on top of that.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
@@ -17,9 +18,12 @@ from twisted.web.server import NOT_DONE_YET
 
 from bench.quick import Case
 from llmproxy.config import Limits, Timeouts
+from llmproxy.errors import Dialect
 from llmproxy.front.http import Site
 from llmproxy.record.metrics import Metrics
+from llmproxy.stream.dialects import endpoint
 from llmproxy.stream.relay import Relay
+from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.http1 import Connection
 from llmproxy.wire.framing import ChunkedReader
@@ -27,6 +31,13 @@ from llmproxy.wire.grammar import parse_fields
 
 EVENT = b"data: " + b"x" * 215 + b"\n\n"
 """As long as a usual one of OpenAI's: 223 bytes."""
+
+CHUNK = (
+    b'data: {"id":"chatcmpl-Cx7hK2mZq9T4bWn3","object":"chat.completion.chunk",'
+    b'"created":1793577600,"model":"gpt-4o-2024-08-06","service_tier":"default","choices":['
+    b'{"index":0,"delta":{"content":" token"},"finish_reason":null}]}\n\n'
+)
+"""One token as OpenAI sends it, as long as the event above."""
 
 LARGE = b"x" * 16382 + b"\n\n"
 
@@ -51,6 +62,11 @@ FIELDS = [
 ]
 
 
+Capture = Literal["usage", "content"]
+
+_CAPTURES: tuple[Capture, ...] = ("usage", "content")
+
+
 def chunk(data: bytes) -> bytes:
     """Return one chunk of the chunked coding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
@@ -65,6 +81,11 @@ def every() -> Iterator[Case]:
     for name, data, count in (("223 B", EVENT, 30_000), ("16 KiB", LARGE, 10_000)):
         deliver = relay_between_nothing()
         yield Case(f"event in memory, {name}", count, repeating(deliver, chunk(data)))
+    for capture in _CAPTURES:
+        deliver = relay_between_nothing(capture)
+        yield Case(
+            f"event in memory, 223 B, tap {capture}", 30_000, repeating(deliver, chunk(CHUNK))
+        )
 
 
 def repeating(call: Callable[[Any], object], argument: Any) -> Callable[[int], float]:
@@ -107,8 +128,20 @@ class Kept(Resource):
         return NOT_DONE_YET
 
 
-def relay_between_nothing() -> Callable[[bytes], None]:
-    """Begin an endless stream; return what takes the provider's bytes."""
+def tap(capture: Capture) -> StreamAccumulator:
+    """Return a tap for a chat stream; its budget for a text lasts as long as any measurement."""
+    row = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
+    assert row is not None
+    kind = b"text/event-stream; charset=utf-8"
+    return StreamAccumulator(row, content_type=kind, capture=capture, accumulate=1024**3)
+
+
+def relay_between_nothing(capture: Capture | None = None) -> Callable[[bytes], None]:
+    """Begin an endless stream; return what takes the provider's bytes.
+
+    Args:
+        capture: what a tap keeps that reads the stream; without it there is none.
+    """
     kept, clock = Kept(), Clock()
     limits, timeouts = Limits(), Timeouts()
     site = Site(kept, clock, time.monotonic, timeouts, limits, body_limit=lambda _: 1000)
@@ -133,6 +166,7 @@ def relay_between_nothing() -> Callable[[bytes], None]:
         idle=300.0,
         gaps=metrics.gap.observe,
         delays=metrics.relay_delay.observe,
+        copy=None if capture is None else tap(capture).feed,
     )
     relay.start()
     kept.request.flush()

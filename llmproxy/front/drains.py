@@ -32,8 +32,8 @@ class Drains:
     def takes(self, exchange: Exchange, why: ClientGone) -> bool:
         """Tell whether the answer of a client that has left is read on; the first asking decides.
 
-        It is not where it cannot tell its usage any more, where the request itself was not whole,
-        or where it is the proxy that ends the request.
+        It is not where it cannot tell its usage any more, has told all that it had to or has
+        failed, where the request itself was not whole, or where the proxy ends the request.
         """
         if exchange in self._running:
             return True
@@ -46,7 +46,7 @@ class Drains:
         if tap is None:
             wanted = exchange.relay is None and exchange.endpoint is not None
         else:
-            wanted = tap.is_reading and not tap.has_ended
+            wanted = tap.is_reading and not tap.has_ended and tap.error is None
         if not wanted or len(self._running) >= self._most or exchange.drains:
             return False
         exchange.drains = True

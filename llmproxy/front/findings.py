@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from twisted.logger import Logger
+
 from llmproxy.config import Config
 from llmproxy.errors import EndReason
 from llmproxy.front.exchange import Exchange
@@ -15,8 +17,10 @@ from llmproxy.policy.routes import Choice
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.stream.dialects import Endpoint, endpoint
-from llmproxy.stream.result import Result
+from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
+
+_log = Logger()
 
 _TYPES = (
     ("input", "input_tokens"),
@@ -27,9 +31,12 @@ _TYPES = (
 )
 """The types of ``llmproxy_tokens_total``, and the trace's fields that they are counted from."""
 
+_ANSWERED = range(200, 204)
+"""The statuses of an endpoint's own answers: no refusal, no redirect, nothing without a body."""
+
 
 class Findings:
-    """Opens taps and writes down what they found.
+    """Opens taps and writes down what they found; an error of ours in that stays here.
 
     Args:
         config: the limits of a tap, and the models that a metric may name.
@@ -50,53 +57,74 @@ class Findings:
 
     def open(self, exchange: Exchange, choice: Choice) -> StreamAccumulator | None:
         """Return what reads the answer whose head has come, or None where nothing can."""
-        if exchange.endpoint is None or exchange.status >= 400:
+        if exchange.endpoint is None or exchange.status not in _ANSWERED:
             return None
-        tap = StreamAccumulator(
-            exchange.endpoint,
-            content_type=exchange.content_type,
-            content_encoding=exchange.content_encoding,
-            capture=choice.route.capture,
-            accumulate=self._limits.accumulate,
-            event=self._limits.event,
-            name=exchange.trace.id,
-            degraded=self._metrics.degraded,
-        )
+        try:
+            tap = StreamAccumulator(
+                exchange.endpoint,
+                content_type=exchange.content_type,
+                content_encoding=exchange.content_encoding,
+                capture=choice.route.capture,
+                accumulate=self._limits.accumulate,
+                event=self._limits.event,
+                name=exchange.trace.id,
+                degraded=self._metrics.degraded,
+            )
+        except Exception:
+            self._broke(exchange.trace)
+            return None
         return tap if tap.is_reading or tap.degraded else None
 
     def conclude(self, exchange: Exchange, end: EndReason) -> EndReason:
         """Write down what was found; return why the request ended, now that its content is known.
 
+        It never raises: whatever was found, the request has its record.
+
         Args:
             end: why it ended, as far as the wires know.
         """
-        trace, tap = exchange.trace, exchange.tap
+        trace = exchange.trace
         if exchange.left is not None:
             trace.on_disconnect = "drain" if exchange.drains else "cancel"
+        if exchange.endpoint is not None:
+            trace.usage = "none"
+        try:
+            found = self._read_out(exchange, end)
+        except Exception:
+            self._broke(trace)
+            return end
+        # What came after the client had left was not handed to anybody.
+        return end if exchange.drains else found
+
+    def _read_out(self, exchange: Exchange, end: EndReason) -> EndReason:
+        trace, tap = exchange.trace, exchange.tap
         if tap is None:
-            if exchange.endpoint is not None:
-                trace.usage = "none"
             return end
         result = tap.finish(end)
-        self._note(trace, result)
+        _note(trace, result)
         if exchange.choice is not None and exchange.choice.route.capture == "content":
             _keep_content(trace, result)
-        # What came after the client had left was not handed to anybody.
-        return end if exchange.drains else result.end_reason
-
-    def _note(self, trace: Trace, result: Result) -> None:
-        usage = result.usage
-        trace.served_model = result.model
-        trace.usage = usage.provenance
-        trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
-        trace.cache_read_tokens = usage.cache_read_tokens
-        trace.cache_write_tokens = usage.cache_write_tokens
-        trace.reasoning_tokens = usage.reasoning_tokens
-        if result.degraded:
-            trace.degraded = [reason.value for reason in result.degraded]
         model = trace.model if trace.model in self._models else "other"
         labels = trace.client or "", trace.provider or "", model or "other"
         self._metrics.used(labels, [(kind, getattr(trace, name)) for kind, name in _TYPES])
+        return result.end_reason
+
+    def _broke(self, trace: Trace) -> None:
+        _log.failure("{id}: what its answer holds could not be read", id=trace.id)
+        trace.degraded = [Degraded.INTERNAL.value]
+        self._metrics.degraded(Degraded.INTERNAL)
+
+
+def _note(trace: Trace, result: Result) -> None:
+    usage = result.usage
+    trace.served_model = result.model
+    trace.usage = usage.provenance
+    trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
+    trace.cache_read_tokens = usage.cache_read_tokens
+    trace.cache_write_tokens = usage.cache_write_tokens
+    trace.reasoning_tokens = usage.reasoning_tokens
+    if result.degraded:
+        trace.degraded = [reason.value for reason in result.degraded]
 
 
 def _keep_content(trace: Trace, result: Result) -> None:

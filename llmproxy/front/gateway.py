@@ -158,7 +158,7 @@ class Gateway(Resource):
                 end = EndReason.INTERNAL
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
-            end = exchange.left.end
+            end, error = exchange.left.end, None  # nobody is told what became of it afterwards
             if not exchange.drains:
                 self._metrics.cancel.observe(self._clock() - exchange.left_at)
         elif error is not None:
@@ -261,7 +261,7 @@ class Gateway(Resource):
         began = self._clock()
         exchange.keep_of(answer)
         exchange.tap = self._findings.open(exchange, choice)
-        if exchange.tap is None and exchange.left is not None:
+        if exchange.left is not None and not (exchange.tap and exchange.tap.is_reading):
             raise exchange.left  # nobody waits for it, and nothing could be read in it
         relay = exchange.relay = Relay(
             answer,

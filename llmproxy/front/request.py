@@ -147,9 +147,13 @@ class Request(Incoming):
             channel.abort()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """Register; a producer that comes while the wire is full is paused at once."""
+        """Register; a producer that comes while the wire is full is paused at once.
+
+        One that comes when the client has left is stopped, as Twisted's transports do.
+        """
         if self.channel is None:
-            return  # the client has left, and the answer is read on all the same
+            producer.stopProducing()
+            return
         super().registerProducer(producer, streaming)
         if self.channel.is_full:
             producer.pauseProducing()

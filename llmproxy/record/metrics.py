@@ -60,8 +60,13 @@ class Tally:
 class Live(Protocol):
     """What a running body tells at a scrape; ``stream.relay.Relay`` is one."""
 
-    chunks: int
-    byte_count: int
+    @property
+    def chunks(self) -> int:
+        """How many chunks were handed on, so far."""
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes that was."""
 
     @property
     def paused_s(self) -> float:

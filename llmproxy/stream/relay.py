@@ -88,8 +88,6 @@ class Relay(TwistedProtocol):
         stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
     Attributes:
-        chunks: how many were handed on.
-        byte_count: how many bytes that was.
         first_at: when the first chunk came, or None.
         last_at: when the last one came; before the first, when the relay started.
         longest_gap: the longest time between two chunks, pauses left out, in seconds.
@@ -101,6 +99,8 @@ class Relay(TwistedProtocol):
 
     __slots__ = (
         *(
+            "_bytes",
+            "_chunks",
             "_clock",
             "_copy",
             "_delays",
@@ -108,21 +108,9 @@ class Relay(TwistedProtocol):
             "_idle",
             "_paused_at",
             "_paused_before",
-            "_reactor",
-            "_sink",
         ),
-        *(
-            "_source",
-            "_stays",
-            "_timer",
-            "_write",
-            "byte_count",
-            "chunks",
-            "done",
-            "first_at",
-            "last_at",
-        ),
-        *("longest_gap", "state", "tail"),
+        *("_handed_on", "_reactor", "_sink", "_source", "_stays", "_timer", "_write"),
+        *("done", "first_at", "last_at", "longest_gap", "state", "tail"),
     )
 
     def __init__(
@@ -152,8 +140,9 @@ class Relay(TwistedProtocol):
         self._paused_at = 0.0
         self._paused_before = 0.0
         self.state = State.FLOWING
-        self.chunks = 0
-        self.byte_count = 0
+        self._chunks = 0
+        self._bytes = 0
+        self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
         self.first_at: float | None = None
         self.last_at = clock()
         self.longest_gap = 0.0
@@ -170,6 +159,16 @@ class Relay(TwistedProtocol):
         if self.state is State.PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
         return done
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks were handed on; what the copy alone got is not among them."""
+        return self._chunks if self._handed_on is None else self._handed_on[0]
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes that was."""
+        return self._bytes if self._handed_on is None else self._handed_on[1]
 
     @property
     def paused_s(self) -> float:
@@ -190,17 +189,17 @@ class Relay(TwistedProtocol):
         now = self._clock()
         gap = now - self.last_at
         self.last_at = now
-        if self.chunks:
+        if self._chunks:
             self._gaps(gap)
             if gap > self.longest_gap:
                 self.longest_gap = gap
         else:
             self.first_at = now
-        self.chunks += 1
-        self.byte_count += len(data)
+        self._chunks += 1
+        self._bytes += len(data)
         self.tail = data[-4:] if len(data) > 3 else (self.tail + data)[-4:]
         self._write(data)
-        if self.chunks & _SAMPLE == 2:
+        if self._chunks & _SAMPLE == 2:
             self._sink.when_sent(lambda: self._delays(self._clock() - now))
         if self._copy is not None:
             self._copy(data)
@@ -234,6 +233,7 @@ class Relay(TwistedProtocol):
     def stopProducing(self) -> None:
         """The client is gone: what is read on from here reaches the copy alone."""
         if self._stays():
+            self._handed_on = self.chunks, self.byte_count
             self.resumeProducing()
         else:
             self._end(Failure(ClientGone()))

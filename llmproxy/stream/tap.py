@@ -138,6 +138,8 @@ class StreamAccumulator:
     def finish(self, end: EndReason) -> Result:
         """Return what the stream held, now that it has ended; later calls return the same.
 
+        It never raises.
+
         Args:
             end: why it ended, as the relay saw it.
         """
@@ -201,6 +203,13 @@ class StreamAccumulator:
             self._degrade(Degraded.OVERLONG)
 
     def _concluded(self, end: EndReason) -> Result:
+        try:
+            return self._told(end)
+        except Exception:
+            self._break()
+            return Result(end_reason=end, degraded=self.degraded)
+
+    def _told(self, end: EndReason) -> Result:
         seen = self._seen
         return Result(
             end_reason=self._verdict(end),

@@ -42,6 +42,7 @@ ENDS = {
     "upstream_idle",
     "upstream_broken",
     "upstream_protocol",
+    "unfinished",
     "rejected",
 }
 """Every way in which a request of these lives may end."""
@@ -95,7 +96,7 @@ def _is_known(record: Record, world: World) -> bool:
     """Tell whether a record is of a life's request, or of a head that is not one."""
     if not record["path"]:
         return record["end_reason"] == "rejected" and not record["attempts"]
-    _, _, life, number = record["path"].split("/")
+    _, _, life, number, *_ = record["path"].split("/")
     return int(life) in world.lives and int(number) < len(world.lives[int(life)].asks)
 
 
@@ -127,6 +128,8 @@ async def test_no_life_leaves_anything_behind(tmp_path: Path) -> None:
         ends = {record["end_reason"] for record in world.records()}
         assert ends <= ENDS
         assert ends == ENDS or len(world.lives) < ENOUGH
+        leavings = {record["on_disconnect"] for record in world.records()}
+        assert leavings == {None, "cancel", "drain"} or len(world.lives) < ENOUGH
     assert (await everything()).more_than(at_first)[1:] == NOTHING[1:]
 
 

@@ -59,7 +59,8 @@ def proxy(
     """A proxy in front of the demo provider; who calls must show a key.
 
     For each SDK it has a route ``NAME``; ``event-NAME``, which tells a break in an event;
-    ``small-NAME``, which takes 1 KiB; ``gone-NAME``, whose provider is not there.  On
+    ``small-NAME``, which takes 1 KiB; ``kept-NAME``, whose content is recorded; ``drained-NAME``,
+    which reads on for a caller that leaves; ``gone-NAME``, whose provider is not there.  On
     ``counted-openai`` every stream is asked for its counts.
     """
     config = _client("team", KEY) + _client("narrow", NARROW_KEY)
@@ -68,6 +69,8 @@ def proxy(
         config += _provider(sdk, demo.url, sdk) + _provider(f"gone-{sdk}", closed_url, sdk)
         config += _route(sdk, sdk) + _route(f"gone-{sdk}", f"gone-{sdk}")
         config += _route(f"event-{sdk}", sdk) + "error_event = true\n"
+        config += _route(f"kept-{sdk}", sdk) + 'capture = "content"\n'
+        config += _route(f"drained-{sdk}", sdk) + 'on_disconnect = "drain"\n'
         config += _route(f"small-{sdk}", sdk) + 'request_body = "1KiB"\n'
     config += _route("counted-openai", "openai") + 'include_usage = "inject"\n'
     with Daemon(tmp_path_factory.mktemp("proxy"), config, proxy="") as daemon:

@@ -19,8 +19,8 @@ Raises:
     msgspec.DecodeError, UnicodeDecodeError, RecursionError: this is not what the dialect sends.
 """
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-"""A number of tokens; what no JSON number holds exactly is none."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+"""A number of tokens; what is larger is none, here as in the ledger, so that their sums agree."""
 
 Part = msgspec.Struct
 """The base of what is decoded: only the members that are read, in the provider's own words."""

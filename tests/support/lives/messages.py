@@ -68,7 +68,7 @@ class Step(NamedTuple):
 def path(ask: Ask, life: int, number: int) -> str:
     """Return the target of a life's request, which names it."""
     route = "nowhere" if ask.flaw == "route" else ask.route
-    return f"/{route}/{life}/{number}"
+    return f"/{route}/{life}/{number}" + ("/v1/chat/completions" if ask.known else "")
 
 
 def method(ask: Ask) -> str:

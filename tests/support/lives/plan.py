@@ -102,6 +102,7 @@ class Ask(NamedTuple):
         size: bytes of the body.
         cuts: parts of the whole at which sending takes a breath.
         variant: which of several, where there are several.
+        known: it asks an endpoint whose answers are read, so that the tap is on.
     """
 
     method: str
@@ -116,6 +117,7 @@ class Ask(NamedTuple):
     closes: bool = False
     cuts: tuple[float, ...] = ()
     variant: int = 0
+    known: bool = False
 
 
 class Leave(NamedTuple):

@@ -102,7 +102,7 @@ class Actor(Protocol):
             return
         self._buffer = rest
         first, *lines = head.lower().split(b"\r\n")
-        _, life, number = first.split(b" ")[1].split(b"/")
+        _, life, number, *_ = first.split(b" ")[1].split(b"/")
         self._name = name = (int(life), int(number))
         self._hand.heard[name] += 1
         if self._spoiled:

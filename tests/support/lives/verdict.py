@@ -45,8 +45,22 @@ def end_of(ask: Ask) -> str:
     if ask.flaw:
         return "rejected"
     if ask.part.kind in _ANSWERED:
-        return "complete" if ask.part.status < 400 else "upstream_refused"
+        if ask.part.status >= 400:
+            return "upstream_refused"
+        return "unfinished" if _lacks_its_marker(ask) else "complete"
     return _ENDS[ask.part.kind]
+
+
+def _lacks_its_marker(ask: Ask) -> bool:
+    """Tell whether the answer is a stream that was read whole and did not end as streams do.
+
+    What it says is no event, and no line of JSON either: that degrades the tap, which judges no
+    more.
+    """
+    part = ask.part
+    is_read = ask.known and ask.method == "POST" and part.status in (200, 201)
+    says_nothing = part.media == "application/x-ndjson" and not content(part, 0, 0)
+    return is_read and (part.media == "text/event-stream" or says_nothing)
 
 
 class Records:

@@ -53,6 +53,7 @@ _PRESENT = (
     "llmproxy_upstream_connections",
     "llmproxy_buffered_bytes",
     "llmproxy_request_bytes_held",
+    "llmproxy_drains",
 )
 
 
@@ -259,7 +260,7 @@ def _provider(name: str, url: str, more: str = "") -> str:
 
 def _routes(paths: tuple[str, str], timeouts: str) -> str:
     """Return the sections of two routes, to the provider over TCP and over TLS."""
-    more = f"timeouts = {{ {timeouts} }}"
+    more = f'timeouts = {{ {timeouts} }}\non_disconnect = "drain"\ndrain_for = "1s"'
     return "".join(_route(path, to, more) for path, to in zip(paths, PLAIN, strict=True))
 
 

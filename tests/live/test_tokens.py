@@ -1,0 +1,290 @@
+"""What tokens are counted as: metrics, records, ledger and sessions agree on mixed traffic."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support.daemon import ROOT, Daemon
+from tests.support.sockets import Script, Wire, request
+from tests.support.stage import (
+    Stage,
+    answer,
+    assert_settles,
+    chunked_answer,
+    client_config,
+    open_stage,
+    post,
+    trace_of,
+    until,
+)
+
+TYPES = ("input", "output", "cache_read", "cache_write", "reasoning")
+NAMED = {"gpt-a", "gpt-b", "claude-b", "gpt-prod"}
+CONFIG = """
+[providers.one]
+url = "URL"
+dialect = "openai"
+[providers.two]
+url = "URL"
+dialect = "anthropic"
+[[routes]]
+path = "/one"
+providers = ["one"]
+models = ["gpt-a", "gpt-*", "*", "-"]
+[routes.override]
+one = { model = "gpt-prod" }
+[[routes]]
+path = "/two"
+providers = ["two"]
+[[routes]]
+path = "/drained"
+providers = ["two"]
+on_disconnect = "drain"
+"""
+KEYS = {"team-a": "key-a", "team-b": "key-b", "anonymous": ""}
+ASKED = {
+    "one": ("gpt-a", "gpt-b", "gpt-c", "claude-b", "made\nup", None),
+    "two": ("claude-b", "claude-c"),
+}
+PATHS = {"one": "/one/v1/chat/completions", "two": "/two/v1/messages"}
+
+
+class Used(NamedTuple):
+    """What one answer says that it used, by our types; None is not said."""
+
+    input: int | None
+    output: int | None
+    cache_read: int | None = None
+    cache_write: int | None = None
+    reasoning: int | None = None
+
+
+def openai_usage(used: Used) -> dict[str, Any]:
+    """Return it in OpenAI's words."""
+    read = {"cached_tokens": used.cache_read, "cache_write_tokens": used.cache_write}
+    return {
+        "prompt_tokens": used.input,
+        "completion_tokens": used.output,
+        "prompt_tokens_details": read,
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning},
+    }
+
+
+def anthropic_usage(used: Used) -> dict[str, Any]:
+    """Return it in Anthropic's words."""
+    return {
+        "input_tokens": used.input,
+        "output_tokens": used.output,
+        "cache_read_input_tokens": used.cache_read,
+        "cache_creation_input_tokens": used.cache_write,
+        "output_tokens_details": {"thinking_tokens": used.reasoning},
+    }
+
+
+def whole(provider: str, used: Used) -> bytes:
+    """Return an answer in one piece."""
+    if provider == "one":
+        document = {"choices": [{"finish_reason": "stop"}], "usage": openai_usage(used)}
+    else:
+        document = {"stop_reason": "end_turn", "usage": anthropic_usage(used)}
+    return answer(200, "Content-Type: application/json", body=json.dumps(document).encode())
+
+
+def streamed(provider: str, used: Used) -> bytes:
+    """Return a stream whose first counts are replaced by the last ones."""
+    if provider == "one":
+        counts = {"choices": [], "usage": openai_usage(used)}
+        return chunked_answer(b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(counts).encode())
+    first = {"usage": {"input_tokens": 1, "output_tokens": 1}}
+    start: dict[str, Any] = {"type": "message_start", "message": first}
+    delta = {"type": "message_delta", "delta": {}, "usage": anthropic_usage(used)}
+    return chunked_answer(*(sse(one) for one in (start, delta, {"type": "message_stop"})))
+
+
+def sse(event: dict[str, Any]) -> bytes:
+    """Return a named event."""
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
+
+
+def giving(reply: bytes) -> Script:
+    """Return a script that answers every request so."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(reply)
+
+    return script
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    """Two clients and anybody, two providers, and a ledger."""
+    known = client_config("team-a", "key-a") + client_config(
+        "team-b", "key-b", 'models = ["gpt-b", "claude-b", "*", "-"]'
+    )
+    ledger = f'ledger = "{tmp_path}/ledger-{{instance}}.db"\n'
+    with open_stage(tmp_path, lambda url: ledger + CONFIG.replace("URL", url) + known) as stage:
+        yield stage
+
+
+def tokens_by_label(daemon: Daemon) -> Counter[tuple[str, ...]]:
+    """Return the samples of the counter by client, provider, model and type."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for name, value in daemon.metrics().items():
+        if name.startswith("llmproxy_tokens_total{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
+            key = (labels["client"], labels["provider"], labels["model"], labels["type"])
+            found[key] = int(value)
+    return found
+
+
+def usage(daemon: Daemon, *arguments: str) -> Any:
+    """Return what ``llmproxy usage`` tells of the running daemon."""
+    command = [sys.executable, "-m", "llmproxy.cli.main", "usage", "--json"]
+    command += ["--config", str(daemon.config_path), *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(ended.stdout)
+
+
+def by_type(totals: dict[str, Any]) -> dict[str, int | None]:
+    """Return the sums of tokens among totals."""
+    return {name: totals[f"{name}_tokens"] for name in TYPES}
+
+
+def test_every_place_has_the_same_sums(stage: Stage) -> None:
+    """Clients, providers, models named and not, streams and documents, refusals and guesses."""
+    expected: Counter[tuple[str, ...]] = Counter()
+    sessions: Counter[tuple[str, ...]] = Counter()
+    sent = 0
+
+    def ask(client: str, provider: str, model: str | None, reply: bytes, session: str) -> None:
+        nonlocal sent
+        stage.script = giving(reply)
+        body = {"stream": True} if model is None else {"model": model, "stream": True}
+        fields = [f"X-Session-Id: {session}"]
+        if KEYS[client]:
+            fields.append(f"X-Api-Key: {KEYS[client]}")
+        stage.get(post(PATHS[provider], json.dumps(body).encode(), *fields))
+        sent += 1
+
+    for number, client in enumerate(KEYS):
+        for provider, models in ASKED.items():
+            for at, model in enumerate(models):
+                for form in (whole, streamed):
+                    cached = None if at % 2 else 0
+                    used = Used(1000 * sent + 7, sent, cached, at or None, number)
+                    session = f"s-{sent % 4}"
+                    ask(client, provider, model, form(provider, used), session)
+                    label = model if model in NAMED else "other"
+                    for name, count in zip(TYPES, used, strict=True):
+                        if count:
+                            expected[client, provider, label, name] += count
+                            sessions[session, client, name] += count
+        refusal = answer(429, "Content-Type: application/json", body=b'{"usage":{}}')
+        ask(client, "one", "gpt-a", refusal, "s-0")
+        ask(client, "one", "gpt-a", chunked_answer(b"data: {}\n\n"), "s-0")
+    stage.get(request("GET", "/one/v1/models"))
+    sent += 1
+
+    until(lambda: usage(stage.daemon)["total"]["requests"] == sent, "the ledger has all")
+    assert tokens_by_label(stage.daemon) == expected
+    recorded: Counter[tuple[str, ...]] = Counter()
+    for record in stage.daemon.traces():
+        label = record["model"] if record["model"] in NAMED else "other"
+        for name, count in by_type(record).items():
+            if count:
+                recorded[record["client"], record["provider"], label, name] += count
+    assert recorded == expected
+    told: Counter[tuple[str, ...]] = Counter()
+    for group in usage(stage.daemon, "--by", "client,provider,model")["groups"]:
+        label = group["model"] if group["model"] in NAMED else "other"
+        for name, count in by_type(group).items():
+            told[group["client"], group["provider"], label, name] += count or 0
+    assert +told == expected
+    checkpoints: Counter[tuple[str, ...]] = Counter()
+    for point in usage(stage.daemon, "--sessions")["sessions"]:
+        for name, count in by_type(point).items():
+            checkpoints[point["session"], point["client"], name] += count or 0
+    assert +checkpoints == sessions
+    assert_settles(stage.daemon)
+
+
+def test_no_caller_makes_a_label(stage: Stage) -> None:
+    """A hundred models that nobody configured are one series; each is in the record."""
+    stage.script = giving(whole("two", Used(1, 2)))
+    for number in range(100):
+        body = json.dumps({"model": f'm"{number}\n'}).encode()
+        stage.get(post(PATHS["two"], body))
+    found = tokens_by_label(stage.daemon)
+    assert found == {
+        ("anonymous", "two", "other", "input"): 100,
+        ("anonymous", "two", "other", "output"): 200,
+    }
+    until(lambda: len(stage.daemon.traces()) == 100, "all are recorded")
+    assert len({record["model"] for record in stage.daemon.traces()}) == 100
+
+
+def test_what_is_read_on_is_counted(stage: Stage) -> None:
+    """The tokens of an answer whose client left are in the counter and in the ledger."""
+    stage.script = lambda wire: _after_the_client(stage, wire)
+    path = "/drained/v1/messages"
+    with stage.connect() as client:
+        client.send(post(path, b'{"model":"claude-b"}', "X-Api-Key: key-a"))
+        until(lambda: stage.provider.accepted, "the provider was asked")
+    record = trace_of(stage.daemon, path=path)
+    assert (record["end_reason"], record["usage"]) == ("client_gone", "reported")
+    found = tokens_by_label(stage.daemon)
+    assert found["team-a", "two", "claude-b", "output"] == 20
+    until(lambda: usage(stage.daemon)["total"]["output_tokens"] == 20, "the ledger has it")
+
+
+def _after_the_client(stage: Stage, wire: Wire) -> None:
+    wire.read_request()
+    until(lambda: stage.daemon.metrics()["llmproxy_drains"] == 1, "its client has left")
+    wire.send(whole("two", Used(10, 20)))
+
+
+# -- sessions --------------------------------------------------------------------------------------
+
+
+def test_a_session_is_named_by_x_session_id(stage: Stage) -> None:
+    """One that is no printable text is none, and a long one is cut; two clients' are not one."""
+    stage.script = giving(whole("two", Used(1, 2)))
+    fields = {
+        "/two/a/v1/messages": ("X-SESSION-ID: s", "X-Api-Key: key-a"),
+        "/two/b/v1/messages": ("x-session-id: s", "X-Api-Key: key-b"),
+        "/two/c/v1/messages": ("x-session-id: " + "s" * 300,),
+        "/two/d/v1/messages": ("x-session-id: a\tb",),
+        "/two/e/v1/messages": ("x-conversation: s",),
+    }
+    for path, lines in fields.items():
+        stage.get(post(path, b'{"model":"claude-b"}', *lines))
+    named = [trace_of(stage.daemon, path=path)["session"] for path in fields]
+    assert named == ["s", "s", "s" * 256, None, None]
+    until(lambda: usage(stage.daemon)["total"]["requests"] == 5, "the ledger has all")
+    points = usage(stage.daemon, "--sessions")["sessions"]
+    assert sorted((point["session"][:3], point["client"]) for point in points) == [
+        ("s", "team-a"),
+        ("s", "team-b"),
+        ("sss", "anonymous"),
+    ]
+
+
+def test_a_session_is_named_by_the_header_that_is_configured(tmp_path: Path) -> None:
+    """And by no other; the field crosses to the provider as it came."""
+    config = 'session_header = "X-Conversation"\n' + CONFIG
+    with open_stage(tmp_path, lambda url: config.replace("URL", url)) as stage:
+        for name, session in (("x-conversation", "s-1"), ("X-Session-Id", None)):
+            path = f"/two/{name}/v1/messages"
+            received, _ = stage.ask(post(path, b"{}", f"{name}: s-1"), whole("two", Used(1, 2)))
+            assert received.values(name.lower().encode()) == [b"s-1"]
+            assert trace_of(stage.daemon, path=path)["session"] == session
