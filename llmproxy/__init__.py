@@ -3,8 +3,8 @@
 The path of a request
     ``front/http.py`` reads it, ``front/gateway.py`` tells its story: ``policy/auth.py`` says who
     calls, ``policy/routes.py`` where the call goes, ``upstream/client.py`` sends it through treq,
-    ``stream/relay.py`` hands the answer back chunk by chunk, and ``record/trace.py`` and
-    ``record/metrics.py`` remember what happened.
+    ``stream/relay.py`` hands the answer back chunk by chunk, ``stream/tap.py`` reads a copy of it
+    on the side, and ``record/trace.py`` and ``record/metrics.py`` remember what happened.
 
 Glossary
     client
