@@ -205,8 +205,9 @@ class Daemon:
         return {name: float(value) for name, value in pairs}
 
     def traces(self) -> list[dict[str, Any]]:
-        """Return the records that are in the trace file by now."""
-        return [json.loads(line) for line in self.trace_path.read_text().splitlines()]
+        """Return the records that are in the trace file by now; half a line is not there yet."""
+        whole = self.trace_path.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def provider_config(

@@ -130,9 +130,7 @@ def trace_of(daemon: Daemon, **fields: Any) -> dict[str, Any]:
     """Wait for the one record that has these fields; it is written after the request ended."""
 
     def found() -> dict[str, Any] | None:
-        whole = daemon.trace_path.read_text().rpartition("\n")[0]
-        records = [json.loads(line) for line in whole.splitlines()]
-        matching = [record for record in records if fields.items() <= record.items()]
+        matching = [record for record in daemon.traces() if fields.items() <= record.items()]
         assert len(matching) < 2, f"two records with {fields}"
         return matching[0] if matching else None
 
