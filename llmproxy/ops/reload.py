@@ -123,9 +123,9 @@ class Reload:
     def _succeeded(self, changed: list[str]) -> None:
         self.succeeded, self.succeeded_at = True, self._wall()
         _log.info(
-            "reloaded: {what}{rest}",
-            what=f"changed are {', '.join(changed)}" if changed else "nothing has changed",
-            rest=f"; {', '.join(self._waits)}: at the next start" if self._waits else "",
+            "reloaded; {what}{rest}",
+            what=f"changed: {', '.join(changed)}" if changed else "nothing has changed",
+            rest=f"; at the next start: {', '.join(self._waits)}" if self._waits else "",
             changed=changed,
             waits=self._waits,
         )
