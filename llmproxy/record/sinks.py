@@ -81,6 +81,7 @@ class Sinks:
 
     def use(self, writers: Writers) -> None:
         """Let every trace be written there; what is not among them any more comes to its end."""
+        self._forget_ended()
         before, self._open = self._writers, writers
         self._writers = list(writers.values())
         for writer in before:
@@ -119,13 +120,16 @@ class Sinks:
 
     def losses(self) -> dict[str, int]:
         """Return how many traces each sink has not kept, by its name; also one that is gone."""
-        for writer in [one for one in self._leaving if one.ended]:
-            self._leaving.remove(writer)
-            self._lost_before.update(writer.losses())
+        self._forget_ended()
         lost = self._lost_before.copy()
         for writer in (*self._leaving, *self._writers):
             lost.update(writer.losses())
         return dict(lost)
+
+    def _forget_ended(self) -> None:
+        for writer in [one for one in self._leaving if one.ended]:
+            self._leaving.remove(writer)
+            self._lost_before.update(writer.losses())
 
     def reopen(self) -> None:
         """Open files anew that logrotate has renamed; nothing is lost by that."""

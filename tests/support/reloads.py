@@ -21,7 +21,14 @@ def edit(daemon: Daemon, old: str, new: str) -> None:
     """Put ``new`` in the place of ``old``, which stands there once, in the daemon's file."""
     text = daemon.config_path.read_text()
     assert text.count(old) == 1, (old, text)
-    daemon.config_path.write_text(text.replace(old, new))
+    write(daemon, text.replace(old, new))
+
+
+def write(daemon: Daemon, text: str) -> None:
+    """Put another file in the place of the daemon's, which may be reading it."""
+    new = daemon.config_path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(daemon.config_path)
 
 
 def reload(daemon: Daemon, *edits: tuple[str, str]) -> dict[str, Any]:
