@@ -1,9 +1,10 @@
 """``twistd llmproxy``: options, and the one place where everything is put together.
 
 :func:`makeService` reads the configuration, and stops the start with every mistake in it; nothing
-listens by then.  :class:`ProxyService` builds the parts once the process is its own (twistd may
-have forked), listens, and brings them to rest.  The reactor and the clocks enter the program here
-and nowhere else.
+listens by then.  :class:`ProxyService` builds the parts that last once the process is its own
+(twistd may have forked), and brings them to rest.  What a configuration is made into is prepared
+and put to use by the same steps at the start and at a reload (ADR-0014).  The reactor and the
+clocks enter the program here and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,36 +14,36 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import IO, Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred
-from twisted.internet.error import CannotListenError
 from twisted.logger import ILogObserver
 from twisted.python import usage
 from twisted.python.components import Componentized
+from twisted.web.resource import Resource
 
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.front.books import Books, log_access
 from llmproxy.front.door import Door
-from llmproxy.front.gateway import Gateway
+from llmproxy.front.drains import Drains
 from llmproxy.front.http import Site
-from llmproxy.front.tls import ListenerTls
-from llmproxy.ops.admin import admin_sites
+from llmproxy.ops.admin import admin_site
 from llmproxy.ops.descriptors import raise_limit
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.figures import expose
 from llmproxy.ops.lag import Lag
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
-from llmproxy.ops.reload import Reload
+from llmproxy.ops.reload import Reload, aside
+from llmproxy.ops.setup import Setup
 from llmproxy.ops.signals import take_signals
 from llmproxy.ops.status import Status
 from llmproxy.ops.streams import Streams
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.sinks import open_sinks
-from llmproxy.upstream.client import Upstream
+from llmproxy.record.sinks import Sinks
 from llmproxy.version import version
 from llmproxy.wire.loop import calm_collector, tune
 from llmproxy.wire.timers import Timers
@@ -100,9 +101,14 @@ class ProxyService(Service):
         handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut), SIGHUP
             (reload) and SIGUSR1 (log the streams), raise its limit of descriptors, and set its
             garbage collector.
+
+    Attributes:
+        proxy_ports, admin_ports: what is listened on, for clients and for operators.
     """
 
     name = "llmproxy"
+    setup: Setup
+    notify: Notify
 
     def __init__(
         self,
@@ -115,15 +121,13 @@ class ProxyService(Service):
         environ: Mapping[str, str] | None = None,
         handle_signals: bool = True,
     ) -> None:
-        self.config = config
+        self._config = config
         self._reactor = reactor
-        self._reread = (lambda: config) if reread is None else reread
+        self._reread = (lambda: self.setup.config) if reread is None else reread
         self._instance = instance
         self._log_file = log_file
         self._environ = environ or {}
         self._handle_signals = handle_signals
-        self._listeners = Listeners(reactor, config.proxy)
-        self.proxy_ports, self.admin_ports = self._listeners.proxy, self._listeners.admin
         self.ready = False
         self._told = 0
         self._json_log: JsonLog | None = None
@@ -151,17 +155,17 @@ class ProxyService(Service):
         try:
             if self._handle_signals:
                 self._take_early_signals()
-                raise_limit(self.config.proxy.max_connections)
             self._build()
-            self._listen()
-        except (OSError, ValueError, CannotListenError) as error:
+            self.setup.use(self.setup.prepare(self._config))
+            self._config = Config()  # the other is the setup's, and is gone with the next one
+        except (OSError, ValueError) as error:
             sys.stderr.write(f"llmproxy cannot start: {error}\n")
             raise SystemExit(1) from None
 
     def startService(self) -> None:
         """Everything listens: be ready."""
         super().startService()
-        if self.config.proxy.tuned_loop:
+        if self.setup.config.proxy.tuned_loop:
             self._untune = tune(self._reactor)
             if self._handle_signals:  # the process is ours
                 calm_collector()
@@ -173,77 +177,85 @@ class ProxyService(Service):
         self._reactor.callWhenRunning(self.notify.ready)
 
     def _build(self) -> None:
-        config, reactor, clock = self.config, self._reactor, time.monotonic
+        """Make the parts that last; nothing listens, and no provider is known yet."""
+        reactor, clock, tuned = self._reactor, time.monotonic, self._config.proxy.tuned_loop
         self.metrics = Metrics(version())
-        self.sink = open_sinks(config.trace, clock=clock, wall=time.time, instance=self._instance)
+        self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
-        self.upstream = Upstream(reactor, clock, config, timers=self._timers)
+        self.drains = Drains(0, self._timers)
         self.books = Books(
             self.metrics,
-            self.sink,
+            self.sinks,
             access=log_access if self._json_log is None else self._json_log.access,
             clock=clock,
             wall=time.time,
             instance=self._instance,
-            session_header=config.trace.session_header,
-        )
-        self.gateway = Gateway(
-            config, self.upstream, self.books, self.metrics, reactor=self._timers, clock=clock
         )
         self.site = Site(
-            self.gateway,
+            Resource(),
             reactor,
             clock,
-            config.timeouts,
-            config.limits,
-            body_limit=self.gateway.routes.body_limit,
-            holds_body=self.gateway.holds_body,
-            early_refusal=self.gateway.early_refusal,
             abandoned=self.books.abandoned,
             malformed=self.books.malformed,
-            door=Door(
-                config.proxy.max_connections,
-                config.limits.connections_per_address,
-                clock=clock,
-                wall=time.time,
-            ),
+            door=Door(clock=clock, wall=time.time),
         )
-        keypair = config.proxy.keypair
-        self.tls = None if keypair is None else ListenerTls(keypair)
-        self.reload = Reload(self._reread, config, self.tls, time.time, self.sink.reopen)
-        self.drain = Drain(self.site, reactor, config.proxy.drain_timeout)
-        self.streams = Streams(self.site, self.books, clock)
-        self.notify = Notify(
-            self._environ,
+        site = partial(
+            admin_site, reactor, clock, ready=lambda: self.ready, registry=self.metrics.registry
+        )
+        admin, metrics = site(config=lambda: self.setup.config.redacted()), site(config=None)
+        self._listeners = Listeners(
+            reactor, site=self.site, admin=admin, metrics=metrics, direct=tuned
+        )
+        self.proxy_ports, self.admin_ports = self._listeners.proxy, self._listeners.admin
+        self.drain = Drain(self.site, reactor, 0.0)
+        self.setup = Setup(
             reactor,
             clock,
-            Status(self.site, self.books, self.drain, self.reload, time.time),
-            pid=os.getpid(),
+            timers=self._timers,
+            metrics=self.metrics,
+            books=self.books,
+            sinks=self.sinks,
+            drains=self.drains,
+            drain=self.drain,
+            site=self.site,
+            admin=(admin, metrics),
+            listeners=self._listeners,
+            raise_limit=raise_limit if self._handle_signals else lambda _: None,
         )
+        self.reload = Reload(
+            self._reread,
+            self.setup,
+            aside=partial(aside, reactor),
+            wall=time.time,
+            reopen=self._reopen,
+            telling=lambda: self.notify.reloading(),
+            tell=self._listeners.tell,
+        )
+        self.streams = Streams(self.site, self.books, clock)
+        status = Status(self.site, self.books, self.drain, self.reload, time.time)
+        self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
         expose(
             self.metrics,
             site=self.site,
-            upstream=self.upstream,
-            drains=self.gateway.drains,
-            sink=self.sink,
+            setup=self.setup,
+            drains=self.drains,
+            sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
-            tls=self.tls,
         )
 
-    def _listen(self) -> None:
-        registry = self.metrics.registry
-        admin = admin_sites(
-            self.config, self._reactor, time.monotonic, ready=lambda: self.ready, registry=registry
-        )
-        self._listeners.open(self.site, self.tls, admin)
+    def _reopen(self) -> None:
+        """Open anew what logrotate has renamed."""
+        self.sinks.reopen()
+        if self._json_log is not None and self._log_file is not None:
+            self._json_log.reopen(self._log_file)
 
     # -- signals --------------------------------------------------------------------------------
 
     def _take_early_signals(self) -> None:
         """Take those that would end the process, before anybody can think that we do."""
-        calls = {signal.SIGHUP: self._told_to_reload, signal.SIGUSR1: lambda: self.streams.log()}
+        calls = {signal.SIGHUP: lambda: self.reload(), signal.SIGUSR1: lambda: self.streams.log()}
         take_signals(self._reactor, calls)
 
     def _take_signals(self) -> None:
@@ -252,10 +264,6 @@ class ProxyService(Service):
             self._reactor,
             {signal.SIGTERM: self._told_to_stop, signal.SIGINT: self._told_to_stop},
         )
-
-    def _told_to_reload(self) -> None:
-        with self.notify.reloading():
-            self.reload()
 
     def _told_to_stop(self) -> None:
         self._told += 1
@@ -271,6 +279,7 @@ class ProxyService(Service):
         """Stop listening, let running answers end, then close everything else."""
         super().stopService()
         self.ready = False
+        self.reload.end()
         self.notify.stopping()
         return self._listeners.close_proxy().addCallback(lambda _: self._rest())
 
@@ -284,7 +293,7 @@ class ProxyService(Service):
         self._untune()
         self._lag.stop()
         self.notify.close()
-        self.gateway.drains.close()
-        self.upstream.close()
+        self.drains.close()
+        self.setup.upstream.close()
         self._timers.close()
-        return self._listeners.close_admin().addCallback(lambda _: self.sink.close())
+        return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())

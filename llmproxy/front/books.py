@@ -37,7 +37,6 @@ class Books:
         clock: monotonic seconds.
         wall: seconds since the epoch.
         instance: this process's name among several.
-        session_header: the field in which callers name their session, in lower case.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Books:
         clock: Callable[[], float],
         wall: Callable[[], float],
         instance: str,
-        session_header: str = "x-session-id",
     ) -> None:
         self._metrics = metrics
         self._sink = sink
@@ -57,7 +55,7 @@ class Books:
         self._clock = clock
         self.now = wall
         self._instance = instance
-        self._session_header = session_header.encode("ascii")
+        self._session_header = b"x-session-id"
         self._running: set[Exchange] = set()
 
     @property
@@ -69,6 +67,10 @@ class Books:
     def exchanges(self) -> Collection[Exchange]:
         """The requests that are being served."""
         return self._running
+
+    def follow(self, session_header: str) -> None:
+        """Find a request's session in this field from now on; its name is in lower case."""
+        self._session_header = session_header.encode("ascii")
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""

@@ -66,6 +66,10 @@ class Door:
         self._silent_until: dict[str, float] = {}
         self.refused: Counter[str] = Counter({"max_connections": 0, "connections_per_address": 0})
 
+    def limit(self, most: int, most_of_one: int) -> None:
+        """Let in so many from now on; whoever is inside stays."""
+        self._most, self._most_of_one = most, most_of_one
+
     def enter(self, address: str | None) -> ProxyError | None:
         """Count one more connection, or return why it is turned away (and is not counted).
 

@@ -54,6 +54,10 @@ class Drains:
         exchange.drain_timer = self._reactor.callLater(choice.route.drain_for, exchange.cancel)
         return True
 
+    def allow(self, most: int) -> None:
+        """Let so many be at once from now on; those that are go on."""
+        self._most = most
+
     def over(self, exchange: Exchange) -> None:
         """The request has ended."""
         self._running.discard(exchange)

@@ -50,13 +50,16 @@ _log = Logger()
 
 
 class Gateway(Resource):
-    """Serves every request that is for a provider.
+    """Serves every request that is for a provider, as one configuration has it.
+
+    A reload makes another one; a request ends with the one that it began with (ADR-0014).
 
     Args:
         config: the checked configuration.
         upstream: sends requests.
         books: keeps a record of each.
         metrics: counts what is on the way.
+        drains: answers that are read on; by default none but those of this gateway.
         reactor: keeps the deadlines of requests (``wire/timers.py``).
         clock: monotonic seconds.
     """
@@ -70,6 +73,7 @@ class Gateway(Resource):
         books: Books,
         metrics: Metrics,
         *,
+        drains: Drains | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -79,7 +83,7 @@ class Gateway(Resource):
         self._upstream = upstream
         self._books = books
         self._findings = Findings(config, metrics)
-        self.drains = Drains(config.limits.drains, reactor)
+        self.drains = Drains(config.limits.drains, reactor) if drains is None else drains
         self._metrics = metrics
         self._reactor = reactor
         self._clock = clock

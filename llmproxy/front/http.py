@@ -26,6 +26,8 @@ from llmproxy.front.refusal import bare_answer
 from llmproxy.front.request import Request
 from llmproxy.wire.transport import pending_bytes
 
+_TIMEOUTS, _LIMITS = Timeouts(), Limits()
+
 _log = Logger()
 
 
@@ -38,7 +40,7 @@ class Site(server.Site):
         clock: monotonic seconds.
         timeouts: the deadlines towards clients.
         limits: what a request may hold.
-        body_limit: from a raw target to the most bytes of its body.
+        body_limit: from a raw target to the most bytes of its body; by default it has none.
         holds_body: from a request to whether its body is held before it is served, rather than
             streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
@@ -61,10 +63,10 @@ class Site(server.Site):
         resource: IResource,
         reactor: Any,
         clock: Callable[[], float],
-        timeouts: Timeouts,
-        limits: Limits,
+        timeouts: Timeouts = _TIMEOUTS,
+        limits: Limits = _LIMITS,
         *,
-        body_limit: Callable[[bytes], int],
+        body_limit: Callable[[bytes], int] = lambda target: 0,
         holds_body: Callable[[Request], bool] = lambda request: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
         abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
@@ -89,6 +91,34 @@ class Site(server.Site):
         self._sweep = LoopingCall(self._check_all)
         self._sweep.clock = reactor
         self._listening = False
+
+    def serve(
+        self,
+        resource: IResource,
+        *,
+        body_limit: Callable[[bytes], int],
+        holds_body: Callable[[Request], bool],
+        early_refusal: Callable[[Request], ProxyError | None],
+    ) -> None:
+        """Let requests be served by another resource; those whose head is in keep their own."""
+        self.resource = resource
+        self.body_limit = body_limit
+        self.holds_body = holds_body
+        self.early_refusal = early_refusal
+
+    def follow(self, timeouts: Timeouts, limits: Limits) -> None:
+        """Keep other deadlines and limits; what a client has begun keeps its own.
+
+        Whoever is idle begins to be idle anew where that deadline is another one.
+        """
+        idle_before, self.timeouts, self.limits = self.timeouts.client_idle, timeouts, limits
+        if timeouts.client_idle != idle_before:
+            for channel in self.channels:
+                if channel.phase is Phase.IDLE:
+                    channel.await_request()
+        if self._sweep.running and self._sweep.interval != self._sweep_interval():
+            self._sweep.stop()
+            self._keep_sweeping()
 
     def buildProtocol(  # type: ignore[override]  # Twisted's own wrapper is there for HTTP/2
         self, addr: IAddress | None
@@ -169,10 +199,13 @@ class Site(server.Site):
     def _keep_sweeping(self) -> None:
         wanted = self._listening or bool(self.channels)
         if wanted and not self._sweep.running:
-            shortest = min((s for s in _seconds(self.timeouts) if s is not None), default=4.0)
-            self._sweep.start(min(max(shortest / 4, 0.02), 1.0), now=False)
+            self._sweep.start(self._sweep_interval(), now=False)
         elif not wanted and self._sweep.running:
             self._sweep.stop()
+
+    def _sweep_interval(self) -> float:
+        shortest = min((s for s in _seconds(self.timeouts) if s is not None), default=4.0)
+        return min(max(shortest / 4, 0.02), 1.0)
 
     def _check_all(self) -> None:
         now = self.clock()

@@ -33,8 +33,8 @@ class Incoming(LazyRequest):
     """
 
     __slots__ = (
-        *("_held", "_limit", "_parts", "_served", "body", "body_bytes", "ended", "first"),
-        *("refusal", "upload"),
+        *("_held", "_limit", "_parts", "_resource", "_served", "body", "body_bytes", "ended"),
+        *("first", "refusal", "upload"),
     )
 
     def __init__(self, channel: Any) -> None:
@@ -49,6 +49,7 @@ class Incoming(LazyRequest):
         self._limit = 0
         self._held = 0
         self._served = False
+        self._resource = channel.site.resource  # who is to serve it is settled by its head
 
     def gotLength(self, length: int | None) -> None:
         """The head is in: bound the body before the first byte of it."""
@@ -120,7 +121,7 @@ class Incoming(LazyRequest):
     def process(self) -> None:
         """Find the resource and render it; the body is held, refused or streams."""
         self._served = True
-        resource = self.site.resource
+        resource, self._resource = self._resource, None
         try:
             if not resource.isLeaf:
                 self.prepath: list[bytes] = []

@@ -60,7 +60,8 @@ def listen(
         reuse_port: let other processes bind the same address, where it is one of TCP.
 
     Returns:
-        the listening port.
+        the listening port; its ``given`` is the descriptor that systemd handed over, where it is
+        one of those, and stays open until somebody closes that, too.
 
     Raises:
         OSError: the address cannot be bound, or the socket that systemd handed over not be used.
@@ -81,12 +82,18 @@ def listen(
     failures: list[Failure] = []
     binder = _Sharing(reactor) if reuse_port else reactor
     endpoint = _endpoint(binder, below)
+    given: int | None = None
     if isinstance(endpoint, AdoptedStreamServerEndpoint):
         _check_family(text, endpoint)
+        # The endpoint closes what it gets, and its number may then be another socket's.  So it gets
+        # one of its own, and a reload can come back to what systemd handed over.
+        given = endpoint.fileno
+        endpoint = AdoptedStreamServerEndpoint(reactor, os.dup(given), endpoint.addressFamily)
     endpoint.listen(factory).addCallbacks(ports.append, failures.append)
     if failures:
         raise OSError(f"{text}: {failures[0].getErrorMessage()}")
     (port,) = ports
+    port.given = given
     # Accepted connections inherit it.  No TCP_USER_TIMEOUT: it would end clients that take little
     # at a time, too; for what is under way the channel's own look stands in (ADR-0008).
     notice_vanished_peer(port, None)
@@ -100,6 +107,12 @@ def listen(
 def is_inherited(text: str) -> bool:
     """Tell whether an endpoint is a socket that systemd opened, and keeps."""
     return text.removeprefix("haproxy:").partition(":")[0] == "systemd"
+
+
+def share(port: Any, text: str, *, reuse_port: bool) -> None:
+    """Let other processes bind a port's address from now on, or no more, where it is one of TCP."""
+    if text.removeprefix("haproxy:").partition(":")[0] in ("tcp", "tcp6"):
+        port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
 
 
 def close(port: Any, *, inherited: bool) -> Deferred[Any]:

@@ -36,19 +36,15 @@ class ListenerTls:
     """
 
     def __init__(self, keypair: Keypair) -> None:
-        self.replace(keypair)
-
-    def replace(self, keypair: Keypair) -> None:
-        """Show another certificate to whoever connects from now on.
-
-        Raises:
-            ValueError: OpenSSL would not use it, for a reason of its own; nothing has changed.
-        """
         try:
             self._context = _context(keypair)
         except SSL.Error as error:
             raise ValueError(f"proxy.certificate: OpenSSL refuses it: {error}") from error
         self.not_after = keypair.not_after
+
+    def show(self, other: ListenerTls) -> None:
+        """Show what ``other`` shows to whoever connects from now on."""
+        self._context, self.not_after = other._context, other.not_after
 
     def serverConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
         """Return the OpenSSL side of one connection, for Twisted's layer."""

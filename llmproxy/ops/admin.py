@@ -6,7 +6,7 @@ made from what is passed in, so that this module knows neither gateway nor upstr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from twisted.web.resource import Resource
 
-from llmproxy.config import Config
 from llmproxy.front.http import Site
 from llmproxy.front.request import Request
 
@@ -72,33 +71,23 @@ def not_found(request: Request) -> Answer:
     return 404, _JSON, _error("There is nothing at this path.")
 
 
-def admin_sites(
-    config: Config,
+def admin_site(
     reactor: Any,
     clock: Callable[[], float],
     *,
     ready: Callable[[], bool],
     registry: CollectorRegistry,
-) -> Iterator[tuple[str, Site]]:
-    """Yield each endpoint that ``[admin]`` names, with the site that stands there.
+    config: Callable[[], object] | None,
+) -> Site:
+    """Return the site of an admin listener.
 
     Args:
-        config: the checked configuration.
         reactor: keeps time.
         clock: monotonic seconds.
-        ready: whether requests are taken.
-        registry: what ``/metrics`` shows.
+        ready, registry, config: as for :func:`admin_resource`.
     """
-
-    def site(shown: Callable[[], object] | None) -> Site:
-        resource = admin_resource(ready=ready, registry=registry, config=shown)
-        return Site(
-            resource, reactor, clock, config.timeouts, config.limits, body_limit=lambda _: 0
-        )
-
-    yield config.admin.listen, site(config.redacted)
-    if config.admin.metrics_listen is not None:
-        yield config.admin.metrics_listen, site(None)
+    root = admin_resource(ready=ready, registry=registry, config=config)
+    return Site(root, reactor, clock)
 
 
 def admin_resource(

@@ -30,7 +30,7 @@ class Drain:
     Args:
         site: the site that clients are connected to.
         reactor: keeps the deadline.
-        timeout: seconds that running answers are waited for.
+        timeout: seconds that running answers are waited for; it may change until they are.
 
     Attributes:
         begun: whether the process comes to rest.
@@ -39,7 +39,7 @@ class Drain:
     def __init__(self, site: Site, reactor: Any, timeout: float) -> None:
         self._site = site
         self._reactor = reactor
-        self._timeout = timeout
+        self.timeout = timeout
         self._ended_before = 0
         self._deadline: Any = None
         self._finished: int | None = None
@@ -68,7 +68,7 @@ class Drain:
         self.begun = True
         self._ended_before = self._site.ended
         _log.info("draining: {running} requests are being served", running=self._running())
-        self._deadline = self._reactor.callLater(self._timeout, self.cut)
+        self._deadline = self._reactor.callLater(self.timeout, self.cut)
         progress = LoopingCall(self._tell)
         progress.clock = self._reactor
         progress.start(_TOLD_EVERY, now=False)

@@ -7,33 +7,31 @@ from __future__ import annotations
 
 from llmproxy.front.drains import Drains
 from llmproxy.front.http import Site
-from llmproxy.front.tls import ListenerTls
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.reload import Reload
+from llmproxy.ops.setup import Setup
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
-from llmproxy.upstream.client import Upstream
 
 
 def expose(
     metrics: Metrics,
     *,
     site: Site,
-    upstream: Upstream,
+    setup: Setup,
     drains: Drains,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
-    tls: ListenerTls | None,
 ) -> None:
-    """Let ``metrics`` show what these parts hold; ``tls`` is that of the listeners, if any."""
+    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
     gauge, count = metrics.watch, metrics.watch_count
     gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.channels)})
     gauge(
         "upstream_connections",
         "Connections to providers.",
         ["provider", "state"],
-        lambda: {labels: float(n) for labels, n in upstream.counts().items()},
+        lambda: {labels: float(n) for labels, n in setup.upstream.counts().items()},
     )
     gauge(
         "buffered_bytes",
@@ -53,23 +51,22 @@ def expose(
     )
     gauge(
         "config_last_reload_successful",
-        "Whether the configuration could be read when that was last asked for.",
+        "Whether the last reload went well.",
         [],
         lambda: {(): reload.succeeded},
     )
     gauge(
         "config_last_reload_success_timestamp_seconds",
-        "When the configuration was last read.",
+        "When the last reload that went well did.",
         [],
         lambda: {(): reload.succeeded_at},
     )
-    if tls is not None:
-        gauge(
-            "certificate_not_after_timestamp_seconds",
-            "When a certificate expires.",
-            ["certificate"],
-            lambda: {("listen_tls",): tls.not_after},
-        )
+    gauge(
+        "certificate_not_after_timestamp_seconds",
+        "When a certificate expires.",
+        ["certificate"],
+        lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+    )
     count(
         "limited",
         "What was refused because of a limit.",

@@ -1,23 +1,48 @@
 """The ports of one process: which are opened, told of and closed, and in which order.
 
-The admin site's are closed last, so that an operator sees a process come to rest.  How an endpoint
-becomes a listening socket is ``front/listen.py``'s.
+A port stays open for as long as each configuration names its endpoint in the same words; what is
+new is opened before anything is closed (ADR-0014).  The admin site's are closed last, so that an
+operator sees a process come to rest.  How an endpoint becomes a listening socket is
+``front/listen.py``'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import os
+from typing import Any, Literal, NamedTuple
 
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.logger import Logger
 
-from llmproxy.config import Proxy
+from llmproxy.config import Config
 from llmproxy.front.http import Site
-from llmproxy.front.listen import close, is_inherited, listen
+from llmproxy.front.listen import close, is_inherited, listen, share
 from llmproxy.front.tls import ListenerTls
 
 _log = Logger()
+
+
+class Place(NamedTuple):
+    """An endpoint, and what is there.
+
+    Attributes:
+        whose: who reaches it: clients (``proxy``) or operators (``admin``).
+        text: the endpoint, as the file has it.
+        site: serves its connections.
+        tls: ends TLS on them, where it is to be ended.
+    """
+
+    whose: Literal["proxy", "admin"]
+    text: str
+    site: Site
+    tls: ListenerTls | None = None
+
+
+class Listener(NamedTuple):
+    """A place, and the port that listens there."""
+
+    place: Place
+    port: Any
 
 
 class Listeners:
@@ -25,65 +50,135 @@ class Listeners:
 
     Args:
         reactor: listens.
-        config: the endpoints that clients reach.
+        site: serves clients.
+        admin: serves operators.
+        metrics: serves Prometheus, where it has a listener of its own.
+        direct: with the transports of ``wire/``; else with Twisted's own.
 
     Attributes:
         proxy: the ports that clients reach, those that end TLS behind the others.
         admin: the ports that operators reach.
     """
 
-    def __init__(self, reactor: Any, config: Proxy) -> None:
+    def __init__(
+        self, reactor: Any, *, site: Site, admin: Site, metrics: Site, direct: bool
+    ) -> None:
         self._reactor = reactor
-        self._config = config
+        self._site, self._admin, self._metrics = site, admin, metrics
+        self._direct = direct
+        self._open: list[Listener] = []
+        self._untold: list[Listener] = []
+        self._given: set[int] = set()
         self.proxy: list[Any] = []
         self.admin: list[Any] = []
 
-    def open(self, site: Site, tls: ListenerTls | None, admin: Iterable[tuple[str, Site]]) -> None:
-        """Listen everywhere.
+    # -- from one configuration to the next -----------------------------------------------------
+
+    def prepare(self, config: Config, tls: ListenerTls | None) -> list[Listener]:
+        """Return a listener for each endpoint of ``config``, opened where it is not open.
+
+        Nobody is accepted before the reactor's next turn.
 
         Args:
-            site: serves clients.
-            tls: ends TLS where it is to be ended.
-            admin: endpoints for operators, each with its site.
+            tls: ends TLS where it is to be ended; another one is another place.
 
         Raises:
-            OSError: an address cannot be bound.
+            OSError: an address cannot be bound; nothing stays open that was not.
             ValueError: an endpoint is none.
         """
-        config = self._config
-        for texts, ended in ((config.listen, None), (config.listen_tls, tls)):
-            for text in texts:
-                port = listen(
-                    self._reactor,
-                    text,
-                    site,
-                    tls=ended,
-                    direct=config.tuned_loop,
-                    reuse_port=config.reuse_port,
+        left, listeners = list(self._open), list[Listener]()
+        try:
+            for place in self._places(config, tls):
+                found = next((one for one in left if one.place == place), None)
+                if found is None:
+                    found = Listener(place, self._listen(place, reuse_port=config.proxy.reuse_port))
+                else:
+                    left.remove(found)
+                listeners.append(found)
+        except BaseException:
+            self.abandon(listeners)
+            raise
+        return listeners
+
+    def abandon(self, listeners: list[Listener]) -> None:
+        """Close what :meth:`prepare` opened for nothing."""
+        for listener in listeners:
+            if listener not in self._open:
+                maybeDeferred(listener.port.stopListening)
+
+    def use(self, listeners: list[Listener], *, reuse_port: bool) -> None:
+        """Listen there, and nowhere else; connections that were accepted elsewhere go on."""
+        before, self._open = self._open, listeners
+        self._untold = [one for one in listeners if one not in before]
+        self._given.update(port.given for _, port in listeners if port.given is not None)
+        self.proxy[:] = [port for place, port in listeners if place.whose == "proxy"]
+        self.admin[:] = [port for place, port in listeners if place.whose == "admin"]
+        for place, port in listeners:
+            if place.whose == "proxy":
+                share(port, place.text, reuse_port=reuse_port)
+        for listener in before:
+            if listener not in listeners:
+                _log.info(
+                    "{site} listens no more on {address}",
+                    site=listener.place.whose,
+                    address=str(listener.port.getHost()),
                 )
-                self.proxy.append(port)
-        for text, one in admin:
-            self.admin.append(listen(self._reactor, text, one))
+                _close(listener)
 
     def tell(self) -> None:
-        """Write where the process listens to the log."""
-        for site, ports in (("proxy", self.proxy), ("admin", self.admin)):
-            for at, port in enumerate(ports):
-                where = port.getHost()
-                _log.info(
-                    "{site} listens on {address}",
-                    site=site,
-                    tls=site == "proxy" and at >= len(self._config.listen),
-                    address=str(where),
-                    port=getattr(where, "port", None),
-                )
+        """Write where the process listens to the log; each port is told once."""
+        for place, port in self._untold:
+            where = port.getHost()
+            _log.info(
+                "{site} listens on {address}",
+                site=place.whose,
+                tls=place.tls is not None,
+                address=str(where),
+                port=getattr(where, "port", None),
+            )
+        self._untold = []
+
+    def _places(self, config: Config, tls: ListenerTls | None) -> list[Place]:
+        proxy, admin = config.proxy, config.admin
+        places = [Place("proxy", text, self._site) for text in proxy.listen]
+        places += [Place("proxy", text, self._site, tls) for text in proxy.listen_tls]
+        places.append(Place("admin", admin.listen, self._admin))
+        if admin.metrics_listen is not None:
+            places.append(Place("admin", admin.metrics_listen, self._metrics))
+        return places
+
+    def _listen(self, place: Place, *, reuse_port: bool) -> Any:
+        if place.whose == "admin":
+            return listen(self._reactor, place.text, place.site)
+        return listen(
+            self._reactor,
+            place.text,
+            place.site,
+            tls=place.tls,
+            direct=self._direct,
+            reuse_port=reuse_port,
+        )
+
+    # -- the end --------------------------------------------------------------------------------
 
     def close_proxy(self) -> Deferred[Any]:
-        """Accept no more clients; fires when nobody listens for them here."""
-        texts = (*self._config.listen, *self._config.listen_tls)
-        pairs = zip(self.proxy, texts, strict=False)  # fewer ports, where the start has failed
-        return DeferredList([close(port, inherited=is_inherited(text)) for port, text in pairs])
+        """Accept no more clients; fires when nobody listens for them here.
+
+        What systemd handed over is closed, too: where it closes its own, clients are refused.
+        """
+        closed = self._close_all("proxy")
+        for descriptor in self._given:
+            os.close(descriptor)
+        self._given.clear()
+        return closed
 
     def close_admin(self) -> Deferred[Any]:
         """Be seen no more."""
-        return DeferredList([close(port, inherited=False) for port in self.admin])
+        return self._close_all("admin")
+
+    def _close_all(self, whose: Literal["proxy", "admin"]) -> Deferred[Any]:
+        return DeferredList([_close(one) for one in self._open if one.place.whose == whose])
+
+
+def _close(listener: Listener) -> Deferred[Any]:
+    return close(listener.port, inherited=is_inherited(listener.place.text))

@@ -60,7 +60,7 @@ class Notify:
         self._status = status
         self._told = ""
         self._more = ""
-        self._failing = False
+        self._failing = self._stops = False
         self._socket: socket.socket | None = None
         self._looks = LoopingCall(self._tell_status)
         self._pings = LoopingCall(self._send, "WATCHDOG=1")
@@ -79,16 +79,21 @@ class Notify:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Say that a reload begins, and at the end that the process is ready again, either way."""
+        """Say that a reload begins, and at the end that the process is ready again, either way.
+
+        Where it comes to rest meanwhile, that is not said any more.
+        """
         self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", wait=True)
         try:
             yield
         finally:
-            self._told = self._status()
-            self._send(f"READY=1\nSTATUS={self._told}", wait=True)
+            if not self._stops:
+                self._told = self._status()
+                self._send(f"READY=1\nSTATUS={self._told}", wait=True)
 
     def stopping(self) -> None:
         """The process comes to rest, which may take long: say how it goes, and ask for the time."""
+        self._stops = True
         self._send("STOPPING=1", wait=True)
         if self._looks.running:
             self._looks.stop()

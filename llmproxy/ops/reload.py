@@ -1,79 +1,179 @@
-"""SIGHUP: the file is read again, and what can change without a restart changes.
+"""SIGHUP: the file is read again, and all of it takes effect, or nothing does (ADR-0014).
 
-Trace files are opened anew first, whatever the configuration says: that is how logrotate asks.
-A file with a mistake changes nothing.  What changes is the certificate of the TLS listeners and its
-key; what else is new in the file waits for the next start, and the log says so.
+A file is read, and what it asks for is made, aside from the reactor's thread; what was made is put
+to use in one turn of the reactor, or not at all.  What a file is made into is ``ops/setup.py``'s.
+Logs and trace files are opened anew first, whatever the file says: that is how logrotate
+asks.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from llmproxy.config import Config, ConfigError
-from llmproxy.front.tls import ListenerTls
+from llmproxy.ops.notify import Reloading
+from llmproxy.ops.setup import Prepared, Setup
+
+_AT_REST = "no reload: the process comes to rest"
 
 _log = Logger()
 
+T = TypeVar("T")
+
 
 class Reload:
-    """Reads the configuration again when it is called.
+    """Follows the file whenever it is called.
+
+    A call while another one is under way is answered when that is over, by reading once more.
 
     Args:
         reread: returns the file as it is now, checked, or raises ``ConfigError``.
-        running: the configuration that the process began with.
-        tls: what the TLS listeners show, where there are some.
+        setup: what follows it.
+        aside: calls what may block; fires with what came of it.
         wall: seconds since the epoch.
-        reopen: opens the trace files anew.
+        reopen: opens logs and trace files anew.
+        telling: what is opened around the work, for the service manager.
+        tell: writes to the log where the process listens now.
 
     Attributes:
-        succeeded: whether the last reading did; the start counts as one.
-        succeeded_at: when the last one did that did, in seconds since the epoch.
+        succeeded: whether the last one did; the start counts as one.
+        succeeded_at: when the last one that did was over, in seconds since the epoch.
     """
 
     def __init__(
         self,
         reread: Callable[[], Config],
-        running: Config,
-        tls: ListenerTls | None,
+        setup: Setup,
+        *,
+        aside: Callable[[Callable[[], Prepared]], Deferred[Prepared]],
         wall: Callable[[], float],
         reopen: Callable[[], None],
+        telling: Reloading,
+        tell: Callable[[], None],
     ) -> None:
         self._reread = reread
-        self._running = running
-        self._tls = tls
+        self._setup = setup
+        self._aside = aside
         self._wall = wall
         self._reopen = reopen
+        self._telling = telling
+        self._tell = tell
+        self._wanted = self._busy = self._over = False
+        self._waits: list[str] = []
         self.succeeded = True
         self.succeeded_at = wall()
 
     def __call__(self) -> None:
-        """Read the file; it never raises."""
+        """Begin to follow the file as it is now; it never raises."""
         self._reopen()
-        try:
-            config = self._reread()
-            keypair = config.proxy.keypair
-            if self._tls is not None and keypair is not None:
-                self._tls.replace(keypair)
-        except (ConfigError, ValueError) as error:
-            self.succeeded = False
-            problems = list(getattr(error, "problems", (str(error),)))
-            _log.error(
-                "reload failed, nothing has changed: {why}",
-                why="; ".join(problems),
-                problems=problems,
-            )
+        if self._over:
+            _log.info(_AT_REST)
             return
+        self._wanted = True
+        if not self._busy:
+            Deferred.fromCoroutine(self._follow())
+
+    def end(self) -> None:
+        """The process comes to rest: what it has is what it keeps."""
+        self._over = True
+
+    async def _follow(self) -> None:
+        self._busy = True
+        try:
+            with self._telling():
+                while self._wanted and not self._over:
+                    self._wanted = False
+                    await self._follow_once()
+        finally:
+            self._busy = False
+
+    async def _follow_once(self) -> None:
+        before = self._setup.config
+        try:
+            prepared = await self._aside(self._prepare)
+            if self._over:
+                self._setup.abandon(prepared)
+                _log.info(_AT_REST)
+                return
+            self._setup.use(prepared)
+        except (ConfigError, OSError, ValueError) as error:
+            self._failed(list(getattr(error, "problems", (str(error),))))
+        except Exception:
+            self.succeeded = False
+            _log.failure("reload failed")
+        else:
+            self._succeeded(changes(before, self._setup.config))
+
+    def _prepare(self) -> Prepared:
+        config, self._waits = settled(self._reread(), self._setup.config)
+        return self._setup.prepare(config)
+
+    def _failed(self, problems: list[str]) -> None:
+        self.succeeded = False
+        why = "; ".join(problems)
+        _log.error("reload failed, nothing has changed: {why}", why=why, problems=problems)
+
+    def _succeeded(self, changed: list[str]) -> None:
         self.succeeded, self.succeeded_at = True, self._wall()
-        waits = _without_keypair(config) != _without_keypair(self._running)
         _log.info(
-            "reloaded: the certificate was read again{rest}",
-            rest="; the rest of the change takes effect at the next start" if waits else "",
+            "reloaded; {what}{rest}",
+            what=f"changed: {', '.join(changed)}" if changed else "nothing has changed",
+            rest=f"; at the next start: {', '.join(self._waits)}" if self._waits else "",
+            changed=changed,
+            waits=self._waits,
         )
+        self._tell()
 
 
-def _without_keypair(config: Config) -> Config:
-    proxy = msgspec.structs.replace(config.proxy, keypair=None)
-    return msgspec.structs.replace(config, proxy=proxy)
+def settled(config: Config, running: Config) -> tuple[Config, list[str]]:
+    """Return a configuration that can take effect at once, and the keys that wait for a start.
+
+    Args:
+        config: what the file says.
+        running: what is in use; its loop, and the transports that belong to it, are to stay.
+    """
+    tuned = running.proxy.tuned_loop
+    if config.proxy.tuned_loop == tuned:
+        return config, []
+    proxy = msgspec.structs.replace(config.proxy, tuned_loop=tuned)
+    return msgspec.structs.replace(config, proxy=proxy), ["proxy.tuned_loop"]
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Return the tables that are not the same, as an operator knows them; credentials count."""
+    names = []
+    for section in before.__struct_fields__:
+        old, new = getattr(before, section), getattr(after, section)
+        if isinstance(old, dict):
+            keys = sorted(old.keys() | new.keys())
+            names += [f"{section}.{key}" for key in keys if old.get(key) != new.get(key)]
+        elif old != new:
+            names.append(section)
+    return names
+
+
+def aside(reactor: Any, call: Callable[[], T]) -> Deferred[T]:
+    """Call ``call`` on a thread of its own, which keeps no process from ending.
+
+    Returns:
+        fires on the reactor's thread with what it returned, or fails with what it raised.
+    """
+    done: Deferred[T] = Deferred()
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException:
+            reactor.callFromThread(done.errback, Failure())
+        else:
+            reactor.callFromThread(done.callback, result)
+
+    threading.Thread(target=run, name="reload", daemon=True).start()
+    return done

@@ -7,13 +7,14 @@ their traceback in ``traceback``.  What is not JSON becomes text; nothing raises
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import IO, Any, cast
 
 import msgspec
-from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 from twisted.python.reflect import safe_repr
@@ -35,6 +36,8 @@ _AccessLine = msgspec.defstruct(
 
 ACCESS = "llmproxy.access"
 """The logger of access lines."""
+
+_log = Logger()
 
 _PLAIN = (str, int, float, bool, type(None), list, dict)
 _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
@@ -59,6 +62,21 @@ class JsonLog:
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
         self._write(_line(event))
+
+    def reopen(self, opened: Callable[[], IO[str]]) -> None:
+        """Go on in the file that ``opened`` returns, or in the present one where it fails.
+
+        Twisted's own ``LogFile.reopen`` closes first, and has no file then where that fails.
+        """
+        try:
+            file = opened()
+        except OSError as error:
+            _log.error("the log cannot be opened anew: {reason}", reason=str(error))
+            return
+        before = self._file
+        if file is not before:
+            self._file, self._bytes = file, getattr(file, "buffer", None)
+            before.close()
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
         """Write the access line of a request that has ended.
@@ -154,5 +172,7 @@ def log_opener(twistd: Mapping[str, Any] | None) -> Callable[[], IO[str]] | None
         return None
     name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
     if name == "-":
-        return lambda: sys.stdout
-    return lambda: cast("IO[str]", LogFile.fromFullPath(name, rotateLength=None))
+        stdout = sys.stdout  # twistd is about to put its log in this place
+        return lambda: stdout
+    path = os.path.abspath(name)  # twistd goes to another folder before a reload comes
+    return lambda: cast("IO[str]", LogFile.fromFullPath(path, rotateLength=None))

@@ -1,13 +1,17 @@
-"""The sinks that a configuration asks for, behind one door.
+"""The sinks that a configuration asks for, behind one door that outlives it.
 
 File and ledger share a queue and a thread; a collector has its own, because it can hang (ADR-0013).
+Another configuration keeps the threads whose files and collector it names, too; the others write
+what they have and end, and nobody waits for them (ADR-0014).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable
 
 from llmproxy.config import Trace as TraceConfig
+from llmproxy.config import Url
 from llmproxy.record import otlp
 from llmproxy.record.ledger import Ledger
 from llmproxy.record.lines import JsonLines
@@ -19,28 +23,113 @@ from llmproxy.version import version
 CLOSING_S = 5.0
 """Seconds for which the end of the process waits for what is not written."""
 
+Writers = dict[Hashable, Writer]
+"""Writers by what they write to."""
+
 
 class Sinks:
     """Every sink of a process; it is a :class:`~llmproxy.record.trace.Sink` itself.
 
     Args:
-        writers: each gets every trace; without any, traces are forgotten.
         clock: monotonic seconds.
+        wall: seconds since the epoch.
+        instance: this process's name among several.
 
     Attributes:
-        write: takes one trace; never blocks and never raises.
+        write: takes one trace; never blocks and never raises.  Without any sink it forgets it.
     """
 
-    def __init__(self, writers: Sequence[Writer], *, clock: Callable[[], float]) -> None:
-        self._writers = writers
+    def __init__(
+        self, *, clock: Callable[[], float], wall: Callable[[], float], instance: str
+    ) -> None:
         self._clock = clock
-        self.write: Callable[[Trace], None] = (
-            writers[0].write if len(writers) == 1 else self._write_all
+        self._wall = wall
+        self._instance = instance
+        self._open: Writers = {}
+        self._writers: list[Writer] = []
+        self._leaving: list[Writer] = []
+        self._lost_before: Counter[str] = Counter()
+        self.write: Callable[[Trace], None] = self._write_all
+
+    # -- from one configuration to the next -----------------------------------------------------
+
+    def prepare(self, config: TraceConfig) -> Writers:
+        """Open what ``config`` names and is not open; nothing is written there yet.
+
+        It may block, and be called on any thread.
+
+        Raises:
+            OSError: a file cannot be opened, or is no ledger; nothing that was opened stays open.
+        """
+        writers: Writers = {}
+        try:
+            if config.jsonl is not None or config.ledger is not None:
+                key = (config.jsonl, config.ledger, config.ledger and config.keep)
+                writers[key] = self._open.get(key) or self._for_files(config)
+            if config.otlp is not None:
+                writers[config.otlp] = self._open.get(config.otlp) or self._for(config.otlp)
+        except BaseException:
+            self.abandon(writers)
+            raise
+        return writers
+
+    def abandon(self, writers: Writers) -> None:
+        """Close what :meth:`prepare` opened for nothing."""
+        for writer in writers.values():
+            if writer not in self._writers:
+                writer.finish()
+
+    def use(self, writers: Writers) -> None:
+        """Let every trace be written there; what is not among them any more comes to its end."""
+        self._forget_ended()
+        before, self._open = self._writers, writers
+        self._writers = list(writers.values())
+        for writer in before:
+            if writer not in self._writers:
+                writer.finish()
+                self._leaving.append(writer)
+        self.write = self._writers[0].write if len(self._writers) == 1 else self._write_all
+
+    def _for_files(self, config: TraceConfig) -> Writer:
+        outputs: list[Output] = []
+        try:
+            if config.jsonl is not None:
+                outputs.append(JsonLines(config.jsonl))
+            if config.ledger is not None:
+                outputs.append(Ledger(config.ledger, keep_s=config.keep, wall=self._wall))
+        except BaseException:
+            for output in outputs:
+                output.close()
+            raise
+        return Writer(outputs, clock=self._clock)
+
+    def _for(self, collector: Url) -> Writer:
+        resource = {
+            "service.name": "llmproxy",
+            "service.version": version(),
+            "service.instance.id": self._instance,
+        }
+        return Writer(
+            [otlp.Otlp(collector, resource)],
+            clock=self._clock,
+            gather_s=otlp.GATHER_S,
+            batch=otlp.BATCH,
         )
 
+    # -- what is open ---------------------------------------------------------------------------
+
     def losses(self) -> dict[str, int]:
-        """Return how many traces each sink has not kept, by its name."""
-        return {name: lost for one in self._writers for name, lost in one.losses().items()}
+        """Return how many traces each sink has not kept, by its name; also one that is gone."""
+        self._forget_ended()
+        lost = self._lost_before.copy()
+        for writer in (*self._leaving, *self._writers):
+            lost.update(writer.losses())
+        return dict(lost)
+
+    def _forget_ended(self) -> None:
+        for writer in [one for one in self._leaving if one.ended]:
+            self._leaving.remove(writer)
+            self._lost_before.update(writer.losses())
 
     def reopen(self) -> None:
         """Open files anew that logrotate has renamed; nothing is lost by that."""
@@ -49,48 +138,13 @@ class Sinks:
 
     def close(self) -> None:
         """Write what waits, for at most five seconds, and stop; the rest is lost and told."""
-        for writer in self._writers:
+        writers = (*self._leaving, *self._writers)
+        for writer in writers:
             writer.finish()
         deadline = self._clock() + CLOSING_S
-        for writer in self._writers:
+        for writer in writers:
             writer.join(max(0.0, deadline - self._clock()))
 
     def _write_all(self, trace: Trace) -> None:
         for writer in self._writers:
             writer.write(trace)
-
-
-def open_sinks(
-    config: TraceConfig,
-    *,
-    clock: Callable[[], float],
-    wall: Callable[[], float],
-    instance: str,
-) -> Sinks:
-    """Open the sinks that ``[trace]`` names.
-
-    Args:
-        clock: monotonic seconds.
-        wall: seconds since the epoch.
-        instance: this process's name among several.
-
-    Raises:
-        OSError: a file cannot be opened, or is no ledger.
-    """
-    outputs: list[Output] = []
-    collectors: list[Output] = []
-    if config.jsonl is not None:
-        outputs.append(JsonLines(config.jsonl))
-    if config.ledger is not None:
-        outputs.append(Ledger(config.ledger, keep_s=config.keep, wall=wall))
-    if config.otlp is not None:
-        resource = {
-            "service.name": "llmproxy",
-            "service.version": version(),
-            "service.instance.id": instance,
-        }
-        collectors.append(otlp.Otlp(config.otlp, resource))
-    writers = [Writer(outputs, clock=clock)] if outputs else []
-    for one in collectors:
-        writers.append(Writer([one], clock=clock, gather_s=otlp.GATHER_S, batch=otlp.BATCH))
-    return Sinks(writers, clock=clock)

@@ -99,6 +99,11 @@ class Writer:
         """Return how many traces each output has not kept, by its name."""
         return {lane.output.name: lane.lost + self._overflowed for lane in self._lanes}
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has come to its end: nothing is counted any more."""
+        return not self._thread.is_alive()
+
     def reopen(self) -> None:
         """Let every output open its file anew, soon; traces that wait are lost to none."""
         self._reopening = True

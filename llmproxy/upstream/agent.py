@@ -107,13 +107,12 @@ class ProviderAgent:
         self._reactor = reactor
         self._timers = reactor if timers is None else timers
         self._clock = clock
-        self._provider = provider
+        self._most_idle = provider.pool  # and nothing else of it, which holds the credential
         self._pool_idle = pool_idle
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
         self._live: set[Connection] = set()
         self._connecting: set[Attempt] = set()
-        self._closed = False
         self._connector = Connector(
             reactor,
             names,
@@ -133,12 +132,18 @@ class ProviderAgent:
         active = len(self._live) - self._idle_count
         return {"idle": self._idle_count, "active": active, "connecting": len(self._connecting)}
 
-    def close(self) -> None:
-        """Close every connection, idle or not."""
+    def retire(self) -> None:
+        """Close idle connections, and from now on those that become idle; the others go on."""
+        self._pool_idle = 0.0
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry, self._expiry_at = None, math.inf
-        self._closed = True
+        for connection in [one for idle in self._idle.values() for one in idle]:
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every connection, idle or not."""
+        self.retire()
         for attempt in list(self._connecting):
             attempt.connected.cancel()
         for connection in list(self._live):
@@ -250,7 +255,7 @@ class ProviderAgent:
         keep = math.inf if self._pool_idle is None else self._pool_idle
         if connection.keep_for is not None:
             keep = min(keep, connection.keep_for - _HINT_MARGIN)
-        if self._idle_count >= self._provider.pool or keep <= 0 or self._closed:
+        if self._idle_count >= self._most_idle or keep <= 0:
             connection.abort()
             return
         connection.expires_at = self._clock() + keep

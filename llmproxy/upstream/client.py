@@ -7,10 +7,13 @@ second time, and no URL is parsed per request (ADR-0002).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.cookiejar import Cookie
+from pathlib import Path
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import treq.client
 from hyperlink import EncodedURL
@@ -110,36 +113,85 @@ def _producer(body: bytes | IBodyProducer) -> IBodyProducer | None:
     return body
 
 
+class Needs(NamedTuple):
+    """What the connections to a provider depend on; while all of it stays, so do they.
+
+    Attributes:
+        origin: where it is reached.
+        authority: the certificates in the file that its ``ca`` names.
+        pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
+        max_head: most bytes of an answer's head.
+    """
+
+    origin: str
+    authority: bytes | None
+    credential: tuple[bytes, bytes] | None
+    pass_credential: bool
+    pool: int
+    pool_idle: float | None
+    max_head: int
+    direct: bool
+
+
 class Upstream:
-    """Every provider's connections.
+    """Every provider's connections, as one configuration has them.
+
+    Making one may take long, where authorities are to be loaded, and can be done on any thread.
 
     Args:
         reactor: connects, resolves and keeps time.
         clock: monotonic seconds.
         config: the providers, and the limits of what they may send.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
+        before: what there was so far; a provider of which nothing has changed keeps its agent.
+
+    Raises:
+        OSError: an authority's file cannot be read.
     """
 
     def __init__(
-        self, reactor: Any, clock: Callable[[], float], config: Config, *, timers: Any = None
+        self,
+        reactor: Any,
+        clock: Callable[[], float],
+        config: Config,
+        *,
+        timers: Any = None,
+        before: Upstream | None = None,
     ) -> None:
         self._reactor = reactor
-        names = Names(reactor, clock)
+        self._names: Names = Names(reactor, clock) if before is None else before._names
         self._agents: dict[str, ProviderAgent] = {}
+        self._needs: dict[str, Needs] = {}
         self._urls: dict[str, PreparedUrl] = {}
-        for provider in config.providers.values():
-            self._agents[provider.name] = ProviderAgent(
+        self._retired: WeakKeyDictionary[ProviderAgent, str] = WeakKeyDictionary()
+        for name, provider in config.providers.items():
+            needs = self._needs[name] = needs_of(provider, config)
+            self._urls[name] = PreparedUrl.prepare(needs.origin)
+            if before is not None and needs == before._needs.get(name):
+                self._agents[name] = before._agents[name]
+                continue
+            self._agents[name] = ProviderAgent(
                 reactor,
                 clock,
                 provider,
-                names=names,
-                pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
-                max_head=config.limits.response_head,
-                direct=config.proxy.tuned_loop,
+                names=self._names,
+                pool_idle=needs.pool_idle,
+                max_head=needs.max_head,
+                direct=needs.direct,
                 timers=timers,
             )
-            url = provider.url
-            self._urls[provider.name] = PreparedUrl.prepare(f"{url.scheme}://{url.netloc}/")
+
+    def take_over(self, before: Upstream) -> None:
+        """Be what sends requests from now on, but for those that ``before`` has begun.
+
+        Its idle connections are closed where they are not ours, too.
+        """
+        kept = set(self._agents.values())
+        self._retired = before._retired  # counted for as long as a request holds them
+        for name, agent in before._agents.items():
+            if agent not in kept:
+                agent.retire()
+                self._retired[agent] = name
 
     def send(
         self,
@@ -179,17 +231,38 @@ class Upstream:
         return answer.addCallback(lambda response: response.original)
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """Return the connections by (provider, state)."""
-        return {
-            (name, state): count
-            for name, agent in self._agents.items()
-            for state, count in agent.counts().items()
-        }
+        """Return the connections by (provider, state), those of retired agents included."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for name, agent in self._every():
+            counts.update({(name, state): count for state, count in agent.counts().items()})
+        return dict(counts)
 
     def close(self) -> None:
         """Close every connection."""
-        for agent in self._agents.values():
+        for _, agent in self._every():
             agent.close()
+
+    def _every(self) -> list[tuple[str, ProviderAgent]]:
+        return [*self._agents.items(), *((name, one) for one, name in self._retired.items())]
+
+
+def needs_of(provider: Provider, config: Config) -> Needs:
+    """Return what the connections to ``provider`` depend on.
+
+    Raises:
+        OSError: its authority's file cannot be read.
+    """
+    url = provider.url
+    return Needs(
+        origin=f"{url.scheme}://{url.netloc}/",
+        authority=None if provider.ca is None else Path(provider.ca).read_bytes(),
+        credential=credential_field(provider),
+        pass_credential=provider.pass_credential,
+        pool=provider.pool,
+        pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
+        max_head=config.limits.response_head,
+        direct=config.proxy.tuned_loop,
+    )
 
 
 def credential_field(provider: Provider) -> tuple[bytes, bytes] | None:

@@ -105,6 +105,16 @@ def test_a_reload_has_a_beginning_and_an_end(manager: Manager) -> None:
     assert manager.heard() == ["READY=1\nSTATUS=reloaded"]
 
 
+def test_a_reload_that_the_end_overtakes_makes_nothing_ready(manager: Manager) -> None:
+    """Who comes to rest does not become ready again."""
+    manager.notify.ready()
+    with manager.notify.reloading():
+        manager.heard()
+        manager.notify.stopping()
+        manager.heard()
+    assert manager.heard() == []
+
+
 def test_a_reload_that_fails_ends_too(manager: Manager) -> None:
     """A manager that waits for the end would take the process for stuck."""
     manager.notify.ready()

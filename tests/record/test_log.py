@@ -263,3 +263,59 @@ def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         before, line = (tmp_path / name).read_text().splitlines()
         assert before == "before"
         assert json.loads(line)["message"] == "words"
+
+
+def test_a_log_file_is_opened_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its name, as logrotate asks, also when the daemon has gone to another folder."""
+    monkeypatch.chdir(tmp_path)
+    opener = log_opener({"logfile": "x.log"})
+    assert opener is not None
+    log = JsonLog(opener())
+    log({"log_time": 0.0, "log_format": "one"})
+    (tmp_path / "x.log").rename(tmp_path / "x.log.1")
+    log({"log_time": 0.0, "log_format": "two"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    log.reopen(opener)
+    log({"log_time": 0.0, "log_format": "three"})
+    log.reopen(opener)
+    log({"log_time": 0.0, "log_format": "four"})
+    log.reopen(io.StringIO)
+    told = [
+        [json.loads(line)["message"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("x.log.1", "x.log")
+    ]
+    assert told == [["one", "two"], ["three", "four"]]
+
+
+def test_a_log_that_cannot_be_opened_anew_goes_on() -> None:
+    """In the file that there is, and says so there."""
+    file = io.StringIO()
+    log = JsonLog(file)
+
+    def fail() -> Any:
+        raise OSError("no such folder")
+
+    globalLogPublisher.addObserver(log)
+    try:
+        log.reopen(fail)
+    finally:
+        globalLogPublisher.removeObserver(log)
+    log({"log_time": 0.0, "log_format": "on"})
+    first, second = map(json.loads, file.getvalue().splitlines())
+    assert first["level"] == "error"
+    assert first["message"] == "the log cannot be opened anew: no such folder"
+    assert second["message"] == "on"
+
+
+def test_standard_output_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when something else stands in its place by then, as twistd's log does."""
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    opener = log_opener({"nodaemon": True})
+    assert opener is not None
+    log = JsonLog(opener())
+    monkeypatch.setattr(sys, "stdout", None)
+    log.reopen(opener)
+    log({"log_time": 0.0, "log_format": "on"})
+    assert json.loads(stdout.getvalue())["message"] == "on"

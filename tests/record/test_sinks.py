@@ -16,7 +16,7 @@ import pytest
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.config import Url
 from llmproxy.record import sinks as module
-from llmproxy.record.sinks import Sinks, open_sinks
+from llmproxy.record.sinks import Sinks
 from llmproxy.record.tables import LedgerError
 from tests.support.collector import Collector
 from tests.support.records import eventually, ids_in, ids_of, trace
@@ -28,9 +28,8 @@ Fields = dict[str, Any]
 @contextmanager
 def opened(**config: Any) -> Iterator[Sinks]:
     """The sinks of a configuration."""
-    sinks = open_sinks(
-        TraceConfig(**config), clock=time.monotonic, wall=lambda: 1_800_000_000.0, instance="7"
-    )
+    sinks = Sinks(clock=time.monotonic, wall=lambda: 1_800_000_000.0, instance="7")
+    sinks.use(sinks.prepare(TraceConfig(**config)))
     yield sinks
     sinks.close()
 

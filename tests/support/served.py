@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from types import TracebackType
@@ -89,6 +90,8 @@ class Served:
         trace: TracebackType | None,
     ) -> None:
         await maybeDeferred(self.listening.stopListening)
+        if self.listening.given is not None:
+            os.close(self.listening.given)
         self.site.cut()
         await self.site.when_empty()
         if self.reactor.timers():

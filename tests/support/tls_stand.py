@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +9,20 @@ from typing import Any
 
 from tests.support.daemon import Daemon, provider_config
 from tests.support.keypairs import LISTEN_TLS, Issued, Vault, shown_to
+from tests.support.reloads import (
+    expect_failures,
+    fail_to_reload,
+    failures,
+    hang_up,
+    reload,
+)
 from tests.support.sockets import Provider, Script, Wire, chunked, connect, request
-from tests.support.stage import DONE, LAST, OK, SSE, Turn, client_config, event, read_got, until
+from tests.support.stage import DONE, LAST, OK, SSE, Turn, client_config, event, read_got
 
 KEY = "a-client-of-the-proxys"
 """What a client may show; without it, it is anonymous."""
 
 PROXY = "anonymous = true\n" + LISTEN_TLS
-RELOADED = "llmproxy_config_last_reload_successful"
-RELOADED_AT = "llmproxy_config_last_reload_success_timestamp_seconds"
 EXPIRES = 'llmproxy_certificate_not_after_timestamp_seconds{certificate="listen_tls"}'
 
 
@@ -77,13 +81,11 @@ class Stand:
 
     def hang_up(self) -> None:
         """Send SIGHUP, as an operator does."""
-        self.daemon.process.send_signal(signal.SIGHUP)
+        hang_up(self.daemon)
 
     def reload(self) -> None:
         """Send SIGHUP, and wait until it was obeyed."""
-        before = self.daemon.metrics()[RELOADED_AT]
-        self.hang_up()
-        until(lambda: self.daemon.metrics()[RELOADED_AT] > before, "the file is read again")
+        reload(self.daemon)
 
     def rotate(self) -> Issued:
         """Put another certificate in the old one's place, and tell the daemon."""
@@ -93,21 +95,15 @@ class Stand:
 
     def fail_to_reload(self) -> dict[str, Any]:
         """Send SIGHUP where the files are wrong; return the line that tells it, as expected."""
-        before = len(self.failures())
-        self.hang_up()
-        until(lambda: len(self.failures()) > before, "the failure is told")
-        return self.failures()[-1]
+        return fail_to_reload(self.daemon)
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the lines that tell of a reload that failed."""
-        return [line for line in list(self.daemon.log) if "reload failed" in line["message"]]
+        return failures(self.daemon)
 
     def expect_failures(self, count: int) -> None:
         """Take them out of the log, where every other line at ``error`` fails the test."""
-        assert len(self.failures()) == count
-        for line in self.failures():
-            assert line["level"] == "error"
-            self.daemon.log.remove(line)
+        expect_failures(self.daemon, count)
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+"""What a configuration is made into, and how that takes the place of what there was (ADR-0014).
+
+Some parts last as long as the process: the site with its connections, the records, the listeners.
+The others are made for one configuration, and a request ends with those that it began with.  A
+start and a reload are the same two steps: prepare all of it, then put it to use in one turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llmproxy.config import Config
+from llmproxy.front.books import Books
+from llmproxy.front.drains import Drains
+from llmproxy.front.gateway import Gateway
+from llmproxy.front.http import Site
+from llmproxy.front.tls import ListenerTls
+from llmproxy.ops.drain import Drain
+from llmproxy.ops.listeners import Listeners
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.sinks import Sinks, Writers
+from llmproxy.upstream.client import Upstream
+
+
+class Prepared(NamedTuple):
+    """What a configuration was made into, and is not in use yet; listeners come last."""
+
+    config: Config
+    tls: ListenerTls | None
+    upstream: Upstream
+    gateway: Gateway
+    writers: Writers
+
+
+class Setup:
+    """What is in use now.
+
+    Args:
+        reactor: connects.
+        clock: monotonic seconds.
+        timers: keeps the deadlines of requests.
+        metrics: counts.
+        books: keeps records.
+        sinks: keeps traces.
+        drains: the answers that are read on.
+        drain: how the process will come to rest.
+        site: serves clients.
+        admin: the sites that serve operators.
+        listeners: where all of them are reached.
+        raise_limit: sees to the descriptors for so many clients, or raises ``OSError``.
+
+    Attributes:
+        config: what all of it follows.
+        upstream: sends requests to providers.
+        tls: what the TLS listeners show, where there are some.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        clock: Callable[[], float],
+        *,
+        timers: Any,
+        metrics: Metrics,
+        books: Books,
+        sinks: Sinks,
+        drains: Drains,
+        drain: Drain,
+        site: Site,
+        admin: tuple[Site, ...],
+        listeners: Listeners,
+        raise_limit: Callable[[int], None],
+    ) -> None:
+        self._reactor = reactor
+        self._clock = clock
+        self._timers = timers
+        self._metrics = metrics
+        self._books = books
+        self._sinks = sinks
+        self._drains = drains
+        self._drain = drain
+        self._site = site
+        self._admin = admin
+        self._listeners = listeners
+        self._raise_limit = raise_limit
+        self.config = Config()
+        self.upstream = Upstream(reactor, clock, self.config, timers=timers)
+        self.tls: ListenerTls | None = None
+
+    def prepare(self, config: Config) -> Prepared:
+        """Make what ``config`` asks for, on any thread; nothing that is in use may notice.
+
+        Raises:
+            OSError: a file cannot be opened.
+            ValueError: OpenSSL would not use the certificate.
+        """
+        keypair = config.proxy.keypair
+        upstream = Upstream(
+            self._reactor, self._clock, config, timers=self._timers, before=self.upstream
+        )
+        gateway = Gateway(
+            config,
+            upstream,
+            self._books,
+            self._metrics,
+            drains=self._drains,
+            reactor=self._timers,
+            clock=self._clock,
+        )
+        tls = None if keypair is None else ListenerTls(keypair)
+        return Prepared(config, tls, upstream, gateway, self._sinks.prepare(config.trace))
+
+    def abandon(self, prepared: Prepared) -> None:
+        """Let go of what was prepared; it will not be used."""
+        self._sinks.abandon(prepared.writers)
+
+    def use(self, prepared: Prepared) -> None:
+        """Put it to use in this turn; what it takes the place of ends with what runs on it.
+
+        Where that cannot be, all is as it was, and what was prepared is let go of.
+
+        Raises:
+            OSError: an address cannot be bound, or the descriptors are not allowed.
+            ValueError: an endpoint is none.
+        """
+        config, tls = prepared.config, prepared.tls
+        # The listeners that stay know this one; it shows what is prepared once nothing can fail.
+        lasting = tls if tls is None or self.tls is None else self.tls
+        try:
+            self._raise_limit(config.proxy.max_connections)
+            listeners = self._listeners.prepare(config, lasting)
+        except BaseException:
+            self.abandon(prepared)
+            raise
+
+        if lasting and tls and config.proxy.keypair != self.config.proxy.keypair:
+            lasting.show(tls)
+        self._follow(prepared)
+        self.config, self.tls = config, lasting
+        self._listeners.use(listeners, reuse_port=config.proxy.reuse_port)
+
+    def _follow(self, prepared: Prepared) -> None:
+        config, gateway = prepared.config, prepared.gateway
+        self._sinks.use(prepared.writers)
+        self._books.follow(config.trace.session_header)
+        self._drains.allow(config.limits.drains)
+        self._drain.timeout = config.proxy.drain_timeout
+        self._site.door.limit(config.proxy.max_connections, config.limits.connections_per_address)
+        self._site.serve(
+            gateway,
+            body_limit=gateway.routes.body_limit,
+            holds_body=gateway.holds_body,
+            early_refusal=gateway.early_refusal,
+        )
+        for site in (self._site, *self._admin):
+            site.follow(config.timeouts, config.limits)
+        prepared.upstream.take_over(self.upstream)
+        self.upstream = prepared.upstream

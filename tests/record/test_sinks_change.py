@@ -1,0 +1,134 @@
+"""The sinks from one configuration to the next: nothing is lost, kept twice, or waited for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmproxy.config import Trace as TraceConfig
+from llmproxy.record.sinks import Sinks
+from tests.record.test_sinks import Fields, collector, files, opened, sent_to
+from tests.support.collector import Collector
+from tests.support.records import eventually, ids_in, ids_of, trace
+
+__all__ = ["collector", "files"]  # fixtures
+
+
+def follow(sinks: Sinks, **config: Any) -> None:
+    """Let sinks follow another configuration."""
+    sinks.use(sinks.prepare(TraceConfig(**config)))
+
+
+def test_every_trace_is_kept_once_on_the_way(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """From file to file, with the ledger or without: each is where it was to go by then."""
+    lines, ledger = files
+    with opened(jsonl=str(lines)) as sinks:
+        for turn in range(20):
+            for number in range(turn * 50, turn * 50 + 50):
+                sinks.write(trace(number))
+            where = str(ledger) if turn % 2 else None
+            follow(sinks, jsonl=str(tmp_path / f"t.{turn}"), ledger=where, keep=None)
+        sinks.write(trace(1000))
+    parts = [ids_in(lines)] + [ids_in(tmp_path / f"t.{turn}") for turn in range(20)]
+    assert parts == [list(range(turn * 50, turn * 50 + 50)) for turn in range(20)] + [[1000]]
+    with_ledger = [range(turn * 50, turn * 50 + 50) for turn in range(2, 20, 2)]
+    assert sorted(ids_of(ledger)) == sorted([n for one in with_ledger for n in one] + [1000])
+    assert sinks.losses() == {"jsonl": 0, "ledger": 0}
+
+
+def test_what_is_named_again_is_not_opened_anew(
+    files: tuple[Path, Path], collector: Collector
+) -> None:
+    """Files and collector are known by what they are, each by itself."""
+    lines, ledger = files
+    with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
+        both = list(sinks._writers)
+        follow(sinks, jsonl=str(lines), ledger=str(ledger), otlp=collector.url)
+        assert sinks._writers == both
+        follow(sinks, jsonl=str(lines), ledger=str(ledger))
+        assert sinks._writers == both[:1]
+        follow(sinks, jsonl=str(lines), ledger=str(ledger), keep=1.0)
+        assert sinks._writers[0] is not both[0]
+        follow(sinks)
+        assert sinks._writers == []
+        sinks.write(trace(1))
+    assert ids_in(lines) == []
+
+
+@pytest.mark.parametrize("wrong", ["jsonl", "ledger"])
+def test_what_cannot_be_opened_changes_nothing(
+    files: tuple[Path, Path], tmp_path: Path, wrong: str
+) -> None:
+    """And what was opened beside it is closed again."""
+    lines, _ = files
+    (tmp_path / "folder").mkdir()
+    where: Fields = {"jsonl": str(tmp_path / "t"), "ledger": str(tmp_path / "l")}
+    with opened(jsonl=str(lines)) as sinks:
+        before = open_files(tmp_path)
+        with pytest.raises(OSError, match="folder"):
+            sinks.prepare(TraceConfig(**{**where, wrong: str(tmp_path / "folder")}))
+        assert open_files(tmp_path) == before
+        sinks.write(trace(0))
+    assert ids_in(lines) == [0]
+
+
+def test_what_was_prepared_for_nothing_is_closed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is in use stays open."""
+    lines, _ = files
+    with opened(jsonl=str(lines)) as sinks:
+        before = open_files(tmp_path)
+        sinks.abandon(sinks.prepare(TraceConfig(jsonl=str(tmp_path / "t"))))
+        sinks.abandon(sinks.prepare(TraceConfig(jsonl=str(lines))))
+        eventually(lambda: open_files(tmp_path) == before)
+        sinks.write(trace(0))
+    assert ids_in(lines) == [0]
+
+
+def test_what_is_left_keeps_nobody_waiting(
+    files: tuple[Path, Path], collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collector that hangs gets what it was to have by itself; what it loses is counted on."""
+    monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
+    lines, _ = files
+    collector.hang = threading.Event()
+    with opened(jsonl=str(lines), otlp=collector.url) as sinks:
+        sinks._writers[1]._most = 5
+        sinks.write(trace(0))
+        eventually(lambda: collector.requests)
+        for number in range(1, 11):
+            sinks.write(trace(number))
+        began = time.monotonic()
+        follow(sinks, jsonl=str(lines))
+        assert time.monotonic() - began < 1
+        assert sinks.losses() == {"jsonl": 0, "otlp": 5}
+        collector.hang.set()
+        eventually(lambda: sent_to(collector) == list(range(6)))
+        eventually(lambda: sinks._leaving[0].ended)
+        for _ in range(2):
+            assert sinks.losses() == {"jsonl": 0, "otlp": 5}
+            assert sinks._leaving == []
+        follow(sinks, jsonl=str(lines), otlp=collector.url)
+        assert sinks.losses() == {"jsonl": 0, "otlp": 5}
+    assert ids_in(lines) == list(range(11))
+
+
+def test_the_end_waits_for_what_is_left_too(files: tuple[Path, Path], collector: Collector) -> None:
+    """Within the same five seconds."""
+    lines, _ = files
+    with opened(jsonl=str(lines), otlp=collector.url) as sinks:
+        for number in range(20):
+            sinks.write(trace(number))
+        follow(sinks)
+    assert ids_in(lines) == sent_to(collector) == list(range(20))
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files below a folder that this process has open."""
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    targets = [str(link.readlink()) for link in links if link.is_symlink()]
+    return sorted(target for target in targets if target.startswith(str(folder)))
