@@ -33,7 +33,7 @@ class Drains:
         """Tell whether the answer of a client that has left is read on; the first asking decides.
 
         It is not where it cannot tell its usage any more, has told all that it had to or has
-        failed, where the request itself was not whole, or where the proxy ends the request.
+        failed, where the provider was not asked yet or not in full, or where the proxy ends it.
         """
         if exchange in self._running:
             return True
@@ -44,7 +44,7 @@ class Drains:
         if type(why) not in (ClientGone, ClientStalled) or not (upload is None or upload.complete):
             return False
         if tap is None:
-            wanted = exchange.relay is None and exchange.endpoint is not None
+            wanted = exchange.has_asked and exchange.relay is None and exchange.endpoint is not None
         else:
             wanted = tap.is_reading and not tap.has_ended and tap.error is None
         if not wanted or len(self._running) >= self._most or exchange.drains:

@@ -35,7 +35,18 @@ class Exchange:
 
     __slots__ = (
         *("answer", "choice", "content_encoding", "content_type", "drain_timer", "drains"),
-        *("endpoint", "has_length", "host", "late", "left", "left_at", "path", "relay", "request"),
+        *(
+            "endpoint",
+            "has_asked",
+            "has_length",
+            "host",
+            "late",
+            "left",
+            "left_at",
+            "path",
+            "relay",
+            "request",
+        ),
         *("started", "status", "tap", "task", "timer", "trace"),
     )
 
@@ -58,9 +69,14 @@ class Exchange:
         self.endpoint: Endpoint | None = None
         self.tap: StreamAccumulator | None = None
         self.drains = False
+        self.has_asked = False
         self.drain_timer: Any = None
         self.task: Task | None = None
         self.timer: Any = None
+
+    def asked(self) -> None:
+        """The provider may do the work from here on."""
+        self.has_asked = True
 
     def keep_of(self, answer: Answer) -> None:
         """Keep what must be known of an answer's head later; both heads go, as a stream lasts."""

@@ -245,6 +245,7 @@ class Gateway(Resource):
                 body,
                 credential=pool_key(provider, self._credentials[provider.name], request.fields),
                 timeouts=choice.timeouts,
+                began=exchange.asked,
             )
         except ProxyError as error:
             outcome, cause = error.end.value, error.cause

@@ -49,6 +49,7 @@ class Order:
         fields: the header fields to send, in order, without framing.
         credential: what idle connections are kept apart by.
         timeouts: ``connect`` and ``first_byte`` are kept here.
+        began: called when a byte of the request may leave; a failure before that did no work.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Order:
         fields: Fields,
         credential: bytes,
         timeouts: Timeouts,
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self._agent = agent
         self.target = target
         self.fields = fields
         self.credential = credential
         self.timeouts = timeouts
-        self.sent = False
-        """Whether a byte of the request may have left; a failure before that did no work."""
+        self.began = began
 
     def request(
         self,
@@ -200,7 +201,7 @@ class ProviderAgent:
         or waits for more.
         """
         head = self._head(method, order, body)
-        order.sent = True
+        order.began()
         answer = connection.send(method, head, body)
         limit(self._timers, order.timeouts.first_byte, answer, Phase(connection.sending), _late)
         if self._connector.secure:

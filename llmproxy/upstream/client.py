@@ -203,6 +203,7 @@ class Upstream:
         *,
         credential: bytes,
         timeouts: Timeouts,
+        began: Callable[[], None] = lambda: None,
     ) -> Deferred[Answer]:
         """Send one request, exactly as it is given.
 
@@ -211,12 +212,13 @@ class Upstream:
             fields: header fields in order, without ``Host`` and framing.
             body: the whole body, or what produces it.
             credential: keeps connections of different credentials apart.
+            began: called when a byte of the request may leave: the provider may do the work.
 
         Returns:
             fires with the :class:`Answer` once its whole head is in, its body paused.  Cancelling
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
-        order = Order(self._agents[provider.name], target, fields, credential, timeouts)
+        order = Order(self._agents[provider.name], target, fields, credential, timeouts, began)
         client = LeanClient(order, _NO_COOKIES, _as_it_is)
         answer: Deferred[Any] = client.request(
             method,

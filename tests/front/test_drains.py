@@ -317,3 +317,14 @@ def test_a_second_signal_cuts_who_is_connected_and_drains_nothing() -> None:
 
     assert answer.aborts
     assert told(stage.trace()) == ("drained", "cancel", "partial", None)
+
+
+def test_a_request_that_is_not_sent_yet_is_cancelled() -> None:
+    """Who leaves while the provider is being connected to has nothing that could be billed."""
+    stage = Stage(route=DRAIN)
+    stage.upstream.begins = False
+    stage.call(target=CHAT)
+    stage.transport.end(FIN)
+
+    assert stage.upstream.cancelled == 1
+    assert told(stage.trace()) == ("client_gone", "cancel", "none", None)

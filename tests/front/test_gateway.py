@@ -67,6 +67,7 @@ class Upstream:
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.cancelled = 0
+        self.begins = True
         self.error: Exception | None = None
 
     def send(
@@ -79,6 +80,8 @@ class Upstream:
             self.cancelled += 1
 
         answer: Deferred[Any] = Deferred(cancel)
+        if self.begins:
+            kw["began"]()
         self.asked.append(
             SimpleNamespace(
                 provider=provider.name,
