@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.daemon import Daemon, provider_config
+from tests.live.test_starting import HEAD
+from tests.support.daemon import ROOT, Daemon, provider_config
 from tests.support.keypairs import Vault
 from tests.support.reloads import (
     RELOADED,
@@ -594,8 +597,6 @@ def test_what_a_stream_captures_is_settled_when_it_begins(desk: Desk) -> None:
 
 def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
     """Whether or not the file is good, what follows is in a file of the old name."""
-    from tests.live.test_starting import HEAD
-
     config = tmp_path / "llmproxy.toml"
     text = HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1")
     config.write_text(text)
@@ -612,14 +613,8 @@ def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
             until(lambda word=word: log.exists() and word in log.read_text(), word)  # type: ignore[misc]  # the lambda's default
 
 
-def spawn(config: Path, *options: str) -> Any:
+def spawn(config: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a daemon whose log goes where twistd's options say."""
-    import os
-    import subprocess
-    import sys
-
-    from tests.support.daemon import ROOT
-
     twistd = str(Path(sys.executable).parent / "twistd")
     return subprocess.Popen(
         [twistd, "-n", "--pidfile=", *options, "llmproxy", "--config", str(config)],
