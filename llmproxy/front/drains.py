@@ -44,7 +44,8 @@ class Drains:
         if type(why) not in (ClientGone, ClientStalled) or not (upload is None or upload.complete):
             return False
         if tap is None:
-            wanted = exchange.has_asked and exchange.relay is None and exchange.endpoint is not None
+            awaits_head = exchange.has_asked and exchange.status == 0
+            wanted = awaits_head and exchange.endpoint is not None
         else:
             wanted = tap.is_reading and not tap.has_ended and tap.error is None
         if not wanted or len(self._running) >= self._most or exchange.drains:

@@ -125,6 +125,7 @@ class Exchange:
         if self.answer is not None:
             self.answer.abort()
         trace, relay, self.relay = self.trace, self.relay, None  # which would keep each other
+        self.endpoint = None  # whoever hears of the client's leaving only now finds nothing to read
         trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
         trace.status, trace.bytes_out = self.request.status, self.request.sent

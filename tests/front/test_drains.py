@@ -328,3 +328,17 @@ def test_a_request_that_is_not_sent_yet_is_cancelled() -> None:
 
     assert stage.upstream.cancelled == 1
     assert told(stage.trace()) == ("client_gone", "cancel", "none", None)
+
+
+@pytest.mark.parametrize("status", [200, 429])
+def test_an_answer_that_cannot_be_read_ends_with_its_client(status: int) -> None:
+    """A refusal, or a type that is not understood, is not read on, whoever is told first."""
+    stage = Stage(route=DRAIN)
+    stage.call(target=CHAT)
+    answer = stage.answer(status, (b"content-type", b"text/plain"))
+    answer.push(b"some")
+    stage.transport.end(FIN)
+
+    assert answer.aborts
+    assert len(stage.gateway.drains) == 0
+    assert stage.trace().on_disconnect == "cancel"
