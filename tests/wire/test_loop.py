@@ -351,7 +351,8 @@ def test_who_is_removed_in_the_same_turn_is_not_called(loop: Any, ear: MakeEar) 
 # -- signals --------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, socket, sys
+import os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from twisted.internet import reactor
 from twisted.internet.protocol import Factory, Protocol
 from llmproxy.wire.loop import tune
