@@ -31,23 +31,13 @@ class Exchange:
         status: the provider's, or 0 before its head has come.
         endpoint: how the answer is read, where it can be; ``tap`` reads it.
         drains: the answer is read on although the client has left, or was.
+        has_asked: the provider may have a byte of the request, and do the work.
     """
 
     __slots__ = (
         *("answer", "choice", "content_encoding", "content_type", "drain_timer", "drains"),
-        *(
-            "endpoint",
-            "has_asked",
-            "has_length",
-            "host",
-            "late",
-            "left",
-            "left_at",
-            "path",
-            "relay",
-            "request",
-        ),
-        *("started", "status", "tap", "task", "timer", "trace"),
+        *("endpoint", "has_asked", "has_length", "host", "late", "left", "left_at", "path"),
+        *("relay", "request", "started", "status", "tap", "task", "timer", "trace"),
     )
 
     def __init__(self, request: Request, trace: Trace, started: float) -> None:

@@ -98,18 +98,17 @@ class Relay(TwistedProtocol):
     """
 
     __slots__ = (
+        *("_bytes", "_chunks", "_clock", "_copy", "_delays", "_gaps", "_idle", "_paused_at"),
         *(
-            "_bytes",
-            "_chunks",
-            "_clock",
-            "_copy",
-            "_delays",
-            "_gaps",
-            "_idle",
-            "_paused_at",
             "_paused_before",
+            "_handed_on",
+            "_reactor",
+            "_sink",
+            "_source",
+            "_stays",
+            "_timer",
+            "_write",
         ),
-        *("_handed_on", "_reactor", "_sink", "_source", "_stays", "_timer", "_write"),
         *("done", "first_at", "last_at", "longest_gap", "state", "tail"),
     )
 

@@ -172,25 +172,30 @@ ASK = Ask(model="demo-fast", stream=True, prompt=("a b c",), said="a tool", user
 TOOL = Tool("look", {"properties": {"what": {"type": "string"}}})
 
 
+DEMO: list[tuple[Streamed, str]] = [
+    (ChatCompletions(), "openai-chat.sse"),
+    (Completions(), "openai-completions.sse"),
+    (Responses(), "openai-responses.sse"),
+    (Messages(), "anthropic-messages.sse"),
+    (Chat(), "ollama-chat.ndjson"),
+    (Generate(), "ollama-generate.ndjson"),
+]
+TOOLLESS = (Completions, Generate)
+
+
 @pytest.mark.parametrize(
-    ("demo", "recorded"),
+    ("demo", "recorded", "tools"),
     [
-        (ChatCompletions(), BY_FILE["openai-chat.sse"]),
-        (Completions(), BY_FILE["openai-completions.sse"]),
-        (Responses(), BY_FILE["openai-responses.sse"]),
-        (Messages(), BY_FILE["anthropic-messages.sse"]),
-        (Chat(), BY_FILE["ollama-chat.ndjson"]),
-        (Generate(), BY_FILE["ollama-generate.ndjson"]),
+        pytest.param(demo, BY_FILE[file], tools, id=f"{type(demo).__name__}-{len(tools)}")
+        for demo, file in DEMO
+        for tools in ((), (TOOL,))
+        if not (tools and isinstance(demo, TOOLLESS))
     ],
-    ids=lambda one: type(one).__name__ if isinstance(one, Streamed) else "",
 )
-@pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["text", "tool"])
 def test_the_demo_provider_is_read(
     demo: Streamed, recorded: Recorded, tools: tuple[Tool, ...]
 ) -> None:
     """Its streams and its answers in one piece are counted as it counts them itself."""
-    if tools and isinstance(demo, Completions | Generate):
-        pytest.skip("this endpoint has no tools")
     ask = replace(ASK, tools=tools, include_usage=recorded.dialect is Dialect.OPENAI)
     said = answer(ask)
     stream = [event.data for event in demo.events(said, ask, lambda: 0.0)]
