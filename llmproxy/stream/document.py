@@ -67,11 +67,13 @@ class Document:
             if len(self._body) > self._limit:
                 self._overlong()
                 self._head = bytes(self._body[: min(_HEAD, self._limit // 4)])
-                del self._body[: -self._tail_bytes or len(self._body)]
+                del self._body[: len(self._body) - self._tail_bytes]
+        elif len(data) > self._tail_bytes:
+            self._body[:] = data[len(data) - self._tail_bytes :]
         else:
-            self._body += data[-self._tail_bytes :]
+            self._body += data
             if len(self._body) > 2 * self._tail_bytes:
-                del self._body[: -self._tail_bytes or len(self._body)]
+                del self._body[: -self._tail_bytes]
         return ()
 
     def flush(self) -> Sequence[Event]:

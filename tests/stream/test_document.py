@@ -56,6 +56,15 @@ def test_a_long_one_may_have_one_end_only(long: dict[str, Any]) -> None:
     assert json.loads(found) == {name: value for name, value in long.items() if name != "data"}
 
 
+def test_a_piece_longer_than_the_end_that_is_held_leaves_no_gap() -> None:
+    """What was held before it is not put together with its end."""
+    body = b'{"x":"' + b"." * 300 + b'","some' + b"." * 40 + b'name":"' + b"." * 40 + b'"}'
+    for cut in range(300, len(body)):
+        found, _ = read([body[:cut], body[cut:]], 260)
+        if found != b"{":
+            assert found == b'{"some' + b"." * 40 + b'name":"' + b"." * 40 + b'"}'
+
+
 def test_text_is_not_taken_for_a_member() -> None:
     """A long text that quotes the end of a document is text."""
     text = 'x","usage":{"prompt_tokens":7}}' * 2000
