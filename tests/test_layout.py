@@ -96,6 +96,7 @@ ORDER = (
     "llmproxy.stream",
     "llmproxy.stream.relay",
     "llmproxy.stream.tap",
+    "llmproxy.stream.backlog",
     "llmproxy.stream.result",
     "llmproxy.stream.inflate",
     "llmproxy.stream.document",

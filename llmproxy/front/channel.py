@@ -59,11 +59,12 @@ class Channel(Receiver):
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
+        written: bytes that were written so far, counted by whoever writes.
     """
 
     __slots__ = (
         *("_aborted", "_lingering", "_look_at", "_peer", "_peer_name", "_poll", "_progress"),
-        "_stall_after",
+        *("_stall_after", "written"),
     )
 
     def __init__(self, site: Any, address: str | None = None) -> None:
@@ -77,6 +78,7 @@ class Channel(Receiver):
         self._look_at = 0.0
         self._stall_after = site.timeouts.client_stall
         self._progress = Progress()
+        self.written = 0
 
     # -- the life of the socket -----------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Channel(Receiver):
 
     def write(self, data: bytes) -> None:
         """Write, and count what was written."""
-        self._progress.written += len(data)
+        self.written += len(data)
         self.transport.write(data)
 
     def when_sent(self, call: Callable[[], object]) -> None:
@@ -274,7 +276,7 @@ class Channel(Receiver):
         # it may be for a client that is no more: progress is what the client acknowledges.
         waiting += unacknowledged_bytes(self.transport)
         self._look_at = now + self._stall_after / _LOOKS
-        if self._progress.has_stalled(now, waiting, self._stall_after):
+        if self._progress.has_stalled(now, self.written, waiting, self._stall_after):
             for request in list(self.requests):
                 request.abort(ClientStalled())
             self.abort()

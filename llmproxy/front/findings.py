@@ -16,6 +16,7 @@ from llmproxy.front.exchange import Exchange
 from llmproxy.policy.routes import Choice
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
+from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.dialects import Endpoint, endpoint
 from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
@@ -47,6 +48,7 @@ class Findings:
         self._limits = config.limits
         self._metrics = metrics
         self._models = named_models(config)
+        self._backlog = Backlog()
 
     @staticmethod
     def endpoint_of(exchange: Exchange, choice: Choice) -> Endpoint | None:
@@ -69,6 +71,7 @@ class Findings:
                 event=self._limits.event,
                 name=exchange.trace.id,
                 degraded=self._metrics.degraded,
+                backlog=self._backlog,
             )
         except Exception:
             self._broke(exchange.trace)

@@ -18,29 +18,24 @@ class Phase(Enum):
 
 
 class Progress:
-    """What one client has taken: slow is fine, nothing at all is not.
+    """What one client has taken: slow is fine, nothing at all is not."""
 
-    Attributes:
-        written: bytes that were written to it so far; counted by whoever writes.  What TLS adds is
-            not among them, so that ``waiting`` may be more.
-    """
-
-    __slots__ = ("_since", "_taken", "written")
+    __slots__ = ("_since", "_taken")
 
     def __init__(self) -> None:
-        self.written = 0
         self._taken = -math.inf
         self._since = 0.0
 
-    def has_stalled(self, now: float, waiting: int, limit: float | None) -> bool:
+    def has_stalled(self, now: float, written: int, waiting: int, limit: float | None) -> bool:
         """Tell whether the client took no byte for ``limit`` seconds although some waited.
 
         Args:
             now: monotonic seconds; asked again and again, at any pace.
-            waiting: bytes that were written and not taken.
+            written: bytes that were written to it so far.
+            waiting: how many of these it has not taken; what TLS adds may make it more.
             limit: seconds, or None for no limit.
         """
-        taken = self.written - waiting
+        taken = written - waiting
         if not waiting or limit is None:
             self._taken = -math.inf  # the clock begins at the first look at which something waits
             return False

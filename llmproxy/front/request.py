@@ -83,8 +83,12 @@ class Request(Incoming):
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
         if self._flows and data:
-            self.sent += len(data)
-            self.channel.write(b"%x\r\n%b\r\n" % (len(data), data))
+            size = len(data)
+            self.sent += size
+            data = b"%x\r\n%b\r\n" % (size, data)
+            channel = self.channel
+            channel.written += len(data)
+            channel.transport.write(data)
             return
         if self._disconnected or self.ended:
             return

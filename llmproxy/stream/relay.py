@@ -71,6 +71,9 @@ class State(Enum):
     ENDED = "ended"
 
 
+_FLOWING, _PAUSED, _ENDED = State  # found faster than members (ADR-0011)
+
+
 @implementer(IPushProducer)
 class Relay(TwistedProtocol):
     """Hands a body from ``source`` to ``sink``.
@@ -138,7 +141,7 @@ class Relay(TwistedProtocol):
         self._timer: Any = None
         self._paused_at = 0.0
         self._paused_before = 0.0
-        self.state = State.FLOWING
+        self.state = _FLOWING
         self._chunks = 0
         self._bytes = 0
         self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
@@ -153,9 +156,9 @@ class Relay(TwistedProtocol):
         done = self.done  # the body may be over within this call
         self._sink.registerProducer(self, True)
         self._source.deliverBody(self)
-        if self._idle is not None and self.state is not State.ENDED:
+        if self._idle is not None and self.state is not _ENDED:
             self._wait(self._idle)
-        if self.state is State.PAUSED and self.transport is not None:
+        if self.state is _PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
         return done
 
@@ -172,36 +175,42 @@ class Relay(TwistedProtocol):
     @property
     def paused_s(self) -> float:
         """Seconds for which the client held the relay up, so far."""
-        if self.state is State.PAUSED:
+        if self.state is _PAUSED:
             return self._paused_before + self._clock() - self._paused_at
         return self._paused_before
 
     @property
     def is_paused(self) -> bool:
         """Whether the client holds the relay up now."""
-        return self.state is State.PAUSED
+        return self.state is _PAUSED
 
     # -- from the provider ----------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:
         """Hand on one chunk, cut anywhere."""
-        now = self._clock()
+        # Names of one's own: what is called as a method of ``self`` is looked for as one first.
+        clock, write, copy = self._clock, self._write, self._copy
+        now = clock()
         gap = now - self.last_at
         self.last_at = now
-        if self._chunks:
-            self._gaps(gap)
+        if chunks := self._chunks:
+            gaps = self._gaps
+            gaps(gap)
             if gap > self.longest_gap:
                 self.longest_gap = gap
         else:
             self.first_at = now
-        self._chunks += 1
+        self._chunks = chunks = chunks + 1
         self._bytes += len(data)
         self.tail = data[-4:] if len(data) > 3 else (self.tail + data)[-4:]
-        self._write(data)
-        if self._chunks & _SAMPLE == 2:
-            self._sink.when_sent(lambda: self._delays(self._clock() - now))
-        if self._copy is not None:
-            self._copy(data)
+        write(data)
+        if chunks & _SAMPLE == 2:
+            self._follow(now)
+        if copy is not None:
+            copy(data)
+
+    def _follow(self, since: float) -> None:
+        self._sink.when_sent(lambda: self._delays(self._clock() - since))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The body is over: whole where ``reason`` is ``ResponseDone``, else broken."""
@@ -211,19 +220,19 @@ class Relay(TwistedProtocol):
 
     def pauseProducing(self) -> None:
         """The client takes no more for now: stop reading from the provider."""
-        if self.state is State.FLOWING:
-            self.state = State.PAUSED
+        if self.state is _FLOWING:
+            self.state = _PAUSED
             self._paused_at = self._clock()
             if self.transport is not None:
                 self.transport.pauseProducing()  # type: ignore[attr-defined]  # see start()
 
     def resumeProducing(self) -> None:
         """The client takes bytes again; what it did not wait for does not count as silence."""
-        if self.state is State.PAUSED:
+        if self.state is _PAUSED:
             now = self._clock()
             self._paused_before += now - self._paused_at
             self.last_at += now - max(self._paused_at, self.last_at)
-            self.state = State.FLOWING
+            self.state = _FLOWING
             if self._timer is None and self._idle is not None:
                 self._wait(self._idle - (now - self.last_at))
             if self.transport is not None:
@@ -239,7 +248,7 @@ class Relay(TwistedProtocol):
 
     def cancel(self) -> None:
         """Stop, and close the provider's connection; :attr:`done` does not fire by this."""
-        if self.state is not State.ENDED:
+        if self.state is not _ENDED:
             self._finish()
             self._source.abort()
 
@@ -251,7 +260,7 @@ class Relay(TwistedProtocol):
     def _check_idle(self) -> None:
         """Give up where the silence since the last chunk has lasted for ``idle``; else go on."""
         self._timer = None
-        if self.state is State.FLOWING and self._idle is not None:
+        if self.state is _FLOWING and self._idle is not None:
             left = self._idle - (self._clock() - self.last_at)
             if left <= 0:
                 self._end(Failure(upstream_idle()))
@@ -259,7 +268,7 @@ class Relay(TwistedProtocol):
                 self._wait(left)
 
     def _end(self, failure: Failure | None) -> None:
-        if self.state is State.ENDED:
+        if self.state is _ENDED:
             return
         done, self.done = self.done, _OVER  # which would keep this relay
         self._finish()
@@ -271,7 +280,7 @@ class Relay(TwistedProtocol):
 
     def _finish(self) -> None:
         self._paused_before = self.paused_s
-        self.state = State.ENDED
+        self.state = _ENDED
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

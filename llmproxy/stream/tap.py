@@ -1,10 +1,11 @@
 """The accumulator that reads a copy of a stream beside the relay (ADR-0024).
 
-Who relays a chunk feeds it here after it was written to the client.  The copy passes through three
-stages, each bounded: ``inflate.py`` opens its coding, ``events.py`` cuts it into events, and the
-endpoint's row of ``dialects/`` reads them into ``gathered.py``.  Whatever goes wrong here marks the
-result, is logged and counted once, and ends at most the tap: nothing is ever raised towards the
-relay, and no byte of the stream is touched.
+Who relays a chunk feeds it here after it was written to the client.  The copy waits in the backlog
+of all taps (``backlog.py``), and then passes through three stages, each bounded: ``inflate.py``
+opens its coding, ``events.py`` cuts it into events, and the endpoint's row of ``dialects/`` reads
+them into ``gathered.py``.  Whatever goes wrong here marks the result, is logged and counted once,
+and ends at most the tap: nothing is ever raised towards the relay, and no byte of the stream is
+touched.
 
 This module knows no route, no trace and no metric, and nothing of who relays.
 """
@@ -20,7 +21,8 @@ from twisted.logger import Logger
 
 from llmproxy.errors import EndReason
 from llmproxy.headers import media_type
-from llmproxy.stream.dialects import DONE, Endpoint
+from llmproxy.stream.backlog import Backlog
+from llmproxy.stream.dialects import DONE, Endpoint, is_whole
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
 from llmproxy.stream.gathered import Gathered, ProviderError, Usage
@@ -31,7 +33,6 @@ _PIECE = 64 * 1024
 """Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
 
 _log = Logger()
-
 
 _FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
     b"text/event-stream": ServerSentEvents,
@@ -56,10 +57,7 @@ class StreamAccumulator:
         event: the longest event, or answer in one piece, that is read, in bytes.
         name: the request's id, for the log.
         degraded: called once for each reason.
-
-    Attributes:
-        degraded: the reasons so far, in the order of their class.
-        events: how many events with data came so far.
+        backlog: where copies wait, those of other taps among them.
     """
 
     def __init__(
@@ -73,16 +71,18 @@ class StreamAccumulator:
         event: int = 1024**2,
         name: str = "",
         degraded: Callable[[Degraded], None] = lambda _: None,
+        backlog: Backlog | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._name = name
         self._tell = degraded
+        self._backlog = Backlog() if backlog is None else backlog
         self._seen = Gathered(keeps=capture == "content", budget=accumulate)
         self._idle = frozenset() if capture == "content" else endpoint.idle
         self._result: Result | None = None
         self._waiting: list[Deferred[Result]] = []
-        self.degraded: tuple[Degraded, ...] = ()
-        self.events = 0
+        self._degraded: tuple[Degraded, ...] = ()
+        self._events = 0
         framing = _FRAMINGS.get(media_type(content_type))
         self._framing = framing and framing(event, self._overlong)
         self._is_document = framing is Document
@@ -95,21 +95,37 @@ class StreamAccumulator:
     @property
     def is_reading(self) -> bool:
         """Whether further bytes can tell anything; feeding others costs nothing."""
+        self._backlog.read()
         return self._framing is not None
+
+    @property
+    def events(self) -> int:
+        """How many events with data came so far."""
+        self._backlog.read()
+        return self._events
+
+    @property
+    def degraded(self) -> tuple[Degraded, ...]:
+        """The reasons so far, in the order of their class."""
+        self._backlog.read()
+        return self._degraded
 
     @property
     def has_ended(self) -> bool:
         """Whether the dialect's end marker was seen."""
+        self._backlog.read()
         return self._seen.has_ended
 
     @property
     def error(self) -> ProviderError | None:
         """The error that the provider put into its answer, so far."""
+        self._backlog.read()
         return self._seen.error
 
     @property
     def usage(self) -> Usage:
         """The counts so far."""
+        self._backlog.read()
         seen = self._seen
         is_final = self._is_document or seen.has_ended or seen.finish_reason is not None
         return seen.usage(is_final=is_final)
@@ -117,13 +133,18 @@ class StreamAccumulator:
     @property
     def held_bytes(self) -> int:
         """How many bytes are held, at most ``accumulate`` and ``event`` and a line end."""
+        self._backlog.read()
         framing = self._framing
         return self._seen.held_bytes + (0 if framing is None else framing.held_bytes)
 
     # -- the stream -----------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Read a copy of a chunk, cut anywhere; never raises."""
+        """Take a copy of a chunk, cut anywhere, to be read soon; never raises."""
+        self._backlog.add(self, data)
+
+    def read(self, data: bytes) -> None:
+        """Read a copy of a chunk; the backlog calls this.  Never raises."""
         framing = self._framing
         if framing is None:
             return
@@ -144,6 +165,7 @@ class StreamAccumulator:
             end: why it ended, as the relay saw it.
         """
         if self._result is None:
+            self._backlog.read()
             try:
                 self._flush(end)
             except Exception:
@@ -175,7 +197,7 @@ class StreamAccumulator:
 
     def _take(self, events: Iterable[Event]) -> None:
         for name, event in events:
-            self.events += 1
+            self._events += 1
             if name not in self._idle:
                 try:
                     self._read(event, self._seen)
@@ -197,7 +219,7 @@ class StreamAccumulator:
         is_long = isinstance(self._framing, Document) and self._framing.is_long
         events = self._framing.flush()
         if end is not EndReason.COMPLETE:
-            events = [(name, event) for name, event in events if _is_whole(event)]
+            events = [(name, event) for name, event in events if is_whole(event)]
         self._take(events)
         if is_long and self._seen.usage(is_final=True).provenance == "none":
             self._degrade(Degraded.OVERLONG)
@@ -207,7 +229,7 @@ class StreamAccumulator:
             return self._told(end)
         except Exception:
             self._break()
-            return Result(end_reason=end, degraded=self.degraded)
+            return Result(end_reason=end, degraded=self._degraded)
 
     def _told(self, end: EndReason) -> Result:
         seen = self._seen
@@ -217,13 +239,13 @@ class StreamAccumulator:
             text_bytes=seen.text_bytes,
             tool_calls=seen.tool_calls,
             is_cut=seen.is_cut,
-            events=self.events,
+            events=self._events,
             finish_reason=seen.finish_reason,
             model=seen.model,
             response_id=seen.response_id,
             usage=self.usage,
             error=seen.error,
-            degraded=self.degraded,
+            degraded=self._degraded,
         )
 
     def _verdict(self, end: EndReason) -> EndReason:
@@ -232,7 +254,7 @@ class StreamAccumulator:
             return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
         if seen.has_ended:
             return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
-        must_end = self._is_stream and self._endpoint.marker is not None and not self.degraded
+        must_end = self._is_stream and self._endpoint.marker is not None and not self._degraded
         return EndReason.UNFINISHED if end is EndReason.COMPLETE and must_end else end
 
     # -- what goes wrong ------------------------------------------------------------------------
@@ -253,9 +275,9 @@ class StreamAccumulator:
             self._degrade(Degraded.OVERLONG)
 
     def _degrade(self, reason: Degraded) -> None:
-        if reason in self.degraded:
+        if reason in self._degraded:
             return
-        self.degraded = tuple(one for one in Degraded if one in (*self.degraded, reason))
+        self._degraded = tuple(one for one in Degraded if one in (*self._degraded, reason))
         if reason is not Degraded.INTERNAL:
             _log.warn(
                 "{name}: what the answer holds is not known in full: {reason}",
@@ -275,11 +297,3 @@ class StreamAccumulator:
         """An error of ours: log it, and read no further."""
         _log.failure("{name}: the tap broke; its stream goes on", name=self._name)
         self._give_up(Degraded.INTERNAL)
-
-
-def _is_whole(event: bytes) -> bool:
-    try:
-        msgspec.json.decode(event, type=msgspec.Raw)
-    except (msgspec.DecodeError, RecursionError):
-        return event.startswith(DONE)
-    return True

@@ -53,6 +53,9 @@ class State(Enum):
     CLOSED = "closed"
 
 
+_IDLE, _ASKED, _ANSWERED, _FLOWING, _CLOSED = State  # found faster than members (ADR-0011)
+
+
 @implementer(IHandshakeListener)
 class Connection(Protocol):
     """One connection to a provider, for one request at a time.
@@ -79,7 +82,7 @@ class Connection(Protocol):
         closed: Callable[[Connection], None],
         secure: bool,
     ) -> None:
-        self.state = State.IDLE
+        self.state = _IDLE
         self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
         """Fires once requests may be sent, the name verified; cancelling it closes the socket."""
         self.sending: Sending | Sent | None = None  # the request's body on its way, or the last's
@@ -115,20 +118,20 @@ class Connection(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """End whatever was under way; a FIN may be the end of a body that has no other."""
-        state, self.state = self.state, State.CLOSED
+        state, self.state = self.state, _CLOSED
         self._settle_ready(reason)
-        if state is State.ASKED:
+        if state is _ASKED:
             self._stop_sending()
             self._fail_answer(upstream_broken(reason.getErrorMessage()))
-        elif state is State.FLOWING:
+        elif state is _FLOWING:
             self._end_body(self._how_it_ended(reason))
-        elif state is State.ANSWERED:
+        elif state is _ANSWERED:
             self._lost_early = reason
         self._closed(self)
 
     def abort(self) -> None:
         """Close the socket at once, dropping what was not sent; harmless when closed already."""
-        if not self.aborted and self.state is not State.CLOSED:
+        if not self.aborted and self.state is not _CLOSED:
             self.aborted = True
             self._transport.abortConnection()
 
@@ -150,12 +153,10 @@ class Connection(Protocol):
             fires with the :class:`Answer` when its whole head is in.  Cancelling it closes the
             socket at once.  It fails with ``ProxyError``.
         """
-        self.state = State.ASKED
+        self.state = _ASKED
         self._method = method
-        self._buffer = b""
-        self._interim = 0
-        self._until_close = False
-        self._paused = False
+        self._buffer, self._interim = b"", 0
+        self._until_close = self._paused = False
         self.sending = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
@@ -170,9 +171,9 @@ class Connection(Protocol):
     def _sending_failed(self, failure: Failure) -> None:
         """The body will not be whole, so neither can the request be: give the connection up."""
         self.abort()
-        if self.state is State.ASKED:
+        if self.state is _ASKED:
             self._fail_answer(failure.value)
-        elif self.state is State.FLOWING:
+        elif self.state is _FLOWING:
             self._end_body(failure)
 
     def _stop_sending(self) -> None:
@@ -185,11 +186,11 @@ class Connection(Protocol):
         """Take bytes, cut anywhere."""
         if self.aborted:
             return
-        if self.state is State.FLOWING:
+        if self.state is _FLOWING:
             self._read_body(data)
-        elif self.state is State.ASKED:
+        elif self.state is _ASKED:
             self._read_head(data)
-        elif self.state is State.ANSWERED:
+        elif self.state is _ANSWERED:
             self._early += data
         else:
             self.abort()  # nobody asked for anything
@@ -201,8 +202,7 @@ class Connection(Protocol):
             while (end := self._buffer.find(b"\r\n\r\n", start)) >= 0:
                 if end > self._max_head:
                     break
-                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-                start = 0
+                head, self._buffer, start = self._buffer[:end], self._buffer[end + 4 :], 0
                 if self._take_head(head):
                     return
             if len(self._buffer) > self._max_head + 3:
@@ -227,12 +227,12 @@ class Connection(Protocol):
         self.keep_for = answer.keep_alive_hint
         self._early, self._buffer = self._buffer, b""
         self._lost_early = None
-        self.state = State.ANSWERED
+        self.state = _ANSWERED
         self.serving = answer
         deferred, self._answer = self._answer, None
         if deferred is not None:
             deferred.callback(answer)
-        if self.state is State.ANSWERED:
+        if self.state is _ANSWERED:
             self._paused = True
             self._transport.pauseProducing()
         return True
@@ -246,11 +246,11 @@ class Connection(Protocol):
 
     def deliver(self, protocol: IProtocol) -> None:
         """Hand the body to ``protocol``; see :meth:`Answer.deliverBody`."""
-        lost = self.state is State.CLOSED
+        lost = self.state is _CLOSED
         self._consumer: IProtocol | None = protocol
         protocol.makeConnection(self._transport)
         if not lost:
-            self.state = State.FLOWING
+            self.state = _FLOWING
             if self._paused:
                 self._paused = False
                 self._transport.resumeProducing()
@@ -261,10 +261,10 @@ class Connection(Protocol):
             self._end_body(self._how_it_ended(self._lost_early or Failure(ConnectionDone())))
 
     def _read_body(self, data: bytes) -> None:
-        reader = self._reader
+        reader, consumer = self._reader, self._consumer
         content = reader.feed(data)
-        if content and self._consumer is not None:
-            self._consumer.dataReceived(content)
+        if content and consumer is not None:
+            consumer.dataReceived(content)
         if reader.error is not None:
             self.abort()
             self._end_body(Failure(upstream_protocol(str(reader.error))))
@@ -275,7 +275,7 @@ class Connection(Protocol):
 
     def _settle(self, extra: bytes) -> None:
         """The answer is whole: keep the connection for another, or close it."""
-        if self.state is State.CLOSED:
+        if self.state is _CLOSED:
             return
         sending = self.sending is not None and self.sending.active
         unsent = sending or pending_bytes(self._transport) > 0
@@ -283,7 +283,7 @@ class Connection(Protocol):
             self._stop_sending()
             self.abort()
             return
-        self.state = State.IDLE
+        self.state = _IDLE
         self.serving = None
         self._transport.resumeProducing()
         self._became_idle(self)

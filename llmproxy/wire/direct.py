@@ -39,22 +39,33 @@ class AtOnce(tcp.Connection):
         drained: called once, when the kernel has taken all that is queued.
     """
 
+    # What a write looks at; Twisted's own marks of it are slower to find (ADR-0011).
+    __slots__ = ("_is_pulled", "_may_wait", "_send")
     drained: Callable[[], object] | None = None
     _reads: bool = False
 
+    def __init__(self, *args: Any) -> None:
+        self._send: Callable[[bytes], int] = len  # takes all, and drops it
+        self._may_wait = False  # something may be queued
+        self._is_pulled = False  # by a producer that must be asked for more
+        super().__init__(*args)
+
     def write(self, data: bytes) -> None:
         """Send what the kernel takes now, and queue the rest."""
-        if self._tempDataLen or self.dataBuffer:
-            FileDescriptor.write(self, data)
-        elif self.connected and data and not (self._aborting or self._writeDisconnected):
-            try:
-                sent = self.socket.send(data)
-            except OSError:
-                sent = 0  # full, or broken: then the reactor's own attempt ends the connection
-            if sent < len(data):
-                FileDescriptor.write(self, data[sent:] if sent else data)
-            elif self.producer is not None and not self.streamingProducer:
-                self.startWriting()  # a pull producer is asked for more in the next turn
+        if self._may_wait:
+            self._may_wait = bool(self._tempDataLen or self.dataBuffer)
+            if self._may_wait:
+                FileDescriptor.write(self, data)
+                return
+        try:
+            sent = self._send(data)
+        except OSError:
+            sent = 0  # full, or broken: then the reactor's own attempt ends the connection
+        if sent < len(data):
+            self._may_wait = True
+            FileDescriptor.write(self, data[sent:] if sent else data)
+        elif self._is_pulled:
+            self.startWriting()  # a pull producer is asked for more in the next turn
 
     def writeSequence(self, iovec: Any) -> None:
         """Send pieces together."""
@@ -71,6 +82,7 @@ class AtOnce(tcp.Connection):
         self.stopReading()
         self.stopWriting()
         self._aborting = True
+        self._send = len
         with suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.socket.close()
@@ -104,6 +116,8 @@ class AtOnce(tcp.Connection):
         if self._aborting:
             return None
         why = super().doWrite()
+        if self._writeDisconnected:
+            self._send = len
         if self.drained is not None and not self._tempDataLen and not self.dataBuffer:
             told, self.drained = self.drained, None
             told()
@@ -122,13 +136,37 @@ class AtOnce(tcp.Connection):
         self.protocol.dataReceived(data)
         return None
 
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Ask ``producer`` for more, or pause it."""
+        self._is_pulled = not streaming
+        super().registerProducer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        """Ask nobody for more."""
+        self._is_pulled = False
+        super().unregisterProducer()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The connection is over: what is written from here on is dropped."""
+        self._send = len
+        self._is_pulled = False
+        super().connectionLost(reason)
+
 
 class DirectServer(AtOnce, tcp.Server):
     """An accepted connection."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._send = self.socket.send
+
 
 class DirectClient(AtOnce, tcp.Client):
     """A connection that was asked for."""
+
+    def _connectDone(self) -> None:
+        self._send = self.socket.send
+        super()._connectDone()
 
 
 class DirectConnector(tcp.Connector):

@@ -14,10 +14,12 @@ MAX_TRAILER = 16384
 """Most bytes of a trailer section, which is read, checked and dropped."""
 
 _MAX_CHUNK_LINE = 1024
-_MOST_SIZES = 4096
+_SIZE_LINES = (b"%x\r\n" % size for size in range(1, 0x1000))
+_LINES = {len(line) + int(line, 16) + 2: line for line in _SIZE_LINES}
+"""How a chunk with up to three digits begins, by the length of all of it, as most write it."""
 
-_SIZES: dict[bytes, int] = {}
-"""Size lines that were read already, up to a bound: most streams repeat a few."""
+_FOUR_DIGITS = range(0x1000 + 8, 0x10000 + 8)
+"""How long all of a chunk with four digits is."""
 
 _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
@@ -64,11 +66,12 @@ class ChunkedReader:
         What came before an error is returned, too; the error is in :attr:`error`.
         """
         if self._between:
-            # Most reads are exactly one chunk, and of a few sizes.
-            end = data.find(b"\r\n", 0, 18)
-            size = _SIZES.get(data[:end])
-            if size is not None and len(data) == end + 4 + size and data.endswith(b"\r\n"):
-                return data[end + 2 : -2]
+            # Most reads are exactly one chunk.
+            line = _LINES.get(size := len(data))
+            if line is None and size in _FOUR_DIGITS:
+                line = b"%x\r\n" % (size - 8)
+            if line is not None and data.startswith(line) and data.endswith(b"\r\n"):
+                return data[len(line) : -2]
         if self.error is not None:
             return b""
         if self._line:
@@ -97,8 +100,6 @@ class ChunkedReader:
         if match is None:
             raise BadMessage("a chunk's size line is malformed")
         self._left = int(match[1], 16)
-        if self._left and len(_SIZES) < _MOST_SIZES and end - position <= 16:
-            _SIZES[data[position:end]] = self._left
         self._step = self._content if self._left else self._trailer
         return end + 2
 

@@ -75,6 +75,19 @@ def test_the_content_of_one_read_is_one_piece() -> None:
     assert reader.feed(b"0\r\n\r\n") == b""
 
 
+@pytest.mark.parametrize("form", [b"%x\r\n", b"%X\r\n", b"0%x\r\n", b"%x;e\r\n"])
+def test_a_read_of_one_chunk_is_that_chunk(form: bytes) -> None:
+    """Whatever its length and form, a chunk that comes alone is read as it says it is."""
+    edges = [16**digits + around for digits in range(1, 5) for around in range(-10, 11)]
+    for size in {*range(1, 40), *(edge for edge in edges if edge > 0)}:
+        whole = form % size + bytes(size) + b"\r\n"
+        reader = ChunkedReader()
+        assert (reader.feed(whole), reader.error) == (bytes(size), None), size
+        assert refused(form % size + bytes(size + 1) + b"\r\n"), size
+        content, reader = read(form % size + bytes(size - 1) + b"\r\n")
+        assert (len(content), reader.error is None) == (size, False), size
+
+
 @given(st.lists(st.binary(min_size=1, max_size=300)), st.data())
 @settings(deadline=None)
 def test_what_is_written_in_chunks_is_read_again(pieces: list[bytes], data: st.DataObject) -> None:

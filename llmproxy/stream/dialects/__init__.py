@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from llmproxy.errors import Dialect
 from llmproxy.stream.dialects import anthropic, ollama, openai, responses
-from llmproxy.stream.dialects.endpoint import DONE, Endpoint
+from llmproxy.stream.dialects.endpoint import DONE, Endpoint, is_whole
 
-__all__ = ["DONE", "TABLE", "Endpoint", "endpoint"]
+__all__ = ["DONE", "TABLE", "Endpoint", "endpoint", "is_whole"]
 
 _OPENAI: dict[bytes, Endpoint] = {
     b"chat/completions": openai.CHAT,

@@ -47,6 +47,15 @@ class Endpoint(NamedTuple):
     idle: frozenset[bytes] = frozenset()
 
 
+def is_whole(event: bytes) -> bool:
+    """Tell whether an event is all that its provider sent: JSON, or the older end marker."""
+    try:
+        msgspec.json.decode(event, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError):
+        return event.startswith(DONE)
+    return True
+
+
 def tell_error(error: Any, seen: Gathered) -> None:
     """Take the value of an ``error`` member: an object, a sentence, or what stands for none."""
     if isinstance(error, dict):
