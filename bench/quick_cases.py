@@ -21,6 +21,7 @@ from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import Dialect
 from llmproxy.front.http import Site
 from llmproxy.record.metrics import Metrics
+from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.dialects import endpoint
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
@@ -164,6 +165,7 @@ def relay_between_nothing(capture: Capture | None = None) -> Callable[[bytes], N
         clock,
         time.monotonic,
         idle=300.0,
+        backlog=Backlog(),
         gaps=metrics.gap.observe,
         delays=metrics.relay_delay.observe,
         copy=None if capture is None else tap(capture).feed,

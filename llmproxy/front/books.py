@@ -84,8 +84,8 @@ class Books:
         """Close a record, with why its request ended and what the client was told."""
         relay = exchange.relay
         exchange.close(end, error, self._clock())
-        if relay is not None and relay.first_at is not None:
-            self._metrics.first_chunk.observe(relay.first_at - exchange.started)
+        if relay is not None and (first_at := relay.trail.first_at) is not None:
+            self._metrics.first_chunk.observe(first_at - exchange.started)
         self._running.discard(exchange)
         self._write(exchange.trace, exchange.labels(), error)
 

@@ -123,9 +123,9 @@ class Exchange:
         trace.duration_s = round(now - self.started, 6)
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
-            trace.longest_gap_s = round(relay.longest_gap, 6)
-            if relay.first_at is not None:
-                trace.first_chunk_s = round(relay.first_at - self.started, 6)
+            trace.longest_gap_s = round(relay.trail.longest_gap, 6)
+            if relay.trail.first_at is not None:
+                trace.first_chunk_s = round(relay.trail.first_at - self.started, 6)
 
     def labels(self) -> tuple[str, str, str, str, str]:
         """Return route, provider, client, method and status class, from closed sets."""
@@ -140,6 +140,6 @@ class Exchange:
             return False
         if self.has_length or self.content_encoding is not None:
             return False
-        tail = self.relay.tail
+        tail = self.relay.trail.tail
         ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")
         return not tail or tail.endswith(ends)

@@ -6,7 +6,7 @@ which answers are worth reading, and which field of a trace and which counter ea
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from twisted.logger import Logger
 
@@ -16,7 +16,6 @@ from llmproxy.front.exchange import Exchange
 from llmproxy.policy.routes import Choice
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
-from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.dialects import Endpoint, endpoint
 from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
@@ -42,13 +41,16 @@ class Findings:
     Args:
         config: the limits of a tap, and the models that a metric may name.
         metrics: counts tokens and what taps did not understand.
+        catch_up: feeds taps what still waits to be read; called before they are asked anything.
     """
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(
+        self, config: Config, metrics: Metrics, catch_up: Callable[[], object] = lambda: None
+    ) -> None:
         self._limits = config.limits
         self._metrics = metrics
         self._models = named_models(config)
-        self._backlog = Backlog()
+        self._catch_up = catch_up
 
     @staticmethod
     def endpoint_of(exchange: Exchange, choice: Choice) -> Endpoint | None:
@@ -71,7 +73,7 @@ class Findings:
                 event=self._limits.event,
                 name=exchange.trace.id,
                 degraded=self._metrics.degraded,
-                backlog=self._backlog,
+                catch_up=self._catch_up,
             )
         except Exception:
             self._broke(exchange.trace)

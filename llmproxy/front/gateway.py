@@ -42,6 +42,7 @@ from llmproxy.policy.routes import Choice, Routes
 from llmproxy.policy.usage import ask_for_usage
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
+from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.relay import Relay
 from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream, credential_field, pool_key
@@ -82,7 +83,8 @@ class Gateway(Resource):
         self.routes = Routes(config)
         self._upstream = upstream
         self._books = books
-        self._findings = Findings(config, metrics)
+        self._backlog = Backlog()
+        self._findings = Findings(config, metrics, self._backlog.read)
         self.drains = Drains(config.limits.drains, reactor) if drains is None else drains
         self._metrics = metrics
         self._reactor = reactor
@@ -274,6 +276,7 @@ class Gateway(Resource):
             self._reactor,
             self._clock,
             idle=choice.timeouts.idle,
+            backlog=self._backlog,
             gaps=self._metrics.gap.observe,
             delays=self._metrics.relay_delay.observe,
             copy=None if exchange.tap is None else exchange.tap.feed,

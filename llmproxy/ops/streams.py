@@ -61,7 +61,7 @@ class Streams:
 
 def _row(exchange: Exchange, now: float) -> Row:
     trace, relay = exchange.trace, exchange.relay
-    begun = relay is not None and relay.first_at is not None
+    begun = relay is not None and relay.trail.first_at is not None
     return {
         "id": trace.id,
         "client": trace.client,
@@ -71,7 +71,9 @@ def _row(exchange: Exchange, now: float) -> Row:
         "phase": _phase(exchange),
         "age_s": round(now - exchange.started, 3),
         "bytes": exchange.request.sent,
-        "last_chunk_s": round(now - relay.last_at, 3) if relay is not None and begun else None,
+        "last_chunk_s": round(now - relay.trail.last_at, 3)
+        if relay is not None and begun
+        else None,
         "paused_s": 0.0 if relay is None else round(relay.paused_s, 3),
     }
 

@@ -1,11 +1,11 @@
-"""Copies of chunks that wait to be read, so that many are read in one go.
+"""Chunks that were handed on and are still to be looked at, so that many are in one go.
 
-What a tap's code needs is out of the processor's caches when the next event comes, so that reading
-it there costs three times what it costs behind another one (ADR-0024).  All taps of a process
-therefore share one backlog: whoever fills it reads it out, and so does whoever asks a tap what it
-has found.  It holds few copies and no long one, whatever the streams do.
+What counting and reading a chunk needs is out of the processor's caches when the next one comes:
+there it costs three times what it costs behind another one (ADR-0024).  All streams of a process
+therefore share one backlog: whoever fills it has it read, and so does whoever asks a stream what
+was found in it.  It holds few chunks and no long one, whatever the streams do.
 
-Nothing here knows what a copy holds or how it is read.
+Nothing here knows what a chunk holds or how it is read.
 """
 
 from __future__ import annotations
@@ -13,36 +13,43 @@ from __future__ import annotations
 from typing import Protocol
 
 _TOGETHER = 32
-"""Copies that are read in one go; for about a tenth of a millisecond nothing else is done."""
+"""Chunks that are read in one go; for about a tenth of a millisecond nothing else is done."""
 
 _SHORT = 4096
-"""Most bytes of a copy that waits; a longer one is read at once, behind those before it."""
+"""Most bytes of a chunk that waits; a longer one is read at once, behind those before it."""
 
 
 class Reader(Protocol):
-    """Whoever reads copies; ``tap.StreamAccumulator`` is one."""
+    """Whoever looks at chunks; ``trail.Trail`` is one."""
 
-    def read(self, data: bytes) -> None:
-        """Read a copy; never raises."""
+    def read(self, at: float, data: bytes) -> None:
+        """Look at a chunk that came ``at`` monotonic seconds; never raises."""
 
 
 class Backlog:
-    """The copies that wait, in the order in which they came."""
+    """The chunks that wait, in the order in which they came."""
 
-    __slots__ = ("_copies",)
+    __slots__ = ("_waiting",)
 
     def __init__(self) -> None:
-        self._copies: list[tuple[Reader, bytes]] = []
+        self._waiting: list[tuple[Reader, float, bytes, int]] = []
 
-    def add(self, reader: Reader, data: bytes) -> None:
-        """Have ``reader`` read ``data`` soon."""
-        copies = self._copies
-        copies.append((reader, data))
-        if len(copies) >= _TOGETHER or len(data) > _SHORT:
+    def add(self, reader: Reader, at: float, data: bytes, start: int = 0) -> None:
+        """Have ``reader`` read ``data`` soon.
+
+        Args:
+            at: when it came, in monotonic seconds.
+            start: where the content of a chunk in the chunked coding starts, whose last two bytes
+                end it; 0 where all is content.
+        """
+        waiting = self._waiting
+        waiting.append((reader, at, data, start))
+        if len(waiting) >= _TOGETHER or len(data) > _SHORT:
             self.read()
 
     def read(self) -> None:
         """Have all read that waits."""
-        copies, self._copies = self._copies, []
-        for reader, data in copies:
-            reader.read(data)
+        if waiting := self._waiting:
+            self._waiting = []
+            for reader, at, data, start in waiting:
+                reader.read(at, data[start:-2] if start else data)

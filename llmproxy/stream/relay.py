@@ -28,6 +28,8 @@ from twisted.web.client import ResponseDone
 from zope.interface import implementer
 
 from llmproxy.errors import ClientGone, upstream_idle
+from llmproxy.stream.backlog import Backlog
+from llmproxy.stream.trail import Trail
 
 _SAMPLE = 15
 """One in so many and one chunks is followed until the kernel has it."""
@@ -42,6 +44,9 @@ class Sink(Protocol):
 
     def write(self, data: bytes) -> None:
         """Take one chunk and put it on the wire."""
+
+    def write_framed(self, data: bytes, start: int) -> None:
+        """Take one chunk that stands in the chunked coding, from ``start`` to two bytes before."""
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Name whom to pause; it is paused at once where the wire is full already."""
@@ -84,35 +89,25 @@ class Relay(TwistedProtocol):
         reactor: schedules the idle clock.
         clock: monotonic seconds.
         idle: seconds of silence after which the source is given up, or None.
+        backlog: where what was handed on waits to be looked at.
         gaps: called with the seconds between one chunk and the next.
         delays: called with the seconds from a chunk's coming in until the kernel has it; of every
             sixteenth chunk, the second being the first of those.
-        copy: called with each chunk after it was written, or None.
+        copy: called with each chunk some time after it was written, or None.
         stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
     Attributes:
-        first_at: when the first chunk came, or None.
-        last_at: when the last one came; before the first, when the relay started.
-        longest_gap: the longest time between two chunks, pauses left out, in seconds.
-        tail: the last four bytes, so that an event's end can be told.
+        trail: when the chunks came, and how they end.
         done: fires with None when the body ended as its framing says; fails with a ``ProxyError``
             where it broke, with ``ClientGone`` where the sink went away.  Cancelling it closes the
             source.
     """
 
     __slots__ = (
-        *("_bytes", "_chunks", "_clock", "_copy", "_delays", "_gaps", "_idle", "_paused_at"),
-        *(
-            "_paused_before",
-            "_handed_on",
-            "_reactor",
-            "_sink",
-            "_source",
-            "_stays",
-            "_timer",
-            "_write",
-        ),
-        *("done", "first_at", "last_at", "longest_gap", "state", "tail"),
+        *("_add", "_bytes", "_chunks", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
+        *("_paused_before", "_reactor", "_sink", "_source", "_stays", "_timer", "_write"),
+        "_write_framed",
+        *("done", "state", "trail"),
     )
 
     def __init__(
@@ -123,6 +118,7 @@ class Relay(TwistedProtocol):
         clock: Callable[[], float],
         *,
         idle: float | None,
+        backlog: Backlog,
         gaps: Callable[[float], None],
         delays: Callable[[float], None],
         copy: Callable[[bytes], None] | None = None,
@@ -131,12 +127,11 @@ class Relay(TwistedProtocol):
         self._source = source
         self._sink = sink
         self._write = sink.write
+        self._write_framed = sink.write_framed
         self._reactor = reactor
         self._clock = clock
         self._idle = idle
-        self._gaps = gaps
         self._delays = delays
-        self._copy = copy
         self._stays = stays
         self._timer: Any = None
         self._paused_at = 0.0
@@ -145,10 +140,8 @@ class Relay(TwistedProtocol):
         self._chunks = 0
         self._bytes = 0
         self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
-        self.first_at: float | None = None
-        self.last_at = clock()
-        self.longest_gap = 0.0
-        self.tail = b""
+        self.trail = Trail(backlog, clock(), gaps, copy)
+        self._add = backlog.add
         self.done: Deferred[None] = Deferred(lambda _: self.cancel())
 
     def start(self) -> Deferred[None]:
@@ -188,26 +181,29 @@ class Relay(TwistedProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Hand on one chunk, cut anywhere."""
-        # Names of one's own: what is called as a method of ``self`` is looked for as one first.
-        clock, write, copy = self._clock, self._write, self._copy
+        clock, write, add = self._clock, self._write, self._add  # as in trail.py
         now = clock()
-        gap = now - self.last_at
-        self.last_at = now
-        if chunks := self._chunks:
-            gaps = self._gaps
-            gaps(gap)
-            if gap > self.longest_gap:
-                self.longest_gap = gap
-        else:
-            self.first_at = now
-        self._chunks = chunks = chunks + 1
+        self._chunks = chunks = self._chunks + 1
         self._bytes += len(data)
-        self.tail = data[-4:] if len(data) > 3 else (self.tail + data)[-4:]
         write(data)
         if chunks & _SAMPLE == 2:
             self._follow(now)
-        if copy is not None:
-            copy(data)
+        add(self.trail, now, data)
+
+    def framedReceived(self, data: bytes, start: int) -> None:
+        """Hand on one chunk of the chunked coding as it is.
+
+        Args:
+            start: where its content starts, which ends two bytes before the end.
+        """
+        clock, write, add = self._clock, self._write_framed, self._add
+        now = clock()
+        self._chunks = chunks = self._chunks + 1
+        self._bytes += len(data) - start - 2
+        write(data, start)
+        if chunks & _SAMPLE == 2:
+            self._follow(now)
+        add(self.trail, now, data, start)
 
     def _follow(self, since: float) -> None:
         self._sink.when_sent(lambda: self._delays(self._clock() - since))
@@ -231,10 +227,10 @@ class Relay(TwistedProtocol):
         if self.state is _PAUSED:
             now = self._clock()
             self._paused_before += now - self._paused_at
-            self.last_at += now - max(self._paused_at, self.last_at)
+            self.trail.excuse(self._paused_at, now)
             self.state = _FLOWING
             if self._timer is None and self._idle is not None:
-                self._wait(self._idle - (now - self.last_at))
+                self._wait(self._idle - (now - self.trail.last_at))
             if self.transport is not None:
                 self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
 
@@ -261,7 +257,7 @@ class Relay(TwistedProtocol):
         """Give up where the silence since the last chunk has lasted for ``idle``; else go on."""
         self._timer = None
         if self.state is _FLOWING and self._idle is not None:
-            left = self._idle - (self._clock() - self.last_at)
+            left = self._idle - (self._clock() - self.trail.last_at)
             if left <= 0:
                 self._end(Failure(upstream_idle()))
             else:

@@ -1,11 +1,10 @@
 """The accumulator that reads a copy of a stream beside the relay (ADR-0024).
 
-Who relays a chunk feeds it here after it was written to the client.  The copy waits in the backlog
-of all taps (``backlog.py``), and then passes through three stages, each bounded: ``inflate.py``
-opens its coding, ``events.py`` cuts it into events, and the endpoint's row of ``dialects/`` reads
-them into ``gathered.py``.  Whatever goes wrong here marks the result, is logged and counted once,
-and ends at most the tap: nothing is ever raised towards the relay, and no byte of the stream is
-touched.
+Who relays a chunk feeds it here after it was written to the client, at once or out of a backlog.
+The copy passes through three stages, each bounded: ``inflate.py`` opens its coding, ``events.py``
+cuts it into events, and the endpoint's row of ``dialects/`` reads them into ``gathered.py``.
+Whatever goes wrong here marks the result, is logged and counted once, and ends at most the tap:
+nothing is ever raised towards the relay, and no byte of the stream is touched.
 
 This module knows no route, no trace and no metric, and nothing of who relays.
 """
@@ -21,7 +20,6 @@ from twisted.logger import Logger
 
 from llmproxy.errors import EndReason
 from llmproxy.headers import media_type
-from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.dialects import DONE, Endpoint, is_whole
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
@@ -57,7 +55,7 @@ class StreamAccumulator:
         event: the longest event, or answer in one piece, that is read, in bytes.
         name: the request's id, for the log.
         degraded: called once for each reason.
-        backlog: where copies wait, those of other taps among them.
+        catch_up: feeds what still waits to be read; called before anything is told.
     """
 
     def __init__(
@@ -71,12 +69,12 @@ class StreamAccumulator:
         event: int = 1024**2,
         name: str = "",
         degraded: Callable[[Degraded], None] = lambda _: None,
-        backlog: Backlog | None = None,
+        catch_up: Callable[[], object] = lambda: None,
     ) -> None:
         self._endpoint = endpoint
         self._name = name
         self._tell = degraded
-        self._backlog = Backlog() if backlog is None else backlog
+        self._catch_up = catch_up
         self._seen = Gathered(keeps=capture == "content", budget=accumulate)
         self._idle = frozenset() if capture == "content" else endpoint.idle
         self._result: Result | None = None
@@ -95,37 +93,37 @@ class StreamAccumulator:
     @property
     def is_reading(self) -> bool:
         """Whether further bytes can tell anything; feeding others costs nothing."""
-        self._backlog.read()
+        self._catch_up()
         return self._framing is not None
 
     @property
     def events(self) -> int:
         """How many events with data came so far."""
-        self._backlog.read()
+        self._catch_up()
         return self._events
 
     @property
     def degraded(self) -> tuple[Degraded, ...]:
         """The reasons so far, in the order of their class."""
-        self._backlog.read()
+        self._catch_up()
         return self._degraded
 
     @property
     def has_ended(self) -> bool:
         """Whether the dialect's end marker was seen."""
-        self._backlog.read()
+        self._catch_up()
         return self._seen.has_ended
 
     @property
     def error(self) -> ProviderError | None:
         """The error that the provider put into its answer, so far."""
-        self._backlog.read()
+        self._catch_up()
         return self._seen.error
 
     @property
     def usage(self) -> Usage:
         """The counts so far."""
-        self._backlog.read()
+        self._catch_up()
         seen = self._seen
         is_final = self._is_document or seen.has_ended or seen.finish_reason is not None
         return seen.usage(is_final=is_final)
@@ -133,18 +131,14 @@ class StreamAccumulator:
     @property
     def held_bytes(self) -> int:
         """How many bytes are held, at most ``accumulate`` and ``event`` and a line end."""
-        self._backlog.read()
+        self._catch_up()
         framing = self._framing
         return self._seen.held_bytes + (0 if framing is None else framing.held_bytes)
 
     # -- the stream -----------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Take a copy of a chunk, cut anywhere, to be read soon; never raises."""
-        self._backlog.add(self, data)
-
-    def read(self, data: bytes) -> None:
-        """Read a copy of a chunk; the backlog calls this.  Never raises."""
+        """Read a copy of a chunk, cut anywhere; never raises."""
         framing = self._framing
         if framing is None:
             return
@@ -165,7 +159,7 @@ class StreamAccumulator:
             end: why it ended, as the relay saw it.
         """
         if self._result is None:
-            self._backlog.read()
+            self._catch_up()
             try:
                 self._flush(end)
             except Exception:

@@ -71,7 +71,7 @@ class Connection(Protocol):
         *("_answer", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
         *("_lost_early", "_max_head", "_method", "_paused", "_persistent", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "pool_key", "ready"),
-        *("sending", "serving", "state", "verdict"),
+        *("sending", "serving", "state", "verdict", "_framed"),
     )
 
     def __init__(
@@ -122,7 +122,7 @@ class Connection(Protocol):
         self._settle_ready(reason)
         if state is _ASKED:
             self._stop_sending()
-            self._fail_answer(upstream_broken(reason.getErrorMessage()))
+            self._tell(upstream_broken(reason.getErrorMessage()))
         elif state is _FLOWING:
             self._end_body(self._how_it_ended(reason))
         elif state is _ANSWERED:
@@ -153,11 +153,9 @@ class Connection(Protocol):
             fires with the :class:`Answer` when its whole head is in.  Cancelling it closes the
             socket at once.  It fails with ``ProxyError``.
         """
-        self.state = _ASKED
-        self._method = method
+        self.state, self._method, self.sending = _ASKED, method, None
         self._buffer, self._interim = b"", 0
         self._until_close = self._paused = False
-        self.sending = None
         answer: Deferred[Answer] = Deferred(lambda _: self.abort())
         self._answer: Deferred[Answer] | None = answer
         if body is None:
@@ -172,7 +170,7 @@ class Connection(Protocol):
         """The body will not be whole, so neither can the request be: give the connection up."""
         self.abort()
         if self.state is _ASKED:
-            self._fail_answer(failure.value)
+            self._tell(failure.value)
         elif self.state is _FLOWING:
             self._end_body(failure)
 
@@ -210,7 +208,7 @@ class Connection(Protocol):
         except BadMessage as error:
             self.abort()
             self._stop_sending()
-            self._fail_answer(upstream_protocol(str(error)))
+            self._tell(upstream_protocol(str(error)))
 
     def _take_head(self, head: bytes) -> bool:
         """Read one head; return whether it was the final one (RFC 9112, section 6.3)."""
@@ -229,18 +227,16 @@ class Connection(Protocol):
         self._lost_early = None
         self.state = _ANSWERED
         self.serving = answer
-        deferred, self._answer = self._answer, None
-        if deferred is not None:
-            deferred.callback(answer)
+        self._tell(answer)
         if self.state is _ANSWERED:
             self._paused = True
             self._transport.pauseProducing()
         return True
 
-    def _fail_answer(self, error: BaseException | None) -> None:
+    def _tell(self, result: Any) -> None:
         deferred, self._answer = self._answer, None
         if deferred is not None and not deferred.called:
-            deferred.errback(error)
+            (deferred.callback if isinstance(result, Answer) else deferred.errback)(result)
 
     # -- its body -------------------------------------------------------------------------------
 
@@ -248,6 +244,7 @@ class Connection(Protocol):
         """Hand the body to ``protocol``; see :meth:`Answer.deliverBody`."""
         lost = self.state is _CLOSED
         self._consumer: IProtocol | None = protocol
+        self._framed: Any = getattr(protocol, "framedReceived", None)
         protocol.makeConnection(self._transport)
         if not lost:
             self.state = _FLOWING
@@ -261,7 +258,10 @@ class Connection(Protocol):
             self._end_body(self._how_it_ended(self._lost_early or Failure(ConnectionDone())))
 
     def _read_body(self, data: bytes) -> None:
-        reader, consumer = self._reader, self._consumer
+        reader, consumer, framed = self._reader, self._consumer, self._framed
+        if framed is not None and (start := reader.framed(data)):
+            framed(data, start)
+            return
         content = reader.feed(data)
         if content and consumer is not None:
             consumer.dataReceived(content)
@@ -289,7 +289,7 @@ class Connection(Protocol):
         self._became_idle(self)
 
     def _end_body(self, reason: Failure) -> None:
-        consumer, self._consumer = self._consumer, None
+        consumer, self._consumer, self._framed = self._consumer, None, None
         if consumer is not None:
             consumer.connectionLost(reason)
 

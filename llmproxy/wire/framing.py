@@ -65,13 +65,8 @@ class ChunkedReader:
 
         What came before an error is returned, too; the error is in :attr:`error`.
         """
-        if self._between:
-            # Most reads are exactly one chunk.
-            line = _LINES.get(size := len(data))
-            if line is None and size in _FOUR_DIGITS:
-                line = b"%x\r\n" % (size - 8)
-            if line is not None and data.startswith(line) and data.endswith(b"\r\n"):
-                return data[len(line) : -2]
+        if start := self.framed(data):
+            return data[start:-2]
         if self.error is not None:
             return b""
         if self._line:
@@ -88,6 +83,20 @@ class ChunkedReader:
         if self.done:
             self.extra = data[position:] if position >= 0 else b""
         return content[0] if len(content) == 1 else b"".join(content)
+
+    def framed(self, data: bytes) -> int:
+        """Return where the content of ``data`` starts, if that is just the next chunk; else 0.
+
+        Most reads are that.  The content ends two bytes before the end; :meth:`feed` need not be
+        told.  No extension is among it, so that it can be handed on as it is.
+        """
+        if self._between:
+            line = _LINES.get(size := len(data))
+            if line is None and size in _FOUR_DIGITS:
+                line = b"%x\r\n" % (size - 8)
+            if line is not None and data.startswith(line) and data.endswith(b"\r\n"):
+                return len(line)
+        return 0
 
     def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
         if position == len(data):
@@ -162,6 +171,10 @@ class LengthReader:
         self.done = left == 0
         self.extra = b""
         self.error: BadMessage | None = None
+
+    def framed(self, data: bytes) -> int:
+        """Return 0: nothing is framed here."""
+        return 0
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes, cut anywhere, and return the content in them."""

@@ -313,6 +313,33 @@ def test_without_chunks_the_bytes_are_the_body(
     assert caller.closed() == (["lose"] if version == "1.0" else [])
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (get(), [b"5\r\nhello\r\n", b"1\r\n!\r\n", LAST]),
+        (get("GET", "1.0"), [b"hello", b"!"]),
+        (get("HEAD"), []),
+    ],
+)
+@pytest.mark.parametrize("flushed", [True, False])
+def test_a_piece_in_the_chunked_coding_is_decoded_where_that_is_not_spoken(
+    flushed: bool, lines: bytes, expected: list[bytes]
+) -> None:
+    """It leaves as it came where the answer is in that coding, and as its content elsewhere."""
+    caller = Caller(lines)
+    caller.request.start(200, [])
+    if flushed:
+        caller.request.flush()
+    caller.request.write_framed(b"5\r\nhello\r\n", 3)
+    caller.request.write_framed(b"1\r\n!\r\n", 3)
+    caller.request.finish()
+    caller.request.write_framed(b"1\r\n?\r\n", 3)
+
+    assert b"".join(caller.transport.writes).partition(b"\r\n\r\n")[2] == b"".join(expected)
+    assert caller.transport.writes[2 if flushed else 1 :] == expected[1:]
+    assert caller.request.sent == (6 if expected else 0)
+
+
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])
 def test_where_no_body_belongs_none_is_written(method: str, status: int) -> None:
     """The body of an answer that has none is dropped, and the connection goes on."""

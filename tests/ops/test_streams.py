@@ -20,7 +20,8 @@ def exchange(started: float = 10.0, **changes: Any) -> Any:
 
 def relay(*, paused: bool = False, first_at: float | None = 11.0) -> Any:
     """Return the relay of an answer that began at 11 and had its last chunk at 12."""
-    return SimpleNamespace(is_paused=paused, first_at=first_at, last_at=12.0, paused_s=0.5)
+    trail = SimpleNamespace(first_at=first_at, last_at=12.0)
+    return SimpleNamespace(is_paused=paused, trail=trail, paused_s=0.5)
 
 
 def rows(*exchanges: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Copies that wait: in their order, few of them, and read before anybody is told anything."""
+"""Chunks that wait: in their order, few of them, and read before anybody is told anything."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import pytest
 from llmproxy.errors import Dialect, EndReason
 from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.dialects import endpoint
+from llmproxy.stream.gathered import ProviderError
 from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.trail import Trail
 
 SSE = b"text/event-stream"
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+
+
+Notes = list[tuple[str, float, bytes]]
 
 
 class Noted:
@@ -21,65 +26,81 @@ class Noted:
         notes: what all readers have read, in order.
     """
 
-    def __init__(self, name: str, notes: list[tuple[str, bytes]]) -> None:
+    def __init__(self, name: str, notes: Notes) -> None:
         self.name = name
         self.notes = notes
 
-    def read(self, data: bytes) -> None:
+    def read(self, at: float, data: bytes) -> None:
         """Write it down."""
-        self.notes.append((self.name, data))
+        self.notes.append((self.name, at, data))
 
 
 def test_all_wait_until_there_are_many_and_are_read_in_order() -> None:
-    """The thirty-second copy has all of them read, whoever's they are."""
-    backlog, notes = Backlog(), list[tuple[str, bytes]]()
+    """The thirty-second chunk has all of them read, whoever's they are."""
+    backlog, notes = Backlog(), Notes()
     readers = [Noted("a", notes), Noted("b", notes)]
-    fed = [(readers[i % 2], b"%d" % i) for i in range(64)]
-    for count, (reader, data) in enumerate(fed, 1):
-        backlog.add(reader, data)
+    fed = [(readers[i % 2], float(i), b"%d" % i) for i in range(64)]
+    for count, (reader, at, data) in enumerate(fed, 1):
+        backlog.add(reader, at, data)
         assert len(notes) == count // 32 * 32
-    assert notes == [(reader.name, data) for reader, data in fed]
+    assert notes == [(reader.name, at, data) for reader, at, data in fed]
 
 
 def test_a_long_one_does_not_wait() -> None:
-    """What is held is short: a longer copy is read at once, behind those that waited."""
-    backlog, notes = Backlog(), list[tuple[str, bytes]]()
+    """What is held is short: a longer chunk is read at once, behind those that waited."""
+    backlog, notes = Backlog(), Notes()
     reader = Noted("a", notes)
-    backlog.add(reader, b"x" * 4096)
+    backlog.add(reader, 1.0, b"x" * 4096)
     assert notes == []
-    backlog.add(reader, b"y" * 4097)
-    assert [len(data) for _, data in notes] == [4096, 4097]
+    backlog.add(reader, 2.0, b"y" * 4097)
+    assert [len(data) for _, _, data in notes] == [4096, 4097]
 
 
-def test_what_a_reader_adds_while_it_reads_is_read_later() -> None:
-    """A copy that comes out of a reading waits as others do, and none is read twice."""
-    backlog, notes = Backlog(), list[tuple[str, bytes]]()
+def test_what_is_added_while_others_are_read_is_read_later() -> None:
+    """A chunk that comes out of a reading waits as others do, and none is read twice."""
+    backlog, notes = Backlog(), Notes()
 
     class Adds(Noted):
-        def read(self, data: bytes) -> None:
-            super().read(data)
+        def read(self, at: float, data: bytes) -> None:
+            super().read(at, data)
             if data == b"first":
-                backlog.add(self, b"second")
+                backlog.add(self, 2.0, b"second")
 
-    backlog.add(Adds("a", notes), b"first")
+    backlog.add(Adds("a", notes), 1.0, b"first")
     backlog.read()
-    assert notes == [("a", b"first")]
+    assert notes == [("a", 1.0, b"first")]
     backlog.read()
     backlog.read()
-    assert notes == [("a", b"first"), ("a", b"second")]
+    assert notes == [("a", 1.0, b"first"), ("a", 2.0, b"second")]
 
 
-def two() -> tuple[StreamAccumulator, StreamAccumulator]:
-    """Return two taps with one backlog."""
-    row = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
-    assert row is not None
-    backlog = Backlog()
-    one = StreamAccumulator(row, content_type=SSE, capture="content", backlog=backlog)
-    return one, StreamAccumulator(row, content_type=SSE, capture="content", backlog=backlog)
+# --- trails and taps with one backlog -------------------------------------------------------------
+
+
+class Stream:
+    """A tap behind a trail, as a relay has them.
+
+    Args:
+        backlog: which it shares with others.
+    """
+
+    def __init__(self, backlog: Backlog) -> None:
+        row = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
+        assert row is not None
+        self.tap = StreamAccumulator(
+            row, content_type=SSE, capture="content", catch_up=backlog.read
+        )
+        self.gaps: list[float] = []
+        self.trail = Trail(backlog, 0.0, self.gaps.append, self.tap.feed)
+        self.backlog = backlog
+
+    def feed(self, data: bytes, at: float = 1.0) -> None:
+        """Let a chunk come."""
+        self.backlog.add(self.trail, at, data)
 
 
 def test_whoever_asks_a_tap_is_told_of_what_still_waited() -> None:
-    """Each thing that a tap can be asked has the copies read first."""
+    """Each thing that a tap can be asked has the chunks read first."""
     marked = EVENT + b'data: {"error":{"message":"m"}}\n\ndata: [DONE]\n\ndata: [\n\n'
     for name, expected in (
         ("events", 4),
@@ -87,22 +108,46 @@ def test_whoever_asks_a_tap_is_told_of_what_still_waited() -> None:
         ("is_reading", True),
         ("degraded", ("unreadable",)),
         ("held_bytes", 1),
+        ("error", ProviderError(None, "m")),
     ):
-        tap, _ = two()
-        tap.feed(marked)
-        assert getattr(tap, name) == expected, name
-    tap, _ = two()
-    tap.feed(marked)
-    assert tap.error is not None
+        stream = Stream(Backlog())
+        stream.feed(marked)
+        assert getattr(stream.tap, name) == expected, name
+
+
+def test_whoever_asks_a_trail_is_told_of_what_still_waited() -> None:
+    """Times, the longest gap and the last bytes are those of all that has come."""
+    for name, expected in (
+        ("first_at", 3.0),
+        ("last_at", 9.0),
+        ("longest_gap", 4.0),
+        ("tail", b"efgh"),
+    ):
+        stream = Stream(Backlog())
+        for data, at in ((b"ab", 3.0), (b"c", 5.0), (b"defg", 9.0), (b"h", 9.0)):
+            stream.feed(data, at)
+        assert getattr(stream.trail, name) == expected, name
+        assert stream.gaps == [2.0, 4.0, 0.0]
+
+
+def test_a_pause_is_no_gap_also_where_chunks_still_wait() -> None:
+    """What came before the pause is noted before the pause is."""
+    stream = Stream(Backlog())
+    stream.feed(b"a", 1.0)
+    stream.feed(b"b", 2.0)
+    stream.trail.excuse(3.0, 103.0)
+    stream.feed(b"c", 104.0)
+    assert (stream.trail.longest_gap, stream.gaps) == (2.0, [1.0, 2.0])
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
-def test_taps_with_one_backlog_get_each_their_own(count: int) -> None:
-    """However many copies come in turn, each tap has its stream whole and nothing of another's."""
-    one, other = two()
+def test_streams_with_one_backlog_get_each_their_own(count: int) -> None:
+    """However many chunks come in turn, each tap has its stream whole and nothing of another's."""
+    backlog = Backlog()
+    one, other = Stream(backlog), Stream(backlog)
     for _ in range(count):
         one.feed(EVENT)
         other.feed(EVENT.replace(b'"a"', b'"b"'))
-    assert one.finish(EndReason.CLIENT_GONE).text == "a" * count
+    assert one.tap.finish(EndReason.CLIENT_GONE).text == "a" * count
     other.feed(EVENT)
-    assert other.finish(EndReason.CLIENT_GONE).text == "b" * count + "a"
+    assert other.tap.finish(EndReason.CLIENT_GONE).text == "b" * count + "a"

@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_broken
+from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.relay import Relay, State
 from tests.support.fake_transport import FakeTransport
 
@@ -25,6 +26,7 @@ class Sink:
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
+        self.starts: list[int] = []
         self.producer: Any = None
         self.full = False
         self.on_write: Callable[[], None] = lambda: None
@@ -41,6 +43,10 @@ class Sink:
     def write(self, data: bytes) -> None:
         self.chunks.append(data)
         self.on_write()
+
+    def write_framed(self, data: bytes, start: int) -> None:
+        self.chunks.append(data)
+        self.starts.append(start)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         assert streaming
@@ -85,21 +91,29 @@ class Pump:
         self.source, self.sink = Source(), Sink()
         self.gaps: list[float] = []
         self.delays: list[float] = []
-        self.copied: list[bytes] = []
+        self._copied: list[bytes] = []
+        self.backlog = Backlog()
         self.relay = Relay(
             self.source,
             self.sink,
             self.clock,
             self.clock.seconds,
             idle=idle,
+            backlog=self.backlog,
             gaps=self.gaps.append,
             delays=self.delays.append,
-            copy=self.copied.append,
+            copy=self._copied.append,
         )
         self.outcomes: list[Any] = []
         self.relay.done.addBoth(self._keep)
         if start:
             assert self.relay.start() is self.relay.done
+
+    @property
+    def copied(self) -> list[bytes]:
+        """What the copy got so far."""
+        self.backlog.read()
+        return self._copied
 
     def _keep(self, outcome: Any) -> None:
         self.outcomes.append(outcome.value if isinstance(outcome, Failure) else outcome)
@@ -139,16 +153,16 @@ def test_each_chunk_goes_out_at_once_and_alone() -> None:
 def test_chunks_bytes_and_times_are_counted() -> None:
     """Counts, first and last time, and the gaps between chunks, of which the first has none."""
     pump = Pump()
-    assert (pump.relay.first_at, pump.relay.last_at) == (None, 1000.0)
+    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (None, 1000.0)
     pump.feed(b"abc", after=7)
-    assert (pump.relay.first_at, pump.relay.longest_gap, pump.gaps) == (1007.0, 0.0, [])
+    assert (pump.relay.trail.first_at, pump.relay.trail.longest_gap, pump.gaps) == (1007.0, 0.0, [])
     pump.feed(b"d", b"efgh", after=2)
     pump.feed(b"i", after=1)
 
     relay = pump.relay
     assert (relay.chunks, relay.byte_count) == (4, 9)
-    assert (relay.first_at, relay.last_at) == (1007.0, 1012.0)
-    assert (relay.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
+    assert (relay.trail.first_at, relay.trail.last_at) == (1007.0, 1012.0)
+    assert (relay.trail.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
     assert (relay.paused_s, relay.is_paused) == (0.0, False)
     relay.connectionLost(WHOLE)
 
@@ -160,7 +174,7 @@ def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
     pump = Pump(idle=None)
     pump.feed(*chunks)
 
-    assert pump.relay.tail == b"".join(chunks)[-4:]
+    assert pump.relay.trail.tail == b"".join(chunks)[-4:]
 
 
 def test_bytes_that_came_before_the_start_go_out_first() -> None:
@@ -405,6 +419,21 @@ def test_cancel_alone_does_not_fire() -> None:
     assert not pump.outcomes
     assert pump.source.aborts == 1
     assert not pump.clock.getDelayedCalls()
+
+
+def test_a_chunk_in_its_coding_is_handed_on_as_it_is() -> None:
+    """Not a byte of it changes; what is counted and copied is its content."""
+    pump = Pump()
+    for wire, start in ((b"3\r\nabc\r\n", 3), (b"00a\r\n0123456789\r\n", 5)):
+        pump.clock.advance(1)
+        pump.relay.framedReceived(wire, start)
+        assert (pump.sink.chunks[-1], pump.sink.starts[-1]) == (wire, start)
+
+    assert (pump.relay.chunks, pump.relay.byte_count) == (2, 13)
+    assert pump.copied == [b"abc", b"0123456789"]
+    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (1001.0, 1002.0)
+    assert (pump.gaps, pump.relay.trail.tail) == ([1.0], b"6789")
+    assert len(pump.delays) == 1
 
 
 def test_a_sink_may_cancel_inside_a_write() -> None:

@@ -12,6 +12,7 @@ from twisted.python.failure import Failure
 
 from llmproxy.config import Provider, Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
+from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.relay import Relay
 from llmproxy.upstream.agent import Order, ProviderAgent
 from llmproxy.upstream.answer import Answer
@@ -97,6 +98,10 @@ class Sink:
         """Take a chunk."""
         self.data += data
 
+    def write_framed(self, data: bytes, start: int) -> None:
+        """Take a chunk's content."""
+        self.data += data[start:-2]
+
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Pause nobody."""
 
@@ -140,6 +145,7 @@ class Play:
             self.clock,
             self.clock.seconds,
             idle=5.0,
+            backlog=Backlog(),
             gaps=lambda gap: None,
             delays=lambda delay: None,
         )

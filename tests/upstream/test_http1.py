@@ -460,6 +460,42 @@ def test_the_consumer_has_the_transport_itself() -> None:
     assert not asked.transport.is_paused()
 
 
+class TakesChunks(Collector):
+    """A consumer that takes chunks in their coding; it keeps each with where its content starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.framed: list[tuple[bytes, int]] = []
+
+    def framedReceived(self, data: bytes, start: int) -> None:
+        self.framed.append((data, start))
+        self.dataReceived(data[start:-2])
+
+
+def test_a_read_of_one_chunk_is_handed_on_as_it_is_where_that_is_wanted() -> None:
+    """Whole chunks alone, without extensions; what is cut, joined or odd is decoded as ever."""
+    asked = Asked()
+    asked.collector = collector = TakesChunks()
+    whole = [b"5\r\nhello\r\n", b"1e\r\n" + bytes(30) + b"\r\n"]
+    other = [
+        *(b"2\r\nab\r\n1\r\nc\r\n", b"3\r\nde", b"f\r\n", b"2;x\r\ngh\r\n"),
+        *(b"03\r\nijk\r\n", b"1E\r\n" + bytes(30) + b"\r\n"),
+    ]
+    asked.answer(CHUNKED, whole[0], *other, whole[1], b"0\r\n\r\n")
+    asked.assert_whole(b"helloabcdefghijk" + bytes(60))
+    assert collector.framed == [(whole[0], 3), (whole[1], 4)]
+    assert asked.idle == [asked.connection]
+
+
+@pytest.mark.parametrize("head", [CLOSE, OK + b"content-length: 10\r\n\r\n"])
+def test_what_only_looks_like_a_chunk_is_content(head: bytes) -> None:
+    """A body in another framing may hold what would be a chunk."""
+    asked = Asked()
+    asked.collector = collector = TakesChunks()
+    asked.answer(head, b"5\r\nhello\r\n"[:10])
+    assert (collector.body, collector.framed) == (b"5\r\nhello\r\n"[:10], [])
+
+
 class PausesAtOnce(Collector):
     """A consumer that is full with its first piece."""
 
