@@ -96,6 +96,7 @@ class Connection(Protocol):
         """The answer that comes in on it now."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
+        self._framed: Any = None  # takes a chunk in its coding, while it may
         self._lost_early: Failure | None = None
         self.aborted = False
         """Whether we close it, so that it is of no use to anybody."""
@@ -132,7 +133,7 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close the socket at once, dropping what was not sent; harmless when closed already."""
         if not self.aborted and self.state is not _CLOSED:
-            self.aborted = True
+            self.aborted, self._framed = True, None
             self._transport.abortConnection()
 
     def _settle_ready(self, result: Any) -> None:
@@ -182,9 +183,12 @@ class Connection(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes, cut anywhere."""
-        if self.aborted:
+        framed = self._framed
+        if framed is not None and (start := self._reader.framed(data)):
+            framed(data, start)
+        elif self.aborted:
             return
-        if self.state is _FLOWING:
+        elif self.state is _FLOWING:
             self._read_body(data)
         elif self.state is _ASKED:
             self._read_head(data)
@@ -223,8 +227,7 @@ class Connection(Protocol):
         self._until_close = isinstance(reader, LengthReader) and reader.left is None
         self._persistent = answer.is_persistent and not self._until_close
         self.keep_for = answer.keep_alive_hint
-        self._early, self._buffer = self._buffer, b""
-        self._lost_early = None
+        self._early, self._buffer, self._lost_early = self._buffer, b"", None
         self.state = _ANSWERED
         self.serving = answer
         self._tell(answer)
@@ -244,10 +247,10 @@ class Connection(Protocol):
         """Hand the body to ``protocol``; see :meth:`Answer.deliverBody`."""
         lost = self.state is _CLOSED
         self._consumer: IProtocol | None = protocol
-        self._framed: Any = getattr(protocol, "framedReceived", None)
         protocol.makeConnection(self._transport)
         if not lost:
             self.state = _FLOWING
+            self._framed = None if self.aborted else getattr(protocol, "framedReceived", None)
             if self._paused:
                 self._paused = False
                 self._transport.resumeProducing()
@@ -258,10 +261,7 @@ class Connection(Protocol):
             self._end_body(self._how_it_ended(self._lost_early or Failure(ConnectionDone())))
 
     def _read_body(self, data: bytes) -> None:
-        reader, consumer, framed = self._reader, self._consumer, self._framed
-        if framed is not None and (start := reader.framed(data)):
-            framed(data, start)
-            return
+        reader, consumer = self._reader, self._consumer
         content = reader.feed(data)
         if content and consumer is not None:
             consumer.dataReceived(content)

@@ -27,6 +27,9 @@ _THRESHOLDS = (10_000, 20, 50)
 _ROUNDS = 100
 """Polls in a row before the reactor's own loop has its turn in any case."""
 
+_MOST = 256
+"""Most ready sockets that one poll tells of; the next one tells of the others."""
+
 _LONGEST = 2_147_483.0
 """Seconds that epoll can be told to wait; Twisted's own limit."""
 
@@ -67,7 +70,7 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
         """Poll, and again as long as only sockets have something to do."""
         for _ in range(1 if timeout == 0 else _ROUNDS):  # who asks for no wait is due elsewhere
             try:
-                ready = poll(-1 if timeout is None else timeout, len(selectables))
+                ready = poll(-1 if timeout is None else timeout, _MOST)
             except InterruptedError:
                 return
             for fd, event in ready:
@@ -88,9 +91,11 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                 return
             timed = reactor._pendingTimedCalls
             if timed:
-                timeout = min(timed[0].time - seconds(), _LONGEST)
+                timeout = timed[0].time - seconds()
                 if timeout <= 0:
                     return
+                if timeout > _LONGEST:
+                    timeout = _LONGEST
             else:
                 timeout = None
             if not reactor.running:

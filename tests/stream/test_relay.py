@@ -89,7 +89,7 @@ class Pump:
         self.clock = Clock()
         self.clock.advance(1000)
         self.source, self.sink = Source(), Sink()
-        self.gaps: list[float] = []
+        self._gaps: list[float] = []
         self.delays: list[float] = []
         self._copied: list[bytes] = []
         self.backlog = Backlog()
@@ -100,7 +100,7 @@ class Pump:
             self.clock.seconds,
             idle=idle,
             backlog=self.backlog,
-            gaps=self.gaps.append,
+            gaps=self._gaps.append,
             delays=self.delays.append,
             copy=self._copied.append,
         )
@@ -114,6 +114,12 @@ class Pump:
         """What the copy got so far."""
         self.backlog.read()
         return self._copied
+
+    @property
+    def gaps(self) -> list[float]:
+        """The gaps that were told so far."""
+        self.backlog.read()
+        return self._gaps
 
     def _keep(self, outcome: Any) -> None:
         self.outcomes.append(outcome.value if isinstance(outcome, Failure) else outcome)
