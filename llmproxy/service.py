@@ -139,7 +139,9 @@ class ProxyService(Service):
         twistd begins to log only after this, and asks the application for an observer.
         """
         if self._log_file is not None and isinstance(parent, Componentized):
-            self._json_log = JsonLog(self._log_file(), wall=time.time)
+            self._json_log = JsonLog(
+                self._log_file(), wall=time.time, later=self._reactor.callLater
+            )
             parent.setComponent(ILogObserver, self._json_log)
         super().setServiceParent(IServiceCollection(parent, parent))
 
@@ -260,10 +262,8 @@ class ProxyService(Service):
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
-        take_signals(
-            self._reactor,
-            {signal.SIGTERM: self._told_to_stop, signal.SIGINT: self._told_to_stop},
-        )
+        calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._told_to_stop)
+        take_signals(self._reactor, calls)
 
     def _told_to_stop(self) -> None:
         self._told += 1

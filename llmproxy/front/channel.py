@@ -25,6 +25,8 @@ from llmproxy.wire.direct import AtOnce
 from llmproxy.wire.secure import Secure
 from llmproxy.wire.transport import pending_bytes, raw_transport, unacknowledged_bytes
 
+_HANDSHAKE, _IDLE, _HEAD, _BODY, _SERVING, _CLOSING = Phase  # found faster than members (ADR-0011)
+
 _LINGER = 2.0
 """Seconds for which a refused upload is read and dropped, so that the refusal can be read."""
 
@@ -88,7 +90,7 @@ class Channel(Receiver):
         raw_transport(self.transport).bufferSize = _QUEUE
         self.site.joined(self)
         if isinstance(self.transport, TLSMemoryBIOProtocol | Secure):
-            self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
+            self.enter(_HANDSHAKE, self.site.timeouts.request_head)
         else:
             self.await_request()
 
@@ -99,7 +101,7 @@ class Channel(Receiver):
     def await_request(self) -> None:
         """Wait for the next request; while the process comes to rest, for a short grace."""
         idle = _DRAIN_GRACE if self.site.draining else self.site.timeouts.client_idle
-        self.enter(Phase.IDLE, idle)
+        self.enter(_IDLE, idle)
 
     def identify(self) -> None:
         """Count the client's address where a balancer had to say it first, or turn it away."""
@@ -127,7 +129,7 @@ class Channel(Receiver):
         This is what Twisted does where nobody asks to be told, but for the reset, and for what is
         still being written out: that ends as it was to end.
         """
-        if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
+        if self.phase is _CLOSING and (pending_bytes(self.transport) or self._poll):
             return
         if any(request.is_unframed for request in self.requests):
             self.abort()
@@ -145,7 +147,7 @@ class Channel(Receiver):
 
     def loseConnection(self) -> None:
         """Write out what is queued, then close; whoever takes nothing is dropped by the sweep."""
-        self.enter(Phase.CLOSING, _CLOSE_GRACE)
+        self.enter(_CLOSING, _CLOSE_GRACE)
         super().loseConnection()
 
     @property
@@ -209,7 +211,7 @@ class Channel(Receiver):
     def _linger(self) -> None:
         """Close our side, and read and drop what still comes, so that the answer can be read."""
         self._discarding = self._lingering = True
-        self.enter(Phase.CLOSING, _LINGER)
+        self.enter(_CLOSING, _LINGER)
         if self.transport is raw_transport(self.transport):
             self.transport.loseWriteConnection()
 
@@ -223,7 +225,7 @@ class Channel(Receiver):
         """The answer ends with the connection, so only a reset can tell that it broke."""
         self.persistent = False
         self.requests.remove(request)
-        self.enter(Phase.CLOSING, None)
+        self.enter(_CLOSING, None)
         self._networkProducer.unregisterProducer()
         self._reset_once_sent()
 
@@ -240,15 +242,15 @@ class Channel(Receiver):
         """Act on a deadline that has passed, and on a client that takes nothing."""
         if now >= self.deadline:
             self._expire(now)
-        elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE):
+        elif self.phase not in (_IDLE, _HANDSHAKE):
             self._check_stall(now)
 
     def _expire(self, now: float) -> None:
-        if self.phase is Phase.BODY:
-            self.enter(Phase.BODY, None)
+        if self.phase is _BODY:
+            self.enter(_BODY, None)
             slow = ProxyError(408, "slow_request", "The request body came too slowly.")
             self.requests[-1].refuse(slow)
-        elif self.phase is Phase.CLOSING:
+        elif self.phase is _CLOSING:
             if pending_bytes(self.transport):
                 self._check_stall(now)
             elif self._lingering:
@@ -256,9 +258,9 @@ class Channel(Receiver):
                 self.loseConnection()
             else:
                 self.abort()
-        elif self.phase is Phase.HEAD:
+        elif self.phase is _HEAD:
             self.tell_and_close(ProxyError(408, "slow_request", "The request came too slowly."))
-        elif self.phase is Phase.HANDSHAKE:
+        elif self.phase is _HANDSHAKE:
             self.abort()
         else:
             self.loseConnection()

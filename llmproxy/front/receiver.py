@@ -33,6 +33,8 @@ from llmproxy.wire.grammar import (
 )
 from llmproxy.wire.transport import has_peer_left
 
+_HANDSHAKE, _IDLE, _HEAD, _BODY, _SERVING, _CLOSING = Phase  # found faster than members (ADR-0011)
+
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
@@ -67,7 +69,7 @@ class Receiver(http.HTTPChannel):
         self.site = site
         self.factory = site
         self.timeOut = None
-        self.phase = Phase.IDLE
+        self.phase = _IDLE
         self.deadline = math.inf
         self._buffer = b""
         self._advancing = False
@@ -101,7 +103,7 @@ class Receiver(http.HTTPChannel):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes, cut anywhere."""
-        if self._discarding or self.phase is Phase.CLOSING:
+        if self._discarding or self.phase is _CLOSING:
             return
         self._buffer += data
         if not self._advancing:
@@ -114,17 +116,17 @@ class Receiver(http.HTTPChannel):
 
     def _advance(self) -> bool:
         """Take one step with what is buffered; return whether another may follow."""
-        if self._discarding or self.phase is Phase.CLOSING:
+        if self._discarding or self.phase is _CLOSING:
             self._buffer = b""
             return False
-        if self.phase is Phase.BODY:
+        if self.phase is _BODY:
             return self._read_body()
-        if self.phase is Phase.SERVING:
+        if self.phase is _SERVING:
             return self._keep_pipelined()
         return self._read_head()
 
     def _read_head(self) -> bool:
-        if self.phase is Phase.IDLE:
+        if self.phase is _IDLE:
             if self._skips_line:  # one empty line before a request: RFC 9112, section 2.2
                 if self._buffer == b"\r":
                     return False
@@ -132,7 +134,7 @@ class Receiver(http.HTTPChannel):
                 self._buffer = self._buffer.removeprefix(b"\r\n")
             if not self._buffer:
                 return False
-            self.enter(Phase.HEAD, self.site.timeouts.request_head)
+            self.enter(_HEAD, self.site.timeouts.request_head)
             if self.address is None:
                 self.identify()
                 if self._discarding:
@@ -171,7 +173,7 @@ class Receiver(http.HTTPChannel):
         if b"connection" in head.first:
             options = list_tokens(field_values(head.fields, b"connection"))
             self.persistent = self.persistent and b"close" not in options
-        self.enter(Phase.BODY, self.site.timeouts.request_body)
+        self.enter(_BODY, self.site.timeouts.request_body)
         length = self._reader.left if isinstance(self._reader, LengthReader) else None
         request.gotLength(length)
         expected = _NOTHING
@@ -217,7 +219,7 @@ class Receiver(http.HTTPChannel):
         return False
 
     def _body_done(self) -> None:
-        self.enter(Phase.SERVING, None)
+        self.enter(_SERVING, None)
         self.requests[0].body_done()
 
     def _keep_pipelined(self) -> bool:
@@ -231,14 +233,14 @@ class Receiver(http.HTTPChannel):
         """Serve a request whose body is refused: what still comes is dropped."""
         self._discarding = True
         self.persistent = False
-        self.enter(Phase.SERVING, None)
+        self.enter(_SERVING, None)
         request.process()
 
     # -- a body that streams (front.upload.Reading) ---------------------------------------------
 
     def pause_upload(self) -> None:
         """Read no more for now; the body's deadline stands still."""
-        if self._upload_paused_at is None and self.phase is Phase.BODY:
+        if self._upload_paused_at is None and self.phase is _BODY:
             self._upload_paused_at = self.site.clock()
             self._upload_left = self.deadline - self._upload_paused_at
             self.deadline = math.inf

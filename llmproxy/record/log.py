@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import IO, Any, cast
 
 import msgspec
+from msgspec import UNSET
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
@@ -37,6 +38,12 @@ _AccessLine = msgspec.defstruct(
 ACCESS = "llmproxy.access"
 """The logger of access lines."""
 
+GATHER_S = 0.02
+"""Seconds for which an access line waits for others."""
+
+_TOGETHER = 64
+"""Access lines that are written together at most."""
+
 _log = Logger()
 
 _PLAIN = (str, int, float, bool, type(None), list, dict)
@@ -47,21 +54,32 @@ _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "f
 class JsonLog:
     """Writes events to a text file, one line each, flushed.
 
-    Access lines come past ``twisted.logger``, which costs more than all the rest of them.
+    Access lines come past ``twisted.logger``, which costs more than all the rest of them, and are
+    written together with others that come within :data:`GATHER_S`; all lines stand in the order in
+    which they came.
 
     Args:
         file: an open text file.
         wall: seconds since the epoch, for access lines; events bring their own time.
+        later: calls in so many seconds; without it access lines are written at once.
     """
 
-    def __init__(self, file: IO[str], *, wall: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        file: IO[str],
+        *,
+        wall: Callable[[], float] = lambda: 0.0,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
+    ) -> None:
         self._file = file
         self._bytes: Any = getattr(file, "buffer", None)
         self._wall = wall
+        self._later = later
+        self._ended: list[tuple[float, Trace, str | None, str | None]] = []
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
-        self._write(_line(event))
+        self._write(b"%b%b" % (self._access_lines(), _line(event)))
 
     def reopen(self, opened: Callable[[], IO[str]]) -> None:
         """Go on in the file that ``opened`` returns, or in the present one where it fails.
@@ -73,29 +91,37 @@ class JsonLog:
         except OSError as error:
             _log.error("the log cannot be opened anew: {reason}", reason=str(error))
             return
+        self._flush()
         before = self._file
         if file is not before:
             self._file, self._bytes = file, getattr(file, "buffer", None)
             before.close()
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
-        """Write the access line of a request that has ended.
+        """Write the access line of a request that has ended, soon.
 
         Args:
             trace: its record.
             cause: what tells failures of one reason apart.
             detail: what went wrong, for the operator alone.
         """
-        told = access_message(trace)
-        line = _AccessLine(
-            timestamp(self._wall()), "info", ACCESS, told, *_told_of(trace), cause, detail
-        )
-        try:
-            text = msgspec.json.encode(line)
-        except Exception:  # half a surrogate pair
-            plain = {name: _text(getattr(line, name)) for name in ("time", "message", "id")}
-            text = msgspec.json.encode(plain)
-        self._write(text)
+        ended = self._ended
+        ended.append((self._wall(), trace, cause, detail))
+        if self._later is None or len(ended) >= _TOGETHER or trace.text is not UNSET:
+            self._flush()
+        elif len(ended) == 1:
+            self._later(GATHER_S, self._flush)
+
+    def _flush(self) -> None:
+        if self._ended:
+            self._write(self._access_lines().removesuffix(b"\n"))
+
+    def _access_lines(self) -> bytes:
+        """Return the lines of what has ended and was not written yet."""
+        if not self._ended:
+            return b""
+        ended, self._ended = self._ended, []
+        return b"".join([_access_line(*one) for one in ended])
 
     def _write(self, line: bytes) -> None:
         try:
@@ -107,6 +133,16 @@ class JsonLog:
                 self._bytes.flush()
         except (OSError, ValueError):
             return  # a log that cannot be written must not stop a stream
+
+
+def _access_line(at: float, trace: Trace, cause: str | None, detail: str | None) -> bytes:
+    told = access_message(trace)
+    line = _AccessLine(timestamp(at), "info", ACCESS, told, *_told_of(trace), cause, detail)
+    try:
+        return msgspec.json.encode(line) + b"\n"
+    except Exception:  # half a surrogate pair
+        plain = {name: _text(getattr(line, name)) for name in ("time", "message", "id")}
+        return msgspec.json.encode(plain) + b"\n"
 
 
 def access_message(trace: Trace) -> str:

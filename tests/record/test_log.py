@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, LogPublisher, globalLogPublisher
 from twisted.python import log as old_log
 from twisted.python.failure import Failure
 
-from llmproxy.record.log import JsonLog, log_opener
+from llmproxy.record.log import GATHER_S, JsonLog, log_opener
+from llmproxy.record.trace import Trace, timestamp
 
 
 class Log:
@@ -189,6 +191,86 @@ def test_a_line_is_there_at_once(tmp_path: Path) -> None:
     with open(tmp_path / "log", "w", encoding="utf-8") as file:
         JsonLog(file)({"log_time": 0.0, "log_format": "words"})
         assert json.loads((tmp_path / "log").read_text())["message"] == "words"
+
+
+def trace(name: str, **values: Any) -> Trace:
+    """Return the record of a request that has ended."""
+    return Trace(time="t", id=name, instance="0", peer="p", method="GET", path="/x", **values)
+
+
+class Busy(Log):
+    """A log whose access lines wait for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.observer = JsonLog(self.file, wall=self.clock.seconds, later=self.clock.callLater)
+        self.logger = Logger(namespace="llmproxy.test", observer=LogPublisher(self.observer))
+
+    def names(self) -> list[str]:
+        """Return the ids and messages that were written."""
+        if not self.file.getvalue():
+            return []
+        return [line.get("id", line["message"]) for line in self.lines()]
+
+
+def test_access_lines_wait_a_moment_for_others() -> None:
+    """They are written together, each with the time at which its request ended."""
+    log = Busy()
+    for name in ("a", "b"):
+        log.observer.access(trace(name), None, None)
+        log.clock.advance(GATHER_S / 2.5)
+    assert log.names() == []
+    log.clock.advance(GATHER_S / 2.5)
+    assert log.names() == ["a", "b"]
+    assert [line["time"] for line in log.lines()] == [
+        timestamp(0.0),
+        timestamp(GATHER_S / 2.5),
+    ]
+    log.observer.access(trace("c"), None, None)
+    log.clock.advance(GATHER_S)
+    assert log.names() == ["a", "b", "c"]
+    log.clock.advance(1)
+    assert (log.names(), log.clock.getDelayedCalls()) == (["a", "b", "c"], [])
+
+
+def test_all_lines_stand_in_the_order_in_which_they_came() -> None:
+    """An event does not overtake a request that ended before it."""
+    log = Busy()
+    log.observer.access(trace("a"), None, None)
+    log.logger.info("b")
+    assert log.names() == ["a", "b"]
+    log.observer.access(trace("c"), None, None)
+    log.clock.advance(GATHER_S)
+    log.logger.info("d")
+    assert log.names() == ["a", "b", "c", "d"]
+
+
+def test_not_many_access_lines_wait() -> None:
+    """The sixty-fourth is written with all before it, and one with an answer's text at once."""
+    log = Busy()
+    for number in range(63):
+        log.observer.access(trace(str(number)), None, None)
+    assert log.names() == []
+    log.observer.access(trace("63"), None, None)
+    assert log.names() == [str(number) for number in range(64)]
+    log.observer.access(trace("text", text="words"), None, None)
+    assert log.names()[64:] == ["text"]
+    assert "words" not in log.file.getvalue()
+
+
+def test_what_waits_goes_to_the_file_before(tmp_path: Path) -> None:
+    """A log that is opened anew has written what had ended by then."""
+    log = Busy()
+    log.observer.access(trace("a"), None, None)
+    after = (tmp_path / "after").open("w")
+    log.observer.reopen(lambda: after)
+    log.observer.access(trace("b"), None, None)
+    log.clock.advance(GATHER_S)
+    after.close()
+    assert [json.loads(line)["id"] for line in (tmp_path / "after").read_text().splitlines()] == [
+        "b"
+    ]
 
 
 def test_an_event_without_anything_is_told() -> None:
