@@ -4,24 +4,57 @@ pytest-twisted runs each test function on the reactor's greenlet and each fixtur
 It looks neither at the log nor at the reactor's delayed calls, and while the reactor waits,
 pytest-timeout cannot reach the test; the hooks and fixtures here do all three.
 ``test_conftest.py`` proves each.
+
+It also says how the suite runs, which ``test_running.py`` proves.  Hypothesis draws the same
+examples each time.  ``LLMPROXY_TEST_SEARCH=N`` makes a search of it: others at each run, N times as
+many.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on Twisted's own loop.)
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import os
 import signal
 from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any, cast
 
 import greenlet
+import hypothesis
 import pytest
 import pytest_twisted
+from hypothesis.internal.conjecture import engine as hypothesis_engine
 from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
+"""How many times as many examples a search takes, and as much time; 0 is no search."""
+
+SHRINKING_S = 20
+"""Seconds for which Hypothesis makes a failing example smaller: its own five minutes, which no
+setting changes, end behind the timeout, and then no example is told at all."""
+
+hypothesis_engine.MAX_SHRINKING_SECONDS = SHRINKING_S
+# A time limit for one example would measure what else the machine does; the test's timeout stays.
+hypothesis.settings.register_profile(
+    "same",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],
+)
+hypothesis.settings.register_profile(
+    "search",
+    parent=hypothesis.settings.get_profile("same"),
+    derandomize=False,
+    max_examples=SEARCH * 100 or 1,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("search" if SEARCH else "same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,6 +151,13 @@ def _no_delayed_call_stays(logged_failures: LoggedFailures) -> Iterator[None]:
         call.cancel()
     if report:
         pytest.fail(f"delayed calls were left in the reactor:\n{report}", pytrace=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a search the more time."""
+    for item in items:
+        if SEARCH and hypothesis.is_hypothesis_test(getattr(item, "function", None)):
+            item.add_marker(pytest.mark.timeout(120 * SEARCH))
 
 
 def pytest_collection_finish() -> None:
