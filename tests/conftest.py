@@ -17,6 +17,7 @@ import inspect
 import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -154,10 +155,27 @@ def _no_delayed_call_stays(logged_failures: LoggedFailures) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a search the more time."""
+    """Begin with the files whose tests may take longest: none is left for the end, to run alone.
+
+    A search has the more time.
+    """
+    limits: dict[Path, float] = {}
     for item in items:
+        mark = item.get_closest_marker("timeout")
+        limits[item.path] = max(limits.get(item.path, 0), mark.args[0] if mark else 0)
         if SEARCH and hypothesis.is_hypothesis_test(getattr(item, "function", None)):
             item.add_marker(pytest.mark.timeout(120 * SEARCH))
+    items.sort(key=lambda item: -limits[item.path])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Drop what a worker of xdist's keeps of the tests before: only its controller reads reports.
+
+    The collector would look at all of it after each test.
+    """
+    if hasattr(item.config, "workerinput"):
+        reporter: Any = item.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.stats.clear()
 
 
 def pytest_collection_finish() -> None:

@@ -1,8 +1,9 @@
-"""How the suite runs: with which examples, and that one that fails is told."""
+"""How the suite runs: its order, its examples, and that a worker tells a failure in full."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -68,3 +69,39 @@ def test_examples_are_the_same_each_time_unless_they_are_searched(
     searched = drawn("3")
     assert len(searched) == 300
     assert searched[:100] != usual
+
+
+def test_files_with_the_longest_tests_begin(suite: pytest.Pytester) -> None:
+    """One that begins last would keep a run going alone; within a file the order is its own."""
+    suite.makepyfile(
+        test_a="def test_a(): pass",
+        test_b="""
+        import pytest
+
+        def test_b(): pass
+
+        @pytest.mark.timeout(300)
+        def test_c(): pass
+        """,
+        test_c="import pytest\npytestmark = pytest.mark.timeout(400)\ndef test_d(): pass",
+    )
+    found = suite.runpytest_subprocess("--collect-only", "-q", timeout=60).stdout.str()
+    assert re.findall(r"::(\w+)", found) == ["test_d", "test_b", "test_c", "test_a"]
+
+
+def test_a_worker_keeps_no_report(suite: pytest.Pytester) -> None:
+    """Of xdist's workers; its controller has them, and tells a failure in full."""
+    counts, output = outcomes(
+        suite,
+        """
+        def test_it():
+            assert [1, 2] == [1, 3], "in full"
+
+        def test_what_is_kept(request):
+            kept = request.config.pluginmanager.get_plugin("terminalreporter").stats
+            assert [report.when for reports in kept.values() for report in reports] == ["setup"]
+        """,
+        "-n1",
+    )
+    assert counts == {"passed": 1, "failed": 1}
+    assert "At index 1 diff: 2 != 3" in output
