@@ -8,6 +8,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 # A command, and behind a colon the package that has it, where that is called otherwise.
 PEERS  := nginx curl slowhttptest debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
 ARGS   ?=
+# How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
+# file stay together, for they share what stands for their module; tests/conftest.py orders the files.
+JOBS   ?= 2
+AT_ONCE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A stamp for what `make run` needs and one for all the rest, so that the second run installs nothing.
 INPUTS    := setup.cfg pyproject.toml constraints.txt
@@ -28,7 +32,7 @@ run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foregr
 	@exec $(BIN)/llmproxy demo $(ARGS)
 
 test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS)
 
 lint: $(DEV_STAMP) ## form, style, types and docstrings
 	$(call quietly,$(BIN)/ruff format --check .)

@@ -4,24 +4,58 @@ pytest-twisted runs each test function on the reactor's greenlet and each fixtur
 It looks neither at the log nor at the reactor's delayed calls, and while the reactor waits,
 pytest-timeout cannot reach the test; the hooks and fixtures here do all three.
 ``test_conftest.py`` proves each.
+
+It also says how the suite runs, which ``test_running.py`` proves.  Hypothesis draws the same
+examples each time.  ``LLMPROXY_TEST_SEARCH=N`` makes a search of it: others at each run, N times as
+many.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on Twisted's own loop.)
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import greenlet
+import hypothesis
 import pytest
 import pytest_twisted
+from hypothesis.internal.conjecture import engine as hypothesis_engine
 from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
+"""How many times as many examples a search takes, and as much time; 0 is no search."""
+
+SHRINKING_S = 20
+"""Seconds for which Hypothesis makes a failing example smaller: its own five minutes, which no
+setting changes, end behind the timeout, and then no example is told at all."""
+
+hypothesis_engine.MAX_SHRINKING_SECONDS = SHRINKING_S
+# A time limit for one example would measure what else the machine does; the test's timeout stays.
+hypothesis.settings.register_profile(
+    "same",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],
+)
+hypothesis.settings.register_profile(
+    "search",
+    parent=hypothesis.settings.get_profile("same"),
+    derandomize=False,
+    max_examples=SEARCH * 100 or 1,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("search" if SEARCH else "same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,6 +152,30 @@ def _no_delayed_call_stays(logged_failures: LoggedFailures) -> Iterator[None]:
         call.cancel()
     if report:
         pytest.fail(f"delayed calls were left in the reactor:\n{report}", pytrace=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files whose tests may take longest: none is left for the end, to run alone.
+
+    A search has the more time.
+    """
+    limits: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        limits[item.path] = max(limits.get(item.path, 0), mark.args[0] if mark else 0)
+        if SEARCH and hypothesis.is_hypothesis_test(getattr(item, "function", None)):
+            item.add_marker(pytest.mark.timeout(120 * SEARCH))
+    items.sort(key=lambda item: -limits[item.path])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Drop what a worker of xdist's keeps of the tests before: only its controller reads reports.
+
+    The collector would look at all of it after each test.
+    """
+    if hasattr(item.config, "workerinput"):
+        reporter: Any = item.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.stats.clear()
 
 
 def pytest_collection_finish() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CONFTEST = (Path(__file__).parent / "conftest.py").read_text()
+from tests.support.suites import CONFTEST, outcomes
 
 
 @pytest.fixture
@@ -14,13 +14,6 @@ def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     """An empty test suite with our conftest, to be run in a process (and a reactor) of its own."""
     pytester.makeconftest(CONFTEST)
     return pytester
-
-
-def outcomes(suite: pytest.Pytester, source: str, *args: str) -> tuple[dict[str, int], str]:
-    """Run one test module; give back how many tests ended how, and what pytest printed."""
-    suite.makepyfile(source)
-    result = suite.runpytest_subprocess(*args, timeout=60)
-    return result.parseoutcomes(), result.stdout.str()
 
 
 def test_a_logged_failure_fails_the_test(suite: pytest.Pytester) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from tests.differential.judges import h11_answer, llhttp_answer, our_answer
 from tests.differential.messages import Message, answers, mangled, mistakes
@@ -20,12 +20,7 @@ PLAIN = [
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nt: v\r\n\r\n",
     b"HTTP/1.1 103 X\r\n\r\nHTTP/1.0 200 OK\r\nX: y\r\n\r\nhello",
 ]
-UNHURRIED = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+EXAMPLES = settings().max_examples
 
 
 def faults(method: bytes, wire: bytes) -> list[str]:
@@ -76,7 +71,7 @@ def test_there_are_answers_of_every_kind() -> None:
 
 
 @given(answers())
-@settings(UNHURRIED, max_examples=200)
+@settings(max_examples=2 * EXAMPLES)
 def test_valid_answers_are_read_as_they_were_written(message: Message) -> None:
     """The content is what was written, at any cut, and the others read the same."""
     wire = message.wire + message.extra
@@ -90,7 +85,7 @@ def test_valid_answers_are_read_as_they_were_written(message: Message) -> None:
 
 
 @given(mangled(answers()))
-@settings(UNHURRIED, max_examples=500)
+@settings(max_examples=5 * EXAMPLES)
 def test_mangled_answers_are_not_read_where_others_refuse(message: Message) -> None:
     """Whatever we read both others read alike, and what both read we refuse for a reason only."""
     assert faults(message.method, message.wire) == []

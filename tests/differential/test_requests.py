@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from tests.differential.judges import h11_request, llhttp_request, our_request
 from tests.differential.messages import Message, mangled, mistakes, requests
@@ -20,12 +20,7 @@ PLAIN = [
     b"PUT / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:chunked\r\n\r\n2;a\r\nhi\r\n0\r\nt: v\r\n\r\n",
     b"GET / HTTP/1.0\r\nX: y\r\n\r\nGET /2 HTTP/1.0\r\n\r\n",
 ]
-UNHURRIED = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+EXAMPLES = settings().max_examples
 
 
 def faults(wire: bytes) -> list[str]:
@@ -72,7 +67,7 @@ def test_there_are_requests_of_every_kind() -> None:
 
 
 @given(requests())
-@settings(UNHURRIED, max_examples=200)
+@settings(max_examples=2 * EXAMPLES)
 def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
     """The content is what was written, at any cut, and the others read the same."""
     wire = message.wire + message.extra
@@ -84,7 +79,7 @@ def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
 
 
 @given(mangled(requests()))
-@settings(UNHURRIED, max_examples=500)
+@settings(max_examples=5 * EXAMPLES)
 def test_mangled_requests_are_not_read_where_others_refuse(message: Message) -> None:
     """Whatever we read both others read alike, and what both read we refuse for a reason only."""
     assert faults(message.wire) == []

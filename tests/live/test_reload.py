@@ -354,6 +354,7 @@ def test_a_drain_has_the_time_of_the_last_file(desk: Desk) -> None:
         desk.daemon.wait_log("no reload: the process comes to rest")
         assert desk.daemon.metrics()[RELOADED] == 1
         running.wait_closed()
+    turn.give(3)  # its connection is gone; it need not wait out that nobody gives it a turn
     assert desk.daemon.process.wait(WAIT) == 0
     assert trace_of(desk.daemon, path="/p/s")["end_reason"] == "drained"
 

@@ -17,6 +17,7 @@ from tests.support.daemon import ROOT, Daemon
 from tests.support.sockets import Script, Wire, request
 from tests.support.stage import (
     Stage,
+    Turn,
     answer,
     assert_settles,
     chunked_answer,
@@ -235,11 +236,12 @@ def test_no_caller_makes_a_label(stage: Stage) -> None:
 
 def test_what_is_read_on_is_counted(stage: Stage) -> None:
     """The tokens of an answer whose client left are in the counter and in the ledger."""
-    stage.script = lambda wire: _after_the_client(stage, wire)
+    asked = Turn()
+    stage.script = lambda wire: _after_the_client(stage, wire, asked)
     path = "/drained/v1/messages"
     with stage.connect() as client:
         client.send(post(path, b'{"model":"claude-b"}', "X-Api-Key: key-a"))
-        until(lambda: stage.provider.accepted, "the provider was asked")
+        asked.take()  # a request that nobody has asked for yet would not be read on
     record = trace_of(stage.daemon, path=path)
     assert (record["end_reason"], record["usage"]) == ("client_gone", "reported")
     found = tokens_by_label(stage.daemon)
@@ -247,8 +249,9 @@ def test_what_is_read_on_is_counted(stage: Stage) -> None:
     until(lambda: usage(stage.daemon)["total"]["output_tokens"] == 20, "the ledger has it")
 
 
-def _after_the_client(stage: Stage, wire: Wire) -> None:
+def _after_the_client(stage: Stage, wire: Wire, asked: Turn) -> None:
     wire.read_request()
+    asked.give()
     until(lambda: stage.daemon.metrics()["llmproxy_drains"] == 1, "its client has left")
     wire.send(whole("two", Used(10, 20)))
 

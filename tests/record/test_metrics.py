@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -77,7 +77,6 @@ VALUES = st.lists(
 
 
 @given(VALUES)
-@settings(deadline=None)
 def test_a_tally_counts_as_prometheus_client_does(values: list[float]) -> None:
     """Buckets, their bounds and the sum are those of its own Histogram on the same values."""
     registry = CollectorRegistry()
@@ -100,7 +99,6 @@ def test_a_tally_counts_as_prometheus_client_does(values: list[float]) -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("bgf"), st.integers(0, 3), st.integers(1, 99)), max_size=40)
 )
-@settings(deadline=None)
 def test_totals_never_fall(steps: list[tuple[str, int, int]]) -> None:
     """What running bodies count and what ended ones left are one sum that only grows."""
     metrics, bodies = Metrics("1"), [Body() for _ in range(4)]

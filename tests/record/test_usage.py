@@ -83,7 +83,7 @@ def grouped(traces: list[Trace], by: tuple[str, ...]) -> dict[Any, Totals]:
     return {group: told(some) for group, some in groups.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples * 2 // 5)
 @given(
     st.lists(TRACES, max_size=3),
     st.lists(TRACES, max_size=2),
@@ -101,7 +101,7 @@ def test_sums_are_those_of_the_traces(
     assert found == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples * 2 // 5)
 @given(st.lists(TRACES, max_size=3), st.lists(TRACES, max_size=2))
 def test_checkpoints_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]]

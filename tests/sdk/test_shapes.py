@@ -6,6 +6,7 @@ are asked strictly, on the bytes, and a member that no model knows is a finding,
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,10 +71,16 @@ NULL_UNLIKE_ITS_TYPE = ("choices", 0, "finish_reason")
 UNKNOWN_TO_ITS_SDK = {"message.tool_calls[0].id"}
 
 
+@functools.cache
+def reader(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Return what reads a type of an SDK's; making that of OpenAI's events is slow."""
+    return pydantic.TypeAdapter(kind)
+
+
 def complaints(kind: Any, data: bytes) -> list[str]:
     """Return what an SDK's model finds wrong in JSON, strictly, and the members unknown to it."""
     try:
-        model = pydantic.TypeAdapter(kind).validate_json(data, strict=True)
+        model = reader(kind).validate_json(data, strict=True)
     except pydantic.ValidationError as error:
         return [
             f"{found['loc']}: {found['msg']}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
@@ -174,7 +174,6 @@ def test_chunks_bytes_and_times_are_counted() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))
-@settings(deadline=None)
 def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
     """The last four bytes are told, wherever the chunks were cut."""
     pump = Pump(idle=None)

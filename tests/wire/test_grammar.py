@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import h11
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.wire.framing import LAST_CHUNK, MAX_TRAILER, ChunkedReader, LengthReader, chunk
@@ -89,7 +89,6 @@ def test_a_read_of_one_chunk_is_that_chunk(form: bytes) -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=300)), st.data())
-@settings(deadline=None)
 def test_what_is_written_in_chunks_is_read_again(pieces: list[bytes], data: st.DataObject) -> None:
     """Our reader reads what our writer writes, however it is cut on the way."""
     wire = b"".join(b"".join(chunk(piece)) for piece in pieces) + LAST_CHUNK
@@ -112,7 +111,6 @@ EXTENSIONS = st.lists(st.tuples(TOKENS, TOKENS), max_size=2).map(
     st.lists(st.tuples(TOKENS, TOKENS), max_size=3),
     st.data(),
 )
-@settings(deadline=None)
 def test_valid_bodies_are_read_as_h11_reads_them(
     pieces: list[tuple[bytes, bytes, bool]], trailers: list[tuple[str, str]], data: st.DataObject
 ) -> None:
