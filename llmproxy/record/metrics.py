@@ -262,7 +262,7 @@ class Metrics:
             ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
             (
                 "relay_delay_seconds",
-                "Chunk read to chunk handed to the kernel, of every sixteenth chunk.",
+                "Chunk read to chunk handed to the kernel, of one chunk in 32.",
                 self.relay_delay,
             ),
             ("stream_seconds", "Head sent to body's end.", self.stream),

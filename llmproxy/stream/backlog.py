@@ -34,8 +34,8 @@ class Backlog:
     def __init__(self) -> None:
         self._waiting: list[tuple[Reader, float, bytes, int]] = []
 
-    def add(self, reader: Reader, at: float, data: bytes, start: int = 0) -> None:
-        """Have ``reader`` read ``data`` soon.
+    def add(self, reader: Reader, at: float, data: bytes, start: int = 0) -> int:
+        """Have ``reader`` read ``data`` soon; return how many wait now.
 
         Args:
             at: when it came, in monotonic seconds.
@@ -44,8 +44,11 @@ class Backlog:
         """
         waiting = self._waiting
         waiting.append((reader, at, data, start))
-        if len(waiting) >= _TOGETHER or len(data) > _SHORT:
-            self.read()
+        count = len(waiting)
+        if count < _TOGETHER and len(data) <= _SHORT:
+            return count
+        self.read()
+        return 0
 
     def read(self) -> None:
         """Have all read that waits."""

@@ -31,8 +31,8 @@ from llmproxy.errors import ClientGone, upstream_idle
 from llmproxy.stream.backlog import Backlog
 from llmproxy.stream.trail import Trail
 
-_SAMPLE = 15
-"""One in so many and one chunks is followed until the kernel has it."""
+_FOLLOWED = 2
+"""The chunk of a backlog that is followed until the kernel has it."""
 
 
 _OVER: Deferred[None] = succeed(None)
@@ -91,8 +91,8 @@ class Relay(TwistedProtocol):
         idle: seconds of silence after which the source is given up, or None.
         backlog: where what was handed on waits to be looked at.
         gaps: called with the seconds between one chunk and the next.
-        delays: called with the seconds from a chunk's coming in until the kernel has it; of every
-            sixteenth chunk, the second being the first of those.
+        delays: called with the seconds from a chunk's coming in until the kernel has it; of one
+            chunk in each filling of the backlog.
         copy: called with each chunk some time after it was written, or None.
         stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
@@ -104,7 +104,7 @@ class Relay(TwistedProtocol):
     """
 
     __slots__ = (
-        *("_add", "_bytes", "_chunks", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
+        *("_add", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
         *("_paused_before", "_reactor", "_sink", "_source", "_stays", "_timer", "_write"),
         "_write_framed",
         *("done", "state", "trail"),
@@ -137,8 +137,6 @@ class Relay(TwistedProtocol):
         self._paused_at = 0.0
         self._paused_before = 0.0
         self.state = _FLOWING
-        self._chunks = 0
-        self._bytes = 0
         self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
         self.trail = Trail(backlog, clock(), gaps, copy)
         self._add = backlog.add
@@ -158,12 +156,12 @@ class Relay(TwistedProtocol):
     @property
     def chunks(self) -> int:
         """How many chunks were handed on; what the copy alone got is not among them."""
-        return self._chunks if self._handed_on is None else self._handed_on[0]
+        return self.trail.chunks if self._handed_on is None else self._handed_on[0]
 
     @property
     def byte_count(self) -> int:
         """How many bytes that was."""
-        return self._bytes if self._handed_on is None else self._handed_on[1]
+        return self.trail.byte_count if self._handed_on is None else self._handed_on[1]
 
     @property
     def paused_s(self) -> float:
@@ -183,12 +181,9 @@ class Relay(TwistedProtocol):
         """Hand on one chunk, cut anywhere."""
         clock, write, add = self._clock, self._write, self._add  # as in trail.py
         now = clock()
-        self._chunks = chunks = self._chunks + 1
-        self._bytes += len(data)
         write(data)
-        if chunks & _SAMPLE == 2:
+        if add(self.trail, now, data) == _FOLLOWED:
             self._follow(now)
-        add(self.trail, now, data)
 
     def framedReceived(self, data: bytes, start: int) -> None:
         """Hand on one chunk of the chunked coding as it is.
@@ -198,12 +193,9 @@ class Relay(TwistedProtocol):
         """
         clock, write, add = self._clock, self._write_framed, self._add
         now = clock()
-        self._chunks = chunks = self._chunks + 1
-        self._bytes += len(data) - start - 2
         write(data, start)
-        if chunks & _SAMPLE == 2:
+        if add(self.trail, now, data, start) == _FOLLOWED:
             self._follow(now)
-        add(self.trail, now, data, start)
 
     def _follow(self, since: float) -> None:
         self._sink.when_sent(lambda: self._delays(self._clock() - since))

@@ -190,11 +190,12 @@ class StreamAccumulator:
             self._give_up(Degraded.BOMB)
 
     def _take(self, events: Iterable[Event]) -> None:
+        read, idle, seen = self._read, self._idle, self._seen
         for name, event in events:
             self._events += 1
-            if name not in self._idle:
+            if name not in idle:
                 try:
-                    self._read(event, self._seen)
+                    read(event, seen)
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     self._take_odd(event)
 

@@ -22,7 +22,10 @@ class Trail:
         copy: called with each chunk, or None.
     """
 
-    __slots__ = ("_backlog", "_copy", "_first_at", "_gaps", "_last_at", "_longest_gap", "_tail")
+    __slots__ = (
+        *("_backlog", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps", "_last_at"),
+        *("_longest_gap", "_tail"),
+    )
 
     def __init__(
         self,
@@ -34,10 +37,23 @@ class Trail:
         self._backlog = backlog
         self._gaps = gaps
         self._copy = copy
+        self._chunks = self._byte_count = 0
         self._first_at: float | None = None
         self._last_at = now
         self._longest_gap = 0.0
         self._tail = b""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks came."""
+        self._backlog.read()
+        return self._chunks
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes that was."""
+        self._backlog.read()
+        return self._byte_count
 
     @property
     def first_at(self) -> float | None:
@@ -66,14 +82,16 @@ class Trail:
     def read(self, at: float, data: bytes) -> None:
         """Note one chunk, cut anywhere; the backlog calls this."""
         gaps, copy = self._gaps, self._copy  # found faster than as methods (ADR-0011)
-        gap = at - self._last_at
-        self._last_at = at
-        if self._first_at is None:
-            self._first_at = at
-        else:
+        if self._chunks:
+            gap = at - self._last_at
             gaps(gap)
             if gap > self._longest_gap:
                 self._longest_gap = gap
+        else:
+            self._first_at = at
+        self._last_at = at
+        self._chunks += 1
+        self._byte_count += len(data)
         self._tail = data[-4:] if len(data) > 3 else (self._tail + data)[-4:]
         if copy is not None:
             copy(data)
