@@ -63,6 +63,9 @@ FIELDS = [
 ]
 
 
+_REST_S = 60e-6
+"""Seconds between two events, about as with 10,000 a second."""
+
 Capture = Literal["usage", "content"]
 
 _CAPTURES: tuple[Capture, ...] = ("usage", "content")
@@ -87,6 +90,8 @@ def every() -> Iterator[Case]:
         yield Case(
             f"event in memory, 223 B, tap {capture}", 30_000, repeating(deliver, chunk(CHUNK))
         )
+    deliver = relay_between_nothing("usage")
+    yield Case("the same with tap usage, after a rest", 2000, rested(deliver, chunk(CHUNK)))
 
 
 def repeating(call: Callable[[Any], object], argument: Any) -> Callable[[int], float]:
@@ -97,6 +102,24 @@ def repeating(call: Callable[[Any], object], argument: Any) -> Callable[[int], f
         for _ in range(count):
             call(argument)
         return time.process_time() - began
+
+    return run
+
+
+def rested(call: Callable[[Any], object], argument: Any) -> Callable[[int], float]:
+    """Return what calls ``call`` so many times, after a rest each, and says how long that took.
+
+    Meanwhile the processor forgets the code, as it does between two events of a quiet proxy.
+    """
+
+    def run(count: int) -> float:
+        took = 0.0
+        for _ in range(count):
+            time.sleep(_REST_S)
+            began = time.perf_counter()
+            call(argument)
+            took += time.perf_counter() - began
+        return took
 
     return run
 

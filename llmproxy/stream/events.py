@@ -22,6 +22,8 @@ Event = tuple[bytes | None, bytes]
 _CR = 0x0D  # an int is found in bytes ten times as fast as a bytes object of length one
 
 _ONE_EVENT = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)\n\n").fullmatch
+_PLAIN_EVENTS = re.compile(rb"(?:(?:event: ?.*+\n)?data: ?.*+(?:\n\n|\Z))++").fullmatch
+_EVENTS = re.compile(rb"(?:event: ?(.*+)\n)?data: ?(.*+)(?:\n\n|\Z)").findall
 _PLAIN_BLOCK = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)").fullmatch
 _FIELDS = re.compile(rb"^(data|event)(?:: ?(.*+))?$", re.MULTILINE).finditer
 
@@ -70,18 +72,26 @@ class Blocks:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the blocks that ``data`` completes, in order."""
+        return self.cut(self.whole(data))
+
+    def cut(self, whole: bytes) -> list[bytes]:
+        """Return the blocks in what :meth:`whole` returned."""
+        blocks = whole.split(self._delimiter)
+        return [block for one in blocks if one and self._fits(block := one.strip(b"\n"))]
+
+    def whole(self, data: bytes) -> bytes:
+        """Return the blocks that ``data`` completes, in one, without the last delimiter."""
         if self._skipped is not None:
             joined = self._skipped + data
             at = joined.find(self._delimiter)
             if at < 0:
                 self._skipped = self._end_of(joined)
-                return []
+                return b""
             self._skipped = None
             data = joined[at + len(self._delimiter) :]
         whole = self._join(data) if self._pending else self._cut(data)
-        blocks = [] if whole is None else whole.split(self._delimiter)
         self._look_at_rest()
-        return [block for one in blocks if one and self._fits(block := one.strip(b"\n"))]
+        return whole
 
     def flush(self) -> list[bytes]:
         """Return the block that lacks its delimiter, if there is one."""
@@ -89,21 +99,21 @@ class Blocks:
         self._pending.clear()
         return [block] if block and self._fits(block) else []
 
-    def _cut(self, data: bytes) -> bytes | None:
+    def _cut(self, data: bytes) -> bytes:
         """Return what ends with the last delimiter of ``data``, and hold the rest."""
         last = data.rfind(self._delimiter)
         rest = data[last + len(self._delimiter) :] if last >= 0 else data
         self._pending += rest.lstrip(b"\n")
-        return data[:last] if last >= 0 else None
+        return data[:last] if last >= 0 else b""
 
-    def _join(self, data: bytes) -> bytes | None:
+    def _join(self, data: bytes) -> bytes:
         """Do as :meth:`_cut` where something is held already; only ``data`` is searched."""
         pending = self._pending
         start = max(0, len(pending) - self._reach)
         pending += data
         last = pending.rfind(self._delimiter, start)
         if last < 0:
-            return None
+            return b""
         whole = bytes(pending[:last])
         del pending[: last + len(self._delimiter)]
         return whole
@@ -158,8 +168,11 @@ class ServerSentEvents:
             one = _ONE_EVENT(data)
             if one is not None and _CR not in data:
                 return (one.groups(),)  # type: ignore[return-value]  # two groups
-        blocks = self._blocks.feed(self._with_newlines(self._without_mark(data)))
+        whole = self._blocks.whole(self._with_newlines(self._without_mark(data)))
         self._is_clear = self._blocks.is_clear and self._start is None and not self._after_cr
+        if len(whole) <= self._limit and _PLAIN_EVENTS(whole) is not None:
+            return [(name or None, event) for name, event in _EVENTS(whole)]
+        blocks = self._blocks.cut(whole)
         return [event for block in blocks if (event := _event(block)) is not None]
 
     def flush(self) -> Sequence[Event]:

@@ -14,9 +14,11 @@ MAX_TRAILER = 16384
 """Most bytes of a trailer section, which is read, checked and dropped."""
 
 _MAX_CHUNK_LINE = 1024
-_SIZE_LINES = (b"%x\r\n" % size for size in range(1, 0x1000))
-_LINES = {len(line) + int(line, 16) + 2: line for line in _SIZE_LINES}
-"""How a chunk with up to three digits begins, by the length of all of it, as most write it."""
+_SIZES = {b"%x" % size: size for size in range(1, 0x1000)}
+"""The sizes of short chunks by how most write them."""
+
+_LINES = {len(digits) + size + 4: digits + b"\r\n" for digits, size in _SIZES.items()}
+"""How such a chunk begins, by the length of all of it."""
 
 _FOUR_DIGITS = range(0x1000 + 8, 0x10000 + 8)
 """How long all of a chunk with four digits is."""
@@ -99,6 +101,7 @@ class ChunkedReader:
         return 0
 
     def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
+        position = _take_short(data, position, content)
         if position == len(data):
             self._between = True
             return -1
@@ -156,6 +159,20 @@ class ChunkedReader:
                 raise BadMessage("a line of the chunked coding is too long")
             self._line = data[position:]
         return end
+
+
+def _take_short(data: bytes, position: int, content: list[bytes]) -> int:
+    """Take the chunks that are whole and in the usual form; return where the first other begins."""
+    while (end := data.find(b"\r\n", position, position + 5)) > 0:
+        size = _SIZES.get(data[position:end])
+        if size is None:
+            break
+        after = end + 2 + size
+        if data[after : after + 2] != b"\r\n":
+            break
+        content.append(data[end + 2 : after])
+        position = after + 2
+    return position
 
 
 class LengthReader:
