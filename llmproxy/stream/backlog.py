@@ -12,6 +12,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from twisted.logger import Logger
+
+_log = Logger()
+
 _TOGETHER = 32
 """Chunks that are read in one go; for about a tenth of a millisecond nothing else is done."""
 
@@ -23,7 +27,7 @@ class Reader(Protocol):
     """Whoever looks at chunks; ``trail.Trail`` is one."""
 
     def read(self, at: float, data: bytes) -> None:
-        """Look at a chunk that came ``at`` monotonic seconds; never raises."""
+        """Look at a chunk that came ``at`` monotonic seconds."""
 
 
 class Backlog:
@@ -55,4 +59,7 @@ class Backlog:
         if waiting := self._waiting:
             self._waiting = []
             for reader, at, data, start in waiting:
-                reader.read(at, data[start:-2] if start else data)
+                try:
+                    reader.read(at, data[start:-2] if start else data)
+                except Exception:  # an error of ours; here it would be another stream's
+                    _log.failure("a chunk could not be looked at")

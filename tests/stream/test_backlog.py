@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llmproxy.errors import Dialect, EndReason
@@ -72,6 +74,21 @@ def test_what_is_added_while_others_are_read_is_read_later() -> None:
     backlog.read()
     backlog.read()
     assert notes == [("a", 1.0, b"first"), ("a", 2.0, b"second")]
+
+
+def test_an_error_in_one_reader_is_not_anothers(logged_failures: Any) -> None:
+    """It is logged, and all that waits behind it is read."""
+    backlog, notes = Backlog(), Notes()
+
+    class Fails(Noted):
+        def read(self, at: float, data: bytes) -> None:
+            raise ValueError(data)
+
+    for reader in (Noted("a", notes), Fails("b", notes), Noted("c", notes)):
+        backlog.add(reader, 1.0, b"x")
+    backlog.read()
+    assert [name for name, _, _ in notes] == ["a", "c"]
+    assert len(logged_failures.flush(ValueError)) == 1
 
 
 # --- trails and taps with one backlog -------------------------------------------------------------
