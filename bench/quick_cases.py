@@ -91,7 +91,9 @@ def every() -> Iterator[Case]:
             f"event in memory, 223 B, tap {capture}", 30_000, repeating(deliver, chunk(CHUNK))
         )
     deliver = relay_between_nothing("usage")
-    yield Case("the same with tap usage, after a rest", 2000, rested(deliver, chunk(CHUNK)))
+    yield Case(
+        "event in memory, 223 B, tap usage, after a rest", 2000, rested(deliver, chunk(CHUNK))
+    )
 
 
 def repeating(call: Callable[[Any], object], argument: Any) -> Callable[[int], float]:

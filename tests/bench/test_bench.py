@@ -299,7 +299,7 @@ def test_bench_quick_runs(tmp_path: Path) -> None:
     assert [name.partition(",")[0] for name in figures] == [
         "grammar: parse_fields",
         *["grammar: ChunkedReader.feed"] * 2,
-        *["event in memory"] * 4,
+        *["event in memory"] * 5,
         *["event over loopback"] * 2,
         "request over loopback",
     ]
