@@ -1,8 +1,8 @@
 """The pump for one response body: every chunk that comes in goes out, at once.
 
 The relay stands between a provider's connection, which pushes, and a client's request, which pushes
-back.  It knows no provider, trace or metric; it counts in plain integers, which others read
-whenever they like.  Its life is three states::
+back.  It knows no provider, trace or metric; what is noted of a chunk that was handed on is its
+trail's affair (``trail.py``).  Its life is three states::
 
     FLOWING <--pauseProducing / resumeProducing--> PAUSED
        |                                             |
@@ -97,7 +97,7 @@ class Relay(TwistedProtocol):
         stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
     Attributes:
-        trail: when the chunks came, and how they end.
+        trail: how much came, when, and how it ends.
         done: fires with None when the body ended as its framing says; fails with a ``ProxyError``
             where it broke, with ``ClientGone`` where the sink went away.  Cancelling it closes the
             source.

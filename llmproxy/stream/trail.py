@@ -1,4 +1,4 @@
-"""What a body leaves behind it: when its chunks came, how they end, and a copy for the tap.
+"""What a body leaves behind it: how much came, when, how it ends, and a copy for the tap.
 
 The relay hands a chunk on and adds it to the backlog; from there it comes here, a little later.
 Whoever asks is told of all that has come: the backlog is read first.  Like the relay, this knows no
