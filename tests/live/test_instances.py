@@ -16,6 +16,9 @@ from tests.support.sockets import WAIT, Wire, connect, request
 from tests.support.stage import read_got, until
 
 NAMED = {"LISTEN_FDNAMES": "proxy"}
+LONG_S = 30
+"""Seconds of a long stream, which a stop waits for."""
+
 INHERITED = 'listen = ["systemd:domain=INET:name=proxy"]\nanonymous = true'
 
 
@@ -71,7 +74,7 @@ class Instances:
         """Stop one, as systemd does; return what its last line says."""
         daemon = self.running.pop(name)
         daemon.terminate()
-        assert daemon.process.wait(WAIT) == 0
+        assert daemon.process.wait(WAIT + LONG_S) == 0
         daemon.__exit__(None, None, None)
         (last,) = (line for line in daemon.log if line["message"].startswith("drained: "))
         return {"finished": last["finished"], "cut": last["cut"]}
@@ -106,9 +109,10 @@ def instances(tmp_path: Path, demo: Demo, shared: socket.socket) -> Iterator[Ins
         yield instances
 
 
+@pytest.mark.timeout(300)  # each of the two is stopped for as long as its streams last
 def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> None:
-    """Short calls and streams of five seconds, none tried again: all are answered, and whole."""
-    with Load(instances.port, words=100) as load:
+    """Short calls and streams of 30 s, none tried again: all are answered, and whole."""
+    with Load(instances.port, words=20 * LONG_S) as load:
         load.wait_more("fresh", 20)
         ended = [instances.restart(name) for name in ("1", "2")]
     load.assert_whole("fresh", "kept", "stream")

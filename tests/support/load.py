@@ -67,7 +67,7 @@ class Load:
     ) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(WAIT)
+            thread.join(WAIT + self._words / 20)
             assert not thread.is_alive()
 
     def wait_more(self, kind: str, count: int) -> None:
