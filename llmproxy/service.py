@@ -293,7 +293,7 @@ class ProxyService(Service):
         self._untune()
         self._lag.stop()
         self.notify.close()
-        self.drains.close()
+        self.books.close_all()
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())

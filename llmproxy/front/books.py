@@ -94,6 +94,11 @@ class Books:
         self._running.discard(exchange)
         self._write(exchange.trace, exchange.labels(), error)
 
+    def close_all(self) -> None:
+        """End what is left when no client is: each is recorded with what it has said so far."""
+        for exchange in list(self._running):
+            exchange.cancel()
+
     def abandoned(self, request: Request, why: ClientGone) -> None:
         """Record a request that ended before it could be served."""
         self.close(self.begin(request), why.end, None)

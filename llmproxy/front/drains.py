@@ -62,8 +62,3 @@ class Drains:
     def over(self, exchange: Exchange) -> None:
         """The request has ended."""
         self._running.discard(exchange)
-
-    def close(self) -> None:
-        """Read none on; each is recorded with what it said so far."""
-        for exchange in list(self._running):
-            exchange.cancel()

@@ -36,7 +36,7 @@ class Exchange:
 
     __slots__ = (
         *("answer", "choice", "content_encoding", "content_type", "drain_timer", "drains"),
-        *("endpoint", "has_asked", "has_length", "host", "late", "left", "left_at", "path"),
+        *("endpoint", "has_asked", "has_length", "host", "late", "left", "path"),
         *("relay", "request", "started", "status", "tap", "task", "timer", "trace"),
     )
 
@@ -47,7 +47,6 @@ class Exchange:
         self.path = request.path
         self.host = host_of(request.first.get(b"host"))
         self.left: ClientGone | None = None
-        self.left_at = 0.0
         self.late = False
         self.choice: Choice | None = None
         self.relay: Relay | None = None
@@ -88,6 +87,13 @@ class Exchange:
         """Let whatever the request waits for fail."""
         if self.task is not None:
             self.task.cancel()
+
+    def drop(self) -> None:
+        """Close the provider's connection; while a body comes, the request ends a turn later."""
+        if self.relay is not None:
+            self.relay.leave()
+        else:
+            self.cancel()
 
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
         """Tell the client; where it has bytes of an answer already, only the break can tell.

@@ -118,9 +118,10 @@ class Gateway(Resource):
         exchange = self._books.begin(request)
 
         def client_left(why: ClientGone) -> None:
-            exchange.left, exchange.left_at = why, self._clock()
+            exchange.left, left_at = why, self._clock()
             if not self.drains.takes(exchange, why):
-                exchange.cancel()
+                exchange.drop()
+                self._metrics.cancel.observe(self._clock() - left_at)
 
         request.gone = client_left
         exchange.task = Task(self._serve(exchange), _end_failed)
@@ -154,19 +155,16 @@ class Gateway(Resource):
             if exchange.late:
                 error = upstream_timeout("total", may_have_run=True)
                 end = error.end
-            elif isinstance(problem, ClientGone):
-                exchange.left, exchange.left_at = problem, self._clock()
-                end = problem.end
             elif exchange.left is not None:
                 end = exchange.left.end
+            elif isinstance(problem, ClientGone):
+                exchange.left, end = problem, problem.end
             else:
                 _log.failure("request {id} failed", id=exchange.trace.id)
                 end = EndReason.INTERNAL
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
             end, error = exchange.left.end, None  # nobody is told what became of it afterwards
-            if not exchange.drains:
-                self._metrics.cancel.observe(self._clock() - exchange.left_at)
         elif error is not None:
             exchange.fail(
                 error, self.routes.dialect(exchange.path, exchange.host), self._books.now()

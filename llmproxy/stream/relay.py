@@ -232,7 +232,17 @@ class Relay(TwistedProtocol):
             self._handed_on = self.chunks, self.byte_count
             self.resumeProducing()
         else:
-            self._end(Failure(ClientGone()))
+            self.leave()
+
+    def leave(self) -> None:
+        """The client is gone: close the provider's connection; :attr:`done` fails a turn later.
+
+        Where many leave at once, every provider hears of it before the first is written down.
+        """
+        if self.state is not _ENDED:
+            done = self._finish()
+            self._source.abort()
+            self._reactor.callLater(0, lambda: self._tell_left(done))
 
     def cancel(self) -> None:
         """Stop, and close the provider's connection; :attr:`done` does not fire by this."""
@@ -258,18 +268,24 @@ class Relay(TwistedProtocol):
     def _end(self, failure: Failure | None) -> None:
         if self.state is _ENDED:
             return
-        done, self.done = self.done, _OVER  # which would keep this relay
-        self._finish()
+        done = self._finish()
         if failure is None:
             done.callback(None)
         else:
             self._source.abort()
             done.errback(failure)
 
-    def _finish(self) -> None:
+    def _tell_left(self, done: Deferred[None]) -> None:
+        if not done.called:
+            done.errback(Failure(ClientGone()))
+
+    def _finish(self) -> Deferred[None]:
+        """End; return :attr:`done`, which is let go of since it would keep this relay."""
         self._paused_before = self.paused_s
         self.state = _ENDED
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._sink.unregisterProducer()
+        done, self.done = self.done, _OVER
+        return done

@@ -97,6 +97,7 @@ def test_only_so_many_are_read_on_at_once() -> None:
     (first, one), (_, two), (third, three) = answers
     one.end(FIN)
     two.end(FIN)
+    stage.clock.advance(0)
     assert [bool(answer.aborts) for answer, _ in answers] == [False, True, False]
     first.push(LAST_COUNTS, DONE)
     first.end()
@@ -301,7 +302,7 @@ def test_the_end_of_the_process_ends_every_drain(phase: str) -> None:
     stage.call(target=CHAT)
     answer = stage.answer(200, SSE) if phase == "body" else None
     stage.transport.end(FIN)
-    stage.gateway.drains.close()
+    stage.books.close_all()
 
     assert told(stage.trace()) == ("client_gone", "drain", "none", None)
     assert stage.upstream.cancelled == (phase == "head")

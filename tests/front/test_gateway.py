@@ -195,6 +195,7 @@ class Stage:
 
     def trace(self) -> Trace:
         """Return the one trace, of a request that has left nothing behind."""
+        self.clock.advance(0)  # a body that nobody waits for ends a turn later
         (trace,) = self.sink.traces
         assert self.books.running == 0
         assert self.site.held_bytes == 0
@@ -739,6 +740,52 @@ def test_a_client_that_leaves_ends_everything(how: str, phase: str) -> None:
         stage.transport.end(RESET)
     assert len(stage.sink.traces) == 1
     assert not stage.clock.getDelayedCalls()
+
+
+def test_every_provider_is_told_before_a_record_is_written() -> None:
+    """Where many clients leave in one turn, none of their providers waits for the others' ends."""
+    stage = Stage()
+    left = []
+    for number in range(3):
+        if number:
+            stage.connect()
+        stage.call()
+        left.append((stage.transport, stage.answer()))
+    for transport, answer in left:
+        answer.push(b"data")
+        transport.end(RESET)
+
+    assert [answer.aborts for _, answer in left] == [1, 1, 1]
+    assert stage.value("cancel_seconds_count") == 3
+    assert (len(stage.sink.traces), stage.books.running) == (0, 3)
+    stage.clock.advance(0)
+    assert [trace.end_reason for trace in stage.sink.traces] == ["client_gone"] * 3
+    assert stage.books.running == 0
+    assert not stage.clock.getDelayedCalls()
+
+
+def test_a_request_that_ends_otherwise_before_its_turn_has_one_record() -> None:
+    """``total`` may ring between a client's leaving and the request's end."""
+    stage = Stage(route='timeouts = { total = "3s" }')
+    stage.call()
+    stage.answer().push(b"data")
+    stage.transport.end(RESET)
+    stage.clock.rightNow += 3
+    stage.clock.advance(0)
+
+    assert stage.trace().end_reason == "client_gone"
+
+
+def test_the_end_of_the_process_waits_for_no_turn() -> None:
+    """Whoever has left by then has a record."""
+    stage = Stage()
+    stage.call()
+    stage.answer().push(b"data")
+    stage.transport.end(RESET)
+    stage.books.close_all()
+
+    assert [trace.end_reason for trace in stage.sink.traces] == ["client_gone"]
+    assert stage.trace().end_reason == "client_gone"
 
 
 def test_a_client_that_takes_nothing_is_stalled() -> None:

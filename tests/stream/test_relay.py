@@ -294,6 +294,7 @@ def test_an_ended_relay_leaves_the_transport_alone(end: str) -> None:
     producer.pauseProducing()
     producer.resumeProducing()
     producer.stopProducing()
+    pump.clock.advance(0)
 
     assert not pump.source.transport.calls
     pump.assert_let_go()
@@ -398,6 +399,8 @@ def test_a_client_that_goes_ends_the_reading(paused: bool) -> None:
         pump.sink.producer.pauseProducing()
     pump.sink.producer.stopProducing()
 
+    assert (pump.source.aborts, pump.outcomes) == (1, [])
+    pump.clock.advance(0)
     assert isinstance(pump.outcomes[0], ClientGone)
     assert pump.source.aborts == 1
     pump.relay.connectionLost(Failure(upstream_broken("our own abort")))
