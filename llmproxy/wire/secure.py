@@ -28,7 +28,6 @@ from typing import Any
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 from twisted.internet import tcp
-from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
@@ -50,6 +49,11 @@ _BUFFER = ffi.new("char[]", _RECORD)
 _VIEW = ffi.buffer(_BUFFER)
 
 
+def _take_nothing(data: bytes) -> int:
+    """Stand for ``send`` until the handshake is done."""
+    return 0
+
+
 class Secure(AtOnce):
     """What a server's and a client's side have in common.
 
@@ -59,6 +63,8 @@ class Secure(AtOnce):
         verdict: what the handshake found out, where whoever made ``tls`` notes it.
     """
 
+    # What a read looks at; what may be in its way is looked for only where something is.
+    __slots__ = ("_flows", "_ssl")
     tls: SSL.Connection
     verdict: Any = None
     shaken: bool = False
@@ -67,6 +73,12 @@ class Secure(AtOnce):
     _parted: bool = False
 
     # -- the handshake --------------------------------------------------------------------------
+
+    def _begin(self, tls: SSL.Connection) -> None:
+        """Hold back what is written until the handshake is done."""
+        self.tls, self._ssl = tls, tls._ssl
+        self._flows = False
+        self._send = _take_nothing
 
     def _shake(self) -> Any:
         """Go on with the handshake; return why the connection is lost, where it is."""
@@ -81,7 +93,8 @@ class Secure(AtOnce):
             return CONNECTION_LOST
         except SSL.Error as error:
             return error
-        self.shaken = True
+        self.shaken, self._flows = True, not self.disconnecting
+        self._send = self._send_records
         if self.disconnecting:
             self.stopReading()  # until all is sent, as behind any close
         if self._tempDataLen or self.disconnecting or self._writeDisconnecting:
@@ -94,28 +107,34 @@ class Secure(AtOnce):
 
     def doRead(self) -> Any:
         """Hand on the content of what came in, in one piece."""
+        if self._flows:
+            # pyOpenSSL's recv() makes a buffer of its own for each record; what is not a record
+            # goes its way.  All reads are of one thread, and done with the buffer before the next.
+            size = _read_record(self._ssl, _BUFFER, _RECORD)
+            if 0 < size < _BULK:
+                self.protocol.dataReceived(_VIEW[:size])
+                return None
+            return self._read_more(size)
         if not self.shaken:
             return self._shake()  # what stands behind it is told again
+        self._flows = not self.disconnecting
         if self._writing_waits:
             self._writing_waits = False
             self.startWriting()
-        # pyOpenSSL's recv() makes a buffer of its own for each record; what is not a record goes
-        # its way.  All reads are of one thread, and done with the buffer before the next.
-        size = _read_record(self.tls._ssl, _BUFFER, _RECORD)
-        if 0 < size < _BULK:
-            if not self.disconnecting:
-                self.protocol.dataReceived(_VIEW[:size])
-            return None
+        return self._read_more(_read_record(self._ssl, _BUFFER, _RECORD))
+
+    def _read_more(self, size: int) -> Any:
+        """Go on from what the first record's reading returned."""
         pieces: list[bytes] = []
         why: Any = None
         try:
             while True:
                 if size <= 0:
-                    self.tls._raise_ssl_error(self.tls._ssl, size)
+                    self.tls._raise_ssl_error(self._ssl, size)
                 pieces.append(_VIEW[:size])
                 if size < _BULK or len(pieces) == _MOST:
                     break
-                size = _read_record(self.tls._ssl, _BUFFER, _RECORD)
+                size = _read_record(self._ssl, _BUFFER, _RECORD)
         except SSL.WantReadError:
             pass
         except SSL.WantWriteError:
@@ -131,26 +150,10 @@ class Secure(AtOnce):
 
     # -- out ------------------------------------------------------------------------------------
 
-    def write(self, data: bytes) -> None:
-        """Send what the kernel takes now, and queue the rest; before the handshake, all of it."""
-        if self._tempDataLen or self.dataBuffer:
-            self._enqueue(data)
-        elif self.connected and data and not (self._aborting or self._writeDisconnected):
-            sent = self.writeSomeData(data) if self.shaken else 0
-            if isinstance(sent, int) and sent < len(data):
-                self._enqueue(data[sent:] if sent else data)
-            elif not isinstance(sent, int):
-                self._enqueue(data)  # the reactor's own attempt ends the connection
-            elif self.producer is not None and not self.streamingProducer:
-                self.startWriting()  # a pull producer is asked for more in the next turn
-
-    def _enqueue(self, data: bytes) -> None:
-        if self.shaken:
-            FileDescriptor.write(self, data)
-        elif self.connected and data and not self._writeDisconnected:
-            self._tempDataBuffer.append(data)
-            self._tempDataLen += len(data)
-            self._maybePauseProducer()
+    def _send_records(self, data: bytes) -> int:
+        """Send what the kernel takes; nothing of a broken connection, which doWrite then ends."""
+        sent = self.writeSomeData(data)
+        return sent if isinstance(sent, int) else 0
 
     def writeSomeData(self, data: bytes) -> Any:
         """Send records as long as the kernel takes them; return how many bytes, or why not."""
@@ -163,7 +166,7 @@ class Secure(AtOnce):
         except SSL.WantWriteError:
             pass
         except SSL.WantReadError:
-            self._writing_waits = True
+            self._writing_waits, self._flows = True, False
             self.stopWriting()
         except SSL.Error:
             return CONNECTION_LOST
@@ -190,6 +193,7 @@ class Secure(AtOnce):
         if not self.shaken and not self._tempDataLen:
             self.abortConnection()
         else:
+            self._flows = False
             super().loseConnection(*args)
             if self.connected and not self.shaken:
                 self.startReading()  # the handshake is not through
@@ -242,7 +246,7 @@ class SecureServer(Secure, tcp.Server):
 
     def __init__(self, tls: Callable[[Any], SSL.Connection], *args: Any) -> None:
         super().__init__(*args)
-        self.tls = tls(self)
+        self._begin(tls(self))
         self.tls.set_accept_state()
 
 
@@ -258,7 +262,7 @@ class SecureClient(Secure, tcp.Client):
         super().__init__(*args)
 
     def _connectDone(self) -> None:
-        self.tls = self._make_tls(self)
+        self._begin(self._make_tls(self))
         self.tls.set_connect_state()
         super()._connectDone()
         if self.connected and not self._aborting:
