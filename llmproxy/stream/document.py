@@ -48,12 +48,13 @@ class Document:
         self._overlong = overlong
         self._body = bytearray()
         self._head: bytes | None = None
+        self._before = b""  # what stands before the body, of a long document
         self._tail_bytes = min(_TAIL, limit // 4)
 
     @property
     def held_bytes(self) -> int:
         """How much of the document is held."""
-        return len(self._body) + len(self._head or b"")
+        return len(self._head or b"") + len(self._before) + len(self._body)
 
     @property
     def is_long(self) -> bool:
@@ -68,23 +69,28 @@ class Document:
                 self._overlong()
                 self._head = bytes(self._body[: min(_HEAD, self._limit // 4)])
                 del self._body[: len(self._body) - self._tail_bytes]
-        elif len(data) > self._tail_bytes:
-            self._body[:] = data[len(data) - self._tail_bytes :]
+        elif len(data) >= self._tail_bytes:
+            # Usual pieces are kept as they are, which costs nothing, however long the document is.
+            usual = len(data) <= self._limit // 4
+            self._before = data if usual else data[len(data) - self._tail_bytes :]
+            self._body.clear()
         else:
             self._body += data
             if len(self._body) > 2 * self._tail_bytes:
+                self._before = b""
                 del self._body[: -self._tail_bytes]
         return ()
 
     def flush(self) -> Sequence[Event]:
         """Return the document."""
-        document = bytes(self._body)
+        document = self._before + self._body
         if self._head is None:
             document = document.removeprefix(codecs.BOM_UTF8)
         else:
-            document = _ends_of(self._head.removeprefix(codecs.BOM_UTF8), document)
+            head, tail = self._head.removeprefix(codecs.BOM_UTF8), document[-self._tail_bytes :]
+            document = _ends_of(head, tail)
         self._body.clear()
-        self._head = None
+        self._head, self._before = None, b""
         return [(None, document)] if document else []
 
 
