@@ -10,7 +10,6 @@ here.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import select
 import socket
@@ -23,8 +22,6 @@ _KEEPALIVE = (
     (socket.TCP_KEEPCNT, 3),
 )
 """Seconds of silence before a probe, between probes, and how many."""
-
-_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
@@ -69,13 +66,9 @@ def is_quiet(transport: Any) -> bool:
     """
     raw = raw_transport(transport)
     handle = getattr(raw, "socket", None)
-    if handle is None or raw.disconnecting:
+    if handle is None or raw.disconnecting or handle.fileno() < 0:
         return False
-    try:
-        handle.recv(1, _LOOK)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EWOULDBLOCK)
-    return False
+    return not has_input(handle)
 
 
 def has_peer_left(transport: Any) -> bool:
@@ -89,7 +82,7 @@ def has_peer_left(transport: Any) -> bool:
 
 
 def has_input(handle: socket.socket) -> bool:
-    """Tell whether something waits at a socket: bytes, an end, or a connection."""
+    """Tell whether something waits at a socket: bytes, an end, an error, or a connection."""
     poll = select.poll()
     poll.register(handle.fileno(), select.POLLIN)
     return bool(poll.poll(0))
