@@ -58,13 +58,17 @@ def go_proxy() -> str:
 
 
 def aiohttp_python() -> str:
-    """Install aiohttp and uvloop into a folder of their own; return that one's Python."""
+    """Install aiohttp and uvloop into a folder of their own; return that one's Python.
+
+    It is the interpreter that runs the daemon, too.
+    """
     python, stamp = CACHE / "venv" / "bin" / "python", CACHE / "venv" / "installed"
-    if not stamp.exists():
-        _run("aiohttp", sys.executable, "-m", "venv", str(CACHE / "venv"))
+    ours = f"{sys.base_prefix} {sys.version}"
+    if not stamp.exists() or stamp.read_text() != ours:
+        _run("aiohttp", sys.executable, "-m", "venv", "--clear", str(CACHE / "venv"))
         options = ("--disable-pip-version-check", "--no-input", "-qq", "--retries", "1")
         _run("aiohttp", str(python), "-m", "pip", "install", *options, "aiohttp", "uvloop")
-        stamp.touch()
+        stamp.write_text(ours)
     return str(python)
 
 

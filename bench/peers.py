@@ -3,7 +3,7 @@
 Each has one processor and one thread, streams without buffers of its own, keeps its connections to
 the provider, and writes no access log; the daemon writes its trace, its log and its metrics, as it
 does in use.  With ``-tls`` behind the name the provider is reached by TLS, and its certificate is
-verified by all.
+verified by all.  ``cpython`` is no proxy: it is what any in Python costs at least.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def choose(wish: str) -> list[str]:
     """
     names = list(EVERY) if wish == "all" else [name.strip() for name in wish.split(",")]
     for name in names:
-        if split(name)[0] not in PEERS or name == "caddy-tls":
+        if split(name)[0] not in PEERS or name in ("caddy-tls", "cpython-tls"):
             raise ValueError(f"no peer {name!r}; there are {', '.join(EVERY)}")
     ours: Iterable[str] = dict.fromkeys(sorted(ours_for(name) for name in names))
     return list(dict.fromkeys([*ours, *names]))
@@ -149,6 +149,11 @@ def _aiohttp(program: str, port: int, upstream: Upstream, _: Path) -> Start:
     return Start([program, script, str(port), upstream.url, *_authority(upstream)], {})
 
 
+def _cpython(program: str, port: int, upstream: Upstream, _: Path) -> Start:
+    script = str(build.PROXIES / "cpython.py")
+    return Start([program, script, str(port), str(upstream.port)], {})
+
+
 _AIOHTTP_VERSION = (
     "import aiohttp, uvloop; print(aiohttp.__version__, 'uvloop', uvloop.__version__)"
 )
@@ -165,9 +170,10 @@ PEERS = {
     "go": Peer(build.go_proxy, _go, lambda p: [build.find("go"), "version"]),
     "caddy": Peer(lambda: build.find("caddy"), _caddy, lambda p: [p, "version"]),
     "aiohttp": Peer(build.aiohttp_python, _aiohttp, lambda p: [p, "-c", _AIOHTTP_VERSION]),
+    "cpython": Peer(lambda: sys.executable, _cpython, lambda p: [p, "--version"]),
 }
 
 EVERY = (
-    *("llmproxy", "nginx", "haproxy", "go", "caddy", "aiohttp"),
+    *("llmproxy", "nginx", "haproxy", "go", "caddy", "aiohttp", "cpython"),
     *("llmproxy-tls", "nginx-tls", "haproxy-tls", "go-tls", "aiohttp-tls"),
 )

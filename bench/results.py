@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ def machine() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "memory_mib": memory,
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": " ".join(sys.version.split()),  # two builds of one version differ by a tenth
     }
 
 
