@@ -129,6 +129,8 @@ def rested(call: Callable[[Any], object], argument: Any) -> Callable[[int], floa
 class Nowhere(StringTransport):
     """A transport that drops what is written; the rest is Twisted's own stand-in."""
 
+    written = 0
+
     def __init__(self) -> None:
         super().__init__(lenient=True)
         self.dataBuffer = b""

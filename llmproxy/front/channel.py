@@ -61,12 +61,11 @@ class Channel(Receiver):
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
-        written: bytes that were written so far, counted by whoever writes.
     """
 
     __slots__ = (
         *("_aborted", "_lingering", "_look_at", "_peer", "_peer_name", "_poll", "_progress"),
-        *("_stall_after", "written"),
+        *("_stall_after", "_written"),
     )
 
     def __init__(self, site: Any, address: str | None = None) -> None:
@@ -80,7 +79,7 @@ class Channel(Receiver):
         self._look_at = 0.0
         self._stall_after = site.timeouts.client_stall
         self._progress = Progress()
-        self.written = 0
+        self._written = 0
 
     # -- the life of the socket -----------------------------------------------------------------
 
@@ -173,8 +172,19 @@ class Channel(Receiver):
 
     def write(self, data: bytes) -> None:
         """Write, and count what was written."""
-        self.written += len(data)
+        self._written += len(data)
         self.transport.write(data)
+
+    @property
+    def written(self) -> int:
+        """How many bytes were written so far; transports of ``wire/`` count by themselves."""
+        return int(getattr(self.transport, "written", self._written))
+
+    @property
+    def verbatim(self) -> Callable[[bytes], object] | None:
+        """What takes bytes past :meth:`write`, or None where nobody would count them."""
+        transport = self.transport
+        return transport.write if hasattr(transport, "written") else None
 
     def when_sent(self, call: Callable[[], object]) -> None:
         """Call ``call`` once the kernel has all that was written, at once where it has.

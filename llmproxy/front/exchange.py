@@ -88,6 +88,11 @@ class Exchange:
         if self.task is not None:
             self.task.cancel()
 
+    @property
+    def bytes_out(self) -> int:
+        """How many bytes of the body were written to the client, so far."""
+        return self.request.sent + (0 if self.relay is None else self.relay.trail.verbatim)
+
     def drop(self) -> None:
         """Close the provider's connection; while a body comes, the request ends a turn later."""
         if self.relay is not None:
@@ -120,11 +125,12 @@ class Exchange:
                 timer.cancel()
         if self.answer is not None:
             self.answer.abort()
-        trace, relay, self.relay = self.trace, self.relay, None  # which would keep each other
+        trace, sent = self.trace, self.bytes_out
+        relay, self.relay = self.relay, None  # which would keep each other
         self.endpoint = None  # whoever hears of the client's leaving only now finds nothing to read
         trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
-        trace.status, trace.bytes_out = self.request.status, self.request.sent
+        trace.status, trace.bytes_out = self.request.status, sent
         trace.bytes_in = self.request.body_bytes
         trace.duration_s = round(now - self.started, 6)
         if relay is not None:

@@ -26,7 +26,7 @@ class Request(Incoming):
         gone: called once with the reason where the client leaves before the answer is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
         status: the status that was sent, or None.
-        sent: bytes of the body that were written.
+        sent: bytes of the body that were written, but for what went out :meth:`verbatim`.
     """
 
     __slots__ = ("_bodiless", "_flows", "_head", "_length", "gone", "sent", "stall_after", "status")
@@ -85,10 +85,7 @@ class Request(Incoming):
         if self._flows and data:
             size = len(data)
             self.sent += size
-            data = b"%x\r\n%b\r\n" % (size, data)
-            channel = self.channel
-            channel.written += len(data)
-            channel.transport.write(data)
+            self.channel.write(b"%x\r\n%b\r\n" % (size, data))
             return
         if self._disconnected or self.ended:
             return
@@ -105,19 +102,13 @@ class Request(Incoming):
         self._flows = bool(self.chunked)
         self.channel.write(data)
 
-    def write_framed(self, data: bytes, start: int) -> None:
-        """Put one piece on the wire that stands in the chunked coding, as it is where that goes.
+    def verbatim(self) -> Callable[[bytes], object] | None:
+        """Return what puts chunks of the chunked coding on the wire as they are.
 
-        Args:
-            start: where its content starts, which ends two bytes before the end.
+        None until the first piece of a body in that coding is written, and where a transport does
+        not count what is written to it.
         """
-        if self._flows:
-            self.sent += len(data) - start - 2
-            channel = self.channel
-            channel.written += len(data)
-            channel.transport.write(data)
-        else:
-            self.write(data[start:-2])
+        return self.channel.verbatim if self._flows else None
 
     def when_sent(self, call: Callable[[], object]) -> None:
         """Call ``call`` once the kernel has all that was written, at once where it has."""

@@ -70,7 +70,7 @@ def _row(exchange: Exchange, now: float) -> Row:
         "model": trace.model,
         "phase": _phase(exchange),
         "age_s": round(now - exchange.started, 3),
-        "bytes": exchange.request.sent,
+        "bytes": exchange.bytes_out,
         "last_chunk_s": round(now - relay.trail.last_at, 3)
         if relay is not None and begun
         else None,

@@ -16,50 +16,53 @@ from twisted.logger import Logger
 
 _log = Logger()
 
-_TOGETHER = 32
+TOGETHER = 32
 """Chunks that are read in one go; for about a tenth of a millisecond nothing else is done."""
 
-_SHORT = 4096
+SHORT = 4096
 """Most bytes of a chunk that waits; a longer one is read at once, behind those before it."""
 
 
 class Reader(Protocol):
     """Whoever looks at chunks; ``trail.Trail`` is one."""
 
-    def read(self, at: float, data: bytes) -> None:
-        """Look at a chunk that came ``at`` monotonic seconds."""
-
-
-class Backlog:
-    """The chunks that wait, in the order in which they came."""
-
-    __slots__ = ("_waiting",)
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Reader, float, bytes, int]] = []
-
-    def add(self, reader: Reader, at: float, data: bytes, start: int = 0) -> int:
-        """Have ``reader`` read ``data`` soon; return how many wait now.
+    def read(self, at: float, data: bytes, start: int) -> None:
+        """Look at a chunk.
 
         Args:
             at: when it came, in monotonic seconds.
             start: where the content of a chunk in the chunked coding starts, whose last two bytes
                 end it; 0 where all is content.
         """
-        waiting = self._waiting
-        waiting.append((reader, at, data, start))
-        count = len(waiting)
-        if count < _TOGETHER and len(data) <= _SHORT:
+
+
+class Backlog(list[tuple[Reader, float, bytes, int]]):
+    """The chunks that wait, in the order in which they came: who reads each, and what it is told.
+
+    It is a list so that whoever is in haste can do :meth:`add` without a call.
+    """
+
+    __slots__ = ()
+
+    def add(self, reader: Reader, at: float, data: bytes, start: int = 0) -> int:
+        """Have ``reader`` read ``data`` soon; return how many wait now.
+
+        The arguments are those of :meth:`Reader.read`.
+        """
+        self.append((reader, at, data, start))
+        count = len(self)
+        if count < TOGETHER and len(data) <= SHORT:
             return count
         self.read()
         return 0
 
     def read(self) -> None:
         """Have all read that waits."""
-        if waiting := self._waiting:
-            self._waiting = []
+        if self:
+            waiting = self[:]
+            self.clear()
             for reader, at, data, start in waiting:
                 try:
-                    reader.read(at, data[start:-2] if start else data)
+                    reader.read(at, data, start)
                 except Exception:  # an error of ours; here it would be another stream's
                     _log.failure("a chunk could not be looked at")

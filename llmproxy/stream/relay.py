@@ -28,7 +28,7 @@ from twisted.web.client import ResponseDone
 from zope.interface import implementer
 
 from llmproxy.errors import ClientGone, upstream_idle
-from llmproxy.stream.backlog import Backlog
+from llmproxy.stream.backlog import SHORT, TOGETHER, Backlog
 from llmproxy.stream.trail import Trail
 
 _FOLLOWED = 2
@@ -45,8 +45,8 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Take one chunk and put it on the wire."""
 
-    def write_framed(self, data: bytes, start: int) -> None:
-        """Take one chunk that stands in the chunked coding, from ``start`` to two bytes before."""
+    def verbatim(self) -> Callable[[bytes], object] | None:
+        """Return what takes chunks of the chunked coding as they are, or None while none may."""
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Name whom to pause; it is paused at once where the wire is full already."""
@@ -104,9 +104,8 @@ class Relay(TwistedProtocol):
     """
 
     __slots__ = (
-        *("_add", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
-        *("_paused_before", "_reactor", "_sink", "_source", "_stays", "_timer", "_write"),
-        "_write_framed",
+        *("_backlog", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
+        *("_paused_before", "_reactor", "_sink", "_source", "_stays", "_timer", "_verbatim"),
         *("done", "state", "trail"),
     )
 
@@ -126,8 +125,7 @@ class Relay(TwistedProtocol):
     ) -> None:
         self._source = source
         self._sink = sink
-        self._write = sink.write
-        self._write_framed = sink.write_framed
+        self._verbatim: Callable[[bytes], object] | None = None
         self._reactor = reactor
         self._clock = clock
         self._idle = idle
@@ -139,7 +137,7 @@ class Relay(TwistedProtocol):
         self.state = _FLOWING
         self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
         self.trail = Trail(backlog, clock(), gaps, copy)
-        self._add = backlog.add
+        self._backlog = backlog
         self.done: Deferred[None] = Deferred(lambda _: self.cancel())
 
     def start(self) -> Deferred[None]:
@@ -179,22 +177,29 @@ class Relay(TwistedProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Hand on one chunk, cut anywhere."""
-        clock, write, add = self._clock, self._write, self._add  # as in trail.py
-        now = clock()
-        write(data)
-        if add(self.trail, now, data) == _FOLLOWED:
+        now = self._clock()
+        self._sink.write(data)
+        if self._backlog.add(self.trail, now, data) == _FOLLOWED:
             self._follow(now)
 
     def framedReceived(self, data: bytes, start: int) -> None:
-        """Hand on one chunk of the chunked coding as it is.
+        """Hand on one chunk of the chunked coding, as it is where the sink takes it so.
 
         Args:
             start: where its content starts, which ends two bytes before the end.
         """
-        clock, write, add = self._clock, self._write_framed, self._add
+        clock, verbatim = self._clock, self._verbatim  # as in trail.py
+        if verbatim is None:
+            self.dataReceived(data[start:-2])
+            self._verbatim = self._sink.verbatim()
+            return
         now = clock()
-        write(data, start)
-        if add(self.trail, now, data, start) == _FOLLOWED:
+        verbatim(data)
+        backlog = self._backlog
+        backlog.append((self.trail, now, data, start))  # and on as in Backlog.add()
+        if (count := len(backlog)) >= TOGETHER or len(data) > SHORT:
+            backlog.read()
+        elif count == _FOLLOWED:
             self._follow(now)
 
     def _follow(self, since: float) -> None:
@@ -230,6 +235,7 @@ class Relay(TwistedProtocol):
         """The client is gone: what is read on from here reaches the copy alone."""
         if self._stays():
             self._handed_on = self.chunks, self.byte_count
+            self._verbatim = None
             self.resumeProducing()
         else:
             self.leave()
@@ -286,6 +292,7 @@ class Relay(TwistedProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._verbatim = None
         self._sink.unregisterProducer()
         done, self.done = self.done, _OVER
         return done

@@ -24,7 +24,7 @@ class Trail:
 
     __slots__ = (
         *("_backlog", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps", "_last_at"),
-        *("_longest_gap", "_tail"),
+        *("_longest_gap", "_tail", "_verbatim"),
     )
 
     def __init__(
@@ -37,7 +37,7 @@ class Trail:
         self._backlog = backlog
         self._gaps = gaps
         self._copy = copy
-        self._chunks = self._byte_count = 0
+        self._chunks = self._byte_count = self._verbatim = 0
         self._first_at: float | None = None
         self._last_at = now
         self._longest_gap = 0.0
@@ -54,6 +54,12 @@ class Trail:
         """How many bytes that was."""
         self._backlog.read()
         return self._byte_count
+
+    @property
+    def verbatim(self) -> int:
+        """How many of these came in the chunked coding and went out as they were."""
+        self._backlog.read()
+        return self._verbatim
 
     @property
     def first_at(self) -> float | None:
@@ -79,8 +85,11 @@ class Trail:
         self._backlog.read()
         return self._tail
 
-    def read(self, at: float, data: bytes) -> None:
-        """Note one chunk, cut anywhere; the backlog calls this."""
+    def read(self, at: float, data: bytes, start: int = 0) -> None:
+        """Note one chunk, cut anywhere; see ``backlog.Reader``."""
+        if start:
+            data = data[start:-2]
+            self._verbatim += len(data)
         gaps, copy = self._gaps, self._copy  # found faster than as methods (ADR-0011)
         if self._chunks:
             gap = at - self._last_at

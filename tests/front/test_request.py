@@ -13,6 +13,7 @@ from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled
+from llmproxy.front.channel import Channel
 from llmproxy.front.http import Site
 from llmproxy.front.request import Request
 from tests.support.fake_transport import RESET, FakeTransport
@@ -314,30 +315,35 @@ def test_without_chunks_the_bytes_are_the_body(
 
 
 @pytest.mark.parametrize(
-    ("lines", "expected"),
+    ("lines", "counts", "taken"),
     [
-        (get(), [b"5\r\nhello\r\n", b"1\r\n!\r\n", LAST]),
-        (get("GET", "1.0"), [b"hello", b"!"]),
-        (get("HEAD"), []),
+        (get(), True, True),
+        (get(), False, False),
+        (get("GET", "1.0"), True, False),
+        (get("HEAD"), True, False),
     ],
 )
-@pytest.mark.parametrize("flushed", [True, False])
-def test_a_piece_in_the_chunked_coding_is_decoded_where_that_is_not_spoken(
-    flushed: bool, lines: bytes, expected: list[bytes]
+def test_chunks_are_taken_as_they_are_where_that_coding_is_spoken_and_bytes_are_counted(
+    lines: bytes, counts: bool, taken: bool
 ) -> None:
-    """It leaves as it came where the answer is in that coding, and as its content elsewhere."""
+    """From the first piece, which takes the head along, up to the answer's end."""
     caller = Caller(lines)
-    caller.request.start(200, [])
-    if flushed:
-        caller.request.flush()
-    caller.request.write_framed(b"5\r\nhello\r\n", 3)
-    caller.request.write_framed(b"1\r\n!\r\n", 3)
-    caller.request.finish()
-    caller.request.write_framed(b"1\r\n?\r\n", 3)
-
-    assert b"".join(caller.transport.writes).partition(b"\r\n\r\n")[2] == b"".join(expected)
-    assert caller.transport.writes[2 if flushed else 1 :] == expected[1:]
-    assert caller.request.sent == (6 if expected else 0)
+    caller.transport.counts = counts
+    request = caller.request
+    request.start(200, [])
+    before = request.verbatim()
+    request.write(b"hello")
+    verbatim = request.verbatim()
+    if verbatim is not None:
+        verbatim(b"1\r\n!\r\n")
+    assert (before, verbatim is not None) == (None, taken)
+    assert isinstance(caller.channel, Channel)
+    assert caller.channel.written == len(caller.transport.value())
+    assert request.sent == (0 if lines.startswith(b"HEAD") else 5)
+    request.finish()
+    assert request.verbatim() is None
+    if taken:
+        assert caller.transport.writes[1:] == [b"1\r\n!\r\n", LAST]
 
 
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])

@@ -13,9 +13,9 @@ from llmproxy.ops.streams import Streams
 def exchange(started: float = 10.0, **changes: Any) -> Any:
     """Return one request, as its exchange knows it; by default it waits for the provider."""
     trace = SimpleNamespace(id="i", client="c", route="r", provider="p", model="m")
-    request = SimpleNamespace(sent=7, upload=None)
+    request = SimpleNamespace(upload=None)
     known = {"trace": trace, "request": request, "choice": object(), "relay": None, **changes}
-    return SimpleNamespace(started=started, **known)
+    return SimpleNamespace(started=started, bytes_out=7, **known)
 
 
 def relay(*, paused: bool = False, first_at: float | None = 11.0) -> Any:
@@ -36,8 +36,8 @@ def rows(*exchanges: Any) -> list[dict[str, Any]]:
     [
         ({"choice": None}, "routing"),
         ({}, "waiting"),
-        ({"request": SimpleNamespace(sent=0, upload=SimpleNamespace(complete=False))}, "uploading"),
-        ({"request": SimpleNamespace(sent=0, upload=SimpleNamespace(complete=True))}, "waiting"),
+        ({"request": SimpleNamespace(upload=SimpleNamespace(complete=False))}, "uploading"),
+        ({"request": SimpleNamespace(upload=SimpleNamespace(complete=True))}, "waiting"),
         ({"relay": relay()}, "streaming"),
         ({"relay": relay(paused=True)}, "paused"),
     ],

@@ -32,9 +32,9 @@ class Noted:
         self.name = name
         self.notes = notes
 
-    def read(self, at: float, data: bytes) -> None:
+    def read(self, at: float, data: bytes, start: int) -> None:
         """Write it down."""
-        self.notes.append((self.name, at, data))
+        self.notes.append((self.name, at, data[start:-2] if start else data))
 
 
 def test_all_wait_until_there_are_many_and_are_read_in_order() -> None:
@@ -63,8 +63,8 @@ def test_what_is_added_while_others_are_read_is_read_later() -> None:
     backlog, notes = Backlog(), Notes()
 
     class Adds(Noted):
-        def read(self, at: float, data: bytes) -> None:
-            super().read(at, data)
+        def read(self, at: float, data: bytes, start: int) -> None:
+            super().read(at, data, start)
             if data == b"first":
                 backlog.add(self, 2.0, b"second")
 
@@ -81,7 +81,7 @@ def test_an_error_in_one_reader_is_not_anothers(logged_failures: Any) -> None:
     backlog, notes = Backlog(), Notes()
 
     class Fails(Noted):
-        def read(self, at: float, data: bytes) -> None:
+        def read(self, at: float, data: bytes, start: int) -> None:
             raise ValueError(data)
 
     for reader in (Noted("a", notes), Fails("b", notes), Noted("c", notes)):

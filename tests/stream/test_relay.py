@@ -26,7 +26,8 @@ class Sink:
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
-        self.starts: list[int] = []
+        self.as_they_are: list[bytes] = []
+        self.takes_chunks = False
         self.producer: Any = None
         self.full = False
         self.on_write: Callable[[], None] = lambda: None
@@ -44,9 +45,8 @@ class Sink:
         self.chunks.append(data)
         self.on_write()
 
-    def write_framed(self, data: bytes, start: int) -> None:
-        self.chunks.append(data)
-        self.starts.append(start)
+    def verbatim(self) -> Callable[[bytes], object] | None:
+        return self.as_they_are.append if self.takes_chunks else None
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         assert streaming
@@ -85,7 +85,9 @@ class Source:
 class Pump:
     """A relay between a source and a sink, and its outcome."""
 
-    def __init__(self, idle: float | None = 30.0, *, start: bool = True) -> None:
+    def __init__(
+        self, idle: float | None = 30.0, *, start: bool = True, stays: bool = False
+    ) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
         self.source, self.sink = Source(), Sink()
@@ -103,6 +105,7 @@ class Pump:
             gaps=self._gaps.append,
             delays=self.delays.append,
             copy=self._copied.append,
+            stays=lambda: stays,
         )
         self.outcomes: list[Any] = []
         self.relay.done.addBoth(self._keep)
@@ -432,16 +435,54 @@ def test_cancel_alone_does_not_fire() -> None:
 def test_a_chunk_in_its_coding_is_handed_on_as_it_is() -> None:
     """Not a byte of it changes; what is counted and copied is its content."""
     pump = Pump()
-    for wire, start in ((b"3\r\nabc\r\n", 3), (b"00a\r\n0123456789\r\n", 5)):
+    framed = ((b"3\r\nabc\r\n", 3), (b"00a\r\n0123456789\r\n", 5), (b"1\r\n!\r\n", 3))
+    for wire, start in framed:
         pump.clock.advance(1)
         pump.relay.framedReceived(wire, start)
-        assert (pump.sink.chunks[-1], pump.sink.starts[-1]) == (wire, start)
+        pump.sink.takes_chunks = True
+    assert (pump.sink.chunks, pump.sink.as_they_are) == ([b"abc", b"0123456789"], [framed[2][0]])
 
-    assert (pump.relay.chunks, pump.relay.byte_count) == (2, 13)
-    assert pump.copied == [b"abc", b"0123456789"]
-    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (1001.0, 1002.0)
-    assert (pump.gaps, pump.relay.trail.tail) == ([1.0], b"6789")
+    assert (pump.relay.chunks, pump.relay.byte_count, pump.relay.trail.verbatim) == (3, 14, 1)
+    assert pump.copied == [b"abc", b"0123456789", b"!"]
+    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (1001.0, 1003.0)
+    assert (pump.gaps, pump.relay.trail.tail) == ([1.0, 1.0], b"789!")
     assert len(pump.delays) == 1
+
+
+@pytest.mark.parametrize("size", [1, 4096, 4097])
+@pytest.mark.parametrize("framed", [True, False])
+def test_chunks_are_read_in_the_same_lots_in_whatever_form_they_come(
+    framed: bool, size: int
+) -> None:
+    """Thirty-two short ones, or up to a long one."""
+    pump = Pump()
+    pump.sink.takes_chunks = True
+    data, head = b"x" * size, b"%x\r\n" % size
+    wire = head + data + b"\r\n"
+    for count in range(1, 70):
+        before = len(pump._copied)
+        if framed:
+            pump.relay.framedReceived(wire, len(head))
+        else:
+            pump.relay.dataReceived(data)
+        is_long = len(wire if framed and count > 1 else data) > 4096
+        whole = is_long or count - before == 32
+        assert len(pump._copied) == (count if whole else before)
+
+
+def test_a_client_that_has_left_gets_no_chunks_as_they_are() -> None:
+    """What is read on for the copy's sake goes to nobody, and is not counted as handed on."""
+    pump = Pump(stays=True)
+    pump.sink.takes_chunks = True
+    for _ in range(2):
+        pump.relay.framedReceived(b"1\r\n!\r\n", 3)
+    assert pump.sink.as_they_are == [b"1\r\n!\r\n"]
+    pump.sink.takes_chunks = False
+    pump.sink.producer.stopProducing()
+    pump.relay.framedReceived(b"1\r\n?\r\n", 3)
+    assert pump.sink.as_they_are == [b"1\r\n!\r\n"]
+    assert (pump.relay.byte_count, pump.relay.trail.verbatim) == (2, 1)
+    assert pump.copied == [b"!", b"!", b"?"]
 
 
 def test_a_sink_may_cancel_inside_a_write() -> None:

@@ -37,6 +37,7 @@ class FakeTransport(StringTransport):
         calls: what was asked of it, in order: ``pause``, ``resume``, ``nodelay``, ``half`` (a half
             close), ``lose`` (a close) and ``abort``.
         writes: what was written, one item for each call.
+        counts: it tells how many bytes that was, as the transports of ``wire/`` do.
     """
 
     producer: Any
@@ -45,9 +46,17 @@ class FakeTransport(StringTransport):
         super().__init__(lenient=True)
         self.calls: list[str] = []
         self.writes: list[bytes] = []
+        self.counts = True
         self.dataBuffer = b""
         self.offset = 0
         self._tempDataLen = 0
+
+    @property
+    def written(self) -> int:
+        """How many bytes were written; Twisted's own transports have no such attribute."""
+        if not self.counts:
+            raise AttributeError("written")
+        return sum(map(len, self.writes))
 
     def connect(self, protocol: IProtocol) -> None:
         """Be the transport of ``protocol``."""
