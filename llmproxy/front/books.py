@@ -87,10 +87,9 @@ class Books:
 
     def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
         """Close a record, with why its request ended and what the client was told."""
-        relay = exchange.relay
         exchange.close(end, error, self._clock())
-        if relay is not None and (first_at := relay.trail.first_at) is not None:
-            self._metrics.first_chunk.observe(first_at - exchange.started)
+        if exchange.trace.first_chunk_s is not None:
+            self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
         self._write(exchange.trace, exchange.labels(), error)
 

@@ -128,7 +128,7 @@ class Exchange:
         trace, sent = self.trace, self.bytes_out
         relay, self.relay = self.relay, None  # which would keep each other
         self.endpoint = None  # whoever hears of the client's leaving only now finds nothing to read
-        trace.end_reason, trace.is_complete = end.value, end is EndReason.COMPLETE
+        trace.end_reason, trace.is_complete = end, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
         trace.status, trace.bytes_out = self.request.status, sent
         trace.bytes_in = self.request.body_bytes
@@ -136,8 +136,8 @@ class Exchange:
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.trail.longest_gap, 6)
-            if relay.trail.first_at is not None:
-                trace.first_chunk_s = round(relay.trail.first_at - self.started, 6)
+            if (first_at := relay.trail.first_at) is not None:
+                trace.first_chunk_s = round(first_at - self.started, 6)
 
     def labels(self) -> tuple[str, str, str, str, str]:
         """Return route, provider, client, method and status class, from closed sets."""

@@ -212,7 +212,7 @@ class Gateway(Resource):
         exchange.choice = choice
         request.stall_after = choice.timeouts.client_stall
         trace.route, trace.provider = choice.route.name, choice.provider.name
-        trace.dialect = choice.provider.dialect.value
+        trace.dialect = choice.provider.dialect
         trace.stream = ask.wants_stream(choice.provider.dialect, exchange.path)
         exchange.endpoint = self._findings.endpoint_of(exchange, choice)
         if choice.timeouts.total is not None:

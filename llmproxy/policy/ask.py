@@ -54,7 +54,7 @@ class Ask(NamedTuple):
 
     def wants_stream(self, dialect: Dialect, path: bytes) -> bool | None:
         """Tell whether a stream is asked for; None where the body cannot say."""
-        return asks_for_stream(self.facts, dialect.value, path) if self.json else None
+        return asks_for_stream(self.facts, dialect, path) if self.json else None
 
 
 def read_ask(content_type: bytes | None, body: bytes, path: bytes) -> Ask:
