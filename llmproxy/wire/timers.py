@@ -18,6 +18,9 @@ from twisted.logger import Logger
 
 _log = Logger()
 
+_AT_ONCE = 16
+"""Timers that ring in a row; sockets have their turn before the next ones."""
+
 
 def _nothing() -> None:
     """Do nothing."""
@@ -77,11 +80,11 @@ class Timers:
         self._queues.clear()
 
     def _ring(self, delay: float, queue: dict[Timer, None]) -> None:
-        """Call whoever is due, and ask to be rung for whoever is next."""
+        """Call who is due, and ask to be rung for whoever is next."""
         now = self._seconds()
-        due = []
+        due: list[Timer] = []
         for timer in queue:
-            if timer.at > now:
+            if timer.at > now or len(due) == _AT_ONCE:
                 break
             due.append(timer)
         for timer in due:

@@ -52,6 +52,25 @@ def test_a_cancelled_timer_does_not_ring() -> None:
             timer.cancel()
 
 
+def test_many_that_ring_at_once_let_others_have_their_turn() -> None:
+    """Whatever the reactor has to do in between is done between them; none is lost."""
+    bells = Bells()
+    for number in range(40):
+        bells.set(str(number), 0)
+    rung: list[int] = []
+
+    def look() -> None:
+        rung.append(len(bells.rang))
+        if len(rung) < 4:
+            bells.clock.callLater(0, look)
+
+    bells.clock.callLater(0, look)
+    bells.clock.advance(0)
+    assert rung == [16, 32, 40, 40]
+    assert [int(name) for name, _ in bells.rang] == list(range(40))
+    assert not bells.clock.getDelayedCalls()
+
+
 def test_many_timers_of_one_length_ask_the_reactor_once() -> None:
     """The reactor has one timer for each length, however many come and go."""
     bells = Bells()
