@@ -8,7 +8,7 @@ names: the hop-by-hop fields, those that can carry a client's key, and those tha
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from functools import lru_cache
 
 from llmproxy.errors import ProxyError
@@ -62,18 +62,21 @@ def nominated(fields: Fields) -> set[bytes]:
     return {token.strip(b" \t").lower() for line in lines for token in line.split(b",")}
 
 
-def refuse_disguised(fields: Fields, credentials: Container[bytes] = ()) -> None:
+def refuse_disguised(names: Collection[bytes], credentials: Container[bytes] = ()) -> None:
     """Refuse a name with ``_`` that spells a field which the proxy owns or drops.
 
     Servers behind CGI-like gateways read ``x_api_key`` and ``x-api-key`` as one.
 
     Args:
+        names: of the request's fields, in lower case.
         credentials: the fields that carry providers' credentials.
 
     Raises:
         ProxyError: 400, naming the field.
     """
-    for name, _ in fields:
+    if b"_" not in b"".join(names):
+        return
+    for name in names:
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
             owned = spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or spelt == b"via"

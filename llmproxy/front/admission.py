@@ -50,7 +50,7 @@ def admit(request: Request, rules: Rules) -> None:
         raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
-    refuse_disguised(request.fields, rules.credentials)
+    refuse_disguised(first, rules.credentials)
 
 
 def early_refusal(request: Request, rules: Rules) -> ProxyError | None:

@@ -1,7 +1,7 @@
 """What a body leaves behind it: how much came, when, how it ends, and a copy for the tap.
 
 The relay hands a chunk on and adds it to the backlog; from there it comes here, a little later.
-Whoever asks is told of all that has come: the backlog is read first.  Like the relay, this knows no
+Whoever asks is told of all that has come: the backlog is read first, where there is one.  Like the relay, this knows no
 provider, trace or metric.
 """
 
@@ -46,43 +46,50 @@ class Trail:
     @property
     def chunks(self) -> int:
         """How many chunks came."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._chunks
 
     @property
     def byte_count(self) -> int:
         """How many bytes that was."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._byte_count
 
     @property
     def verbatim(self) -> int:
         """How many of these came in the chunked coding and went out as they were."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._verbatim
 
     @property
     def first_at(self) -> float | None:
         """When the first chunk came, or None."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._first_at
 
     @property
     def last_at(self) -> float:
         """When the last chunk came; before the first, when the body was asked for."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._last_at
 
     @property
     def longest_gap(self) -> float:
         """The longest time between two chunks, pauses left out, in seconds."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._longest_gap
 
     @property
     def tail(self) -> bytes:
         """The last four bytes, so that an event's end can be told."""
-        self._backlog.read()
+        if self._backlog:
+            self._backlog.read()
         return self._tail
 
     def read(self, at: float, data: bytes, start: int = 0) -> None:

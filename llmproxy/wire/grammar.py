@@ -24,7 +24,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\x20-\x7e\x80-\xff]*\r\n)+")
+_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\x20-\x7e\x80-\xff]*+\r\n)++")
 """Lines without a fault and without a tab; all others are looked at one by one."""
 
 _REQUEST_LINE = re.compile(
@@ -109,7 +109,8 @@ def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = M
     if len(lines) > most:
         raise BadMessage(f"more than {most} header fields", 431)
     block = b"\r\n".join((*lines, b""))
-    if _FIELD_LINES.fullmatch(block) is None or max(map(len, lines)) > longest:
+    may_be_long = len(block) > longest and max(map(len, lines)) > longest
+    if may_be_long or _FIELD_LINES.fullmatch(block) is None:
         return [parse_field(line, longest) for line in lines]
     fields = []
     for line in lines:
