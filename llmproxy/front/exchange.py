@@ -31,12 +31,13 @@ class Exchange:
         status: the provider's, or 0 before its head has come.
         endpoint: how the answer is read, where it can be; ``tap`` reads it.
         drains: the answer is read on although the client has left, or was.
+        passes: the fields that hold keys are for the provider, as far as the path can tell.
         has_asked: the provider may have a byte of the request, and do the work.
     """
 
     __slots__ = (
         *("answer", "choice", "content_encoding", "content_type", "drain_timer", "drains"),
-        *("endpoint", "has_asked", "has_length", "host", "late", "left", "path"),
+        *("endpoint", "has_asked", "has_length", "host", "late", "left", "passes", "path"),
         *("relay", "request", "started", "status", "tap", "task", "timer", "trace"),
     )
 
@@ -48,6 +49,7 @@ class Exchange:
         self.host = host_of(request.first.get(b"host"))
         self.left: ClientGone | None = None
         self.late = False
+        self.passes = False
         self.choice: Choice | None = None
         self.relay: Relay | None = None
         self.answer: Answer | None = None

@@ -175,7 +175,7 @@ class Gateway(Resource):
     # -- its steps ------------------------------------------------------------------------------
 
     def _identify(self, exchange: Exchange) -> Client:
-        passes = self.routes.pass_credential(exchange.path, exchange.host)
+        passes = exchange.passes = self.routes.pass_credential(exchange.path, exchange.host)
         client = self._auth.identify(exchange.request.fields, pass_credential=passes)
         exchange.trace.client = client.name
         return client
@@ -202,13 +202,13 @@ class Gateway(Resource):
         request, trace = exchange.request, exchange.trace
         choice = self.routes.choose(client, request.uri, exchange.host, ask.models)
         request.limit_body(self.routes.limit_of(choice.route))
-        if choice.provider.pass_credential != self.routes.pass_credential(
-            exchange.path, exchange.host
+        passes = choice.provider.pass_credential
+        # The model may lead to a route on which other fields say who calls; it must be the same.
+        if (
+            passes != exchange.passes
+            and self._auth.identify(request.fields, pass_credential=passes).name != client.name
         ):
-            # The model led to a route on which other fields say who calls; it must be the same.
-            passes = choice.provider.pass_credential
-            if self._auth.identify(request.fields, pass_credential=passes).name != client.name:
-                raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
+            raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.choice = choice
         request.stall_after = choice.timeouts.client_stall
         trace.route, trace.provider = choice.route.name, choice.provider.name

@@ -1,8 +1,8 @@
 """What a body leaves behind it: how much came, when, how it ends, and a copy for the tap.
 
 The relay hands a chunk on and adds it to the backlog; from there it comes here, a little later.
-Whoever asks is told of all that has come: the backlog is read first, where there is one.  Like the relay, this knows no
-provider, trace or metric.
+Whoever asks is told of all that has come: the backlog is read first, where there is one.  Like the
+relay, this knows no provider, trace or metric.
 """
 
 from __future__ import annotations
