@@ -30,10 +30,10 @@ _HANDSHAKE, _IDLE, _HEAD, _BODY, _SERVING, _CLOSING = Phase  # found faster than
 _LINGER = 2.0
 """Seconds for which a refused upload is read and dropped, so that the refusal can be read."""
 
-_QUEUE = 32768
+_QUEUE = 28 * 1024
 """Bytes in Twisted's queue at which it asks for no more.
 
-With one read from the provider behind it (64 KiB, and a TLS record), a response holds less than
+With one read from the provider behind it (``wire.direct.READ_SIZE``), a response holds less than
 128 KiB.
 """
 

@@ -27,7 +27,7 @@ from llmproxy.stream.gathered import Gathered, ProviderError, Usage
 from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
 from llmproxy.stream.result import Degraded, Result
 
-_PIECE = 64 * 1024
+_PIECE = 128 * 1024
 """Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
 
 _log = Logger()

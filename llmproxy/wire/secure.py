@@ -33,7 +33,7 @@ from twisted.internet.interfaces import IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.wire.direct import AtOnce
+from llmproxy.wire.direct import READ_SIZE, AtOnce
 
 _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
@@ -41,7 +41,7 @@ _RECORD = 16384
 _BULK = _RECORD // 2
 """A record of so many bytes is hardly alone: the next one is read in the same turn."""
 
-_MOST = 4
+_MOST = READ_SIZE // _RECORD
 """Records of one read, so that others have their turn."""
 
 _read_record = lib.SSL_read
