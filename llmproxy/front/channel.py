@@ -33,8 +33,8 @@ _LINGER = 2.0
 _QUEUE = 28 * 1024
 """Bytes in Twisted's queue at which it asks for no more.
 
-With one read from the provider behind it (``wire.direct.READ_SIZE``), a response holds less than
-128 KiB.
+With one read from the provider behind it (``wire.direct.READ_SIZE``) and all that a stream needs, a
+response holds less than 128 KiB.
 """
 
 _LOOKS = 4

@@ -25,7 +25,7 @@ from twisted.internet.error import ConnectionAborted
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-READ_SIZE = 96 * 1024
+READ_SIZE = 80 * 1024
 """Bytes of one read at most; ``bufferSize`` is how many may be queued before a producer pauses."""
 
 _NO_LINGER = struct.pack("ii", 1, 0)
