@@ -136,6 +136,7 @@ def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
         with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), proxy=proxy) as daemon:
+            assert daemon.admin("/readyz") == "ready\n"  # and it takes its signals
             pid = daemon.process.pid
             assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (2512, hard)
     finally:
@@ -147,6 +148,7 @@ def test_a_limit_of_descriptors_that_is_too_low_is_told(tmp_path: Path) -> None:
     """The start goes on as far as it may, with a warning."""
     proxy = "anonymous = true\nmax_connections = 10000000"
     with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), proxy=proxy) as daemon:
+        assert daemon.admin("/readyz") == "ready\n"  # and it takes its signals
         line = daemon.wait_log("raise LimitNOFILE", level="warn")
         assert line["needed"] == 20_000_512
 
