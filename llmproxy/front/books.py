@@ -114,7 +114,7 @@ class Books:
             method="",
             path="",
             status=error.status,
-            end_reason=error.end.value,
+            end_reason=error.end,
             error=error.reason,
         )
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)

@@ -235,7 +235,8 @@ class Gateway(Resource):
         )
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
-        outcome, cause = "ok", None
+        outcome: str = "ok"
+        cause = None
         try:
             exchange.answer = await self._upstream.send(
                 provider,
@@ -248,11 +249,11 @@ class Gateway(Resource):
                 began=exchange.asked,
             )
         except ProxyError as error:
-            outcome, cause = error.end.value, error.cause
+            outcome, cause = error.end, error.cause
             raise
         except Exception:
             end = EndReason.UPSTREAM_TIMEOUT if exchange.late else EndReason.CLIENT_GONE
-            outcome = (end if exchange.left is None else exchange.left.end).value
+            outcome = end if exchange.left is None else exchange.left.end
             raise
         finally:
             seconds = self._clock() - sent_at
