@@ -18,17 +18,17 @@ from twisted.web.server import NOT_DONE_YET
 
 from bench.quick import Case
 from llmproxy.config import Limits, Timeouts
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import Dialect
-from llmproxy.front.http import Site
+from llmproxy.http1.framing import ChunkedReader
+from llmproxy.http1.grammar import parse_fields
 from llmproxy.record.metrics import Metrics
-from llmproxy.stream.backlog import Backlog
-from llmproxy.stream.dialects import endpoint
+from llmproxy.server.site import Site
+from llmproxy.stream.batch import Batch
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
-from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.http1 import Connection
-from llmproxy.wire.framing import ChunkedReader
-from llmproxy.wire.grammar import parse_fields
+from llmproxy.upstream.response import Response
 
 EVENT = b"data: " + b"x" * 215 + b"\n\n"
 """As long as a usual one of OpenAI's: 223 bytes."""
@@ -180,19 +180,19 @@ def relay_between_nothing(capture: Capture | None = None) -> Callable[[bytes], N
         max_head=65536, became_idle=lambda _: None, closed=lambda _: None, secure=False
     )
     provider.makeConnection(Nowhere())
-    answers: list[Answer] = []
-    provider.send(b"POST", b"POST / HTTP/1.1\r\n\r\n", None).addCallback(answers.append)
+    responses: list[Response] = []
+    provider.send(b"POST", b"POST / HTTP/1.1\r\n\r\n", None).addCallback(responses.append)
     provider.dataReceived(HEAD)
-    (answer,) = answers
-    kept.request.start(answer.code, answer.fields[:2])
+    (response,) = responses
+    kept.request.start(response.code, response.fields[:2])
     metrics = Metrics("0")
     relay = Relay(
-        answer,
+        response,
         kept.request,
         clock,
         time.monotonic,
         idle=300.0,
-        backlog=Backlog(),
+        batch=Batch(),
         gaps=metrics.gap.observe,
         delays=metrics.relay_delay.observe,
         copy=None if capture is None else tap(capture).feed,

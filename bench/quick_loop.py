@@ -43,7 +43,7 @@ def event(size: int) -> bytes:
 
 
 def document(size: int) -> bytes:
-    """Return an answer of OpenAI's in one piece, so many bytes long."""
+    """Return a response of OpenAI's in one piece, so many bytes long."""
     before = (
         b'{"id":"chatcmpl-9f8e7d6c5b4a39281706","object":"chat.completion","created":1763650000,'
         b'"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"'
@@ -54,7 +54,7 @@ def document(size: int) -> bytes:
     return before + b"x" * (size - len(before) - len(after)) + after
 
 
-ANSWER = (
+RESPONSE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1500\r\n\r\n"
     + document(1500)
 )
@@ -153,9 +153,9 @@ class Stage:
         run_reactor()
 
     def _accept(self, listening: End) -> None:
-        _end(listening.sock.accept()[0], self._answer)
+        _end(listening.sock.accept()[0], self._response)
 
-    def _answer(self, end: End) -> None:
+    def _response(self, end: End) -> None:
         if end.takes(b"}]}"):
             self.asked = end
             end.sock.sendall(self.reply)
@@ -231,7 +231,7 @@ def requests(stage: Stage) -> Callable[[int], float]:
     whole = request()
 
     def run(count: int) -> float:
-        stage.reply = ANSWER
+        stage.reply = RESPONSE
 
         def again(client: End) -> None:
             client.sock.sendall(whole)

@@ -134,8 +134,8 @@ class Bench:
     def tell(self, what: str) -> str:
         """Ask the provider for its ``stats`` or its ``closes``, or to ``reset`` both."""
         url = f"http://127.0.0.1:{self._port}/mock/{what}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text: str = answer.read().decode()
+        with urllib.request.urlopen(url, timeout=10) as response:
+            text: str = response.read().decode()
         return text
 
 

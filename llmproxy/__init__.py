@@ -1,9 +1,9 @@
 """One shared egress to language-model providers: it streams, counts, and stays out of the way.
 
 The path of a request
-    ``front/http.py`` reads it, ``front/gateway.py`` tells its story: ``policy/auth.py`` says who
+    ``server/site.py`` reads it, ``gateway/gateway.py`` tells its story: ``policy/auth.py`` says who
     calls, ``policy/routes.py`` where the call goes, ``upstream/client.py`` sends it through treq,
-    ``stream/relay.py`` hands the answer back chunk by chunk, ``stream/tap.py`` reads a copy of it
+    ``stream/relay.py`` hands the response back chunk by chunk, ``stream/tap.py`` reads a copy of it
     on the side, and ``record/trace.py`` and ``record/metrics.py`` remember what happened.
 
 Glossary
@@ -20,7 +20,7 @@ Glossary
     relay
         the byte pump for one response
     tap
-        the side copy of an answer that ``stream/tap.py`` reads
+        the side copy of a response that ``stream/tap.py`` reads
     trace
         the one record of one request, written when it ends
     end reason

@@ -49,7 +49,7 @@ class ProxyError(Exception):
     """Something that ends a request, and what its caller may be told about it.
 
     Args:
-        status: the HTTP status to answer with while no byte of an answer has left.
+        status: the HTTP status to answer with while no byte of a response has left.
         reason: one word for ``x-llmproxy-error`` and the trace, from a closed vocabulary.
         message: a sentence for the caller; it names no key, no address and no file.
         end: the end reason that the trace and the metrics record.
@@ -139,18 +139,18 @@ def upstream_idle() -> ProxyError:
     return ProxyError(
         504,
         "upstream_idle",
-        "The provider stopped in the middle of its answer.",
+        "The provider stopped in the middle of its response.",
         end=EndReason.UPSTREAM_IDLE,
         may_have_run=True,
     )
 
 
 def upstream_broken(detail: str) -> ProxyError:
-    """The connection to the provider ended before its answer did."""
+    """The connection to the provider ended before its response did."""
     return ProxyError(
         502,
         "upstream_broken",
-        "The provider broke off its answer.",
+        "The provider broke off its response.",
         end=EndReason.UPSTREAM_BROKEN,
         may_have_run=True,
         detail=detail,
@@ -162,7 +162,7 @@ def upstream_protocol(detail: str) -> ProxyError:
     return ProxyError(
         502,
         "upstream_protocol",
-        "The provider's answer is not valid HTTP.",
+        "The provider's response is not valid HTTP.",
         end=EndReason.UPSTREAM_PROTOCOL,
         may_have_run=True,
         detail=detail,
@@ -170,7 +170,7 @@ def upstream_protocol(detail: str) -> ProxyError:
 
 
 class ClientGone(Exception):
-    """The client closed, half-closed or reset its connection before the answer was whole."""
+    """The client closed, half-closed or reset its connection before the response was whole."""
 
     end = EndReason.CLIENT_GONE
 

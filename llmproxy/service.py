@@ -24,29 +24,29 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.web.resource import Resource
 
+from llmproxy.admin.site import admin_site
+from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
-from llmproxy.front.books import Books, log_access
-from llmproxy.front.door import Door
-from llmproxy.front.drains import Drains
-from llmproxy.front.http import Site
-from llmproxy.ops.admin import admin_site
+from llmproxy.gateway.detached import DetachedStreams
+from llmproxy.gateway.recorder import Recorder, log_access
+from llmproxy.net.lag import Lag
+from llmproxy.net.loop import calm_collector, tune
+from llmproxy.net.timers import Timers
+from llmproxy.ops.collectors import expose
 from llmproxy.ops.descriptors import raise_limit
 from llmproxy.ops.drain import Drain
-from llmproxy.ops.figures import expose
-from llmproxy.ops.lag import Lag
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup
 from llmproxy.ops.signals import take_signals
 from llmproxy.ops.status import Status
-from llmproxy.ops.streams import Streams
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
+from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.site import Site
 from llmproxy.version import version
-from llmproxy.wire.loop import calm_collector, tune
-from llmproxy.wire.timers import Timers
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
@@ -184,8 +184,8 @@ class ProxyService(Service):
         self.metrics = Metrics(version())
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
-        self.drains = Drains(0, self._timers)
-        self.books = Books(
+        self.detached = DetachedStreams(0, self._timers)
+        self.recorder = Recorder(
             self.metrics,
             self.sinks,
             access=log_access if self._json_log is None else self._json_log.access,
@@ -197,9 +197,9 @@ class ProxyService(Service):
             Resource(),
             reactor,
             clock,
-            abandoned=self.books.abandoned,
-            malformed=self.books.malformed,
-            door=Door(clock=clock, wall=time.time),
+            abandoned=self.recorder.abandoned,
+            malformed=self.recorder.malformed,
+            limiter=ConnectionLimiter(clock=clock, wall=time.time),
         )
         site = partial(
             admin_site, reactor, clock, ready=lambda: self.ready, registry=self.metrics.registry
@@ -215,9 +215,9 @@ class ProxyService(Service):
             clock,
             timers=self._timers,
             metrics=self.metrics,
-            books=self.books,
+            recorder=self.recorder,
             sinks=self.sinks,
-            drains=self.drains,
+            detached=self.detached,
             drain=self.drain,
             site=self.site,
             admin=(admin, metrics),
@@ -233,15 +233,15 @@ class ProxyService(Service):
             telling=lambda: self.notify.reloading(),
             tell=self._listeners.tell,
         )
-        self.streams = Streams(self.site, self.books, clock)
-        status = Status(self.site, self.books, self.drain, self.reload, time.time)
+        self.streams = Streams(self.site, self.recorder, clock)
+        status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
         self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
         expose(
             self.metrics,
             site=self.site,
             setup=self.setup,
-            drains=self.drains,
+            detached=self.detached,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
@@ -276,7 +276,7 @@ class ProxyService(Service):
     # -- stop -----------------------------------------------------------------------------------
 
     def stopService(self) -> Deferred[None]:
-        """Stop listening, let running answers end, then close everything else."""
+        """Stop listening, let running responses end, then close everything else."""
         super().stopService()
         self.ready = False
         self.reload.end()
@@ -293,7 +293,7 @@ class ProxyService(Service):
         self._untune()
         self._lag.stop()
         self.notify.close()
-        self.books.close_all()
+        self.recorder.close_all()
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())

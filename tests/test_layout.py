@@ -1,152 +1,40 @@
-"""The order of the modules, and that no import goes against it (ADR-0001)."""
+"""The order of the folders; no import goes against it, and there is no circle (ADR-0015)."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# An import goes from an earlier line to a later one, never back; a package stands before its
-# modules.
+# The rooms, in the order in which a request meets them: a folder, or a single module.  An import
+# stays in its room or goes down this list, never back.  Inside a room no order is prescribed.
 ORDER = (
     "llmproxy",
     "llmproxy.cli",
-    "llmproxy.cli.main",
-    "llmproxy.cli.usage",
-    "llmproxy.cli.probe",
-    "llmproxy.cli.top",
-    "llmproxy.cli.demo",
-    "llmproxy.cli.demo.run",
-    "llmproxy.cli.demo.provider",
-    "llmproxy.cli.demo.texts",
-    "llmproxy.cli.demo.chat",
-    "llmproxy.cli.demo.completions",
-    "llmproxy.cli.demo.responses",
-    "llmproxy.cli.demo.embeddings",
-    "llmproxy.cli.demo.openai",
-    "llmproxy.cli.demo.anthropic",
-    "llmproxy.cli.demo.ollama",
-    "llmproxy.cli.demo.flow",
-    "llmproxy.cli.demo.dialect",
-    "llmproxy.cli.demo.vector",
-    "llmproxy.cli.demo.reading",
-    "llmproxy.cli.demo.answer",
     "llmproxy.service",
     "llmproxy.ops",
-    "llmproxy.ops.admin",
-    "llmproxy.ops.figures",
-    "llmproxy.ops.status",
-    "llmproxy.ops.streams",
-    "llmproxy.ops.reload",
-    "llmproxy.ops.setup",
-    "llmproxy.ops.listeners",
-    "llmproxy.ops.drain",
-    "llmproxy.ops.notify",
-    "llmproxy.ops.lag",
-    "llmproxy.ops.signals",
-    "llmproxy.ops.descriptors",
-    "llmproxy.front",
-    "llmproxy.front.connect",
-    "llmproxy.front.certs",
-    "llmproxy.front.gateway",
-    "llmproxy.front.admission",
-    "llmproxy.front.books",
-    "llmproxy.front.drains",
-    "llmproxy.front.findings",
-    "llmproxy.front.exchange",
-    "llmproxy.front.pace",
-    "llmproxy.front.listen",
-    "llmproxy.front.balancer",
-    "llmproxy.front.http",
-    "llmproxy.front.channel",
-    "llmproxy.front.receiver",
-    "llmproxy.front.progress",
-    "llmproxy.front.request",
-    "llmproxy.front.incoming",
-    "llmproxy.front.lazy",
-    "llmproxy.front.upload",
-    "llmproxy.front.door",
-    "llmproxy.front.refusal",
-    "llmproxy.front.task",
-    "llmproxy.front.tls",
-    "llmproxy.policy",
-    "llmproxy.policy.auth",
-    "llmproxy.policy.routes",
-    "llmproxy.policy.ask",
-    "llmproxy.policy.usage",
-    "llmproxy.policy.form",
-    "llmproxy.policy.body",
-    "llmproxy.policy.members",
-    "llmproxy.policy.limits",
-    "llmproxy.upstream",
-    "llmproxy.upstream.client",
-    "llmproxy.upstream.health",
-    "llmproxy.upstream.agent",
-    "llmproxy.upstream.deadline",
-    "llmproxy.upstream.connect",
-    "llmproxy.upstream.http1",
-    "llmproxy.upstream.answer",
-    "llmproxy.upstream.body",
-    "llmproxy.upstream.names",
-    "llmproxy.upstream.tls",
-    "llmproxy.stream",
-    "llmproxy.stream.relay",
-    "llmproxy.stream.trail",
-    "llmproxy.stream.backlog",
-    "llmproxy.stream.tap",
-    "llmproxy.stream.result",
-    "llmproxy.stream.inflate",
-    "llmproxy.stream.document",
-    "llmproxy.stream.events",
-    "llmproxy.stream.dialects",
-    "llmproxy.stream.dialects.anthropic",
-    "llmproxy.stream.dialects.ollama",
-    "llmproxy.stream.dialects.responses",
-    "llmproxy.stream.dialects.openai",
-    "llmproxy.stream.dialects.endpoint",
-    "llmproxy.stream.gathered",
+    "llmproxy.admin",
+    "llmproxy.gateway",
     "llmproxy.record",
-    "llmproxy.record.log",
-    "llmproxy.record.sinks",
-    "llmproxy.record.writer",
-    "llmproxy.record.otlp",
-    "llmproxy.record.spans",
-    "llmproxy.record.lines",
-    "llmproxy.record.ledger",
-    "llmproxy.record.usage",
-    "llmproxy.record.tables",
-    "llmproxy.record.output",
-    "llmproxy.record.trace",
-    "llmproxy.record.metrics",
-    "llmproxy.wire",
-    "llmproxy.wire.framing",
-    "llmproxy.wire.grammar",
-    "llmproxy.wire.secure",
-    "llmproxy.wire.direct",
-    "llmproxy.wire.transport",
-    "llmproxy.wire.timers",
-    "llmproxy.wire.addresses",
-    "llmproxy.wire.loop",
+    "llmproxy.policy",
+    "llmproxy.upstream",
+    "llmproxy.server",
+    "llmproxy.stream",
     "llmproxy.config",
-    "llmproxy.config.sections",
-    "llmproxy.config.keypair",
-    "llmproxy.config.credentials",
-    "llmproxy.config.settings",
-    "llmproxy.config.schema",
-    "llmproxy.config.readers",
-    "llmproxy.config.url",
-    "llmproxy.config.values",
-    "llmproxy.headers",
+    "llmproxy.dialects",
+    "llmproxy.http1",
+    "llmproxy.net",
     "llmproxy.errors",
     "llmproxy.version",
 )
 
-MOST_LINES = 300
-# Modules that are longer, each with the reason why it is still one thing.
+MOST_LINES = 650
+# Modules that are longer, each with the reason why it is still one concept.
 LONGER: dict[str, str] = {}
 
 
@@ -158,6 +46,11 @@ def modules(root: Path) -> dict[str, str]:
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[name] = path.read_text(encoding="utf-8")
     return found
+
+
+def room(name: str) -> str:
+    """The room that a module stands in: itself, or the folder right below the program's."""
+    return ".".join(name.split(".")[:2])
 
 
 def imports(name: str, source: str, known: frozenset[str], *, package: bool) -> Iterator[str]:
@@ -182,41 +75,51 @@ def breaches(sources: dict[str, str]) -> list[str]:
     """What is wrong with the layout of these modules, one sentence each."""
     found = []
     known = frozenset(ORDER) | frozenset(sources)
+    graph: dict[str, set[str]] = {}
     for name, source in sources.items():
-        if name not in ORDER:
+        if room(name) not in ORDER:
             found.append(f"{name} has no place in the order")
             continue
         length = source.count("\n")
         if length > MOST_LINES and name not in LONGER:
             found.append(f"{name} has {length} lines and no reason for more than {MOST_LINES}")
-        package = any(other.startswith(f"{name}.") for other in known)
-        for target in dict.fromkeys(imports(name, source, known, package=package)):
-            if target not in ORDER:
+        package = (ROOT / name.replace(".", "/")).is_dir()
+        graph[name] = set(imports(name, source, known, package=package))
+        for target in sorted(graph[name]):
+            if room(target) not in ORDER:
                 found.append(f"{name} imports {target}, which has no place in the order")
-            elif ORDER.index(target) <= ORDER.index(name):
+            elif ORDER.index(room(target)) < ORDER.index(room(name)):
                 found.append(f"{name} imports {target}, which stands before it")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        found.append("a circle of imports: " + " <- ".join(circle.args[1]))
     return found
 
 
 def test_every_import_goes_down_the_order() -> None:
-    """No module imports one that stands before it, none is unplaced, and none is overlong."""
+    """No room imports one that stands before it, there is no circle, and no module is overlong."""
     sources = modules(ROOT)
     assert "llmproxy.errors" in sources
     found = breaches(sources)
     assert not found, "\n".join(found)
 
 
+def test_every_room_has_somebody_in_it() -> None:
+    """A room without a module has no place in the order."""
+    inhabited = {room(name) for name in modules(ROOT)}
+    assert [one for one in ORDER if one not in inhabited] == []
+
+
 @pytest.mark.parametrize(
     ("name", "statement", "target"),
     [
-        ("llmproxy.wire.grammar", "import llmproxy.front.http", "llmproxy.front.http"),
-        ("llmproxy.wire.grammar", "from llmproxy.front import http", "llmproxy.front.http"),
-        ("llmproxy.wire.grammar", "from llmproxy.front.http import Site", "llmproxy.front.http"),
-        ("llmproxy.stream.tap", "from llmproxy.stream import relay", "llmproxy.stream.relay"),
-        ("llmproxy.stream.tap", "from .relay import Relay", "llmproxy.stream.relay"),
-        ("llmproxy.stream.tap", "from . import relay", "llmproxy.stream.relay"),
-        ("llmproxy.stream.tap", "from ..front import http", "llmproxy.front.http"),
-        ("llmproxy.stream", "from ..front import http", "llmproxy.front.http"),
+        ("llmproxy.http1.grammar", "import llmproxy.server.site", "llmproxy.server.site"),
+        ("llmproxy.http1.grammar", "from llmproxy.server import site", "llmproxy.server"),
+        ("llmproxy.http1.grammar", "from llmproxy.server.site import S", "llmproxy.server.site"),
+        ("llmproxy.stream.tap", "from ..server import site", "llmproxy.server"),
+        ("llmproxy.stream", "from ..server import site", "llmproxy.server"),
+        ("llmproxy.stream.tap", "from ..server.site import Site", "llmproxy.server.site"),
         ("llmproxy.errors", "from llmproxy import __version__", "llmproxy"),
         ("llmproxy.errors", "def f():\n    import llmproxy.config", "llmproxy.config"),
         (
@@ -224,33 +127,49 @@ def test_every_import_goes_down_the_order() -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import config",
             "llmproxy.config",
         ),
-        ("llmproxy.errors", "import llmproxy.errors", "llmproxy.errors"),
     ],
 )
 def test_an_import_against_the_order_is_found(name: str, statement: str, target: str) -> None:
-    """Each way to write an import that goes back, or to the module itself, is seen."""
+    """Each way to write an import that goes back is seen."""
     assert breaches({name: statement}) == [f"{name} imports {target}, which stands before it"]
 
 
 @pytest.mark.parametrize(
     ("name", "statement"),
     [
-        ("llmproxy.front.gateway", "from llmproxy.stream.relay import Relay"),
-        ("llmproxy.front.gateway", "from llmproxy import errors"),
-        ("llmproxy.front", "from .http import Site"),
-        ("llmproxy.front", "from . import http"),
-        ("llmproxy.stream.tap", "from ..wire import grammar"),
+        ("llmproxy.gateway.gateway", "from llmproxy.stream.relay import Relay"),
+        ("llmproxy.gateway.gateway", "from llmproxy import errors"),
+        ("llmproxy.server", "from .site import Site"),
+        ("llmproxy.stream.tap", "from .relay import Relay"),
+        ("llmproxy.stream.tap", "from ..http1 import grammar"),
         ("llmproxy", "from .config import load"),
         ("llmproxy.errors", "import msgspec, twisted.internet"),
     ],
 )
-def test_an_import_down_the_order_is_none(name: str, statement: str) -> None:
-    """What goes down the order, or out of the program, is no breach."""
+def test_an_import_in_or_down_the_order_is_none(name: str, statement: str) -> None:
+    """What stays in its room, goes down the order, or out of the program, is no breach."""
     assert breaches({name: statement}) == []
 
 
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"llmproxy.errors": "import llmproxy.errors"},
+        {
+            "llmproxy.net.tcp": "from llmproxy.net.tls import TlsTransport",
+            "llmproxy.net.tls": "def f():\n    from . import tcp",
+        },
+    ],
+)
+def test_a_circle_is_found(sources: dict[str, str]) -> None:
+    """Modules that import each other are a breach, inside a room and inside a function, too."""
+    (breach,) = breaches(sources)
+    assert breach.startswith("a circle of imports: ")
+    assert all(name in breach for name in sources)
+
+
 def test_an_unplaced_module_is_found() -> None:
-    """A module that nobody placed is a breach, and so is an import of one."""
+    """A module outside of every room is a breach, and so is an import of one."""
     assert breaches({"llmproxy.util": ""}) == ["llmproxy.util has no place in the order"]
     assert breaches({"llmproxy.config": "from llmproxy.wire.missing import x"}) == [
         "llmproxy.config imports llmproxy.wire.missing, which has no place in the order"
@@ -261,7 +180,7 @@ def test_an_overlong_module_is_found() -> None:
     """The line after the last allowed one is a breach where no reason is given."""
     assert breaches({"llmproxy.errors": "#\n" * MOST_LINES}) == []
     assert breaches({"llmproxy.errors": "#\n" * (MOST_LINES + 1)}) == [
-        "llmproxy.errors has 301 lines and no reason for more than 300"
+        "llmproxy.errors has 651 lines and no reason for more than 650"
     ]
 
 

@@ -15,7 +15,7 @@ ASKED_ANEW = {*HOP, "host", "content-length"}
 
 
 async def forward(request: web.Request) -> web.StreamResponse:
-    """Hand one request on, and its answer back piece by piece."""
+    """Hand one request on, and its response back piece by piece."""
     body = await request.read()
     fields = [(k, v) for k, v in request.headers.items() if k.lower() not in ASKED_ANEW]
     url = request.app["url"] + request.raw_path

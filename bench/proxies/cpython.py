@@ -28,7 +28,7 @@ class End:
         epoll.register(self.fd, select.EPOLLIN)
 
     def read(self) -> None:
-        """Hand on what came; while not all of it could be sent, nothing more is read."""
+        """Forward what came; while not all of it could be sent, nothing more is read."""
         data = self.sock.recv(READ)
         if not data:
             self.close()

@@ -19,9 +19,7 @@ import msgspec
 
 from llmproxy.config import ConfigError, ledger_path
 from llmproxy.config.values import Wrong, duration
-from llmproxy.record.tables import TOKENS, LedgerError
-from llmproxy.record.trace import timestamp
-from llmproxy.record.usage import (
+from llmproxy.record.ledger_report import (
     GROUPS,
     Checkpoint,
     Group,
@@ -29,6 +27,8 @@ from llmproxy.record.usage import (
     checkpoints_of,
     usage_of,
 )
+from llmproxy.record.ledger_schema import TOKENS, LedgerError
+from llmproxy.record.trace import timestamp
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 

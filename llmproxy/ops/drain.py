@@ -1,9 +1,9 @@
-"""How a process that is told to stop comes to rest: refuse, wait, cut.
+"""How a process that is told to stop shuts down: refuse, wait, cut.
 
-A drain begins once: listeners are closed, idle connections too, running answers go on.  It is over
-when the last client connection is gone, or cuts what is left at its deadline, or at once when it is
-asked to.  What is left, and for how long, can be read at any time.  Only sites are known here, not
-what they serve.
+A drain begins once: listeners are closed, idle connections too, running responses go on.  It is
+over when the last client connection is gone, or cuts what is left at its deadline, or at once when
+it is asked to.  What is left, and for how long, can be read at any time.  Only sites are known
+here, not what they serve.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from llmproxy.front.http import Site
+from llmproxy.server.site import Site
 
 _TOLD_EVERY = 10.0
 """Seconds between two lines of progress in the log."""
@@ -30,10 +30,10 @@ class Drain:
     Args:
         site: the site that clients are connected to.
         reactor: keeps the deadline.
-        timeout: seconds that running answers are waited for; it may change until they are.
+        timeout: seconds that running responses are waited for; it may change until they are.
 
     Attributes:
-        begun: whether the process comes to rest.
+        begun: whether the process shuts down.
     """
 
     def __init__(self, site: Site, reactor: Any, timeout: float) -> None:
@@ -91,8 +91,8 @@ class Drain:
         self._site.cut()
 
     def _running(self) -> int:
-        channels = self._site.channels
-        return sum(not request.finished for channel in channels for request in channel.requests)
+        connections = self._site.connections
+        return sum(not request.finished for channel in connections for request in channel.requests)
 
     def _ended(self) -> int:
         return self._site.ended - self._ended_before

@@ -2,8 +2,8 @@
 
 A port stays open for as long as each configuration names its endpoint in the same words; what is
 new is opened before anything is closed (ADR-0014).  The admin site's are closed last, so that an
-operator sees a process come to rest.  How an endpoint becomes a listening socket is
-``front/listen.py``'s.
+operator sees a process shut down.  How an endpoint becomes a listening socket is
+``server/listen.py``'s.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.logger import Logger
 
 from llmproxy.config import Config
-from llmproxy.front.http import Site
-from llmproxy.front.listen import close, is_inherited, listen, share
-from llmproxy.front.tls import ListenerTls
+from llmproxy.server.listen import close, is_inherited, listen, share
+from llmproxy.server.site import Site
+from llmproxy.server.tls import ListenerTls
 
 _log = Logger()
 

@@ -20,10 +20,10 @@ _STATUS_INTERVAL = 5.0
 """Seconds between two looks at the status line; one that is the same is not sent again."""
 
 _STOPPING_INTERVAL = 1.0
-"""The same while the process comes to rest."""
+"""The same while the process shuts down."""
 
 _MORE_TIME = 15_000_000
-"""Microseconds within which the next message comes while the process comes to rest."""
+"""Microseconds within which the next message comes while the process shuts down."""
 
 _PATIENCE = 2.0
 """Seconds that a message may wait for the manager which it must not miss."""
@@ -81,7 +81,7 @@ class Notify:
     def reloading(self) -> Iterator[None]:
         """Say that a reload begins, and at the end that the process is ready again, either way.
 
-        Where it comes to rest meanwhile, that is not said any more.
+        Where it shuts down meanwhile, that is not said any more.
         """
         self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", wait=True)
         try:
@@ -92,7 +92,7 @@ class Notify:
                 self._send(f"READY=1\nSTATUS={self._told}", wait=True)
 
     def stopping(self) -> None:
-        """The process comes to rest, which may take long: say how it goes, and ask for the time."""
+        """The process shuts down, which may take long: say how it goes, and ask for the time."""
         self._stops = True
         self._send("STOPPING=1", wait=True)
         if self._looks.running:

@@ -21,7 +21,7 @@ from llmproxy.config import Config, ConfigError
 from llmproxy.ops.notify import Reloading
 from llmproxy.ops.setup import Prepared, Setup
 
-_AT_REST = "no reload: the process comes to rest"
+_AT_REST = "no reload: the process shuts down"
 
 _log = Logger()
 
@@ -81,7 +81,7 @@ class Reload:
             Deferred.fromCoroutine(self._follow())
 
     def end(self) -> None:
-        """The process comes to rest: what it has is what it keeps."""
+        """The process shuts down: what it has is what it keeps."""
         self._over = True
 
     async def _follow(self) -> None:

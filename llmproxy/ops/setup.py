@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llmproxy.config import Config
-from llmproxy.front.books import Books
-from llmproxy.front.drains import Drains
-from llmproxy.front.gateway import Gateway
-from llmproxy.front.http import Site
-from llmproxy.front.tls import ListenerTls
+from llmproxy.gateway.detached import DetachedStreams
+from llmproxy.gateway.gateway import Gateway
+from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
+from llmproxy.server.site import Site
+from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
 
 
@@ -41,10 +41,10 @@ class Setup:
         clock: monotonic seconds.
         timers: keeps the deadlines of requests.
         metrics: counts.
-        books: keeps records.
+        recorder: keeps records.
         sinks: keeps traces.
-        drains: the answers that are read on.
-        drain: how the process will come to rest.
+        detached: the responses that are read on.
+        drain: how the process will shut down.
         site: serves clients.
         admin: the sites that serve operators.
         listeners: where all of them are reached.
@@ -63,9 +63,9 @@ class Setup:
         *,
         timers: Any,
         metrics: Metrics,
-        books: Books,
+        recorder: Recorder,
         sinks: Sinks,
-        drains: Drains,
+        detached: DetachedStreams,
         drain: Drain,
         site: Site,
         admin: tuple[Site, ...],
@@ -76,9 +76,9 @@ class Setup:
         self._clock = clock
         self._timers = timers
         self._metrics = metrics
-        self._books = books
+        self._recorder = recorder
         self._sinks = sinks
-        self._drains = drains
+        self._detached = detached
         self._drain = drain
         self._site = site
         self._admin = admin
@@ -102,9 +102,9 @@ class Setup:
         gateway = Gateway(
             config,
             upstream,
-            self._books,
+            self._recorder,
             self._metrics,
-            drains=self._drains,
+            detached=self._detached,
             reactor=self._timers,
             clock=self._clock,
         )
@@ -143,10 +143,12 @@ class Setup:
     def _follow(self, prepared: Prepared) -> None:
         config, gateway = prepared.config, prepared.gateway
         self._sinks.use(prepared.writers)
-        self._books.follow(config.trace.session_header)
-        self._drains.allow(config.limits.drains)
+        self._recorder.follow(config.trace.session_header)
+        self._detached.allow(config.limits.drains)
         self._drain.timeout = config.proxy.drain_timeout
-        self._site.door.limit(config.proxy.max_connections, config.limits.connections_per_address)
+        self._site.limiter.limit(
+            config.proxy.max_connections, config.limits.connections_per_address
+        )
         self._site.serve(
             gateway,
             body_limit=gateway.routes.body_limit,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from llmproxy.front.books import Books
-from llmproxy.front.http import Site
+from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.reload import Reload
+from llmproxy.server.site import Site
 from llmproxy.version import version
 
 
@@ -17,17 +17,22 @@ class Status:
 
     Args:
         site: the site that clients are connected to.
-        books: knows what is being served.
-        drain: how the process comes to rest.
+        recorder: knows what is being served.
+        drain: how the process shuts down.
         reload: whether the last reload went well.
         wall: seconds since the epoch.
     """
 
     def __init__(
-        self, site: Site, books: Books, drain: Drain, reload: Reload, wall: Callable[[], float]
+        self,
+        site: Site,
+        recorder: Recorder,
+        drain: Drain,
+        reload: Reload,
+        wall: Callable[[], float],
     ) -> None:
         self._site = site
-        self._books = books
+        self._recorder = recorder
         self._drain = drain
         self._reload = reload
         self._wall = wall
@@ -36,7 +41,7 @@ class Status:
         """Return the line, as it is now."""
         if self._drain.begun:
             return self._draining()
-        line = f"{self._books.running} streams, {len(self._site.channels)} connections"
+        line = f"{self._recorder.running} streams, {len(self._site.connections)} connections"
         failed = "" if self._reload.succeeded else ", the last reload FAILED (see the log)"
         return f"{line}, version {version()}{failed}"
 

@@ -10,7 +10,7 @@ import hashlib
 
 from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
-from llmproxy.headers import KEY_FIELDS, OWN_KEY_FIELD, Fields
+from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, Fields
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """Who shows no key, where that is allowed."""

@@ -16,7 +16,7 @@ from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.errors import Dialect, ProxyError
 
 
-class Choice(NamedTuple):
+class RouteMatch(NamedTuple):
     """Where a request goes.
 
     Attributes:
@@ -133,7 +133,9 @@ class Routes:
 
     # -- afterwards -----------------------------------------------------------------------------
 
-    def choose(self, client: Client, target: bytes, host: str, models: tuple[str, ...]) -> Choice:
+    def choose(
+        self, client: Client, target: bytes, host: str, models: tuple[str, ...]
+    ) -> RouteMatch:
         """Return where a request goes.
 
         Args:
@@ -158,7 +160,7 @@ class Routes:
             rest = path[len(entry.path) :] if entry.path != b"/" else path
         joined = entry.base + rest or b"/"
         model = None if override is None else override.model
-        return Choice(entry.route, entry.provider, model, joined + mark + query, entry.timeouts)
+        return RouteMatch(entry.route, entry.provider, model, joined + mark + query, entry.timeouts)
 
     def _permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
         if "*" not in client.routes and route.name not in client.routes:

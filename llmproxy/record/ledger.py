@@ -16,14 +16,14 @@ from operator import attrgetter
 
 import msgspec
 
-from llmproxy.record.output import Busy
-from llmproxy.record.tables import (
+from llmproxy.record.ledger_schema import (
     ADD_TO_SESSIONS,
     TOKENS,
     is_locked,
     may_pass,
     open_for_writing,
 )
+from llmproxy.record.sink_queue import Retry
 from llmproxy.record.trace import NAMES, Trace, timestamp
 
 _STEP = 500
@@ -104,7 +104,7 @@ class Ledger:
         except (OverflowError, UnicodeError):
             self._insert([tuple(map(_storable, row)) for row in rows])
 
-    def chore(self) -> float:
+    def maintenance(self) -> float:
         """Delete some of what is too old; return when to look again.
 
         Raises:
@@ -158,7 +158,7 @@ class Ledger:
         except sqlite3.Error as error:
             self._let_go()
             if is_locked(error):
-                raise Busy(str(error), again_s=_AGAIN_S) from error
+                raise Retry(str(error), again_s=_AGAIN_S) from error
             raise
         except BaseException:
             self._let_go()

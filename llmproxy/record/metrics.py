@@ -28,7 +28,7 @@ _DELAYS = (0.00005, 0.0001, 0.00025, *_FINE_SECONDS, 10.0, 60.0)
 _PREFIX = "llmproxy_"
 
 
-class Tally:
+class Histogram:
     """A histogram in plain integers.
 
     Args:
@@ -62,7 +62,7 @@ class Live(Protocol):
 
     @property
     def chunks(self) -> int:
-        """How many chunks were handed on, so far."""
+        """How many chunks were forwarded, so far."""
 
     @property
     def byte_count(self) -> int:
@@ -100,14 +100,14 @@ class Metrics:
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, int] = defaultdict(int)
         self._active = 0
-        self.head = Tally(_SECONDS)
-        self.first_chunk = Tally(_SECONDS)
-        self.gap = Tally(_SECONDS)
-        self.relay_delay = Tally(_DELAYS)
-        self.stream = Tally(_SECONDS)
-        self.overhead = Tally(_FINE_SECONDS)
-        self.cancel = Tally(_FINE_SECONDS)
-        self.reactor_lag = Tally(_FINE_SECONDS)
+        self.head = Histogram(_SECONDS)
+        self.first_chunk = Histogram(_SECONDS)
+        self.gap = Histogram(_SECONDS)
+        self.relay_delay = Histogram(_DELAYS)
+        self.stream = Histogram(_SECONDS)
+        self.overhead = Histogram(_FINE_SECONDS)
+        self.cancel = Histogram(_FINE_SECONDS)
+        self.reactor_lag = Histogram(_FINE_SECONDS)
         self._bytes = {"in": 0, "out": 0}
         self._chunks = 0
         self._paused_s = 0.0
@@ -142,11 +142,11 @@ class Metrics:
             self._causes[provider, cause] += 1
 
     def degraded(self, reason: str) -> None:
-        """A tap did not understand its answer in full."""
+        """A tap did not understand its response in full."""
         self._degraded[reason,] += 1
 
     def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
-        """Count the tokens of an answer.
+        """Count the tokens of a response.
 
         Args:
             labels: client, provider and model.
@@ -235,7 +235,7 @@ class Metrics:
             [(("in",), self._bytes["in"]), (("out",), out)],
         )
         chunks = self._chunks + sum(body.chunks for body in self.live)
-        yield CounterMetricFamily(_PREFIX + "chunks", "Chunks handed on.", value=chunks)
+        yield CounterMetricFamily(_PREFIX + "chunks", "Chunks forwarded.", value=chunks)
         paused = self._paused_s + sum(body.paused_s for body in self.live)
         yield CounterMetricFamily(
             _PREFIX + "pause_seconds", "Seconds for which clients held bodies up.", value=paused
@@ -256,8 +256,8 @@ class Metrics:
         )
 
     def _histograms(self) -> Iterator[Metric]:
-        for name, text, tally in (
-            ("head_seconds", "Request sent to answer's head.", self.head),
+        for name, text, histogram in (
+            ("head_seconds", "Request sent to response's head.", self.head),
             ("first_chunk_seconds", "Request received to first chunk.", self.first_chunk),
             ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
             (
@@ -274,7 +274,7 @@ class Metrics:
             ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
             ("reactor_lag_seconds", "How late the reactor keeps an appointment.", self.reactor_lag),
         ):
-            buckets, total = tally.buckets()
+            buckets, total = histogram.buckets()
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
 
 

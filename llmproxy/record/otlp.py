@@ -16,7 +16,7 @@ from math import inf
 import msgspec
 
 from llmproxy.config import Url
-from llmproxy.record.output import Busy, Lost
+from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.spans import export_request
 from llmproxy.record.trace import Trace
 
@@ -32,8 +32,8 @@ _DEADLINE_S = 4.0
 _AGAIN_S = 1.0
 """Seconds between two tries at a collector that is not there."""
 
-_ANSWER_BYTES = 65536
-"""What is read of an answer, which says little."""
+_RESPONSE_BYTES = 65536
+"""What is read of a response, which says little."""
 
 _AGAIN = frozenset((429, 502, 503, 504))
 """The statuses after which OTLP lets a client try again."""
@@ -82,19 +82,19 @@ class Otlp:
         """
         body, refused = export_request(traces, self._resource)
         try:
-            status, answer = self._post(body)
+            status, response = self._post(body)
         except (OSError, HTTPException) as error:
-            raise Busy(str(error) or type(error).__name__, again_s=_AGAIN_S) from error
+            raise Retry(str(error) or type(error).__name__, again_s=_AGAIN_S) from error
         if status in _AGAIN:
-            raise Busy(f"the collector answered {status}", again_s=_AGAIN_S)
+            raise Retry(f"the collector answered {status}", again_s=_AGAIN_S)
         if not 200 <= status < 300:
             raise OSError(f"the collector answered {status}")
-        rejected, why = _rejected(answer)
+        rejected, why = _rejected(response)
         if rejected or refused:
             count = min(rejected + refused, len(traces))
-            raise Lost(count, f"the collector refused spans: {why}" if rejected else "no span")
+            raise Dropped(count, f"the collector refused spans: {why}" if rejected else "no span")
 
-    def chore(self) -> float:
+    def maintenance(self) -> float:
         """There is none."""
         return inf
 
@@ -113,8 +113,8 @@ class Otlp:
         try:
             fields = {"Content-Type": "application/json", "Connection": "close"}
             connection.request("POST", self._path, body, fields)
-            answer: HTTPResponse = connection.getresponse()
-            return answer.status, answer.read(_ANSWER_BYTES)
+            response: HTTPResponse = connection.getresponse()
+            return response.status, response.read(_RESPONSE_BYTES)
         finally:
             deadline.cancel()
             connection.close()
@@ -137,10 +137,10 @@ def _cutter(connection: HTTPConnection) -> Callable[[], None]:
     return cut
 
 
-def _rejected(answer: bytes) -> tuple[int, str]:
+def _rejected(response: bytes) -> tuple[int, str]:
     """Return how many spans the collector took a request without, and why."""
     try:
-        partial = msgspec.json.decode(answer, type=_Answer).partial_success
+        partial = msgspec.json.decode(response, type=_Answer).partial_success
         return (0, "") if partial is None else (int(partial.rejected_spans), partial.error_message)
-    except ValueError:  # an empty answer, or one in another encoding
+    except ValueError:  # an empty response, or one in another encoding
         return 0, ""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Hashable
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.config import Url
 from llmproxy.record import otlp
+from llmproxy.record.jsonl import JsonLines
 from llmproxy.record.ledger import Ledger
-from llmproxy.record.lines import JsonLines
-from llmproxy.record.output import Output
+from llmproxy.record.sink_queue import Output
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import Writer
 from llmproxy.version import version

@@ -2,7 +2,7 @@
 
 One span a trace.  Attributes have the names of the semantic conventions where there is one
 (``gen_ai.*``, ``http.*``, ``error.type``) and ``llmproxy.*`` else; what is not known is left out.
-An answer's text and tool calls never go into a span.
+A response's text and tool calls never go into a span.
 """
 
 from __future__ import annotations

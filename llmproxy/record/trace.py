@@ -15,14 +15,14 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 CONTENT = ("finish_reason", "response_id", "text", "tool_calls")
-"""The fields that speak of an answer's content: only where they are set, and in no ledger."""
+"""The fields that speak of a response's content: only where they are set, and in no ledger."""
 
 
 class Attempt(msgspec.Struct):
     """One try at one provider.
 
     ``outcome`` is ``ok`` or an end reason, ``cause`` what tells failures of one outcome apart,
-    ``seconds`` the time to the answer's head or to the failure.
+    ``seconds`` the time to the response's head or to the failure.
     """
 
     provider: str
@@ -95,7 +95,7 @@ NAMES = tuple(name for name in Trace.__struct_fields__ if name not in CONTENT)
 
 
 def content_size(trace: Trace) -> int:
-    """Return how many characters of an answer's content a trace holds."""
+    """Return how many characters of a response's content a trace holds."""
     size = 0 if trace.text is UNSET else len(trace.text)
     if trace.tool_calls is not UNSET:
         size += sum(len(call.arguments) for call in trace.tool_calls)
@@ -103,7 +103,7 @@ def content_size(trace: Trace) -> int:
 
 
 def without_content(trace: Trace) -> Trace:
-    """Return a trace as it is without the text and the tool calls of its answer."""
+    """Return a trace as it is without the text and the tool calls of its response."""
     return msgspec.structs.replace(trace, text=UNSET, tool_calls=UNSET)
 
 

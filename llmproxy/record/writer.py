@@ -15,7 +15,7 @@ from math import inf
 import msgspec
 from msgspec import UNSET
 
-from llmproxy.record.output import Lane, Output
+from llmproxy.record.sink_queue import Output, SinkQueue
 from llmproxy.record.trace import Trace, content_size, without_content
 
 QUEUE = 10_000
@@ -25,10 +25,10 @@ BATCH = 256
 """Most traces that an output gets at once: while they are encoded, the reactor waits."""
 
 CONTENT = 64 * 1024**2
-"""Most characters of answers that wait; beyond that records are kept without them."""
+"""Most characters of responses that wait; beyond that records are kept without them."""
 
 _BATCH_CONTENT = 1024**2
-"""So many characters of answers end a batch before its time."""
+"""So many characters of responses end a batch before its time."""
 
 GATHER_S = 0.02
 """Seconds for which the thread waits for more: waking it costs more than a trace."""
@@ -43,7 +43,7 @@ class Writer:
         gather_s: seconds for which the thread waits for more, once there is a trace.
         batch: most traces that an output gets at once.
         queue: most traces that wait.
-        content: most characters of answers that wait.
+        content: most characters of responses that wait.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Writer:
         queue: int = QUEUE,
         content: int = CONTENT,
     ) -> None:
-        self._lanes = [Lane(output, clock, batch, queue) for output in outputs]
+        self._lanes = [SinkQueue(output, clock, batch, queue) for output in outputs]
         self._clock = clock
         self._gather_s = gather_s
         self._batch = batch

@@ -1,4 +1,4 @@
-"""An answer in one piece: a JSON document, cut anywhere, that is read when the body ends.
+"""A response in one piece: a JSON document, split at any point, that is read when the body ends.
 
 Up to its limit it is held as it came.  Of a longer one the beginning and the end are held, and the
 members of its object that stand there in full: that is where providers put names and counts, so

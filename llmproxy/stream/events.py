@@ -1,4 +1,4 @@
-"""Bytes, cut anywhere, into the events of a stream: SSE, or lines of JSON.
+"""Bytes, split at any point, into the events of a stream: SSE, or lines of JSON.
 
 A framing is fed what came and returns what is complete, as ``(name, data)`` pairs.  It never holds
 more than one event, of at most ``limit`` bytes; a longer one is dropped as it passes, up to the
@@ -36,7 +36,7 @@ class Framing(Protocol):
         """How much is held for the event that is not complete yet."""
 
     def feed(self, data: bytes) -> Sequence[Event]:
-        """Return the events that these bytes, cut anywhere, complete."""
+        """Return the events that these bytes, split at any point, complete."""
 
     def flush(self) -> Sequence[Event]:
         """Return what the end of the stream completes, and hold nothing any more."""

@@ -1,7 +1,7 @@
 """The pump for one response body: every chunk that comes in goes out, at once.
 
 The relay stands between a provider's connection, which pushes, and a client's request, which pushes
-back.  It knows no provider, trace or metric; what is noted of a chunk that was handed on is its
+back.  It knows no provider, trace or metric; what is noted of a chunk that was forwarded is its
 trail's affair (``trail.py``).  Its life is three states::
 
     FLOWING <--pauseProducing / resumeProducing--> PAUSED
@@ -28,8 +28,8 @@ from twisted.web.client import ResponseDone
 from zope.interface import implementer
 
 from llmproxy.errors import ClientGone, upstream_idle
-from llmproxy.stream.backlog import SHORT, TOGETHER, Backlog
-from llmproxy.stream.trail import Trail
+from llmproxy.stream.batch import SHORT, TOGETHER, Batch
+from llmproxy.stream.statistics import StreamStatistics
 
 _FOLLOWED = 2
 """The chunk of a backlog that is followed until the kernel has it."""
@@ -40,7 +40,7 @@ _OVER: Deferred[None] = succeed(None)
 
 
 class Sink(Protocol):
-    """What the relay writes to; ``front.http.Request`` is one."""
+    """What the relay writes to; ``server.site.Request`` is one."""
 
     def write(self, data: bytes) -> None:
         """Take one chunk and put it on the wire."""
@@ -59,7 +59,7 @@ class Sink(Protocol):
 
 
 class Source(Protocol):
-    """What the relay reads from; ``upstream.http1.Answer`` is one."""
+    """What the relay reads from; ``upstream.http1.Response`` is one."""
 
     def deliverBody(self, protocol: Any) -> None:
         """Push the body into ``protocol``."""
@@ -89,7 +89,7 @@ class Relay(TwistedProtocol):
         reactor: schedules the idle clock.
         clock: monotonic seconds.
         idle: seconds of silence after which the source is given up, or None.
-        backlog: where what was handed on waits to be looked at.
+        batch: where what was forwarded waits to be looked at.
         gaps: called with the seconds between one chunk and the next.
         delays: called with the seconds from a chunk's coming in until the kernel has it; of one
             chunk in each filling of the backlog.
@@ -97,16 +97,16 @@ class Relay(TwistedProtocol):
         stays: asked when the sink goes away whether the body is read on, for the copy alone.
 
     Attributes:
-        trail: how much came, when, and how it ends.
+        statistics: how much came, when, and how it ends.
         done: fires with None when the body ended as its framing says; fails with a ``ProxyError``
             where it broke, with ``ClientGone`` where the sink went away.  Cancelling it closes the
             source.
     """
 
     __slots__ = (
-        *("_backlog", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
+        *("_batch", "_clock", "_delays", "_handed_on", "_idle", "_paused_at"),
         *("_paused_before", "_reactor", "_sink", "_source", "_stays", "_timer", "_verbatim"),
-        *("done", "state", "trail"),
+        *("done", "state", "statistics"),
     )
 
     def __init__(
@@ -117,7 +117,7 @@ class Relay(TwistedProtocol):
         clock: Callable[[], float],
         *,
         idle: float | None,
-        backlog: Backlog,
+        batch: Batch,
         gaps: Callable[[float], None],
         delays: Callable[[float], None],
         copy: Callable[[bytes], None] | None = None,
@@ -136,8 +136,8 @@ class Relay(TwistedProtocol):
         self._paused_before = 0.0
         self.state = _FLOWING
         self._handed_on: tuple[int, int] | None = None  # what was, when the sink went away
-        self.trail = Trail(backlog, clock(), gaps, copy)
-        self._backlog = backlog
+        self.statistics = StreamStatistics(batch, clock(), gaps, copy)
+        self._batch = batch
         self.done: Deferred[None] = Deferred(lambda _: self.cancel())
 
     def start(self) -> Deferred[None]:
@@ -153,13 +153,13 @@ class Relay(TwistedProtocol):
 
     @property
     def chunks(self) -> int:
-        """How many chunks were handed on; what the copy alone got is not among them."""
-        return self.trail.chunks if self._handed_on is None else self._handed_on[0]
+        """How many chunks were forwarded; what the copy alone got is not among them."""
+        return self.statistics.chunks if self._handed_on is None else self._handed_on[0]
 
     @property
     def byte_count(self) -> int:
         """How many bytes that was."""
-        return self.trail.byte_count if self._handed_on is None else self._handed_on[1]
+        return self.statistics.byte_count if self._handed_on is None else self._handed_on[1]
 
     @property
     def paused_s(self) -> float:
@@ -176,14 +176,14 @@ class Relay(TwistedProtocol):
     # -- from the provider ----------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:
-        """Hand on one chunk, cut anywhere."""
+        """Forward one chunk, split at any point."""
         now = self._clock()
         self._sink.write(data)
-        if self._backlog.add(self.trail, now, data) == _FOLLOWED:
+        if self._batch.add(self.statistics, now, data) == _FOLLOWED:
             self._follow(now)
 
     def framedReceived(self, data: bytes, start: int) -> None:
-        """Hand on one chunk of the chunked coding, as it is where the sink takes it so.
+        """Forward one chunk of the chunked coding, as it is where the sink takes it so.
 
         Args:
             start: where its content starts, which ends two bytes before the end.
@@ -195,10 +195,10 @@ class Relay(TwistedProtocol):
             return
         now = clock()
         verbatim(data)
-        backlog = self._backlog
-        backlog.append((self.trail, now, data, start))  # and on as in Backlog.add()
-        if (count := len(backlog)) >= TOGETHER or len(data) > SHORT:
-            backlog.read()
+        batch = self._batch
+        batch.append((self.statistics, now, data, start))  # and on as in Backlog.add()
+        if (count := len(batch)) >= TOGETHER or len(data) > SHORT:
+            batch.read()
         elif count == _FOLLOWED:
             self._follow(now)
 
@@ -224,10 +224,10 @@ class Relay(TwistedProtocol):
         if self.state is _PAUSED:
             now = self._clock()
             self._paused_before += now - self._paused_at
-            self.trail.excuse(self._paused_at, now)
+            self.statistics.excuse(self._paused_at, now)
             self.state = _FLOWING
             if self._timer is None and self._idle is not None:
-                self._wait(self._idle - (now - self.trail.last_at))
+                self._wait(self._idle - (now - self.statistics.last_at))
             if self.transport is not None:
                 self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
 
@@ -265,7 +265,7 @@ class Relay(TwistedProtocol):
         """Give up where the silence since the last chunk has lasted for ``idle``; else go on."""
         self._timer = None
         if self.state is _FLOWING and self._idle is not None:
-            left = self._idle - (self._clock() - self.trail.last_at)
+            left = self._idle - (self._clock() - self.statistics.last_at)
             if left <= 0:
                 self._end(Failure(upstream_idle()))
             else:

@@ -9,15 +9,15 @@ from enum import StrEnum
 
 import msgspec
 
+from llmproxy.dialects.accumulated import ProviderError, ToolCall, Usage
 from llmproxy.errors import EndReason
-from llmproxy.stream.gathered import ProviderError, ToolCall, Usage
 
 
 class Degraded(StrEnum):
     """What a result may lack, and why: a label of ``llmproxy_tap_degraded_total``.
 
     ``encoding``: the coding is not known here, or the bytes are not in it; ``bomb``: they grow out
-    of all proportion; ``overlong``: an event, or an answer in one piece, was longer than
+    of all proportion; ``overlong``: an event, or a response in one piece, was longer than
     ``limits.event`` and was left out; ``unreadable``: one was not what the dialect sends;
     ``internal``: an error of ours, which ended the tap.
     """
@@ -39,7 +39,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         tool_calls: of the first choice, as far as they are held.
         is_cut: text or tool calls were longer than ``limits.accumulate``.
         events: how many events with data there were, about one for each token of a stream.
-        error: the provider's own error, if its answer held one.
+        error: the provider's own error, if its response held one.
         degraded: what the tap did not understand, so that all else may lack something.
     """
 

@@ -18,13 +18,13 @@ import msgspec
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
+from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
+from llmproxy.dialects.endpoints import DONE, Endpoint, is_whole
 from llmproxy.errors import EndReason
-from llmproxy.headers import media_type
-from llmproxy.stream.dialects import DONE, Endpoint, is_whole
+from llmproxy.http1.headers import media_type
+from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
-from llmproxy.stream.gathered import Gathered, ProviderError, Usage
-from llmproxy.stream.inflate import BadCoding, Bomb, Inflater
 from llmproxy.stream.result import Degraded, Result
 
 _PIECE = 128 * 1024
@@ -44,12 +44,12 @@ _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
 
 
 class StreamAccumulator:
-    """Reads a copy of one answer.
+    """Reads a copy of one response.
 
     Args:
         endpoint: the row that says how to read it.
-        content_type: the answer's; what is neither SSE, NDJSON nor JSON is not read.
-        content_encoding: the answer's, or None.
+        content_type: the response's; what is neither SSE, NDJSON nor JSON is not read.
+        content_encoding: the response's, or None.
         capture: ``content`` holds text and tool calls, ``usage`` only counts events.
         accumulate: most bytes of text and tool calls that are held, in UTF-8.
         event: the longest event, or answer in one piece, that is read, in bytes.
@@ -75,7 +75,7 @@ class StreamAccumulator:
         self._name = name
         self._tell = degraded
         self._catch_up = catch_up
-        self._seen = Gathered(keeps=capture == "content", budget=accumulate)
+        self._seen = Accumulated(keeps=capture == "content", budget=accumulate)
         self._idle = frozenset() if capture == "content" else endpoint.idle
         self._result: Result | None = None
         self._waiting: list[Deferred[Result]] = []
@@ -86,7 +86,7 @@ class StreamAccumulator:
         self._is_document = framing is Document
         self._is_stream = framing is not None and framing is not Document
         self._read = endpoint.document if self._is_document else endpoint.event
-        self._inflater = self._opened(content_encoding) if framing else None
+        self._decompressor = self._opened(content_encoding) if framing else None
 
     # -- what there is so far -------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class StreamAccumulator:
 
     @property
     def error(self) -> ProviderError | None:
-        """The error that the provider put into its answer, so far."""
+        """The error that the provider put into its response, so far."""
         self._catch_up()
         return self._seen.error
 
@@ -138,12 +138,12 @@ class StreamAccumulator:
     # -- the stream -----------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Read a copy of a chunk, cut anywhere; never raises."""
+        """Read a copy of a chunk, split at any point; never raises."""
         framing = self._framing
         if framing is None:
             return
         try:
-            if self._inflater is None and len(data) <= _PIECE:
+            if self._decompressor is None and len(data) <= _PIECE:
                 self._take(framing.feed(data))
             else:
                 self._feed_pieces(framing, data)
@@ -164,7 +164,7 @@ class StreamAccumulator:
                 self._flush(end)
             except Exception:
                 self._break()
-            self._framing = self._inflater = None
+            self._framing = self._decompressor = None
             self._result = self._concluded(end)
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
@@ -181,7 +181,7 @@ class StreamAccumulator:
 
     def _feed_pieces(self, framing: Framing, data: bytes) -> None:
         try:
-            for opened in [data] if self._inflater is None else self._inflater.feed(data):
+            for opened in [data] if self._decompressor is None else self._decompressor.feed(data):
                 for at in range(0, len(opened), _PIECE):
                     self._take(framing.feed(opened[at : at + _PIECE]))
         except BadCoding:
@@ -254,18 +254,18 @@ class StreamAccumulator:
 
     # -- what goes wrong ------------------------------------------------------------------------
 
-    def _opened(self, coding: bytes | None) -> Inflater | None:
+    def _opened(self, coding: bytes | None) -> Decompressor | None:
         """Return what opens ``coding``; without one for it the tap is given up."""
         if coding is None or coding.strip(b" \t").lower() in (b"", b"identity"):
             return None
         try:
-            return Inflater(coding)
+            return Decompressor(coding)
         except BadCoding:
             self._give_up(Degraded.ENCODING)
             return None
 
     def _overlong(self) -> None:
-        # Of a long answer in one piece the counts are found all the same.
+        # Of a long response in one piece the counts are found all the same.
         if self._is_stream or self._seen.keeps:
             self._degrade(Degraded.OVERLONG)
 
@@ -275,7 +275,7 @@ class StreamAccumulator:
         self._degraded = tuple(one for one in Degraded if one in (*self._degraded, reason))
         if reason is not Degraded.INTERNAL:
             _log.warn(
-                "{name}: what the answer holds is not known in full: {reason}",
+                "{name}: what the response holds is not known in full: {reason}",
                 name=self._name,
                 reason=reason.value,
             )
@@ -285,7 +285,7 @@ class StreamAccumulator:
             _log.failure("{name}: a degraded tap could not be counted", name=self._name)
 
     def _give_up(self, reason: Degraded) -> None:
-        self._framing = self._inflater = None
+        self._framing = self._decompressor = None
         self._degrade(reason)
 
     def _break(self) -> None:

@@ -1,7 +1,7 @@
 """Sends one request to a provider through treq, and keeps treq from changing it.
 
 treq is how requests are made; what a proxy must not do is switched off here, once, for everybody:
-cookies are neither kept nor sent, redirects are handed on, nothing is buffered, decoded or sent a
+cookies are neither kept nor sent, redirects are forwarded, nothing is buffered, decoded or sent a
 second time, and no URL is parsed per request (ADR-0002).
 """
 
@@ -24,12 +24,12 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IBodyProducer
 
 from llmproxy.config import Config, Provider, Timeouts
-from llmproxy.headers import KEY_FIELDS
-from llmproxy.upstream.agent import Order, ProviderAgent
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.body import HeldBody
-from llmproxy.upstream.names import Names
-from llmproxy.wire.grammar import Fields
+from llmproxy.http1.grammar import Fields
+from llmproxy.http1.headers import KEY_FIELDS
+from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
+from llmproxy.upstream.request_body import HeldBody
+from llmproxy.upstream.resolver import Resolver
+from llmproxy.upstream.response import Response
 
 
 class NoCookies(IndexableCookieJar):
@@ -113,14 +113,14 @@ def _producer(body: bytes | IBodyProducer) -> IBodyProducer | None:
     return body
 
 
-class Needs(NamedTuple):
+class ConnectionKey(NamedTuple):
     """What the connections to a provider depend on; while all of it stays, so do they.
 
     Attributes:
         origin: where it is reached.
         authority: the certificates in the file that its ``ca`` names.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
-        max_head: most bytes of an answer's head.
+        max_head: most bytes of a response's head.
     """
 
     origin: str
@@ -159,25 +159,25 @@ class Upstream:
         before: Upstream | None = None,
     ) -> None:
         self._reactor = reactor
-        self._names: Names = Names(reactor, clock) if before is None else before._names
-        self._agents: dict[str, ProviderAgent] = {}
-        self._needs: dict[str, Needs] = {}
+        self._resolver: Resolver = Resolver(reactor, clock) if before is None else before._resolver
+        self._agents: dict[str, ProviderPool] = {}
+        self._keys: dict[str, ConnectionKey] = {}
         self._urls: dict[str, PreparedUrl] = {}
-        self._retired: WeakKeyDictionary[ProviderAgent, str] = WeakKeyDictionary()
+        self._retired: WeakKeyDictionary[ProviderPool, str] = WeakKeyDictionary()
         for name, provider in config.providers.items():
-            needs = self._needs[name] = needs_of(provider, config)
-            self._urls[name] = PreparedUrl.prepare(needs.origin)
-            if before is not None and needs == before._needs.get(name):
+            key = self._keys[name] = connection_key(provider, config)
+            self._urls[name] = PreparedUrl.prepare(key.origin)
+            if before is not None and key == before._keys.get(name):
                 self._agents[name] = before._agents[name]
                 continue
-            self._agents[name] = ProviderAgent(
+            self._agents[name] = ProviderPool(
                 reactor,
                 clock,
                 provider,
-                names=self._names,
-                pool_idle=needs.pool_idle,
-                max_head=needs.max_head,
-                direct=needs.direct,
+                resolver=self._resolver,
+                pool_idle=key.pool_idle,
+                max_head=key.max_head,
+                direct=key.direct,
                 timers=timers,
             )
 
@@ -204,7 +204,7 @@ class Upstream:
         credential: bytes,
         timeouts: Timeouts,
         began: Callable[[], None] = lambda: None,
-    ) -> Deferred[Answer]:
+    ) -> Deferred[Response]:
         """Send one request, exactly as it is given.
 
         Args:
@@ -215,12 +215,14 @@ class Upstream:
             began: called when a byte of the request may leave: the provider may do the work.
 
         Returns:
-            fires with the :class:`Answer` once its whole head is in, its body paused.  Cancelling
+            fires with the :class:`Response` once its whole head is in, its body paused.  Cancelling
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
-        order = Order(self._agents[provider.name], target, fields, credential, timeouts, began)
-        client = LeanClient(order, _NO_COOKIES, _as_it_is)
-        answer: Deferred[Any] = client.request(
+        outgoing = OutgoingRequest(
+            self._agents[provider.name], target, fields, credential, timeouts, began
+        )
+        client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
+        response: Deferred[Any] = client.request(
             method,
             self._urls[provider.name],
             headers=_NO_HEADERS,
@@ -230,7 +232,7 @@ class Upstream:
             unbuffered=True,
             reactor=self._reactor,
         )
-        return answer.addCallback(lambda response: response.original)
+        return response.addCallback(lambda response: response.original)
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Return the connections by (provider, state), those of retired agents included."""
@@ -244,18 +246,18 @@ class Upstream:
         for _, agent in self._every():
             agent.close()
 
-    def _every(self) -> list[tuple[str, ProviderAgent]]:
+    def _every(self) -> list[tuple[str, ProviderPool]]:
         return [*self._agents.items(), *((name, one) for one, name in self._retired.items())]
 
 
-def needs_of(provider: Provider, config: Config) -> Needs:
+def connection_key(provider: Provider, config: Config) -> ConnectionKey:
     """Return what the connections to ``provider`` depend on.
 
     Raises:
         OSError: its authority's file cannot be read.
     """
     url = provider.url
-    return Needs(
+    return ConnectionKey(
         origin=f"{url.scheme}://{url.netloc}/",
         authority=None if provider.ca is None else Path(provider.ca).read_bytes(),
         credential=credential_field(provider),

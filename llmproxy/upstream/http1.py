@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection to a provider: a request out, an answer in, strictly.
+"""One HTTP/1.1 connection to a provider: a request out, a response in, strictly.
 
-What lives here turns bytes into an :class:`Answer` and its body, and knows neither pools nor
-providers nor clients.  Twisted's own client stays out of it: it lets the end of one answer cross
+What lives here turns bytes into an :class:`Response` and its body, and knows neither pools nor
+providers nor clients.  Twisted's own client stays out of it: it lets the end of one response cross
 into the next, accepts faulty framing and gives no hold on the transport (ADR-0002).
 
 A connection is in one of five states::
@@ -10,8 +10,8 @@ A connection is in one of five states::
                        |                |                       |
                        +---- abort(), a fault, the peer's end --+--> CLOSED
 
-A connection that received anything unasked for, or whose answer did not end exactly, is never used
-again.  All content of one read is handed on as one piece, and paused transports stay paused.
+A connection that received anything unasked for, or whose response did not end exactly, is never
+used again.  All content of one read is forwarded as one piece, and paused transports stay paused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.errors import upstream_broken, upstream_protocol
-from llmproxy.upstream.answer import Answer, body_reader, read_answer
-from llmproxy.upstream.body import HeldBody, Sending, Sent
+from llmproxy.http1.framing import LengthReader
+from llmproxy.http1.grammar import BadMessage
+from llmproxy.net.transport import notice_vanished_peer, pending_bytes
+from llmproxy.upstream.request_body import HeldBody, Sending, Sent
+from llmproxy.upstream.response import Response, body_reader, read_response
 from llmproxy.upstream.tls import Verdict
-from llmproxy.wire.framing import LengthReader
-from llmproxy.wire.grammar import BadMessage
-from llmproxy.wire.transport import notice_vanished_peer, pending_bytes
 
 MAX_INTERIM = 16
-"""Most 1xx answers before a final one; curl has no limit, Go's client takes 5."""
+"""Most 1xx responses before a final one; curl has no limit, Go's client takes 5."""
 
 _DONE = Failure(ResponseDone())
 
@@ -61,14 +61,14 @@ class Connection(Protocol):
     """One connection to a provider, for one request at a time.
 
     Args:
-        max_head: most bytes of an answer's head.
+        max_head: most bytes of a response's head.
         became_idle: called with this connection when another request may be sent on it.
         closed: called once with this connection when it is gone.
         secure: whether a TLS handshake comes before the first request.
     """
 
     __slots__ = (  # more attributes than the dictionaries of instances share (ADR-0011)
-        *("_answer", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
+        *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
         *("_lost_early", "_max_head", "_method", "_paused", "_persistent", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "pool_key", "ready"),
         *("sending", "serving", "state", "verdict", "_framed"),
@@ -92,8 +92,8 @@ class Connection(Protocol):
         """The pool's own marks: when it gives it up, and what it keeps it apart by."""
         self.verdict: Verdict | None = None
         """What the TLS handshake found out; ``tls.ProviderTls`` says it."""
-        self.serving: Answer | None = None
-        """The answer that comes in on it now."""
+        self.serving: Response | None = None
+        """The response that comes in on it now."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
         self._framed: Any = None  # takes a chunk in its coding, while it may
@@ -142,30 +142,30 @@ class Connection(Protocol):
 
     # -- the request ----------------------------------------------------------------------------
 
-    def send(self, method: bytes, head: bytes, body: IBodyProducer | None) -> Deferred[Answer]:
-        """Send one request and return its answer.
+    def send(self, method: bytes, head: bytes, body: IBodyProducer | None) -> Deferred[Response]:
+        """Send one request and return its response.
 
         Args:
-            method: decides whether the answer has a body.
+            method: decides whether the response has a body.
             head: the whole request head as it goes on the wire, empty line included.
             body: written after the head as it produces, or nothing.
 
         Returns:
-            fires with the :class:`Answer` when its whole head is in.  Cancelling it closes the
+            fires with the :class:`Response` when its whole head is in.  Cancelling it closes the
             socket at once.  It fails with ``ProxyError``.
         """
         self.state, self._method, self.sending = _ASKED, method, None
         self._buffer, self._interim = b"", 0
         self._until_close = self._paused = False
-        answer: Deferred[Answer] = Deferred(lambda _: self.abort())
-        self._answer: Deferred[Answer] | None = answer
+        response: Deferred[Response] = Deferred(lambda _: self.abort())
+        self._response: Deferred[Response] | None = response
         if body is None:
             self._transport.write(head)
         elif isinstance(body, HeldBody) and body.is_short:
             self.sending = Sent(self._transport, head, body)
         else:
             self.sending = Sending(self._transport, head, body, self._sending_failed)
-        return answer
+        return response
 
     def _sending_failed(self, failure: Failure) -> None:
         """The body will not be whole, so neither can the request be: give the connection up."""
@@ -179,10 +179,10 @@ class Connection(Protocol):
         if self.sending is not None:
             self.sending.stop()
 
-    # -- the answer -----------------------------------------------------------------------------
+    # -- the response -----------------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes, cut anywhere."""
+        """Take bytes, split at any point."""
         framed = self._framed
         if framed is not None and (start := self._reader.framed(data)):
             framed(data, start)
@@ -216,35 +216,37 @@ class Connection(Protocol):
 
     def _take_head(self, head: bytes) -> bool:
         """Read one head; return whether it was the final one (RFC 9112, section 6.3)."""
-        answer = read_answer(self, head)
-        reader = body_reader(self._method, answer)
-        if answer.code < 200:
+        response = read_response(self, head)
+        reader = body_reader(self._method, response)
+        if response.code < 200:
             self._interim += 1
-            if answer.code == 101 or self._interim > MAX_INTERIM:
-                raise BadMessage("a protocol switch that nobody asked for, or endless 1xx answers")
+            if response.code == 101 or self._interim > MAX_INTERIM:
+                raise BadMessage(
+                    "a protocol switch that nobody asked for, or endless 1xx responses"
+                )
             return False
         self._reader = reader
         self._until_close = isinstance(reader, LengthReader) and reader.left is None
-        self._persistent = answer.is_persistent and not self._until_close
-        self.keep_for = answer.keep_alive_hint
+        self._persistent = response.is_persistent and not self._until_close
+        self.keep_for = response.keep_alive_hint
         self._early, self._buffer, self._lost_early = self._buffer, b"", None
         self.state = _ANSWERED
-        self.serving = answer
-        self._tell(answer)
+        self.serving = response
+        self._tell(response)
         if self.state is _ANSWERED:
             self._paused = True
             self._transport.pauseProducing()
         return True
 
     def _tell(self, result: Any) -> None:
-        deferred, self._answer = self._answer, None
+        deferred, self._response = self._response, None
         if deferred is not None and not deferred.called:
-            (deferred.callback if isinstance(result, Answer) else deferred.errback)(result)
+            (deferred.callback if isinstance(result, Response) else deferred.errback)(result)
 
     # -- its body -------------------------------------------------------------------------------
 
     def deliver(self, protocol: IProtocol) -> None:
-        """Hand the body to ``protocol``; see :meth:`Answer.deliverBody`."""
+        """Hand the body to ``protocol``; see :meth:`Response.deliverBody`."""
         lost = self.state is _CLOSED
         self._consumer: IProtocol | None = protocol
         protocol.makeConnection(self._transport)
@@ -274,7 +276,7 @@ class Connection(Protocol):
             self._end_body(_DONE)
 
     def _settle(self, extra: bytes) -> None:
-        """The answer is whole: keep the connection for another, or close it."""
+        """The response is whole: keep the connection for another, or close it."""
         if self.state is _CLOSED:
             return
         sending = self.sending is not None and self.sending.active

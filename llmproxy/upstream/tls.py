@@ -24,7 +24,7 @@ from twisted.internet.ssl import (
 from zope.interface import implementer
 
 from llmproxy.config import Provider
-from llmproxy.wire.secure import Secure
+from llmproxy.net.tls import TlsTransport
 
 _MARK = b"-----BEGIN CERTIFICATE-----"
 
@@ -84,7 +84,7 @@ class ProviderTls:
         return connection
 
     def on_socket(self, transport: Any) -> SSL.Connection:
-        """Do the same for a transport of ``wire/secure.py``, which gets the :class:`Verdict`."""
+        """Do the same for a transport of ``net/tls.py``, which gets the :class:`Verdict`."""
         connection = SSL.Connection(self._context, transport.socket)
         transport.verdict = self._prepare(connection)
         return connection
@@ -102,7 +102,7 @@ class ProviderTls:
 
     def remember(self, transport: Any) -> None:
         """Keep the session of a verified connection for the next one."""
-        handle = transport.tls if isinstance(transport, Secure) else transport.getHandle()
+        handle = transport.tls if isinstance(transport, TlsTransport) else transport.getHandle()
         session = handle.get_session()
         if session is not None:
             self._session = session

@@ -72,7 +72,7 @@ def test_what_is_sent_to_stuck_clients_is_bounded(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "counted"),
+    ("response", "counted"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n{}\n\n", "wrong"),
         (
@@ -84,12 +84,12 @@ def test_what_is_sent_to_stuck_clients_is_bounded(bench: Bench) -> None:
         (b"", "failed"),
     ],
 )
-def test_a_wrong_answer_is_counted(bench: Bench, answer: bytes, counted: str) -> None:
+def test_a_wrong_response_is_counted(bench: Bench, response: bytes, counted: str) -> None:
     """Other bytes, an end too early, an error status, and what is no HTTP never count as good."""
 
     def script(wire: Wire) -> None:
         wire.read_request()
-        wire.send(answer)
+        wire.send(response)
 
     with Provider(script) as provider:
         line = ask(bench, provider.port, "--mode stream --conns 1 --events 5 --timeout 20")

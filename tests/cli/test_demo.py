@@ -28,7 +28,7 @@ from twisted.python.failure import Failure
 
 from llmproxy.cli.demo import curl_lines, demo_config, demo_site
 from llmproxy.cli.demo import flow as demo_flow
-from llmproxy.cli.demo.answer import MODELS
+from llmproxy.cli.demo.response import MODELS
 from llmproxy.cli.main import main
 from tests.support.daemon import ROOT
 from tests.support.demo_wire import (
@@ -132,7 +132,7 @@ def until_it_breaks(stream: Iterator[T], broken: type[Exception]) -> list[T]:
 
 
 @in_a_thread
-def test_openai_stream_says_what_the_whole_answer_says(listening: Listening) -> None:
+def test_openai_stream_says_what_the_whole_response_says(listening: Listening) -> None:
     """Text, finish reason and counts are the same in both."""
     with openai_client(listening.url) as client:
         whole = client.chat.completions.create(model="demo-fast", messages=MESSAGES)
@@ -185,7 +185,7 @@ def test_openai_usage_is_not_mentioned_unasked(listening: Listening) -> None:
 
 @in_a_thread
 def test_openai_calls_a_tool(listening: Listening) -> None:
-    """Id and name come first and the arguments in pieces; the whole answer has the same call."""
+    """Id and name come first and the arguments in pieces; the whole response has the same call."""
     with openai_client(listening.url) as client:
         whole = client.chat.completions.create(
             model="demo-fast", messages=TOOL_MESSAGES, tools=[FUNCTION]
@@ -249,7 +249,7 @@ def test_openai_errors_surface_in_the_sdk(
 @pytest.mark.parametrize("model", ["demo-break", "demo-malformed"])
 @in_a_thread
 def test_openai_broken_answers_raise(listening: Listening, model: str) -> None:
-    """A whole answer raises; a stream gives its role and three tokens, and then raises."""
+    """A whole response raises; a stream gives its role and three tokens, and then raises."""
     with openai_client(listening.url) as client:
         with pytest.raises(openai.APIConnectionError):
             client.chat.completions.create(model=model, messages=MESSAGES)
@@ -262,7 +262,7 @@ def test_openai_broken_answers_raise(listening: Listening, model: str) -> None:
 
 
 @in_a_thread
-def test_anthropic_stream_says_what_the_whole_answer_says(listening: Listening) -> None:
+def test_anthropic_stream_says_what_the_whole_response_says(listening: Listening) -> None:
     """Text, stop reason and counts are the same in both, in the published order of events."""
     asked: Any = {
         "model": "demo-fast",
@@ -289,7 +289,7 @@ def test_anthropic_stream_says_what_the_whole_answer_says(listening: Listening) 
 
 @in_a_thread
 def test_anthropic_calls_a_tool(listening: Listening) -> None:
-    """The tool's input comes as JSON in pieces; the whole answer has the same call."""
+    """The tool's input comes as JSON in pieces; the whole response has the same call."""
     asked: Any = {
         "model": "demo-fast",
         "max_tokens": 1024,
@@ -347,7 +347,7 @@ def test_anthropic_errors_surface_in_the_sdk(
 @pytest.mark.parametrize("model", ["demo-break", "demo-malformed"])
 @in_a_thread
 def test_anthropic_broken_answers_raise(listening: Listening, model: str) -> None:
-    """A whole answer raises; a stream gives three tokens, and then raises."""
+    """A whole response raises; a stream gives three tokens, and then raises."""
     with anthropic_client(listening.url) as client:
         asked: Any = {"model": model, "max_tokens": 99, "messages": MESSAGES[1:]}
         with pytest.raises(anthropic.APIConnectionError):
@@ -362,7 +362,7 @@ def test_anthropic_broken_answers_raise(listening: Listening, model: str) -> Non
 
 
 @in_a_thread
-def test_ollama_stream_says_what_the_whole_answer_says(listening: Listening) -> None:
+def test_ollama_stream_says_what_the_whole_response_says(listening: Listening) -> None:
     """Text, reason and counts are the same in both; durations are there to divide by."""
     with ollama_client(listening.url) as client:
         whole = client.chat(model="demo-fast", messages=MESSAGES)
@@ -381,7 +381,7 @@ def test_ollama_stream_says_what_the_whole_answer_says(listening: Listening) -> 
 
 @in_a_thread
 def test_ollama_calls_a_tool(listening: Listening) -> None:
-    """A tool call comes in one line with its arguments decoded; the whole answer has the same."""
+    """A tool call comes in one line with its arguments decoded; the whole response has the same."""
     with ollama_client(listening.url) as client:
         whole = client.chat(model="demo-fast", messages=TOOL_MESSAGES, tools=[FUNCTION])
         lines = list(
@@ -427,7 +427,7 @@ def test_ollama_errors_surface_in_the_sdk(
 @pytest.mark.parametrize("model", ["demo-break", "demo-malformed"])
 @in_a_thread
 def test_ollama_broken_answers_raise(listening: Listening, model: str) -> None:
-    """A whole answer raises; a stream gives three tokens, and then raises."""
+    """A whole response raises; a stream gives three tokens, and then raises."""
     with ollama_client(listening.url) as client:
         with pytest.raises(httpx.TransportError):
             client.chat(model=model, messages=MESSAGES)
@@ -459,14 +459,14 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
 
 
 def read_a_little_and_leave(number: int, path: str, model: str) -> None:
-    """A client that closes its connection once an answer has begun."""
+    """A client that closes its connection once a response has begun."""
     with socket.socket() as client:
         send_chat(client, number, path, {"model": model, "stream": True, "messages": MESSAGES})
         assert client.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def flows_waiting() -> list[Any]:
-    """The reactor's calls that belong to an answer on its way out."""
+    """The reactor's calls that belong to a response on its way out."""
     return [call for call in cast(Any, reactor).getDelayedCalls() if "Flow" in repr(call.func)]
 
 
@@ -487,7 +487,7 @@ async def test_client_leaving_mid_stream_leaves_no_delayed_call(path: str, model
 async def test_slow_client_stops_the_flow(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the client reads nothing no event is due; once it reads, it gets the whole answer."""
+    """While the client reads nothing no event is due; once it reads, it gets the whole response."""
     paused: Deferred[None] = Deferred()
     pauses: list[demo_flow.Flow] = []
     pause = demo_flow.Flow.pauseProducing
@@ -561,7 +561,7 @@ def test_pace_is_what_the_name_says(model: str, pace: float | None, step: float)
     assert b'" said:"' in wire.turn(step * 0.25)
 
 
-def test_whole_answer_takes_as_long_as_its_stream() -> None:
+def test_whole_response_takes_as_long_as_its_stream() -> None:
     """A paced model's document comes when its last token would have come."""
     wire = Wire()
     wire.post(
@@ -615,7 +615,7 @@ def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_stalled_answer_stays_open_and_silent(path: str, stream: bool) -> None:
+def test_stalled_response_stays_open_and_silent(path: str, stream: bool) -> None:
     """After its beginning there is neither a byte nor an end, nor a timer that could bring one."""
     wire = Wire()
     wire.ask(path, "demo-stall", stream=stream)
@@ -629,7 +629,7 @@ def test_stalled_answer_stays_open_and_silent(path: str, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("path", STREAM_ENDS)
-def test_broken_whole_answer_promises_more_than_it_sends(path: str) -> None:
+def test_broken_whole_response_promises_more_than_it_sends(path: str) -> None:
     """Content-Length says the whole, half of it is sent, and then the connection is aborted."""
     wire = Wire()
     wire.ask(path, "demo-break", stream=False)
@@ -647,7 +647,7 @@ def test_broken_whole_answer_promises_more_than_it_sends(path: str) -> None:
 
 @pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_malformed_answer_has_a_chunk_size_that_is_no_number(path: str, stream: bool) -> None:
+def test_malformed_response_has_a_chunk_size_that_is_no_number(path: str, stream: bool) -> None:
     """Where a chunk should begin stand other bytes, and then the connection closes."""
     wire = Wire()
     wire.ask(path, "demo-malformed", stream=stream)
@@ -715,7 +715,7 @@ def test_rate_limit_says_when_to_come_back() -> None:
 
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_redirect_is_a_307_to_another_path(path: str) -> None:
-    """The answer is empty and says where to go."""
+    """The response is empty and says where to go."""
     wire = Wire()
     wire.ask(path, "demo-redirect")
     written = wire.taken()
@@ -754,7 +754,7 @@ def test_malformed_request_is_a_400_of_the_dialect(path: str, dialect: str, body
     """What cannot be read is refused in the shape that the caller's SDK understands."""
     wire = Wire()
     wire.post(path, body)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert (status, shape(document)) == (400, dialect)
 
 
@@ -772,10 +772,10 @@ def test_unknown_path_is_a_404_of_the_dialect(path: str, fields: list[str], dial
     """What is not there is missing in the shape that the path or the caller's header suggests."""
     wire = Wire()
     wire.post(path, b"{}", *fields)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert (status, shape(document)) == (404, dialect)
     wire.get(path, *fields)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert (status, shape(document)) == (404, dialect)
 
 
@@ -783,7 +783,7 @@ def test_ollama_tells_its_version() -> None:
     """The version is there for clients that ask it first."""
     wire = Wire()
     wire.get("/api/version")
-    status, document = wire.answer()
+    status, document = wire.response()
     assert (status, list(document)) == (200, ["version"])
 
 
@@ -809,7 +809,7 @@ def test_tool_is_called_when_asked_for_or_forced(said: str, choice: object, call
     }
     wire.post(CHATS[0], json.dumps(body).encode())
     wire.clock.advance(0)
-    _, document = wire.answer()
+    _, document = wire.response()
     assert ("tool_calls" in document["choices"][0]["message"]) == called
 
 
@@ -828,7 +828,7 @@ def test_tool_result_is_answered_with_a_text() -> None:
     body = {"model": "demo-fast", "messages": messages, "tools": [ANTHROPIC_TOOL]}
     wire.post("/v1/messages", json.dumps(body).encode())
     wire.clock.advance(0)
-    _, document = wire.answer()
+    _, document = wire.response()
     assert document["stop_reason"] == "end_turn"
     assert document["content"][0]["text"].startswith("You said: Please use the tool for Oslo. ")
 
@@ -842,7 +842,7 @@ def test_tool_result_is_answered_with_a_text() -> None:
     ],
 )
 def test_limit_of_tokens_cuts_the_text(path: str, asked: dict[str, Any], reason: bytes) -> None:
-    """The answer has so many tokens, and says why it ended."""
+    """The response has so many tokens, and says why it ended."""
     wire = Wire()
     body = {"model": "demo-fast", "stream": True, "messages": MESSAGES, **asked}
     wire.post(path, json.dumps(body).encode())

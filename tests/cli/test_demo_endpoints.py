@@ -275,7 +275,7 @@ def test_reasoning_takes_its_time_before_the_first_token() -> None:
 
 
 def test_generation_ends_with_counts_and_context() -> None:
-    """The last line has what the whole answer has, and no other line has any of it."""
+    """The last line has what the whole response has, and no other line has any of it."""
     asked: Any = {"prompt": SAID, "system": "Be brief."}
     *lines, last = map(data_of, Wire().events("/api/generate", **asked))
     whole = Wire().whole("/api/generate", **asked)
@@ -317,11 +317,11 @@ def test_failing_tool_call_of_ollama_is_not_begun() -> None:
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_failing_whole_answer_is_a_500(path: str) -> None:
+def test_failing_whole_response_is_a_500(path: str) -> None:
     """Where no stream is asked for, or none can be, the same error is a status."""
     wire = Wire()
     wire.ask(path, "demo-fail", stream=False)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert status == 500
     assert FAILURE in message_of(document)
 
@@ -335,7 +335,7 @@ def test_unfinished_stream_ends_well_without_its_end_marker(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_unfinished_whole_answer_is_half_a_document(path: str) -> None:
+def test_unfinished_whole_response_is_half_a_document(path: str) -> None:
     """The framing promises nothing that does not come, and what came is no JSON."""
     wire = Wire()
     wire.ask(path, "demo-unfinished", stream=False)
@@ -356,7 +356,7 @@ def test_refusal_is_a_status_at_every_endpoint(
     """A model refuses wherever it is asked, in the shape of the dialect."""
     wire = Wire()
     wire.ask(path, model, stream=stream)
-    got, document = wire.answer()
+    got, document = wire.response()
     assert got == status
     assert isinstance(document["error"], str) is (dialect_of(path) == "ollama")
     assert (document.get("type") == "error") is (dialect_of(path) == "anthropic")
@@ -368,7 +368,7 @@ def test_what_cannot_stream_answers_whole(path: str) -> None:
     wire = Wire()
     wire.ask(path, "demo-fast", stream=True)
     wire.clock.advance(0)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert (status, document) == (200, Wire().whole(path))
 
 
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_is_a_400(path: str, body: dict[str, Any]) -> None:
     for asked in ({"model": "demo-fast", **body}, {**ASKED[path], "model": 7}):
         wire = Wire()
         wire.post(path, json.dumps(asked).encode())
-        assert wire.answer()[0] == 400
+        assert wire.response()[0] == 400
 
 
 def test_every_stream_ends_with_its_marker() -> None:

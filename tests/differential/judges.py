@@ -15,11 +15,11 @@ from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.front.channel import Channel
-from llmproxy.front.http import Site
-from llmproxy.front.request import Request
-from llmproxy.upstream.answer import Answer
+from llmproxy.server.connection import ClientConnection
+from llmproxy.server.request import Request
+from llmproxy.server.site import Site
 from llmproxy.upstream.http1 import Connection
+from llmproxy.upstream.response import Response
 from tests.differential.verdict import FRAMING, Ending, Fields, Verdict, plain, refused
 from tests.support.fake_transport import FIN, Collector, FakeTransport
 
@@ -27,10 +27,10 @@ ENOUGH = 1 << 20
 """Bytes that no message of these tests has."""
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------
 
 
-def our_answer(
+def our_response(
     wire: bytes,
     method: bytes = b"GET",
     *,
@@ -38,7 +38,7 @@ def our_answer(
     max_head: int = ENOUGH,
     watch: Callable[[Connection], None] = lambda _: None,
 ) -> Verdict:
-    """Read an answer that a FIN follows, as the upstream side does.
+    """Read a response that a FIN follows, as the upstream side does.
 
     Args:
         cuts: where one read ends and the next begins.
@@ -52,9 +52,9 @@ def our_answer(
     transport, collector, outcome = FakeTransport(), Collector(), list[Any]()
     transport.connect(connection)
 
-    def answered(answer: Answer) -> None:
-        outcome.append(answer)
-        answer.deliverBody(collector)
+    def answered(response: Response) -> None:
+        outcome.append(response)
+        response.deliverBody(collector)
 
     waiting = connection.send(method, b"", None)
     waiting.addCallbacks(answered, lambda failure: outcome.append(failure.value))
@@ -63,22 +63,22 @@ def our_answer(
         watch(connection)
     keep = bool(idle) and not transport.count("abort")
     transport.end(FIN)
-    (answer,) = outcome
-    ends = collector.ends if isinstance(answer, Answer) else [answer]
+    (response,) = outcome
+    ends = collector.ends if isinstance(response, Response) else [response]
     assert len(ends) == 1
     error = ends[0]
     if isinstance(error, ProxyError):
         if error.end is EndReason.UPSTREAM_PROTOCOL:
             return refused(error.detail)
-        if not isinstance(answer, Answer):
+        if not isinstance(response, Response):
             return Verdict(Ending.SHORT, why=str(error))
     else:
         assert isinstance(error, ResponseDone)
     ending = Ending.SHORT if isinstance(error, ProxyError) else Ending.WHOLE
     return Verdict(
         ending,
-        (answer.version[2], answer.code),
-        plain(answer.fields),
+        (response.version[2], response.code),
+        plain(response.fields),
         collector.body,
         connection._reader.extra,
         keep,
@@ -88,8 +88,8 @@ def our_answer(
 _MAY_GO_ON = (h11.DONE, h11._state.MIGHT_SWITCH_PROTOCOL)
 
 
-def h11_answer(wire: bytes, method: bytes = b"GET") -> Verdict:
-    """Read an answer that a FIN follows, as h11's client does."""
+def h11_response(wire: bytes, method: bytes = b"GET") -> Verdict:
+    """Read a response that a FIN follows, as h11's client does."""
     peer = h11.Connection(h11.CLIENT, max_incomplete_event_size=ENOUGH)
     peer.send(h11.Request(method=method, target="/", headers=[("host", "h")]))
     peer.send(h11.EndOfMessage())
@@ -117,8 +117,8 @@ def _h11_reads(peer: h11.Connection, wire: bytes, kind: type[Any]) -> Verdict:
             return Verdict(Ending.WHOLE, start, plain(fields), body, left, keep)
         elif isinstance(event, kind):
             minor = int(event.http_version[-1:])
-            answer = kind is h11.Response
-            start = (minor, event.status_code) if answer else (event.method, event.target, minor)
+            response = kind is h11.Response
+            start = (minor, event.status_code) if response else (event.method, event.target, minor)
             fields = list(event.headers)
         elif isinstance(event, h11.Data):
             body += bytes(event.data)
@@ -143,9 +143,9 @@ class _Events:
             self.fields.append((name, value or b""))
 
     def interim(self) -> bool:
-        """Tell whether this is a 1xx answer."""
-        answer = isinstance(self.parser, httptools.HttpResponseParser)
-        return answer and self.parser.get_status_code() < 200
+        """Tell whether this is a 1xx response."""
+        response = isinstance(self.parser, httptools.HttpResponseParser)
+        return response and self.parser.get_status_code() < 200
 
     def on_url(self, url: bytes) -> None:
         self.target += url
@@ -161,8 +161,8 @@ class _Events:
         self.done = True
 
 
-def llhttp_answer(wire: bytes, method: bytes = b"GET") -> Verdict:
-    """Read an answer that a FIN follows, as llhttp does in its strict mode.
+def llhttp_response(wire: bytes, method: bytes = b"GET") -> Verdict:
+    """Read a response that a FIN follows, as llhttp does in its strict mode.
 
     It is not told of HEAD, nor of the connection's end: the one message without a framing that it
     goes on reading is the one that ends with its connection.
@@ -192,7 +192,7 @@ def llhttp_answer(wire: bytes, method: bytes = b"GET") -> Verdict:
 
 
 def _stays(parser: Any, events: _Events) -> bool:
-    """Tell what llhttp cannot, which does not know that an answer to HEAD needs no framing."""
+    """Tell what llhttp cannot, which does not know that a response to HEAD needs no framing."""
     options = [value.lower() for name, value in events.fields if name.lower() == b"connection"]
     return bool(parser.get_http_version() == "1.1") and b"close" not in options
 
@@ -235,7 +235,7 @@ def our_request(
     *,
     cuts: tuple[int, ...] = (),
     max_head: int = ENOUGH,
-    watch: Callable[[Channel], None] = lambda _: None,
+    watch: Callable[[ClientConnection], None] = lambda _: None,
 ) -> Verdict:
     """Read a request as the front side does; arguments as above."""
     resource, clock, transport = _Keeps(), Clock(), FakeTransport()
@@ -244,18 +244,18 @@ def our_request(
         resource, clock, clock.seconds, Timeouts(), limits, body_limit=lambda target: 10**18
     )
     channel = site.buildProtocol(None)
-    assert isinstance(channel, Channel)
+    assert isinstance(channel, ClientConnection)
     transport.connect(channel)
     for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
         channel.dataReceived(wire[start:end])
         watch(channel)
-    left, keep, answer = channel._buffer, bool(channel.persistent), transport.value()
+    left, keep, response = channel._buffer, bool(channel.persistent), transport.value()
     transport.end(FIN)
     assert len(resource.requests) <= 1
     if not resource.requests:
-        if not answer.startswith(b"HTTP/1.1 4") and not answer.startswith(b"HTTP/1.1 5"):
+        if not response.startswith(b"HTTP/1.1 4") and not response.startswith(b"HTTP/1.1 5"):
             return Verdict(Ending.SHORT)
-        return refused(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"])
+        return refused(json.loads(response.partition(b"\r\n\r\n")[2])["error"]["message"])
     ((request, body),) = resource.requests
     if request.refusal is not None:
         return refused(request.refusal.message)

@@ -16,7 +16,7 @@ class Message(NamedTuple):
     """A message and what was written into it.
 
     Attributes:
-        method: of the request, or of the one that an answer is to.
+        method: of the request, or of the one that a response is to.
         wire: the bytes, without what follows.
         body: its content.
         extra: bytes that follow it.
@@ -85,8 +85,8 @@ def _body(draw: st.DrawFn, framing: str) -> tuple[list[bytes], bytes, bytes]:
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> Message:
-    """Valid answers: every framing, with and without 1xx before them, to GET, HEAD and POST."""
+def responses(draw: st.DrawFn) -> Message:
+    """Valid responses: every framing, with and without 1xx before them, to GET, HEAD and POST."""
     method = draw(st.sampled_from([b"GET", b"GET", b"POST", b"HEAD"]))
     wire = b""
     for _ in range(draw(st.integers(0, 2))):

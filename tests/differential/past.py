@@ -23,14 +23,14 @@ _OK = b"HTTP/1.1 200 OK\r\n"
 _POST = b"POST / HTTP/1.1\r\nHost: h\r\n"
 _CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
-ANSWERS = [
+RESPONSES = [
     Past(
-        "the coding of an answer without body is not judged",
+        "the coding of a response without body is not judged",
         b"HEAD",
         _OK + b"Transfer-Encoding: x\r\n\r\n",
     ),
     Past(
-        "the framing of a 1xx answer is not judged",
+        "the framing of a 1xx response is not judged",
         b"GET",
         b"HTTP/1.1 100 X\r\nContent-Length: 5, 5\r\n\r\n" + _OK + b"Content-Length: 0\r\n\r\n",
     ),

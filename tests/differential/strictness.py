@@ -37,7 +37,7 @@ _VALUE = "a header field's value holds a control character"
 _SIZE = "a chunk's size line is malformed"
 _LONG_LINE = "a line of the chunked coding is too long"
 _STATUS = "the status line is malformed"
-_INTERIM = "a protocol switch that nobody asked for, or endless 1xx answers"
+_INTERIM = "a protocol switch that nobody asked for, or endless 1xx responses"
 _REQUEST = "The request is not acceptable: "
 _BODY = "The body is bad: "
 
@@ -83,7 +83,7 @@ _CODED: list[tuple[str, str, bytes]] = [
     ),
 ]
 
-ANSWERS = [
+RESPONSES = [
     *(Strict(words, reason, _OK + wire) for words, reason, wire in _BOTH),
     *(Strict(words, reason, _OK + _CHUNKED + wire) for words, reason, wire in _CODED),
     Strict(
@@ -101,7 +101,7 @@ ANSWERS = [
     Strict(_STATUS, "RFC 9112, 2.3: 1.0 and 1.1", b"HTTP/1.2 200 X\r\n" + _LENGTH),
     Strict(_STATUS, "RFC 9112, 2.2: empty lines stand before requests", b"\r\n" + _OK + _LENGTH),
     Strict(
-        "a Transfer-Encoding in a 1xx answer",
+        "a Transfer-Encoding in a 1xx response",
         "RFC 9112, 6.1: a server must not send it",
         b"HTTP/1.1 103 X\r\n" + _CHUNKED + _OK + _LENGTH,
     ),

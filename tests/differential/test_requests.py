@@ -46,7 +46,7 @@ def test_requests_of_real_clients_are_read(recorded: Recorded) -> None:
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
-def test_requests_of_real_clients_may_be_cut_anywhere(recorded: Recorded) -> None:
+def test_requests_of_real_clients_may_be_split_at_any_point(recorded: Recorded) -> None:
     """The same request is read at every single cut, and byte by byte."""
     wire = recorded.wire
     whole = our_request(wire)

@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         ending: whether it was whole, ended too soon or was refused.
-        start: ``(minor, status)`` of an answer, ``(method, target, minor)`` of a request.
+        start: ``(minor, status)`` of a response, ``(method, target, minor)`` of a request.
         fields: names in lower case, values without white space around.
         body: the content, without its framing.
         leftover: what followed the end of the message.

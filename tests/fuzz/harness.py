@@ -7,17 +7,17 @@ follows a message change nothing; what is read, h11 and llhttp read alike.
 
 from __future__ import annotations
 
-from llmproxy.front.channel import Channel
+from llmproxy.http1.framing import ChunkedReader
+from llmproxy.http1.grammar import MAX_LINE
+from llmproxy.server.connection import ClientConnection
 from llmproxy.upstream.http1 import Connection
-from llmproxy.wire.framing import ChunkedReader
-from llmproxy.wire.grammar import MAX_LINE
 from tests.differential.judges import (
-    h11_answer,
     h11_request,
-    llhttp_answer,
+    h11_response,
     llhttp_request,
-    our_answer,
+    llhttp_response,
     our_request,
+    our_response,
 )
 from tests.differential.strictness import THEIR_OWN
 from tests.differential.verdict import FRAMING, Verdict, framing_error
@@ -47,13 +47,13 @@ def cut_places(control: int, size: int) -> tuple[int, ...]:
 
 
 def watch_connection(connection: Connection) -> None:
-    """Look that an answer's reader keeps no more than it may."""
+    """Look that a response's reader keeps no more than it may."""
     if not connection.aborted:
         must(len(connection._buffer) <= MAX_HEAD + _CRLFCR, "a head is bounded")
     _watch_reader(getattr(connection, "_reader", None))
 
 
-def watch_channel(channel: Channel) -> None:
+def watch_channel(channel: ClientConnection) -> None:
     """Look that a request's reader keeps no more than it may."""
     if not channel._discarding:
         must(len(channel._buffer) <= MAX_HEAD + _CRLFCR, "what is not read yet is bounded")
@@ -74,27 +74,27 @@ def _framed_once(verdict: Verdict) -> None:
     must(not verdict.whole or len(names) <= 1, "a body is framed once")
 
 
-def answer(data: bytes) -> None:
-    """Read an answer in several ways.
+def response(data: bytes) -> None:
+    """Read a response in several ways.
 
     Raises:
         Broken: something does not hold.
     """
     control, wire = data[:2].ljust(2, b"\0"), data[2:]
     method = (b"GET", b"HEAD")[control[0] % 2]
-    ours = our_answer(wire, method, max_head=MAX_HEAD)
-    must(not (ours.keep and ours.leftover), "nothing is kept for the next answer")
+    ours = our_response(wire, method, max_head=MAX_HEAD)
+    must(not (ours.keep and ours.leftover), "nothing is kept for the next response")
     _framed_once(ours)
     cuts = cut_places(control[1], len(wire))
-    cut = our_answer(wire, method, cuts=cuts, max_head=MAX_HEAD, watch=watch_connection)
+    cut = our_response(wire, method, cuts=cuts, max_head=MAX_HEAD, watch=watch_connection)
     _same(cut, ours, "a cut changes nothing")
     if not ours.whole:
         return
     if ours.leftover or ours.keep:
         end = len(wire) - len(ours.leftover)
-        after = our_answer(wire[:end] + TAIL, method, max_head=MAX_HEAD)
+        after = our_response(wire[:end] + TAIL, method, max_head=MAX_HEAD)
         _same(after, ours._replace(keep=False), "what follows changes nothing but the connection")
-    for other in (h11_answer(wire, method), llhttp_answer(wire, method)):
+    for other in (h11_response(wire, method), llhttp_response(wire, method)):
         fault = framing_error(ours, other, THEIR_OWN)
         must(not fault, fault)
 

@@ -1,4 +1,4 @@
-"""Runs the harness under atheris: ``python -m tests.fuzz.run answer`` or ``request``, and options.
+"""Runs the harness under atheris: ``python -m tests.fuzz.run TARGET``, then options.
 
 The options are libFuzzer's; ``--plant=NAME`` first puts a fault into the readers.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]  # has no types
 
 with atheris.instrument_imports(include=["llmproxy"]):
+    from llmproxy.http1 import framing
     from llmproxy.upstream.http1 import Connection
-    from llmproxy.wire import framing
     from tests.fuzz import harness
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "answer": harness.answer,
+    "response": harness.response,
     "request": harness.request,
 }
 
@@ -50,7 +50,7 @@ def plant_plus() -> None:
 
 
 def plant_extra() -> None:
-    """Keep a connection on which something followed an answer."""
+    """Keep a connection on which something followed a response."""
     settle: Any = Connection._settle
     Connection._settle = lambda self, extra: settle(self, b"")  # type: ignore[method-assign]  # a stand-in
 

@@ -50,7 +50,7 @@ def fuzz(target: str, folder: Path, *options: str, seeds: str = "*") -> tuple[in
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_the_corpus_holds(path: Path) -> None:
     """What is known to be read well is, also where there is no fuzzer."""
-    target = harness.answer if path.parent.name == "answers" else harness.request
+    target = harness.response if path.parent.name == "responses" else harness.request
     data = path.read_bytes()
 
     for control in range(0, 256, 15):
@@ -58,7 +58,7 @@ def test_the_corpus_holds(path: Path) -> None:
 
 
 @needs_atheris
-@pytest.mark.parametrize("target", ["answer", "request"])
+@pytest.mark.parametrize("target", ["response", "request"])
 def test_a_short_run_finds_nothing(target: str, tmp_path: Path) -> None:
     """Some seconds of fuzzing break nothing that must hold, and do reach our code."""
     status, output = fuzz(target, tmp_path, "-max_total_time=4")
@@ -72,10 +72,14 @@ def test_a_short_run_finds_nothing(target: str, tmp_path: Path) -> None:
 @needs_atheris
 @pytest.mark.parametrize(
     ("target", "plant", "seed"),
-    [("answer", "plus", "chunked"), ("request", "plus", "chunked"), ("answer", "extra", "length")],
+    [
+        ("response", "plus", "chunked"),
+        ("request", "plus", "chunked"),
+        ("response", "extra", "length"),
+    ],
 )
 def test_a_planted_fault_is_found(target: str, plant: str, seed: str, tmp_path: Path) -> None:
-    """A sign before a chunk's size, and bytes left for the next answer, do not go unseen.
+    """A sign before a chunk's size, and bytes left for the next response, do not go unseen.
 
     It begins with one good message, so that what it finds does not depend on the machine's pace.
     """

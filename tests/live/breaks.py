@@ -1,8 +1,8 @@
 """Answers that break, one of each kind, and whole ones: what a provider sends, and how it ends.
 
-Where an answer is framed (chunked towards HTTP/1.1, or by a length), a client is told of a break by
-an end short of the framing.  Where its end is the connection's, as towards HTTP/1.0, only a reset
-tells.
+Where a response is framed (chunked towards HTTP/1.1, or by a length), a client is told of a break
+by an end short of the framing.  Where its end is the connection's, as towards HTTP/1.0, only a
+reset tells.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUTES = {
     "idle": 'timeouts = { idle = "700ms" }',
     "total": 'timeouts = { total = "1500ms" }',
 }
-"""Further keys of the routes that the answers need."""
+"""Further keys of the routes that the responses need."""
 
 EVENTS = b"".join(event(number) for number in range(3))
 BIG = b"".join(event(number) for number in range(60_000))
@@ -64,7 +64,7 @@ class Sent(NamedTuple):
 
     @property
     def raw(self) -> bytes:
-        """The answer as it goes on the wire."""
+        """The response as it goes on the wire."""
         if not self.framing:
             return self.rest
         announced = len(self.content) + (0 if self.end == "proper" else 100)
@@ -101,8 +101,8 @@ class Sent(NamedTuple):
 
 
 def _unacknowledged(sock: socket.socket) -> int:
-    answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
-    return int(struct.unpack("i", answer)[0])
+    response = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("i", response)[0])
 
 
 def _bad_size(content: bytes = EVENTS, rest: bytes = b"zz\r\n") -> Sent:

@@ -133,7 +133,7 @@ key = "k.pem"
                 curl.kill()
         status, code = map(int, printed.split())
         assert code == curl.returncode
-        assert status, told  # there is a record of what came to an answer
+        assert status, told  # there is a record of what came to a response
         body = output.read_bytes() if output.exists() else b""
         return Run(code, status, body, told, trace_of(self.daemon, path=path))
 

@@ -73,7 +73,7 @@ def test_each_of_five_chunks_arrives_before_the_next_is_sent(stage: Stage) -> No
 
 
 def test_bytes_are_not_held_back_for_the_end_of_an_event(stage: Stage) -> None:
-    """A piece that ends inside an event, a word or a character is handed on as it is."""
+    """A piece that ends inside an event, a word or a character is forwarded as it is."""
     turn = Turn()
     pieces = [b"da", b'ta: {"text":"gr\xc3', b'\xbc\xc3\x9f"}\n', b"\n"]
 

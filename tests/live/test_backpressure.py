@@ -87,13 +87,13 @@ def test_many_stalled_clients_hold_their_own_share_alone(stage: Stage) -> None:
         client.read_head()
     until(lambda: stage.daemon.metrics()["llmproxy_paused_streams"] == count, "all are paused")
     assert stage.daemon.metrics()["llmproxy_buffered_bytes"] <= count * BOUND
-    stage.script = _answer
+    stage.script = _response
     assert stage.get(post("/p/quick")).body == b"ok"
     for client in stalled:
         client.sock.close()
     assert_settles(stage.daemon)
 
 
-def _answer(wire: Wire) -> None:
+def _response(wire: Wire) -> None:
     wire.read_request()
     wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")

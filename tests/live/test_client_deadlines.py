@@ -263,7 +263,7 @@ def test_an_idle_connection_is_closed(stage: Stage, served: bool) -> None:
         assert 0.3 < time.monotonic() - began < 10
 
 
-def test_a_long_answer_is_no_idle_connection(stage: Stage) -> None:
+def test_a_long_response_is_no_idle_connection(stage: Stage) -> None:
     """No deadline of the client's runs while it waits, or while a quiet stream is served."""
 
     def script(wire: Wire) -> None:

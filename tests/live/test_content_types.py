@@ -15,12 +15,12 @@ from tests.support.stage import (
     Notes,
     Stage,
     Turn,
-    answer,
     assert_settles,
     chunked_answer,
     is_silent,
     open_stage,
     post,
+    response,
     trace_of,
 )
 
@@ -44,13 +44,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stag
 
 
 def head_of(kind: str) -> bytes:
-    """Return the head of a chunked answer."""
+    """Return the head of a chunked response."""
     return SSE.replace(b"text/event-stream", kind.encode())
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_each_piece_arrives_before_the_next_is_sent(stage: Stage, kind: str) -> None:
-    """Whatever the type, a piece is handed on at once and unchanged."""
+    """Whatever the type, a piece is forwarded at once and unchanged."""
     turn = Turn()
 
     def script(wire: Wire) -> None:
@@ -108,13 +108,13 @@ def test_a_stream_tells_whoever_stands_between_not_to_buffer(stage: Stage, kind:
         assert got.values(b"cache-control") == [b"no-cache, no-transform"]
 
 
-def test_an_answer_that_is_no_stream_keeps_the_providers_own_caching(stage: Stage) -> None:
+def test_a_response_that_is_no_stream_keeps_the_providers_own_caching(stage: Stage) -> None:
     """JSON gets no anti-buffering header, and loses none of its own."""
-    _, got = stage.ask(post("/p/x"), answer(200, "Content-Type: application/json", body=b"{}"))
+    _, got = stage.ask(post("/p/x"), response(200, "Content-Type: application/json", body=b"{}"))
     assert got.values(b"x-accel-buffering") == []
     assert got.values(b"cache-control") == []
     fields = ("Content-Type: application/json", "Cache-Control: max-age=3", "X-Accel-Buffering: q")
-    _, got = stage.ask(post("/p/x"), answer(200, *fields, body=b"{}"))
+    _, got = stage.ask(post("/p/x"), response(200, *fields, body=b"{}"))
     assert got.values(b"x-accel-buffering") == [b"q"]
     assert got.values(b"cache-control") == [b"max-age=3"]
 
@@ -124,7 +124,7 @@ def test_a_redirect_is_handed_on_and_not_followed(stage: Stage, status: int) -> 
     """The client gets the status and the Location, and the provider is asked once."""
     before = stage.provider.accepted
     location = f"Location: {stage.provider.url}/elsewhere"
-    _, got = stage.ask(post("/p/x"), answer(status, location, body=b"moved"))
+    _, got = stage.ask(post("/p/x"), response(status, location, body=b"moved"))
     assert got.status == status
     assert got.values(b"location") == [location.partition(": ")[2].encode()]
     assert got.body == b"moved"
@@ -173,7 +173,7 @@ def test_a_client_that_drops_ends_the_providers_work(stage: Stage, kind: str) ->
 
 def test_a_length_is_kept_where_the_provider_gave_one(stage: Stage) -> None:
     """A counted body stays counted, a chunked one chunked."""
-    _, got = stage.ask(request("GET", "/p/x"), answer(200, body=b"12345"))
+    _, got = stage.ask(request("GET", "/p/x"), response(200, body=b"12345"))
     assert got.values(b"content-length") == [b"5"]
     assert got.values(b"transfer-encoding") == []
     _, got = stage.ask(request("GET", "/p/x"), chunked_answer(b"123", b"45"))

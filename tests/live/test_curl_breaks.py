@@ -1,4 +1,4 @@
-"""What curl says of an answer that breaks: every byte that came before it, and an error.
+"""What curl says of a response that breaks: every byte that came before it, and an error.
 
 Each kind of break is seen by curl in both versions of HTTP, plainly and by TLS, from a provider
 that is reached plainly and by TLS: eight curls at once.  That curl does not complain of whole
@@ -99,7 +99,7 @@ def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(net: Net, name: st
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_answer_is_no_error(net: Net, name: str) -> None:
+def test_a_whole_response_is_no_error(net: Net, name: str) -> None:
     """Exit 0 for each framing, in each version."""
     sent = WHOLE[name]
     runs = net.run_all(f"whole, {name}", sent)

@@ -97,8 +97,8 @@ def test_a_client_leaves_in_the_middle_of_a_stream(stage: Stage, how: str) -> No
     assert_gone(stage, f"/p/stream/{how}", status=200)
 
 
-def test_a_client_leaves_while_a_counted_answer_is_pending(stage: Stage) -> None:
-    """A non-streaming answer whose body is not there yet."""
+def test_a_client_leaves_while_a_counted_response_is_pending(stage: Stage) -> None:
+    """A non-streaming response whose body is not there yet."""
     ended = Notes()
 
     def script(wire: Wire) -> None:

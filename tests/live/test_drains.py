@@ -109,7 +109,7 @@ def begin(daemon: Daemon, path: str) -> Wire:
 
 
 def drains(daemon: Daemon) -> float:
-    """How many answers are read on now."""
+    """How many responses are read on now."""
     return daemon.metrics()[DRAINS]
 
 
@@ -120,7 +120,7 @@ def assert_over(daemon: Daemon) -> None:
 
 
 def told(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a record says of a client's leaving, and of what its answer cost."""
+    """Return what a record says of a client's leaving, and of what its response cost."""
     names = ("end_reason", "on_disconnect", "usage", "input_tokens", "output_tokens")
     return tuple(record[name] for name in names)
 
@@ -169,7 +169,7 @@ def test_the_total_deadline_ends_it_too(stage: Stage) -> None:
     assert_over(stage.daemon)
 
 
-def test_a_whole_answer_is_waited_for(stage: Stage) -> None:
+def test_a_whole_response_is_waited_for(stage: Stage) -> None:
     """A client that leaves before there is a head; the provider's connection is of use again."""
     asked, turn, ended = Turn(), Turn(), Notes()
 

@@ -162,7 +162,7 @@ def test_an_encoded_stream_is_left_as_it_is(stage: Stage) -> None:
     assert broken(stage, "/openai/gzip-empty", head) == b""
 
 
-def test_an_answer_that_is_no_stream_is_left_as_it_is(stage: Stage) -> None:
+def test_a_response_that_is_no_stream_is_left_as_it_is(stage: Stage) -> None:
     """JSON has no events."""
     head = SSE.replace(b"text/event-stream", b"application/json")
     assert broken(stage, "/openai/json", head, b"[1,\n\n") == b"[1,\n\n"

@@ -42,7 +42,7 @@ TAP = (
     MISTAKE
     + """
 from llmproxy.front import findings
-from llmproxy.stream.gathered import Gathered
+from llmproxy.dialects.accumulated import Gathered
 from llmproxy.stream.tap import StreamAccumulator
 
 def fails_at(number):
@@ -193,7 +193,7 @@ def kept(folder: Path, collector: Collector) -> tuple[int, ...]:
 
 
 OUTPUTS = {
-    "jsonl": "llmproxy.record.lines import JsonLines as Output",
+    "jsonl": "llmproxy.record.jsonl import JsonLines as Output",
     "ledger": "llmproxy.record.ledger import Ledger as Output",
     "otlp": "llmproxy.record.otlp import Otlp as Output",
 }

@@ -29,7 +29,7 @@ SLACK = 10.0
 """Seconds beside it: sweeps, and a machine that has other work."""
 
 PATIENCE = 2.0
-"""Seconds that a calm client may wait for its answer."""
+"""Seconds that a calm client may wait for its response."""
 
 TIMEOUTS = f"""
 [timeouts]
@@ -43,11 +43,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Short deadlines, and one route."""
     folder = tmp_path_factory.mktemp("many")
     with open_stage(folder, lambda url: provider_config(url) + TIMEOUTS) as stage:
-        stage.script = _answer
+        stage.script = _response
         yield stage
 
 
-def _answer(wire: Wire) -> None:
+def _response(wire: Wire) -> None:
     wire.read_request()
     wire.send(OK)
 

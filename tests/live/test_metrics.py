@@ -19,13 +19,13 @@ from tests.support.stage import (
     Notes,
     Stage,
     Turn,
-    answer,
     assert_settles,
     client_config,
     event,
     open_stage,
     post,
     read_got,
+    response,
     until,
 )
 
@@ -88,8 +88,8 @@ def test_a_known_series_of_requests_is_counted(stage: Stage) -> None:
             assert client.read_chunk() == event(number)
         sent.give()
         assert client.read_chunk() == b""
-    stage.ask(request("GET", "/p/x"), answer(200, body=b"12345"))
-    stage.ask(request("GET", "/p/x"), answer(429, body=b"no"))
+    stage.ask(request("GET", "/p/x"), response(200, body=b"12345"))
+    stage.ask(request("GET", "/p/x"), response(429, body=b"no"))
     stage.script = _drop
     stage.get(request("GET", "/p/x"))
     stage.get(request("PUT", "/dead/x"))

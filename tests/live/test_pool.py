@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.daemon import provider_config
 from tests.support.sockets import Wire, chunked, request
-from tests.support.stage import LAST, Link, Notes, Stage, answer, open_stage, read_got, until
+from tests.support.stage import LAST, Link, Notes, Stage, open_stage, read_got, response, until
 
 SHARED = """
 [providers.short]
@@ -80,7 +80,7 @@ def keep_alive(stage: Stage, count: int, *fields: bytes) -> Notes:
 
 
 def test_a_quiet_connection_is_used_again(stage: Stage) -> None:
-    """Requests one after the other need one connection, whole answers given."""
+    """Requests one after the other need one connection, whole responses given."""
     seen = Notes()
 
     def script(wire: Wire) -> None:
@@ -111,7 +111,7 @@ def test_a_connection_that_the_provider_closes_is_not_used_again(
     for _ in range(3):
         assert stage.get(request("GET", "/p/x")).body == b"ok"
     assert stage.provider.accepted == before + 3
-    assert stage.ask(request("GET", "/p/x"), answer(200))[1].status == 200
+    assert stage.ask(request("GET", "/p/x"), response(200))[1].status == 200
 
 
 def test_a_connection_that_went_away_while_idle_is_not_used(stage: Stage) -> None:

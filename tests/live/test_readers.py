@@ -37,7 +37,7 @@ BOUND = 128 * 1024
 """Bytes that may be held for one response."""
 
 SIZE = 16_000_000
-"""Bytes of an answer: more than the kernel takes on the way to a client that reads slowly."""
+"""Bytes of a response: more than the kernel takes on the way to a client that reads slowly."""
 
 PACE = threading.Event()
 """Never set: a wait for it is a pause."""

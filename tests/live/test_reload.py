@@ -54,10 +54,10 @@ GET = request("GET", "/p/x", BY_KEY)
 class Desk(Stage):
     """A stage with a client ``team`` and a provider with a credential, and its operator's hand."""
 
-    def keep_answering(self, answer: bytes = b"ok") -> Notes:
+    def keep_answering(self, response: bytes = b"ok") -> Notes:
         """Let the provider answer whatever comes, on kept connections; return what it gets."""
         seen = Notes()
-        whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer)
+        whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(response), response)
 
         def script(wire: Wire) -> None:
             while True:
@@ -93,7 +93,7 @@ class Desk(Stage):
         return client
 
     def status(self, sent: bytes = GET) -> int:
-        """Return the status of an answer on a connection of its own."""
+        """Return the status of a response on a connection of its own."""
         return self.get(sent).status
 
 
@@ -351,7 +351,7 @@ def test_a_drain_has_the_time_of_the_last_file(desk: Desk) -> None:
         assert desk.daemon.metrics()["llmproxy_drain_remaining_seconds"] <= 3
         edit(desk.daemon, 'path = "/p"', 'path = "/q"')
         hang_up(desk.daemon)
-        desk.daemon.wait_log("no reload: the process comes to rest")
+        desk.daemon.wait_log("no reload: the process shuts down")
         assert desk.daemon.metrics()[RELOADED] == 1
         running.wait_closed()
     turn.give(3)  # its connection is gone; it need not wait out that nobody gives it a turn
@@ -389,7 +389,7 @@ def free_port(host: str) -> int:
 
 
 def get_at(port: int, sent: bytes = GET) -> int:
-    """Return the status of an answer of whoever listens there; 0 where nobody does.
+    """Return the status of a response of whoever listens there; 0 where nobody does.
 
     It is -1 where that one closed in the very moment.
     """
@@ -514,7 +514,7 @@ def test_a_port_can_be_shared_later(desk: Desk, tmp_path: Path) -> None:
 
 def test_a_socket_of_systemds_is_left_and_taken_up_again(tmp_path: Path) -> None:
     """It is the same one, and its queue waits meanwhile."""
-    with socket.create_server(("127.0.0.1", 0)) as systemds, Provider(_answer_once) as peer:
+    with socket.create_server(("127.0.0.1", 0)) as systemds, Provider(_response_once) as peer:
         systemds.setblocking(False)
         port = systemds.getsockname()[1]
         inherited = '"systemd:domain=INET:name=proxy"'
@@ -537,7 +537,7 @@ def test_a_socket_of_systemds_is_left_and_taken_up_again(tmp_path: Path) -> None
             assert daemon.process.wait(WAIT) == 0
 
 
-def _answer_once(wire: Wire) -> None:
+def _response_once(wire: Wire) -> None:
     wire.read_request()
     wire.send(OK)
 

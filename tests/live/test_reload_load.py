@@ -18,13 +18,13 @@ from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
 from llmproxy.config import Config, parse
-from llmproxy.front.gateway import Gateway
-from llmproxy.front.tls import ListenerTls
+from llmproxy.gateway.gateway import Gateway
 from llmproxy.policy.auth import Auth
 from llmproxy.record.writer import Writer
+from llmproxy.server.tls import ListenerTls
 from llmproxy.service import ProxyService
-from llmproxy.upstream.agent import ProviderAgent
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.pool import ProviderPool
 from tests.live.test_reload import free_port
 from tests.support.daemon import Daemon, provider_config
 from tests.support.demo import Demo
@@ -51,7 +51,7 @@ WHOLE = b"".join(EVENTS)
 
 
 def play(wire: Wire) -> None:
-    """A provider's script: a stream of known bytes, or a short answer, as the path says."""
+    """A provider's script: a stream of known bytes, or a short response, as the path says."""
     while True:
         asked = wire.read_request()
         if asked.target != b"/stream":
@@ -237,7 +237,7 @@ def test_a_storm_of_signals_leaves_nothing(tmp_path: Path) -> None:
 
 # --- in this process, where objects can be counted ------------------------------------------------
 
-KINDS = (Config, Gateway, Auth, Upstream, ProviderAgent, Writer, ListenerTls)
+KINDS = (Config, Gateway, Auth, Upstream, ProviderPool, Writer, ListenerTls)
 
 
 def living() -> Counter[str]:
@@ -246,7 +246,7 @@ def living() -> Counter[str]:
     return Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, KINDS))
 
 
-def answer(wire: Wire) -> None:
+def response(wire: Wire) -> None:
     """A provider's script: answer until the client's end."""
     while True:
         wire.read_request()
@@ -257,7 +257,7 @@ def answer(wire: Wire) -> None:
 async def test_what_is_replaced_is_let_go_of(tmp_path: Path) -> None:
     """No object, timer or secret of an old configuration stays behind."""
     clock: Any = reactor
-    with Provider(answer) as provider:
+    with Provider(response) as provider:
         credentials = write_credential(tmp_path, "p-key", "secret-of-the-first")
 
         def text(number: int) -> str:
@@ -300,7 +300,7 @@ async def test_what_is_replaced_is_let_go_of(tmp_path: Path) -> None:
             number = 0
             write_credential(tmp_path, "p-key", "secret-of-the-last")
             await follow()
-            await until_here(lambda: not service.site.channels)
+            await until_here(lambda: not service.site.connections)
             await until_here(lambda: not any(service.setup.upstream.counts().values()))
             # Those of other tests may be among them, and end meanwhile.
             await until_here(lambda: service.sinks.losses() and not living() - before)

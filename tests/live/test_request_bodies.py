@@ -16,12 +16,12 @@ from tests.support.stage import (
     Got,
     Stage,
     Turn,
-    answer,
     assert_settles,
     client_config,
     open_stage,
     post,
     read_got,
+    response,
     until,
 )
 
@@ -169,7 +169,7 @@ def test_the_bodies_held_at_once_are_bounded(stage: Stage) -> None:
     assert got.status == 503
     assert got.values(b"x-llmproxy-error") == [b"memory_full"]
     assert [int(value) > 0 for value in got.values(b"retry-after")] == [True]
-    stage.script = _answer_ok
+    stage.script = _response_ok
     with held.pop() as client:
         client.send(body[-1:])
         assert read_got(client).status == 200
@@ -181,7 +181,7 @@ def test_the_bodies_held_at_once_are_bounded(stage: Stage) -> None:
     assert_settles(stage.daemon)
 
 
-def test_a_body_is_let_go_of_once_the_answer_began(stage: Stage) -> None:
+def test_a_body_is_let_go_of_once_the_response_began(stage: Stage) -> None:
     """A long stream does not hold the memory of its request."""
     turn = Turn()
 
@@ -220,12 +220,12 @@ def test_an_encoded_body_is_refused_where_the_model_decides(stage: Stage) -> Non
     assert received.values(b"content-encoding") == [b"gzip"]
 
 
-def test_an_early_answer_stops_the_upload_and_reaches_the_client(roomy: Stage) -> None:
+def test_an_early_response_stops_the_upload_and_reaches_the_client(roomy: Stage) -> None:
     """A provider that refuses while 20 MB are still to come is heard."""
 
     def script(wire: Wire) -> None:
         wire.read_until(b"\r\n\r\n")
-        wire.send(answer(413, body=b"too much"))
+        wire.send(response(413, body=b"too much"))
         wire.wait_closed()
 
     roomy.script = script
@@ -239,7 +239,7 @@ def _read_to_the_end(wire: Wire) -> None:
     wire.wait_closed()
 
 
-def _answer_ok(wire: Wire) -> None:
+def _response_ok(wire: Wire) -> None:
     wire.read_request()
     wire.send(OK)
 

@@ -50,7 +50,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None:
     """Everything end-to-end arrives byte for byte; only what is ours is added behind it."""
-    got, answer = stage.ask(
+    got, response = stage.ask(
         request(
             "GET",
             "/p/x",
@@ -71,7 +71,7 @@ def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None
             "x-dup: 3",
         )
     )
-    (name,) = answer.values(b"x-llmproxy-request-id")
+    (name,) = response.values(b"x-llmproxy-request-id")
     assert got.fields == [
         (b"host", f"127.0.0.1:{stage.provider.port}".encode()),
         (b"user-agent", b"test/1.0 (odd; \xe4\xf6)"),
@@ -150,9 +150,9 @@ def test_via_is_appended_to_and_a_loop_is_refused(stage: Stage) -> None:
 
 def test_a_request_id_of_the_clients_is_kept(stage: Stage) -> None:
     """Ours is added only where there is none; the record has both."""
-    got, answer = stage.ask(request("GET", "/p/x", "X-Request-Id: mine"))
+    got, response = stage.ask(request("GET", "/p/x", "X-Request-Id: mine"))
     assert got.values(b"x-request-id") == [b"mine"]
-    record = stage.trace(answer)
+    record = stage.trace(response)
     assert record["client_request_id"] == "mine"
     assert record["id"] != "mine"
 
@@ -261,7 +261,7 @@ def test_an_expectation_is_met_here_and_not_sent_on(stage: Stage) -> None:
 
 def test_an_http_1_0_client_is_served_the_same_way(stage: Stage) -> None:
     """The provider is asked in HTTP/1.1 with the same fields, and the connection ends after it."""
-    got, answer = stage.ask(request("GET", "/p/x", "X-Kept: 1", version="1.0"))
+    got, response = stage.ask(request("GET", "/p/x", "X-Kept: 1", version="1.0"))
     assert got.values(b"x-kept") == [b"1"]
     assert got.values(b"host") == [f"127.0.0.1:{stage.provider.port}".encode()]
-    assert answer.body == b"ok"
+    assert response.body == b"ok"

@@ -1,4 +1,4 @@
-"""What of a provider's answer reaches the client, and the one field that is added (design 5)."""
+"""What of a provider's response reaches the client, and the one field that is added (design 5)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.support.stage import (
     LAST,
     OK,
     Stage,
-    answer,
     chunked_answer,
     open_stage,
     post,
     read_got,
+    response,
 )
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """One route."""
-    with open_stage(tmp_path_factory.mktemp("answers"), provider_config) as stage:
+    with open_stage(tmp_path_factory.mktemp("responses"), provider_config) as stage:
         yield stage
 
 
@@ -33,7 +33,7 @@ def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None
     """The provider's own fields arrive byte for byte, with our id behind them and nothing else."""
     _, got = stage.ask(
         request("GET", "/p/x"),
-        answer(
+        response(
             429,
             "Server: provider/1",
             "Date: Fri, 01 Jan 2038 00:00:00 GMT",
@@ -80,7 +80,7 @@ def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None
 
 
 def test_nothing_of_our_own_server_leaks_in(stage: Stage) -> None:
-    """A bare answer stays bare: no Server, no Date, no type that nobody gave."""
+    """A bare response stays bare: no Server, no Date, no type that nobody gave."""
     _, got = stage.ask(request("GET", "/p/x"))
     assert [name for name, _ in got.fields] == [b"content-length", b"x-llmproxy-request-id"]
 
@@ -89,7 +89,7 @@ def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(stage: Stag
     """Nominees of Connection, hop-by-hop fields, Alt-Svc, HSTS and forged fields are dropped."""
     _, got = stage.ask(
         request("GET", "/p/x"),
-        answer(
+        response(
             200,
             "Connection: X-One",
             "x-one: 1",
@@ -116,7 +116,7 @@ def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(stage: Stag
 )
 def test_a_status_is_exact(stage: Stage, status: int) -> None:
     """Known to us or not, with its body; what is an error is recorded as the provider's."""
-    _, got = stage.ask(request("GET", "/p/x"), answer(status, body=b"text"))
+    _, got = stage.ask(request("GET", "/p/x"), response(status, body=b"text"))
     assert got.status == status
     assert got.body == b"text"
     assert got.values(b"x-llmproxy-error") == []
@@ -129,7 +129,7 @@ def test_a_status_is_exact(stage: Stage, status: int) -> None:
 @pytest.mark.parametrize("coding", ["gzip", "br"])
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 def test_an_encoded_body_is_exact(stage: Stage, kind: str, coding: str) -> None:
-    """The coding and the bytes under it are handed on untouched."""
+    """The coding and the bytes under it are forwarded untouched."""
     text = b'data: {"text":"hello hello hello"}\n\n' * 50
     body = gzip.compress(text, mtime=0) if coding == "gzip" else brotli.compress(text)
     reply = chunked_answer(body[:7], body[7:], kind=kind).replace(
@@ -142,17 +142,17 @@ def test_an_encoded_body_is_exact(stage: Stage, kind: str, coding: str) -> None:
 
 def test_a_cookie_is_not_remembered(stage: Stage) -> None:
     """What one caller is given goes out on nobody's next request."""
-    stage.ask(request("GET", "/p/x"), answer(200, "Set-Cookie: tenant=a; Path=/"))
+    stage.ask(request("GET", "/p/x"), response(200, "Set-Cookie: tenant=a; Path=/"))
     got, _ = stage.ask(request("GET", "/p/x"))
     assert got.values(b"cookie") == []
 
 
-def test_an_answer_to_head_has_a_length_and_no_body(stage: Stage) -> None:
+def test_a_response_to_head_has_a_length_and_no_body(stage: Stage) -> None:
     """The connection serves the next request at once."""
 
     def script(wire: Wire) -> None:
         assert wire.read_request().method == b"HEAD"
-        wire.send(answer(200, "Content-Type: text/plain")[:-4].replace(b": 0", b": 1234"))
+        wire.send(response(200, "Content-Type: text/plain")[:-4].replace(b": 0", b": 1234"))
         wire.send(b"\r\n\r\n")
 
     stage.script = script
@@ -161,13 +161,13 @@ def test_an_answer_to_head_has_a_length_and_no_body(stage: Stage) -> None:
         got = read_got(client, bodiless=True)
         assert got.status == 200
         assert got.values(b"content-length") == [b"1234"]
-        stage.script = _answer_ok
+        stage.script = _response_ok
         client.send(request("GET", "/p/x"))
         assert read_got(client).body == b"ok"
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_an_answer_without_a_body_has_no_framing_added(stage: Stage, status: int) -> None:
+def test_a_response_without_a_body_has_no_framing_added(stage: Stage, status: int) -> None:
     """204 and 304 end with their head, and the connection goes on."""
 
     def script(wire: Wire) -> None:
@@ -180,13 +180,13 @@ def test_an_answer_without_a_body_has_no_framing_added(stage: Stage, status: int
         got = read_got(client)
         assert got.status == status
         assert [name for name, _ in got.fields] == [b"etag", b"x-llmproxy-request-id"]
-        stage.script = _answer_ok
+        stage.script = _response_ok
         client.send(request("GET", "/p/x"))
         assert read_got(client).body == b"ok"
 
 
 def test_interim_answers_are_not_handed_on(stage: Stage) -> None:
-    """100, 102 and 103 pass by; the final answer is the first that the client sees."""
+    """100, 102 and 103 pass by; the final response is the first that the client sees."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
     _, got = stage.ask(request("GET", "/p/x"), interim + b"HTTP/1.1 102 P\r\n\r\n" + OK)
     assert got.status == 200
@@ -210,6 +210,6 @@ def test_trailers_do_not_cross(stage: Stage) -> None:
         assert b"x-end" not in client.buffer
 
 
-def _answer_ok(wire: Wire) -> None:
+def _response_ok(wire: Wire) -> None:
     wire.read_request()
     wire.send(OK)

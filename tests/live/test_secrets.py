@@ -10,10 +10,10 @@ from tests.support.daemon import Daemon, provider_config
 from tests.support.sockets import WAIT, Provider, Wire, connect, request
 from tests.support.stage import (
     SSE,
-    answer,
     client_config,
     post,
     read_got,
+    response,
     until,
     write_credential,
 )
@@ -44,7 +44,7 @@ def script(wire: Wire) -> None:
     received = wire.read_request()
     if b"refuse" in received.target:
         text = b'{"error":"Incorrect API key: CREDENTIAL-of-the-provider, ANSWER-of-the-provider"}'
-        wire.send(answer(401, "WWW-Authenticate: ANSWER-of-the-provider", body=text))
+        wire.send(response(401, "WWW-Authenticate: ANSWER-of-the-provider", body=text))
     elif b"break" in received.target:
         wire.send(SSE, b"7\r\nANSWER-of-the-provider")
     elif b"nonsense" in received.target:
@@ -54,7 +54,7 @@ def script(wire: Wire) -> None:
     elif b"hang" in received.target:
         wire.wait_closed()
     else:
-        wire.send(answer(200, "Set-Cookie: s=ANSWER-of-the-provider", body=b"fine"))
+        wire.send(response(200, "Set-Cookie: s=ANSWER-of-the-provider", body=b"fine"))
 
 
 def requests() -> list[bytes]:

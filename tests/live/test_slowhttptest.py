@@ -22,11 +22,11 @@ from tests.support.stage import (
     LAST,
     SSE,
     Stage,
-    answer,
     assert_settles,
     event,
     open_stage,
     post,
+    response,
     until,
 )
 
@@ -38,7 +38,7 @@ COUNT = 150
 """Connections of one attack."""
 
 PATIENCE = 2.0
-"""Seconds that a calm client may wait for an answer, or for the next event of its stream."""
+"""Seconds that a calm client may wait for a response, or for the next event of its stream."""
 
 TIMEOUTS = """
 [timeouts]
@@ -87,11 +87,11 @@ ATTACKS = {
 class Calm:
     """Clients that go about their work; leaving the context checks that nothing disturbed them.
 
-    Three ask for short answers, one after the other, each on a connection of its own; a fourth
+    Three ask for short responses, one after the other, each on a connection of its own; a fourth
     reads one stream all the while.  Their provider is also the attackers'.
 
     Attributes:
-        asked: short answers so far.
+        asked: short responses so far.
         slowest: the longest that any of them waited, in seconds.
     """
 
@@ -146,7 +146,7 @@ class Calm:
             while True:
                 wire.send(chunked(b"x" * 100_000))
         else:
-            wire.send(answer(200, body=received.body))
+            wire.send(response(200, body=received.body))
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

@@ -103,7 +103,7 @@ def test_a_running_body_finishes(tmp_path: Path, link: Link) -> None:
         assert trace_of(daemon, path="/p/x")["end_reason"] == "complete"
 
 
-def test_an_answer_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -> None:
+def test_a_response_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -> None:
     """It says that the connection ends with it."""
     asked, answered = Turn(), Turn()
 
@@ -132,7 +132,7 @@ def test_an_answer_that_is_waited_for_still_comes(tmp_path: Path, link: Link) ->
 
 
 def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
-    """Clients that ask nothing, before or after an answer, and kept provider connections."""
+    """Clients that ask nothing, before or after a response, and kept provider connections."""
     ended = Notes()
 
     def script(wire: Wire) -> None:

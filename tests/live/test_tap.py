@@ -96,7 +96,7 @@ def stepwise(turn: Turn, *pieces: bytes) -> Callable[[Wire], None]:
 
 
 def told(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a record says of an answer's end and usage."""
+    """Return what a record says of a response's end and usage."""
     names = ("end_reason", "is_complete", "usage", "output_tokens", "degraded")
     return tuple(record[name] for name in names)
 
@@ -372,7 +372,7 @@ def test_a_coded_stream_is_read(
     assert record["text"] == TEXT
 
 
-def test_a_coded_answer_in_one_piece_is_read(stage: Stage) -> None:
+def test_a_coded_response_in_one_piece_is_read(stage: Stage) -> None:
     """The bytes under its coding and its length stay as they are."""
     body = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}
     coded = gzip.compress(json.dumps(body).encode())

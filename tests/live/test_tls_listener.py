@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.sockets import WAIT, Wire, chunked, connect, request
 from tests.support.stage import SSE, Turn, assert_settles, event, post, read_got
-from tests.support.tls_stand import EVENTS, KEY, PROXY, Stand, answer, standing
+from tests.support.tls_stand import EVENTS, KEY, PROXY, Stand, response, standing
 
 DEADLINE = 1.0
 """Seconds that a handshake may take on the impatient daemon."""
@@ -34,7 +34,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 @pytest.fixture(autouse=True)
 def _answering(stand: Stand) -> None:
     """Let each test begin with a provider that answers shortly."""
-    stand.script = answer
+    stand.script = response
 
 
 # --- clients --------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_handshake_that_trickles_is_ended(impatient: Stand) -> None:
 
 
 def test_a_handshake_that_stops_half_way_is_ended(impatient: Stand) -> None:
-    """A client that says its hello, and nothing to the answer."""
+    """A client that says its hello, and nothing to the response."""
     with connect(impatient.daemon.tls_port) as wire:
         began = time.monotonic()
         wire.send(hello())

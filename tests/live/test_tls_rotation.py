@@ -14,7 +14,7 @@ from tests.support.keypairs import shown_to
 from tests.support.reloads import RELOADED, RELOADED_AT
 from tests.support.sockets import request
 from tests.support.stage import assert_settles, event, post, read_got, until
-from tests.support.tls_stand import EVENTS, EXPIRES, Stand, answer, standing
+from tests.support.tls_stand import EVENTS, EXPIRES, Stand, response, standing
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_sighup_shows_the_new_certificate(own: Stand) -> None:
         running.send(post("/p/x"))
         running.read_head()
         assert running.read_chunk() == event(0)
-        own.script = answer
+        own.script = response
         new = own.rotate()
         assert own.seen() == new.der
         for piece in EVENTS[1:]:

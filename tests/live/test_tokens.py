@@ -18,12 +18,12 @@ from tests.support.sockets import Script, Wire, request
 from tests.support.stage import (
     Stage,
     Turn,
-    answer,
     assert_settles,
     chunked_answer,
     client_config,
     open_stage,
     post,
+    response,
     trace_of,
     until,
 )
@@ -60,7 +60,7 @@ PATHS = {"one": "/one/v1/chat/completions", "two": "/two/v1/messages"}
 
 
 class Used(NamedTuple):
-    """What one answer says that it used, by our types; None is not said."""
+    """What one response says that it used, by our types; None is not said."""
 
     input: int | None
     output: int | None
@@ -92,12 +92,12 @@ def anthropic_usage(used: Used) -> dict[str, Any]:
 
 
 def whole(provider: str, used: Used) -> bytes:
-    """Return an answer in one piece."""
+    """Return a response in one piece."""
     if provider == "one":
         document = {"choices": [{"finish_reason": "stop"}], "usage": openai_usage(used)}
     else:
         document = {"stop_reason": "end_turn", "usage": anthropic_usage(used)}
-    return answer(200, "Content-Type: application/json", body=json.dumps(document).encode())
+    return response(200, "Content-Type: application/json", body=json.dumps(document).encode())
 
 
 def streamed(provider: str, used: Used) -> bytes:
@@ -190,7 +190,7 @@ def test_every_place_has_the_same_sums(stage: Stage) -> None:
                         if count:
                             expected[client, provider, label, name] += count
                             sessions[session, client, name] += count
-        refusal = answer(429, "Content-Type: application/json", body=b'{"usage":{}}')
+        refusal = response(429, "Content-Type: application/json", body=b'{"usage":{}}')
         ask(client, "one", "gpt-a", refusal, "s-0")
         ask(client, "one", "gpt-a", chunked_answer(b"data: {}\n\n"), "s-0")
     stage.get(request("GET", "/one/v1/models"))
@@ -235,7 +235,7 @@ def test_no_caller_makes_a_label(stage: Stage) -> None:
 
 
 def test_what_is_read_on_is_counted(stage: Stage) -> None:
-    """The tokens of an answer whose client left are in the counter and in the ledger."""
+    """The tokens of a response whose client left are in the counter and in the ledger."""
     asked = Turn()
     stage.script = lambda wire: _after_the_client(stage, wire, asked)
     path = "/drained/v1/messages"

@@ -26,7 +26,7 @@ def ask(daemon: Daemon, sent: bytes) -> Got:
 
 
 def assert_failed(daemon: Daemon, got: Got, status: int, reason: str) -> None:
-    """Check the answer and the record of a connection that did not come about."""
+    """Check the response and the record of a connection that did not come about."""
     assert got.status == status
     assert got.values(b"x-llmproxy-error") == [reason.encode()]
     assert got.values(b"x-should-retry") == [], "nothing was sent, so it may be sent again"

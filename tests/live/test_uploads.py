@@ -18,11 +18,11 @@ from tests.support.stage import (
     Notes,
     Stage,
     Turn,
-    answer,
     assert_settles,
     client_config,
     open_stage,
     read_got,
+    response,
     trace_of,
 )
 
@@ -178,12 +178,12 @@ def test_a_provider_that_drops_in_the_middle_is_told(stage: Stage) -> None:
     assert_settles(stage.daemon)
 
 
-def test_an_early_answer_ends_the_upload(stage: Stage) -> None:
+def test_an_early_response_ends_the_upload(stage: Stage) -> None:
     """A provider that refuses in the middle is heard, and the connection is not used again."""
 
     def script(wire: Wire) -> None:
         wire.read_until(b"\r\n\r\n")
-        wire.send(answer(413, body=b"too much"))
+        wire.send(response(413, body=b"too much"))
         wire.wait_closed()
 
     stage.script = script
@@ -205,7 +205,7 @@ def test_nobody_is_invited_to_upload_before_the_provider_is_there(stage: Stage) 
     with stage.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: wrong"))
         assert read_got(client).status == 401
-    stage.script = _answer_ok
+    stage.script = _response_ok
     with stage.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: team-key"))
         assert client.read_head()[0].startswith(b"HTTP/1.1 100")
@@ -234,7 +234,7 @@ def test_a_chunked_upload_over_the_limit_is_broken_off(stage: Stage) -> None:
     assert_settles(stage.daemon)
 
 
-def _answer_ok(wire: Wire) -> None:
+def _response_ok(wire: Wire) -> None:
     wire.read_request()
     wire.send(OK)
 

@@ -77,7 +77,7 @@ def silent_after(stage: Stage, *pieces: bytes) -> Notes:
 
 @pytest.mark.parametrize("route", ["first", "wins"])
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX-Half: ", b"HTTP/1.1 102 P\r\n\r\n"])
-def test_an_answer_that_does_not_begin_is_a_504(stage: Stage, sent: bytes, route: str) -> None:
+def test_a_response_that_does_not_begin_is_a_504(stage: Stage, sent: bytes, route: str) -> None:
     """first_byte ends with the whole head, and the client is told that the work may be done."""
     ended = silent_after(stage, sent)
     got = stage.get(post(f"/{route}/x"))

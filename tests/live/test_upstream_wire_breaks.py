@@ -20,7 +20,7 @@ CLOSE = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 class Phase(NamedTuple):
-    """Where an answer stops: what was sent by then, and the content in it (None: no head yet)."""
+    """Where a response stops: what was sent by then, and the content in it (None: no head yet)."""
 
     sent: bytes
     content: bytes | None

@@ -55,8 +55,8 @@ class Poisoned:
         served: the number of the connection and the target, for each request in order.
     """
 
-    def __init__(self, answer: bytes, behind: bytes = b"", *, closes: bool = False) -> None:
-        self._answer, self._behind, self._closes = answer, behind, closes
+    def __init__(self, response: bytes, behind: bytes = b"", *, closes: bool = False) -> None:
+        self._response, self._behind, self._closes = response, behind, closes
         self._number = itertools.count()
         self.later = Turn()
         self.said = Notes()
@@ -69,7 +69,7 @@ class Poisoned:
         if number:
             wire.send(MINE)
             return
-        wire.send(self._answer)
+        wire.send(self._response)
         if self._closes:
             wire.farewell()
             return
@@ -87,7 +87,7 @@ def ask(stage: Stage, who: str, method: str = "GET") -> Got:
 
 
 def assert_untouched(stage: Stage, script: Poisoned) -> None:
-    """The second caller gets its own answer, on a connection that served nobody before."""
+    """The second caller gets its own response, on a connection that served nobody before."""
     got = ask(stage, "bob")
     assert (got.status, got.body) == (200, b"mine")
     assert script.served == [(0, b"/mallory"), (1, b"/bob")]
@@ -95,7 +95,7 @@ def assert_untouched(stage: Stage, script: Poisoned) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "answer", "status", "body"),
+    ("method", "response", "status", "body"),
     [
         ("GET", TWO + TRICK, 200, b"ok"),
         ("GET", TWO + b"\r\n", 200, b"ok"),
@@ -122,20 +122,20 @@ def assert_untouched(stage: Stage, script: Poisoned) -> None:
         "a second last chunk",
         "HEAD with a body",
         "HEAD with a chunked body",
-        "HEAD with an answer behind it",
+        "HEAD with a response behind it",
         "204 with a body",
-        "204 with an answer behind it",
+        "204 with a response behind it",
         "304 with a body",
         "100 and junk",
         "100 with a body",
         "two lengths",
     ],
 )
-def test_poison_behind_an_answer_meets_nobody(
-    stage: Stage, method: str, answer: bytes, status: int, body: bytes | None
+def test_poison_behind_a_response_meets_nobody(
+    stage: Stage, method: str, response: bytes, status: int, body: bytes | None
 ) -> None:
     """The first caller gets what its framing says, and nothing of the rest gets to the second."""
-    script = stage.script = Poisoned(answer)
+    script = stage.script = Poisoned(response)
     got = ask(stage, "mallory", method)
     assert got.status == status
     assert body is None or got.body == body
@@ -144,7 +144,7 @@ def test_poison_behind_an_answer_meets_nobody(
 
 
 @pytest.mark.parametrize(
-    ("method", "answer"),
+    ("method", "response"),
     [
         ("GET", TWO),
         ("GET", CHUNKED),
@@ -154,13 +154,13 @@ def test_poison_behind_an_answer_meets_nobody(
     ids=["length", "chunked", "HEAD", "204"],
 )
 @pytest.mark.parametrize(
-    "behind", [TRICK, b"\r\n", b"x"], ids=["an answer", "a line end", "a byte"]
+    "behind", [TRICK, b"\r\n", b"x"], ids=["a response", "a line end", "a byte"]
 )
 def test_what_comes_unasked_on_an_idle_connection_meets_nobody(
-    stage: Stage, method: str, answer: bytes, behind: bytes
+    stage: Stage, method: str, response: bytes, behind: bytes
 ) -> None:
-    """The connection was good when its answer ended; what comes then makes it useless."""
-    script = stage.script = Poisoned(answer, behind)
+    """The connection was good when its response ended; what comes then makes it useless."""
+    script = stage.script = Poisoned(response, behind)
     assert ask(stage, "mallory", method).status in (200, 204)
     script.later.give()
     script.said.read()
@@ -168,13 +168,13 @@ def test_what_comes_unasked_on_an_idle_connection_meets_nobody(
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [PLAIN + b"Content-Length: 9\r\n\r\nok", CHUNKED[:-5]],
     ids=["a length that is too long", "no last chunk"],
 )
-def test_an_answer_that_ends_short_meets_nobody(stage: Stage, answer: bytes) -> None:
+def test_a_response_that_ends_short_meets_nobody(stage: Stage, response: bytes) -> None:
     """The first caller's body breaks, and the second caller has a connection of its own."""
-    script = stage.script = Poisoned(answer, closes=True)
+    script = stage.script = Poisoned(response, closes=True)
     with stage.connect() as client:
         client.send(request("GET", "/p/mallory", f"x-api-key: {KEYS['mallory']}"))
         client.read_head()

@@ -160,7 +160,7 @@ providers = ["p{number}"]
 def test_a_failed_handshake_tells_its_cause_to_the_operator_alone(
     causes: Causes, name: str
 ) -> None:
-    """Trace, metric and log have the word; the caller's answer has a reason word and no more."""
+    """Trace, metric and log have the word; the caller's response has a reason word and no more."""
     daemon, fault, number = causes.daemon, FAULTS[name], list(FAULTS).index(name)
     with connect(daemon.port) as client:
         client.send(post(f"/p/{number}", b'{"secret":"of the caller"}'))

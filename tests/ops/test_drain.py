@@ -1,4 +1,4 @@
-"""How a process comes to rest: refuse, wait, cut, and say how many."""
+"""How a process shuts down: refuse, wait, cut, and say how many."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.front.http import Site
-from llmproxy.front.request import Request
 from llmproxy.ops.drain import Drain
+from llmproxy.server.request import Request
+from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport
 from tests.support.sockets import request
 
@@ -35,7 +35,7 @@ class Waits(Resource):
         request.gone = lambda why: self.running.pop(request)
         return NOT_DONE_YET
 
-    def answer(self) -> None:
+    def response(self) -> None:
         """Answer the oldest request."""
         request = next(iter(self.running))
         del self.running[request]
@@ -118,16 +118,16 @@ def test_idle_clients_are_sent_away(logged: list[LogEvent]) -> None:
     assert not stage.clock.getDelayedCalls()
 
 
-def test_running_answers_go_on(logged: list[LogEvent]) -> None:
+def test_running_responses_go_on(logged: list[LogEvent]) -> None:
     """It is over when the last of them is, long before the deadline if so."""
     stage = Stage(idle=1, busy=2)
     stage.begin()
     assert "2 requests" in formatEvent(logged[-1])
     stage.pass_time(10)
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(10)
     assert not stage.rested
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(1)
 
     assert stage.rested == [20.5]
@@ -139,7 +139,7 @@ def test_what_takes_too_long_is_cut(logged: list[LogEvent]) -> None:
     """At the deadline the rest is dropped, and the last line says how many."""
     stage = Stage(busy=3)
     stage.begin()
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(29)
     assert not stage.rested
     stage.pass_time(2)
@@ -174,8 +174,8 @@ def test_a_request_that_comes_in_a_drain_counts_too(logged: list[LogEvent]) -> N
     stage.begin()
     for channel in late:
         channel.dataReceived(GET[5:])
-    stage.resource.answer()
-    stage.resource.answer()
+    stage.resource.response()
+    stage.resource.response()
     stage.pass_time(31)
 
     assert told(logged) == (2, 1)
@@ -199,7 +199,7 @@ def test_a_body_that_is_still_coming_is_cut_and_counted(logged: list[LogEvent], 
     stage.connect().dataReceived(POST[:-1])
     stage.begin()
     assert "2 requests" in formatEvent(logged[-1])
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(5)
     assert stage.drain.remaining == 1
     if how == "second signal":
@@ -220,7 +220,7 @@ def test_a_body_that_comes_in_time_is_served(logged: list[LogEvent]) -> None:
     stage.pass_time(5)
     assert not stage.rested
     channel.dataReceived(POST[-1:])
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(1)
 
     assert told(logged) == (1, 0)
@@ -232,10 +232,10 @@ def test_what_is_left_can_be_seen(logged: list[LogEvent]) -> None:
     seen = [(stage.drain.remaining, stage.drain.remaining_s)]
     stage.begin()
     seen.append((stage.drain.remaining, stage.drain.remaining_s))
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(10)
     seen.append((stage.drain.remaining, stage.drain.remaining_s))
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(1)
     seen.append((stage.drain.remaining, stage.drain.remaining_s))
 
@@ -247,7 +247,7 @@ def test_progress_is_logged(logged: list[LogEvent]) -> None:
     stage = Stage(busy=2)
     stage.begin()
     stage.pass_time(10)
-    stage.resource.answer()
+    stage.resource.response()
     stage.pass_time(50)
 
     lines = [formatEvent(event) for event in logged if "requests are left" in formatEvent(event)]

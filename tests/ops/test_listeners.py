@@ -14,11 +14,11 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import formatEvent
 
 from llmproxy.config import Config, parse
-from llmproxy.front.http import Site
-from llmproxy.front.tls import ListenerTls
 from llmproxy.ops.listeners import Listener, Listeners
-from tests.front.test_listen import INHERITED, handed_over, systemds
+from llmproxy.server.site import Site
+from llmproxy.server.tls import ListenerTls
 from tests.ops.conftest import Listening
+from tests.server.test_listen import INHERITED, handed_over, systemds
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.keypairs import LISTEN_TLS, Vault, shown_to
 from tests.support.served import GET, Saying
@@ -156,13 +156,13 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
             lambda: Wire(socket.create_connection((where.host, where.port), 20))
         )
         with wire:
-            await until(lambda: len(hall.site.channels) == 1)
+            await until(lambda: len(hall.site.connections) == 1)
             assert hall.follow(HOME) == [home]
             assert formatEvent(logged[-1]) == f"proxy listens no more on {where}"
             await until(lambda: refuses(where))
             wire.send(GET)
             assert (await deferToThread(read_got, wire)).body == b"127.0.0.1"
-        await until(lambda: not hall.site.channels)
+        await until(lambda: not hall.site.connections)
 
 
 @ensureDeferred
@@ -176,7 +176,7 @@ async def test_who_waits_at_a_port_that_closes_is_served() -> None:
         with early:
             early.send(GET)
             assert (await deferToThread(read_got, early)).body == b"127.0.0.1"
-        await until(lambda: not hall.site.channels)
+        await until(lambda: not hall.site.connections)
 
 
 @pytest.mark.parametrize("admin", ["", 'metrics_listen = "{taken}"'])
@@ -245,7 +245,7 @@ async def test_a_listener_with_tls_comes_and_goes(vault: Vault) -> None:
         where, hall.tls = secure.getHost(), None
         assert len(hall.follow(HOME)) == 1
         await until(lambda: refuses(where))
-        await until(lambda: not hall.site.channels)
+        await until(lambda: not hall.site.connections)
 
 
 @ensureDeferred

@@ -106,7 +106,7 @@ def test_a_reload_has_a_beginning_and_an_end(manager: Manager) -> None:
 
 
 def test_a_reload_that_the_end_overtakes_makes_nothing_ready(manager: Manager) -> None:
-    """Who comes to rest does not become ready again."""
+    """Who shuts down does not become ready again."""
     manager.notify.ready()
     with manager.notify.reloading():
         manager.heard()

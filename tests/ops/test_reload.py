@@ -224,7 +224,7 @@ def test_at_rest_nothing_is_read(desk: Desk, logged: Listening) -> None:
     desk.reload()
     assert desk.run() == 0
     assert desk.events == ["reopened"]
-    assert formatEvent(logged[-1]) == "no reload: the process comes to rest"
+    assert formatEvent(logged[-1]) == "no reload: the process shuts down"
     assert desk.reload.succeeded
 
 
@@ -237,7 +237,7 @@ def test_what_is_made_when_the_rest_begins_is_let_go_of(desk: Desk, logged: List
     assert desk.run() == 1
     assert desk.setup.config is before
     assert desk.setup.abandoned == [desk.file]
-    assert formatEvent(logged[-1]) == "no reload: the process comes to rest"
+    assert formatEvent(logged[-1]) == "no reload: the process shuts down"
     assert desk.events[-1] == "ready"
 
 

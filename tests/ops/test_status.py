@@ -15,8 +15,8 @@ from llmproxy.version import version
 def parts() -> Any:
     """What the line is made of."""
     return SimpleNamespace(
-        site=SimpleNamespace(channels={1, 2, 3}),
-        books=SimpleNamespace(running=2),
+        site=SimpleNamespace(connections={1, 2, 3}),
+        recorder=SimpleNamespace(running=2),
         drain=SimpleNamespace(begun=False, remaining=0, remaining_s=0.0),
         reload=SimpleNamespace(succeeded=True),
     )
@@ -25,7 +25,7 @@ def parts() -> Any:
 def line(parts: Any) -> str:
     """Return the line; it is noon of the first day."""
     wall = 43200.0
-    return Status(parts.site, parts.books, parts.drain, parts.reload, lambda: wall)()
+    return Status(parts.site, parts.recorder, parts.drain, parts.reload, lambda: wall)()
 
 
 def test_it_tells_streams_connections_and_version(parts: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from llmproxy.config import Client, Config, Proxy
 from llmproxy.errors import Dialect, ProxyError, error_body
-from llmproxy.headers import KEY_FIELDS, Fields
+from llmproxy.http1.headers import KEY_FIELDS, Fields
 from llmproxy.policy.auth import ANONYMOUS, Auth
 
 

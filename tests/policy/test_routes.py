@@ -8,7 +8,7 @@ import pytest
 
 from llmproxy.config import Client, parse
 from llmproxy.errors import Dialect, ProxyError
-from llmproxy.policy.routes import Choice, Routes, refuse_dots
+from llmproxy.policy.routes import RouteMatch, Routes, refuse_dots
 
 KEY = "sha256:" + hashlib.sha256(b"key").hexdigest()
 
@@ -20,7 +20,7 @@ class Routing(Routes):
 
     def to(
         self, target: bytes, *models: str, host: str = "h", client: Client | None = None
-    ) -> Choice:
+    ) -> RouteMatch:
         """Return where a request goes."""
         return self.choose(client or self.client, target, host, models)
 

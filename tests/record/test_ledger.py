@@ -15,8 +15,8 @@ import pytest
 
 from llmproxy.record import ledger as module
 from llmproxy.record.ledger import Ledger
-from llmproxy.record.output import Busy
-from llmproxy.record.tables import LedgerError
+from llmproxy.record.ledger_schema import LedgerError
+from llmproxy.record.sink_queue import Retry
 from llmproxy.record.trace import CONTENT, NAMES, Attempt, timestamp
 from tests.record.conftest import Disk
 from tests.support.records import ids_of, query, trace
@@ -145,7 +145,7 @@ def test_what_is_too_old_goes_in_small_steps(
     )
     left, rests = [], []
     for _ in range(3):
-        rests.append(ledger.chore())
+        rests.append(ledger.maintenance())
         left.append(len(ids_of(path)))
     assert left == [20, 10, 5]
     assert rests[0] == rests[1] < 1 < rests[2]
@@ -157,7 +157,7 @@ def test_a_session_that_goes_on_outlives_its_first_traces(ledger: Ledger, path: 
     """Its totals stand until its last request is too old."""
     ledger.put([trace(1, time=timestamp(NOW - 2 * DAY), session="s")])
     ledger.put([trace(2, time=timestamp(NOW), session="s")])
-    ledger.chore()
+    ledger.maintenance()
     assert ids_of(path) == [2]
     assert query(path, "SELECT requests FROM sessions") == [(2,)]
 
@@ -167,7 +167,7 @@ def test_without_an_end_nothing_is_deleted(path: Path) -> None:
     path.parent.mkdir()
     ledger = Ledger(str(path), keep_s=None, wall=lambda: NOW)
     ledger.put([trace(1, time=timestamp(0.0))])
-    assert ledger.chore() == inf
+    assert ledger.maintenance() == inf
     ledger.close()
     assert ids_of(path) == [1]
 
@@ -193,10 +193,10 @@ def test_a_locked_ledger_is_busy_and_loses_nothing(ledger: Ledger, path: Path) -
     ledger.put([trace(0)])
     with held(path):
         for _ in range(2):
-            with pytest.raises(Busy, match="locked"):
+            with pytest.raises(Retry, match="locked"):
                 ledger.put([trace(1), trace(2)])
-            with pytest.raises(Busy):
-                ledger.chore()
+            with pytest.raises(Retry):
+                ledger.maintenance()
         assert ids_of(path) == [0]  # and who reads is not held up
     ledger.put([trace(1), trace(2)])
     assert ids_of(path) == [0, 1, 2]
@@ -208,7 +208,7 @@ def test_a_lock_does_not_stop_the_start(ledger: Ledger, path: Path) -> None:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
         second = Ledger(str(path), keep_s=None, wall=lambda: NOW)
-        with pytest.raises(Busy):
+        with pytest.raises(Retry):
             second.put([trace(1)])
     second.put([trace(2)])
     second.close()

@@ -247,7 +247,7 @@ def test_all_lines_stand_in_the_order_in_which_they_came() -> None:
 
 
 def test_not_many_access_lines_wait() -> None:
-    """The sixty-fourth is written with all before it, and one with an answer's text at once."""
+    """The sixty-fourth is written with all before it, and one with a response's text at once."""
     log = Busy()
     for number in range(63):
         log.observer.access(trace(str(number)), None, None)

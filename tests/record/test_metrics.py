@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from llmproxy.record.metrics import Metrics, Tally
+from llmproxy.record.metrics import Histogram, Metrics
 
 BOUNDS = (0.005, 0.1, 1.0, 2.5, 10.0)
 
@@ -56,7 +57,7 @@ def busy() -> Metrics:
     metrics.attempted("p", "upstream_tls", "expired")
     metrics.request_began()
     metrics.began(Body(5, 50))
-    for tally in (
+    for histogram in (
         metrics.head,
         metrics.first_chunk,
         metrics.gap,
@@ -65,7 +66,7 @@ def busy() -> Metrics:
         metrics.cancel,
         metrics.reactor_lag,
     ):
-        tally.observe(0.2)
+        histogram.observe(0.2)
     return metrics
 
 
@@ -77,16 +78,16 @@ VALUES = st.lists(
 
 
 @given(VALUES)
-def test_a_tally_counts_as_prometheus_client_does(values: list[float]) -> None:
+def test_a_histogram_counts_as_prometheus_client_does(values: list[float]) -> None:
     """Buckets, their bounds and the sum are those of its own Histogram on the same values."""
     registry = CollectorRegistry()
-    histogram = Histogram("h", "text", buckets=BOUNDS, registry=registry)
-    tally = Tally(BOUNDS)
+    theirs = PrometheusHistogram("h", "text", buckets=BOUNDS, registry=registry)
+    ours = Histogram(BOUNDS)
     for value in values:
-        histogram.observe(value)
-        tally.observe(value)
-    rows, total = tally.buckets()
-    (family,) = histogram.collect()
+        theirs.observe(value)
+        ours.observe(value)
+    rows, total = ours.buckets()
+    (family,) = theirs.collect()
     expected = [(s.labels["le"], s.value) for s in family.samples if s.name == "h_bucket"]
 
     assert rows == expected

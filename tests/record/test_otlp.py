@@ -13,7 +13,7 @@ import pytest
 
 from llmproxy.config import Url
 from llmproxy.record.otlp import Otlp
-from llmproxy.record.output import Busy, Lost
+from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.spans import export_request
 from llmproxy.record.trace import CONTENT, NAMES, Attempt, Trace
 from tests.support.collector import Collector
@@ -199,14 +199,14 @@ def test_what_a_collector_says_when_all_is_well(
 def test_a_part_that_is_refused_is_lost(collector: Collector, count: bytes) -> None:
     """The collector says how many, as a number or as text."""
     collector.body = b'{"partialSuccess":{"rejectedSpans":%b,"errorMessage":"full"}}' % count
-    with pytest.raises(Lost, match="refused spans: full") as caught:
+    with pytest.raises(Dropped, match="refused spans: full") as caught:
         Otlp(collector.url, RESOURCE).put([trace(id=ID) for _ in range(5)])
     assert caught.value.count == 2
 
 
 def test_what_cannot_be_a_span_is_lost_alone(collector: Collector) -> None:
     """The others of its batch are sent."""
-    with pytest.raises(Lost) as caught:
+    with pytest.raises(Dropped) as caught:
         Otlp(collector.url, RESOURCE).put([trace(id=ID), trace(id=ID, model="\ud800")])
     assert caught.value.count == 1
     assert len(collector.requests) == 1
@@ -224,7 +224,7 @@ def test_a_refusal_is_a_loss(collector: Collector, status: int) -> None:
 def test_a_collector_that_is_busy_is_tried_again(collector: Collector, status: int) -> None:
     """In a while."""
     collector.status = status
-    with pytest.raises(Busy, match=f"answered {status}") as caught:
+    with pytest.raises(Retry, match=f"answered {status}") as caught:
         Otlp(collector.url, RESOURCE).put([trace(id=ID)])
     assert caught.value.again_s >= 1
 
@@ -233,7 +233,7 @@ def test_a_collector_that_is_not_there_is_tried_again() -> None:
     """Until then no connection is left."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(Busy, match="refused"):
+    with pytest.raises(Retry, match="refused"):
         Otlp(Url(scheme="http", host="127.0.0.1", port=port), RESOURCE).put([trace(id=ID)])
 
 
@@ -278,7 +278,7 @@ def test_a_collector_that_misbehaves_is_tried_again(
         thread = threading.Thread(target=serve)
         thread.start()
         url = Url(scheme="http", host="127.0.0.1", port=server.getsockname()[1])
-        with pytest.raises(Busy):
+        with pytest.raises(Retry):
             Otlp(url, RESOURCE, deadline_s=0.2).put([trace(id=ID)])
         over.set()
         thread.join(WAIT)
@@ -290,7 +290,7 @@ def test_a_collector_s_certificate_is_verified(
     """By what the system trusts; without that nothing is sent."""
     collector = Collector(authority.server())
     try:
-        with pytest.raises(Busy, match="certificate verify failed"):
+        with pytest.raises(Retry, match="certificate verify failed"):
             Otlp(collector.url, RESOURCE).put([trace(id=ID)])
         assert collector.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_path))

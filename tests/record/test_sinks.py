@@ -16,8 +16,8 @@ import pytest
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.config import Url
 from llmproxy.record import sinks as module
+from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.sinks import Sinks
-from llmproxy.record.tables import LedgerError
 from tests.support.collector import Collector
 from tests.support.records import eventually, ids_in, ids_of, trace
 from tests.support.sockets import WAIT

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from llmproxy.record.output import Busy, Lost
+from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import Writer
 from tests.support.records import eventually, trace
@@ -42,7 +42,7 @@ class Shelf:
         self.ids += [int(one.id) for one in traces]
         self.texts += [one.text for one in traces]
 
-    def chore(self) -> float:
+    def maintenance(self) -> float:
         self.done.append("chore")
         return self.rest_s
 
@@ -60,7 +60,7 @@ def fail(_: list[Trace]) -> None:
 
 def busy(_: list[Trace]) -> None:
     """Take nothing for a moment."""
-    raise Busy("locked", again_s=0.001)
+    raise Retry("locked", again_s=0.001)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def test_a_part_that_is_lost_is_counted_alone() -> None:
 
     def keep_all_but_one(traces: list[Trace]) -> None:
         shelf.ids += [int(one.id) for one in traces[1:]]
-        raise Lost(1, "one too many")
+        raise Dropped(1, "one too many")
 
     shelf.fault = keep_all_but_one
     with writing(shelf, gather_s=WAIT) as writer:
@@ -216,10 +216,10 @@ def test_kept_and_lost_are_all(faults: list[str], count: int, batch: int) -> Non
         if fault == "fail":
             raise OSError("no")
         if fault == "busy":
-            raise Busy("no", again_s=0.0)
+            raise Retry("no", again_s=0.0)
         if fault == "part":
             shelf.ids += [int(one.id) for one in traces[1:]]
-            raise Lost(1, "one")
+            raise Dropped(1, "one")
 
     shelf.fault = play
     with writing(shelf, batch=batch) as writer:
@@ -305,7 +305,7 @@ def test_chores_are_done_at_their_time_without_a_trace() -> None:
     def refuse() -> float:
         raise OSError("no")
 
-    other.chore = refuse  # type: ignore[method-assign]  # a fault
+    other.maintenance = refuse  # type: ignore[method-assign]  # a fault
     with writing(shelf, other) as writer:
         eventually(lambda: shelf.done.count("chore") > 3)
         writer.write(trace(1))
@@ -320,7 +320,7 @@ def test_the_end_writes_what_waits(logged: list[str]) -> None:
     def busy_at_first(traces: list[Trace]) -> None:
         tries.append(len(traces))
         if len(tries) < 5:
-            raise Busy("locked", again_s=0.001)
+            raise Retry("locked", again_s=0.001)
 
     shelf.fault = busy_at_first
     began = time.monotonic()

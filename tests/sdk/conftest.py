@@ -117,7 +117,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, Da
 
 @pytest.fixture
 def stage(staged: tuple[Stage, Daemon]) -> Iterator[Stage]:
-    """The provider that does what the test says; at first it gives short, whole answers."""
+    """The provider that does what the test says; at first it gives short, whole responses."""
     stage, _ = staged
     stage.reset()
     yield stage

@@ -1,4 +1,4 @@
-"""What an SDK itself reports of an answer, as plain data under names of ours.
+"""What an SDK itself reports of a response, as plain data under names of ours.
 
 :func:`reported` asks a question and puts together what the SDK's own objects say, by the SDK's own
 means where it has some.  Nothing here looks at the wire, or shares a line with the program's
@@ -20,18 +20,18 @@ from tests.sdk.sdks import Question, Way
 
 @dataclass(frozen=True)
 class Report:
-    """What one answer came to, as its SDK has it.
+    """What one response came to, as its SDK has it.
 
     Counts are the provider's own, under our names; None is what the SDK does not tell.
 
     Args:
         session: the ``x-session-id`` of the request.
-        text: all of the text, up to where the answer broke off.
+        text: all of the text, up to where the response broke off.
         tool_calls: names and decoded arguments; a call that broke off has none (None).
         finish_reason: in the provider's words; for responses the reason of an incomplete one, else
             its status.
         model: the one that served.
-        response_id: the answer's own id.
+        response_id: the response's own id.
         error: what the SDK raised, or None.
     """
 

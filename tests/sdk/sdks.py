@@ -89,7 +89,7 @@ NEVER_THE_SAME = frozenset(
         "eval_duration",
     )
 )
-"""What differs between two answers to one question: ids, timestamps and durations."""
+"""What differs between two responses to one question: ids, timestamps and durations."""
 
 
 def user(text: str) -> Any:
@@ -103,7 +103,7 @@ class Outcome:
 
     Args:
         session: the ``x-session-id`` of the question, which the access line and the trace have.
-        objects: what the SDK gave, in order; one object where the answer was not streamed.
+        objects: what the SDK gave, in order; one object where the response was not streamed.
         error: what it raised, or None.
         headers: the response's header fields, where the SDK shows them.
     """
@@ -127,7 +127,7 @@ class Outcome:
         return self.error
 
     @property
-    def answer(self) -> list[Any]:
+    def response(self) -> list[Any]:
         """The objects, of a question that did not fail."""
         if self.error is not None:
             raise self.error
@@ -174,7 +174,7 @@ class Way:
         return f"{name}-{mode}-{'stream' if self.stream else 'whole'}"
 
     def ask(self, question: Question) -> Outcome:
-        """Ask, read the answer to its end or to where the question says, and close the client."""
+        """Ask, read the response to its end or to where the question says, and close the client."""
         if self.is_async:
             return asyncio.run(self.ask_async(question))
         outcome = Outcome(uuid.uuid4().hex)
@@ -195,27 +195,27 @@ class Way:
 
     def _ask(self, question: Question, outcome: Outcome) -> None:
         with self._client(question, outcome) as client:
-            answer = self._call(client, question)
+            response = self._call(client, question)
             if not self.stream:
-                outcome.objects.append(answer)
+                outcome.objects.append(response)
                 return
-            for item in answer:
+            for item in response:
                 outcome.objects.append(item)
                 if question.each(item):
                     break
-            answer.close()
+            response.close()
 
     async def _ask_async(self, question: Question, outcome: Outcome) -> None:
         async with self._client(question, outcome) as client:
-            answer = await self._call(client, question)
+            response = await self._call(client, question)
             if not self.stream:
-                outcome.objects.append(answer)
+                outcome.objects.append(response)
                 return
-            async for item in answer:
+            async for item in response:
                 outcome.objects.append(item)
                 if question.each(item):
                     break
-            await (answer.aclose() if inspect.isasyncgen(answer) else answer.close())
+            await (response.aclose() if inspect.isasyncgen(response) else response.close())
 
     def _client(self, question: Question, outcome: Outcome) -> Any:
         headers = {"x-session-id": outcome.session, **question.headers}
@@ -234,7 +234,7 @@ class Way:
         return kind(base_url=question.base, **common)
 
     def _ollama_client(self, question: Question, outcome: Outcome, headers: dict[str, str]) -> Any:
-        """Its answers and errors show no header fields: they are seen as they pass."""
+        """Its responses and errors show no header fields: they are seen as they pass."""
 
         def see(response: httpx.Response) -> None:
             outcome.headers = response.headers
@@ -314,7 +314,7 @@ def _text(sdk: str, item: Any) -> str:
 
 
 def looks_complete(sdk: str, objects: Iterable[Any]) -> bool:
-    """Tell whether anything that an SDK gave says that the answer is whole."""
+    """Tell whether anything that an SDK gave says that the response is whole."""
     return any(_is_an_end(sdk, item) for item in objects)
 
 

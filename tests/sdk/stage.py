@@ -1,6 +1,6 @@
 """A provider that a test directs: it keeps what arrives, and answers as it is told.
 
-Left alone it gives each dialect's shortest whole answer, as the dialect's published shape has it.
+Left alone it gives each dialect's shortest whole response, as the dialect's published shape has it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TEXT = "Hello there"
 
 
 def whole(sdk: str) -> bytes:
-    """Return a whole answer's body."""
+    """Return a whole response's body."""
     return json.dumps(_WHOLE[sdk]).encode()
 
 
@@ -47,7 +47,7 @@ def chunked_events(sdk: str) -> list[bytes]:
 
 
 def stream_head(sdk: str) -> bytes:
-    """Return the head of a streamed answer, in the chunked coding."""
+    """Return the head of a streamed response, in the chunked coding."""
     kind = STREAM_TYPES[sdk]
     return b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n\r\n" % kind
 
@@ -64,8 +64,8 @@ def asks_for_stream(request: Received) -> bool:
     return bool(asked.get("stream", sdk_of(request) == "ollama"))
 
 
-Answer = Callable[[Wire, Received], None]
-"""Writes the answer to a request; the connection is then read for another."""
+Response = Callable[[Wire, Received], None]
+"""Writes the response to a request; the connection is then read for another."""
 
 
 class Stage:
@@ -78,12 +78,12 @@ class Stage:
 
     def __init__(self) -> None:
         self.received: list[Received] = []
-        self.answer: Answer = answer_shortly
+        self.response: Response = answer_shortly
 
     def reset(self) -> None:
         """Forget what arrived, and answer shortly again."""
         self.received = []
-        self.answer = answer_shortly
+        self.response = answer_shortly
 
     def play(self, wire: Wire) -> None:
         """Serve one connection; a script for ``tests.support.sockets.Provider``."""
@@ -92,11 +92,11 @@ class Stage:
             request = wire.read_request()
             wire.sock.settimeout(WAIT)
             self.received.append(request)
-            self.answer(wire, request)
+            self.response(wire, request)
 
 
 def answer_shortly(wire: Wire, request: Received) -> None:
-    """Send the dialect's shortest whole answer, streamed where that is asked for."""
+    """Send the dialect's shortest whole response, streamed where that is asked for."""
     sdk = sdk_of(request)
     if asks_for_stream(request):
         wire.send(stream_head(sdk), *chunked_events(sdk), LAST_CHUNK)

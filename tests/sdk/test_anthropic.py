@@ -99,7 +99,7 @@ def test_async_stream_helper_assembles_the_same(proxy: Daemon, direct: anthropic
 
 
 def test_usage_stands_at_both_ends_of_a_stream(client: anthropic.Anthropic) -> None:
-    """The first event counts the input, the last but one the output, as the whole answer does."""
+    """The first event counts the input, the last but one the output, as the whole response does."""
     whole = client.messages.create(**ASKED)
     events = list(client.messages.create(**ASKED, stream=True))
     start, end = events[0], events[-2]
@@ -139,9 +139,9 @@ def test_result_of_a_tool_goes_back(client: anthropic.Anthropic) -> None:
         {"role": "assistant", "content": called.content},
         {"role": "user", "content": [result]},
     ]
-    answer = client.messages.create(**{**TOOL_ASKED, "messages": messages})
-    assert answer.stop_reason == "end_turn"
-    assert [block.type for block in answer.content] == ["text"]
+    response = client.messages.create(**{**TOOL_ASKED, "messages": messages})
+    assert response.stop_reason == "end_turn"
+    assert [block.type for block in response.content] == ["text"]
 
 
 def test_raw_response_has_the_headers_of_the_provider(

@@ -54,10 +54,10 @@ class Gate:
 
 @pytest.fixture
 def gate(stage: Stage) -> Gate:
-    """A gate before the body of every answer, and before each event of a stream."""
+    """A gate before the body of every response, and before each event of a stream."""
     gate = Gate()
 
-    def answer(wire: Wire, request: Received) -> None:
+    def response(wire: Wire, request: Received) -> None:
         sdk = sdk_of(request)
         if not asks_for_stream(request):
             body = whole(sdk)
@@ -72,7 +72,7 @@ def gate(stage: Stage) -> Gate:
             wire.send(event)
         wire.send(LAST_CHUNK)
 
-    stage.answer = answer
+    stage.response = response
     return gate
 
 
@@ -88,7 +88,7 @@ def test_each_event_arrives_before_the_next_is_sent(
 
     gate.open()
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk), each=see))
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
 
 
 @pytest.fixture
@@ -156,7 +156,9 @@ def test_head_arrives_before_there_is_a_body_async(gate: Gate, stage_proxy: Daem
 
 
 @pytest.mark.parametrize("way", WHOLES, ids=str)
-def test_encoded_answer_is_decoded_by_the_sdk(way: Way, stage: Stage, stage_proxy: Daemon) -> None:
+def test_encoded_response_is_decoded_by_the_sdk(
+    way: Way, stage: Stage, stage_proxy: Daemon
+) -> None:
     """Where no stream is asked for, the SDK's own Accept-Encoding crosses, and gzip comes back."""
 
     def compress(wire: Wire, request: Received) -> None:
@@ -164,9 +166,9 @@ def test_encoded_answer_is_decoded_by_the_sdk(way: Way, stage: Stage, stage_prox
         assert b"gzip" in accepted
         send_json(wire, gzip.compress(whole(way.sdk)), encoding=b"gzip")
 
-    stage.answer = compress
+    stage.response = compress
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
 
 
 @pytest.mark.parametrize("way", STREAMS, ids=str)

@@ -1,4 +1,4 @@
-"""An answer that breaks raises in the SDK, and what it gave before never looks whole."""
+"""A response that breaks raises in the SDK, and what it gave before never looks whole."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ LOST = (
     httpx.RemoteProtocolError,
     httpx2.RemoteProtocolError,
 )
-"""What the SDKs raise over a body that breaks off; Anthropic's only wraps it in whole answers."""
+"""What the SDKs raise over a body that breaks off; Anthropic's only wraps it in whole responses."""
 
 
 def assert_lost(outcome: Outcome) -> None:
-    """The connection was lost, which is neither a timeout nor an answer."""
+    """The connection was lost, which is neither a timeout nor a response."""
     error = outcome.failure
     assert isinstance(error, LOST)
     assert not isinstance(error, (openai.APITimeoutError, anthropic.APITimeoutError))
@@ -57,7 +57,7 @@ def assert_recorded_as_broken(proxy: Daemon, session: str, reason: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize(("model", "reason"), BROKEN)
-def test_broken_answer_raises(way: Way, model: str, reason: str, proxy: Daemon) -> None:
+def test_broken_response_raises(way: Way, model: str, reason: str, proxy: Daemon) -> None:
     """The caller has what came before the break, then the SDK's error, and never an end."""
     outcome = way.ask(Question(base=route(proxy, way.sdk), model=model))
     assert_lost(outcome)
@@ -77,7 +77,7 @@ def test_what_came_with_a_malformed_chunk_still_arrives(
         wire.send(stream_head(way.sdk), *chunked_events(way.sdk)[:-1], b"not-a-size\r\n")
         wire.wait_closed()
 
-    stage.answer = send_in_one_piece
+    stage.response = send_in_one_piece
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
     assert_lost(outcome)
     assert text_of(way.sdk, outcome.objects) == "Hello there"
@@ -106,7 +106,7 @@ def test_break_is_told_in_an_event_where_the_route_says_so(
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)
-def test_break_of_a_whole_answer_gets_no_event(way: Way, proxy: Daemon) -> None:
+def test_break_of_a_whole_response_gets_no_event(way: Way, proxy: Daemon) -> None:
     """Where no stream was asked for, error_event adds nothing to a broken JSON document."""
     outcome = way.ask(Question(base=route(proxy, f"event-{way.sdk}"), model="demo-break"))
     assert_lost(outcome)
@@ -150,4 +150,4 @@ def test_client_is_of_use_after_a_break(way: Way, proxy: Daemon) -> None:
     base = route(proxy, way.sdk)
     assert_lost(way.ask(Question(base=base, model="demo-break")))
     after = way.ask(Question(base=base))
-    assert looks_complete(way.sdk, after.answer)
+    assert looks_complete(way.sdk, after.response)

@@ -1,4 +1,4 @@
-"""Every endpoint through the proxy, and what the SDKs report of its answers."""
+"""Every endpoint through the proxy, and what the SDKs report of its responses."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_every_endpoint_answers_the_same(way: Way, demo: Demo, proxy: Daemon) ->
     """Each object that the SDK gives is equal to the one without the proxy, in order."""
     direct = way.ask(Question(base=demo.url))
     outcome = way.ask(Question(base=route(proxy, way.sdk)))
-    assert plain(outcome.answer) == plain(direct.answer)
-    assert (len(outcome.answer) > 1) is way.stream
+    assert plain(outcome.response) == plain(direct.response)
+    assert (len(outcome.response) > 1) is way.stream
     line = access_line(proxy, outcome.session)
     assert (line["status"], line["end_reason"], line["model"]) == (200, "complete", "demo-fast")
     assert line["stream"] is way.stream
@@ -88,7 +88,7 @@ def test_every_endpoint_answers_the_same(way: Way, demo: Demo, proxy: Daemon) ->
 
 @pytest.mark.parametrize("way", ENDPOINT_WAYS, ids=str)
 def test_report_is_the_same_without_the_proxy(way: Way, demo: Demo, proxy: Daemon) -> None:
-    """What an SDK reports does not depend on the way that the answer took."""
+    """What an SDK reports does not depend on the way that the response took."""
     direct = reported(way, Question(base=demo.url))
     report = through(proxy, way)
     assert comparable(report) == comparable(direct)
@@ -195,10 +195,10 @@ def test_refusal_reaches_every_endpoint(
 def test_counts_come_unasked_where_the_route_asks_for_them(way: Way, proxy: Daemon) -> None:
     """The last event is one more, with the counts; a caller that said no has none."""
     base = route(proxy, "counted-openai")
-    plainly = way.ask(Question(base=route(proxy, "openai"))).answer
-    counted = way.ask(Question(base=base)).answer
+    plainly = way.ask(Question(base=route(proxy, "openai"))).response
+    counted = way.ask(Question(base=base)).response
     assert len(counted) == len(plainly) + 1
     assert counted[-1].choices == []
     assert counted[-1].usage.prompt_tokens == WORDS_SAID
     refused = {"stream_options": {"include_usage": False}}
-    assert len(way.ask(Question(base=base, more=refused)).answer) == len(plainly)
+    assert len(way.ask(Question(base=base, more=refused)).response) == len(plainly)

@@ -143,7 +143,7 @@ def test_retry_after_of_the_provider_is_visible(way: Way, proxy: Daemon) -> None
 def test_sdk_follows_a_retry_after_through_the_proxy(
     way: Way, stage: Stage, stage_proxy: Daemon
 ) -> None:
-    """A caller that retries by itself (Ollama's never does) gets the answer that comes then."""
+    """A caller that retries by itself (Ollama's never does) gets the response that comes then."""
 
     def refuse_once(wire: Wire, request: Received) -> None:
         if len(stage.received) > 1:
@@ -151,9 +151,9 @@ def test_sdk_follows_a_retry_after_through_the_proxy(
         else:
             wire.send(b"HTTP/1.1 429 Slow Down\r\nretry-after-ms: 10\r\ncontent-length: 0\r\n\r\n")
 
-    accept, stage.answer = stage.answer, refuse_once
+    accept, stage.response = stage.response, refuse_once
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk), retries=1))
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
     assert [request.values(b"x-stainless-retry-count") for request in stage.received] == [
         [b"0"],
         [b"1"],
@@ -185,7 +185,7 @@ def test_no_key_is_served_where_everybody_may_call(way: Way, open_proxy: Daemon)
     """Who shows no key is the client "anonymous" there, and who shows one is known by it."""
     base = route(open_proxy, way.sdk)
     nobody, known = way.ask(Question(base=base, key=None)), way.ask(Question(base=base))
-    assert text_of(way.sdk, nobody.answer) == text_of(way.sdk, known.answer) != ""
+    assert text_of(way.sdk, nobody.response) == text_of(way.sdk, known.response) != ""
     assert access_line(open_proxy, nobody.session)["client"] == "anonymous"
     assert access_line(open_proxy, known.session)["client"] == "team"
 
@@ -201,7 +201,7 @@ def test_wrong_key_is_refused_where_everybody_may_call(way: Way, open_proxy: Dae
 def test_model_that_is_not_for_the_client_is_forbidden(way: Way, proxy: Daemon) -> None:
     """403 for another model, while the client's own is served on the same route."""
     base = route(proxy, way.sdk)
-    assert way.ask(Question(base=base, key=NARROW_KEY)).answer
+    assert way.ask(Question(base=base, key=NARROW_KEY)).response
     outcome = way.ask(Question(base=base, key=NARROW_KEY, model="demo-20tps"))
     assert "may not use this model" in assert_ours(way, outcome, 403, "model_forbidden", proxy)
 
@@ -231,7 +231,7 @@ def test_missing_prefix_is_told_in_the_dialect_of_the_path(way: Way, proxy: Daem
 def test_body_over_the_limit_of_the_route_is_refused(way: Way, proxy: Daemon) -> None:
     """413 where the question is longer than the route takes."""
     small = route(proxy, f"small-{way.sdk}")
-    assert way.ask(Question(base=small)).answer
+    assert way.ask(Question(base=small)).response
     outcome = way.ask(Question(base=small, said="word " * 500))
     assert "1024 bytes" in assert_ours(way, outcome, 413, "body_too_large", proxy)
 
@@ -243,7 +243,7 @@ def test_full_memory_is_told_with_a_time_to_come_back(way: Way, open_proxy: Daem
     outcome = way.ask(Question(base=base, said="word " * 8000))
     assert_ours(way, outcome, 503, "memory_full", open_proxy)
     assert outcome.headers["retry-after"] == "1"
-    assert way.ask(Question(base=base)).answer
+    assert way.ask(Question(base=base)).response
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -271,7 +271,7 @@ def test_sdk_does_not_repeat_what_may_have_been_done(
     def hang_up(wire: Wire, request: Received) -> None:
         raise EOFError("the provider ends its connection")
 
-    stage.answer = hang_up
+    stage.response = hang_up
     way = Way(sdk, is_async=False, stream=False)
     outcome = way.ask(Question(base=route(stage_proxy, sdk), retries=2))
     assert_ours(way, outcome, 502, "upstream_broken", stage_proxy)
@@ -280,7 +280,7 @@ def test_sdk_does_not_repeat_what_may_have_been_done(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_answer_that_is_not_http_is_a_bad_gateway(
+def test_response_that_is_not_http_is_a_bad_gateway(
     way: Way, stage: Stage, stage_proxy: Daemon
 ) -> None:
     """502 where the provider's head cannot be read; nothing of it reaches the caller."""
@@ -289,6 +289,6 @@ def test_answer_that_is_not_http_is_a_bad_gateway(
         wire.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nno")
         wire.wait_closed()
 
-    stage.answer = babble
+    stage.response = babble
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
     assert "not valid HTTP" in assert_ours(way, outcome, 502, "upstream_protocol", stage_proxy)

@@ -137,7 +137,7 @@ def test_provider_sees_its_own_key_in_place_of_the_callers(
 ) -> None:
     """The credential stands in the one field of the dialect; the caller's is nowhere."""
     outcome = way.ask(Question(base=route(stage_proxy, f"keyed-{way.sdk}")))
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
     (request,) = stage.received
     own = f"provider-key-of-{way.sdk}".encode()
     if way.sdk == "anthropic":
@@ -166,7 +166,7 @@ def test_callers_own_key_crosses_where_the_route_says_so(
     """With pass_credential the SDK's key is the provider's; who calls is said in our own field."""
     base = route(stage_proxy, f"passing-{way.sdk}")
     outcome = way.ask(Question(base=base, key="callers-own-key", headers={"x-llmproxy-key": KEY}))
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
     (request,) = stage.received
     assert keys_in(request) == {b"authorization": [b"Bearer callers-own-key"]}
     assert not holds(request, KEY)
@@ -191,7 +191,7 @@ def test_model_is_overridden_and_nothing_else(way: Way, stage: Stage, stage_prox
     renamed = Question(base=route(stage_proxy, f"renamed-{way.sdk}"), model="the-model-here")
     way.ask(asked)
     outcome = way.ask(renamed)
-    assert text_of(way.sdk, outcome.answer) == "Hello there"
+    assert text_of(way.sdk, outcome.response) == "Hello there"
     before, after = stage.received
     assert json.loads(after.body)["model"] == "the-model-there"
     assert after.body == before.body.replace(b"the-model-here", b"the-model-there")
@@ -239,16 +239,16 @@ def test_connections_to_the_provider_are_kept_apart_by_key(
     way = Way("openai", is_async=False, stream=False)
     base = route(stage_proxy, "passing-openai")
     wires: list[Any] = []
-    accept = stage.answer
+    accept = stage.response
 
     def note(wire: Any, request: Received) -> None:
         wires.append(wire)
         accept(wire, request)
 
-    stage.answer = note
+    stage.response = note
     for key in ("first-key", "second-key", "first-key"):
         outcome = way.ask(Question(base=base, key=key, headers={"x-llmproxy-key": KEY}))
-        assert text_of("openai", outcome.answer) == "Hello there"
+        assert text_of("openai", outcome.response) == "Hello there"
     first, second, third = wires
     assert first is third
     assert first is not second

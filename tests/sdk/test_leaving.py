@@ -58,7 +58,7 @@ def test_leaving_in_mid_stream_ends_everything(way: Way, model: str, proxy: Daem
         return True
 
     outcome = way.ask(Question(base=route(proxy, way.sdk), model=model, each=leave_with_a_token))
-    assert text_of(way.sdk, outcome.answer) == "You"
+    assert text_of(way.sdk, outcome.response) == "You"
     assert during == [(1, 1)]
     line = access_line(proxy, outcome.session)
     assert (line["end_reason"], line["is_complete"]) == ("client_gone", False)
@@ -105,9 +105,9 @@ def test_provider_sees_the_caller_leave(way: Way, stage: Stage, stage_proxy: Dae
         wire.wait_closed()
         closed.set()
 
-    stage.answer = stream_without_an_end
+    stage.response = stream_without_an_end
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk), each=lambda _: True))
-    assert len(outcome.answer) == 1
+    assert len(outcome.response) == 1
     assert closed.wait(WAIT)
     assert access_line(stage_proxy, outcome.session)["end_reason"] == "client_gone"
 
@@ -129,14 +129,14 @@ def test_running_out_of_patience_in_mid_body_is_leaving(way: Way, proxy: Daemon)
 def test_running_out_of_patience_before_the_head_is_leaving(
     way: Way, stage: Stage, stage_proxy: Daemon
 ) -> None:
-    """A caller that gives up before there is an answer has the provider's connection closed."""
+    """A caller that gives up before there is a response has the provider's connection closed."""
     closed = threading.Event()
 
     def never_answer(wire: Wire, request: Received) -> None:
         wire.wait_closed()
         closed.set()
 
-    stage.answer = never_answer
+    stage.response = never_answer
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk), patience=IMPATIENT_S))
     assert_timed_out(outcome.failure)
     assert closed.wait(WAIT)
@@ -156,13 +156,13 @@ def assert_timed_out(error: Exception) -> None:
 def test_leaving_at_the_end_marker_is_a_complete_request(
     sdk: str, stage: Stage, stage_proxy: Daemon
 ) -> None:
-    """An SDK that closes at [DONE] or message_stop has had the whole answer (design 7)."""
+    """An SDK that closes at [DONE] or message_stop has had the whole response (design 7)."""
 
     def withhold_the_last_chunk(wire: Wire, request: Received) -> None:
         wire.send(stream_head(sdk), *chunked_events(sdk))
         wire.wait_closed()
 
-    stage.answer = withhold_the_last_chunk
+    stage.response = withhold_the_last_chunk
     way = Way(sdk, is_async=False, stream=True)
     outcome = way.ask(
         Question(
@@ -170,7 +170,7 @@ def test_leaving_at_the_end_marker_is_a_complete_request(
             each=lambda item: getattr(item, "type", "") == "message_stop",
         )
     )
-    assert text_of(sdk, outcome.answer) == "Hello there"
+    assert text_of(sdk, outcome.response) == "Hello there"
     assert looks_complete(sdk, outcome.objects)
     assert access_line(stage_proxy, outcome.session)["end_reason"] == "complete"
 
@@ -184,8 +184,8 @@ def test_stream_that_was_read_to_its_end_is_complete(
     def send_all_at_once(wire: Wire, request: Received) -> None:
         wire.send(stream_head(way.sdk), *chunked_events(way.sdk), LAST_CHUNK)
 
-    stage.answer = send_all_at_once
+    stage.response = send_all_at_once
     outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
-    assert looks_complete(way.sdk, outcome.answer)
+    assert looks_complete(way.sdk, outcome.response)
     trace = trace_of(stage_proxy, outcome.session)
     assert (trace["end_reason"], trace["is_complete"]) == ("complete", True)

@@ -54,7 +54,7 @@ def test_async_models_are_the_same(proxy: Daemon, direct: ollama.Client) -> None
 
 
 def test_counts_stand_in_the_last_line(client: ollama.Client) -> None:
-    """A stream's last line has the counts of the whole answer, and durations to divide them by."""
+    """A stream's last line has the counts of the whole response, and its durations."""
     whole = client.chat(model="demo-fast", messages=user(SAID))
     lines = list(client.chat(model="demo-fast", messages=user(SAID), stream=True))
     assert whole.prompt_eval_count == lines[-1].prompt_eval_count == WORDS_SAID
@@ -70,9 +70,9 @@ def test_result_of_a_tool_goes_back(client: ollama.Client) -> None:
     called = client.chat(model="demo-fast", messages=asked, tools=TOOLS["ollama"]).message
     assert called.tool_calls
     messages = [*asked, called, {"role": "tool", "tool_name": "weather", "content": "sunny"}]
-    answer = client.chat(model="demo-fast", messages=messages, tools=TOOLS["ollama"]).message
-    assert answer.tool_calls is None
-    assert "Use the tool for Oslo" in str(answer.content)
+    response = client.chat(model="demo-fast", messages=messages, tools=TOOLS["ollama"]).message
+    assert response.tool_calls is None
+    assert "Use the tool for Oslo" in str(response.content)
 
 
 def test_headers_are_those_of_the_provider(proxy: Daemon, demo: Demo) -> None:

@@ -100,7 +100,7 @@ def test_async_stream_helper_assembles_the_same(proxy: Daemon, direct: openai.Op
 
 
 def test_usage_of_a_stream_is_in_its_last_chunk(client: openai.OpenAI) -> None:
-    """With include_usage the last chunk has the counts of the whole answer, and no choice."""
+    """With include_usage the last chunk has the counts of the whole response, and no choice."""
     whole = client.chat.completions.create(**ASKED)
     chunks = list(
         client.chat.completions.create(**ASKED, stream=True, stream_options={"include_usage": True})
@@ -148,9 +148,9 @@ def test_result_of_a_tool_goes_back(client: openai.OpenAI) -> None:
         called,
         {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "sunny"},
     ]
-    answer = client.chat.completions.create(**{**TOOL_ASKED, "messages": messages})
-    assert answer.choices[0].finish_reason == "stop"
-    assert "Use the tool for Oslo" in str(answer.choices[0].message.content)
+    response = client.chat.completions.create(**{**TOOL_ASKED, "messages": messages})
+    assert response.choices[0].finish_reason == "stop"
+    assert "Use the tool for Oslo" in str(response.choices[0].message.content)
 
 
 def test_raw_response_has_the_headers_of_the_provider(

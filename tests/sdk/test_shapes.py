@@ -150,7 +150,7 @@ def test_error_is_of_its_type(path: str, model: str) -> None:
     """A refusal has the published shape of errors."""
     wire = Wire()
     wire.ask(path, model, stream=False)
-    status, document = wire.answer()
+    status, document = wire.response()
     assert status >= 400
     error = document["error"] if dialect_of(path) == "openai" else document
     assert complaints(ERRORS[dialect_of(path)], json.dumps(error).encode()) == []

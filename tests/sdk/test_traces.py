@@ -1,4 +1,4 @@
-"""The record of a request says what its caller's SDK reports of the answer."""
+"""The record of a request says what its caller's SDK reports of the response."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_stream_that_breaks_is_not_complete(way: Way, proxy: Daemon) -> None:
 def test_a_caller_that_leaves_on_a_route_that_drains_is_counted_in_full(
     way: Way, proxy: Daemon
 ) -> None:
-    """The numbers are those of the whole answer, of which the caller read one event."""
+    """The numbers are those of the whole response, of which the caller read one event."""
     whole, _ = ask(proxy, way)
     _, record = ask(proxy, way, "drained-", model="demo-40tps", each=lambda _: True)
     assert tokens_of(record) == tuple(getattr(whole, name) for name in TOKENS)

@@ -1,4 +1,4 @@
-"""An answer in one piece, and what is found of one that is too long to be held."""
+"""A response in one piece, and what is found of one that is too long to be held."""
 
 from __future__ import annotations
 

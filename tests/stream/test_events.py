@@ -98,7 +98,7 @@ PIECES = st.sampled_from(
 
 @given(st.lists(PIECES, max_size=30), st.data())
 def test_as_the_standard_says(pieces: list[bytes], data: st.DataObject) -> None:
-    """Whatever comes, cut anywhere, is read as by a plain reader of the whole."""
+    """Whatever comes, split at any point, is read as by a plain reader of the whole."""
     body = b"".join(pieces)
     at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
     chunks = [body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)]

@@ -20,13 +20,13 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from llmproxy.cli.demo.answer import Ask, Tool, answer
 from llmproxy.cli.demo.anthropic import Messages
 from llmproxy.cli.demo.chat import ChatCompletions
 from llmproxy.cli.demo.completions import Completions
 from llmproxy.cli.demo.dialect import Streamed
 from llmproxy.cli.demo.ollama import Chat, Generate
-from llmproxy.cli.demo.responses import Responses
+from llmproxy.cli.demo.openai_responses import Responses
+from llmproxy.cli.demo.response import Asked, Tool, response
 from llmproxy.errors import Dialect, EndReason
 from llmproxy.stream.events import ServerSentEvents
 from tests.support.golden import BY_FILE, GOLDEN, RECORDED, Recorded
@@ -47,7 +47,7 @@ def by_bytes(data: bytes) -> Iterator[bytes]:
 
 @every_one
 def test_what_is_in_it_is_found(one: Recorded) -> None:
-    """Text, tool calls, usage, names, end and error of each recorded answer are as written down."""
+    """Text, tool calls, usage, names, end and error of each recording are as written down."""
     assert one.read([one.data]) == one.result
 
 
@@ -162,13 +162,13 @@ def test_anthropics_sdk_accepts_the_recording(file: str) -> None:
     ],
 )
 def test_the_providers_own_sdk_accepts_the_document(file: str, type_: Any) -> None:
-    """Each answer in one piece has the shape of the provider's SDK."""
+    """Each response in one piece has the shape of the provider's SDK."""
     type_.model_validate_json(BY_FILE[file].data)
 
 
 # --- the demo provider ----------------------------------------------------------------------------
 
-ASK = Ask(model="demo-fast", stream=True, prompt=("a b c",), said="a tool", user_last=True)
+ASK = Asked(model="demo-fast", stream=True, prompt=("a b c",), said="a tool", user_last=True)
 TOOL = Tool("look", {"properties": {"what": {"type": "string"}}})
 
 
@@ -195,9 +195,9 @@ TOOLLESS = (Completions, Generate)
 def test_the_demo_provider_is_read(
     demo: Streamed, recorded: Recorded, tools: tuple[Tool, ...]
 ) -> None:
-    """Its streams and its answers in one piece are counted as it counts them itself."""
+    """Its streams and its responses in one piece are counted as it counts them itself."""
     ask = replace(ASK, tools=tools, include_usage=recorded.dialect is Dialect.OPENAI)
-    said = answer(ask)
+    said = response(ask)
     stream = [event.data for event in demo.events(said, ask, lambda: 0.0)]
     document = json.dumps(demo.document(said, ask, lambda: 0.0)).encode()
     for result in (

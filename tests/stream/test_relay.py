@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_broken
-from llmproxy.stream.backlog import Backlog
+from llmproxy.stream.batch import Batch
 from llmproxy.stream.relay import Relay, State
 from tests.support.fake_transport import FakeTransport
 
@@ -94,14 +94,14 @@ class Pump:
         self._gaps: list[float] = []
         self.delays: list[float] = []
         self._copied: list[bytes] = []
-        self.backlog = Backlog()
+        self.batch = Batch()
         self.relay = Relay(
             self.source,
             self.sink,
             self.clock,
             self.clock.seconds,
             idle=idle,
-            backlog=self.backlog,
+            batch=self.batch,
             gaps=self._gaps.append,
             delays=self.delays.append,
             copy=self._copied.append,
@@ -115,13 +115,13 @@ class Pump:
     @property
     def copied(self) -> list[bytes]:
         """What the copy got so far."""
-        self.backlog.read()
+        self.batch.read()
         return self._copied
 
     @property
     def gaps(self) -> list[float]:
         """The gaps that were told so far."""
-        self.backlog.read()
+        self.batch.read()
         return self._gaps
 
     def _keep(self, outcome: Any) -> None:
@@ -162,16 +162,20 @@ def test_each_chunk_goes_out_at_once_and_alone() -> None:
 def test_chunks_bytes_and_times_are_counted() -> None:
     """Counts, first and last time, and the gaps between chunks, of which the first has none."""
     pump = Pump()
-    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (None, 1000.0)
+    assert (pump.relay.statistics.first_at, pump.relay.statistics.last_at) == (None, 1000.0)
     pump.feed(b"abc", after=7)
-    assert (pump.relay.trail.first_at, pump.relay.trail.longest_gap, pump.gaps) == (1007.0, 0.0, [])
+    assert (pump.relay.statistics.first_at, pump.relay.statistics.longest_gap, pump.gaps) == (
+        1007.0,
+        0.0,
+        [],
+    )
     pump.feed(b"d", b"efgh", after=2)
     pump.feed(b"i", after=1)
 
     relay = pump.relay
     assert (relay.chunks, relay.byte_count) == (4, 9)
-    assert (relay.trail.first_at, relay.trail.last_at) == (1007.0, 1012.0)
-    assert (relay.trail.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
+    assert (relay.statistics.first_at, relay.statistics.last_at) == (1007.0, 1012.0)
+    assert (relay.statistics.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
     assert (relay.paused_s, relay.is_paused) == (0.0, False)
     relay.connectionLost(WHOLE)
 
@@ -182,11 +186,11 @@ def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
     pump = Pump(idle=None)
     pump.feed(*chunks)
 
-    assert pump.relay.trail.tail == b"".join(chunks)[-4:]
+    assert pump.relay.statistics.tail == b"".join(chunks)[-4:]
 
 
 def test_bytes_that_came_before_the_start_go_out_first() -> None:
-    """What the source already holds is handed on within ``start``, the end included."""
+    """What the source already holds is forwarded within ``start``, the end included."""
     pump = Pump(start=False)
     pump.source.early = [b"all of it"]
     pump.source.early_end = WHOLE
@@ -442,10 +446,10 @@ def test_a_chunk_in_its_coding_is_handed_on_as_it_is() -> None:
         pump.sink.takes_chunks = True
     assert (pump.sink.chunks, pump.sink.as_they_are) == ([b"abc", b"0123456789"], [framed[2][0]])
 
-    assert (pump.relay.chunks, pump.relay.byte_count, pump.relay.trail.verbatim) == (3, 14, 1)
+    assert (pump.relay.chunks, pump.relay.byte_count, pump.relay.statistics.verbatim) == (3, 14, 1)
     assert pump.copied == [b"abc", b"0123456789", b"!"]
-    assert (pump.relay.trail.first_at, pump.relay.trail.last_at) == (1001.0, 1003.0)
-    assert (pump.gaps, pump.relay.trail.tail) == ([1.0, 1.0], b"789!")
+    assert (pump.relay.statistics.first_at, pump.relay.statistics.last_at) == (1001.0, 1003.0)
+    assert (pump.gaps, pump.relay.statistics.tail) == ([1.0, 1.0], b"789!")
     assert len(pump.delays) == 1
 
 
@@ -471,7 +475,7 @@ def test_chunks_are_read_in_the_same_lots_in_whatever_form_they_come(
 
 
 def test_a_client_that_has_left_gets_no_chunks_as_they_are() -> None:
-    """What is read on for the copy's sake goes to nobody, and is not counted as handed on."""
+    """What is read on for the copy's sake goes to nobody, and is not counted as forwarded."""
     pump = Pump(stays=True)
     pump.sink.takes_chunks = True
     for _ in range(2):
@@ -481,7 +485,7 @@ def test_a_client_that_has_left_gets_no_chunks_as_they_are() -> None:
     pump.sink.producer.stopProducing()
     pump.relay.framedReceived(b"1\r\n?\r\n", 3)
     assert pump.sink.as_they_are == [b"1\r\n!\r\n"]
-    assert (pump.relay.byte_count, pump.relay.trail.verbatim) == (2, 1)
+    assert (pump.relay.byte_count, pump.relay.statistics.verbatim) == (2, 1)
     assert pump.copied == [b"!", b"!", b"?"]
 
 

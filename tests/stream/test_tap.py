@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
+from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
+from llmproxy.dialects.endpoints import Endpoint, endpoint
 from llmproxy.errors import Dialect, EndReason
-from llmproxy.stream.dialects import Endpoint, endpoint
-from llmproxy.stream.gathered import Gathered, ProviderError, Usage
 from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
 from tests.conftest import LoggedFailures
@@ -109,7 +109,7 @@ def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
     ],
 )
 def test_what_has_no_marker_is_never_unfinished(path: bytes, content_type: bytes | None) -> None:
-    """An answer in one piece, of an unread type or of an endpoint without marker just ends."""
+    """A response in one piece, of an unread type or of an endpoint without marker just ends."""
     row = endpoint(Dialect.OPENAI, path)
     assert row is not None
     tap = StreamAccumulator(row, content_type=content_type)
@@ -284,7 +284,7 @@ def test_a_reader_that_raises_leaves_what_was_found(logged_failures: LoggedFailu
     """A row of the table with a mistake in it costs what it did not read, and no more."""
     calls = itertools.count()
 
-    def read(data: bytes, seen: Gathered) -> None:
+    def read(data: bytes, seen: Accumulated) -> None:
         seen.add_text(data.decode())
         if next(calls):
             raise KeyError
@@ -335,7 +335,7 @@ def test_an_endless_event_is_let_go(capture: str) -> None:
 
 
 def test_long_embeddings_are_counted() -> None:
-    """Of an answer in one piece beyond the limit the usage is found, and that is no lack."""
+    """Of a response in one piece beyond the limit the usage is found, and that is no lack."""
     one = BY_FILE["openai-embeddings.json"]
     long = one.data.replace(b"0.0023064255", b",".join([b"0.0023064255"] * 10_000))
     assert one.read([long], "usage", event=20_000) == one.result
@@ -343,7 +343,7 @@ def test_long_embeddings_are_counted() -> None:
 
 
 def test_a_document_of_which_nothing_is_left() -> None:
-    """A long answer in one piece in whose ends no usage stands is told to be unread."""
+    """A long response in one piece in whose ends no usage stands is told to be unread."""
     one = BY_FILE["openai-embeddings.json"]
     members = b"{" + b",".join(b'"%d":1' % n for n in range(5000)) + b"}"
     assert one.read([members], "usage", event=20_000).degraded == (Degraded.OVERLONG,)

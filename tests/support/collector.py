@@ -17,7 +17,7 @@ class Collector:
 
     Attributes:
         status: what it answers, and ``body`` with what.
-        hang: an answer waits for this, where it is set.
+        hang: a response waits for this, where it is set.
         requests: path, fields and decoded body of each request.
     """
 

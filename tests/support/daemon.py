@@ -194,8 +194,8 @@ class Daemon:
     def admin(self, path: str) -> str:
         """Read a path of the admin site."""
         url = f"http://127.0.0.1:{self.admin_port}{path}"
-        with urllib.request.urlopen(url, timeout=WAIT) as answer:
-            text: str = answer.read().decode()
+        with urllib.request.urlopen(url, timeout=WAIT) as response:
+            text: str = response.read().decode()
         return text
 
     def metrics(self) -> dict[str, float]:

@@ -109,16 +109,16 @@ class Wire:
             self.clock.advance(seconds)
         return self.taken()
 
-    def answer(self) -> tuple[int, dict[str, Any]]:
-        """Status and document of an answer that was written at once."""
+    def response(self) -> tuple[int, dict[str, Any]]:
+        """Status and document of a response that was written at once."""
         head, body = self.taken().split(b"\r\n\r\n", 1)
         return int(head.split()[1]), json.loads(body)
 
     def whole(self, path: str, model: str = "demo-fast", **more: Any) -> dict[str, Any]:
-        """Ask for an answer in one piece; return its document."""
+        """Ask for a response in one piece; return its document."""
         self.ask(path, model, stream=False, **more)
         self.clock.advance(0)
-        status, document = self.answer()
+        status, document = self.response()
         assert status == 200, document
         return document
 

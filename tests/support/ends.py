@@ -41,7 +41,7 @@ class End(Protocol):
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.lost: list[Exception] = []
-        self.shaken = 0
+        self.handshake_done = 0
         self.on_made: Callable[[End], Any] = _nothing
         self.on_data: Callable[[End], Any] = _nothing
         self.on_shaken: Callable[[End], Any] = _nothing
@@ -56,7 +56,7 @@ class End(Protocol):
         self.on_made(self)
 
     def handshakeCompleted(self) -> None:
-        self.shaken += 1
+        self.handshake_done += 1
         self.on_shaken(self)
 
     def dataReceived(self, data: bytes) -> None:

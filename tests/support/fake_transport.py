@@ -1,7 +1,7 @@
 """Stand-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
 
 The transport is Twisted's ``StringTransport`` with what that lacks of a TCP transport: the private
-figures of ``FileDescriptor`` that ``wire/transport.py`` reads, a half close, a producer that may be
+figures of ``FileDescriptor`` that ``net/transport.py`` reads, a half close, a producer that may be
 unregistered twice, and an end that comes when the test says so.  Backpressure and kernels are not
 pretended; they are tested on real sockets.
 """

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llmproxy.dialects.accumulated import ProviderError, ToolCall, Usage
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import Dialect, EndReason
-from llmproxy.stream.dialects import endpoint
-from llmproxy.stream.gathered import ProviderError, ToolCall, Usage
 from llmproxy.stream.result import Result
 from llmproxy.stream.tap import StreamAccumulator
 
@@ -43,7 +43,7 @@ class Recorded(NamedTuple):
     def tap(
         self, capture: Literal["usage", "content"] = "content", **options: Any
     ) -> StreamAccumulator:
-        """Return a tap for such an answer."""
+        """Return a tap for such a response."""
         row = endpoint(self.dialect, self.path)
         assert row is not None
         suffix = Path(self.file).suffix

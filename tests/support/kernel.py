@@ -76,5 +76,5 @@ def _sockets() -> Iterator[socket.socket]:
 
 
 def _figure(sock: socket.socket, question: int) -> int:
-    answer = fcntl.ioctl(sock.fileno(), question, b"\0\0\0\0")
-    return int(struct.unpack("i", answer)[0])
+    response = fcntl.ioctl(sock.fileno(), question, b"\0\0\0\0")
+    return int(struct.unpack("i", response)[0])

@@ -1,7 +1,7 @@
 """Callers that do not try again: short calls and streams, one after the other, until told to end.
 
 They talk to the demo provider behind the proxy.  Whatever goes wrong for one of them, a connection
-that is refused, an answer that is broken or an error, is kept; a caller goes on after it.
+that is refused, a response that is broken or an error, is kept; a caller goes on after it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Load:
         return "kept"
 
     def _ask_shortly(self, wire: Wire) -> bool:
-        """Make one short call; return whether its answer says that the connection ends with it."""
+        """Make one short call; return whether its response closes the connection."""
         wire.send(ask(1, "demo-fast"))
         got = read_got(wire)
         assert got.status == 200, got

@@ -14,11 +14,11 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.front.door import Door
-from llmproxy.front.http import Site
-from llmproxy.front.listen import listen
-from llmproxy.front.request import Request
-from llmproxy.front.tls import ListenerTls
+from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.listen import listen
+from llmproxy.server.request import Request
+from llmproxy.server.site import Site
+from llmproxy.server.tls import ListenerTls
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.sockets import WAIT, Wire, request
 
@@ -49,7 +49,7 @@ class Served:
     Args:
         text: the endpoint.
         tls: ends TLS on it.
-        door: counts the connections.
+        limiter: counts the connections.
         timeouts: the deadlines towards clients.
         reuse_port: others may bind the same address.
 
@@ -63,7 +63,7 @@ class Served:
         text: str = TCP,
         *,
         tls: ListenerTls | None = None,
-        door: Door | None = None,
+        limiter: ConnectionLimiter | None = None,
         timeouts: Timeouts | None = None,
         reuse_port: bool = False,
     ) -> None:
@@ -75,7 +75,7 @@ class Served:
             timeouts or Timeouts(),
             Limits(),
             body_limit=lambda target: 0,
-            door=door,
+            limiter=limiter,
         )
         self.listening = listen(self.reactor, text, self.site, tls=tls, reuse_port=reuse_port)
         self.port: int = getattr(self.listening.getHost(), "port", 0)
@@ -112,7 +112,7 @@ class Served:
 
     async def until_connected(self, count: int) -> None:
         """Wait until there are so many clients."""
-        await until(lambda: len(self.site.channels) == count)
+        await until(lambda: len(self.site.connections) == count)
 
     async def pass_time(self, seconds: float) -> None:
         """Turn the clock in steps of half a second, and let the reactor turn between them."""
@@ -123,7 +123,7 @@ class Served:
     def sockets(self) -> list[Any]:
         """Return the accepted sockets of the site's clients."""
         found = []
-        for channel in self.site.channels:
+        for channel in self.site.connections:
             transport: Any = channel.transport
             while (below := getattr(transport, "transport", None)) is not None:
                 transport = below
@@ -147,7 +147,7 @@ def knock(port: int) -> tuple[str, bytes]:
 
 
 def ask(wire: Wire) -> bytes:
-    """Ask once on a connection that stays; return the answer's body."""
+    """Ask once on a connection that stays; return the response's body."""
     wire.send(GET)
     first, fields = wire.read_head()
     body = wire.read_body(fields)

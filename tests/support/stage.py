@@ -38,8 +38,8 @@ def event(number: int) -> bytes:
     return b'data: {"n":%d}\n\n' % number
 
 
-def answer(status: int, *fields: str, body: bytes = b"", reason: str = "") -> bytes:
-    """Return a whole answer with a ``Content-Length``, on a connection that then closes."""
+def response(status: int, *fields: str, body: bytes = b"", reason: str = "") -> bytes:
+    """Return a whole response with a ``Content-Length``, on a connection that then closes."""
     lines = [f"HTTP/1.1 {status} {reason}", *fields, f"Content-Length: {len(body)}"]
     return "\r\n".join([*lines, "Connection: close"]).encode("latin-1") + b"\r\n\r\n" + body
 
@@ -92,7 +92,7 @@ class Notes(queue.Queue[Any]):
 
 
 class Got(NamedTuple):
-    """An answer as a client got it; names of fields are in lower case."""
+    """A response as a client got it; names of fields are in lower case."""
 
     status: int
     fields: list[tuple[bytes, bytes]]
@@ -108,7 +108,7 @@ class Got(NamedTuple):
 
 
 def read_got(wire: Wire, *, bodiless: bool = False) -> Got:
-    """Take one answer, framed as its fields say; without framing, to the connection's end."""
+    """Take one response, framed as its fields say; without framing, to the connection's end."""
     first, fields = wire.read_head()
     version, status, _ = first.split(b" ", 2)
     assert version == b"HTTP/1.1"
@@ -219,7 +219,7 @@ class Stage:
         return got
 
     def get(self, sent: bytes) -> Got:
-        """Send one request on a connection of its own, and return the answer."""
+        """Send one request on a connection of its own, and return the response."""
         with self.connect() as client:
             client.send(sent)
             return read_got(client, bodiless=sent.startswith(b"HEAD "))
@@ -263,6 +263,6 @@ def client_config(name: str, key: str, more: str = "") -> str:
 
 
 def chunked_answer(*pieces: bytes, kind: str = "text/event-stream") -> bytes:
-    """Return a whole chunked answer, a chunk for each piece, on a connection that then closes."""
+    """Return a whole chunked response, a chunk for each piece, on a connection that then closes."""
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + chunked(*pieces) + LAST

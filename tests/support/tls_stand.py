@@ -30,7 +30,7 @@ EVENTS = [event(0), event(1), event(2), DONE]
 """What the provider streams."""
 
 
-def answer(wire: Wire) -> None:
+def response(wire: Wire) -> None:
     """A provider's script: answer one request."""
     wire.read_request()
     wire.send(OK)
@@ -47,7 +47,7 @@ class Stand:
     def __init__(self, folder: Path, *, more: str = "", proxy: str = PROXY) -> None:
         self.vault = Vault(folder)
         self.shown = self.vault.put()
-        self.script: Script = answer
+        self.script: Script = response
         self.provider = Provider(lambda wire: self.script(wire))
         config = self.vault.config + provider_config(self.provider.url)
         config += client_config("team", KEY) + more

@@ -11,12 +11,12 @@ from tests.traps.endings import read_ending
 
 
 class Told(NamedTuple):
-    """An answer, or that there was none.
+    """A response, or that there was none.
 
     Attributes:
         status: its status; None where no head came.
         fields: its header fields, names in lower case.
-        body: its body; where it is the last answer, everything that came behind its head.
+        body: its body; where it is the last response, everything that came behind its head.
         how: the connection's end as :class:`~tests.traps.endings.Ending` has it; ``open`` where the
             answer is not the last.
     """
@@ -42,7 +42,7 @@ NOTHING = Told(None, [], b"", "open")
 
 
 def ask(port: int, seconds: float, *pieces: bytes) -> Told:
-    """Send bytes in one piece; return the first answer, waiting for so many seconds."""
+    """Send bytes in one piece; return the first response, waiting for so many seconds."""
     with connect(port) as wire:
         with suppress(ConnectionError):  # whoever refuses without a word may do it while we speak
             wire.send(*pieces)
@@ -50,7 +50,7 @@ def ask(port: int, seconds: float, *pieces: bytes) -> Told:
 
 
 def read_told(wire: Wire, seconds: float) -> Told:
-    """Read one answer, and the end of the connection where the answer says that it is the last."""
+    """Read one response, and the end of the connection where the response announces it."""
     wire.sock.settimeout(seconds)
     try:
         first, fields = wire.read_head()

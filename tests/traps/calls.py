@@ -18,10 +18,10 @@ class Outcome(NamedTuple):
     """What came of a request.
 
     Attributes:
-        code: the answer's status, or None where there was no answer.
+        code: the response's status, or None where there was no response.
         data: its body.
         whole: whether that was whole; None where neither its end nor its break was told.
-        error: why there was no answer; ``TimeoutError`` where nothing was told at all.
+        error: why there was no response; ``TimeoutError`` where nothing was told at all.
     """
 
     code: int | None
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 async def outcome(call: Call, seconds: float) -> Outcome:
-    """Await an answer and its body, each for at most so many seconds."""
+    """Await a response and its body, each for at most so many seconds."""
     try:
         reply = await within(seconds, call.head)
     except Exception as error:
@@ -48,13 +48,13 @@ async def outcome(call: Call, seconds: float) -> Outcome:
 
 
 class FirstThenSecond:
-    """A provider's script: ``/first`` gets one answer, ``/second`` tells whose connection it is.
+    """A provider's script: ``/first`` gets one response, ``/second`` tells whose connection it is.
 
     On a connection of its own the second request gets ``mine``; where the first one was on that
     connection already, it gets ``trick``.
 
     Args:
-        first: the answer to the first request.
+        first: the response to the first request.
 
     Attributes:
         targets: what was asked for, in order.

@@ -17,7 +17,7 @@ from twisted.web import server
 from twisted.web.resource import Resource
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.front.http import Site
+from llmproxy.server.site import Site
 from llmproxy.service import ProxyService
 from tests.support.kernel import held
 from tests.support.tls import Authority

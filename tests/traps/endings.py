@@ -1,4 +1,4 @@
-"""Reading an answer to its end, and saying how it ended."""
+"""Reading a response to its end, and saying how it ended."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Config, parse
-from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.response import Response
 from tests.support.daemon import UNTUNED
 
 Fields = list[tuple[bytes, bytes]]
@@ -76,7 +76,7 @@ class Body(TwistedProtocol):
 
 
 class Reply(Protocol):
-    """An answer whose head is in."""
+    """A response whose head is in."""
 
     @property
     def code(self) -> int:
@@ -132,9 +132,9 @@ class Sender(Protocol):
 
 
 class OurReply:
-    """Our answer."""
+    """Our response."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Response) -> None:
         self.answer = answer
         self.code = answer.code
         self.fields: Fields = answer.fields
@@ -145,14 +145,14 @@ class OurReply:
 
 
 class OurCall:
-    """Our request: before the head its Deferred is the hold, after it the answer."""
+    """Our request: before the head its Deferred is the hold, after it the response."""
 
-    def __init__(self, asked: Deferred[Answer]) -> None:
+    def __init__(self, asked: Deferred[Response]) -> None:
         self._asked = asked
         self._reply: OurReply | None = None
         self.head: Deferred[Any] = asked.addCallback(self._came)
 
-    def _came(self, answer: Answer) -> OurReply:
+    def _came(self, answer: Response) -> OurReply:
         self._reply = OurReply(answer)
         return self._reply
 
@@ -326,7 +326,7 @@ def stock_client(
 
 
 class StockPump(Resource):
-    """A proxy of forty lines: what comes in under ``/p`` goes to ``url``, and the answer back.
+    """A proxy of forty lines: what comes in under ``/p`` goes to ``url``, and the response back.
 
     It lets no redirect be followed, buffers nothing, and lets go of the provider when the client
     leaves, before the head and in the body.
@@ -358,11 +358,11 @@ class StockPump(Resource):
             timeout=self._timeout,
         )
         request.notifyFinish().addErrback(lambda _: asked.cancel())
-        asked.addCallback(self._answer, request)
+        asked.addCallback(self._response, request)
         asked.addErrback(self._fail, request)
         return NOT_DONE_YET
 
-    def _answer(self, response: Any, request: Any) -> None:
+    def _response(self, response: Any, request: Any) -> None:
         if response.code >= 500:
             self._fail(None, request)
             return

@@ -24,10 +24,10 @@ BUFFER = 8192
 
 TOTAL = 2 << 20
 BOUND = 128 * 1024
-"""Most bytes that the proxy may hold of one answer, in its own memory."""
+"""Most bytes that the proxy may hold of one response, in its own memory."""
 
 TLS_EXTRA = (16 + 4) * 1024
-"""What is counted below TLS and is no byte of an answer yet: a record that is incomplete, which is
+"""What is counted below TLS and is no byte of a response yet: a record that is incomplete, which is
 at most 16 KiB, and the handshake."""
 
 STILL = 0.75
@@ -86,7 +86,7 @@ def read_all(wire: Wire) -> bytes:
 async def test_a_client_that_stops_reading_stops_the_provider(
     proxy: Callable[..., int], authority: Authority, above: bool, below: bool
 ) -> None:
-    """What the proxy took and could not hand on stays bounded; reading again, all of it comes."""
+    """What the proxy took and could not forward stays bounded; reading again, all of it comes."""
     pouring = Pouring()
     tls = authority.server() if above else None
     with Provider(pouring, tls=tls, send_buffer=BUFFER) as provider:

@@ -17,7 +17,7 @@ from twisted.internet._resolver import GAIResolver
 from twisted.internet.error import DNSLookupError
 
 from llmproxy.upstream import client
-from llmproxy.upstream.names import Names
+from llmproxy.upstream.resolver import Resolver
 from tests.support.sockets import Provider, Wire, connect, request
 from tests.support.tls import Authority
 from tests.traps.calls import OK, Outcome, Step, is_told, outcome
@@ -158,7 +158,7 @@ async def test_being_out_of_descriptors_is_called_by_its_name(
 @contextmanager
 def resolving(monkeypatch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any]) -> Iterator[None]:
     """Let both casts look names up in this way."""
-    monkeypatch.setattr(client, "Names", partial(Names, getaddrinfo=getaddrinfo))
+    monkeypatch.setattr(client, "Resolver", partial(Resolver, getaddrinfo=getaddrinfo))
     stock = GAIResolver(ANY, getaddrinfo=getaddrinfo)
     before = ANY.installNameResolver(stock)
     try:

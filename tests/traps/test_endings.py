@@ -1,4 +1,4 @@
-"""How an answer that broke reaches a client that is slow to read it."""
+"""How a response that broke reaches a client that is slow to read it."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ GET = request("GET", "/x")
 
 
 @ensureDeferred
-async def test_an_answer_is_served(front: Front) -> None:
+async def test_a_response_is_served(front: Front) -> None:
     """Both casts can play: a Resource's answer reaches a client; its connection is used again."""
 
     def say(request: Any) -> None:
@@ -119,7 +119,7 @@ class Idler:
 
 @pytest.mark.trap("C12")
 @ensureDeferred
-async def test_an_answer_may_be_ended_after_its_client_has_left(
+async def test_a_response_may_be_ended_after_its_client_has_left(
     front: Front, patience: float
 ) -> None:
     """Writing, unregistering and finishing behind the disconnect do nothing, and raise nothing."""
@@ -155,7 +155,7 @@ async def test_an_answer_may_be_ended_after_its_client_has_left(
 async def test_finishing_unregisters_the_producer(
     front: Front, patience: float, logged_failures: LoggedFailures
 ) -> None:
-    """An answer finished with its producer registered is no failure, and the next one is served."""
+    """A response that ends with its producer registered is no failure; the next one is served."""
 
     def say(request: Any) -> None:
         request.registerProducer(Idler(), True)
@@ -257,7 +257,7 @@ def names(head: Head) -> set[bytes]:
 
 @pytest.mark.trap("C19")
 @ensureDeferred
-async def test_a_resource_s_answer_gets_no_server_and_no_type(
+async def test_a_resource_s_response_gets_no_server_and_no_type(
     front: Front, patience: float
 ) -> None:
     """What the Resource did not say is not said for it."""
@@ -273,10 +273,10 @@ async def test_a_resource_s_answer_gets_no_server_and_no_type(
 
 @pytest.mark.trap("C19")
 @ensureDeferred
-async def test_a_provider_s_answer_gets_no_server_and_no_type(
+async def test_a_provider_s_response_gets_no_server_and_no_type(
     proxy: Callable[..., int], patience: float
 ) -> None:
-    """An answer without a ``Server`` and a type keeps having none."""
+    """A response without a ``Server`` and a type keeps having none."""
     closing = request("GET", "/p/x", "Connection: close")
     with Provider(answer_ok) as provider:
         head, ending = await thread(ask, proxy(provider.url), patience, closing)

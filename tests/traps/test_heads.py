@@ -1,4 +1,4 @@
-"""Heads of answers that are too long, malformed or endless."""
+"""Heads of responses that are too long, malformed or endless."""
 
 from __future__ import annotations
 
@@ -100,16 +100,16 @@ BAD = {
 
 
 @pytest.mark.trap("U13")
-@pytest.mark.parametrize("answer", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("response", BAD.values(), ids=BAD.keys())
 @ensureDeferred
 async def test_a_malformed_head_is_refused(
-    upstream: Upstream, patience: float, answer: bytes
+    upstream: Upstream, patience: float, response: bytes
 ) -> None:
     """It is a bad upstream, whatever could be read into it, and not used again."""
 
     def script(wire: Wire) -> None:
         wire.read_request()
-        wire.send(answer)
+        wire.send(response)
         wire.wait_closed()
 
     with Provider(script) as provider:
@@ -183,7 +183,7 @@ async def test_interim_answers_without_end_are_refused(
 @pytest.mark.trap("U14")
 @ensureDeferred
 async def test_a_few_interim_answers_are_passed_over(upstream: Upstream, patience: float) -> None:
-    """As many as honest servers send are no answer, and no harm."""
+    """As many as honest servers send are no response, and no harm."""
     flood = Flood(b"HTTP/1.1 100 Continue\r\n\r\n", repeat(INTERIM, 3), OK)
     with Provider(flood) as provider:
         sender = upstream(provider.url)

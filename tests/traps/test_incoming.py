@@ -36,7 +36,7 @@ def answer_ok(wire: Wire) -> None:
 @pytest.mark.parametrize("kind", [JSON, OPAQUE], ids=["held", "streamed"])
 @ensureDeferred
 async def test_who_may_send_a_body_is_asked_for_it(proxy: Ports, kind: str) -> None:
-    """``100 Continue`` comes before the body, and the answer behind it."""
+    """``100 Continue`` comes before the body, and the response behind it."""
 
     def invited(port: int) -> list[Told]:
         with connect(port) as wire:

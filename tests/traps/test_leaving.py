@@ -1,4 +1,4 @@
-"""Clients that leave in the middle of an answer, in ways that are easy not to see."""
+"""Clients that leave in the middle of a response, in ways that are easy not to see."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ async def test_a_client_that_half_closes_is_taken_for_gone(
 @pytest.mark.trap("C14")
 @ensureDeferred
 async def test_the_provider_of_a_client_that_half_closed_is_let_go_of(proxy: Ports) -> None:
-    """And the client can tell: its answer breaks off without an end."""
+    """And the client can tell: its response breaks off without an end."""
     streaming = Streaming()
     with Provider(streaming) as provider, await thread(connect, proxy(provider.url)) as wire:
         await thread(begin, wire)

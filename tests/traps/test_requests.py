@@ -1,4 +1,4 @@
-"""What happens to a request, and to the head of its answer, on the way through the HTTP client."""
+"""What the HTTP client does to a request, and to the head of its response."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Answering:
-    """A provider's script that gives every request the same answer, and keeps the requests."""
+    """A provider's script that gives every request the same response, and keeps the requests."""
 
-    def __init__(self, answer: bytes) -> None:
-        self._answer = answer
+    def __init__(self, response: bytes) -> None:
+        self._response = response
         self.requests: list[Received] = []
 
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
         while True:
             self.requests.append(wire.read_request())
-            wire.send(self._answer)
+            wire.send(self._response)
 
 
 async def roundtrip(
@@ -48,8 +48,8 @@ async def roundtrip(
 
 
 @ensureDeferred
-async def test_an_answer_crosses(upstream: Upstream, patience: float) -> None:
-    """Both casts can play: a plain request gets its whole answer."""
+async def test_a_response_crosses(upstream: Upstream, patience: float) -> None:
+    """Both casts can play: a plain request gets its whole response."""
     answering = Answering(OK)
     with Provider(answering) as provider:
         reply, data, whole = await roundtrip(upstream(provider.url), "GET", "/x", [], patience)
@@ -120,8 +120,8 @@ async def test_a_redirect_is_handed_on_and_not_followed(
     elsewhere = Answering(OK)
     with Provider(elsewhere) as other:
         place = b"Location: %b/elsewhere\r\n" % other.url.encode()
-        answer = b"HTTP/1.1 %d Go\r\n%bContent-Length: 0\r\n\r\n" % (status, place)
-        with Provider(Answering(answer)) as provider:
+        response = b"HTTP/1.1 %d Go\r\n%bContent-Length: 0\r\n\r\n" % (status, place)
+        with Provider(Answering(response)) as provider:
             reply, _, _ = await roundtrip(
                 upstream(provider.url), "GET", "/x", [(b"x-api-key", b"secret")], patience
             )
@@ -227,8 +227,8 @@ async def test_a_request_makes_no_url_and_no_cookie_and_no_decoder(
     count(http.cookiejar.CookieJar, "add_cookie_header")
     count(http.cookiejar.CookieJar, "extract_cookies")
     count(client.GzipDecoder, "__init__")
-    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
-    with Provider(Answering(answer)) as provider:
+    response = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
+    with Provider(Answering(response)) as provider:
         sender = upstream(provider.url)
         await roundtrip(sender, "GET", "/warm", [], patience)
         calls.clear()

@@ -1,4 +1,4 @@
-"""Which connection the next request goes on, and whose answer it gets."""
+"""Which connection the next request goes on, and whose response it gets."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
         "a line end behind it",
         "behind the last chunk",
         "HEAD with a body",
-        "HEAD with an answer behind it",
-        "204 with an answer behind it",
+        "HEAD with a response behind it",
+        "204 with a response behind it",
         "304 with a body",
         "behind an empty body",
     ],
 )
 @ensureDeferred
-async def test_a_connection_with_bytes_behind_its_answer_is_not_used_again(
+async def test_a_connection_with_bytes_behind_its_response_is_not_used_again(
     upstream: Upstream, patience: float, method: str, first: bytes
 ) -> None:
-    """The next caller's request goes on a connection of its own and gets its own answer."""
+    """The next caller's request goes on a connection of its own and gets its own response."""
     script = FirstThenSecond(first)
     with Provider(script) as provider:
         sender = upstream(provider.url)
@@ -109,7 +109,7 @@ async def test_a_connection_that_the_provider_gives_up_is_not_used_again(
     ids=["length and chunked", "chunked and length", "twice", "two lengths", "a list"],
 )
 @ensureDeferred
-async def test_an_answer_that_is_framed_twice_is_refused(
+async def test_a_response_that_is_framed_twice_is_refused(
     upstream: Upstream, patience: float, framing: bytes
 ) -> None:
     """It is a bad upstream, and its connection serves nobody else."""
@@ -158,8 +158,8 @@ async def test_the_provider_s_own_idle_limit_is_kept_to(
     upstream: Upstream, patience: float, hint: bytes
 ) -> None:
     """A connection that the provider is about to close is not used for one more request."""
-    answer = PLAIN + b"Keep-Alive: %b\r\nContent-Length: 2\r\n\r\nok" % hint
-    script = FirstThenSecond(answer)
+    response = PLAIN + b"Keep-Alive: %b\r\nContent-Length: 2\r\n\r\nok" % hint
+    script = FirstThenSecond(response)
     with Provider(script) as provider:
         sender = upstream(provider.url)
         await outcome(sender.send("GET", "/first", []), patience)

@@ -30,7 +30,7 @@ GET = request("GET", "/x")
 def trickle(port: int, seconds: float, start: bytes, piece: bytes) -> Told | None:
     """Send ``start`` and then the same piece again and again; return what that is answered.
 
-    After so many seconds without an answer or an end, that is None.
+    After so many seconds without a response or an end, that is None.
     """
     with connect(port) as wire:
         wire.send(start)
@@ -102,7 +102,7 @@ MORE_THAN_THE_KERNEL_TAKES = 8 << 20
 @pytest.mark.trap("C8")
 @ensureDeferred
 async def test_a_reader_that_takes_nothing_is_cut(front: Ports, patience: float) -> None:
-    """While its answer is under way, too: the Resource learns that it is gone."""
+    """While its response is under way, too: the Resource learns that it is gone."""
     gone = Step()
 
     def say(request: Any) -> None:

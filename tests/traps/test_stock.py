@@ -24,8 +24,8 @@ ROOT = HERE.parents[1]
 
 UPSTREAM = tuple(f"U{number}" for number in range(1, 23))
 STRICTNESS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
-ANSWERS = ("C10", "C11", "C12", "C13", "C15", "C16", "C18", "C19")
-DUE = UPSTREAM + STRICTNESS + ANSWERS
+RESPONSES = ("C10", "C11", "C12", "C13", "C15", "C16", "C18", "C19")
+DUE = UPSTREAM + STRICTNESS + RESPONSES
 SHARED = {
     "C14": "a client that half-closes counts as gone, here too: that is documented, not repaired",
     "C17": "TLS joins no writes of different turns: that is to be known, and to stay so",

@@ -138,7 +138,7 @@ async def test_framing_that_two_readers_could_read_in_two_ways_is_refused(
 async def test_a_field_is_one_line_of_text(
     front: Ports, patience: float, lines: list[bytes]
 ) -> None:
-    """Folded lines are not joined, and control characters are not handed on."""
+    """Folded lines are not joined, and control characters are not forwarded."""
     await assert_refused(front, patience, head(b"GET /x HTTP/1.1", HOST, *lines))
 
 
@@ -204,15 +204,15 @@ async def test_an_endless_length_is_refused(
 async def test_close_is_honoured_wherever_it_stands(
     front: Ports, patience: float, fields: list[str]
 ) -> None:
-    """``Connection`` is one list over all its lines: the answer is the connection's last."""
+    """``Connection`` is one list over all its lines: the response is the connection's last."""
 
     def count_answers(port: int) -> tuple[int, str]:
         with connect(port) as wire:
             wire.send(request("GET", "/x", *fields), NEXT)
-            answers = [read_told(wire, patience)]
-            if answers[0].how == "open":
-                answers.append(read_told(wire, patience))
-            return [told.status for told in answers].count(200), answers[-1].how
+            responses = [read_told(wire, patience)]
+            if responses[0].how == "open":
+                responses.append(read_told(wire, patience))
+            return [told.status for told in responses].count(200), responses[-1].how
 
     assert await thread(count_answers, front(Counting())) == (1, "fin")
 
@@ -256,7 +256,7 @@ LONG = "x" * (64 << 10)
 async def test_a_line_that_is_too_long_is_answered(
     front: Ports, patience: float, sent: bytes, status: int
 ) -> None:
-    """The answer says what was too long, and can be read: a clean close comes behind it."""
+    """The response says what was too long, and can be read: a clean close comes behind it."""
     counting = Counting()
     told = await thread(ask, front(counting), patience, sent)
     assert (told.status, counting.rendered) == (status, 0)

@@ -24,7 +24,7 @@ Ports = Callable[..., int]
 
 
 class Reader:
-    """A client that reads an answer chunk by chunk over TLS, and tells when it has the first.
+    """A client that reads a response chunk by chunk over TLS, and tells when it has the first.
 
     Args:
         authority: whom it trusts.

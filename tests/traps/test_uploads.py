@@ -50,8 +50,8 @@ class Refusing:
         received: bytes of the body that came until then.
     """
 
-    def __init__(self, answer: bytes = TOO_LARGE) -> None:
-        self._answer = answer
+    def __init__(self, response: bytes = TOO_LARGE) -> None:
+        self._response = response
         self._answered = Step()
         self.closed = Step()
         self.received = 0
@@ -59,7 +59,7 @@ class Refusing:
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
         wire.read_head()
-        wire.send(self._answer)
+        wire.send(self._response)
         self._answered.take()
         self.received = reads_until_closed(wire)
         self.closed.give()
@@ -71,7 +71,7 @@ class Refusing:
 
 @pytest.mark.trap("U17")
 @pytest.mark.parametrize(
-    ("answer", "text"),
+    ("response", "text"),
     [
         (TOO_LARGE, b"too large"),
         (b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n", b"no"),
@@ -80,11 +80,11 @@ class Refusing:
     ids=["length", "chunked", "empty"],
 )
 @ensureDeferred
-async def test_an_answer_is_delivered_while_the_body_is_still_being_sent(
-    upstream: Upstream, patience: float, answer: bytes, text: bytes
+async def test_a_response_is_delivered_while_the_body_is_still_being_sent(
+    upstream: Upstream, patience: float, response: bytes, text: bytes
 ) -> None:
-    """A refusal that comes first is the answer; the rest of the body stays here."""
-    refusing = Refusing(answer)
+    """A refusal that comes first is the response; the rest of the body stays here."""
+    refusing = Refusing(response)
     with Provider(refusing, receive_buffer=1 << 16) as provider:
         call = upstream(provider.url).send("POST", "/x", [], body=bytes(BIG))
         result = await outcome(call, patience)
@@ -98,7 +98,7 @@ async def test_an_answer_is_delivered_while_the_body_is_still_being_sent(
 @pytest.mark.trap("U17")
 @pytest.mark.parametrize("framing", ["chunked", "length"])
 @ensureDeferred
-async def test_a_streamed_upload_is_stopped_by_its_answer(
+async def test_a_streamed_upload_is_stopped_by_its_response(
     proxy: Callable[..., int], patience: float, framing: str
 ) -> None:
     """The caller has the refusal inside its body, and the provider never gets the rest."""

@@ -14,8 +14,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from llmproxy.config import Config, parse
-from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import until
 from tests.support.kernel import held
 from tests.support.sockets import WAIT, Provider, Wire
@@ -82,7 +82,7 @@ class Stage:
         """Return our side."""
         return Upstream(CLOCK, time.monotonic, self.config)
 
-    def send(self, upstream: Upstream, method: str = "GET", body: Any = b"") -> Deferred[Answer]:
+    def send(self, upstream: Upstream, method: str = "GET", body: Any = b"") -> Deferred[Response]:
         """Send a request."""
         return upstream.send(
             self.config.providers["p"],

@@ -50,8 +50,8 @@ def _short(data: bytes, at: int) -> int:
 
 
 def _protocols(data: bytes) -> list[bytes]:
-    names = []
+    resolver = []
     while data:
-        names.append(data[1 : 1 + data[0]])
+        resolver.append(data[1 : 1 + data[0]])
         data = data[1 + data[0] :]
-    return names
+    return resolver

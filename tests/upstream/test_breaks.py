@@ -1,4 +1,4 @@
-"""Where an answer breaks: at every offset, in every way, the same reason and nothing left."""
+"""Where a response breaks: at every offset, in every way, the same reason and nothing left."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from twisted.python.failure import Failure
 
 from llmproxy.config import Provider, Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.stream.backlog import Backlog
+from llmproxy.stream.batch import Batch
 from llmproxy.stream.relay import Relay
-from llmproxy.upstream.agent import Order, ProviderAgent
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.connect import Attempt
+from llmproxy.upstream.dialer import Attempt
 from llmproxy.upstream.http1 import Connection
-from llmproxy.upstream.names import Names
+from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
+from llmproxy.upstream.resolver import Resolver
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import ABORTED, FIN, RESET, FakeTransport
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -26,7 +26,7 @@ INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
 
 
 class Shape:
-    """An answer, and what is in it.
+    """A response, and what is in it.
 
     Attributes:
         wire: all of it.
@@ -67,7 +67,7 @@ class Connected:
 
     secure = False
 
-    def __init__(self, agent: ProviderAgent) -> None:
+    def __init__(self, agent: ProviderPool) -> None:
         self._agent = agent
         self.transport = FakeTransport()
 
@@ -89,7 +89,7 @@ class Connected:
 
 
 class Sink:
-    """Takes what the relay hands on."""
+    """Takes what the relay forwards."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -119,11 +119,11 @@ class Play:
         self.clock = Clock()
         url = Url(scheme="http", host="127.0.0.1", port=1)
         provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
-        self.agent = ProviderAgent(
+        self.agent = ProviderPool(
             self.clock,
             self.clock.seconds,
             provider,
-            names=Names(self.clock, self.clock.seconds),
+            resolver=Resolver(self.clock, self.clock.seconds),
             pool_idle=None,
             max_head=4096,
         )
@@ -133,18 +133,18 @@ class Play:
         self.sink = Sink()
         self.end: EndReason | None = None
         timeouts = Timeouts(connect=1.0, first_byte=30.0)
-        order = Order(self.agent, b"/", [], b"", timeouts)
-        asked: Deferred[Any] = order.request(b"GET", b"", None, None)
+        outgoing = OutgoingRequest(self.agent, b"/", [], b"", timeouts)
+        asked: Deferred[Any] = outgoing.request(b"GET", b"", None, None)
         asked.addCallback(self._relay).addCallbacks(self._whole, self._broken)
 
-    def _relay(self, answer: Answer) -> Deferred[None]:
+    def _relay(self, response: Response) -> Deferred[None]:
         relay = Relay(
-            answer,
+            response,
             self.sink,
             self.clock,
             self.clock.seconds,
             idle=5.0,
-            backlog=Backlog(),
+            batch=Batch(),
             gaps=lambda gap: None,
             delays=lambda delay: None,
         )
@@ -182,7 +182,7 @@ class Play:
 
 
 def expected(shape: Shape, offset: int, how: str) -> EndReason:
-    """Return why a request must end whose answer breaks at ``offset``."""
+    """Return why a request must end whose response breaks at ``offset``."""
     if offset >= len(shape.wire) and not shape.until_close:
         return EndReason.COMPLETE
     if offset < shape.head:
@@ -216,7 +216,7 @@ def test_a_break_at_any_offset_is_called_by_its_name(
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_an_answer_may_be_cut_at_any_two_offsets(shape: Shape) -> None:
+def test_a_response_may_be_cut_at_any_two_offsets(shape: Shape) -> None:
     """However the wire cuts head and framing, in three reads, body and end are the same."""
     size = len(shape.wire)
     for first in range(size):
@@ -230,7 +230,7 @@ def test_an_answer_may_be_cut_at_any_two_offsets(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_a_whole_answer_does_not_mind_how_its_connection_ends(how: str) -> None:
+def test_a_whole_response_does_not_mind_how_its_connection_ends(how: str) -> None:
     """What ends behind the last byte ends an idle connection, and no request."""
     play = Play()
     play.feed(SHAPES["chunked"].wire)

@@ -10,8 +10,8 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
 
-from llmproxy.upstream.answer import Answer
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, until
 from tests.support.sockets import Wire, chunked
 from tests.support.tls import Authority
@@ -63,7 +63,7 @@ async def awaiting_a_whole_answer(stage: Stage, upstream: Upstream) -> Callable[
     return await given_up_by_cancel(stage, stage.send(upstream, "POST", b'{"stream":false}'))
 
 
-async def given_up_by_cancel(stage: Stage, asked: Deferred[Answer]) -> Callable[[], None]:
+async def given_up_by_cancel(stage: Stage, asked: Deferred[Response]) -> Callable[[], None]:
     """Wait for the provider to reach the phase; the Deferred is the hold on the request."""
     asked.addErrback(lambda failure: None)
     await until(stage.reached.is_set)
@@ -78,10 +78,10 @@ async def first_chunk(stage: Stage, upstream: Upstream) -> Callable[[], None]:
         wire.send(STREAM)
 
     stage.script = script
-    answer = await stage.send(upstream)
-    answer.deliverBody(Collector())
+    response = await stage.send(upstream)
+    response.deliverBody(Collector())
     await until(stage.reached.is_set)
-    return answer.abort
+    return response.abort
 
 
 async def mid_stream(stage: Stage, upstream: Upstream) -> Callable[[], None]:
@@ -92,11 +92,11 @@ async def mid_stream(stage: Stage, upstream: Upstream) -> Callable[[], None]:
         wire.send(STREAM, chunked(b"data: 1\n\n"))
 
     stage.script = script
-    answer = await stage.send(upstream)
+    response = await stage.send(upstream)
     body = Collector()
-    answer.deliverBody(body)
+    response.deliverBody(body)
     await until(lambda: body.body and stage.reached.is_set())
-    return answer.abort
+    return response.abort
 
 
 async def handshake(stage: Stage, upstream: Upstream) -> Callable[[], None]:

@@ -13,7 +13,7 @@ import pytest
 import pytest_twisted
 
 from llmproxy.upstream import client
-from llmproxy.upstream.names import Names
+from llmproxy.upstream.resolver import Resolver
 from tests.support.fake_transport import until
 from tests.support.sockets import WAIT
 from tests.support.tls import Authority
@@ -45,7 +45,7 @@ def hanging_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         over.wait(WAIT)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
-    monkeypatch.setattr(client, "Names", partial(Names, getaddrinfo=getaddrinfo))
+    monkeypatch.setattr(client, "Resolver", partial(Resolver, getaddrinfo=getaddrinfo))
     yield asked
     over.set()
 

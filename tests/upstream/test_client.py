@@ -1,4 +1,4 @@
-"""What treq must not do to a request or an answer, and how a request's body goes out."""
+"""What treq must not do to a request or a response, and how a request's body goes out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from zope.interface import implementer
 from llmproxy.config import Config, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.errors import Dialect, EndReason, ProxyError
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.body import HeldBody
+from llmproxy.http1.grammar import Fields
+from llmproxy.net.transport import pending_bytes
 from llmproxy.upstream.client import LeanClient, NoCookies, PreparedUrl, Upstream
-from llmproxy.wire.grammar import Fields
-from llmproxy.wire.transport import pending_bytes
+from llmproxy.upstream.request_body import HeldBody
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, FakeTransport, TurnedReactor, turn, until
 from tests.support.sockets import WAIT, Provider, Received, Wire
 
@@ -34,18 +34,18 @@ OFF = Timeouts(connect=None, first_byte=None)
 
 
 class Peer(Provider):
-    """A provider that gives the same answer to every request, and tells what it got."""
+    """A provider that gives the same response to every request, and tells what it got."""
 
-    def __init__(self, answer: bytes, **kwargs: Any) -> None:
+    def __init__(self, response: bytes, **kwargs: Any) -> None:
         super().__init__(self.serve, **kwargs)
-        self.answer = answer
+        self.response = response
         self.requests: queue.Queue[Received] = queue.Queue()
 
     def serve(self, wire: Wire) -> None:
         """Answer until the client's end."""
         while True:
             self.requests.put(wire.read_request())
-            wire.send(self.answer)
+            wire.send(self.response)
 
     async def got(self) -> Received:
         """Wait for the next request."""
@@ -69,20 +69,20 @@ class Rig:
         fields: Fields | None = None,
         body: bytes | IBodyProducer = b"",
         timeouts: Timeouts = OFF,
-    ) -> Deferred[Answer]:
+    ) -> Deferred[Response]:
         """Send one request."""
         return self.upstream.send(
             self.provider, method, target, fields or [], body, credential=b"", timeouts=timeouts
         )
 
-    async def fetch(self, *args: Any) -> tuple[Answer, bytes]:
-        """Send one request and return its answer and whole body."""
-        answer = await self.send(*args)
+    async def fetch(self, *args: Any) -> tuple[Response, bytes]:
+        """Send one request and return its response and whole body."""
+        response = await self.send(*args)
         collector = Collector()
-        answer.deliverBody(collector)
+        response.deliverBody(collector)
         await collector.ended
         assert isinstance(collector.ends[0], ResponseDone)
-        return answer, collector.body
+        return response, collector.body
 
     async def rest(self) -> None:
         """Close what is open; nothing may be left."""
@@ -92,7 +92,7 @@ class Rig:
 
 
 def plain(body: bytes, *fields: bytes, status: bytes = b"200 OK") -> bytes:
-    """Return an answer with a length."""
+    """Return a response with a length."""
     lines = [b"HTTP/1.1 " + status, *fields, b"Content-Length: %d" % len(body)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
@@ -133,8 +133,8 @@ async def test_encoded_bodies_are_not_decoded(coding: bytes) -> None:
     body = gzip.compress(b"text")
     with Peer(plain(body, b"Content-Encoding: " + coding)) as peer:
         rig = Rig(peer)
-        answer, got = await rig.fetch()
-        assert (b"content-encoding", coding) in answer.fields
+        response, got = await rig.fetch()
+        assert (b"content-encoding", coding) in response.fields
         assert got == body
         await rig.rest()
 
@@ -142,11 +142,11 @@ async def test_encoded_bodies_are_not_decoded(coding: bytes) -> None:
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("status", [b"301", b"302", b"303", b"307", b"308"])
 async def test_redirects_are_not_followed(status: bytes) -> None:
-    """The answer is the redirect itself, and nothing else is asked for."""
+    """The response is the redirect itself, and nothing else is asked for."""
     with Peer(plain(b"", b"Location: /else", status=status + b" Gone")) as peer:
         rig = Rig(peer)
-        answer, _ = await rig.fetch("POST", b"/", [], b"{}")
-        assert answer.code == int(status)
+        response, _ = await rig.fetch("POST", b"/", [], b"{}")
+        assert response.code == int(status)
         await peer.got()
         assert peer.requests.empty()
         await rig.rest()
@@ -156,12 +156,12 @@ async def test_redirects_are_not_followed(status: bytes) -> None:
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_nothing_is_sent_a_second_time(method: str) -> None:
     """A request that an old connection lost is not repeated behind our back."""
-    answers = [plain(b"x")]
+    responses = [plain(b"x")]
     seen: queue.Queue[bytes] = queue.Queue()
 
     def serve_once(wire: Wire) -> None:
         seen.put(wire.read_request().method)
-        wire.send(answers.pop())
+        wire.send(responses.pop())
         seen.put(wire.read_request().method)
 
     with Provider(serve_once) as peer:
@@ -175,18 +175,18 @@ async def test_nothing_is_sent_a_second_time(method: str) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_answer_is_handed_over_before_its_body() -> None:
-    """The head is an answer as soon as it is there, whatever comes later."""
+async def test_a_response_is_handed_over_before_its_body() -> None:
+    """The head is a response as soon as it is there, whatever comes later."""
     with Peer(b"HTTP/1.1 200 OK\r\n\r\n") as peer:
         rig = Rig(peer)
-        answer = await rig.send()
-        assert isinstance(answer, Answer)
+        response = await rig.send()
+        assert isinstance(response, Response)
         assert rig.upstream.counts() == {
             ("p", "idle"): 0,
             ("p", "active"): 1,
             ("p", "connecting"): 0,
         }
-        answer.abort()
+        response.abort()
         await rig.rest()
 
 
@@ -234,9 +234,9 @@ async def test_a_body_arrives_as_it_is(size: int) -> None:
     with Peer(plain(b"ok")) as peer:
         rig = Rig(peer)
         for _ in range(2):
-            _, answer = await rig.fetch("POST", b"/", [], body)
+            _, response = await rig.fetch("POST", b"/", [], body)
             got = await peer.got()
-            assert (answer, got.body) == (b"ok", body)
+            assert (response, got.body) == (b"ok", body)
             assert got.values(b"content-length") == [b"%d" % size]
         assert peer.accepted == 1
         await rig.rest()
@@ -382,14 +382,14 @@ async def test_an_upload_that_makes_progress_is_not_late() -> None:
         rig.reactor.clock.pump([10, 10])  # the provider waits for the client: that is not its fault
         assert not request.called
         body.end()
-        answer = await request
-        assert answer.code == 200
-        answer.abort()
+        response = await request
+        assert response.code == 200
+        response.abort()
         await rig.rest()
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_early_answer_is_delivered_and_ends_the_upload() -> None:
+async def test_an_early_response_is_delivered_and_ends_the_upload() -> None:
     """A provider that answers while the body is still being sent is heard, and gets no more."""
     size = 30_000_000
     received: queue.Queue[int] = queue.Queue()
@@ -406,8 +406,8 @@ async def test_an_early_answer_is_delivered_and_ends_the_upload() -> None:
 
     with Provider(refuse, receive_buffer=65536) as peer:
         rig = Rig(peer)
-        answer, body = await rig.fetch("POST", b"/", [], bytes(size))
-        assert (answer.code, body) == (413, b"too large")
+        response, body = await rig.fetch("POST", b"/", [], bytes(size))
+        assert (response.code, body) == (413, b"too large")
         assert await deferToThread(received.get, True, WAIT) < size
         await until(lambda: not any(rig.upstream.counts().values()))
         assert not rig.reactor.timers()

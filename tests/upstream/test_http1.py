@@ -1,4 +1,4 @@
-"""One connection to a provider: what is an answer, where it ends, and whom it serves next."""
+"""One connection to a provider: what is a response, where it ends, and whom it serves next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.upstream.answer import Answer
+from llmproxy.http1.grammar import MAX_FIELDS
 from llmproxy.upstream.http1 import MAX_INTERIM, Connection, State
-from llmproxy.wire.grammar import MAX_FIELDS
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import ABORTED, FIN, RESET, Collector, FakeTransport
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -40,7 +40,7 @@ class Asked:
         self.collector = Collector()
         self.ask(method, body)
 
-    def ask(self, method: bytes = b"GET", body: Any = None) -> Deferred[Answer]:
+    def ask(self, method: bytes = b"GET", body: Any = None) -> Deferred[Response]:
         """Send a request; its outcome is kept in ``outcome``."""
         self.outcome: Any = None
         self.waiting = self.connection.send(method, method + b" / HTTP/1.1\r\n\r\n", body)
@@ -55,15 +55,15 @@ class Asked:
         for read in reads:
             self.connection.dataReceived(read)
 
-    def answer(self, *reads: bytes) -> Answer:
-        """Let an answer come in, and have its body delivered as soon as the head is there."""
+    def response(self, *reads: bytes) -> Response:
+        """Let a response come in, and have its body delivered as soon as the head is there."""
         delivered = False
         for read in reads:
             self.feed(read)
-            if isinstance(self.outcome, Answer) and not delivered:
+            if isinstance(self.outcome, Response) and not delivered:
                 delivered = True
                 self.outcome.deliverBody(self.collector)
-        assert isinstance(self.outcome, Answer)
+        assert isinstance(self.outcome, Response)
         return self.outcome
 
     def end(self) -> Any:
@@ -105,44 +105,46 @@ def test_the_request_is_written_in_one_piece() -> None:
 
 
 @pytest.mark.parametrize("head", [LENGTH, CHUNKED, CLOSE, b"HTTP/1.1 100 Go\r\n\r\n" + LENGTH])
-def test_a_head_may_be_cut_anywhere(head: bytes) -> None:
+def test_a_head_may_be_split_at_any_point(head: bytes) -> None:
     """Status and fields are the same at every split of the head, and the body is paused by then."""
     for first, second in cuts(head):
         asked = Asked()
         asked.feed(first)
         assert not asked.waiting.called
         asked.feed(second)
-        assert isinstance(asked.outcome, Answer)
+        assert isinstance(asked.outcome, Response)
         assert asked.outcome.code == 200
         assert asked.transport.is_paused()
 
 
 def test_fields_keep_order_and_values_and_stay_away_from_treq() -> None:
     """The fields are those that came, names in lower case; treq's own view of them is empty."""
-    answer = Asked().answer(OK + b"X-B: 2 \r\nx-a:\t1\r\nX-B: \xff\r\ncontent-length: 0\r\n\r\n")
+    response = Asked().response(
+        OK + b"X-B: 2 \r\nx-a:\t1\r\nX-B: \xff\r\ncontent-length: 0\r\n\r\n"
+    )
 
     expected = [(b"x-b", b"2"), (b"x-a", b"1"), (b"x-b", b"\xff"), (b"content-length", b"0")]
-    assert answer.fields == expected
-    assert answer.version == (b"HTTP", 1, 1)
-    assert not list(answer.headers.getAllRawHeaders())
-    assert (answer.phrase, answer.request, answer.previousResponse) == (b"", None, None)
+    assert response.fields == expected
+    assert response.version == (b"HTTP", 1, 1)
+    assert not list(response.headers.getAllRawHeaders())
+    assert (response.phrase, response.request, response.previousResponse) == (b"", None, None)
     with pytest.raises(NotImplementedError):
-        answer.setPreviousResponse(answer)
+        response.setPreviousResponse(response)
 
 
 @pytest.mark.parametrize("status", [100, 102, 103, 199])
 def test_interim_answers_are_skipped(status: int) -> None:
-    """A 1xx answer is not the answer; a framing in it frames nothing."""
+    """A 1xx response is not the response; a framing in it frames nothing."""
     interim = b"HTTP/1.1 %d X\r\ncontent-length: 7\r\n\r\n" % status
     asked = Asked()
-    asked.answer(interim + interim + LENGTH + b"hello")
+    asked.response(interim + interim + LENGTH + b"hello")
 
     asked.assert_whole(b"hello")
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_interim_answers_are_counted(together: bool) -> None:
-    """As many 1xx answers as allowed are skipped, and one more is refused."""
+    """As many 1xx responses as allowed are skipped, and one more is refused."""
     interim = [b"HTTP/1.1 103 Hint\r\n\r\n"] * MAX_INTERIM
     allowed, refused = Asked(), Asked()
     allowed.feed(*([b"".join(interim)] if together else interim))
@@ -182,7 +184,7 @@ def test_interim_answers_are_counted(together: bool) -> None:
         b"HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     ],
 )
-def test_what_is_not_an_answer_is_refused(head: bytes) -> None:
+def test_what_is_not_a_response_is_refused(head: bytes) -> None:
     """A malformed head, or one that frames its body twice or strangely, is a bad upstream."""
     asked = Asked()
     asked.feed(head)
@@ -200,7 +202,7 @@ def test_a_head_is_bounded(whole: bool) -> None:
     fits = (OK + b"x: ").ljust(100, b"y") + b"\r\n\r\n"
     asked, refused = Asked(max_head=100), Asked(max_head=100)
     asked.feed(fits)
-    assert isinstance(asked.outcome, Answer)
+    assert isinstance(asked.outcome, Response)
 
     over = fits.replace(b"x: ", b"x: y")
     refused.feed(over if whole else over[:104])  # the empty line may be cut
@@ -210,7 +212,7 @@ def test_a_head_is_bounded(whole: bool) -> None:
 def test_a_long_body_behind_a_short_head_is_no_long_head() -> None:
     """The bound is on the head alone, whatever came in the same read."""
     asked = Asked(max_head=100)
-    asked.answer(OK + b"content-length: 9999\r\n\r\n" + bytes(9999))
+    asked.response(OK + b"content-length: 9999\r\n\r\n" + bytes(9999))
 
     asked.assert_whole(bytes(9999))
 
@@ -230,11 +232,11 @@ BODIES = [
 
 @pytest.mark.parametrize(("head", "wire", "body"), BODIES)
 def test_a_body_ends_where_its_framing_says(head: bytes, wire: bytes, body: bytes) -> None:
-    """At every split of the answer the body is the same, and the connection is free again."""
+    """At every split of the response the body is the same, and the connection is free again."""
     whole = head + wire
     for reads in [*cuts(whole), (whole,), tuple(bytes([byte]) for byte in whole)]:
         asked = Asked()
-        asked.answer(*reads)
+        asked.response(*reads)
         asked.assert_whole(body)
         assert b"" not in asked.collector.pieces
         assert asked.idle == [asked.connection]
@@ -249,23 +251,23 @@ def test_a_body_ends_where_its_framing_says(head: bytes, wire: bytes, body: byte
 def test_the_announced_length_is_told(head: bytes, length: object) -> None:
     """The length is what the provider announced, else unknown; so it is for HEAD."""
     for method in (b"GET", b"HEAD"):
-        assert Asked(method).answer(head).length == length
+        assert Asked(method).response(head).length == length
 
 
 @pytest.mark.parametrize("head", [LENGTH, CHUNKED, CLOSE])
-def test_an_answer_to_head_has_no_body(head: bytes) -> None:
+def test_a_response_to_head_has_no_body(head: bytes) -> None:
     """Whatever its fields announce, HEAD's answer ends with its head and frees the connection."""
     asked = Asked(b"HEAD")
-    asked.answer(head)
+    asked.response(head)
 
     asked.assert_whole(b"")
     assert asked.idle == [asked.connection]
 
 
 def test_the_chunks_of_one_read_are_one_piece() -> None:
-    """What one read held is handed on together, without the framing between."""
+    """What one read held is forwarded together, without the framing between."""
     asked = Asked()
-    asked.answer(CHUNKED, b"1\r\na\r\n2\r\nbc\r\n1\r\nd\r\n2", b"\r\nef", b"\r\n0\r\n\r\n")
+    asked.response(CHUNKED, b"1\r\na\r\n2\r\nbc\r\n1\r\nd\r\n2", b"\r\nef", b"\r\n0\r\n\r\n")
 
     assert asked.collector.pieces == [b"abcd", b"ef"]
 
@@ -299,8 +301,8 @@ def test_a_body_without_length_ends_with_a_fin_alone(
 def test_a_body_that_we_cut_ourselves_is_never_whole() -> None:
     """After our own abort not even a FIN makes a close-delimited body whole."""
     asked = Asked()
-    answer = asked.answer(CLOSE + b"text")
-    answer.abort()
+    response = asked.response(CLOSE + b"text")
+    response.abort()
     asked.transport.end(FIN)
 
     asked.assert_broken(EndReason.UPSTREAM_BROKEN)
@@ -344,7 +346,7 @@ def test_a_whole_body_is_whole_also_after_the_connection_was_lost(
 def test_a_faulty_chunk_breaks_the_body(wire: bytes, good: bytes) -> None:
     """What is not the chunked coding closes the connection, after what was good before it."""
     asked = Asked()
-    asked.answer(CHUNKED + b"2\r\nhi\r\n", wire)
+    asked.response(CHUNKED + b"2\r\nhi\r\n", wire)
 
     asked.assert_broken(EndReason.UPSTREAM_PROTOCOL)
     assert asked.collector.body == b"hi" + good
@@ -362,13 +364,13 @@ def test_a_faulty_chunk_breaks_the_body(wire: bytes, good: bytes) -> None:
     ("method", "head", "wire"),
     [(b"GET", head, wire) for head, wire, _ in BODIES] + [(b"HEAD", LENGTH, b"")],
 )
-def test_bytes_behind_an_answer_never_meet_another_caller(
+def test_bytes_behind_a_response_never_meet_another_caller(
     method: bytes, head: bytes, wire: bytes, apart: bool
 ) -> None:
     """Extra bytes close the connection, in the same read as the end or in one of their own."""
     asked = Asked(method)
     extra = LENGTH + b"trick"
-    asked.answer(*([head + wire, extra] if apart else [head + wire + extra]))
+    asked.response(*([head + wire, extra] if apart else [head + wire + extra]))
 
     assert isinstance(asked.end(), ResponseDone)
     assert asked.transport.count("abort") == 1
@@ -386,10 +388,10 @@ def test_bytes_behind_an_answer_never_meet_another_caller(
         b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 5\r\n\r\n",
     ],
 )
-def test_an_answer_that_closes_its_connection_is_believed(head: bytes) -> None:
-    """``close`` anywhere in ``Connection``, and HTTP/1.0, end the connection with the answer."""
+def test_a_response_that_closes_its_connection_is_believed(head: bytes) -> None:
+    """``close`` anywhere in ``Connection``, and HTTP/1.0, end the connection with the response."""
     asked = Asked()
-    asked.answer(head, b"hello")
+    asked.response(head, b"hello")
 
     asked.assert_whole(b"hello")
     assert not asked.idle
@@ -397,12 +399,12 @@ def test_an_answer_that_closes_its_connection_is_believed(head: bytes) -> None:
 
 
 def test_a_connection_serves_one_request_after_the_other() -> None:
-    """Nothing of the first answer is left in the second."""
+    """Nothing of the first response is left in the second."""
     asked = Asked(b"HEAD")
-    asked.answer(LENGTH)
+    asked.response(LENGTH)
     asked.collector = Collector()
     asked.ask(b"GET")
-    second = asked.answer(CHUNKED + b"1\r\nx\r\n", b"0\r\n\r\n")
+    second = asked.response(CHUNKED + b"1\r\nx\r\n", b"0\r\n\r\n")
 
     assert second.length is UNKNOWN_LENGTH
     asked.assert_whole(b"x")
@@ -410,14 +412,14 @@ def test_a_connection_serves_one_request_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("delivered", [True, False])
-def test_an_ended_answer_has_no_hold_on_the_next(delivered: bool) -> None:
-    """Aborting an answer that has ended leaves the connection to whoever has it now."""
+def test_an_ended_response_has_no_hold_on_the_next(delivered: bool) -> None:
+    """Aborting a response that has ended leaves the connection to whoever has it now."""
     asked = Asked()
-    first = asked.answer(LENGTH + b"hello")
+    first = asked.response(LENGTH + b"hello")
     asked.collector = Collector()
     asked.ask()
     if delivered:
-        asked.answer(LENGTH + b"wor")
+        asked.response(LENGTH + b"wor")
     first.abort()
 
     assert not asked.transport.count("abort")
@@ -426,7 +428,7 @@ def test_an_ended_answer_has_no_hold_on_the_next(delivered: bool) -> None:
 def test_stray_bytes_while_idle_close_the_connection() -> None:
     """Bytes that nobody asked for are the end of an idle connection."""
     asked = Asked()
-    asked.answer(LENGTH + b"hello")
+    asked.response(LENGTH + b"hello")
     asked.feed(b"H")
 
     assert asked.transport.count("abort") == 1
@@ -450,7 +452,7 @@ def test_bytes_before_anyone_asks_for_the_body_are_kept() -> None:
 def test_the_consumer_has_the_transport_itself() -> None:
     """Pausing and resuming reach the socket; what was in flight still arrives."""
     asked = Asked()
-    asked.answer(CLOSE)
+    asked.response(CLOSE)
     transport: Any = asked.collector.transport
     transport.pauseProducing()
     assert asked.transport.is_paused()
@@ -481,7 +483,7 @@ def test_a_read_of_one_chunk_is_handed_on_as_it_is_where_that_is_wanted() -> Non
         *(b"2\r\nab\r\n1\r\nc\r\n", b"3\r\nde", b"f\r\n", b"2;x\r\ngh\r\n"),
         *(b"03\r\nijk\r\n", b"1E\r\n" + bytes(30) + b"\r\n"),
     ]
-    asked.answer(CHUNKED, whole[0], *other, whole[1], b"0\r\n\r\n")
+    asked.response(CHUNKED, whole[0], *other, whole[1], b"0\r\n\r\n")
     asked.assert_whole(b"helloabcdefghijk" + bytes(60))
     assert collector.framed == [(whole[0], 3), (whole[1], 4)]
     assert asked.idle == [asked.connection]
@@ -492,7 +494,7 @@ def test_what_only_looks_like_a_chunk_is_content(head: bytes) -> None:
     """A body in another framing may hold what would be a chunk."""
     asked = Asked()
     asked.collector = collector = TakesChunks()
-    asked.answer(head, b"5\r\nhello\r\n"[:10])
+    asked.response(head, b"5\r\nhello\r\n"[:10])
     assert (collector.body, collector.framed) == (b"5\r\nhello\r\n"[:10], [])
 
 
@@ -509,16 +511,16 @@ def test_a_consumer_may_pause_on_the_early_bytes() -> None:
     """A pause that comes while the first bytes are handed over is not undone."""
     asked = Asked()
     asked.collector = PausesAtOnce()
-    asked.answer(OK + b"content-length: 9\r\n\r\nhello")
+    asked.response(OK + b"content-length: 9\r\n\r\nhello")
 
     assert asked.transport.is_paused()
 
 
 def test_an_idle_connection_is_read_whatever_its_last_consumer_did() -> None:
-    """A pause does not outlive its answer: idle connections are watched."""
+    """A pause does not outlive its response: idle connections are watched."""
     asked = Asked()
     asked.collector = PausesAtOnce()
-    asked.answer(LENGTH, b"hello")
+    asked.response(LENGTH, b"hello")
 
     assert asked.connection.state is State.IDLE
     assert not asked.transport.is_paused()
@@ -544,7 +546,7 @@ def test_cancelling_a_request_closes_its_socket_once(reads: tuple[bytes, ...]) -
 
 
 @pytest.mark.parametrize("delivered", [True, False])
-def test_aborting_an_answer_closes_its_socket_once(delivered: bool) -> None:
+def test_aborting_a_response_closes_its_socket_once(delivered: bool) -> None:
     """However often it is asked for, in whatever phase of the body, the socket is aborted once."""
     asked = Asked()
     asked.feed(LENGTH)
@@ -572,7 +574,7 @@ def test_a_consumer_may_abort_inside_its_last_piece() -> None:
             asked.outcome.abort()
 
     asked.collector = GivesUp()
-    asked.answer(LENGTH, b"hello")
+    asked.response(LENGTH, b"hello")
 
     assert asked.transport.count("abort") == 1
     assert not asked.idle
@@ -581,7 +583,7 @@ def test_a_consumer_may_abort_inside_its_last_piece() -> None:
 
 @pytest.mark.parametrize("reason", [FIN, RESET])
 def test_the_connections_end_before_a_head_fails_the_request(reason: Exception) -> None:
-    """A provider that closes without an answer has broken it off, whichever way it closed."""
+    """A provider that closes without a response has broken it off, whichever way it closed."""
     asked = Asked()
     asked.feed(b"HTTP/1.1 200")
     asked.transport.end(reason)
@@ -620,12 +622,12 @@ class Upload:
 
 
 def test_a_body_follows_its_head() -> None:
-    """Piece by piece, and ended when its producer says so; then the answer frees the connection."""
+    """Piece by piece, until its producer ends it; then the response frees the connection."""
     body = Upload()
     asked = Asked(b"POST", body)
     body.consumer.write(b"hello")
     body.done.callback(None)
-    asked.answer(LENGTH + b"world")
+    asked.response(LENGTH + b"world")
 
     head = b"POST / HTTP/1.1\r\n\r\n"
     assert asked.transport.value() == head + b"5\r\nhello\r\n0\r\n\r\n"
@@ -633,12 +635,12 @@ def test_a_body_follows_its_head() -> None:
     assert not body.stops
 
 
-def test_an_early_answer_ends_the_upload() -> None:
-    """An answer that is whole before the request is one stops the body, and the connection."""
+def test_an_early_response_ends_the_upload() -> None:
+    """A response that is whole before the request is one stops the body, and the connection."""
     body = Upload()
     asked = Asked(b"POST", body)
     body.consumer.write(b"hel")
-    asked.answer(LENGTH + b"world")
+    asked.response(LENGTH + b"world")
 
     asked.assert_whole(b"world")
     assert not asked.idle
@@ -649,7 +651,7 @@ def test_a_request_that_the_kernel_did_not_take_is_not_sent() -> None:
     """Whatever still lies in our queue would meet the next request."""
     asked = Asked()
     asked.transport.hold(1)
-    asked.answer(LENGTH + b"world")
+    asked.response(LENGTH + b"world")
 
     asked.assert_whole(b"world")
     assert not asked.idle
@@ -662,7 +664,7 @@ def test_a_body_that_fails_takes_the_connection_along(reads: tuple[bytes, ...]) 
     body = Upload()
     asked = Asked(b"POST", body)
     if reads:
-        asked.answer(*reads)
+        asked.response(*reads)
     error = ProxyError(413, "body_too_large", "Too large.")
     body.done.errback(error)
     asked.transport.end(ABORTED)

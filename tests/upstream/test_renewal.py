@@ -13,8 +13,8 @@ from pytest_twisted import ensureDeferred
 from llmproxy.config import Config, Limits, Secret, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.errors import Dialect
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.client import Upstream, needs_of
+from llmproxy.upstream.client import Upstream, connection_key
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, TurnedReactor, turn, until
 from tests.support.sockets import Provider, Wire
 from tests.support.tls import Authority
@@ -23,7 +23,7 @@ OFF = Timeouts(connect=None, first_byte=None)
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def answer(wire: Wire) -> None:
+def response(wire: Wire) -> None:
     """A provider's script: answer until the client's end."""
     while True:
         wire.read_request()
@@ -47,14 +47,14 @@ class Rig:
         self.config = config
         return before
 
-    async def send(self, upstream: Upstream | None = None) -> Answer:
-        """Send one request; return the head of its answer."""
+    async def send(self, upstream: Upstream | None = None) -> Response:
+        """Send one request; return the head of its response."""
         return await (upstream or self.upstream).send(
             self.config.providers["p"], "GET", b"/", [], b"", credential=b"", timeouts=OFF
         )
 
     async def fetch(self, upstream: Upstream | None = None) -> bytes:
-        """Send one request; return the body of its answer."""
+        """Send one request; return the body of its response."""
         return await read(await self.send(upstream))
 
     def count(self, state: str) -> int:
@@ -79,10 +79,10 @@ def changed(provider: ProviderConfig, **fields: Any) -> ProviderConfig:
     return ProviderConfig(**{**values, **fields})
 
 
-async def read(answer: Answer) -> bytes:
-    """Read an answer's body."""
+async def read(response: Response) -> bytes:
+    """Read a response's body."""
     collector = Collector()
-    answer.deliverBody(collector)
+    response.deliverBody(collector)
     await collector.ended
     return collector.body
 
@@ -106,7 +106,7 @@ OTHER = {
 @ensureDeferred
 async def test_a_provider_keeps_its_pool(fields: dict[str, Any]) -> None:
     """Where nothing has changed that connections depend on: the next request takes a warm one."""
-    with Provider(answer) as peer:
+    with Provider(response) as peer:
         rig = Rig(peer)
         assert await rig.fetch() == b"ok"
         provider = rig.config.providers["p"]
@@ -124,7 +124,7 @@ async def test_a_provider_keeps_its_pool(fields: dict[str, Any]) -> None:
 @ensureDeferred
 async def test_a_provider_that_is_another_begins_anew(fields: dict[str, Any]) -> None:
     """What is idle is closed at once, and what runs goes on to its end, and is not kept."""
-    with Provider(answer) as peer:
+    with Provider(response) as peer:
         rig = Rig(peer)
         running = await rig.send()
         idle = await rig.send()
@@ -143,7 +143,7 @@ async def test_a_provider_that_is_another_begins_anew(fields: dict[str, Any]) ->
 @ensureDeferred
 async def test_a_provider_that_moves_is_followed() -> None:
     """New requests go to the new place; a request that began before still finds the old one."""
-    with Provider(answer) as old, Provider(answer) as new:
+    with Provider(response) as old, Provider(response) as new:
         rig = Rig(old)
         provider = rig.config.providers["p"]
         url = Url(scheme="http", host="127.0.0.1", port=new.port)
@@ -159,8 +159,8 @@ async def test_a_provider_that_moves_is_followed() -> None:
 
 @ensureDeferred
 async def test_a_provider_that_is_gone_is_counted_to_its_end() -> None:
-    """Its running answers are connections as long as they last, and end with the process."""
-    with Provider(answer) as peer:
+    """Its running responses are connections as long as they last, and end with the process."""
+    with Provider(response) as peer:
         rig = Rig(peer)
         first, second = await rig.send(), await rig.send()
         rig.follow(config())
@@ -177,7 +177,7 @@ async def test_a_provider_that_is_gone_is_counted_to_its_end() -> None:
 @ensureDeferred
 async def test_what_is_replaced_is_let_go_of() -> None:
     """No trace of the old agent stays once nothing runs on it, nor of its credential."""
-    with Provider(answer) as peer:
+    with Provider(response) as peer:
         rig = Rig(peer)
         assert await rig.fetch() == b"ok"
         secret = Secret("old")
@@ -201,18 +201,18 @@ def test_an_authority_is_known_by_its_content(tmp_path: Path) -> None:
     authority, other = Authority(tmp_path), Authority(tmp_path / "other")
     url = Url(scheme="https", host="localhost", port=1)
     provider = ProviderConfig(name="p", url=url, dialect=Dialect.RAW, ca=str(authority.ca_path))
-    before = needs_of(provider, config(provider))
-    assert needs_of(provider, config(provider)) == before
+    before = connection_key(provider, config(provider))
+    assert connection_key(provider, config(provider)) == before
     authority.ca_path.write_bytes(other.ca_path.read_bytes())
-    assert needs_of(provider, config(provider)) != before
+    assert connection_key(provider, config(provider)) != before
 
 
-def test_limits_of_answers_count_too() -> None:
+def test_limits_of_responses_count_too() -> None:
     """What a connection was made with is what it goes by."""
     provider = ProviderConfig(
         name="p", url=Url(scheme="http", host="a", port=1), dialect=Dialect.RAW
     )
-    before = needs_of(provider, config(provider))
-    assert needs_of(provider, config(provider, limits=Limits(response_head=1))) != before
-    assert needs_of(provider, config(provider, limits=Limits(request_head=1))) == before
-    assert needs_of(provider, config(provider, timeouts=Timeouts(pool_idle=1.0))) != before
+    before = connection_key(provider, config(provider))
+    assert connection_key(provider, config(provider, limits=Limits(response_head=1))) != before
+    assert connection_key(provider, config(provider, limits=Limits(request_head=1))) == before
+    assert connection_key(provider, config(provider, timeouts=Timeouts(pool_idle=1.0))) != before

@@ -11,9 +11,9 @@ from twisted.internet import reactor
 
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.config import Timeouts, Url
-from llmproxy.upstream.agent import Order, ProviderAgent
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.names import Names
+from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
+from llmproxy.upstream.resolver import Resolver
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, turn, until
 from tests.support.kernel import held
 from tests.support.sockets import Provider, Wire
@@ -29,30 +29,30 @@ LENGTH = b"HTTP/1.1 103 X\r\n\r\n" + HEAD + b"content-length: 14\r\n\r\ndata: a 
 
 
 class Cutting:
-    """A provider's script that cuts its answer to each request, further on each time.
+    """A provider's script that cuts its response to each request, further on each time.
 
     The second piece follows only once the first one was read.
     """
 
-    def __init__(self, answer: bytes, *, tls: bool) -> None:
-        self._answer, self._tls = answer, tls
+    def __init__(self, response: bytes, *, tls: bool) -> None:
+        self._response, self._tls = response, tls
 
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
         port = wire.sock.getpeername()[1]
         tick = threading.Event()
-        for at in range(1, len(self._answer)):
+        for at in range(1, len(self._response)):
             wire.read_request()
-            wire.send(self._answer[:at])
+            wire.send(self._response[:at])
             while held(local=port).unread:
                 tick.wait(0.0005)
-            wire.send(self._answer[at:])
+            wire.send(self._response[at:])
 
 
-def agent_for(provider: Provider, authority: Authority, tls: bool) -> ProviderAgent:
+def agent_for(provider: Provider, authority: Authority, tls: bool) -> ProviderPool:
     """Return an agent for the provider."""
     host, scheme = ("localhost", "https") if tls else ("127.0.0.1", "http")
-    return ProviderAgent(
+    return ProviderPool(
         CLOCK,
         CLOCK.seconds,
         ProviderConfig(
@@ -61,7 +61,7 @@ def agent_for(provider: Provider, authority: Authority, tls: bool) -> ProviderAg
             dialect="raw",  # type: ignore[arg-type]  # text will do
             ca=str(authority.ca_path),
         ),
-        names=Names(CLOCK, CLOCK.seconds),
+        resolver=Resolver(CLOCK, CLOCK.seconds),
         pool_idle=None,
         max_head=4096,
     )
@@ -74,20 +74,20 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@pytest.mark.parametrize("answer", [LENGTH, CHUNKED], ids=["length", "chunked"])
+@pytest.mark.parametrize("response", [LENGTH, CHUNKED], ids=["length", "chunked"])
 @pytest_twisted.ensureDeferred
-async def test_an_answer_is_the_same_at_every_cut_of_the_wire(
-    authority: Authority, answer: bytes, tls: bool
+async def test_a_response_is_the_same_at_every_cut_of_the_wire(
+    authority: Authority, response: bytes, tls: bool
 ) -> None:
-    """One connection serves as many requests as there are cuts, and no answer differs."""
+    """One connection serves as many requests as there are cuts, and no response differs."""
     context = authority.server() if tls else None
-    with Provider(Cutting(answer, tls=tls), tls=context) as provider:
+    with Provider(Cutting(response, tls=tls), tls=context) as provider:
         agent = agent_for(provider, authority, tls)
         timeouts = Timeouts(connect=10.0, first_byte=10.0)
-        for at in range(1, len(answer)):
-            order = Order(agent, b"/%d" % at, [], b"", timeouts)
-            got: Any = await order.request(b"GET", b"", None, None)
-            assert isinstance(got, Answer)
+        for at in range(1, len(response)):
+            outgoing = OutgoingRequest(agent, b"/%d" % at, [], b"", timeouts)
+            got: Any = await outgoing.request(b"GET", b"", None, None)
+            assert isinstance(got, Response)
             body = Collector()
             got.deliverBody(body)
             await body.ended

@@ -16,10 +16,10 @@ from twisted.internet import reactor
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.upstream.agent import Order, ProviderAgent
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.names import Names
-from llmproxy.wire.transport import raw_transport
+from llmproxy.net.transport import raw_transport
+from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
+from llmproxy.upstream.resolver import Resolver
+from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, until
 from tests.support.sockets import WAIT, Provider, Wire
 from tests.support.tls import Authority
@@ -47,7 +47,7 @@ class Rig:
         *,
         pool_idle: float | None = None,
     ) -> None:
-        self.agent = ProviderAgent(
+        self.agent = ProviderPool(
             CLOCK,
             CLOCK.seconds,
             ProviderConfig(
@@ -56,18 +56,18 @@ class Rig:
                 dialect="raw",  # type: ignore[arg-type]  # text will do
                 ca=str(authority.ca_path),
             ),
-            names=Names(CLOCK, CLOCK.seconds),
+            resolver=Resolver(CLOCK, CLOCK.seconds),
             pool_idle=pool_idle,
             max_head=4096,
         )
 
-    async def ask(self, credential: bytes = b"") -> Answer:
+    async def ask(self, credential: bytes = b"") -> Response:
         """Send a request and return its head."""
         timeouts = Timeouts(connect=10.0, first_byte=10.0)
-        order = Order(self.agent, b"/", [], credential, timeouts)
-        answer: Any = await order.request(b"GET", b"", None, None)
-        assert isinstance(answer, Answer)
-        return answer
+        outgoing = OutgoingRequest(self.agent, b"/", [], credential, timeouts)
+        response: Any = await outgoing.request(b"GET", b"", None, None)
+        assert isinstance(response, Response)
+        return response
 
     async def fetch(self, credential: bytes = b"") -> Collector:
         """Send a request and take its body."""
@@ -170,8 +170,8 @@ async def test_an_old_version_is_not_spoken(authority: Authority) -> None:
 class Resuming:
     """A provider's script that tells for each connection whether its session was an older one."""
 
-    def __init__(self, answer: bytes = OK) -> None:
-        self._answer = answer
+    def __init__(self, response: bytes = OK) -> None:
+        self._response = response
         self.resumed: list[bool] = []
         self.hang_up: queue.Queue[str] = queue.Queue()
 
@@ -180,8 +180,8 @@ class Resuming:
         assert isinstance(wire.sock, ssl.SSLSocket)
         wire.read_request()
         self.resumed.append(bool(wire.sock.session_reused))
-        wire.send(self._answer)
-        if self._answer is OK:
+        wire.send(self._response)
+        if self._response is OK:
             if self.hang_up.get(timeout=WAIT) == "farewell":
                 wire.farewell()
             return
@@ -217,7 +217,7 @@ async def test_the_next_connection_takes_the_session_up_again(
 async def test_a_session_is_taken_up_again_where_no_connection_is_kept(
     authority: Authority,
 ) -> None:
-    """A provider that closes behind each answer saves the handshake no less."""
+    """A provider that closes behind each response saves the handshake no less."""
     script = Resuming(CLOSING)
     with Provider(script, tls=authority.server()) as provider:
         rig = Rig(provider.port, authority)
@@ -229,7 +229,7 @@ async def test_a_session_is_taken_up_again_where_no_connection_is_kept(
 
 @pytest_twisted.ensureDeferred
 async def test_a_session_outlives_a_connection_that_we_cut(authority: Authority) -> None:
-    """A caller that leaves in the middle of its answer does not cost the next one a handshake."""
+    """A caller that leaves in the middle of its response does not cost the next one a handshake."""
     script = Resuming()
     with Provider(script, tls=authority.server()) as provider:
         rig = Rig(provider.port, authority)
@@ -277,9 +277,11 @@ def reading(handle: socket.socket) -> Callable[[int, int], int]:
     return lambda level, name: handle.getsockopt(level, name)
 
 
-def plain_agent(port: int) -> ProviderAgent:
+def plain_agent(port: int) -> ProviderPool:
     """Return an agent without TLS."""
     url = Url(scheme="http", host="localhost", port=port)
     provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
-    names = Names(CLOCK, CLOCK.seconds)
-    return ProviderAgent(CLOCK, CLOCK.seconds, provider, names=names, pool_idle=None, max_head=4096)
+    resolver = Resolver(CLOCK, CLOCK.seconds)
+    return ProviderPool(
+        CLOCK, CLOCK.seconds, provider, resolver=resolver, pool_idle=None, max_head=4096
+    )

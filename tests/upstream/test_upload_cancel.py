@@ -15,8 +15,8 @@ from zope.interface import implementer
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.upstream.agent import Order, ProviderAgent
-from llmproxy.upstream.names import Names
+from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
+from llmproxy.upstream.resolver import Resolver
 from tests.support.fake_transport import Collector, until
 from tests.support.sockets import Provider, Wire
 
@@ -62,22 +62,22 @@ class Endless:
             self._consumer.unregisterProducer()
 
 
-def asked(provider: Provider, body: Endless) -> tuple[ProviderAgent, Deferred[Any]]:
+def asked(provider: Provider, body: Endless) -> tuple[ProviderPool, Deferred[Any]]:
     """Send ``body`` to the provider."""
     url = Url(scheme="http", host="127.0.0.1", port=provider.port)
-    agent = ProviderAgent(
+    agent = ProviderPool(
         CLOCK,
         CLOCK.seconds,
         ProviderConfig(name="p", url=url, dialect="raw"),  # type: ignore[arg-type]  # text will do
-        names=Names(CLOCK, CLOCK.seconds),
+        resolver=Resolver(CLOCK, CLOCK.seconds),
         pool_idle=None,
         max_head=4096,
     )
-    order = Order(agent, b"/", [], b"", Timeouts(connect=5.0, first_byte=0.2))
-    return agent, order.request(b"POST", b"", None, body)
+    outgoing = OutgoingRequest(agent, b"/", [], b"", Timeouts(connect=5.0, first_byte=0.2))
+    return agent, outgoing.request(b"POST", b"", None, body)
 
 
-async def assert_stopped(agent: ProviderAgent, body: Endless) -> None:
+async def assert_stopped(agent: ProviderPool, body: Endless) -> None:
     """Nothing is left, the producer was told to stop, and it is not asked for more."""
     await until(lambda: not any(agent.counts().values()))
     assert body.stopped
@@ -126,8 +126,8 @@ async def test_a_provider_that_takes_no_more_of_a_body_is_given_up() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_early_answer_stops_the_producer() -> None:
-    """The answer is whole, the rest of the body is not sent, and its producer knows."""
+async def test_an_early_response_stops_the_producer() -> None:
+    """The response is whole, the rest of the body is not sent, and its producer knows."""
     body = Endless()
 
     def script(wire: Wire) -> None:

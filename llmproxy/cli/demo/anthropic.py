@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from llmproxy.cli.demo.answer import MODELS, Answer, Ask, BadAsk, Tool
 from llmproxy.cli.demo.dialect import (
     RELEASED,
     REQUESTS_PER_MINUTE,
@@ -35,6 +34,7 @@ from llmproxy.cli.demo.reading import (
     text_of,
     tools_named,
 )
+from llmproxy.cli.demo.response import MODELS, Asked, BadAsk, Response, Tool
 
 _THINKING = 8  # tokens, where the request lets the model think
 _ERRORS = {
@@ -93,13 +93,13 @@ class Messages(Streamed):
     dialect = ANTHROPIC
     stream_type = b"text/event-stream; charset=utf-8"
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a messages request; ``max_tokens`` may be left out here."""
         messages = messages_of(body)
         said, user_last = said_by_user(messages)
         choice = object_or_empty(body.get("tool_choice"))
         named = choice.get("name") if choice.get("type") == "tool" else None
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=body.get("stream") is True,
             prompt=(text_of(body.get("system")), *(text_of(m.get("content")) for m in messages)),
@@ -112,34 +112,34 @@ class Messages(Streamed):
             caches=_asks_to_cache(body),
         )
 
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """From ``message_start`` to ``message_stop``; ``message_delta`` counts in totals."""
-        usage = {**_prompt_usage(answer), "output_tokens": 1, "service_tier": "standard"}
-        begun = {**_message(answer), "usage": usage}
+        usage = {**_prompt_usage(response), "output_tokens": 1, "service_tier": "standard"}
+        begun = {**_message(response), "usage": usage}
         yield _event("message_start", message=begun)
-        yield _event("content_block_start", index=0, content_block=_block(answer, "", {}))
+        yield _event("content_block_start", index=0, content_block=_block(response, "", {}))
         yield _event("ping")
-        if answer.tool is not None:
-            yield _event("content_block_delta", index=0, delta=_delta(answer, ""))
-        for token, tokens in answer.timed():
-            delta = _delta(answer, token)
+        if response.tool is not None:
+            yield _event("content_block_delta", index=0, delta=_delta(response, ""))
+        for token, tokens in response.timed():
+            delta = _delta(response, token)
             yield _event("content_block_delta", index=0, delta=delta)._replace(tokens=tokens)
-        if answer.failure is not None:
-            yield _event("error", error={"type": "api_error", "message": answer.failure})
+        if response.failure is not None:
+            yield _event("error", error={"type": "api_error", "message": response.failure})
             return
         yield _event("content_block_stop", index=0)
-        ending = {"stop_reason": _stop_reason(answer), "stop_sequence": None}
-        yield _event("message_delta", delta=ending, usage=_usage(answer))
+        ending = {"stop_reason": _stop_reason(response), "stop_sequence": None}
+        yield _event("message_delta", delta=ending, usage=_usage(response))
         yield _event("message_stop")
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """One message."""
-        arguments = None if answer.tool is None else answer.arguments
+        arguments = None if response.tool is None else response.arguments
         return {
-            **_message(answer),
-            "content": [_block(answer, answer.text, arguments)],
-            "stop_reason": _stop_reason(answer),
-            "usage": {**_usage(answer), "service_tier": "standard"},
+            **_message(response),
+            "content": [_block(response, response.text, arguments)],
+            "stop_reason": _stop_reason(response),
+            "usage": {**_usage(response), "service_tier": "standard"},
         }
 
 
@@ -148,15 +148,15 @@ class CountTokens(Endpoint):
 
     dialect = ANTHROPIC
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read what a messages request has, too; it is never streamed."""
         return replace(Messages().ask(body), stream=False)
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """``{"input_tokens": N}``."""
-        return {"input_tokens": answer.prompt_tokens}
+        return {"input_tokens": response.prompt_tokens}
 
-    def work(self, answer: Answer, ask: Ask) -> int:
+    def work(self, response: Response, ask: Asked) -> int:
         """Nothing is made."""
         return 0
 
@@ -186,48 +186,48 @@ def _event(kind: str, **members: object) -> Event:
     return Event(b"event: %s\n%s" % (kind.encode(), data))
 
 
-def _message(answer: Answer) -> Document:
+def _message(response: Response) -> Document:
     return {
         "id": new_id("msg_"),
         "type": "message",
         "role": "assistant",
-        "model": answer.model,
+        "model": response.model,
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
     }
 
 
-def _block(answer: Answer, text: str, arguments: object) -> Document:
-    if answer.tool is None:
+def _block(response: Response, text: str, arguments: object) -> Document:
+    if response.tool is None:
         return {"type": "text", "text": text}
-    return {"type": "tool_use", "id": new_id("toolu_"), "name": answer.tool, "input": arguments}
+    return {"type": "tool_use", "id": new_id("toolu_"), "name": response.tool, "input": arguments}
 
 
-def _delta(answer: Answer, piece: str) -> Document:
-    if answer.tool is None:
+def _delta(response: Response, piece: str) -> Document:
+    if response.tool is None:
         return {"type": "text_delta", "text": piece}
     return {"type": "input_json_delta", "partial_json": piece}
 
 
-def _stop_reason(answer: Answer) -> str:
-    if answer.tool is not None:
+def _stop_reason(response: Response) -> str:
+    if response.tool is not None:
         return "tool_use"
-    return "max_tokens" if answer.cut else "end_turn"
+    return "max_tokens" if response.cut else "end_turn"
 
 
-def _usage(answer: Answer) -> Document:
+def _usage(response: Response) -> Document:
     """The counts in the end; thinking is part of ``output_tokens``."""
-    usage = {**_prompt_usage(answer), "output_tokens": answer.made}
-    if answer.reasoning_tokens:
-        usage["output_tokens_details"] = {"thinking_tokens": answer.reasoning_tokens}
+    usage = {**_prompt_usage(response), "output_tokens": response.made}
+    if response.reasoning_tokens:
+        usage["output_tokens_details"] = {"thinking_tokens": response.reasoning_tokens}
     return usage
 
 
-def _prompt_usage(answer: Answer) -> Document:
+def _prompt_usage(response: Response) -> Document:
     """The counts of the prompt; what was cached is not in ``input_tokens``."""
     return {
-        "input_tokens": answer.prompt_tokens - answer.read_tokens - answer.written_tokens,
-        "cache_creation_input_tokens": answer.written_tokens,
-        "cache_read_input_tokens": answer.read_tokens,
+        "input_tokens": response.prompt_tokens - response.read_tokens - response.written_tokens,
+        "cache_creation_input_tokens": response.written_tokens,
+        "cache_read_input_tokens": response.read_tokens,
     }

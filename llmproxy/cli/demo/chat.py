@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmproxy.cli.demo.answer import Answer, Ask
 from llmproxy.cli.demo.dialect import (
     Clock,
     Document,
@@ -36,6 +35,7 @@ from llmproxy.cli.demo.reading import (
     text_of,
     tools_named,
 )
+from llmproxy.cli.demo.response import Asked, Response
 
 
 class ChatCompletions(Streamed):
@@ -44,14 +44,14 @@ class ChatCompletions(Streamed):
     dialect = OPENAI
     stream_type = STREAM_TYPE
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a chat completion request; ``tool_choice`` and ``stream_options`` are honoured."""
         messages = messages_of(body)
         said, user_last = said_by_user(messages)
         choice = body.get("tool_choice")
         named = object_or_empty(object_or_empty(choice).get("function")).get("name")
         options = object_or_empty(body.get("stream_options"))
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=body.get("stream") is True,
             prompt=tuple(text_of(message.get("content")) for message in messages),
@@ -65,60 +65,60 @@ class ChatCompletions(Streamed):
             include_usage=options.get("include_usage") is True,
         )
 
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """Chunks; with ``include_usage`` all say ``"usage":null`` and one more says the counts."""
-        shell = _shell("chat.completion.chunk", answer, clock)
+        shell = _shell("chat.completion.chunk", response, clock)
         usage: Document = {"usage": None} if ask.include_usage else {}
 
         def chunk(delta: Document, tokens: int = 0, finish: str | None = None) -> Event:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
             return Event(sse(json_bytes({**shell, "choices": [choice], **usage})), tokens)
 
-        yield chunk(_first_delta(answer))
-        for token, tokens in answer.timed():
-            yield chunk(_delta(answer, token), tokens)
-        if answer.failure is not None:
-            yield failure_event(answer.failure)
+        yield chunk(_first_delta(response))
+        for token, tokens in response.timed():
+            yield chunk(_delta(response, token), tokens)
+        if response.failure is not None:
+            yield failure_event(response.failure)
             return
-        yield chunk({}, finish=_finish_reason(answer))
+        yield chunk({}, finish=_finish_reason(response))
         if ask.include_usage:
-            yield Event(sse(json_bytes({**shell, "choices": [], "usage": usage_of(answer)})))
+            yield Event(sse(json_bytes({**shell, "choices": [], "usage": usage_of(response)})))
         yield DONE
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """One chat completion."""
         message: Document = {"role": "assistant", "content": None, "refusal": None}
-        if answer.tool is None:
-            message["content"] = answer.text
+        if response.tool is None:
+            message["content"] = response.text
         else:
-            message["tool_calls"] = [_call(answer.tool, answer.text)]
-        finish = _finish_reason(answer)
+            message["tool_calls"] = [_call(response.tool, response.text)]
+        finish = _finish_reason(response)
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        shell = _shell("chat.completion", answer, clock)
-        return {**shell, "choices": [choice], "usage": usage_of(answer)}
+        shell = _shell("chat.completion", response, clock)
+        return {**shell, "choices": [choice], "usage": usage_of(response)}
 
 
-def _shell(kind: str, answer: Answer, clock: Clock) -> Document:
+def _shell(kind: str, response: Response, clock: Clock) -> Document:
     return {
         "id": new_id("chatcmpl-"),
         "object": kind,
         "created": int(clock()),
-        "model": answer.model,
+        "model": response.model,
         "service_tier": "default",
         "system_fingerprint": "fp_demo",
     }
 
 
-def _first_delta(answer: Answer) -> Document:
+def _first_delta(response: Response) -> Document:
     """The role, and the id and name of a tool call, whose arguments come later."""
-    if answer.tool is None:
+    if response.tool is None:
         return {"role": "assistant", "content": "", "refusal": None}
-    call = {"index": 0, **_call(answer.tool, "")}
+    call = {"index": 0, **_call(response.tool, "")}
     return {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
 
 
-def _delta(answer: Answer, token: str) -> Document:
-    if answer.tool is None:
+def _delta(response: Response, token: str) -> Document:
+    if response.tool is None:
         return {"content": token}
     return {"tool_calls": [{"index": 0, "function": {"arguments": token}}]}
 
@@ -128,7 +128,7 @@ def _call(name: str, arguments: str) -> Document:
     return {"id": new_id("call_"), "type": "function", "function": function}
 
 
-def _finish_reason(answer: Answer) -> str:
-    if answer.tool is not None:
+def _finish_reason(response: Response) -> str:
+    if response.tool is not None:
         return "tool_calls"
-    return "length" if answer.cut else "stop"
+    return "length" if response.cut else "stop"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmproxy.cli.demo.answer import Answer, Ask
 from llmproxy.cli.demo.dialect import (
     Clock,
     Document,
@@ -20,6 +19,7 @@ from llmproxy.cli.demo.dialect import (
 )
 from llmproxy.cli.demo.openai import DONE, OPENAI, STREAM_TYPE, failure_event, usage_of
 from llmproxy.cli.demo.reading import limit, model_named, object_or_empty, texts_of
+from llmproxy.cli.demo.response import Asked, Response
 
 
 class Completions(Streamed):
@@ -28,12 +28,12 @@ class Completions(Streamed):
     dialect = OPENAI
     stream_type = STREAM_TYPE
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a completion request; several prompts are read as one."""
         model = model_named(body)
         prompt = texts_of(body, "prompt")
         options = object_or_empty(body.get("stream_options"))
-        return Ask(
+        return Asked(
             model=model,
             stream=body.get("stream") is True,
             prompt=prompt,
@@ -44,37 +44,37 @@ class Completions(Streamed):
             include_usage=options.get("include_usage") is True,
         )
 
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """Chunks of the document's own shape; ``include_usage`` does what it does in a chat."""
-        shell = _shell(answer, clock)
+        shell = _shell(response, clock)
         usage: Document = {"usage": None} if ask.include_usage else {}
 
         def chunk(text: str, tokens: int = 0, finish: str | None = None) -> Event:
             document = {**shell, "choices": [_choice(text, finish)], **usage}
             return Event(sse(json_bytes(document)), tokens)
 
-        for token, tokens in answer.timed():
+        for token, tokens in response.timed():
             yield chunk(token, tokens)
-        if answer.failure is not None:
-            yield failure_event(answer.failure)
+        if response.failure is not None:
+            yield failure_event(response.failure)
             return
-        yield chunk("", finish=_finish_reason(answer))
+        yield chunk("", finish=_finish_reason(response))
         if ask.include_usage:
-            yield Event(sse(json_bytes({**shell, "choices": [], "usage": usage_of(answer)})))
+            yield Event(sse(json_bytes({**shell, "choices": [], "usage": usage_of(response)})))
         yield DONE
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """One completion."""
-        choice = _choice(answer.text, _finish_reason(answer))
-        return {**_shell(answer, clock), "choices": [choice], "usage": usage_of(answer)}
+        choice = _choice(response.text, _finish_reason(response))
+        return {**_shell(response, clock), "choices": [choice], "usage": usage_of(response)}
 
 
-def _shell(answer: Answer, clock: Clock) -> Document:
+def _shell(response: Response, clock: Clock) -> Document:
     return {
         "id": new_id("cmpl-"),
         "object": "text_completion",
         "created": int(clock()),
-        "model": answer.model,
+        "model": response.model,
         "system_fingerprint": "fp_demo",
     }
 
@@ -83,5 +83,5 @@ def _choice(text: str, finish: str | None) -> Document:
     return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish}
 
 
-def _finish_reason(answer: Answer) -> str:
-    return "length" if answer.cut else "stop"
+def _finish_reason(response: Response) -> str:
+    return "length" if response.cut else "stop"

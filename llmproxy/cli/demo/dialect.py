@@ -1,10 +1,10 @@
 """What the demo provider's dialects and their endpoints promise, and how they write.
 
 An endpoint stands between the wire and ``answer.py``: it reads a decoded body into an
-:class:`~.answer.Ask` and spells an :class:`~.answer.Answer`; its dialect has what all endpoints of
-one provider share.  The shapes are those of the providers' published APIs, and are written down
-here a second time on purpose: the demo provider must not share them with the proxy that it stands
-behind.
+:class:`~.answer.RequestFacts` and spells an :class:`~.answer.Response`; its dialect has what all
+endpoints of one provider share.  The shapes are those of the providers' published APIs, and are
+written down here a second time on purpose: the demo provider must not share them with the proxy
+that it stands behind.
 
 This module knows no HTTP beyond status codes and header fields, no reactor and nothing else of the
 program.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple
 
-from llmproxy.cli.demo.answer import Answer, Ask, BadAsk
+from llmproxy.cli.demo.response import Asked, BadAsk, Response
 
 Clock = Callable[[], float]
 """Tells the seconds since 1970."""
@@ -75,7 +75,7 @@ class Endpoint(ABC):
     """Whose path it is."""
 
     @abstractmethod
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read the body of a request.
 
         Raises:
@@ -83,12 +83,12 @@ class Endpoint(ABC):
         """
 
     @abstractmethod
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
-        """The answer in one piece."""
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
+        """The response in one piece."""
 
-    def work(self, answer: Answer, ask: Ask) -> int:
+    def work(self, response: Response, ask: Asked) -> int:
         """How many tokens' time the document takes; here as long as a stream would."""
-        return answer.made
+        return response.made
 
 
 class Streamed(Endpoint):
@@ -98,10 +98,10 @@ class Streamed(Endpoint):
     """The content type of a stream."""
 
     @abstractmethod
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """The events of a stream, each a whole one, to the dialect's own end marker.
 
-        Where the answer has a ``failure``, the dialect's own error event is the last.
+        Where the response has a ``failure``, the dialect's own error event is the last.
         """
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmproxy.cli.demo.answer import Answer, Ask
 from llmproxy.cli.demo.dialect import Clock, Document, Endpoint
 from llmproxy.cli.demo.openai import OPENAI
 from llmproxy.cli.demo.reading import dimensions_of, model_named, texts_of
+from llmproxy.cli.demo.response import Asked, Response
 from llmproxy.cli.demo.vector import as_base64, vector
 
 
@@ -19,9 +19,9 @@ class Embeddings(Endpoint):
 
     dialect = OPENAI
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read an embedding request; ``encoding_format`` is honoured."""
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=False,
             prompt=texts_of(body, "input"),
@@ -31,17 +31,17 @@ class Embeddings(Endpoint):
             base64=body.get("encoding_format") == "base64",
         )
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """The vectors in the order of their texts, and the words of all texts."""
         vectors = [vector(text, ask.dimensions) for text in ask.prompt]
         data = [
             {"object": "embedding", "index": at, "embedding": as_base64(one) if ask.base64 else one}
             for at, one in enumerate(vectors)
         ]
-        tokens = answer.prompt_tokens
+        tokens = response.prompt_tokens
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": answer.model, "usage": usage}
+        return {"object": "list", "data": data, "model": response.model, "usage": usage}
 
-    def work(self, answer: Answer, ask: Ask) -> int:
+    def work(self, response: Response, ask: Asked) -> int:
         """A token's time for each text."""
         return len(ask.prompt)

@@ -1,4 +1,4 @@
-"""An answer of the demo provider on its way out: one event a write, at a pace, to a chosen end.
+"""A response of the demo provider on its way out: one event a write, at a pace, to a chosen end.
 
 The head leaves at once and every event in a reactor turn of its own, so that nothing here joins two
 of them.  The flow stands still while the client is slow, and leaves no timer behind when the client

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmproxy.cli.demo.answer import MODELS, Answer, Ask, BadAsk
 from llmproxy.cli.demo.dialect import (
     RELEASED,
     Clock,
@@ -32,11 +31,12 @@ from llmproxy.cli.demo.reading import (
     text_of,
     texts_of,
 )
+from llmproxy.cli.demo.response import MODELS, Asked, BadAsk, Response
 from llmproxy.cli.demo.vector import vector
 
 STREAM_TYPE = b"application/x-ndjson"
 
-_UNPACED_TPS = 1_000_000  # what an unpaced answer claims: clients divide by the duration
+_UNPACED_TPS = 1_000_000  # what an unpaced response claims: clients divide by the duration
 
 
 class Ollama(Dialect):
@@ -79,11 +79,11 @@ class Chat(Streamed):
     dialect = OLLAMA
     stream_type = STREAM_TYPE
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a chat request; ``options.num_predict`` below 1 means no limit."""
         messages = messages_of(body)
         said, user_last = said_by_user(messages)
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=body.get("stream") is not False,
             prompt=tuple(text_of(message.get("content")) for message in messages),
@@ -93,25 +93,25 @@ class Chat(Streamed):
             max_tokens=_num_predict(body),
         )
 
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """A line for each token, or one for a tool call; then one that is ``done``."""
-        if answer.tool is None:
-            for token, tokens in answer.timed():
+        if response.tool is None:
+            for token, tokens in response.timed():
                 message: Document = {"role": "assistant", "content": token}
-                yield _line({**_shell(answer, clock), "message": message, "done": False}, tokens)
-        elif answer.failure is None:
-            shell = _shell(answer, clock)
-            yield _line({**shell, "message": _message(answer), "done": False}, answer.made)
-        if answer.failure is not None:
-            yield _failure(answer.failure)
+                yield _line({**_shell(response, clock), "message": message, "done": False}, tokens)
+        elif response.failure is None:
+            shell = _shell(response, clock)
+            yield _line({**shell, "message": _message(response), "done": False}, response.made)
+        if response.failure is not None:
+            yield _failure(response.failure)
             return
         message = {"role": "assistant", "content": ""}
-        yield _line({**_shell(answer, clock), "message": message, "done": True, **_end(answer)})
+        yield _line({**_shell(response, clock), "message": message, "done": True, **_end(response)})
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """The same in one object, ``done``."""
-        message = _message(answer)
-        return {**_shell(answer, clock), "message": message, "done": True, **_end(answer)}
+        message = _message(response)
+        return {**_shell(response, clock), "message": message, "done": True, **_end(response)}
 
 
 class Generate(Streamed):
@@ -120,10 +120,10 @@ class Generate(Streamed):
     dialect = OLLAMA
     stream_type = STREAM_TYPE
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a request; its prompt may be empty."""
         prompt = text_of(body.get("prompt"))
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=body.get("stream") is not False,
             prompt=(text_of(body.get("system")), prompt),
@@ -132,18 +132,18 @@ class Generate(Streamed):
             max_tokens=_num_predict(body),
         )
 
-    def events(self, answer: Answer, ask: Ask, clock: Clock) -> Iterator[Event]:
+    def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
         """A line for each token; then one that is ``done``."""
-        for token, tokens in answer.timed():
-            yield _line({**_shell(answer, clock), "response": token, "done": False}, tokens)
-        if answer.failure is not None:
-            yield _failure(answer.failure)
+        for token, tokens in response.timed():
+            yield _line({**_shell(response, clock), "response": token, "done": False}, tokens)
+        if response.failure is not None:
+            yield _failure(response.failure)
             return
-        yield _line(_generated(answer, clock, ""))
+        yield _line(_generated(response, clock, ""))
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """The same in one object, ``done``."""
-        return _generated(answer, clock, answer.text)
+        return _generated(response, clock, response.text)
 
 
 class Embed(Endpoint):
@@ -151,9 +151,9 @@ class Embed(Endpoint):
 
     dialect = OLLAMA
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a request whose ``input`` is a text or a list of texts."""
-        return Ask(
+        return Asked(
             model=model_named(body),
             stream=False,
             prompt=texts_of(body, "input"),
@@ -162,18 +162,18 @@ class Embed(Endpoint):
             dimensions=dimensions_of(body),
         )
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """The vectors in the order of their texts, with the words of all texts."""
-        load, prompt = _durations(answer)
+        load, prompt = _durations(response)
         return {
-            "model": answer.model,
+            "model": response.model,
             "embeddings": [vector(text, ask.dimensions) for text in ask.prompt],
             "total_duration": load + prompt,
             "load_duration": load,
-            "prompt_eval_count": answer.prompt_tokens,
+            "prompt_eval_count": response.prompt_tokens,
         }
 
-    def work(self, answer: Answer, ask: Ask) -> int:
+    def work(self, response: Response, ask: Asked) -> int:
         """A token's time for each text."""
         return len(ask.prompt)
 
@@ -181,11 +181,11 @@ class Embed(Endpoint):
 class OldEmbeddings(Embed):
     """``POST /api/embeddings``: what there was before ``/api/embed``, for one text."""
 
-    def ask(self, body: dict[str, Any]) -> Ask:
+    def ask(self, body: dict[str, Any]) -> Asked:
         """Read a request that has a ``prompt``."""
         return super().ask({**body, "input": text_of(body.get("prompt"))})
 
-    def document(self, answer: Answer, ask: Ask, clock: Clock) -> Document:
+    def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """One vector, and nothing of counts."""
         return {"embedding": vector(ask.prompt[0], ask.dimensions)}
 
@@ -203,40 +203,40 @@ def _num_predict(body: dict[str, Any]) -> int | None:
     return wanted if isinstance(wanted, int) and wanted > 0 else None
 
 
-def _shell(answer: Answer, clock: Clock) -> Document:
-    return {"model": answer.model, "created_at": rfc3339(clock())}
+def _shell(response: Response, clock: Clock) -> Document:
+    return {"model": response.model, "created_at": rfc3339(clock())}
 
 
-def _message(answer: Answer) -> Document:
-    if answer.tool is None:
-        return {"role": "assistant", "content": answer.text}
-    function = {"name": answer.tool, "arguments": answer.arguments}
+def _message(response: Response) -> Document:
+    if response.tool is None:
+        return {"role": "assistant", "content": response.text}
+    function = {"name": response.tool, "arguments": response.arguments}
     call = {"id": new_id("call_"), "function": function}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-def _generated(answer: Answer, clock: Clock, text: str) -> Document:
+def _generated(response: Response, clock: Clock, text: str) -> Document:
     """The end of a generation; its ``context`` stands for all tokens so far."""
-    context = list(range(answer.prompt_tokens + answer.made))
-    shell = {**_shell(answer, clock), "response": text, "done": True}
-    return {**shell, **_end(answer), "context": context}
+    context = list(range(response.prompt_tokens + response.made))
+    shell = {**_shell(response, clock), "response": text, "done": True}
+    return {**shell, **_end(response), "context": context}
 
 
-def _durations(answer: Answer) -> tuple[int, int]:
+def _durations(response: Response) -> tuple[int, int]:
     """Nanoseconds that loading the model and reading the prompt are said to have taken."""
-    return 1_000_000, 1_000 * max(answer.prompt_tokens, 1)
+    return 1_000_000, 1_000 * max(response.prompt_tokens, 1)
 
 
-def _end(answer: Answer) -> Document:
+def _end(response: Response) -> Document:
     """The counts, and durations in nanoseconds at the pace that was asked for."""
-    load, prompt = _durations(answer)
-    making = round((answer.seconds or answer.made / _UNPACED_TPS) * 1e9)
+    load, prompt = _durations(response)
+    making = round((response.seconds or response.made / _UNPACED_TPS) * 1e9)
     return {
-        "done_reason": "length" if answer.cut else "stop",
+        "done_reason": "length" if response.cut else "stop",
         "total_duration": load + prompt + making,
         "load_duration": load,
-        "prompt_eval_count": answer.prompt_tokens,
+        "prompt_eval_count": response.prompt_tokens,
         "prompt_eval_duration": prompt,
-        "eval_count": answer.made,
+        "eval_count": response.made,
         "eval_duration": making,
     }

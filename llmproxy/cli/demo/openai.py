@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmproxy.cli.demo.answer import MODELS, Answer, BadAsk
 from llmproxy.cli.demo.dialect import (
     RELEASED,
     REQUESTS_PER_MINUTE,
@@ -19,6 +18,7 @@ from llmproxy.cli.demo.dialect import (
     json_bytes,
     sse,
 )
+from llmproxy.cli.demo.response import MODELS, BadAsk, Response
 
 STREAM_TYPE = b"text/event-stream; charset=utf-8"
 
@@ -79,19 +79,19 @@ def reasoning_at(effort: object) -> int:
     return _REASONING.get(effort, 0) if isinstance(effort, str) else 0
 
 
-def usage_of(answer: Answer) -> Document:
+def usage_of(response: Response) -> Document:
     """``usage`` of chat completions and completions: cached and reasoning tokens are in totals."""
     return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.made,
-        "total_tokens": answer.prompt_tokens + answer.made,
+        "prompt_tokens": response.prompt_tokens,
+        "completion_tokens": response.made,
+        "total_tokens": response.prompt_tokens + response.made,
         "prompt_tokens_details": {
-            "cached_tokens": answer.read_tokens,
-            "cache_write_tokens": answer.written_tokens,
+            "cached_tokens": response.read_tokens,
+            "cache_write_tokens": response.written_tokens,
             "audio_tokens": 0,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": answer.reasoning_tokens,
+            "reasoning_tokens": response.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -20,9 +20,8 @@ from urllib.parse import unquote
 from twisted.internet.interfaces import IReactorTime
 from twisted.web import resource, server
 
-from llmproxy.cli.demo import answer as answers
 from llmproxy.cli.demo import flow
-from llmproxy.cli.demo.answer import Answer, Ask, BadAsk
+from llmproxy.cli.demo import response as answering
 from llmproxy.cli.demo.anthropic import ANTHROPIC, CountTokens, Messages
 from llmproxy.cli.demo.chat import ChatCompletions
 from llmproxy.cli.demo.completions import Completions
@@ -41,7 +40,8 @@ from llmproxy.cli.demo.embeddings import Embeddings
 from llmproxy.cli.demo.flow import Ending, Flow, Reply, Time
 from llmproxy.cli.demo.ollama import OLLAMA, Chat, Embed, Generate, OldEmbeddings
 from llmproxy.cli.demo.openai import OPENAI
-from llmproxy.cli.demo.responses import Responses
+from llmproxy.cli.demo.openai_responses import Responses
+from llmproxy.cli.demo.response import Asked, BadAsk, Response
 
 _ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
@@ -97,12 +97,12 @@ class DemoProvider(resource.Resource):
     path.
 
     ``demo-fast`` answers without a pause, ``demo-slow`` with 2 tokens a second, ``demo-Ntps`` with
-    N; a whole answer takes as long as its stream would.  ``demo-429``, ``demo-500`` and
-    ``demo-503`` refuse, ``demo-redirect`` sends a 307; after three chunks (half of a whole answer)
-    ``demo-break`` resets the connection, ``demo-stall`` falls silent for ever, ``demo-malformed``
-    sends a chunk whose size is no number, and ``demo-unfinished`` ends the response as if it were
-    whole.  ``demo-fail`` says three tokens and then the dialect's own error event; asked for no
-    stream, it refuses with a 500.
+    N; a whole response takes as long as its stream would.  ``demo-429``, ``demo-500`` and
+    ``demo-503`` refuse, ``demo-redirect`` sends a 307; after three chunks (half of a whole
+    response) ``demo-break`` resets the connection, ``demo-stall`` falls silent for ever,
+    ``demo-malformed`` sends a chunk whose size is no number, and ``demo-unfinished`` ends the
+    response as if it were whole.  ``demo-fail`` says three tokens and then the dialect's own error
+    event; asked for no stream, it refuses with a 500.
 
     Args:
         reactor: gives the time.
@@ -120,7 +120,7 @@ class DemoProvider(resource.Resource):
         self._pace = pace
 
     def render(self, request: server.Request) -> bytes | int:
-        """Answer; ``NOT_DONE_YET`` where the answer takes its time."""
+        """Answer; ``NOT_DONE_YET`` where the response takes its time."""
         reply = cast(Reply, request)
         path = unquote(reply.path.decode("latin-1"))
         dialect = _dialect_of(path, reply)
@@ -134,35 +134,37 @@ class DemoProvider(resource.Resource):
             return self._refuse(reply, dialect, refused)
 
     def _serve(self, reply: Reply, endpoint: Endpoint) -> bytes | int:
-        """One request for an answer, in order: read it, refuse it or answer it."""
+        """One request for a response, in order: read it, refuse it or answer it."""
         ask = _read_ask(reply, endpoint)
         if ask.model == "demo-redirect":
             self._set_head(reply, endpoint.dialect, 307)
             reply.setHeader(b"location", _REDIRECTED.encode() + reply.path)
             return b""
-        pace = self._pace or answers.tokens_per_second(ask.model)
-        answer = answers.answer(ask, pace)
-        if answer.failure is not None and not ask.stream:
-            raise _Refused(500, BadAsk(answer.failure))
+        pace = self._pace or answering.tokens_per_second(ask.model)
+        response = answering.response(ask, pace)
+        if response.failure is not None and not ask.stream:
+            raise _Refused(500, BadAsk(response.failure))
         self._set_head(reply, endpoint.dialect, 200)
         if ask.stream and isinstance(endpoint, Streamed):
             reply.setHeader(b"content-type", endpoint.stream_type)
             reply.setHeader(b"cache-control", b"no-cache")
-            events = endpoint.events(answer, ask, self._time.seconds)
+            events = endpoint.events(response, ask, self._time.seconds)
             events = flow.cut_short(events) if ask.model in _ENDINGS else events
         else:
-            events = self._whole(reply, endpoint, answer, ask)
+            events = self._whole(reply, endpoint, response, ask)
         ending = _ENDINGS.get(ask.model, flow.end_properly)
         Flow(reply, self._time, events, pace, ending).start()
         return server.NOT_DONE_YET
 
-    def _whole(self, reply: Reply, endpoint: Endpoint, answer: Answer, ask: Ask) -> Iterator[Event]:
-        """An answer in one piece, or half of it where the model fails."""
-        body = json_bytes(endpoint.document(answer, ask, self._time.seconds))
+    def _whole(
+        self, reply: Reply, endpoint: Endpoint, response: Response, ask: Asked
+    ) -> Iterator[Event]:
+        """A response in one piece, or half of it where the model fails."""
+        body = json_bytes(endpoint.document(response, ask, self._time.seconds))
         if ask.model not in _WITHOUT_LENGTH:
             reply.setHeader(b"content-length", b"%d" % len(body))
         sent = body[: len(body) // 2] if ask.model in _ENDINGS else body
-        return iter((Event(sent, endpoint.work(answer, ask)),))
+        return iter((Event(sent, endpoint.work(response, ask)),))
 
     def _say(self, reply: Reply, dialect: Dialect, status: int, document: Document) -> bytes:
         self._set_head(reply, dialect, status)
@@ -232,7 +234,7 @@ def _listed(path: str, dialect: Dialect) -> Document:
         return {"version": "0.0.0-demo"}
     if path.startswith("/v1/models/"):
         name = path.removeprefix("/v1/models/")
-        if not answers.model_exists(name):
+        if not answering.model_exists(name):
             raise _Refused(404, dialect.unknown_model(name))
         return dialect.model(name)
     raise _unknown_path(b"GET", path)
@@ -242,7 +244,7 @@ def _unknown_path(method: bytes, path: str) -> _Refused:
     return _Refused(404, BadAsk(f"Unknown request URL: {method.decode('latin-1')} {path}"))
 
 
-def _read_ask(reply: Reply, endpoint: Endpoint) -> Ask:
+def _read_ask(reply: Reply, endpoint: Endpoint) -> Asked:
     """What a request asks of an endpoint.
 
     Raises:
@@ -252,7 +254,7 @@ def _read_ask(reply: Reply, endpoint: Endpoint) -> Ask:
         ask = endpoint.ask(_read_object(reply))
     except BadAsk as bad:
         raise _Refused(400, bad) from bad
-    if not answers.model_exists(ask.model):
+    if not answering.model_exists(ask.model):
         raise _Refused(404, endpoint.dialect.unknown_model(ask.model))
     if ask.model in _REFUSALS:
         status, message = _REFUSALS[ask.model]

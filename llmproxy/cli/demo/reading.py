@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmproxy.cli.demo.answer import BadAsk, Tool
+from llmproxy.cli.demo.response import BadAsk, Tool
 
 MOST_DIMENSIONS = 4096
 """The longest embedding that may be asked for."""

@@ -13,7 +13,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from llmproxy.wire.transport import pending_bytes, raw_transport
+from llmproxy.net.transport import pending_bytes, raw_transport
 from tests.support.lives.judge import Judge
 from tests.support.lives.messages import method, request
 from tests.support.lives.plan import MALFORMED, Leave, Life, Moment, Way
@@ -127,7 +127,7 @@ class Caller(Protocol):
         ask = self.life.asks[self._current]
         leave = self._leave
         waits = leave is not None and leave.way is Way.WAIT
-        # Where the proxy never learns the method, its answer is not one to a HEAD.
+        # Where the proxy never learns the method, its response is not one to a HEAD.
         unknown = ask.flaw == MALFORMED or (waits and self._is_due(Moment.HEAD, self._current))
         self.judge.announce("GET" if unknown else method(ask))
 
@@ -189,10 +189,10 @@ class Caller(Protocol):
     # -- answers --------------------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes of answers."""
+        """Take bytes of responses."""
         self._received += len(data)
         leave = self._leave
-        due = self._is_due(Moment.ANSWER, self._current) and not self._awaits_invitation
+        due = self._is_due(Moment.RESPONSE, self._current) and not self._awaits_invitation
         if leave is not None and due:
             size = self.life.asks[self._current].part.size
             if self._received > leave.share * (size + 200):
@@ -204,19 +204,19 @@ class Caller(Protocol):
         self._go_on()
 
     def _go_on(self) -> None:
-        while not self.left and self.judge.answers and self.judge.answers[-1].whole:
+        while not self.left and self.judge.responses and self.judge.responses[-1].whole:
             if not self._answered():
                 return
 
     def _answered(self) -> bool:
-        """An answer is whole; return whether another may be there already."""
+        """A response is whole; return whether another may be there already."""
         if self._is_due(Moment.END, self._current):
             self._go()
             if self.left:
                 return False
         if self._quiet and not self.life.pipelined:
             return False
-        if not self.judge.answers[-1].kept or self._current + 1 == len(self.life.asks):
+        if not self.judge.responses[-1].kept or self._current + 1 == len(self.life.asks):
             self._segments = []
             self.left = True
             if not self.life.patient:

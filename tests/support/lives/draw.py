@@ -16,12 +16,12 @@ from tests.support.lives.plan import (
     MALFORMED,
     PLAIN,
     STERN,
-    Ask,
     Kind,
     Leave,
     Life,
     Moment,
     Part,
+    RequestFacts,
     Way,
 )
 
@@ -51,7 +51,7 @@ _MOMENTS = {
     Moment.HEAD: 14,
     Moment.BODY: 20,
     Moment.WAITING: 22,
-    Moment.ANSWER: 30,
+    Moment.RESPONSE: 30,
     Moment.END: 8,
 }
 _WAYS = {
@@ -92,21 +92,21 @@ def draw_life(seed: int, number: int) -> Life:
     )
 
 
-def _draw_leave(rng: random.Random, asks: tuple[Ask, ...]) -> Leave:
+def _draw_leave(rng: random.Random, asks: tuple[RequestFacts, ...]) -> Leave:
     ask = rng.randrange(len(asks))
     moment, way = _one(rng, _MOMENTS), _one(rng, _WAYS)
     pauses = way in (Way.PAUSE, Way.PAUSE_CLOSE, Way.PAUSE_RESET)
     return Leave(ask, moment, way, rng.random(), rng.uniform(0.01, 0.4) if pauses else 0.0)
 
 
-def _draw_stall(rng: random.Random) -> tuple[tuple[Ask, ...], Leave]:
-    """Draw a client that takes nothing of a large answer for longer than it may."""
+def _draw_stall(rng: random.Random) -> tuple[tuple[RequestFacts, ...], Leave]:
+    """Draw a client that takes nothing of a large response for longer than it may."""
     part = Part(Kind.WHOLE, framing="chunked", size=rng.randrange(400_000, 500_000), pieces=4)
-    ask = Ask("GET", "1.1", rng.choice(STERN), part)
-    return (ask,), Leave(0, Moment.ANSWER, Way.PAUSE, 0.0, 2.5)
+    ask = RequestFacts("GET", "1.1", rng.choice(STERN), part)
+    return (ask,), Leave(0, Moment.RESPONSE, Way.PAUSE, 0.0, 2.5)
 
 
-def _draw_ask(rng: random.Random, *, small: bool, plainly: bool) -> Ask:
+def _draw_ask(rng: random.Random, *, small: bool, plainly: bool) -> RequestFacts:
     part = _draw_part(rng, small=small)
     has_body = rng.random() < 0.6
     flaw = rng.choice(_FLAWS) if rng.random() < 0.12 else ""
@@ -114,7 +114,7 @@ def _draw_ask(rng: random.Random, *, small: bool, plainly: bool) -> Ask:
         part = _faultless(rng, Kind.WHOLE, small=small)
     if part.kind is Kind.EARLY or flaw in _NEEDS_BODY:
         has_body = True
-    ask = Ask(
+    ask = RequestFacts(
         method=rng.choice(("POST", "PUT") if has_body else ("GET", "GET", "GET", "HEAD", "DELETE")),
         version="1.0" if rng.random() < 0.12 else "1.1",
         route=_draw_route(rng, part, plainly=plainly),
@@ -130,11 +130,11 @@ def _draw_ask(rng: random.Random, *, small: bool, plainly: bool) -> Ask:
     return _with_body(rng, ask, small=small) if has_body else ask
 
 
-def _said(ask: Ask) -> Part:
-    """Let a plain connection end only where the answer says or shows so.
+def _said(ask: RequestFacts) -> Part:
+    """Let a plain connection end only where the response says or shows so.
 
-    Its FIN may come behind the answer by the kernel's whim, when the proxy uses it again; TLS's
-    farewell comes in one piece with the answer.
+    Its FIN may come behind the response by the kernel's whim, when the proxy uses it again; TLS's
+    farewell comes in one piece with the response.
     """
     part = ask.part
     if ask.route in _TLS:
@@ -143,7 +143,7 @@ def _said(ask: Ask) -> Part:
     return part._replace(deserts=False, closes=part.closes or unsaid)
 
 
-def _with_body(rng: random.Random, ask: Ask, *, small: bool) -> Ask:
+def _with_body(rng: random.Random, ask: RequestFacts, *, small: bool) -> RequestFacts:
     streams = ask.part.kind is Kind.EARLY or rng.random() < 0.5
     size = _draw_size(rng, small=small, most=BODY_LIMIT) or 1
     framing = rng.choice(("length", "chunked"))

@@ -1,4 +1,4 @@
-"""What a client saw of its answers, read by h11, which shares no code with the proxy."""
+"""What a client saw of its responses, read by h11, which shares no code with the proxy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import h11
 
 
 class Seen:
-    """What a client saw of one answer.
+    """What a client saw of one response.
 
     Attributes:
         whole: it ended as its framing says.
@@ -27,42 +27,42 @@ class Seen:
 
 
 class Judge:
-    """Reads the answers on one connection.
+    """Reads the responses on one connection.
 
     Attributes:
         answers: one for each request that was announced.
-        complaint: what is not HTTP in them; nothing where an answer was only cut off.
+        complaint: what is not HTTP in them; nothing where a response was only cut off.
         invitations: how many 100 answers came.
     """
 
     def __init__(self) -> None:
         self._conn = h11.Connection(h11.CLIENT)
-        self.answers: list[Seen] = []
+        self.responses: list[Seen] = []
         self.complaint = ""
         self.invitations = 0
 
     def announce(self, method: str) -> None:
-        """Another request is sent; its answer may be there already."""
-        if self.answers:
+        """Another request is sent; its response may be there already."""
+        if self.responses:
             self._conn.start_next_cycle()
         self._conn.send(h11.Request(method=method, target="/", headers=[("Host", "proxy")]))
         self._conn.send(h11.EndOfMessage())
-        self.answers.append(Seen())
+        self.responses.append(Seen())
         self._read()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes of answers."""
+        """Take bytes of responses."""
         self._conn.receive_data(data)
         self._read()
 
     def end(self) -> None:
-        """The connection was ended in good order: that may be the end of the answer, too."""
+        """The connection was ended in good order: that may be the end of the response, too."""
         said = self.complaint
         self.feed(b"")
         self.complaint = said
 
     def _read(self) -> None:
-        while not self.complaint and self.answers and not self.answers[-1].whole:
+        while not self.complaint and self.responses and not self.responses[-1].whole:
             try:
                 event = self._conn.next_event()
             except h11.RemoteProtocolError as error:
@@ -70,7 +70,7 @@ class Judge:
                 return
             if event in (h11.NEED_DATA, h11.PAUSED):
                 return
-            self._note(event, self.answers[-1])
+            self._note(event, self.responses[-1])
 
     def _note(self, event: object, seen: Seen) -> None:
         if isinstance(event, h11.InformationalResponse):
@@ -86,6 +86,6 @@ class Judge:
 
     @property
     def behind(self) -> bytes:
-        """What came behind the last answer, if that was whole."""
-        whole = not self.answers or self.answers[-1].whole
+        """What came behind the last response, if that was whole."""
+        whole = not self.responses or self.responses[-1].whole
         return self._conn.trailing_data[0] if whole else b""

@@ -12,28 +12,28 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from llmproxy.front.channel import Channel
-from llmproxy.front.exchange import Exchange
-from llmproxy.front.request import Request
-from llmproxy.front.upload import Upload
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.net.timers import Timers
+from llmproxy.server.connection import ClientConnection
+from llmproxy.server.request import Request
+from llmproxy.server.upload import Upload
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
-from llmproxy.upstream.answer import Answer
-from llmproxy.upstream.body import HeldBody, Sending
-from llmproxy.upstream.connect import Attempt
+from llmproxy.upstream.dialer import Attempt
 from llmproxy.upstream.http1 import Connection
-from llmproxy.wire.timers import Timers
+from llmproxy.upstream.request_body import HeldBody, Sending
+from llmproxy.upstream.response import Response
 
 CLOCK: Any = reactor
 
 PASSING = (
-    Channel,
+    ClientConnection,
     Request,
     Exchange,
     Upload,
     Relay,
     StreamAccumulator,
-    Answer,
+    Response,
     HeldBody,
     Sending,
     Attempt,

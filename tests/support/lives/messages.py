@@ -9,11 +9,19 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from tests.support.lives.plan import BODY_LIMIT, BROKEN_BODY, KEY, MALFORMED, Ask, Kind, Part
+from tests.support.lives.plan import (
+    BODY_LIMIT,
+    BROKEN_BODY,
+    KEY,
+    MALFORMED,
+    Kind,
+    Part,
+    RequestFacts,
+)
 from tests.support.sockets import chunked
 
 FORGED = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nX-Forged: 1\r\n\r\nforged"
-"""What a provider sends behind a whole answer; whoever is given it was given another's."""
+"""What a provider sends behind a whole response; whoever is given it was given another's."""
 
 LAST = b"0\r\n\r\n"
 _BEGUN = 4000
@@ -54,7 +62,7 @@ class Act(Enum):
     GO_ON = "go on"
     FIN = "fin"
     RESET = "reset"
-    NEXT = "next"  # the answer is whole: another request may come
+    NEXT = "next"  # the response is whole: another request may come
 
 
 class Step(NamedTuple):
@@ -65,18 +73,18 @@ class Step(NamedTuple):
     act: Act = Act.GO_ON
 
 
-def path(ask: Ask, life: int, number: int) -> str:
+def path(ask: RequestFacts, life: int, number: int) -> str:
     """Return the target of a life's request, which names it."""
     route = "nowhere" if ask.flaw == "route" else ask.route
     return f"/{route}/{life}/{number}" + ("/v1/chat/completions" if ask.known else "")
 
 
-def method(ask: Ask) -> str:
+def method(ask: RequestFacts) -> str:
     """Return the method that is sent."""
     return "TRACE" if ask.flaw == "method" else ask.method
 
 
-def body(ask: Ask, life: int, number: int) -> bytes:
+def body(ask: RequestFacts, life: int, number: int) -> bytes:
     """Return the body of a request."""
     if not ask.framing:
         return b""
@@ -86,7 +94,7 @@ def body(ask: Ask, life: int, number: int) -> bytes:
     return _spell(b">", life, number, ask.size)
 
 
-def request(ask: Ask, life: int, number: int) -> tuple[bytes, bytes]:
+def request(ask: RequestFacts, life: int, number: int) -> tuple[bytes, bytes]:
     """Return head and body of a request as its client writes them."""
     if ask.flaw == MALFORMED:
         return MALFORMED_HEADS[ask.variant % len(MALFORMED_HEADS)], b""
@@ -109,7 +117,7 @@ def request(ask: Ask, life: int, number: int) -> tuple[bytes, bytes]:
     return "\r\n".join(lines).encode() + b"\r\n\r\n", _framed_body(ask, content)
 
 
-def _framed_body(ask: Ask, content: bytes) -> bytes:
+def _framed_body(ask: RequestFacts, content: bytes) -> bytes:
     if ask.framing != "chunked":
         return content[:_BEGUN] if len(content) > BODY_LIMIT else content
     third = len(content) // 3 or len(content)
@@ -118,12 +126,12 @@ def _framed_body(ask: Ask, content: bytes) -> bytes:
 
 
 def content(part: Part, life: int, number: int) -> bytes:
-    """Return the content of the provider's answer, as far as it means to send it."""
+    """Return the content of the provider's response, as far as it means to send it."""
     whole = _spell(b"<", life, number, _fitted(part).size)
     return whole[: part.cut] if part.kind in BROKEN_BODY else whole
 
 
-def steps(ask: Ask, life: int, number: int) -> list[Step]:
+def steps(ask: RequestFacts, life: int, number: int) -> list[Step]:
     """Return what the provider does with a request that has come."""
     part = _fitted(ask.part)
     if part.kind is Kind.SILENT:
@@ -131,7 +139,7 @@ def steps(ask: Ask, life: int, number: int) -> list[Step]:
     fault = Act.RESET if part.abrupt else Act.FIN
     if part.kind is Kind.GARBLED:
         return [Step(part.gap, _GARBLED[part.variant % len(_GARBLED)])]
-    head = _interim(part) + _answer_head(part)
+    head = _interim(part) + _response_head(part)
     if part.kind is Kind.DROPPED:
         return [Step(part.gap, head[: part.cut], fault)]
     sent = content(part, life, number)
@@ -146,8 +154,8 @@ def steps(ask: Ask, life: int, number: int) -> list[Step]:
     return _with_end(ask, played)
 
 
-def _with_end(ask: Ask, played: list[Step]) -> list[Step]:
-    """Bring a whole answer to its end, in the last of its steps."""
+def _with_end(ask: RequestFacts, played: list[Step]) -> list[Step]:
+    """Bring a whole response to its end, in the last of its steps."""
     part = ask.part
     after, data, _ = played[-1]
     if part.framing == "chunked" and ask.method != "HEAD" and part.status != 204:
@@ -159,22 +167,22 @@ def _with_end(ask: Ask, played: list[Step]) -> list[Step]:
 
 
 def _fitted(part: Part) -> Part:
-    """Let every other answer with bytes behind it fill a TLS record, so that they stand alone."""
+    """Let every other response with bytes behind it fill a TLS record, so that they stand alone."""
     if part.kind is not Kind.EXTRA or part.variant % 2 or part.framing != "length":
         return part
     if part.status == 204:
         return part
     part = part._replace(size=_RECORD // 2, pieces=1)
-    rest = _RECORD - len(_interim(part) + _answer_head(part))
+    rest = _RECORD - len(_interim(part) + _response_head(part))
     fitted = part._replace(size=rest)
-    return fitted._replace(size=_RECORD - len(_interim(part) + _answer_head(fitted)))
+    return fitted._replace(size=_RECORD - len(_interim(part) + _response_head(fitted)))
 
 
 def _interim(part: Part) -> bytes:
     return b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * part.interim
 
 
-def _answer_head(part: Part) -> bytes:
+def _response_head(part: Part) -> bytes:
     lines = [f"HTTP/1.1 {part.status} Whatever", f"Content-Type: {part.media}"]
     if part.status == 204:
         pass

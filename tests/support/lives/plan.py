@@ -1,7 +1,8 @@
 """What happens in one life of a client, settled before it begins.
 
 A :class:`Life` is one connection to the proxy: what it asks, how far it gets, and how it leaves.
-Each :class:`Ask` carries the provider's :class:`Part`, since both sides are drawn together.
+Each :class:`RequestFacts` carries the provider's :class:`Part`, since both sides are drawn
+together.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Kind(StrEnum):
 
 
 BROKEN_BODY = (Kind.SHORT, Kind.BAD_CHUNK, Kind.HANGING)
-"""What begins an answer and does not end it."""
+"""What begins a response and does not end it."""
 
 
 class Way(StrEnum):
@@ -58,8 +59,8 @@ class Moment(StrEnum):
     HEAD = "head"  # after some bytes of its request's head
     BODY = "body"  # after some bytes of its request's body
     WAITING = "waiting"  # the request is out
-    ANSWER = "answer"  # after some bytes of the answer
-    END = "end"  # the answer is whole
+    RESPONSE = "response"  # after some bytes of the response
+    END = "end"  # the response is whole
 
 
 class Part(NamedTuple):
@@ -70,10 +71,10 @@ class Part(NamedTuple):
         size: bytes of the whole content.
         cut: bytes of the content that go out before the fault; of the head, where it is dropped.
         pieces: in how many the content goes out, ``gap`` seconds apart.
-        interim: how many 1xx answers go before.
+        interim: how many 1xx responses go before.
         abrupt: a RST where it would be a FIN.
-        closes: it says that the connection ends with the answer.
-        deserts: the connection ends with the answer, and nothing had said so.
+        closes: it says that the connection ends with the response.
+        deserts: the connection ends with the response, and nothing had said so.
         variant: which of several, where there are several.
     """
 
@@ -92,7 +93,7 @@ class Part(NamedTuple):
     variant: int = 0
 
 
-class Ask(NamedTuple):
+class RequestFacts(NamedTuple):
     """One request.
 
     Attributes:
@@ -148,7 +149,7 @@ class Life(NamedTuple):
 
     number: int
     secure: bool
-    asks: tuple[Ask, ...]
+    asks: tuple[RequestFacts, ...]
     pipelined: bool
     patient: bool
     narrow: bool

@@ -11,9 +11,9 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from llmproxy.wire.transport import raw_transport
+from llmproxy.net.transport import raw_transport
 from tests.support.lives.messages import Act, Step, body, steps
-from tests.support.lives.plan import Ask, Kind, Part
+from tests.support.lives.plan import Kind, Part, RequestFacts
 
 Name = tuple[int, int]
 """A request: the number of its life, and which one it is there."""
@@ -32,7 +32,7 @@ class Stagehand:
         actors: the open connections.
     """
 
-    def __init__(self, reactor: IReactorTime, ask_of: Callable[[Name], Ask]) -> None:
+    def __init__(self, reactor: IReactorTime, ask_of: Callable[[Name], RequestFacts]) -> None:
         self.reactor = reactor
         self.ask_of = ask_of
         self.heard: Counter[Name] = Counter()
@@ -139,7 +139,7 @@ class Actor(Protocol):
     def _part(self, name: Name) -> Part:
         return self._hand.ask_of(name).part
 
-    # -- the answer -----------------------------------------------------------------------------
+    # -- the response -----------------------------------------------------------------------------
 
     def _play(self, name: Name) -> None:
         self._steps = steps(self._hand.ask_of(name), *name)

@@ -9,7 +9,7 @@ from typing import Any
 from tests.support.lives.caller import Caller
 from tests.support.lives.judge import Seen
 from tests.support.lives.messages import body, content, path
-from tests.support.lives.plan import BROKEN_BODY, MALFORMED, STERN, Ask, Kind, Moment, Way
+from tests.support.lives.plan import BROKEN_BODY, MALFORMED, STERN, Kind, Moment, RequestFacts, Way
 
 Record = dict[str, Any]
 
@@ -40,7 +40,7 @@ def _identity(seen: Seen) -> str:
     return seen.fields.get(b"x-llmproxy-request-id", b"").decode()
 
 
-def end_of(ask: Ask) -> str:
+def end_of(ask: RequestFacts) -> str:
     """Return how a request ends whose client stays and sends all of it."""
     if ask.flaw:
         return "rejected"
@@ -51,8 +51,8 @@ def end_of(ask: Ask) -> str:
     return _ENDS[ask.part.kind]
 
 
-def _lacks_its_marker(ask: Ask) -> bool:
-    """Tell whether the answer is a stream that was read whole and did not end as streams do.
+def _lacks_its_marker(ask: RequestFacts) -> bool:
+    """Tell whether the response is a stream that was read whole and did not end as streams do.
 
     What it says is no event, and no line of JSON either: that degrades the tap, which judges no
     more.
@@ -102,15 +102,15 @@ class Verdict:
         """Yield what is not as it had to be."""
         judge = self._caller.judge
         if judge.complaint:
-            yield f"an answer is not HTTP: {judge.complaint}"
+            yield f"a response is not HTTP: {judge.complaint}"
         if judge.behind and not (self._life.pipelined and self._caller.left):
-            yield f"bytes behind the last answer: {judge.behind[:80]!r}"
+            yield f"bytes behind the last response: {judge.behind[:80]!r}"
         for number, ask in enumerate(self._life.asks):
-            seen = judge.answers[number] if number < len(judge.answers) else Seen()
+            seen = judge.responses[number] if number < len(judge.responses) else Seen()
             for complaint in self._of_request(number, ask, seen):
                 yield f"request {number}: {complaint}"
 
-    def _of_request(self, number: int, ask: Ask, seen: Seen) -> Iterator[str]:
+    def _of_request(self, number: int, ask: RequestFacts, seen: Seen) -> Iterator[str]:
         name = (self._life.number, number)
         records = self._records.get(path(ask, *name), [])
         if ask.flaw == MALFORMED or self._stuck_in_head(number):
@@ -126,13 +126,13 @@ class Verdict:
             if seen.code is not None or self._must_be_recorded(number):
                 yield f"no record, though the client saw {seen}"
             return
-        yield from self._of_answer(ask, seen, number, records[0])
+        yield from self._of_response(ask, seen, number, records[0])
         yield from self._of_record(ask, seen, number, records[0])
 
-    def _of_no_request(self, number: int, ask: Ask, seen: Seen) -> Iterator[str]:
+    def _of_no_request(self, number: int, ask: RequestFacts, seen: Seen) -> Iterator[str]:
         """Judge what came of a head that is not one, or never became one."""
         if seen.code is None:
-            if not self._may_have_left(number) and number < len(self._caller.judge.answers):
+            if not self._may_have_left(number) and number < len(self._caller.judge.responses):
                 yield "the client was told nothing"
             return
         record = self._by_id.get(_identity(seen))
@@ -167,8 +167,8 @@ class Verdict:
         leave = self._life.leave
         if self._cut or self._caller.unsent or self._caller.heads <= number:
             return False
-        answers = self._caller.judge.answers
-        if number >= len(answers) or any(not answer.kept for answer in answers[:number]):
+        responses = self._caller.judge.responses
+        if number >= len(responses) or any(not response.kept for response in responses[:number]):
             return False  # those before it may have ended the connection
         if leave is None or leave.ask > number:
             return not self._may_have_left(number)
@@ -178,7 +178,9 @@ class Verdict:
 
     # -- what came of it ------------------------------------------------------------------------
 
-    def _of_answer(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+    def _of_response(
+        self, ask: RequestFacts, seen: Seen, number: int, record: Record
+    ) -> Iterator[str]:
         part = ask.part
         if seen.code is None:
             if not self._may_have_left(number):
@@ -191,22 +193,24 @@ class Verdict:
         if ask.flaw:
             yield f"a request with the flaw {ask.flaw!r} was answered: {seen}"
         if seen.code != part.status or part.kind not in (*_ANSWERED, *BROKEN_BODY):
-            yield f"another answer than the provider's {part.status}: {seen}"
+            yield f"another response than the provider's {part.status}: {seen}"
         if not wanted.startswith(seen.body):
             yield f"another body than the provider's: {seen}"
         if seen.whole and part.kind in BROKEN_BODY:
-            yield f"a broken answer looks whole: {seen}"
+            yield f"a broken response looks whole: {seen}"
         if seen.whole and seen.body != wanted:
             yield f"whole, and not the {len(wanted)} bytes of it: {seen}"
         if self._may_have_left(number):
             return
         if part.kind in _ANSWERED and not seen.whole:
-            yield f"not the whole answer of {len(wanted)} bytes: {seen}"
+            yield f"not the whole response of {len(wanted)} bytes: {seen}"
         # A reset makes the proxy's kernel drop what it had not read.
         if (part.kind is not Kind.SHORT or not part.abrupt) and seen.body != wanted:
             yield f"what came before the end ({len(wanted)} bytes) is not all there: {seen}"
 
-    def _of_refusal(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+    def _of_refusal(
+        self, ask: RequestFacts, seen: Seen, number: int, record: Record
+    ) -> Iterator[str]:
         if not seen.whole and not self._may_have_left(number):
             yield f"a refusal that is not whole: {seen}"
         if record["error"] != seen.fields[b"x-llmproxy-error"].decode():
@@ -218,7 +222,9 @@ class Verdict:
         if not ask.flaw and ask.part.kind in _ANSWERED:
             yield f"a faultless answer became {seen}"
 
-    def _of_record(self, ask: Ask, seen: Seen, number: int, record: Record) -> Iterator[str]:
+    def _of_record(
+        self, ask: RequestFacts, seen: Seen, number: int, record: Record
+    ) -> Iterator[str]:
         end = record["end_reason"]
         if end not in self._plausible_ends(ask, seen, number):
             yield f"ended as {end}, plausible is {self._plausible_ends(ask, seen, number)}"
@@ -226,7 +232,7 @@ class Verdict:
             yield "is_complete does not fit"
         told = (_identity(seen), seen.code)
         if seen.code is not None and (record["id"], record["status"]) != told:
-            yield f"the record is of another answer: {seen}"
+            yield f"the record is of another response: {seen}"
         if seen.whole and record["bytes_out"] != len(seen.body):
             yield f"{record['bytes_out']} bytes out, {len(seen.body)} were seen"
         sent = len(body(ask, self._life.number, number))
@@ -235,7 +241,7 @@ class Verdict:
         if len(record["attempts"]) != bool(record["attempts"]):
             yield "more than one attempt"
 
-    def _plausible_ends(self, ask: Ask, seen: Seen, number: int) -> set[str]:
+    def _plausible_ends(self, ask: RequestFacts, seen: Seen, number: int) -> set[str]:
         plain = {end_of(ask)}
         leave = self._life.leave
         if seen.whole and ask.part.kind in _ANSWERED and not ask.flaw and seen.code != 408:

@@ -27,8 +27,8 @@ from twisted.internet.protocol import Factory
 from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFromCertificates
 
 from llmproxy.config import Config, parse
+from llmproxy.net.transport import raw_transport
 from llmproxy.service import ProxyService
-from llmproxy.wire.transport import raw_transport
 from tests.support.lives.caller import Caller
 from tests.support.lives.plan import BODY_LIMIT, CURT, IMPATIENT, KEY, PLAIN, STERN, Life
 from tests.support.lives.provider import Mute, Stage, Stagehand

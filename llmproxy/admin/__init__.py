@@ -1,0 +1,1 @@
+"""The admin site: what an operator reads and changes."""

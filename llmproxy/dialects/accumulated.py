@@ -1,0 +1,240 @@
+"""What a tap has gathered from a stream so far, within a budget of bytes.
+
+The readers of ``dialects/`` write here what they find, under our own names; the tap turns it into
+its result.  Text and tool calls are held as UTF-8 in one buffer each, so that what is held is what
+is counted.  Nothing here knows a dialect, JSON or a framing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+Provenance = Literal["reported", "partial", "none"]
+
+_NAME = 256
+"""Most characters of a model's name, an id or a finish reason."""
+
+_MESSAGE = 1024
+"""Most characters of an error's message."""
+
+_CALL = 256
+"""What one tool call costs of the budget, beside its id, name and arguments, in bytes."""
+
+_NAMELESS = 8
+"""So many events are searched for the model and the id; Azure's first one has neither."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens as the provider counted them, under our names; None is what it did not say.
+
+    ``provenance`` is ``reported`` where these are the final counts, ``partial`` where the stream
+    ended before they were, and ``none`` where nothing was said.  OpenAI's and Ollama's input
+    includes what the cache gave, Anthropic's does not.
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    provenance: Provenance = "none"
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A tool call: the provider's id, the tool's name, and the arguments, mostly JSON."""
+
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+class ProviderError(NamedTuple):
+    """The error that a provider put into its response.
+
+    ``kind`` is its own word for it; the message may quote the request, and is no metric's label.
+    """
+
+    kind: str | None
+    message: str | None
+
+
+class _Call:
+    """A tool call whose arguments still come."""
+
+    __slots__ = ("arguments", "id", "name")
+
+    def __init__(self, id_: str | None, name: str | None) -> None:
+        self.id = id_
+        self.name = name
+        self.arguments = bytearray()
+
+
+class Accumulated:
+    """What was found so far.
+
+    Args:
+        keeps: text and tool calls are wanted.
+        budget: most bytes of them that are held, in UTF-8.
+
+    Attributes:
+        wants_all: the whole event is to be read; without it usage, finish reason, marker and error
+            are enough.
+        has_ended: the dialect's end marker was seen.
+        is_cut: the budget did not hold all of it.
+        text_bytes: how long the text is, the part that is not held included.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_calls",
+        "_left",
+        "_nameless",
+        "_text",
+        "_tokens",
+        "error",
+        "finish_reason",
+        "has_ended",
+        "is_cut",
+        "keeps",
+        "model",
+        "response_id",
+        "text_bytes",
+        "wants_all",
+    )
+
+    def __init__(self, *, keeps: bool, budget: int) -> None:
+        self.keeps = keeps
+        self.wants_all = True
+        self.model: str | None = None
+        self.response_id: str | None = None
+        self.finish_reason: str | None = None
+        self.error: ProviderError | None = None
+        self.has_ended = False
+        self.is_cut = False
+        self.text_bytes = 0
+        self._nameless = _NAMELESS
+        self._budget = budget
+        self._left = budget
+        self._text = bytearray()
+        self._calls: dict[int, _Call] = {}
+        self._tokens: dict[str, int] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """How much of the budget is used."""
+        return self._budget - self._left
+
+    @property
+    def text(self) -> str:
+        """The text, as far as it is held."""
+        return self._text.decode()
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls in the order in which they began, as far as they are held."""
+        return tuple(
+            ToolCall(call.id, call.name, call.arguments.decode()) for call in self._calls.values()
+        )
+
+    def usage(self, *, is_final: bool) -> Usage:
+        """Return the counts so far.
+
+        Args:
+            is_final: no others can come.
+        """
+        if not self._tokens:
+            return Usage()
+        return Usage(**self._tokens, provenance="reported" if is_final else "partial")
+
+    def name(self, response_id: str | None, model: str | None) -> None:
+        """Take the first id and the first model that are not empty."""
+        if response_id and self.response_id is None:
+            self.response_id = response_id[:_NAME]
+        if model and self.model is None:
+            self.model = model[:_NAME]
+        self._nameless -= 1
+        named = self.model is not None and self.response_id is not None
+        self.wants_all = self.keeps or not (named or self._nameless <= 0)
+
+    def finish(self, reason: str | None) -> None:
+        """Take a finish reason, where this is one; the last one holds."""
+        if reason:
+            self.finish_reason = reason[:_NAME]
+
+    def count(
+        self,
+        *,
+        input_tokens: int | None = None,
+        output_tokens: int | None = None,
+        cache_read_tokens: int | None = None,
+        cache_write_tokens: int | None = None,
+        reasoning_tokens: int | None = None,
+    ) -> None:
+        """Take counts: each replaces what was said before, and None leaves it."""
+        said = (
+            ("input_tokens", input_tokens),
+            ("output_tokens", output_tokens),
+            ("cache_read_tokens", cache_read_tokens),
+            ("cache_write_tokens", cache_write_tokens),
+            ("reasoning_tokens", reasoning_tokens),
+        )
+        for name, tokens in said:
+            if tokens is not None:
+                self._tokens[name] = tokens
+
+    def fail(self, kind: str | None, message: str | None) -> None:
+        """Take the provider's error; the first one holds."""
+        if self.error is None:
+            self.error = ProviderError(kind and kind[:_NAME], message and message[:_MESSAGE])
+
+    def add_text(self, text: str) -> None:
+        """Hold a piece of the text, or the part of it that the budget has room for."""
+        piece = text.encode()
+        self.text_bytes += len(piece)
+        self._hold(self._text, piece)
+
+    def open_call(self, key: int, id_: str | None, name: str | None) -> None:
+        """Begin the tool call ``key``, or tell its id and name where it has begun."""
+        call = self._call(key)
+        if call is not None:
+            call.id = call.id or self._affordable(id_)
+            call.name = call.name or self._affordable(name)
+
+    def add_arguments(self, key: int, arguments: str) -> None:
+        """Hold a piece of the arguments of the tool call ``key``."""
+        call = self._call(key)
+        if call is not None:
+            self._hold(call.arguments, arguments.encode())
+
+    @property
+    def calls(self) -> int:
+        """How many tool calls are held."""
+        return len(self._calls)
+
+    def _call(self, key: int) -> _Call | None:
+        call = self._calls.get(key)
+        if call is None and self._spend(_CALL):
+            call = self._calls[key] = _Call(None, None)
+        return call
+
+    def _affordable(self, name: str | None) -> str | None:
+        name = name and name[:_NAME]
+        return name if name and self._spend(len(name.encode())) else None
+
+    def _spend(self, cost: int) -> bool:
+        if cost > self._left:
+            # Closed for good: what came later would stand beside a hole.
+            self._left = 0
+            self.is_cut = True
+            return False
+        self._left -= cost
+        return True
+
+    def _hold(self, buffer: bytearray, piece: bytes) -> None:
+        room = self._left
+        if self._spend(len(piece)):
+            buffer += piece
+        else:
+            buffer += piece[:room].decode(errors="ignore").encode()

@@ -1,0 +1,81 @@
+"""What no route and no key could make acceptable: the first look at a request.
+
+A method that is not served, a target that would leave its route, a handshake that cannot be met, a
+request that came through here before, a header that is disguised.  Everything here is told in words
+and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llmproxy.errors import ProxyError
+from llmproxy.http1.headers import host_of, media_type, nominated, refuse_disguised
+from llmproxy.policy.auth import Auth
+from llmproxy.policy.routes import Routes, refuse_dots
+from llmproxy.server.error_response import METHODS
+from llmproxy.server.request import Request
+
+
+class Rules(NamedTuple):
+    """What the first look goes by.
+
+    Attributes:
+        pseudonym: ours in ``Via``, in lower case.
+        credentials: the fields that carry providers' credentials.
+    """
+
+    pseudonym: bytes
+    credentials: frozenset[bytes]
+    auth: Auth
+    routes: Routes
+
+
+def admit(request: Request, rules: Rules) -> None:
+    """Let ``request`` pass, or refuse it.
+
+    Raises:
+        ProxyError: why it cannot be served, whatever the wire knew already included.
+    """
+    if request.refusal is not None:
+        raise request.refusal
+    if request.method not in METHODS:
+        allow = (b"allow", b", ".join(METHODS))
+        raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
+    if not request.uri.startswith(b"/"):
+        raise ProxyError(400, "bad_target", "The request target must be a path.")
+    refuse_dots(request.path)
+    first = request.first
+    if b"upgrade" in first and _asks_for_websocket(request):
+        raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
+    if b"via" in first and _came_through(request, rules.pseudonym):
+        raise ProxyError(508, "loop", "The request came through this proxy already.")
+    refuse_disguised(first, rules.credentials)
+
+
+def early_refusal(request: Request, rules: Rules) -> ProxyError | None:
+    """Return why ``request`` is refused whatever its body says, or None where that depends."""
+    host = host_of(request.first.get(b"host"))
+    try:
+        admit(request, rules)
+        passes = rules.routes.pass_credential(request.path, host)
+        rules.auth.identify(request.fields, pass_credential=passes)
+        rules.routes.known_path(request.path, host)
+    except ProxyError as error:
+        return error
+    return None
+
+
+def _asks_for_websocket(request: Request) -> bool:
+    asked = media_type(request.first[b"upgrade"]) == b"websocket"
+    return asked and b"upgrade" in nominated(request.fields)
+
+
+def _came_through(request: Request, pseudonym: bytes) -> bool:
+    return any(pseudonym in _hops(value) for name, value in request.fields if name == b"via")
+
+
+def _hops(via: bytes) -> list[bytes]:
+    """Return the pseudonyms of a ``Via`` line, in lower case (RFC 9110, section 7.6.3)."""
+    parts = (hop.split() for hop in via.lower().split(b","))
+    return [part[1] for part in parts if len(part) > 1]

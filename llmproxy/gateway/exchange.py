@@ -1,0 +1,159 @@
+"""One request under way: what is known of it, how its client is told, how its record closes.
+
+The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next, and
+knows the two ends that a request can come to before its response is whole: an error that the client
+can still be told, and a break that only the connection can tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmproxy.dialects.endpoints import Endpoint
+from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
+from llmproxy.http1.headers import host_of, is_ndjson, is_stream
+from llmproxy.net.task import Task
+from llmproxy.policy.routes import RouteMatch
+from llmproxy.record.trace import Trace
+from llmproxy.server.error_response import METHODS, error_fields
+from llmproxy.server.request import Request
+from llmproxy.stream.relay import Relay
+from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.upstream.response import Response
+
+
+class Exchange:
+    """One request under way: what is known of it so far, and how it can be stopped.
+
+    Attributes:
+        left: why the client is gone, where it is.
+        late: the request took longer than ``total``.
+        status: the provider's, or 0 before its head has come.
+        endpoint: how the response is read, where it can be; ``tap`` reads it.
+        detached: the response is read on although the client has left, or was.
+        passes: the fields that hold keys are for the provider, as far as the path can tell.
+        has_asked: the provider may have a byte of the request, and do the work.
+    """
+
+    __slots__ = (
+        *("response", "match", "content_encoding", "content_type", "detached_timer", "detached"),
+        *("endpoint", "has_asked", "has_length", "host", "late", "left", "passes", "path"),
+        *("relay", "request", "started", "status", "tap", "task", "timer", "trace"),
+    )
+
+    def __init__(self, request: Request, trace: Trace, started: float) -> None:
+        self.request = request
+        self.trace = trace
+        self.started = started
+        self.path = request.path
+        self.host = host_of(request.first.get(b"host"))
+        self.left: ClientGone | None = None
+        self.late = False
+        self.passes = False
+        self.match: RouteMatch | None = None
+        self.relay: Relay | None = None
+        self.response: Response | None = None
+        self.content_type: bytes | None = None
+        self.content_encoding: bytes | None = None
+        self.has_length = False
+        self.status = 0
+        self.endpoint: Endpoint | None = None
+        self.tap: StreamAccumulator | None = None
+        self.detached = False
+        self.has_asked = False
+        self.detached_timer: Any = None
+        self.task: Task | None = None
+        self.timer: Any = None
+
+    def asked(self) -> None:
+        """The provider may do the work from here on."""
+        self.has_asked = True
+
+    def keep_of(self, response: Response) -> None:
+        """Keep what must be known of a response's head later; both heads go, as a stream lasts."""
+        first = response.first
+        self.status = response.code
+        self.content_type = first.get(b"content-type")
+        self.content_encoding = first.get(b"content-encoding")
+        self.has_length = b"content-length" in first
+        for head in (response, self.request):
+            head.fields, head.first = [], {}
+
+    def expire(self) -> None:
+        """The request has taken longer than ``total``: cancel it, whatever it waits for."""
+        self.timer = None
+        self.late = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Let whatever the request waits for fail."""
+        if self.task is not None:
+            self.task.cancel()
+
+    @property
+    def bytes_out(self) -> int:
+        """How many bytes of the body were written to the client, so far."""
+        return self.request.sent + (0 if self.relay is None else self.relay.statistics.verbatim)
+
+    def drop(self) -> None:
+        """Close the provider's connection; while a body comes, the request ends a turn later."""
+        if self.relay is not None:
+            self.relay.leave()
+        else:
+            self.cancel()
+
+    def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
+        """Tell the client; where it has bytes of a response already, only the break can tell.
+
+        Args:
+            now: seconds since the epoch, for the ``Date`` field.
+        """
+        request, name = self.request, self.trace.id
+        if not request.startedWriting:
+            body = error_body(error, dialect, name)
+            request.start(error.status, error_fields(error, name, len(body), now))
+            request.write(body)
+            request.finish()
+            return
+        if self.match is not None and self.match.route.error_event and self._between_events():
+            ndjson = is_ndjson(self.content_type)
+            request.write(error_event(error, dialect, name, ndjson=ndjson))
+        request.break_off()
+
+    def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:
+        """Let go of everything and fill in the trace; ``now`` in the clock's seconds."""
+        for timer in (self.timer, self.detached_timer):
+            if timer is not None and timer.active():
+                timer.cancel()
+        if self.response is not None:
+            self.response.abort()
+        trace, sent = self.trace, self.bytes_out
+        relay, self.relay = self.relay, None  # which would keep each other
+        self.endpoint = None  # whoever hears of the client's leaving only now finds nothing to read
+        trace.end_reason, trace.is_complete = end, end is EndReason.COMPLETE
+        trace.error = None if error is None else error.reason
+        trace.status, trace.bytes_out = self.request.status, sent
+        trace.bytes_in = self.request.body_bytes
+        trace.duration_s = round(now - self.started, 6)
+        if relay is not None:
+            trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
+            trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
+            if (first_at := relay.statistics.first_at) is not None:
+                trace.first_chunk_s = round(first_at - self.started, 6)
+
+    def labels(self) -> tuple[str, str, str, str, str]:
+        """Return route, provider, client, method and status class, from closed sets."""
+        trace = self.trace
+        status = "none" if trace.status is None else f"{trace.status // 100}xx"
+        method = trace.method if self.request.method in METHODS else "other"
+        return trace.route or "", trace.provider or "", trace.client or "", method, status
+
+    def _between_events(self) -> bool:
+        """Tell whether the stream stands between two events, so that one more can be added."""
+        if self.relay is None or self.response is None or not is_stream(self.content_type):
+            return False
+        if self.has_length or self.content_encoding is not None:
+            return False
+        tail = self.relay.statistics.tail
+        ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")
+        return not tail or tail.endswith(ends)

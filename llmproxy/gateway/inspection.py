@@ -1,0 +1,151 @@
+"""What a response said, for the record of its request: the tap is opened here, and read out.
+
+This stands between the gateway, which relays, and ``stream/tap.py``, which reads the copy: it knows
+which answers are worth reading, and which field of a trace and which counter each finding goes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from twisted.logger import Logger
+
+from llmproxy.config import Config
+from llmproxy.dialects.endpoints import Endpoint, endpoint
+from llmproxy.errors import EndReason
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.policy.routes import RouteMatch
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import Trace
+from llmproxy.stream.result import Degraded, Result
+from llmproxy.stream.tap import StreamAccumulator
+
+_log = Logger()
+
+_TYPES = (
+    ("input", "input_tokens"),
+    ("output", "output_tokens"),
+    ("cache_read", "cache_read_tokens"),
+    ("cache_write", "cache_write_tokens"),
+    ("reasoning", "reasoning_tokens"),
+)
+"""The types of ``llmproxy_tokens_total``, and the trace's fields that they are counted from."""
+
+_ANSWERED = range(200, 204)
+"""The statuses of an endpoint's own responses: no refusal, no redirect, nothing without a body."""
+
+
+class Inspection:
+    """Opens taps and writes down what they found; an error of ours in that stays here.
+
+    Args:
+        config: the limits of a tap, and the models that a metric may name.
+        metrics: counts tokens and what taps did not understand.
+        catch_up: feeds taps what still waits to be read; called before they are asked anything.
+    """
+
+    def __init__(
+        self, config: Config, metrics: Metrics, catch_up: Callable[[], object] = lambda: None
+    ) -> None:
+        self._limits = config.limits
+        self._metrics = metrics
+        self._models = named_models(config)
+        self._catch_up = catch_up
+
+    @staticmethod
+    def endpoint_of(exchange: Exchange, match: RouteMatch) -> Endpoint | None:
+        """Return how the response will be read, or None where it will not be."""
+        if exchange.request.method != b"POST":
+            return None
+        return endpoint(match.provider.dialect, match.target)
+
+    def open(self, exchange: Exchange, match: RouteMatch) -> StreamAccumulator | None:
+        """Return what reads the response whose head has come, or None where nothing can."""
+        if exchange.endpoint is None or exchange.status not in _ANSWERED:
+            return None
+        try:
+            tap = StreamAccumulator(
+                exchange.endpoint,
+                content_type=exchange.content_type,
+                content_encoding=exchange.content_encoding,
+                capture=match.route.capture,
+                accumulate=self._limits.accumulate,
+                event=self._limits.event,
+                name=exchange.trace.id,
+                degraded=self._metrics.degraded,
+                catch_up=self._catch_up,
+            )
+        except Exception:
+            self._broke(exchange.trace)
+            return None
+        return tap if tap.is_reading or tap.degraded else None
+
+    def conclude(self, exchange: Exchange, end: EndReason) -> EndReason:
+        """Write down what was found; return why the request ended, now that its content is known.
+
+        It never raises: whatever was found, the request has its record.
+
+        Args:
+            end: why it ended, as far as the wires know.
+        """
+        trace = exchange.trace
+        if exchange.left is not None:
+            trace.on_disconnect = "drain" if exchange.detached else "cancel"
+        if exchange.endpoint is not None:
+            trace.usage = "none"
+        try:
+            found = self._read_out(exchange, end)
+        except Exception:
+            self._broke(trace)
+            return end
+        # What came after the client had left was not handed to anybody.
+        return end if exchange.detached else found
+
+    def _read_out(self, exchange: Exchange, end: EndReason) -> EndReason:
+        trace, tap = exchange.trace, exchange.tap
+        if tap is None:
+            return end
+        result = tap.finish(end)
+        _note(trace, result)
+        if exchange.match is not None and exchange.match.route.capture == "content":
+            _keep_content(trace, result)
+        model = trace.model if trace.model in self._models else "other"
+        labels = trace.client or "", trace.provider or "", model or "other"
+        self._metrics.used(labels, [(kind, getattr(trace, name)) for kind, name in _TYPES])
+        return result.end_reason
+
+    def _broke(self, trace: Trace) -> None:
+        _log.failure("{id}: what its response holds could not be read", id=trace.id)
+        trace.degraded = [Degraded.INTERNAL.value]
+        self._metrics.degraded(Degraded.INTERNAL)
+
+
+def _note(trace: Trace, result: Result) -> None:
+    usage = result.usage
+    trace.served_model = result.model
+    trace.usage = usage.provenance
+    trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
+    trace.cache_read_tokens = usage.cache_read_tokens
+    trace.cache_write_tokens = usage.cache_write_tokens
+    trace.reasoning_tokens = usage.reasoning_tokens
+    if result.degraded:
+        trace.degraded = [reason.value for reason in result.degraded]
+
+
+def _keep_content(trace: Trace, result: Result) -> None:
+    trace.text, trace.tool_calls = result.text, result.tool_calls
+    if result.finish_reason is not None:
+        trace.finish_reason = result.finish_reason
+    if result.response_id is not None:
+        trace.response_id = result.response_id
+    if result.is_cut:
+        trace.degraded = [*trace.degraded, "cut"]
+
+
+def named_models(config: Config) -> Collection[str]:
+    """Return the models that a configuration names in full: a closed set, fit for labels."""
+    patterns = [p for route in config.routes for p in route.models or ()]
+    patterns += [p for client in config.clients.values() for p in client.models]
+    overrides = [o.model for route in config.routes for o in route.override.values()]
+    named = {pattern for pattern in patterns if "*" not in pattern and pattern != "-"}
+    return frozenset(named | {model for model in overrides if model is not None})

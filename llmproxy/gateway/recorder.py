@@ -1,0 +1,170 @@
+"""A record of every request: opened when it comes in, closed once, whatever became of it.
+
+Whatever ends a request ends here: in a trace, an access line and the counters.  Also what never
+became one has a record: a client that left inside its own body, a head that is not HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+
+from twisted.logger import Logger
+
+from llmproxy.errors import ClientGone, EndReason, ProxyError
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.record.log import ACCESS, access_event
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import Sink, Trace, timestamp
+from llmproxy.server.error_response import bare_response
+from llmproxy.server.request import Request
+
+_log = Logger(namespace=ACCESS)
+
+_IDS = 64
+"""Ids that are made at once: each would be a system call of its own."""
+
+_ids: list[str] = []
+
+
+def log_access(trace: Trace, cause: str | None, detail: str | None) -> None:
+    """Write an access line by way of ``twisted.logger``, whoever observes that."""
+    _log.info("{method} {path} {end_reason}", **access_event(trace, cause, detail))
+
+
+class Recorder:
+    """The records of one process.
+
+    Args:
+        metrics: counts what ended.
+        sink: keeps traces.
+        access: writes the access line of a trace, with a failure's cause and detail.
+        clock: monotonic seconds.
+        wall: seconds since the epoch.
+        instance: this process's name among several.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        sink: Sink,
+        *,
+        access: Callable[[Trace, str | None, str | None], None] = log_access,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        instance: str,
+    ) -> None:
+        self._metrics = metrics
+        self._sink = sink
+        self._access = access
+        self._clock = clock
+        self.now = wall
+        self._instance = instance
+        self._session_header = b"x-session-id"
+        self._running: set[Exchange] = set()
+
+    @property
+    def running(self) -> int:
+        """How many requests are being served."""
+        return len(self._running)
+
+    @property
+    def exchanges(self) -> Collection[Exchange]:
+        """The requests that are being served."""
+        return self._running
+
+    def follow(self, session_header: str) -> None:
+        """Find a request's session in this field from now on; its name is in lower case."""
+        self._session_header = session_header.encode("ascii")
+
+    def begin(self, request: Request) -> Exchange:
+        """Open the record of ``request``."""
+        trace = new_trace(request, self._session_header, time=self.now(), instance=self._instance)
+        exchange = Exchange(request, trace, self._clock())
+        self._running.add(exchange)
+        self._metrics.request_began()
+        return exchange
+
+    def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
+        """Close a record, with why its request ended and what the client was told."""
+        exchange.close(end, error, self._clock())
+        if exchange.trace.first_chunk_s is not None:
+            self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
+        self._running.discard(exchange)
+        self._write(exchange.trace, exchange.labels(), error)
+
+    def close_all(self) -> None:
+        """End what is left when no client is: each is recorded with what it has said so far."""
+        for exchange in list(self._running):
+            exchange.cancel()
+
+    def abandoned(self, request: Request, why: ClientGone) -> None:
+        """Record a request that ended before it could be served."""
+        self.close(self.begin(request), why.end, None)
+
+    def malformed(self, peer: str, error: ProxyError) -> bytes:
+        """Record a head that is not a request; return the response, which names the record."""
+        now = self.now()
+        self._metrics.request_began()
+        trace = Trace(
+            time=timestamp(now),
+            id=_new_id(),
+            instance=self._instance,
+            peer=peer,
+            method="",
+            path="",
+            status=error.status,
+            end_reason=error.end,
+            error=error.reason,
+        )
+        self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
+        return bare_response(error, trace.id, now)
+
+    def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
+        self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
+        self._sink.write(trace)
+        if error is not None and error.detail:
+            self._access(trace, error.cause, error.detail)
+        else:
+            self._access(trace, None, None)
+
+
+def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:
+    """Return the record of a request that has just come in, with an id of its own.
+
+    Args:
+        session_header: the field in which callers name their session, in lower case.
+        time: seconds since the epoch.
+    """
+    first = request.first
+    return Trace(
+        time=timestamp(time),
+        id=_new_id(),
+        client_request_id=_text(first.get(b"x-request-id")),
+        instance=instance,
+        peer=request.channel.peer_name,
+        user_agent=_text(first.get(b"user-agent")),
+        session=_text(first.get(session_header)),
+        method=request.method.decode("ascii", "backslashreplace"),
+        path=_path(request.path),
+    )
+
+
+def _new_id() -> str:
+    if not _ids:
+        random = os.urandom(12 * _IDS).hex()
+        _ids.extend(random[at : at + 24] for at in range(0, len(random), 24))
+    return _ids.pop()
+
+
+def _path(path: bytes) -> str:
+    """Return a path for the record; of other targets nothing, since they may hold a password."""
+    return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
+
+
+def _text(value: bytes | None) -> str | None:
+    """Return a header's value for the record, where it is short and printable."""
+    if value is None:
+        return None
+    text = value.decode("utf-8", "replace")[:256]
+    return text if text.isprintable() else None

@@ -1,0 +1,1 @@
+"""HTTP/1.1 as bytes: no socket is known here."""

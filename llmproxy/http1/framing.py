@@ -1,0 +1,205 @@
+"""Bodies on the wire: where one ends, and what it holds (RFC 9112, sections 6 and 7).
+
+The two readers are fed bytes, split at any point, and tell where a body is over; the chunked coding
+is written here, too.  Both sides of the wire use them.  No socket, provider or client is known
+here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from llmproxy.http1.grammar import MAX_LINE, BadMessage, parse_field
+
+MAX_TRAILER = 16384
+"""Most bytes of a trailer section, which is read, checked and dropped."""
+
+_MAX_CHUNK_LINE = 1024
+_SIZES = {b"%x" % size: size for size in range(1, 0x1000)}
+"""The sizes of short chunks by how most write them."""
+
+_LINES = {len(digits) + size + 4: digits + b"\r\n" for digits, size in _SIZES.items()}
+"""How such a chunk begins, by the length of all of it."""
+
+_FOUR_DIGITS = range(0x1000 + 8, 0x10000 + 8)
+"""How long all of a chunk with four digits is."""
+
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
+)
+
+_FRAMING = (b"content-length", b"transfer-encoding", b"host")
+
+
+def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the pieces of ``data`` as one chunk, to be written together."""
+    return b"%x\r\n" % len(data), data, b"\r\n"
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class ChunkedReader:
+    """Reads the chunked coding, split at any point (RFC 9112, section 7.1).
+
+    Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
+    an unfinished line is kept from one call to the next.
+
+    Attributes:
+        done: the body has ended.
+        extra: what followed its end in the read that ended it.
+        error: what is wrong with the coding, where something is; nothing is read any more.
+    """
+
+    __slots__ = ("_between", "_left", "_line", "_step", "_trailer_bytes", "done", "error", "extra")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._line = b""
+        self._step = self._size
+        self._between = True
+        self._trailer_bytes = 0
+        self.done = False
+        self.extra = b""
+        self.error: BadMessage | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, split at any point, and return the content in them, joined.
+
+        What came before an error is returned, too; the error is in :attr:`error`.
+        """
+        if start := self.framed(data):
+            return data[start:-2]
+        if self.error is not None:
+            return b""
+        if self._line:
+            data = self._line + data
+            self._line = b""
+        content: list[bytes] = []
+        position = 0
+        self._between = False
+        try:
+            while position >= 0 and not self.done:
+                position = self._step(data, position, content)
+        except BadMessage as error:
+            self.error = error
+        if self.done:
+            self.extra = data[position:] if position >= 0 else b""
+        return content[0] if len(content) == 1 else b"".join(content)
+
+    def framed(self, data: bytes) -> int:
+        """Return where the content of ``data`` starts, if that is just the next chunk; else 0.
+
+        Most reads are that.  The content ends two bytes before the end; :meth:`feed` need not be
+        told.  No extension is among it, so that it can be forwarded as it is.
+        """
+        if self._between:
+            line = _LINES.get(size := len(data))
+            if line is None and size in _FOUR_DIGITS:
+                line = b"%x\r\n" % (size - 8)
+            if line is not None and data.startswith(line) and data.endswith(b"\r\n"):
+                return len(line)
+        return 0
+
+    def _size(self, data: bytes, position: int, content: list[bytes]) -> int:
+        position = _take_short(data, position, content)
+        if position == len(data):
+            self._between = True
+            return -1
+        end = self._line_end(data, position, _MAX_CHUNK_LINE)
+        if end < 0:
+            return -1
+        match = _CHUNK_LINE.fullmatch(data, position, end)
+        if match is None:
+            raise BadMessage("a chunk's size line is malformed")
+        self._left = int(match[1], 16)
+        self._step = self._content if self._left else self._trailer
+        return end + 2
+
+    def _content(self, data: bytes, position: int, content: list[bytes]) -> int:
+        available = len(data) - position
+        if available < self._left:
+            if available:
+                content.append(data[position:])
+                self._left -= available
+            return -1
+        end = position + self._left
+        content.append(data[position:end])
+        self._left = 0
+        self._step = self._content_end
+        return end
+
+    def _content_end(self, data: bytes, position: int, content: list[bytes]) -> int:
+        mark = data[position : position + 2]
+        if mark == b"\r\n":
+            self._step = self._size
+            return position + 2
+        if mark and mark != b"\r":
+            raise BadMessage("a chunk is longer than its size")
+        self._line = mark
+        return -1
+
+    def _trailer(self, data: bytes, position: int, content: list[bytes]) -> int:
+        end = self._line_end(data, position, MAX_LINE)
+        if end < 0:
+            return -1
+        if end == position:
+            self.done = True
+        else:
+            self._trailer_bytes += end - position
+            if self._trailer_bytes > MAX_TRAILER:
+                raise BadMessage(f"a trailer section longer than {MAX_TRAILER} bytes")
+            if parse_field(data[position:end])[0] in _FRAMING:
+                raise BadMessage("a framing field in a trailer section")  # RFC 9110, 6.5.1
+        return end + 2
+
+    def _line_end(self, data: bytes, position: int, longest: int) -> int:
+        end = data.find(b"\r\n", position, position + longest + 2)
+        if end < 0:
+            if len(data) - position > longest + data.endswith(b"\r"):
+                raise BadMessage("a line of the chunked coding is too long")
+            self._line = data[position:]
+        return end
+
+
+def _take_short(data: bytes, position: int, content: list[bytes]) -> int:
+    """Take the chunks that are whole and in the usual form; return where the first other begins."""
+    while (end := data.find(b"\r\n", position, position + 5)) > 0:
+        size = _SIZES.get(data[position:end])
+        if size is None:
+            break
+        after = end + 2 + size
+        if data[after : after + 2] != b"\r\n":
+            break
+        content.append(data[end + 2 : after])
+        position = after + 2
+    return position
+
+
+class LengthReader:
+    """Reads a body of ``left`` bytes, or one that ends with the connection (None).
+
+    Attributes are those of :class:`ChunkedReader`.
+    """
+
+    __slots__ = ("done", "error", "extra", "left")
+
+    def __init__(self, left: int | None) -> None:
+        self.left = left
+        self.done = left == 0
+        self.extra = b""
+        self.error: BadMessage | None = None
+
+    def framed(self, data: bytes) -> int:
+        """Return 0: nothing is framed here."""
+        return 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes, split at any point, and return the content in them."""
+        if self.left is None:
+            return data
+        if len(data) >= self.left:
+            data, self.extra = data[: self.left], data[self.left :]
+            self.done = True
+        self.left -= len(data)
+        return data

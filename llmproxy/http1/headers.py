@@ -1,0 +1,187 @@
+"""What may cross the proxy, in both directions (design 5).
+
+Strip first, inject after.  Fields are lists of pairs, names in lower case, in the order in which
+they came; what crosses keeps its place and its value.  This module knows no provider and no client,
+only
+names: the hop-by-hop fields, those that can carry a client's key, and those that the proxy owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container
+from functools import lru_cache
+
+from llmproxy.errors import ProxyError
+
+Fields = list[tuple[bytes, bytes]]
+
+KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
+"""Fields in which an SDK sends its key, and which cross with ``pass_credential``."""
+
+OWN_KEY_FIELD = b"x-llmproxy-key"
+"""The field in which a client says who it is where the others belong to its provider."""
+
+HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+"""RFC 9110, section 7.6.1; ``Proxy-*`` fields go with them."""
+
+_REQUEST_DROPPED = HOP_BY_HOP | {b"expect", b"host", b"content-length", b"forwarded", OWN_KEY_FIELD}
+_RESPONSE_DROPPED = HOP_BY_HOP | {b"alt-svc", b"strict-transport-security"}
+_REQUEST_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-llmproxy-")
+_RESPONSE_PREFIXES = (b"proxy-", b"x-llmproxy-")
+_STREAM_TYPES = (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
+_ANTI_BUFFERING = (
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+_STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
+
+
+def value_of(fields: Fields, name: bytes) -> bytes | None:
+    """Return the first value of the field ``name`` (lower case), or None."""
+    for key, value in fields:
+        if key == name:
+            return value
+    return None
+
+
+@lru_cache(maxsize=256)
+def host_of(host: bytes | None) -> str:
+    """Return the name in the value of ``Host``, in lower case, without its port."""
+    value = (host or b"").decode("ascii", "replace").lower()
+    name, colon, port = value.rpartition(":")
+    return name if colon and (port.isdigit() or not port) else value
+
+
+def nominated(fields: Fields) -> set[bytes]:
+    """Return every field name that a ``Connection`` line nominates, in lower case."""
+    lines = [value for name, value in fields if name == b"connection"]
+    if not lines:
+        return set()
+    return {token.strip(b" \t").lower() for line in lines for token in line.split(b",")}
+
+
+def refuse_disguised(names: Collection[bytes], credentials: Container[bytes] = ()) -> None:
+    """Refuse a name with ``_`` that spells a field which the proxy owns or drops.
+
+    Servers behind CGI-like gateways read ``x_api_key`` and ``x-api-key`` as one.
+
+    Args:
+        names: of the request's fields, in lower case.
+        credentials: the fields that carry providers' credentials.
+
+    Raises:
+        ProxyError: 400, naming the field.
+    """
+    if b"_" not in b"".join(names):
+        return
+    for name in names:
+        if b"_" in name:
+            spelt = name.replace(b"_", b"-")
+            owned = spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or spelt == b"via"
+            if owned or spelt in credentials or spelt.startswith(_REQUEST_PREFIXES):
+                raise ProxyError(
+                    400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
+                )
+
+
+class HeaderRewriter:
+    """What crosses towards one provider, prepared once for all requests.
+
+    Args:
+        pass_credential: the caller's own key fields cross.
+        credential: the provider's credential field, or None.
+        defaults: fields of the provider's that are added where the client sent none.
+        accept_events: ``Accept: text/event-stream`` is added where a stream is asked for and the
+            client sent no ``Accept``.
+    """
+
+    def __init__(
+        self,
+        *,
+        pass_credential: bool,
+        credential: tuple[bytes, bytes] | None,
+        defaults: tuple[tuple[bytes, bytes], ...],
+        accept_events: bool,
+    ) -> None:
+        self._dropped = _REQUEST_DROPPED
+        if not pass_credential:
+            self._dropped |= set(KEY_FIELDS)
+        if credential is not None:
+            self._dropped |= {credential[0]}
+        self._credential = credential
+        self._defaults = defaults
+        self._accept_events = accept_events
+
+    def for_provider(
+        self, fields: Fields, *, via: bytes, request_id: bytes, streams: bool, identity: bool
+    ) -> Fields:
+        """Return the fields to send upstream, without ``Host`` and framing.
+
+        Args:
+            fields: as the client sent them.
+            via: this hop, as ``1.1 pseudonym``.
+            request_id: added as ``x-request-id`` where the client sent none.
+            streams: the request asks for a stream.
+            identity: a stream is asked for unencoded, whatever the client accepts.
+        """
+        dropped = self._dropped
+        if listed := nominated(fields):
+            dropped |= listed
+        kept = [
+            field
+            for field in fields
+            if field[0] not in dropped and not field[0].startswith(_REQUEST_PREFIXES)
+        ]
+        names = {name for name, _ in kept}
+        if b"via" in names:
+            hops = [value for name, value in kept if name == b"via"]
+            kept = [field for field in kept if field[0] != b"via"]
+            via = b", ".join([*hops, via])
+        kept.append((b"via", via))
+        kept += [field for field in self._defaults if field[0] not in names]
+        if b"x-request-id" not in names:
+            kept.append((b"x-request-id", request_id))
+        if streams:
+            if self._accept_events and b"accept" not in names:
+                kept.append((b"accept", b"text/event-stream"))
+            if identity:
+                kept = [field for field in kept if field[0] != b"accept-encoding"]
+                kept.append((b"accept-encoding", b"identity"))
+        if self._credential is not None:
+            kept.append(self._credential)
+        return kept
+
+
+def for_client(fields: Fields, request_id: bytes) -> Fields:
+    """Return the fields of a provider's response that the client gets, with our id."""
+    streams = is_stream(value_of(fields, b"content-type"))
+    dropped = _STREAM_DROPPED if streams else _RESPONSE_DROPPED
+    if listed := nominated(fields):
+        dropped |= listed
+    kept = [
+        field
+        for field in fields
+        if field[0] not in dropped and not field[0].startswith(_RESPONSE_PREFIXES)
+    ]
+    if streams:
+        kept += _ANTI_BUFFERING
+    kept.append((b"x-llmproxy-request-id", request_id))
+    return kept
+
+
+def is_stream(content_type: bytes | None) -> bool:
+    """Tell whether the type is one that arrives event by event: SSE or NDJSON."""
+    return media_type(content_type) in _STREAM_TYPES
+
+
+def is_ndjson(content_type: bytes | None) -> bool:
+    """Tell whether the type is NDJSON: an event is a line."""
+    return media_type(content_type) in _STREAM_TYPES[1:]
+
+
+@lru_cache(maxsize=256)
+def media_type(content_type: bytes | None) -> bytes:
+    """Return the type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
+    return (content_type or b"").partition(b";")[0].strip(b" \t").lower()

@@ -1,0 +1,1 @@
+"""Sockets and time: no HTTP is known here."""

@@ -1,0 +1,104 @@
+"""The reactor's loop, without what a daemon of one program does not need.
+
+Twisted calls every ready socket through ``log.callWithLogger``, whose context costs about as much
+as sending an event, and looks at timers, threads and signals between any two polls.  Here sockets
+are called directly, and the next poll follows at once while nothing else can be due (ADR-0010).
+
+Only exactly ``EPollReactor`` is touched, and on it only ``doIteration``; whatever else runs in the
+process sees the same calls in the same order.  What is leaned on: ``_poller``, ``_selectables``,
+``_doReadOrWrite``, ``threadCallQueue``, ``_newTimedCalls``, ``_pendingTimedCalls`` and
+``_justStopped``; ``tests/net/test_loop.py`` fails when they change.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from select import EPOLLIN
+from typing import Any
+
+from twisted.internet.epollreactor import EPollReactor
+from twisted.python import log
+
+_THRESHOLDS = (10_000, 20, 50)
+"""Allocations before the collector looks at the young, and rounds before it looks further."""
+
+_ROUNDS = 100
+"""Polls in a row before the reactor's own loop has its turn in any case."""
+
+_MOST = 256
+"""Most ready sockets that one poll tells of; the next one tells of the others."""
+
+_LONGEST = 2_147_483.0
+"""Seconds that epoll can be told to wait; Twisted's own limit."""
+
+
+def tune(reactor: Any) -> Callable[[], None]:
+    """Quicken ``reactor`` where it is exactly an ``EPollReactor``.
+
+    Returns:
+        undoes it.
+    """
+    if type(reactor) is not EPollReactor:
+        return lambda: None
+    state = vars(reactor)
+    state["doIteration"] = _iteration(reactor)
+
+    def undo() -> None:
+        state.pop("doIteration", None)
+
+    return undo
+
+
+def calm_collector() -> None:
+    """Let the garbage collector leave alone what is there now, and look less often at the rest.
+
+    A stream's objects die by themselves; a collection looks at all streams, and holds all up.  The
+    collector is the whole process's: this is for whoever owns that.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
+
+
+def _iteration(reactor: Any) -> Callable[[float | None], None]:
+    poll, selectables, seconds = reactor._poller.poll, reactor._selectables, reactor.seconds
+    general, disconnect = reactor._doReadOrWrite, reactor._disconnectSelectable
+
+    def iterate(timeout: float | None) -> None:
+        """Poll, and again as long as only sockets have something to do."""
+        for _ in range(1 if timeout == 0 else _ROUNDS):  # who asks for no wait is due elsewhere
+            try:
+                ready = poll(-1 if timeout is None else timeout, _MOST)
+            except InterruptedError:
+                return
+            for fd, event in ready:
+                selectable = selectables.get(fd)
+                if selectable is None:
+                    continue
+                if event == EPOLLIN:
+                    try:
+                        why = selectable.doRead()
+                    except BaseException:
+                        why = sys.exc_info()[1]
+                        log.err()
+                    if why:
+                        disconnect(selectable, why, True)
+                else:
+                    log.callWithLogger(selectable, general, selectable, fd, event)
+            if reactor.threadCallQueue or reactor._newTimedCalls or reactor._justStopped:
+                return
+            timed = reactor._pendingTimedCalls
+            if timed:
+                timeout = timed[0].time - seconds()
+                if timeout <= 0:
+                    return
+                if timeout > _LONGEST:
+                    timeout = _LONGEST
+            else:
+                timeout = None
+            if not reactor.running:
+                return
+
+    return iterate

@@ -1,0 +1,181 @@
+"""TCP transports that send at once what the kernel takes, and queue the rest.
+
+Twisted queues every write and asks epoll when it may be sent: two more system calls and half a turn
+of the reactor for each event of a stream.  Here a write goes to the socket while nothing waits; as
+soon as something does, everything queues behind it as Twisted has it, so that what comes meanwhile
+is joined, and a producer is paused (ADR-0009).
+
+These are Twisted's own transports in all else.  What is leaned on is the queue of
+``twisted.internet.abstract.FileDescriptor`` (``_tempDataBuffer``, ``_tempDataLen``,
+``dataBuffer``), ``_aborting`` and ``Connector._makeTransport``; ``tests/net/test_tcp.py`` fails
+when they change.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from twisted.internet import tcp
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionAborted
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.python.failure import Failure
+
+READ_SIZE = 80 * 1024
+"""Bytes of one read at most; ``bufferSize`` is how many may be queued before a producer pauses."""
+
+_NO_LINGER = struct.pack("ii", 1, 0)
+"""SO_LINGER for a reset instead of a FIN (socket(7))."""
+
+
+class DirectTransport(tcp.Connection):
+    """What a server's and a client's side have in common.
+
+    Attributes:
+        drained: called once, when the kernel has taken all that is queued.
+        written: bytes that were given to :meth:`write` so far.
+    """
+
+    # What an event looks at; Twisted's own marks, and the table of an instance with some forty
+    # attributes, are slower to find (ADR-0011).
+    __slots__ = ("_is_pulled", "_may_wait", "_send", "protocol", "socket", "written")
+    drained: Callable[[], object] | None = None
+    _reads: bool = False
+
+    def __init__(self, *args: Any) -> None:
+        self._send: Callable[[bytes], int] = len  # takes all, and drops it
+        self._may_wait = False  # something may be queued
+        self._is_pulled = False  # by a producer that must be asked for more
+        self.written = 0
+        super().__init__(*args)
+
+    def write(self, data: bytes) -> None:
+        """Send what the kernel takes now, and queue the rest."""
+        size = len(data)
+        self.written += size
+        if self._may_wait:
+            self._may_wait = bool(self._tempDataLen or self.dataBuffer)
+            if self._may_wait:
+                FileDescriptor.write(self, data)
+                return
+        try:
+            sent = self._send(data)
+        except OSError:
+            sent = 0  # full, or broken: then the reactor's own attempt ends the connection
+        if sent < size:
+            self._may_wait = True
+            FileDescriptor.write(self, data[sent:] if sent else data)
+        elif self._is_pulled:
+            self.startWriting()  # a pull producer is asked for more in the next turn
+
+    def writeSequence(self, iovec: Any) -> None:
+        """Send pieces together."""
+        self.write(b"".join(iovec))
+
+    def writeSomeData(self, data: bytes) -> Any:
+        """Send from the queue; an empty one costs no call."""
+        return super().writeSomeData(data) if data else 0
+
+    def abortConnection(self) -> None:
+        """Reset the connection now; the protocol is told in the next turn."""
+        if self.disconnected or self._aborting:
+            return
+        self.stopReading()
+        self.stopWriting()
+        self._aborting = True
+        self._send = len
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.socket.close()
+        reactor: Any = self.reactor
+        reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
+
+    def startReading(self) -> None:
+        """Read, unless the connection is aborted, or is read already."""
+        if not (self._reads or self._aborting):
+            self._reads = True
+            super().startReading()
+
+    def stopReading(self) -> None:
+        """Read no more."""
+        if not self._aborting:
+            self._reads = False
+            super().stopReading()
+
+    def startWriting(self) -> None:
+        """Write what is queued, unless the connection is aborted."""
+        if not self._aborting:
+            super().startWriting()
+
+    def stopWriting(self) -> None:
+        """Write no more."""
+        if not self._aborting:
+            super().stopWriting()
+
+    def doWrite(self) -> Any:
+        """Send from the queue, unless the read of the same event has aborted the connection."""
+        if self._aborting:
+            return None
+        why = super().doWrite()
+        if self._writeDisconnected:
+            self._send = len
+        if self.drained is not None and not self._tempDataLen and not self.dataBuffer:
+            told, self.drained = self.drained, None
+            told()
+        return why
+
+    def doRead(self) -> Any:
+        """Forward what came in, in one piece."""
+        try:
+            data = self.socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Ask ``producer`` for more, or pause it."""
+        self._is_pulled = not streaming
+        super().registerProducer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        """Ask nobody for more."""
+        self._is_pulled = False
+        super().unregisterProducer()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The connection is over: what is written from here on is dropped."""
+        self._send = len
+        self._is_pulled = False
+        super().connectionLost(reason)
+
+
+class DirectServer(DirectTransport, tcp.Server):
+    """An accepted connection."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._send = self.socket.send
+
+
+class DirectClient(DirectTransport, tcp.Client):
+    """A connection that was asked for."""
+
+    def _connectDone(self) -> None:
+        self._send = self.socket.send
+        super()._connectDone()
+
+
+class DirectConnector(tcp.Connector):
+    """Makes connections of :class:`DirectClient`."""
+
+    def _makeTransport(self) -> tcp.Client:  # noqa: N802 - Twisted's name
+        return DirectClient(self.host, self.port, self.bindAddress, self, self.reactor)

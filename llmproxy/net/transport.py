@@ -1,0 +1,110 @@
+"""What a transport still holds, and whether a quiet connection is still good.
+
+Twisted's transports queue what the kernel does not take, and have no public name for how much that
+is; a proxy must know, to tell a slow client from a stalled one and to close a connection only after
+everything was sent.  The private attributes that are read here are those of
+``twisted.internet.abstract.FileDescriptor`` and ``twisted.protocols.tls``;
+``tests/net/test_transport.py`` fails when they change.  No provider, client or message is known
+here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import select
+import socket
+import struct
+from typing import Any
+
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+)
+"""Seconds of silence before a probe, between probes, and how many."""
+
+_SIOCOUTQ = 0x5411
+"""linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
+
+
+def raw_transport(transport: Any) -> Any:
+    """Return the TCP transport at the bottom, below any TLS layer."""
+    while (below := getattr(transport, "transport", None)) is not None:
+        transport = below
+    return transport
+
+
+def pending_bytes(transport: Any) -> int:
+    """Return how many bytes were written but not yet taken by the kernel, TLS layers included."""
+    pending = 0
+    while (below := getattr(transport, "transport", None)) is not None:
+        # TLSMemoryBIOProtocol queues here what OpenSSL does not take; its aggregator joins the
+        # small writes of one reactor turn.
+        pending += sum(map(len, getattr(transport, "_appSendBuffer", ())))
+        joined = getattr(transport, "_aggregator", None)
+        pending += sum(map(len, getattr(joined, "_buffer", ())))
+        transport = below
+    # FileDescriptor: one string that is being sent from an offset, and a list behind it.
+    return int(len(transport.dataBuffer) - transport.offset + transport._tempDataLen) + pending
+
+
+def unacknowledged_bytes(transport: Any) -> int:
+    """Return how many bytes the kernel holds that the peer has not acknowledged; 0 if closed."""
+    handle = getattr(raw_transport(transport), "socket", None)
+    if not isinstance(handle, socket.socket) or handle.fileno() < 0:
+        return 0
+    response = fcntl.ioctl(handle.fileno(), _SIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("i", response)[0])
+
+
+def is_quiet(transport: Any) -> bool:
+    """Tell whether nothing waits to be read: no byte, no end of file, no error.
+
+    An idle connection on which something waits must not be used again: it is the peer's end of
+    connection, or bytes that nobody asked for.  What a TLS layer has read and not forwarded yet
+    cannot be seen from here: it forwards everything within one turn of the reactor.
+    """
+    raw = raw_transport(transport)
+    handle = getattr(raw, "socket", None)
+    if handle is None or raw.disconnecting or handle.fileno() < 0:
+        return False
+    return not has_input(handle)
+
+
+def has_peer_left(transport: Any) -> bool:
+    """Tell whether the peer has ended or reset its side, even behind bytes that were not read."""
+    handle = getattr(raw_transport(transport), "socket", None)
+    if handle is None or handle.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))  # errors and hang-ups are always reported, too
+
+
+def has_input(handle: socket.socket) -> bool:
+    """Tell whether something waits at a socket: bytes, an end, an error, or a connection."""
+    poll = select.poll()
+    poll.register(handle.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def notice_vanished_peer(transport: Any, user_timeout: float | None = 60.0) -> None:
+    """Let the kernel end a connection whose peer is gone without a word.
+
+    A quiet one is probed after 30 s, and ended after ``user_timeout``, or else a minute.
+
+    Args:
+        transport: a connection, or a listening port of TCP, from which its connections inherit it.
+        user_timeout: seconds for which what was sent may stay unacknowledged; None for as long as
+            the kernel sends it again.  It also ends a peer that answers and takes nothing
+            (tcp(7), ``TCP_USER_TIMEOUT``), so it must not be shorter than what such a one may take.
+    """
+    if not isinstance(handle := getattr(transport, "socket", None), socket.socket):
+        handle = getattr(raw_transport(transport), "socket", None)
+    if isinstance(handle, socket.socket) and handle.family in (socket.AF_INET, socket.AF_INET6):
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            handle.setsockopt(socket.IPPROTO_TCP, option, value)
+        if user_timeout is not None:
+            milliseconds = min(int(user_timeout * 1000), 2**31 - 1)
+            handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

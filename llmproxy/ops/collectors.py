@@ -1,0 +1,81 @@
+"""The figures that the parts hold themselves, under the names that Prometheus knows (ADR-0003).
+
+Each is read when it is scraped.  The parts do not know that they are looked at.
+"""
+
+from __future__ import annotations
+
+from llmproxy.gateway.detached import DetachedStreams
+from llmproxy.ops.drain import Drain
+from llmproxy.ops.reload import Reload
+from llmproxy.ops.setup import Setup
+from llmproxy.record.metrics import Metrics
+from llmproxy.record.sinks import Sinks
+from llmproxy.server.site import Site
+
+
+def expose(
+    metrics: Metrics,
+    *,
+    site: Site,
+    setup: Setup,
+    detached: DetachedStreams,
+    sink: Sinks,
+    drain: Drain,
+    reload: Reload,
+) -> None:
+    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
+    gauge, count = metrics.watch, metrics.watch_count
+    gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.connections)})
+    gauge(
+        "upstream_connections",
+        "Connections to providers.",
+        ["provider", "state"],
+        lambda: {labels: float(n) for labels, n in setup.upstream.counts().items()},
+    )
+    gauge(
+        "buffered_bytes",
+        "Bytes written that clients' kernels did not take yet.",
+        [],
+        lambda: {(): site.pending_bytes()},
+    )
+    gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
+    gauge("drains", "Answers read on for their usage alone.", [], lambda: {(): len(detached)})
+    gauge("draining", "1 while the process shuts down.", [], lambda: {(): drain.begun})
+    gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})
+    gauge(
+        "drain_remaining_seconds",
+        "Until a drain cuts what is left; 0 where there is none.",
+        [],
+        lambda: {(): drain.remaining_s},
+    )
+    gauge(
+        "config_last_reload_successful",
+        "Whether the last reload went well.",
+        [],
+        lambda: {(): reload.succeeded},
+    )
+    gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the last reload that went well did.",
+        [],
+        lambda: {(): reload.succeeded_at},
+    )
+    gauge(
+        "certificate_not_after_timestamp_seconds",
+        "When a certificate expires.",
+        ["certificate"],
+        lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+    )
+    count(
+        "limited",
+        "What was refused because of a limit.",
+        ["client", "limit"],
+        lambda: {("", limit): float(n) for limit, n in site.limiter.refused.items()},
+    )
+    count(
+        "records_lost",
+        "Records that were not written.",
+        ["sink"],
+        lambda: {(name,): float(lost) for name, lost in sink.losses().items()},
+    )

@@ -1,0 +1,146 @@
+"""What ledgers say: totals by group, and the checkpoints of sessions.
+
+Every instance has a ledger of its own; what they say is added up here.  Each is read as it is at
+one moment, while its daemon writes.  Unknown is not zero: a sum of tokens is None where no request
+of the group reported any, and ``unreported`` says how many did not report all of theirs.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import msgspec
+
+from llmproxy.record.ledger_schema import TOKENS, LedgerError, open_for_reading
+
+GROUPS = {
+    "client": "client",
+    "model": "model",
+    "served_model": "served_model",
+    "provider": "provider",
+    "route": "route",
+    "session": "session",
+    "instance": "instance",
+    "day": "substr(time, 1, 10)",
+}
+"""What requests can be grouped by, and how SQL says it; days are those of UTC."""
+
+_SUMS = ", ".join(f"sum({name})" for name in TOKENS)
+
+Group = tuple[str | None, ...]
+"""The values of what was grouped by, in that order; None where a request had none."""
+
+
+class Totals(msgspec.Struct):
+    """What some requests come to.
+
+    Attributes:
+        complete: how many of the requests ended as ``complete``.
+        unreported: how many did not have all their tokens reported, so that sums lack them.
+    """
+
+    requests: int = 0
+    complete: int = 0
+    unreported: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    def add(self, other: Totals) -> None:
+        """Add what other requests come to."""
+        for name in self.__struct_fields__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                setattr(self, name, theirs if ours is None else ours + theirs)
+
+
+class Checkpoint(msgspec.Struct):
+    """How far a session has come; ``client`` is None where nobody was known."""
+
+    session: str
+    client: str | None
+    totals: Totals
+    last_trace: str
+    first_time: str
+    last_time: str
+
+
+def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[Group, Totals]:
+    """Return totals by group, in the order of the groups.
+
+    Args:
+        paths: the ledgers.
+        by: keys of :data:`GROUPS`.
+        since: RFC 3339 in UTC; requests that began earlier do not count.
+
+    Raises:
+        LedgerError: one of the ledgers cannot be read.
+    """
+    found: dict[Group, Totals] = {}
+    columns = ", ".join(GROUPS[one] for one in by)
+    query = (
+        f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
+        f"FROM traces WHERE time >= ? GROUP BY {columns}"
+    )
+    for path in paths:
+        for row in _rows(path, query, since):
+            group, figures = row[: len(by)], row[len(by) :]
+            found.setdefault(group, Totals()).add(Totals(*figures))
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
+    """Return the sessions that had a request since then, those that had one last first.
+
+    Args:
+        paths: the ledgers.
+        since: RFC 3339 in UTC.
+
+    Raises:
+        LedgerError: one of the ledgers cannot be read.
+    """
+    found: dict[tuple[str, str], Checkpoint] = {}
+    query = (
+        f"SELECT session, client, last_trace, first_time, last_time, "  # noqa: S608 - names of ours
+        f"requests, complete, unreported, {', '.join(TOKENS)} FROM sessions WHERE last_time >= ?"
+    )
+    for path in paths:
+        for session, client, last, first_time, last_time, *figures in _rows(path, query, since):
+            other = Checkpoint(
+                session, client or None, Totals(*figures), last, first_time, last_time
+            )
+            ours = found.setdefault((session, client), other)
+            if ours is not other:
+                _merge(ours, other)
+    return sorted(found.values(), key=lambda one: one.last_time, reverse=True)
+
+
+def _merge(ours: Checkpoint, other: Checkpoint) -> None:
+    """Let the checkpoint of another instance go into ours."""
+    ours.totals.add(other.totals)
+    ours.first_time = min(ours.first_time, other.first_time)
+    if other.last_time > ours.last_time:
+        ours.last_time, ours.last_trace = other.last_time, other.last_trace
+
+
+def _rows(path: str, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
+    with _told(path), closing(open_for_reading(path)) as connection:
+        yield from connection.execute(query, arguments)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Let what goes wrong name the file."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerError(f"{path}: {error}") from error
+
+
+def _order(group: Group) -> list[tuple[bool, str]]:
+    return [(value is not None, value or "") for value in group]

@@ -1,0 +1,70 @@
+"""What the wire itself refuses, and how an error is told, also where there is no request yet."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from http import HTTPStatus
+
+from twisted.web.http import datetimeToString
+
+from llmproxy.errors import Dialect, ProxyError, error_body
+from llmproxy.http1.headers import Fields
+
+METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
+"""The methods that are served."""
+
+_ID_FIELDS = (b"x-llmproxy-request-id", b"x-request-id", b"request-id")
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+def bare_response(error: ProxyError, request_id: str | None = None, now: float = 0.0) -> bytes:
+    """Return a whole response, head and all, for where there is no request yet that could be told.
+
+    Args:
+        error: what is told.
+        request_id: of its record; None where there is none.
+        now: seconds since the epoch.
+    """
+    body = error_body(error, Dialect.OPENAI, request_id or "")
+    fields = error_fields(error, request_id, len(body), now)
+    lines = [b"%b: %b" % field for field in fields]
+    return status_line(error.status) + b"\r\n".join([*lines, b"connection: close", b"", body])
+
+
+def error_fields(error: ProxyError, request_id: str | None, length: int, now: float) -> Fields:
+    """Return the header fields of the response for ``error``, of ``length`` bytes (design 8)."""
+    fields = [
+        (b"date", datetimeToString(now)),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % length),
+        (b"x-llmproxy-error", error.reason.encode("ascii")),
+    ]
+    if request_id is not None:
+        name = request_id.encode("ascii")
+        fields += [(field, name) for field in _ID_FIELDS]
+    fields += error.fields
+    if error.may_have_run:
+        fields.append((b"x-should-retry", b"false"))
+    return fields
+
+
+@lru_cache(maxsize=600)
+def status_line(status: int) -> bytes:
+    """Return the first line, with the phrase of a known status (RFC 9112, section 4)."""
+    return b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, "").encode("ascii"))
+
+
+def too_large(limit: int) -> ProxyError:
+    """The body is larger than ``limit`` bytes."""
+    return ProxyError(413, "body_too_large", f"The request body is larger than {limit} bytes.")
+
+
+def memory_full() -> ProxyError:
+    """The process holds as many bytes of bodies as it may."""
+    return ProxyError(
+        503,
+        "memory_full",
+        "The proxy holds as many request bodies as it may; try again.",
+        fields=((b"retry-after", b"1"),),
+    )

@@ -1,0 +1,82 @@
+"""Clients behind a balancer: who they are stands before their first byte (PROXY protocol).
+
+Twisted's parsers read the header; what they lack is added here: a header that is split at any
+point, the short form without an address, and an end without a traceback for what is no header.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory, Protocol
+from twisted.protocols.haproxy._info import ProxyInfo
+from twisted.protocols.haproxy._v1parser import V1Parser
+from twisted.protocols.haproxy._v2parser import V2Parser
+from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
+
+from llmproxy.server.site import Site
+
+_PROXY_START = 16
+"""Bytes that Twisted wants at once of a PROXY header (the protocol's text, section 2)."""
+
+_UNKNOWN = b"PROXY UNKNOWN\r\n"
+
+
+class Proxied(Factory):
+    """Below it the peer is a balancer, whose address says nothing: the client's comes later."""
+
+    noisy = False
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def doStart(self) -> None:
+        """Listening begins."""
+        self._site.doStart()
+
+    def doStop(self) -> None:
+        """Listening ends."""
+        self._site.doStop()
+
+    def buildProtocol(self, addr: IAddress | None) -> Protocol:
+        """Serve one more connection, whose address is the balancer's."""
+        return self._site.buildProtocol(None)
+
+
+class _ProxyHeader(HAProxyProtocolWrapper):
+    """One connection that begins with a PROXY header, of either version, split at any point."""
+
+    _start: bytes = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._proxyInfo is None and self._parser is None:
+            data = self._start = self._start + data
+            if _is_undecided(data):
+                return
+            if data.startswith(_UNKNOWN):  # Twisted knows the long form alone
+                self._proxyInfo = ProxyInfo(_UNKNOWN, None, None)
+                data = data[len(_UNKNOWN) :]
+                if not data:
+                    return
+        if self._proxyInfo is not None:
+            self.wrappedProtocol.dataReceived(data)
+            return
+        try:
+            super().dataReceived(data)
+        except ValueError:  # Twisted's parsers let it through where a number or an address is none
+            if self._proxyInfo is not None:
+                raise  # it is not the header's
+            self.loseConnection()
+
+
+def _is_undecided(data: bytes) -> bool:
+    """Tell whether this may become a PROXY header of which there is not enough yet."""
+    second = V2Parser.PREFIX.startswith(data[: len(V2Parser.PREFIX)])
+    first = V1Parser.PROXYSTR.startswith(data[:5]) and b"\r\n" not in data
+    return len(data) < _PROXY_START and (first or second)
+
+
+class ProxyHeaders(HAProxyWrappingFactory):
+    """Reads the header of each connection before what is wrapped in it."""
+
+    protocol = _ProxyHeader  # type: ignore[assignment]  # a subclass of what stands there
+    noisy = False

@@ -1,0 +1,247 @@
+"""A compressed copy of a body, opened piece by piece: gzip, deflate, brotli and zstd.
+
+Brotli and zstd are there where the extra ``codings`` is installed (zstd from Python 3.14 on
+without it).  What comes out comes in bounded pieces, and a body that grows out of all proportion
+(:class:`Bomb`) is given up.  A decoder's window is held beside that: 32 KiB for gzip and deflate,
+at most 16 MiB for brotli and 8 MiB for zstd (RFC 9659).
+
+Nothing here knows what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+try:
+    import brotli
+except ImportError:
+    brotli = None
+
+try:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+except ImportError:
+    zstd = None  # type: ignore[assignment]  # told by what _codings() offers
+
+_IN = 16 * 1024
+"""Most bytes that are opened at once: what follows a member's end is copied for each member."""
+
+_OUT = 64 * 1024
+"""Most bytes that come out at once; brotli exceeds it by a block."""
+
+_RATIO = 100
+_ALLOWANCE = 1024**2
+"""A body may grow to a hundred times its size and this; streams of tokens stay below thirty."""
+
+_ZSTD_WINDOW_LOG = 23
+
+
+class BadCoding(Exception):
+    """A coding that is not known here, or bytes that are not in it."""
+
+
+class Bomb(Exception):
+    """A body that grows out of all proportion."""
+
+
+class _Decoder(Protocol):
+    """One member, as gzip calls it; a frame of zstd.
+
+    Attributes:
+        error: what it raises over bytes that are not in its coding.
+    """
+
+    error: type[Exception]
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        """Take ``data``, and return about ``limit`` bytes at most."""
+
+    @property
+    def rest(self) -> bytes:
+        """What was not taken yet."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there may be more to come without further bytes."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the member has ended."""
+
+
+class Decompressor:
+    """Opens one body.
+
+    Args:
+        coding: the value of Content-Encoding, one coding.
+
+    Raises:
+        BadCoding: it is not known here.
+    """
+
+    def __init__(self, coding: bytes) -> None:
+        known = _CODINGS.get(coding.strip(b" \t").lower())
+        if known is None:
+            raise BadCoding(coding[:64])
+        self._coding = known
+        self._decoder: _Decoder | None = None
+        self._is_over = False
+        self._taken = 0
+        self._given = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Open ``data``, split at any point, and yield what comes out in bounded pieces.
+
+        Raises:
+            BadCoding: it is not in the coding.
+            Bomb: too much comes out.
+        """
+        for at in range(0, len(data), _IN):
+            yield from self._open(data[at : at + _IN])
+
+    def _open(self, data: bytes) -> Iterator[bytes]:
+        while data and not self._is_over:
+            if self._decoder is None:
+                data = data.lstrip(self._coding.padding)
+                if not data:
+                    return
+                self._decoder = self._coding.decoder(data)
+            yield from self._member(self._decoder, data)
+            data = b""
+            if self._decoder.is_over:
+                data = self._decoder.rest
+                self._decoder = None
+                self._is_over = not self._coding.has_members
+
+    def _member(self, decoder: _Decoder, data: bytes) -> Iterator[bytes]:
+        while True:
+            try:
+                piece = decoder.decompress(data, _OUT)
+            except decoder.error as error:
+                raise BadCoding(str(error)[:200]) from None
+            rest = decoder.rest
+            self._taken += len(data) - len(rest)
+            self._given += len(piece)
+            if self._given > _ALLOWANCE + _RATIO * self._taken:
+                raise Bomb
+            if piece:
+                yield piece
+            if decoder.is_over or not (rest or (piece and decoder.has_more)):
+                return
+            data = rest
+
+
+class _Zlib:
+    """Gzip, zlib and raw deflate."""
+
+    error: type[Exception] = zlib.error
+
+    def __init__(self, bits: int) -> None:
+        self._decoder = zlib.decompressobj(bits)
+        self.has_more = False
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        """Take ``data``."""
+        piece = self._decoder.decompress(data, limit)
+        self.has_more = len(piece) == limit
+        return piece
+
+    @property
+    def rest(self) -> bytes:
+        """What stands behind the end, or waits for its turn."""
+        return self._decoder.unused_data or self._decoder.unconsumed_tail
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the checksum was read."""
+        return self._decoder.eof
+
+
+def _deflate(data: bytes) -> _Decoder:
+    """Servers mean zlib (RFC 9110, section 8.4.1.2) or raw deflate; the first byte tells."""
+    is_zlib = data[0] & 0x0F == 8 and data[0] >> 4 <= 7
+    return _Zlib(15 if is_zlib else -15)
+
+
+class _Brotli:
+    """Brotli (RFC 7932); it has one member, and nothing may follow."""
+
+    rest = b""
+
+    def __init__(self) -> None:
+        self.error: type[Exception] = brotli.error
+        self._decoder = brotli.Decompressor()
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        """Take ``data``, all of it."""
+        piece: bytes = self._decoder.process(data, output_buffer_limit=limit)
+        return piece
+
+    @property
+    def has_more(self) -> bool:
+        """Whether output waits inside."""
+        return not self._decoder.can_accept_more_data()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last byte came out."""
+        return bool(self._decoder.is_finished())
+
+
+class _Zstd:
+    """One frame of zstd (RFC 8878)."""
+
+    def __init__(self) -> None:
+        self.error: type[Exception] = zstd.ZstdError
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+        self._decoder: Any = zstd.ZstdDecompressor(options=options)
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        """Take ``data``, all of it."""
+        piece: bytes = self._decoder.decompress(data, limit)
+        return piece
+
+    @property
+    def rest(self) -> bytes:
+        """What stands behind the frame."""
+        return bytes(self._decoder.unused_data)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether output waits inside."""
+        return not (self._decoder.needs_input or self._decoder.eof)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the frame has ended."""
+        return bool(self._decoder.eof)
+
+
+class _Coding(NamedTuple):
+    """What a coding's name stands for.
+
+    ``decoder`` makes the decoder of a member from its first bytes; members may follow one another
+    where ``has_members`` says so, with ``padding`` between them.
+    """
+
+    decoder: Callable[[bytes], _Decoder]
+    has_members: bool = False
+    padding: bytes = b""
+
+
+def _codings() -> dict[bytes, _Coding]:
+    gzip = _Coding(lambda _: _Zlib(31), has_members=True, padding=b"\0")
+    known = {b"gzip": gzip, b"x-gzip": gzip, b"deflate": _Coding(_deflate)}
+    if brotli is not None:
+        known[b"br"] = _Coding(lambda _: _Brotli())
+    if zstd is not None:
+        known[b"zstd"] = _Coding(lambda _: _Zstd(), has_members=True)
+    return known
+
+
+_CODINGS = _codings()

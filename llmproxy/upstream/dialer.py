@@ -1,0 +1,159 @@
+"""From a provider's URL to a connection on which a request may be sent, or to why there is none.
+
+Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for whoever
+waits; the :class:`Attempt` says in which of them it is.  Pools and requests are not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from twisted.internet.abstract import isIPAddress, isIPv6Address
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.interfaces import IProtocolFactory
+from twisted.internet.protocol import Factory
+
+from llmproxy.config import Provider
+from llmproxy.errors import ProxyError, no_descriptors, upstream_tls, upstream_unreachable
+from llmproxy.net.tcp import DirectConnector
+from llmproxy.net.tls import TlsConnector
+from llmproxy.upstream.http1 import Connection
+from llmproxy.upstream.resolver import ReactorWithResolver, Resolver
+from llmproxy.upstream.tls import client_options
+
+_NO_MORE = (errno.EMFILE, errno.ENFILE)
+_NO_TIMEOUT = cast("float", None)
+"""The deadline is the caller's, over all three phases; an endpoint's own would end at TCP."""
+
+
+class Attempt:
+    """One connection in the making.
+
+    Attributes:
+        phase: ``connect`` (the name included) or ``handshake``.
+        connected: fires with the :class:`Connection`; cancelling it closes whatever is there.  It
+            fails with ``ProxyError``.
+    """
+
+    def __init__(self) -> None:
+        self.phase = "connect"
+        self.connected: Deferred[Connection]
+
+
+class Connector:
+    """Makes connections to one provider.
+
+    Args:
+        reactor: connects and keeps time.
+        resolver: resolves the provider's name.
+        provider: where to connect, and whom to trust.
+        max_head: most bytes of a response's head.
+        became_idle: called with a connection on which another request may be sent.
+        closed: called with a connection that is gone.
+        direct: with the transports of ``wire/``; else with Twisted's own.
+
+    Attributes:
+        secure: whether connections are made with TLS.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        resolver: Resolver,
+        provider: Provider,
+        *,
+        max_head: int,
+        became_idle: Callable[[Connection], None],
+        closed: Callable[[Connection], None],
+        direct: bool = True,
+    ) -> None:
+        self._reactor = reactor
+        self._resolver = resolver
+        self._host, self._port = provider.url.host, provider.url.port
+        self._tls = client_options(provider)
+        self.secure = self._tls is not None
+        self._make: Callable[..., Any] | None = None
+        if direct and self._tls is None:
+            self._make = DirectConnector
+        elif direct:
+            self._make = partial(TlsConnector, cast(Any, self._tls).on_socket)
+        self._max_head = max_head
+        self._became_idle = became_idle
+        self._closed = closed
+
+    def connect(self, credential: bytes) -> Attempt:
+        """Begin to connect; ``credential`` is what the connection will be kept apart by."""
+        attempt = Attempt()
+        attempt.connected = Deferred.fromCoroutine(self._open(credential, attempt))
+        return attempt
+
+    def remember(self, connection: Connection) -> None:
+        """Keep the connection's TLS session for the next one."""
+        if self._tls is not None:
+            self._tls.remember(connection.transport)
+
+    async def _open(self, credential: bytes, attempt: Attempt) -> Connection:
+        made: list[Connection] = []
+
+        def make() -> Connection:
+            connection = Connection(
+                max_head=self._max_head,
+                became_idle=self._became_idle,
+                closed=self._closed,
+                secure=self._tls is not None,
+            )
+            connection.pool_key = credential
+            made.append(connection)
+            return connection
+
+        factory = Factory.forProtocol(make)
+        factory.noisy = False
+        reactor = ReactorWithResolver(self._reactor, self._resolver, self._make)
+        try:
+            connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
+            attempt.phase = "handshake"
+            if self._make is not None:
+                connection.transport.protocol = connection  # the endpoint's wrapper is through
+            return cast(Connection, await connection.ready)
+        except (CancelledError, ConnectingCancelledError):
+            raise CancelledError from None
+        except Exception as error:
+            raise self._why_not(error, made, attempt) from error
+        finally:
+            reactor.forget()
+
+    def _endpoint(self, reactor: ReactorWithResolver) -> Any:
+        """Return where to connect; an address needs no race and fails at once."""
+        endpoint: Any
+        if isIPAddress(self._host):
+            endpoint = TCP4ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
+        elif isIPv6Address(self._host):
+            endpoint = TCP6ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
+        else:
+            endpoint = HostnameEndpoint(reactor, self._host, self._port, timeout=_NO_TIMEOUT)
+        secured = self._tls is None or self._make is not None
+        return endpoint if secured else wrapClientTLS(cast(Any, self._tls), endpoint)
+
+    def _why_not(self, error: Exception, made: list[Connection], attempt: Attempt) -> ProxyError:
+        """Tell apart the ways in which no connection came about."""
+        underlying = self._resolver.failures.get(self._host)
+        for problem in (error, underlying):
+            number = getattr(problem, "osError", getattr(problem, "errno", None))
+            if number in _NO_MORE:
+                return no_descriptors()
+        detail = f"{type(error).__name__}: {error}"
+        if attempt.phase == "handshake":
+            verdict = made[-1].verdict if made else None
+            cause = verdict.cause if verdict is not None and verdict.cause else "protocol"
+            return upstream_tls(cause, detail)
+        return upstream_unreachable(detail if underlying is None else f"{detail} ({underlying})")

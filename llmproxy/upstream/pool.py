@@ -1,0 +1,304 @@
+"""The ``IAgent`` under treq: connections to one provider, pooled, with a deadline on every phase.
+
+A :class:`ProviderPool` stands for one provider.  Its idle connections are kept apart by the
+credential that went over them, so that nothing of one caller's connection can reach another's.
+Each request is an :class:`OutgoingRequest`, an ``IAgent`` of its own that treq is handed: it
+carries the raw target and the header fields past treq, which would change both (ADR-0002).
+
+This module knows sockets and clocks, and nothing of routes, clients or dialects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from llmproxy.config import Provider, Timeouts
+from llmproxy.errors import upstream_timeout
+from llmproxy.http1.grammar import Fields
+from llmproxy.net.transport import is_quiet, raw_transport
+from llmproxy.upstream.deadline import limit
+from llmproxy.upstream.dialer import Attempt, Connector
+from llmproxy.upstream.http1 import Connection, State
+from llmproxy.upstream.request_body import Phase
+from llmproxy.upstream.resolver import Resolver
+from llmproxy.upstream.response import Response
+
+_HINT_MARGIN = 1.0
+"""Seconds by which an idle connection is given up before its provider says that it does."""
+
+
+_late = partial(upstream_timeout, may_have_run=True)
+
+
+@implementer(IAgent)
+class OutgoingRequest:
+    """One request on its way past treq to a provider's agent.
+
+    Args:
+        target: path and query as they go on the wire.
+        fields: the header fields to send, in order, without framing.
+        credential: what idle connections are kept apart by.
+        timeouts: ``connect`` and ``first_byte`` are kept here.
+        began: called when a byte of the request may leave; a failure before that did no work.
+    """
+
+    def __init__(
+        self,
+        agent: ProviderPool,
+        target: bytes,
+        fields: Fields,
+        credential: bytes,
+        timeouts: Timeouts,
+        began: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._agent = agent
+        self.target = target
+        self.fields = fields
+        self.credential = credential
+        self.timeouts = timeouts
+        self.began = began
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """Send it; the ``uri`` and ``headers`` that treq made are left aside."""
+        return cast("Deferred[IResponse]", self._agent.send(self, method, bodyProducer))
+
+
+class ProviderPool:
+    """The connections to one provider.
+
+    Args:
+        reactor: connects, resolves and keeps time.
+        clock: monotonic seconds.
+        provider: where to connect and whom to trust.
+        resolver: resolves the provider's name.
+        pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
+        max_head: most bytes of a response's head.
+        direct: with the transports of ``wire/``; else with Twisted's own.
+        timers: keeps the deadlines of requests; the reactor, where it is not given.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        clock: Callable[[], float],
+        provider: Provider,
+        *,
+        resolver: Resolver,
+        pool_idle: float | None,
+        max_head: int,
+        direct: bool = True,
+        timers: Any = None,
+    ) -> None:
+        self._reactor = reactor
+        self._timers = reactor if timers is None else timers
+        self._clock = clock
+        self._most_idle = provider.pool  # and nothing else of it, which holds the credential
+        self._pool_idle = pool_idle
+        self._idle: dict[bytes, deque[Connection]] = {}
+        self._idle_count = 0
+        self._live: set[Connection] = set()
+        self._connecting: set[Attempt] = set()
+        self._connector = Connector(
+            reactor,
+            resolver,
+            provider,
+            max_head=max_head,
+            became_idle=self._put,
+            closed=self._forget,
+            direct=direct,
+        )
+        self._expiry: Any = None
+        self._expiry_at = math.inf
+        host = provider.url.netloc.encode("ascii")
+        self._host_line = b"host: " + host + b"\r\n"
+
+    def counts(self) -> dict[str, int]:
+        """Return how many connections there are by state: ``idle``, ``active``, ``connecting``."""
+        active = len(self._live) - self._idle_count
+        return {"idle": self._idle_count, "active": active, "connecting": len(self._connecting)}
+
+    def retire(self) -> None:
+        """Close idle connections, and from now on those that become idle; the others go on."""
+        self._pool_idle = 0.0
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry, self._expiry_at = None, math.inf
+        for connection in [one for idle in self._idle.values() for one in idle]:
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every connection, idle or not."""
+        self.retire()
+        for attempt in list(self._connecting):
+            attempt.connected.cancel()
+        for connection in list(self._live):
+            connection.abort()
+
+    # -- one request ----------------------------------------------------------------------------
+
+    def send(
+        self, outgoing: OutgoingRequest, method: bytes, body: IBodyProducer | None
+    ) -> Deferred[Response]:
+        """Connect or take an idle connection, send ``outgoing`` on it and await its head.
+
+        Returns:
+            fires with the :class:`Response`.  Cancelling it aborts whatever is under way at once.
+            It fails with ``ProxyError``.
+        """
+        connection = self._take(outgoing.credential)
+        if connection is not None:
+            return self._ask(connection, outgoing, method, body)
+        connecting = Deferred.fromCoroutine(self._connect(outgoing))
+        connecting.addCallback(self._ask, outgoing, method, body)
+        cancelled = False
+
+        def cancel(_: Deferred[Response]) -> None:
+            nonlocal cancelled
+            cancelled = True
+            connecting.cancel()
+
+        def failed(failure: Failure) -> None:
+            # Twisted's endpoints turn a cancel into errors of their own; it must stay one.
+            if not cancelled:
+                response.errback(failure)
+
+        response: Deferred[Response] = Deferred(cancel)
+        connecting.addCallbacks(response.callback, failed)
+        return response
+
+    async def _connect(self, outgoing: OutgoingRequest) -> Connection:
+        attempt = self._connector.connect(outgoing.credential)
+        self._connecting.add(attempt)
+        connected, late = attempt.connected, partial(upstream_timeout, may_have_run=False)
+        limit(self._reactor, outgoing.timeouts.connect, connected, lambda: attempt.phase, late)
+        try:
+            connection = await attempt.connected
+        finally:
+            self._connecting.discard(attempt)
+        self._live.add(connection)
+        return connection
+
+    def _ask(
+        self,
+        connection: Connection,
+        outgoing: OutgoingRequest,
+        method: bytes,
+        body: IBodyProducer | None,
+    ) -> Deferred[Response]:
+        """Send the request and wait for its head: ``first_byte`` after it was sent.
+
+        While a body is being sent, the clock begins anew as long as the provider takes some of it,
+        or waits for more.
+        """
+        head = self._head(method, outgoing, body)
+        outgoing.began()
+        response = connection.send(method, head, body)
+        limit(
+            self._timers, outgoing.timeouts.first_byte, response, Phase(connection.sending), _late
+        )
+        if self._connector.secure:
+            response.addCallback(self._remember, connection)
+        return response
+
+    def _remember(self, response: Response, connection: Connection) -> Response:
+        self._connector.remember(connection)
+        return response
+
+    def _head(self, method: bytes, outgoing: OutgoingRequest, body: IBodyProducer | None) -> bytes:
+        lines = [method, b" ", outgoing.target, b" HTTP/1.1\r\n", self._host_line]
+        for name, value in outgoing.fields:
+            lines += (name, b": ", value, b"\r\n")
+        if body is not None and body.length is UNKNOWN_LENGTH:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif body is not None:
+            lines.append(b"content-length: %d\r\n" % body.length)
+        elif method in (b"POST", b"PUT", b"PATCH"):
+            lines.append(b"content-length: 0\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    # -- the pool -------------------------------------------------------------------------------
+
+    def _take(self, credential: bytes) -> Connection | None:
+        """Return the connection that was used last and on which nothing waits to be read."""
+        idle = self._idle.get(credential)
+        while idle:
+            connection = idle.pop()
+            self._idle_count -= 1
+            if not connection.aborted and is_quiet(connection.transport):
+                return connection
+            connection.abort()
+        return None
+
+    def _put(self, connection: Connection) -> None:
+        """Keep a connection whose response is whole; behind a TLS layer from the next turn on.
+
+        Until then the layer may forward what came in the same read: bytes that nobody asked for,
+        which would be the next request's answer, or the end.
+        """
+        transport = connection.transport
+        if transport is raw_transport(transport):
+            self._keep(connection)
+        else:
+            self._reactor.callLater(0, self._keep, connection)
+
+    def _keep(self, connection: Connection) -> None:
+        if connection.aborted or connection.state is not State.IDLE:
+            return
+        keep = math.inf if self._pool_idle is None else self._pool_idle
+        if connection.keep_for is not None:
+            keep = min(keep, connection.keep_for - _HINT_MARGIN)
+        if self._idle_count >= self._most_idle or keep <= 0:
+            connection.abort()
+            return
+        connection.expires_at = self._clock() + keep
+        self._idle.setdefault(connection.pool_key, deque()).append(connection)
+        self._idle_count += 1
+        self._watch_expiry(connection.expires_at)
+
+    def _forget(self, connection: Connection) -> None:
+        self._live.discard(connection)
+        idle = self._idle.get(connection.pool_key)
+        if idle is None:
+            return
+        if connection in idle:
+            idle.remove(connection)
+            self._idle_count -= 1
+        if not idle:
+            del self._idle[connection.pool_key]
+
+    def _watch_expiry(self, at: float) -> None:
+        """Keep one timer, for the connection that expires first."""
+        if at >= self._expiry_at:
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry_at = at
+        self._expiry = self._reactor.callLater(max(0.0, at - self._clock()), self._expire)
+
+    def _expire(self) -> None:
+        """Close what was idle for too long."""
+        self._expiry, self._expiry_at = None, math.inf
+        now = self._clock()
+        for idle in list(self._idle.values()):
+            for connection in list(idle):
+                if now >= connection.expires_at:
+                    connection.abort()
+                else:
+                    self._watch_expiry(connection.expires_at)

@@ -1,0 +1,148 @@
+"""A provider's response: its head, the hold on its body, and how that body ends.
+
+The framing rules of RFC 9112, section 6.3, are here, without a socket: from a request's method and
+a head to a reader that is fed bytes and tells where the body is over.  A message that is framed
+twice is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IProtocol
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
+from zope.interface import implementer
+
+from llmproxy.http1.framing import ChunkedReader, LengthReader
+from llmproxy.http1.grammar import (
+    BadMessage,
+    Fields,
+    field_values,
+    first_values,
+    is_chunked,
+    list_tokens,
+    parse_fields,
+    parse_length,
+    parse_status_line,
+)
+
+_NOTHING: list[bytes] = []
+
+
+class Holder(Protocol):
+    """The connection that a response comes in on."""
+
+    serving: Response | None
+
+    def deliver(self, protocol: IProtocol) -> None:
+        """Hand the body on."""
+
+    def abort(self) -> None:
+        """Close at once."""
+
+
+@implementer(IResponse)
+class Response:
+    """The head of a response, and the hold on its body.
+
+    Attributes:
+        code: the status, 100 to 599.
+        fields: the header fields as they came, in order, names in lower case.
+        first: the first value of each name.
+        length: the body's bytes as announced, or ``UNKNOWN_LENGTH``.
+        headers: always empty; it stands between treq's decoders and the bytes (ADR-0002).
+    """
+
+    __slots__ = ("_connection", "code", "fields", "first", "length", "version")
+    phrase = b""
+    request = None
+    previousResponse = None  # noqa: N815 - IResponse's name
+    headers = Headers()
+
+    def __init__(self, connection: Holder, minor: int, code: int, fields: Fields) -> None:
+        self._connection = connection
+        self.version = (b"HTTP", 1, minor)
+        self.code = code
+        self.fields = fields
+        self.first = first_values(fields)
+        self.length: Any = UNKNOWN_LENGTH
+
+    @property
+    def keep_alive_hint(self) -> float | None:
+        """For how many seconds the provider says it keeps an idle connection, or None.
+
+        From ``Keep-Alive: timeout=5``, which no RFC defines and most servers send.
+        """
+        if b"keep-alive" not in self.first:
+            return None
+        for member in list_tokens(field_values(self.fields, b"keep-alive")):
+            name, _, seconds = member.partition(b"=")
+            if name.strip() == b"timeout" and seconds.strip().isdigit() and len(seconds) < 10:
+                return float(seconds)
+        return None
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
+        if b"connection" in self.first:
+            options = list_tokens(field_values(self.fields, b"connection"))
+            if b"close" in options:
+                return False
+        return bool(self.version[2] == 1)
+
+    def deliverBody(self, protocol: IProtocol) -> None:
+        """Hand the body to ``protocol``, from now on.
+
+        ``dataReceived`` is called with non-empty pieces, split at any point; ``connectionLost``
+        once: with ``ResponseDone`` where the body ended as its framing says, else with a
+        ``ProxyError``.
+        """
+        self._connection.deliver(protocol)
+
+    def setPreviousResponse(self, response: IResponse) -> None:
+        """Refuse: redirects are forwarded, never followed."""
+        raise NotImplementedError("redirects are not followed")
+
+    def abort(self) -> None:
+        """Close the connection at once; harmless once the response has ended.
+
+        A connection that went back to its pool may be another caller's by now, and stays open.
+        """
+        if self._connection.serving is self:
+            self._connection.abort()
+
+
+def read_response(connection: Holder, head: bytes) -> Response:
+    """Read a response head, without its empty line.
+
+    Raises:
+        BadMessage: it is not HTTP/1.x.
+    """
+    lines = head.split(b"\r\n")
+    minor, status = parse_status_line(lines[0])
+    return Response(connection, minor, status, parse_fields(lines[1:]))
+
+
+def body_reader(method: bytes, response: Response) -> ChunkedReader | LengthReader:
+    """Return what reads the body of ``answer`` to a request with ``method``; sets its length.
+
+    Raises:
+        BadMessage: the head frames the body twice, or in a way that is not known.
+    """
+    coding, length = _NOTHING, None
+    if b"transfer-encoding" in response.first:
+        coding = field_values(response.fields, b"transfer-encoding")
+    if b"content-length" in response.first:
+        length = parse_length(field_values(response.fields, b"content-length"))
+    if coding and (length is not None or response.version[2] == 0):
+        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
+    if length is not None:
+        response.length = length
+    if coding and not is_chunked(coding):
+        raise BadMessage("a transfer coding other than chunked")
+    if response.code < 200 and coding:
+        raise BadMessage("a Transfer-Encoding in a 1xx response")
+    if method == b"HEAD" or response.code < 200 or response.code in (204, 304):
+        return LengthReader(0)
+    return ChunkedReader() if coding else LengthReader(length)

@@ -1,1 +1,0 @@
-"""What both sides of the wire share."""

@@ -1,0 +1,177 @@
+"""The table: which path is read how, and the odd things that providers send."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from llmproxy.dialects.accumulated import Accumulated, ProviderError
+from llmproxy.dialects.endpoints import TABLE, Endpoint, endpoint
+from llmproxy.errors import Dialect
+
+
+def gathered(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
+    """What these events of a stream tell."""
+    assert row is not None
+    seen = Accumulated(keeps=keeps, budget=10_000)
+    for event in events:
+        row.event(json.dumps(event).encode(), seen)
+    return seen
+
+
+CHAT = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
+RESPONSES = endpoint(Dialect.OPENAI, b"/v1/responses")
+MESSAGES = endpoint(Dialect.ANTHROPIC, b"/v1/messages")
+OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "path", "name"),
+    [
+        (Dialect.OPENAI, b"/v1/chat/completions", "openai chat"),
+        (Dialect.OPENAI, b"/chat/completions", "openai chat"),
+        (Dialect.OPENAI, b"/openai/deployments/gpt-4o/chat/completions", "openai chat"),
+        (Dialect.OPENAI, b"/v1/chat/completions/", "openai chat"),
+        (Dialect.OPENAI, b"/v1/chat/completions?api-version=1", "openai chat"),
+        (Dialect.OPENAI, b"/v1/completions", "openai completions"),
+        (Dialect.OPENAI, b"/v1/embeddings", "openai embeddings"),
+        (Dialect.OPENAI, b"/v1/responses", "openai responses"),
+        (Dialect.OPENAI, b"/v1/responses/resp_1", None),
+        (Dialect.OPENAI, b"/v1/messages", None),
+        (Dialect.OPENAI, b"/v1/images/generations", None),
+        (Dialect.OPENAI, b"/v1/audio/speech", None),
+        (Dialect.OPENAI, b"/v1/xcompletions", None),
+        (Dialect.OPENAI, b"/", None),
+        (Dialect.OPENAI, b"", None),
+        (Dialect.ANTHROPIC, b"/v1/messages", "anthropic messages"),
+        (Dialect.ANTHROPIC, b"/v1/messages/count_tokens", None),
+        (Dialect.ANTHROPIC, b"/v1/chat/completions", "openai chat"),
+        (Dialect.OLLAMA, b"/api/chat", "ollama chat"),
+        (Dialect.OLLAMA, b"/ollama/api/generate", "ollama generate"),
+        (Dialect.OLLAMA, b"/api/embed", "ollama embed"),
+        (Dialect.OLLAMA, b"/api/tags", None),
+        (Dialect.OLLAMA, b"/v1/chat/completions", "openai chat"),
+        (Dialect.RAW, b"/v1/chat/completions", None),
+    ],
+)
+def test_the_row_is_found_by_the_last_segments(
+    dialect: Dialect, path: bytes, name: str | None
+) -> None:
+    """Wherever a provider is mounted, the end of the path says what it answers."""
+    row = endpoint(dialect, path)
+    assert (row and row.name) == name
+
+
+def test_every_dialect_has_its_table() -> None:
+    """No dialect is forgotten, and every row with an end marker says which."""
+    assert set(TABLE) == set(Dialect)
+    unmarked = {row.name for rows in TABLE.values() for row in rows.values() if not row.marker}
+    assert unmarked == {"openai embeddings", "ollama embed"}
+
+
+@pytest.mark.parametrize(
+    ("row", "event", "error"),
+    [
+        (CHAT, {"error": {"message": "m", "type": None, "code": 429}}, ProviderError("429", "m")),
+        (CHAT, {"error": {"message": "m", "type": "t", "code": 1}}, ProviderError("t", "m")),
+        (CHAT, {"error": "words"}, ProviderError(None, "words")),
+        (CHAT, {"error": {}}, ProviderError(None, None)),
+        (CHAT, {"error": None}, None),
+        (CHAT, {"error": False, "choices": None}, None),
+        (RESPONSES, {"type": "error", "code": None, "message": "m"}, ProviderError(None, "m")),
+        (RESPONSES, {"type": "error", "error": {"type": "t"}}, ProviderError("t", None)),
+        (
+            RESPONSES,
+            {"type": "response.failed", "response": {"status": "failed"}},
+            ProviderError(None, None),
+        ),
+        (MESSAGES, {"type": "error"}, ProviderError(None, "error")),
+        (OLLAMA, {"error": "e"}, ProviderError(None, "e")),
+    ],
+)
+def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
+    """An error is an object or a sentence, with a type or a code; null is none."""
+    assert gathered(row, event).error == error
+    assert gathered(row, event, keeps=False).error == error
+
+
+@pytest.mark.parametrize(
+    ("row", "event"),
+    [
+        (CHAT, {"choices": [{"delta": {"content": None, "tool_calls": None}}], "usage": None}),
+        (CHAT, {"choices": [{"delta": None}]}),
+        (CHAT, {"choices": [{}]}),
+        (CHAT, {"choices": [{"delta": {"content": [{"type": "thinking"}]}}]}),
+        (CHAT, {}),
+        (RESPONSES, {"type": "response.queued", "response": {"usage": None, "error": None}}),
+        (RESPONSES, {"type": "response.shell_call_output_content.delta", "delta": {"a": 1}}),
+        (RESPONSES, {"type": "response.output_item.added", "item": {"type": "reasoning"}}),
+        (RESPONSES, {"type": "response.output_item.added", "item": {"type": "x", "name": 1}}),
+        (MESSAGES, {"type": "ping"}),
+        (MESSAGES, {"type": "content_block_delta", "delta": {"type": "thinking_delta"}}),
+        (MESSAGES, {"type": "content_block_start", "content_block": {"type": "x", "text": {}}}),
+        (MESSAGES, {"type": "message_start"}),
+        (MESSAGES, {"type": "message_delta"}),
+        (MESSAGES, {"type": "of tomorrow", "usage": {"output_tokens": 5}}),
+        (OLLAMA, {"message": {"role": "assistant", "content": ""}, "done": False}),
+        (OLLAMA, {}),
+    ],
+)
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
+    """Nulls, absent members and events of other kinds are read, and nothing is found in them."""
+    seen = gathered(row, event, keeps=keeps)
+    assert (seen.text, seen.tool_calls, seen.error, seen.has_ended) == ("", (), None, False)
+    assert seen.usage(is_final=True).provenance == "none"
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": -1}, {"prompt_tokens": 2**60}, {"prompt_tokens": "7"}, 7]
+)
+def test_no_counts(usage: Any) -> None:
+    """What is no number of tokens is not taken for one."""
+    with pytest.raises(msgspec.ValidationError):
+        gathered(CHAT, {"usage": usage})
+
+
+def test_a_name_with_escapes_is_the_same_name() -> None:
+    """JSON may spell a member's name in escapes; the usage is found nevertheless."""
+    assert CHAT is not None
+    seen = Accumulated(keeps=False, budget=0)
+    for _ in range(20):
+        CHAT.event(b'{"choices":[]}', seen)
+    CHAT.event(b'{"\\u0075sage":{"prompt_tokens":0}}', seen)
+    assert seen.usage(is_final=True).input_tokens == 0
+
+
+def test_running_counts_replace_one_another() -> None:
+    """The last of several counts holds, and what it does not say stays."""
+    seen = gathered(
+        MESSAGES,
+        {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}},
+        {"type": "message_delta", "usage": {"output_tokens": 5}},
+        {"type": "message_delta", "usage": {"output_tokens": 0}},
+    )
+    usage = seen.usage(is_final=False)
+    assert (usage.input_tokens, usage.output_tokens, usage.provenance) == (9, 0, "partial")
+
+
+def test_custom_tools_of_responses() -> None:
+    """A custom tool's input is text, and comes in pieces as arguments do."""
+    item = {"type": "custom_tool_call", "call_id": "c", "name": "run", "input": ""}
+    piece = {"type": "response.custom_tool_call_input.delta", "output_index": 1}
+    seen = gathered(
+        RESPONSES,
+        {"type": "response.output_item.added", "output_index": 1, "item": item},
+        {**piece, "delta": "print"},
+        {**piece, "delta": "(1)"},
+    )
+    assert [(c.id, c.name, c.arguments) for c in seen.tool_calls] == [("c", "run", "print(1)")]
+    assert RESPONSES is not None
+    document = Accumulated(keeps=True, budget=1000)
+    response = {"output": [{**item, "input": "print(1)"}, {"type": "message", "content": []}]}
+    RESPONSES.document(json.dumps(response).encode(), document)
+    assert document.tool_calls == seen.tool_calls

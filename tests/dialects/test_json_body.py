@@ -1,0 +1,871 @@
+"""A body is read as every provider would read it, or refused; and only the model's bytes change."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmproxy.dialects import json_body as module
+from llmproxy.dialects.json_body import (
+    DEPTH,
+    MEMBERS,
+    MODEL_BYTES,
+    BodyError,
+    JsonFacts,
+    Span,
+    asks_for_stream,
+    inspect_json,
+    is_json,
+    path_model,
+    replace_model,
+)
+from llmproxy.dialects.multipart import PART_HEAD_BYTES, PARTS, multipart_model
+from tests.support.written_json import KEYS, TEXT, VALUES, write
+
+# --- a JSON body ---------------------------------------------------------------------------------
+
+
+def test_the_span_is_the_bytes_of_the_value() -> None:
+    """The span of `model` holds the value alone, whatever whitespace is around."""
+    body = b' \t{ "a" : [1, {"model": "no"}],\r\n"model"\n:\t"gpt-4" , "stream" :true\n} '
+
+    facts = inspect_json(body)
+
+    assert facts.model == "gpt-4"
+    assert facts.stream is True
+    assert facts.model_span is not None
+    assert body[slice(*facts.model_span)] == b'"gpt-4"'
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'["model"]', b'"model"', b"1", b"null", b"{}", b" {} "]
+)
+def test_a_body_that_names_nothing_has_no_facts(body: bytes) -> None:
+    """An empty body, a top that is no object and an empty object name nothing."""
+    assert inspect_json(body) == JsonFacts()
+
+
+def test_null_names_nothing_but_has_a_span() -> None:
+    """A null model can be overridden and a null stream is left out."""
+    facts = inspect_json(b'{"model":null,"stream":null}')
+
+    assert facts == JsonFacts(None, Span(9, 13), None)
+
+
+def test_an_empty_model_is_a_name() -> None:
+    """An empty string is what the caller wrote, and is not the same as none."""
+    assert inspect_json(b'{"model":""}').model == ""
+
+
+@pytest.mark.parametrize(
+    "name", [rb"mod\u0065l", rb"\u006d\u006F\u0064\u0065\u006C", rb"model"], ids=repr
+)
+def test_a_name_is_compared_after_unescaping(name: bytes) -> None:
+    """A member whose name is written with escapes is the member it reads as."""
+    facts = inspect_json(b'{"%b":"a"}' % name)
+
+    assert facts.model == "a"
+    assert facts.model_span == Span(len(name) + 4, len(name) + 7)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"a","model":"a"}',
+        rb'{"model":"a","mod\u0065l":"b"}',
+        rb'{"model":"a","x":{},"\u006dodel":null}',
+        b'{"model":"a","Model":"b"}',
+        b'{"MODEL":"a","Model":"b"}',
+        b'{"stream":true,"stream":true}',
+        rb'{"stream":true,"strea\u006d":false}',
+        '{"stream":true,"\u017ftream":false}'.encode(),
+        rb'{"x":"\ud800","model":"a","mod\u0065l":"b"}',
+    ],
+)
+def test_a_name_twice_at_the_top_is_refused(body: bytes) -> None:
+    """Two members that any reader takes for one, by escapes or by case, are an error."""
+    with pytest.raises(BodyError, match=r'two "(model|stream)" members'):
+        inspect_json(body)
+
+
+def test_a_name_in_another_case_alone_is_another_name() -> None:
+    """`Model` alone is no `model`, as in every API with a published schema."""
+    assert inspect_json(b'{"Model":1,"STREAM":2}') == JsonFacts()
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a":1,"a":2,"model":"m"}', b'{"model":"m","x":{"model":1,"model":2}}']
+)
+def test_other_names_and_deeper_ones_may_repeat(body: bytes) -> None:
+    """Only the two names at the top decide anything, so only they must be single."""
+    assert inspect_json(body).model == "m"
+
+
+@pytest.mark.parametrize("value", [b"1", b"true", b"[]", b'["a"]', b"{}", b'{"a":"b"}'])
+def test_a_model_that_is_no_string_is_refused(value: bytes) -> None:
+    """A model is a string or null."""
+    with pytest.raises(BodyError, match='"model" must be a string'):
+        inspect_json(b'{"model":%b}' % value)
+
+
+@pytest.mark.parametrize("value", [b"1", b"0", b'"true"', b"[]", b'{"a":true}'])
+def test_a_stream_that_is_no_boolean_is_refused(value: bytes) -> None:
+    """A stream is true, false or null."""
+    with pytest.raises(BodyError, match='"stream" must be true or false'):
+        inspect_json(b'{"stream":%b}' % value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b" ",
+        b"{",
+        b'{"model":"a"',
+        b'{"model":"a"}}',
+        b'{"model":"a"} x',
+        b'{"model":"a"}{"model":"b"}',
+        b'{"model":"a",}',
+        b'{"model" "a"}',
+        b'{model:"a"}',
+        b"{'model':'a'}",
+        b'{"model":"a" "stream":true}',
+        b'{"model":"a","x":[1,2}',
+        b'{"x":[1,]}',
+        b'{"x":"',
+        b'{"x":"\\"}',
+        b'{"x":"\\x"}',
+        b'{"x":"\\u12"}',
+        b'{"x":"\\ud8"}',
+        b'{"x":"\n"}',
+        b'{"x":"\x00"}',
+        b'{"x":01}',
+        b'{"x":1.}',
+        b'{"x":+1}',
+        b'{"x":NaN}',
+        b'{"x":-Infinity}',
+        b'{"x":True}',
+        b'{"x":1}//',
+        b'\x0b{"x":1}',
+        b'\x0c{"x":1}',
+        b'{"x":\xc2\xa01}',
+        b"\x00",
+        '{"x":1}'.encode("utf-16-le"),
+        '{"x":1}'.encode("utf-32-be"),
+        rb"{\\ud800:1}",
+    ],
+)
+def test_what_is_no_json_is_refused(body: bytes) -> None:
+    """Only the grammar of RFC 8259 is accepted, all the way to the last byte."""
+    with pytest.raises(BodyError, match="not valid JSON"):
+        inspect_json(body)
+
+
+def test_a_byte_order_mark_is_refused() -> None:
+    """RFC 8259 forbids to send one, and readers differ in ignoring it."""
+    with pytest.raises(BodyError, match="byte order mark"):
+        inspect_json(b'\xef\xbb\xbf{"model":"a"}')
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80"], ids=repr
+)
+@pytest.mark.parametrize("body", [b'{"x":"%b"}', b'{"%b":1}', b'["%b"]'], ids=repr)
+def test_what_is_no_utf8_is_refused(body: bytes, text: bytes) -> None:
+    """Every string of the body is UTF-8, in names and values that nobody looks at too."""
+    with pytest.raises(BodyError, match="not UTF-8"):
+        inspect_json(body % text)
+
+
+@pytest.mark.parametrize("before", range(65_530, 65_538))
+def test_utf8_is_checked_across_slices(before: int) -> None:
+    """A character cut by the slices that are checked at once is whole, and half of one is not."""
+    head = b'{"x":"' + b"a" * (before - 6)
+
+    assert inspect_json(head + "\U0001f600".encode() + b'"}') == JsonFacts()
+    with pytest.raises(BodyError, match="not UTF-8"):
+        inspect_json(head + b"\xf0\x9f\x98")
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"), [(b"[", b"]"), (b'{"[":', b"}"), (b'[{"\\"]":', b"}]")], ids=repr
+)
+def test_nesting_is_bounded(opening: bytes, closing: bytes) -> None:
+    """As many levels as the bound are accepted and one more is refused, not by a RecursionError."""
+    count = DEPTH // len(closing)
+    body = opening * count + b"1" + closing * count
+
+    assert inspect_json(body) == JsonFacts()
+    with pytest.raises(BodyError, match="arrays and objects in each other"):
+        inspect_json(b"[" + body + b"]")
+
+
+@pytest.mark.parametrize(
+    "deep", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 10_000 + b"]" * 10_000]
+)
+def test_hostile_nesting_is_refused_in_words(deep: bytes) -> None:
+    """Nesting that would end a recursive reader is a BodyError."""
+    with pytest.raises(BodyError):
+        inspect_json(deep)
+
+
+def test_many_siblings_are_not_deep() -> None:
+    """More brackets than the bound are fine as long as they close again."""
+    body = b'{"x":[' + b'{"[":"]{\\"[\\\\"},' * 2000 + b'[]],"model":"m"}'
+
+    assert inspect_json(body).model == "m"
+
+
+def test_members_at_the_top_are_bounded() -> None:
+    """As many members as the bound are accepted and one more is refused."""
+    body = b"{" + b'"":0,' * (MEMBERS - 1)
+
+    assert inspect_json(body + b'"model":"m"}').model == "m"
+    with pytest.raises(BodyError, match="too many members"):
+        inspect_json(body + b'"":0,"model":"m"}')
+
+
+def test_a_models_name_is_bounded() -> None:
+    """A name is counted in bytes of UTF-8, after unescaping."""
+    assert inspect_json(b'{"model":"%b"}' % (rb"\u0061" * MODEL_BYTES)).model == "a" * MODEL_BYTES
+    with pytest.raises(BodyError, match="longer than"):
+        inspect_json(b'{"model":"%b"}' % ("é".encode() * (MODEL_BYTES // 2) + b"a"))
+
+
+@pytest.mark.parametrize("half", [rb"\ud800", rb"\uDFFF", rb"\udc00\ud800", rb"\\\ud83d"], ids=repr)
+def test_half_a_surrogate_pair_is_let_through_outside_the_model(half: bytes) -> None:
+    """A cut emoji in a message is the provider's to judge; a model's name must be text."""
+    facts = inspect_json(rb'{"%b":"%b","mod\u0065l":"a"}' % (half, half))
+
+    assert facts.model == "a"
+    with pytest.raises(BodyError, match="whole characters"):
+        inspect_json(b'{"model":"%b"}' % half)
+
+
+@pytest.mark.parametrize(
+    "name", [rb"mod\ud865l", rb"mod\uD065l", rb"mod\ud065l", rb"mod\\u0065l", rb"\ud86dodel"]
+)
+def test_no_name_becomes_ours_by_its_surrogates(name: bytes) -> None:
+    """What stands in for half a surrogate pair spells neither `model` nor `stream`."""
+    assert inspect_json(rb'{"%b":"a","x":"\ud800"}' % name) == JsonFacts()
+
+
+def test_a_surrogate_pair_is_one_character() -> None:
+    """A model may be written with a pair of escapes."""
+    assert inspect_json(rb'{"model":"\ud83d\ude00","x":"\ud83d"}').model == "\U0001f600"
+
+
+def test_a_deep_stack_of_our_own_is_no_internal_error() -> None:
+    """Where few frames are left, a nested body is refused in words."""
+
+    def descend(frames: int) -> JsonFacts:
+        return descend(frames - 1) if frames else inspect_json(b"[" * 300 + b"]" * 300)
+
+    depth = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back
+    left = sys.getrecursionlimit() - depth
+    said = "too deeply"  # some versions of Python count the frames of C apart
+    try:
+        descend(left - 100)
+    except BodyError as error:
+        said = str(error)
+    assert "too deeply" in said
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"model":"SECRET","model":1}', b'{"SECRET', b'{"model":["SECRET"]}', b'{"x":SECRET}']
+)
+def test_an_error_repeats_no_content(body: bytes) -> None:
+    """What the caller sent does not come back in the sentence that refuses it."""
+    with pytest.raises(BodyError) as caught:
+        inspect_json(body)
+
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+# --- for any body --------------------------------------------------------------------------------
+
+_OBJECTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.none() | TEXT,
+        "stream": st.none() | st.booleans(),
+        "x": VALUES,
+        "y": VALUES,
+    },
+).flatmap(lambda value: st.permutations(list(value.items())).map(dict))
+
+
+@given(_OBJECTS, st.randoms(use_true_random=False), TEXT)
+def test_facts_and_replacement_agree_with_a_usual_parser(
+    value: dict[str, Any], rng: random.Random, model: str
+) -> None:
+    """Spans hold what json.loads reads, and a replacement changes that value and no other byte."""
+    body = write(value, rng).encode()
+
+    facts = inspect_json(body)
+
+    span = facts.model_span
+    assert (span is not None) == ("model" in value)
+    assert (facts.model, facts.stream) == (value.get("model"), value.get("stream"))
+    assert span is None or json.loads(body[slice(*span)]) == facts.model
+    if facts.model_span is not None:
+        start, end = facts.model_span
+        replaced = replace_model(body, facts.model_span, model)
+        assert replaced.startswith(body[:start])
+        assert replaced.endswith(body[end:])
+        assert json.loads(replaced[start : len(replaced) - len(body) + end]) == model
+        assert json.loads(replaced) == {**value, "model": model}
+        assert inspect_json(replaced).model == model
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _loads(body: bytes) -> list[tuple[str, Any]] | None:
+    """Read UTF-8 JSON without NaN and Infinity: the top's members, or None where it is none."""
+    try:
+        json.loads(body.decode(), parse_constant=_refuse)
+        pairs = json.loads(body.decode(), object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        return None
+    return list(pairs) if body.strip().startswith(b"{") else []
+
+
+def _is_ours(pairs: list[tuple[str, Any]]) -> bool:
+    """Whether the two names are single and hold what they may hold."""
+    folded = [name.casefold() for name, _ in pairs]
+    values = dict(pairs)
+    model, stream = values.get("model"), values.get("stream")
+    return (
+        max(folded.count("model"), folded.count("stream")) < 2
+        and (model is None or (isinstance(model, str) and model.isascii()))
+        and (stream is None or isinstance(stream, bool))
+    )
+
+
+_PIECES = st.sampled_from(
+    [
+        *'{}[],:"\\ \n\t\r\x00\x0b\xff0-.e+/',
+        *('"model"', '"stream"', r'"mod\u0065l"', r'"mod\ud865l"', '"a"', '"\xe9"', "\xc3\xa9"),
+        *(r"\ud83d", r"\ude00", r"\u00", r"\"", r"\\", "true", "false", "null", "NaN"),
+    ]
+).map(lambda piece: piece.encode("latin-1"))
+
+
+def _assert_read_alike(body: bytes) -> None:
+    pairs = _loads(body) if body else []
+    try:
+        facts = inspect_json(body)
+    except BodyError:
+        assert pairs is None or not _is_ours(pairs) or body.startswith(b"\xef\xbb\xbf")
+    else:
+        assert pairs is not None
+        assert (facts.model, facts.stream) == (dict(pairs).get("model"), dict(pairs).get("stream"))
+        assert not body or facts == module._all_facts(body)  # by whichever way it came
+
+
+@given(st.binary(max_size=40) | st.lists(_PIECES, max_size=14).map(b"".join))
+def test_any_bytes_are_read_as_json_loads_reads_them(body: bytes) -> None:
+    """We accept what json.loads accepts, where the names are single and fitting, and no more."""
+    _assert_read_alike(body)
+
+
+@given(
+    st.dictionaries(KEYS, VALUES, max_size=4),
+    st.randoms(use_true_random=False),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), _PIECES | st.just(b"")), max_size=2),
+)
+def test_damaged_json_is_read_as_json_loads_reads_it(
+    value: dict[str, Any], rng: random.Random, edits: list[tuple[int, int, bytes]]
+) -> None:
+    """A cut or an insertion anywhere makes no body that we and a usual parser read differently."""
+    body = write(value, rng).encode()
+    for at, length, piece in edits:
+        body = body[:at] + piece + body[at + length :]
+
+    _assert_read_alike(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[{"role":"user","content":"Hello"}],"model":"gpt-4o","stream":true}',
+        b'{"text":"say \\"model\\": no","model":"m"}',
+        b'{"model":null,"stream":false}',
+        b"{}",
+    ],
+)
+def test_usual_bodies_take_the_short_way(body: bytes) -> None:
+    """What SDKs send is told without looking at each member, and the same as with it."""
+    assert module._plain_facts(body) == module._all_facts(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"a","Model":"b"}',
+        b'{"model":"a","mod\\u0065l":"b"}',
+        '{"stream":true,"\u017ftream":false}'.encode(),
+        b'{"stream":1}',
+        b'{"model":{}}',
+        b'{"model":"a"',
+        b"[]",
+        b"[" * 600 + b"]" * 600,
+        b'{"a":"' + b"a" * 262_144 + b'"}',
+    ],
+)
+def test_whatever_is_not_plain_takes_the_long_way(body: bytes) -> None:
+    """A body in which something could stand twice, or is wrong, is read member by member."""
+    assert module._plain_facts(body) is None
+
+
+def _nesting(value: Any) -> int:
+    inner = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
+    return 0 if inner is None else 1 + max(map(_nesting, inner), default=0)
+
+
+@given(VALUES, st.randoms(use_true_random=False))
+def test_depth_is_that_of_the_value(value: Any, rng: random.Random) -> None:
+    """The levels are counted exactly, whatever brackets and quotes the strings hold."""
+    assert module._depth(write(value, rng).encode()) == _nesting(value)
+
+
+def _calls(function: Callable[[], object]) -> int:
+    """Count the calls of Python and C functions that a function makes."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    except BodyError:
+        pass
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("head", "unit", "tail"),
+    [
+        (b'{"x":"', b"A", b'"}'),
+        (b'{"x":"', b"\\\\", b'"}'),
+        (b'{"x":"', b'\\"', b'"}'),
+        (b'{"x":"', b"\\", b""),
+        (b'{"x":"', b"\\ud800", b'"}'),
+        (b'{"x":[', b"[],", b"1]}"),
+        (b'{"x":[', b'["["],', b"1]}"),
+        (b"", b"[", b""),
+        (b"", b'{"":', b""),
+        (b"", b'"', b""),
+        (b"", b" ", b"{}"),
+        (b'{"model":"', b"a", b'"}'),
+        (b'{"', b"a", b'":1}'),
+    ],
+    ids=repr,
+)
+def test_no_python_code_runs_per_byte_or_bracket(head: bytes, unit: bytes, tail: bytes) -> None:
+    """A body of twice the size takes the same number of steps, each linear in C."""
+    small, large = (head + unit * count + tail for count in (2000, 4000))
+
+    assert _calls(lambda: inspect_json(large)) == _calls(lambda: inspect_json(small)) < 100
+
+
+def test_python_code_runs_a_few_times_per_top_level_member() -> None:
+    """Twice the members take twice the steps and no more."""
+    small, large = (b"{" + b'"a":0,' * count + b'"b":1}' for count in (2000, 4000))
+
+    assert _calls(lambda: inspect_json(large)) < 2.1 * _calls(lambda: inspect_json(small)) < 50_000
+
+
+# --- replacing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [b'"gpt-4"', rb'"\u0067"', b'""', b"null"])
+def test_a_replacement_leaves_every_other_byte_alone(old: bytes) -> None:
+    """Whitespace, escapes, order and number formats of the rest stay as they were."""
+    head, tail = b'\n{ "a":1.50,"mod\\u0065l" : ', b'\t, "b":"\\u00e9\\/" }\n'
+    span = inspect_json(head + old + tail).model_span
+    assert span is not None
+
+    assert (
+        replace_model(head + old + tail, span, 'é"\\\n') == head + '"é\\"\\\\\\n"'.encode() + tail
+    )
+
+
+# --- a form --------------------------------------------------------------------------------------
+
+TYPE = b"multipart/form-data; boundary=b-1"
+
+
+def _form(*parts: tuple[bytes, bytes]) -> bytes:
+    """Write a form: a part is its header fields' lines and its content."""
+    return b"".join(b"--b-1\r\n%b\r\n\r\n%b\r\n" % part for part in parts) + b"--b-1--\r\n"
+
+
+def _field(parameters: bytes, content: bytes = b"whisper-1") -> tuple[bytes, bytes]:
+    return b"Content-Disposition: form-data; " + parameters, content
+
+
+FILE = _field(b'name="file"; filename="a.mp3"', b'\xff\x00--b-1\r\n--b\r\nname="model"\r\n\r\nno')
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        TYPE,
+        b'multipart/form-data; boundary="b-1"',
+        b"Multipart/Form-Data;charset=utf-8;BOUNDARY=b-1",
+        b'multipart/form-data ; boundary="b-1" ; charset="a;b" ;',
+    ],
+)
+@pytest.mark.parametrize(
+    "name", [b'name="model"', b"name=model", b'NAME="model"', b'x="a;name=b";name=model']
+)
+def test_the_field_model_of_a_form_is_found(content_type: bytes, name: bytes) -> None:
+    """Boundary and field name may be quoted or not, beside other parameters in any order."""
+    body = _form(FILE, _field(b'name="language"', b"model"), _field(name))
+
+    assert multipart_model(content_type, body) == "whisper-1"
+
+
+@pytest.mark.parametrize(
+    "boundary", [b"----WebKitFormBoundaryAbC", b"'()+_,-./:=? x", b"=_", b"1" * 70], ids=repr
+)
+def test_a_boundary_may_use_all_that_mime_allows(boundary: bytes) -> None:
+    """Quoted, a boundary is up to seventy of MIME's characters."""
+    body = _form(FILE, _field(b"name=model")).replace(b"b-1\r", boundary + b"\r")
+    body = body.replace(b"--b-1--", b"--" + boundary + b"--")
+
+    assert multipart_model(b'multipart/form-data; boundary="%b"' % boundary, body) == "whisper-1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        _form(),
+        _form(FILE),
+        _form(_field(b'name="models"')),
+        _form(_field(b'name="Model"')),
+        _form(_field(b'name="model"; filename="m.txt"')),
+        _form(_field(b"filename=m; name=model")),
+    ],
+)
+def test_a_form_without_the_field_names_no_model(body: bytes) -> None:
+    """Another name, another case or a file is not the field."""
+    assert multipart_model(TYPE, body) is None
+
+
+@pytest.mark.parametrize("content_type", [b"text/plain", b"multipart/mixed; boundary=b-1", b""])
+def test_what_is_no_form_names_no_model(content_type: bytes) -> None:
+    """Another media type is not looked into."""
+    assert multipart_model(content_type, _form(_field(b"name=model"))) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "value"),
+    [
+        (b"", b""),
+        (b"Content-Type: text/plain\r\n", b"a\r\nb"),
+        (b"content-transfer-encoding: 8BIT\r\n", "é".encode()),
+        (b"X-Empty:\r\n", b"--b-2"),
+    ],
+)
+def test_a_value_is_the_bytes_up_to_the_delimiter(head: bytes, value: bytes) -> None:
+    """Line ends inside a value, other fields of the part and an empty value change nothing."""
+    fields, _ = _field(b"name=model")
+
+    assert multipart_model(TYPE, _form((head + fields, value))) == value.decode()
+
+
+def test_the_first_delimiter_may_follow_a_line_end_and_padding_any() -> None:
+    """What RFC 2046 allows around a delimiter and every server reads is accepted."""
+    body = _form(_field(b"name=model"))
+
+    assert multipart_model(TYPE, b"\r\n" + body) == "whisper-1"
+    assert multipart_model(TYPE, body.replace(b"b-1\r\n", b"b-1 \t\r\n")) == "whisper-1"
+    assert multipart_model(TYPE, body.removesuffix(b"\r\n")) == "whisper-1"
+    assert multipart_model(TYPE, body.removesuffix(b"\r\n") + b" \t") == "whisper-1"
+
+
+def test_a_part_without_content_may_end_with_its_header_fields() -> None:
+    """RFC 2046 lets a part leave out its body together with the empty line."""
+    body = b"--b-1\r\n" + _field(b"name=model")[0] + b"\r\n\r\n--b-1--"
+
+    assert multipart_model(TYPE, body) == ""
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        b"multipart/form-data",
+        b"multipart/form-data; boundary=",
+        b'multipart/form-data; boundary=""',
+        b"multipart/form-data; boundary=%b" % (b"1" * 71),
+        b'multipart/form-data; boundary="b "',
+        b'multipart/form-data; boundary="b\\-1"',
+        b'multipart/form-data; boundary="b-1',
+        b"multipart/form-data; boundary=b@1",
+        b"multipart/form-data; boundary=b-1; boundary=b-1",
+        b"multipart/form-data; boundary = b-1",
+        b"multipart/form-data; x; boundary=b-1",
+    ],
+)
+def test_a_form_without_a_valid_boundary_is_refused(content_type: bytes) -> None:
+    """A missing, repeated, empty, long or malformed boundary is an error."""
+    with pytest.raises(BodyError, match=r"boundary|parameters"):
+        multipart_model(content_type, _form(_field(b"name=model")))
+
+
+GOOD = _form(_field(b"name=model"))
+
+
+def test_a_second_delimiter_is_no_header_field() -> None:
+    """A boundary with a colon in it cannot pass for a field of the part that it begins."""
+    body = GOOD.replace(b"b-1", b"b:1")
+
+    assert multipart_model(b'multipart/form-data; boundary="b:1"', body) == "whisper-1"
+    with pytest.raises(BodyError, match="no header fields"):
+        multipart_model(b'multipart/form-data; boundary="b:1"', b"--b:1\r\n" + body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no delimiter",
+        b"preamble\r\n" + GOOD,
+        b"\n" + GOOD,
+        GOOD + b"epilogue",
+        GOOD + GOOD,
+        GOOD.removesuffix(b"--b-1--\r\n"),
+        GOOD.removesuffix(b"--\r\n"),
+        GOOD.replace(b"--b-1\r\n", b"--b-1\n"),
+        GOOD.replace(b"--b-1\r\n", b"--b-1x\r\n"),
+        GOOD.replace(b"\r\n--b-1--", b"\n--b-1--"),
+        GOOD.replace(b"whisper", b"whisper\n--b-1\r\n"),
+        GOOD.replace(b"whisper", b"whisper\r--b-1\r\n"),
+        b"--b-1\r\n" + GOOD,
+        b"--b-1\r\n\r\n" + GOOD,
+    ],
+)
+def test_delimiters_that_servers_read_differently_are_refused(body: bytes) -> None:
+    """Text outside the parts, bare CR or LF before a delimiter and a lacking end are errors."""
+    with pytest.raises(BodyError, match=r"The form|A part of the form"):
+        multipart_model(TYPE, body)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Type: text/plain",
+        b"Content-Disposition: form-data",
+        b'Content-Disposition: form-data; filename="a"',
+        b'Content-Disposition: attachment; name="model"',
+        b'Content-Disposition: form-data; name="mod\\el"',
+        b"Content-Disposition: form-data; name*=utf-8''model",
+        b"Content-Disposition: form-data; name=x; name*=utf-8''model",
+        b"Content-Disposition: form-data; name=x; name*0=model",
+        b"Content-Disposition: form-data; name=x; name=model",
+        b"Content-Disposition: form-data; name=x; Name=model",
+        b'Content-Disposition: form-data; name="x" filename=y',
+        b'Content-Disposition: form-data; name="model',
+        b'Content-Disposition: form-data; name=model; filename=""',
+        b"Content-Disposition: form-data; name=model; filename*=utf-8''a",
+        b"Content-Disposition : form-data; name=model",
+        b"Content-Disposition: form-data;\r\n name=model",
+        b"X: y\nContent-Disposition: form-data; name=model",
+        b"X: y\rContent-Disposition: form-data; name=model",
+        b"Content-Disposition: form-data; name=x\r\nContent-Disposition: form-data; name=model",
+        b"Content-Disposition: form-data; name=model\r\nContent-Transfer-Encoding: base64",
+        b"Content-Disposition: form-data; name=model\0",
+        b"no field",
+    ],
+)
+def test_part_heads_that_servers_read_differently_are_refused(head: bytes) -> None:
+    """A field name is said once, plainly, in a well-formed header field."""
+    with pytest.raises(BodyError):
+        multipart_model(TYPE, _form((head, b"a")))
+
+
+def test_a_field_model_twice_is_refused() -> None:
+    """Servers differ in which of two fields they take."""
+    with pytest.raises(BodyError, match='two "model" fields'):
+        multipart_model(TYPE, _form(_field(b"name=model"), FILE, _field(b'name="model"')))
+
+
+def test_a_value_is_bounded_and_text() -> None:
+    """A model's name is at most a KiB of UTF-8."""
+    most = b"a" * MODEL_BYTES
+
+    assert multipart_model(TYPE, _form(_field(b"name=model", most))) == most.decode()
+    with pytest.raises(BodyError, match="longer than"):
+        multipart_model(TYPE, _form(_field(b"name=model", most + b"a")))
+    with pytest.raises(BodyError, match="not UTF-8"):
+        multipart_model(TYPE, _form(_field(b"name=model", b"\xff")))
+
+
+def test_parts_and_their_heads_are_bounded() -> None:
+    """More parts than the bound, or more header bytes in one, are refused."""
+    field = _field(b"name=model")
+    long = (b"X: " + b"a" * PART_HEAD_BYTES + b"\r\n" + field[0], b"")
+
+    assert multipart_model(TYPE, _form(*[FILE] * (PARTS - 1), field)) == "whisper-1"
+    with pytest.raises(BodyError, match="more than"):
+        multipart_model(TYPE, _form(*[FILE] * PARTS, field))
+    with pytest.raises(BodyError, match="too many"):
+        multipart_model(TYPE, _form(long))
+
+
+@given(st.binary(max_size=60), st.binary(max_size=20))
+def test_any_file_beside_the_field_is_passed_over(content: bytes, value: bytes) -> None:
+    """Whatever a file holds, the field is found; a value is decoded or refused, never altered."""
+    if b"\n--b-1" in content or b"\r--b-1" in content:
+        return
+    body = _form(_field(b"name=file; filename=a", content), _field(b"name=model", b"v" + value))
+    try:
+        text = (b"v" + value).decode()
+    except UnicodeDecodeError:
+        with pytest.raises(BodyError, match="not UTF-8"):
+            multipart_model(TYPE, body)
+    else:
+        assert multipart_model(TYPE, body) == text
+
+
+@given(st.lists(st.sampled_from([b"--b-1", b"--", b"\r\n", b"\n", GOOD[7:52], b"a"]), max_size=9))
+def test_any_form_is_read_or_refused(pieces: list[bytes]) -> None:
+    """No bytes bring anything but a name, None or a BodyError."""
+    try:
+        model = multipart_model(TYPE, b"".join(pieces))
+    except BodyError:
+        return
+    assert model is None or isinstance(model, str)
+
+
+# --- a path --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        (b"/openai/deployments/gpt-4o/chat/completions", "gpt-4o"),
+        (b"/deployments/gpt-4o", "gpt-4o"),
+        (b"/openai/Deploy%6Dents/gpt-4o/x", "gpt-4o"),
+        (b"/deployments/a%2Fb%C3%A9%20/x", "a/bé "),
+        (b"/deployments/a:b/x", "a:b"),
+        (b"/deployments/a/deployments/b", "a"),
+        (b"/v1beta/models/gemini-2.5-pro:streamGenerateContent", "gemini-2.5-pro"),
+        (b"/v1/projects/p/publishers/google/models/m%401:predict", "m@1"),
+        (b"/v1beta/models/gemini%3AgenerateContent", "gemini"),
+        (b"/v1/models/gpt-4", None),
+        (b"/v1/models/ft:gpt-4o:org::abc", None),
+        (b"/v1/models/llama3:8b", None),
+        (b"/v1/models/:generateContent", None),
+        (b"/v1/models", None),
+        (b"/v1/mymodels/m:generateContent", None),
+        (b"/deployments", None),
+        (b"/deployments/", None),
+        (b"/deployments//chat", None),
+        (b"/v1/chat/completions", None),
+        (b"", None),
+    ],
+)
+def test_a_path_names_a_deployment_or_a_called_model(path: bytes, model: str | None) -> None:
+    """A deployment's segment and a model with a verb are names; a model's resource is none."""
+    assert path_model(path) == model
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/deployments/%ff/x",
+        b"/deployments/%zz/x",
+        b"/deployments/a%2",
+        b"/models/%c3:predict",
+        b"/deployments/" + b"a" * (MODEL_BYTES + 1),
+    ],
+)
+def test_a_path_with_a_malformed_name_is_refused(path: bytes) -> None:
+    """A name in a path is percent-encoded UTF-8 of bounded length."""
+    with pytest.raises(BodyError):
+        path_model(path)
+
+
+def test_malformed_segments_elsewhere_are_left_to_the_provider() -> None:
+    """Only the name is read, so only the name is checked."""
+    assert path_model(b"/%ff/%zz/deployments/m/%ff") == "m"
+
+
+# --- types and streams ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        b"application/json",
+        b"Application/JSON; charset=utf-8",
+        b"application/json;",
+        b" application/problem+json ;x",
+        b"application/vnd.api+JSON",
+    ],
+)
+def test_json_types_are_known(content_type: bytes) -> None:
+    """Both forms count in any case and with any parameters."""
+    assert is_json(content_type)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        b"",
+        b"application/jsonl",
+        b"application/x-ndjson",
+        b"text/json",
+        b"application/+json",
+        b"text/x+json",
+        b"application/xml; a=application/json",
+    ],
+)
+def test_other_types_are_no_json(content_type: bytes | None) -> None:
+    """No type, and types that only look alike, are not JSON."""
+    assert not is_json(content_type)
+
+
+@pytest.mark.parametrize(
+    ("body", "dialect", "path", "asked"),
+    [
+        (b'{"stream":true}', "openai", b"/v1/chat/completions", True),
+        (b'{"stream":false}', "openai", b"/v1/chat/completions", False),
+        (b"{}", "openai", b"/v1/chat/completions", False),
+        (b'{"stream":true}', "raw", b"/x", True),
+        (b"{}", "ollama", b"/api/chat", True),
+        (b"{}", "ollama", b"/ollama/api/generate", True),
+        (b'{"stream":null}', "ollama", b"/api/chat", True),
+        (b'{"stream":false}', "ollama", b"/api/chat", False),
+        (b"{}", "ollama", b"/api/embed", False),
+        (b"{}", "ollama", b"/v1/chat/completions", False),
+        (b"{}", "openai", b"/api/chat", False),
+    ],
+)
+def test_a_stream_is_asked_for(body: bytes, dialect: str, path: bytes, asked: bool) -> None:
+    """`"stream": true` asks for a stream, and so does silence in Ollama's own API."""
+    assert asks_for_stream(inspect_json(body), dialect, path) is asked

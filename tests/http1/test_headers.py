@@ -1,0 +1,372 @@
+"""What crosses the proxy and what does not, sentence by sentence of design 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmproxy.errors import ProxyError
+from llmproxy.http1.headers import (
+    KEY_FIELDS,
+    Fields,
+    HeaderRewriter,
+    for_client,
+    host_of,
+    is_ndjson,
+    is_stream,
+    media_type,
+    nominated,
+    refuse_disguised,
+    value_of,
+)
+
+HOP_BY_HOP = [
+    b"connection",
+    b"keep-alive",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+    b"proxy-authorization",
+    b"proxy-authenticate",
+    b"proxy-connection",
+    b"proxy-anything",
+]
+VIA, ID = (b"via", b"1.1 us"), (b"x-request-id", b"our-id")
+
+
+def sent(fields: Fields, **changes: Any) -> Fields:
+    """Return what the provider gets of ``fields``."""
+    prepared: dict[str, Any] = {
+        "pass_credential": False,
+        "credential": None,
+        "defaults": (),
+        "accept_events": True,
+    }
+    each: dict[str, Any] = {
+        "via": b"1.1 us",
+        "request_id": b"our-id",
+        "streams": False,
+        "identity": True,
+    }
+    for name, value in changes.items():
+        (prepared if name in prepared else each)[name] = value
+    return HeaderRewriter(**prepared).for_provider(fields, **each)
+
+
+# --- towards the provider -------------------------------------------------------------------------
+
+
+def test_everything_else_crosses_in_order() -> None:
+    """Unknown fields, repeated ones and those with ``_`` keep their places and values."""
+    fields = [
+        (b"session_id", b"s"),
+        (b"x-b", b"1"),
+        (b"user-agent", b"ua \xff"),
+        (b"x-b", b"2"),
+        (b"cookie", b"a=b"),
+        (b"accept", b"*/*"),
+        (b"accept-encoding", b"gzip"),
+        (b"content-type", b"application/json"),
+        (b"content-encoding", b"gzip"),
+        (b"anthropic-beta", b""),
+    ]
+
+    assert sent(fields) == [*fields, VIA, ID]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HOP_BY_HOP,
+        *KEY_FIELDS,
+        b"x-llmproxy-key",
+        b"x-llmproxy-request-id",
+        b"x-llmproxy-anything",
+        b"expect",
+        b"host",
+        b"content-length",
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-anything",
+    ],
+)
+def test_what_does_not_cross(name: bytes) -> None:
+    """Hop-by-hop fields, keys, what is ours, and what says where a request came from."""
+    assert sent([(b"x-a", b"1"), (name, b"x"), (b"x-b", b"2")]) == [
+        (b"x-a", b"1"),
+        (b"x-b", b"2"),
+        VIA,
+        ID,
+    ]
+
+
+def test_what_connection_nominates_does_not_cross() -> None:
+    """Over all its lines, in any case, whatever white space is around."""
+    fields = [
+        (b"connection", b"X-A, close"),
+        (b"x-a", b"1"),
+        (b"x-b", b"2"),
+        (b"x-c", b"3"),
+        (b"connection", b" x-C\t,,"),
+        (b"x-a", b"4"),
+    ]
+
+    assert nominated(fields) >= {b"x-a", b"close", b"x-c"}
+    assert sent(fields) == [(b"x-b", b"2"), VIA, ID]
+
+
+def test_a_nominated_field_of_ours_is_still_added() -> None:
+    """A client cannot strip what the proxy adds: strip first, inject after."""
+    fields = [(b"connection", b"via, x-request-id, x-api-key"), (b"x-request-id", b"theirs")]
+
+    assert sent(fields, credential=(b"x-api-key", b"k")) == [VIA, ID, (b"x-api-key", b"k")]
+
+
+@pytest.mark.parametrize("name", KEY_FIELDS)
+def test_the_callers_credential_crosses_where_it_is_wanted(name: bytes) -> None:
+    """With ``pass_credential`` the SDKs' key fields cross, and ours never does."""
+    fields = [(name, b"theirs"), (b"x-llmproxy-key", b"ours")]
+
+    assert sent(fields, pass_credential=True) == [(name, b"theirs"), VIA, ID]
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key", b"x-own"])
+def test_the_providers_credential_replaces_what_came(name: bytes) -> None:
+    """There is one credential on the request, the provider's, whatever field it goes in."""
+    fields = [(name, b"theirs"), (b"authorization", b"Bearer theirs")]
+
+    assert sent(fields, credential=(name, b"ours")) == [VIA, ID, (name, b"ours")]
+
+
+def test_an_id_of_the_clients_crosses() -> None:
+    """Ours is added only where there is none."""
+    assert sent([(b"x-request-id", b"theirs")]) == [(b"x-request-id", b"theirs"), VIA]
+
+
+def test_via_is_extended() -> None:
+    """The hops before us stay in their order, and we are the last."""
+    fields = [(b"via", b"1.0 a"), (b"x-a", b"1"), (b"via", b"1.1 b, 1.1 c")]
+
+    assert sent(fields) == [(b"x-a", b"1"), (b"via", b"1.0 a, 1.1 b, 1.1 c, 1.1 us"), ID]
+
+
+def test_a_providers_own_fields_are_added_where_the_client_sent_none() -> None:
+    """What the client says stays, and is not doubled."""
+    defaults = ((b"anthropic-version", b"2023-06-01"), (b"x-b", b"default"))
+
+    assert sent([(b"x-b", b"theirs")], defaults=defaults) == [
+        (b"x-b", b"theirs"),
+        VIA,
+        (b"anthropic-version", b"2023-06-01"),
+        ID,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("streams", "events", "fields", "added"),
+    [
+        (True, True, [], [(b"accept", b"text/event-stream")]),
+        (True, True, [(b"accept", b"application/json")], []),
+        (True, False, [], []),
+        (False, True, [], []),
+    ],
+)
+def test_accept_is_added_to_requests_for_a_stream(
+    streams: bool, events: bool, fields: Fields, added: Fields
+) -> None:
+    """Only where the dialect speaks SSE and the client sent no ``Accept``."""
+    got = sent(fields, streams=streams, accept_events=events, identity=False)
+
+    assert got == [*fields, VIA, ID, *added]
+
+
+@pytest.mark.parametrize(
+    ("streams", "identity", "expected"),
+    [
+        (True, True, [b"identity"]),
+        (True, False, [b"gzip", b"br"]),
+        (False, True, [b"gzip", b"br"]),
+        (False, False, [b"gzip", b"br"]),
+    ],
+)
+def test_a_stream_is_asked_for_unencoded(
+    streams: bool, identity: bool, expected: list[bytes]
+) -> None:
+    """``identity`` replaces what the client accepts; ``pass`` forwards exactly that."""
+    fields = [(b"accept-encoding", b"gzip"), (b"accept", b"x"), (b"accept-encoding", b"br")]
+    got = sent(fields, streams=streams, identity=identity)
+
+    assert [value for name, value in got if name == b"accept-encoding"] == expected
+
+
+def test_without_accept_encoding_none_is_made_up() -> None:
+    """With ``pass`` a request that names no encoding goes out without one."""
+    assert sent([], streams=True, identity=False, accept_events=False) == [VIA, ID]
+
+
+# --- disguises ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x_api_key",
+        b"api_key",
+        b"x_goog-api_key",
+        b"x_llmproxy_key",
+        b"x-llmproxy_anything",
+        b"x_forwarded_for",
+        b"proxy_authorization",
+        b"transfer_encoding",
+        b"content_length",
+        b"keep_alive",
+    ],
+)
+def test_disguised_names_are_refused(name: bytes) -> None:
+    """A name that spells a field of ours with ``_`` is a 400 that names it."""
+    with pytest.raises(ProxyError) as caught:
+        refuse_disguised([b"x", name])
+
+    assert (caught.value.status, caught.value.end) == (400, "rejected")
+    assert name.decode() in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", [b"session_id", b"_", b"x_custom", b"user_agent", b"x-api-key"])
+def test_other_names_are_no_disguise(name: bytes) -> None:
+    """Codex sends ``session_id``; names without ``_`` are dropped, not refused."""
+    refuse_disguised([name])
+
+
+# --- towards the client ---------------------------------------------------------------------------
+
+
+def test_an_answers_fields_are_exact() -> None:
+    """Limits, ids, cookies, encodings and lengths are the provider's, in order."""
+    fields = [
+        (b"date", b"today"),
+        (b"server", b"cloud"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"7"),
+        (b"content-encoding", b"gzip"),
+        (b"retry-after", b"1"),
+        (b"x-ratelimit-remaining-tokens", b"5"),
+        (b"request-id", b"req_1"),
+        (b"x-request-id", b"req_2"),
+        (b"anthropic-ratelimit-x", b"1"),
+        (b"openai-version", b"2"),
+        (b"set-cookie", b"a=1"),
+        (b"set-cookie", b"b=2"),
+        (b"cache-control", b"private"),
+        (b"x-accel-buffering", b"yes"),
+        (b"location", b"/else"),
+    ]
+
+    assert for_client(fields, b"our-id") == [*fields, (b"x-llmproxy-request-id", b"our-id")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HOP_BY_HOP,
+        b"alt-svc",
+        b"strict-transport-security",
+        b"x-llmproxy-error",
+        b"x-llmproxy-request-id",
+    ],
+)
+def test_what_of_a_response_does_not_cross(name: bytes) -> None:
+    """Hop-by-hop fields, what speaks of the provider's host, and what only we may say."""
+    fields = [(b"a", b"1"), (name, b"x"), (b"b", b"2")]
+
+    assert for_client(fields, b"i") == [
+        (b"a", b"1"),
+        (b"b", b"2"),
+        (b"x-llmproxy-request-id", b"i"),
+    ]
+
+
+def test_what_an_answers_connection_nominates_does_not_cross() -> None:
+    """The provider's ``Connection`` is read in the same way."""
+    fields = [(b"connection", b"close, X-Hop"), (b"x-hop", b"1"), (b"a", b"1")]
+
+    assert for_client(fields, b"i") == [(b"a", b"1"), (b"x-llmproxy-request-id", b"i")]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"text/event-stream",
+        b"Text/Event-Stream; charset=utf-8",
+        b"application/x-ndjson",
+        b"application/jsonl",
+    ],
+)
+def test_streams_are_kept_from_buffers(kind: bytes) -> None:
+    """The anti-buffering fields replace what came and are never doubled."""
+    fields = [
+        (b"cache-control", b"max-age=1"),
+        (b"content-type", kind),
+        (b"x-accel-buffering", b"yes"),
+        (b"cache-control", b"public"),
+    ]
+
+    assert for_client(fields, b"i") == [
+        (b"content-type", kind),
+        (b"cache-control", b"no-cache, no-transform"),
+        (b"x-accel-buffering", b"no"),
+        (b"x-llmproxy-request-id", b"i"),
+    ]
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream", "ndjson"),
+    [
+        (b"text/event-stream", True, False),
+        (b"text/event-stream;x=y", True, False),
+        (b"application/x-ndjson", True, True),
+        (b"APPLICATION/JSONL ; x", True, True),
+        (b"application/json", False, False),
+        (b"text/event-streamer", False, False),
+        (b"", False, False),
+        (None, False, False),
+    ],
+)
+def test_types_of_streams(kind: bytes | None, stream: bool, ndjson: bool) -> None:
+    """SSE and NDJSON arrive event by event; parameters and case do not matter."""
+    assert (is_stream(kind), is_ndjson(kind)) == (stream, ndjson)
+
+
+def test_media_types() -> None:
+    """A type is what stands before its parameters, in lower case."""
+    assert media_type(b" Text/HTML ; charset=x") == b"text/html"
+    assert media_type(None) == b""
+
+
+def test_the_first_value_counts() -> None:
+    """``value_of`` returns the first of several, and None for none."""
+    assert value_of([(b"a", b"1"), (b"b", b"2"), (b"b", b"3")], b"b") == b"2"
+    assert value_of([(b"a", b"1")], b"b") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "host"),
+    [
+        (b"Host.Example", "host.example"),
+        (b"h:8080", "h"),
+        (b"h:", "h"),
+        (b"[::1]", "[::1]"),
+        (b"[::1]:80", "[::1]"),
+        (b"", ""),
+        (None, ""),
+    ],
+)
+def test_host_is_a_name_without_port(value: bytes | None, host: str) -> None:
+    """In lower case; IPv6 addresses keep their brackets."""
+    assert host_of(value) == host

@@ -1,0 +1,463 @@
+"""The quickened loop keeps what a reactor promises.
+
+Each test runs a reactor of its own, beside that of the tests; signals need a process of their own.
+Those tests fail, too, when the private names change on which ``net/loop.py`` leans.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.posixbase import _DisconnectSelectableMixin
+from twisted.python.failure import Failure
+
+from llmproxy.net.loop import tune
+from tests.support.sockets import WAIT
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def loop() -> Iterator[Any]:
+    """A tuned reactor that is not the process's."""
+    made: Any = EPollReactor()
+    undo = tune(made)
+    late = made.callLater(WAIT, made.stop)
+    yield made
+    undo()
+    if late.active():
+        late.cancel()
+    else:
+        pytest.fail("the loop had to be stopped")
+    made.removeAll()
+    for fd in (made.waker.i, made.waker.o):
+        socket.close(fd)
+    made._poller.close()
+
+
+class Ear(FileDescriptor):
+    """A socket that is read; what it does then is the test's.
+
+    Attributes:
+        heard: how often there was something to read.
+        lost: the reasons of its end.
+    """
+
+    def __init__(self, loop: Any, then: Callable[[Ear], Any]) -> None:
+        super().__init__(loop)
+        self.sock, self.other = socket.socketpair()
+        self.sock.setblocking(False)
+        self.fileno = self.sock.fileno  # type: ignore[method-assign]  # as Twisted's own do
+        self.then = then
+        self.heard = 0
+        self.lost: list[Any] = []
+        self.connected = 1
+        self.startReading()
+
+    def doRead(self) -> Any:
+        self.sock.recv(65536)
+        self.heard += 1
+        return self.then(self)
+
+    def connectionLost(self, reason: Failure) -> None:
+        super().connectionLost(reason)
+        self.lost.append(reason.value)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.sock.close()
+        self.other.close()
+
+
+@pytest.fixture
+def ear(loop: Any) -> Iterator[Callable[[Callable[[Ear], Any]], Ear]]:
+    """Make sockets that are read, and close them."""
+    made: list[Ear] = []
+
+    def make(then: Callable[[Ear], Any]) -> Ear:
+        made.append(Ear(loop, then))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stopReading()
+        one.close()
+
+
+MakeEar = Callable[[Callable[[Ear], Any]], Ear]
+
+
+def _busy(ear: Ear) -> None:
+    ear.other.send(b"again")
+
+
+def _run(loop: Any) -> None:
+    loop.run(installSignalHandlers=False)
+
+
+# -- whom it touches ------------------------------------------------------------------------
+
+
+def test_only_the_reactor_itself_is_touched() -> None:
+    """A subclass may iterate in its own way; so may any other reactor."""
+
+    class Other(EPollReactor):
+        pass
+
+    other = Other.__new__(Other)
+    before = dict(vars(other))
+    tune(other)()
+    assert vars(other) == before
+    something = object()
+    tune(something)()
+
+
+def test_it_is_undone(loop: Any) -> None:
+    """Nothing is left; undoing it twice is harmless."""
+    fresh = EPollReactor.__new__(EPollReactor)
+    fresh.__dict__.update(loop.__dict__)
+    fresh.__dict__.pop("doIteration")
+    undo = tune(fresh)
+    assert "doIteration" in vars(fresh)
+    undo()
+    undo()
+    assert "doIteration" not in vars(fresh)
+    assert fresh.doIteration.__func__ is EPollReactor.doPoll  # type: ignore[attr-defined]  # a bound method
+
+
+# -- what else is due -----------------------------------------------------------------------
+
+
+def test_a_timer_is_in_time_while_sockets_are_busy(loop: Any, ear: MakeEar) -> None:
+    """There is always something to read, and the timer has its turns."""
+    busy = ear(_busy)
+    busy.other.send(b"go")
+    late: list[float] = []
+
+    def tick(due: float) -> None:
+        late.append(loop.seconds() - due)
+        if len(late) == 30:
+            loop.stop()
+        else:
+            loop.callLater(0.01, tick, loop.seconds() + 0.01)
+
+    loop.callLater(0.01, tick, loop.seconds() + 0.01)
+    _run(loop)
+    assert busy.heard > 30
+    assert sorted(late)[15] < 0.05
+    assert max(late) < 2
+
+
+def test_a_call_for_the_next_turn_is_made_in_it(loop: Any, ear: MakeEar) -> None:
+    """Asked for by a socket, it comes before that socket has had many more turns."""
+    heard: list[int] = []
+
+    def then(busy: Ear) -> None:
+        _busy(busy)
+        if busy.heard in (10, 500):
+            loop.callLater(0, lambda: heard.append(busy.heard))
+        if busy.heard == 1000:
+            loop.stop()
+
+    ear(then).other.send(b"go")
+    _run(loop)
+    assert heard == [10, 500]
+
+
+def test_a_timer_that_is_brought_forward_is_in_time(loop: Any, ear: MakeEar) -> None:
+    """Also where it is a socket that does so, and nothing else comes."""
+    timer = loop.callLater(WAIT * 2, loop.stop)
+    once = ear(lambda ear: timer.reset(0.01))
+    once.other.send(b"go")
+    _run(loop)
+    assert not timer.active()
+
+
+def test_a_timer_of_many_days_is_no_error(loop: Any, ear: MakeEar, logged_failures: Any) -> None:
+    """Epoll cannot be told to wait so long."""
+    for call in loop.getDelayedCalls():
+        call.reset(80 * 86400)
+    far = loop.callLater(60 * 86400, loop.stop)
+
+    def then(busy: Ear) -> None:
+        if busy.heard == 5:
+            loop.stop()
+        else:
+            busy.other.send(b"again")
+
+    ear(then).other.send(b"go")
+    _run(loop)
+    assert logged_failures.report() == ""
+    far.cancel()
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_a_call_of_a_thread_is_made(loop: Any, ear: MakeEar, busy: bool) -> None:
+    """Whether sockets keep the loop awake or the call must wake it."""
+    one = ear(_busy)
+    if busy:
+        one.other.send(b"go")
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            loop.stop()
+
+    def ask() -> None:
+        for _ in range(20):
+            loop.callFromThread(call)
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=ask)
+    loop.callWhenRunning(thread.start)
+    _run(loop)
+    thread.join(WAIT)
+    assert len(calls) == 20
+
+
+@pytest.mark.parametrize("how", ["stop", "crash"])
+def test_the_reactor_ends_out_of_a_busy_socket(loop: Any, ear: MakeEar, how: str) -> None:
+    """At once, not after some more rounds."""
+
+    def then(busy: Ear) -> None:
+        _busy(busy)
+        if busy.heard == 7:
+            getattr(loop, how)()
+
+    busy = ear(then)
+    busy.other.send(b"go")
+    _run(loop)
+    assert busy.heard <= 9
+
+
+def test_one_turn_without_waiting_does_not_wait(loop: Any, ear: MakeEar) -> None:
+    """``iterate(0)`` comes back, also inside of a running loop with nothing more to do."""
+    done: list[float] = []
+
+    def inside() -> None:
+        begun = time.monotonic()
+        one.other.send(b"go")
+        loop.iterate(0)
+        done.append(time.monotonic() - begun)
+        loop.stop()
+
+    one = ear(lambda ear: None)
+    loop.callLater(0, inside)
+    _run(loop)
+    assert one.heard == 1
+    assert done[0] < WAIT / 2
+
+
+# -- what breaks ----------------------------------------------------------------------------
+
+
+def test_an_exception_ends_only_its_connection(
+    loop: Any, ear: MakeEar, logged_failures: Any
+) -> None:
+    """It is logged once, and the others are served."""
+
+    def then(one: Ear) -> None:
+        if one.heard == 3:
+            raise LookupError("only this one")
+        _busy(one)
+
+    def still(one: Ear) -> None:
+        _busy(one)
+        if one.heard == 50:
+            loop.stop()
+
+    broken, whole = ear(then), ear(still)
+    broken.other.send(b"go")
+    whole.other.send(b"go")
+    _run(loop)
+    assert [type(error) for error in broken.lost] == [LookupError]
+    assert whole.heard == 50
+    assert logged_failures.report().count("LookupError: only this one") == 1
+    logged_failures.flush()
+
+
+def test_an_exception_in_an_end_does_not_end_the_loop(
+    loop: Any, ear: MakeEar, logged_failures: Any
+) -> None:
+    """Whoever is told of it may break, too."""
+
+    class Bad(Ear):
+        def connectionLost(self, reason: Failure) -> None:
+            super().connectionLost(reason)
+            raise LookupError("in the end")
+
+    bad = Bad(loop, lambda ear: CONNECTION_DONE)
+    whole = ear(lambda one: loop.stop() if one.heard == 50 else _busy(one))
+    bad.other.send(b"go")
+    whole.other.send(b"go")
+    _run(loop)
+    bad.close()
+    assert [type(error) for error in bad.lost] == [ConnectionDone]
+    assert logged_failures.report().count("LookupError: in the end") == 1
+    logged_failures.flush()
+
+
+@pytest.mark.parametrize("why", [ConnectionDone(), ConnectionLost(), OSError("why")])
+def test_a_reason_is_told_once(loop: Any, ear: MakeEar, why: Exception) -> None:
+    """What ``doRead`` returns is why the connection is lost."""
+    one = ear(lambda ear: why)
+    one.other.send(b"go")
+    loop.callLater(0.05, loop.stop)
+    _run(loop)
+    assert [type(error) for error in one.lost] == [type(why)]
+
+
+def test_a_hang_up_is_told(loop: Any, ear: MakeEar) -> None:
+    """Events that are not only of something to read go the reactor's own way."""
+
+    def then(one: Ear) -> Any:
+        loop.stop()
+        return CONNECTION_DONE
+
+    one = ear(then)
+    loop.callLater(0, one.other.close)
+    _run(loop)
+    assert [type(error) for error in one.lost] == [ConnectionDone]
+
+
+def test_who_is_removed_in_the_same_turn_is_not_called(loop: Any, ear: MakeEar) -> None:
+    """Two have something to read; the first takes the other out."""
+
+    def then(one: Ear) -> None:
+        (right if one is left else left).stopReading()
+        loop.callLater(0.05, loop.stop)
+
+    left, right = ear(then), ear(then)
+    left.other.send(b"go")
+    right.other.send(b"go")
+    _run(loop)
+    assert left.heard + right.heard == 1
+
+
+# -- signals --------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+from twisted.internet import reactor
+from twisted.internet.protocol import Factory, Protocol
+from llmproxy.net.loop import tune
+
+class Echo(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"x")
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+if sys.argv[1] == "busy":
+    from twisted.internet.protocol import ClientFactory
+    port = reactor.listenTCP(0, Factory.forProtocol(Echo), interface="127.0.0.1")
+    reactor.connectTCP("127.0.0.1", port.getHost().port, ClientFactory.forProtocol(Echo))
+tune(reactor)
+assert "doIteration" in vars(reactor)
+reactor.callLater(0.1, print, "runs", flush=True)
+reactor.callLater(60, os._exit, 9)
+reactor.addSystemEventTrigger("before", "shutdown", print, "stops", flush=True)
+reactor.run()
+"""
+
+
+@pytest.mark.parametrize("what", ["busy", "idle"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_reactor(what: str, number: signal.Signals) -> None:
+    """Whether it interrupts a wait or comes between two reads."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, what], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "runs\n"
+            process.send_signal(number)
+            assert process.wait(WAIT) in (0, -number)
+            assert process.stdout.read() == "stops\n"
+        finally:
+            process.kill()
+
+
+# -- Twisted's private names ----------------------------------------------------------------
+
+
+def test_what_is_due_is_where_it_is_looked_for(loop: Any) -> None:
+    """Each queue of the reactor's holds what it is taken to hold."""
+    assert loop.threadCallQueue == []
+    loop.callFromThread(int)
+    assert len(loop.threadCallQueue) == 1
+    far = loop.callLater(100, int)
+    assert far in loop._newTimedCalls
+    loop.runUntilCurrent()
+    assert (loop.threadCallQueue, loop._newTimedCalls) == ([], [])
+    near = loop.callLater(1, int)
+    loop.runUntilCurrent()
+    assert loop._pendingTimedCalls[0] is near
+    assert near.time > loop.seconds()
+    assert loop._justStopped is False
+    assert loop.running is False
+    near.cancel()
+    far.cancel()
+
+
+def test_a_stop_is_marked(loop: Any) -> None:
+    """``stop`` sets the mark; the reactor's own loop takes it away."""
+    seen: list[bool] = []
+
+    def stop() -> None:
+        loop.stop()
+        seen.append(loop._justStopped)
+
+    loop.callLater(0, stop)
+    _run(loop)
+    assert seen == [True]
+
+
+def test_who_is_ready_is_where_it_is_looked_for(loop: Any, ear: MakeEar) -> None:
+    """The poller tells a descriptor, and the reactor knows whose it is, in one lasting mapping."""
+    mapping = loop._selectables
+    one = ear(lambda ear: None)
+    assert loop._selectables is mapping
+    assert mapping[one.fileno()] is one
+    one.other.send(b"go")
+    assert (one.fileno(), 1) in loop._poller.poll(1, len(mapping))
+    one.stopReading()
+    assert one.fileno() not in mapping
+    loop.removeAll()
+    assert loop._selectables is mapping
+
+
+def test_the_reactors_own_ways_are_there() -> None:
+    """What is not only of something to read, and an end, are the reactor's to deal with."""
+    assert callable(EPollReactor._doReadOrWrite)
+    assert EPollReactor._disconnectSelectable is _DisconnectSelectableMixin._disconnectSelectable
+    assert EPollReactor.doIteration is EPollReactor.doPoll
+
+
+def test_the_collector_is_calmed_for_the_process() -> None:
+    """What is there is left alone, and the rest is looked at less often."""
+    script = (
+        "import gc; from llmproxy.net.loop import calm_collector; before = gc.get_threshold()\n"
+        "calm_collector(); assert gc.get_freeze_count() > 10_000, gc.get_freeze_count()\n"
+        "assert all(now > then for now, then in zip(gc.get_threshold(), before))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,146 @@
+"""Timers in queues: who rings, who does not, and what is asked of the reactor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.task import Clock
+
+from llmproxy.net.timers import Timer, Timers
+
+
+class Bells:
+    """Timers on a clock, and what rang at which time."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.timers = Timers(self.clock)
+        self.rang: list[tuple[str, float]] = []
+
+    def set(self, name: str, delay: float) -> Timer:
+        """Ask for a timer."""
+        return self.timers.callLater(delay, lambda: self.rang.append((name, self.clock.seconds())))
+
+
+def test_timers_ring_in_time_and_once() -> None:
+    """Each rings when its time is over, whatever the lengths of the others."""
+    bells = Bells()
+    bells.set("long", 10)
+    bells.set("short", 1)
+    bells.clock.advance(0.5)
+    later = bells.set("later", 1)
+    bells.clock.pump([0.25] * 60)
+    assert bells.rang == [("short", 1.0), ("later", 1.5), ("long", 10.0)]
+    assert not later.active()
+    assert not bells.clock.getDelayedCalls()
+
+
+def test_a_cancelled_timer_does_not_ring() -> None:
+    """Whether it was the first of its length or not; and twice is an error, as with Twisted's."""
+    bells = Bells()
+    first, second, third = (bells.set(name, 5) for name in ("first", "second", "third"))
+    first.cancel()
+    third.cancel()
+    assert (first.active(), second.active()) == (False, True)
+    bells.clock.advance(5)
+    assert bells.rang == [("second", 5.0)]
+    for timer in (first, second):
+        with pytest.raises(KeyError):
+            timer.cancel()
+
+
+def test_many_that_ring_at_once_let_others_have_their_turn() -> None:
+    """Whatever the reactor has to do in between is done between them; none is lost."""
+    bells = Bells()
+    for number in range(40):
+        bells.set(str(number), 0)
+    rung: list[int] = []
+
+    def look() -> None:
+        rung.append(len(bells.rang))
+        if len(rung) < 4:
+            bells.clock.callLater(0, look)
+
+    bells.clock.callLater(0, look)
+    bells.clock.advance(0)
+    assert rung == [16, 32, 40, 40]
+    assert [int(name) for name, _ in bells.rang] == list(range(40))
+    assert not bells.clock.getDelayedCalls()
+
+
+def test_many_timers_of_one_length_ask_the_reactor_once() -> None:
+    """The reactor has one timer for each length, however many come and go."""
+    bells = Bells()
+    for _ in range(1000):
+        bells.set("gone", 30).cancel()
+    bells.set("stays", 30)
+    assert len(bells.clock.getDelayedCalls()) == 1
+    bells.clock.advance(30)
+    assert bells.rang == [("stays", 30.0)]
+
+
+def test_a_timer_may_be_set_and_cancelled_while_others_ring() -> None:
+    """What rings may set a timer of the same length, and cancel one that is due with it."""
+    bells = Bells()
+    due: list[Timer] = []
+
+    def ring() -> None:
+        due[0].cancel()
+        bells.set("new", 2)
+
+    bells.timers.callLater(2, ring)
+    due.append(bells.set("due", 2))
+    bells.clock.advance(2)
+    assert bells.rang == []
+    bells.clock.advance(2)
+    assert bells.rang == [("new", 4.0)]
+
+
+def test_a_call_that_fails_stops_no_other(logged_failures: Any) -> None:
+    """It is logged, and whoever is due with it rings all the same."""
+    bells = Bells()
+    error = ValueError("wrong")
+
+    def fail() -> None:
+        raise error
+
+    bells.timers.callLater(1, fail)
+    bells.set("next", 1)
+    bells.clock.advance(1)
+    assert bells.rang == [("next", 1.0)]
+    assert [failure.value for failure in logged_failures.flush(ValueError)] == [error]
+
+
+def test_closing_forgets_every_timer() -> None:
+    """Nothing rings and nothing is left with the reactor."""
+    bells = Bells()
+    bells.set("a", 1)
+    bells.set("b", 2)
+    bells.timers.close()
+    assert not bells.clock.getDelayedCalls()
+    bells.clock.advance(5)
+    assert bells.rang == []
+
+
+_STEPS = st.lists(
+    st.tuples(st.sampled_from([1.0, 2.0, 5.0]), st.floats(0, 3), st.booleans()), max_size=40
+)
+
+
+@given(_STEPS)
+def test_they_ring_as_the_reactors_own(steps: list[tuple[float, float, bool]]) -> None:
+    """Any sequence of setting, cancelling and waiting rings the same names as Twisted's timers."""
+    bells, own = Bells(), Clock()
+    expected: list[str] = []
+    for at, (delay, wait, cancelled) in enumerate(steps):
+        ours = bells.set(str(at), delay)
+        theirs = own.callLater(delay, expected.append, str(at))
+        if cancelled:
+            ours.cancel()
+            theirs.cancel()
+        bells.clock.advance(wait)
+        own.advance(wait)
+        assert {name for name, _ in bells.rang} == set(expected)

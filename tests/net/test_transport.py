@@ -1,0 +1,275 @@
+"""What Twisted's own TCP and TLS transports hold when their peer does not read.
+
+These tests fail when the private attributes change on which ``net/transport.py`` leans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor as real_reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, wrapClientTLS
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFromCertificates
+from twisted.internet.tcp import Client
+from twisted.internet.threads import deferToThread
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
+
+from llmproxy.net.transport import (
+    has_peer_left,
+    is_quiet,
+    notice_vanished_peer,
+    pending_bytes,
+    raw_transport,
+    unacknowledged_bytes,
+)
+from tests.support.fake_transport import until
+from tests.support.sockets import WAIT, Provider, Wire
+from tests.support.tls import Authority
+
+reactor: Any = real_reactor
+
+
+class Ours(Protocol):
+    """Our end of a connection."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.lost: Deferred[None] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost.callback(None)
+
+
+class Stuck:
+    """A peer whose end the test holds; it reads and writes only when told to."""
+
+    def __init__(self, authority: Authority | None) -> None:
+        self._authority = authority
+        self._wires: queue.Queue[Wire] = queue.Queue()
+        self._over = threading.Event()
+        tls = None if authority is None else authority.server()
+        self.peer = Provider(self._hold, tls=tls, receive_buffer=65536)
+        self.ours = Ours()
+
+    def _hold(self, wire: Wire) -> None:
+        self._wires.put(wire)
+        self._over.wait(WAIT)
+
+    async def connect(self) -> Any:
+        """Return our transport."""
+        endpoint: Any = TCP4ClientEndpoint(reactor, "127.0.0.1", self.peer.port)
+        if self._authority is not None:
+            root = Certificate.loadPEM(self._authority.ca_path.read_bytes())
+            trust = trustRootFromCertificates([root])
+            endpoint = wrapClientTLS(optionsForClientTLS("localhost", trust), endpoint)
+        await connectProtocol(endpoint, self.ours)
+        await until(lambda: not self._wires.empty())
+        self.wire = self._wires.get()
+        # The tickets of TLS 1.3 follow the handshake; they are read before anything is looked at.
+        self.wire.send(b"!")
+        await until(lambda: self.ours.received == b"!")
+        return self.ours.transport
+
+    async def close(self) -> None:
+        """End both ends."""
+        transport: Any = self.ours.transport
+        transport.abortConnection()
+        self._over.set()
+        await self.ours.lost
+
+    async def fill(self) -> None:
+        """Wait until the kernel takes nothing more."""
+        handle = raw_transport(self.ours.transport).socket
+        await until(lambda: not select.select([], [handle], [], 0)[1])
+
+
+@contextlib.contextmanager
+def stuck(authority: Authority | None) -> Any:
+    """Yield a peer, and let go of it in the end."""
+    held = Stuck(authority)
+    with held.peer:
+        try:
+            yield held
+        finally:
+            held._over.set()
+
+
+@pytest.fixture(scope="module", params=["tcp", "tls"])
+def authority(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Authority | None:
+    """The peer's authority where the connection is TLS."""
+    if request.param == "tcp":
+        return None
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_lowest_transport_is_the_socket(authority: Authority | None) -> None:
+    """Below any TLS layer there is Twisted's TCP transport with the socket in it."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        assert isinstance(transport, TLSMemoryBIOProtocol) is (authority is not None)
+        assert type(raw_transport(transport)) is Client
+        assert isinstance(raw_transport(transport).socket, socket.socket)
+        await held.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_every_byte_is_pending_until_the_kernel_has_it(authority: Authority | None) -> None:
+    """From the write to the kernel each byte is counted, in whichever queue it lies."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        assert pending_bytes(transport) == 0
+        for count in range(1, 4):
+            transport.write(b"x" * 1000)
+            assert 1000 * count <= pending_bytes(transport) <= 1100 * count
+        await until(lambda: pending_bytes(transport) == 0)
+        await held.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) -> None:
+    """What was written is either pending or in the kernel, and the kernel's part is all taken."""
+    size = 20_000_000
+    with stuck(authority) as held:
+        transport = await held.connect()
+        for _ in range(20):
+            transport.write(bytes(size // 20))
+        assert pending_bytes(transport) >= size
+        await held.fill()
+        left = pending_bytes(transport)
+        assert 0 < left < size * 1.01
+        assert unacknowledged_bytes(transport) > 0
+        received = 0
+        while received < size:
+            received += len(await until_received(held.wire))
+        await until(lambda: pending_bytes(transport) == 0)
+        await until(lambda: unacknowledged_bytes(transport) == 0)
+        assert received == size
+        await held.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
+    """To the byte: all the rest can be read by the peer while the reactor stands still."""
+    size = 20_000_000
+    with stuck(None) as held:
+        transport = await held.connect()
+        for _ in range(200):
+            transport.write(bytes(size // 200))
+        await held.fill()
+        taken = size - pending_bytes(transport)
+        assert transport.offset > 0  # part of one string was sent, which is what is easily missed
+        received = 0
+        while received < taken:
+            received += len(held.wire.sock.recv(min(65536, taken - received)))
+        while unacknowledged_bytes(transport):
+            pass
+        assert not select.select([held.wire.sock], [], [], 0)[0]
+        await held.close()
+
+
+async def until_received(wire: Wire) -> bytes:
+    """Receive what is there, while the reactor turns."""
+    wire.buffer = b""
+    return await deferToThread(wire.receive)
+
+
+@pytest_twisted.ensureDeferred
+async def test_bytes_wait_while_the_handshake_lasts() -> None:
+    """What OpenSSL does not take yet is pending, too."""
+    with stuck(None) as held:
+        options = optionsForClientTLS("localhost")
+        endpoint: Any = TCP4ClientEndpoint(reactor, "127.0.0.1", held.peer.port)
+        await connectProtocol(wrapClientTLS(options, endpoint), held.ours)
+        transport: Any = held.ours.transport
+        await until(lambda: pending_bytes(transport) == 0)  # the ClientHello is out
+        transport.write(b"x" * 1000)
+        assert pending_bytes(transport) == 1000
+        await until(lambda: not transport._aggregator._buffer)
+        assert pending_bytes(transport) == 1000
+        await held.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authority | None) -> None:
+    """After the end there is nothing to acknowledge and nothing to trust."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        await held.close()
+        assert unacknowledged_bytes(transport) == 0
+        assert not is_quiet(transport)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("what", ["nothing", "a byte", "fin", "reset"])
+async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | None) -> None:
+    """An idle connection is quiet; a byte, a FIN or a reset that was not read yet is not."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        transport.pauseProducing()
+        assert is_quiet(transport)
+        tell: dict[str, Callable[[], None]] = {
+            "nothing": lambda: None,
+            "a byte": lambda: held.wire.send(b"x"),
+            "fin": lambda: held.wire.sock.shutdown(socket.SHUT_WR),
+            "reset": held.wire.reset,
+        }
+        tell[what]()
+        if what == "nothing":
+            assert is_quiet(transport)
+        else:
+            await until(lambda: not is_quiet(transport))
+            assert not is_quiet(transport)  # looking took nothing away
+        if what == "a byte":
+            transport.resumeProducing()
+            await until(lambda: held.ours.received == b"!x")
+            assert is_quiet(transport)
+        await held.close()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("how", ["fin", "reset"])
+async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
+    how: str, authority: Authority | None
+) -> None:
+    """Its end is known also while nobody reads, whatever lies before it."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        transport.pauseProducing()
+        held.wire.send(b"unread")
+        await until(lambda: not is_quiet(transport))
+        assert has_peer_left(transport) is False
+        held.wire.sock.shutdown(socket.SHUT_WR) if how == "fin" else held.wire.reset()
+        await until(lambda: has_peer_left(transport))
+        await held.close()
+        assert has_peer_left(transport)
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_kernel_looks_after_quiet_connections(authority: Authority | None) -> None:
+    """A peer that vanished is noticed by probes, and by what it does not acknowledge."""
+    with stuck(authority) as held:
+        transport = await held.connect()
+        notice_vanished_peer(transport)
+        handle = raw_transport(transport).socket
+        assert handle.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        assert handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+        assert handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+        assert handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        await held.close()
+        notice_vanished_peer(transport)  # harmless by then

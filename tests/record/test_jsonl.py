@@ -1,0 +1,162 @@
+"""The trace file: whole lines, whatever becomes of the disk, the name and the folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from llmproxy.record.jsonl import JsonLines
+from llmproxy.record.sink_queue import Dropped
+from tests.record.conftest import Disk
+from tests.support.records import ids_in, trace
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is."""
+    return tmp_path / "t"
+
+
+@pytest.fixture
+def lines(path: Path) -> JsonLines:
+    """The file, open."""
+    return JsonLines(str(path))
+
+
+def test_lines_are_appended(path: Path) -> None:
+    """Behind what was there, one object a line, in one piece for each batch."""
+    path.write_text('{"id":"-1"}\n')
+    lines = JsonLines(str(path))
+    lines.put([trace(0), trace(1, model="a\nb")])
+    lines.put([trace(2)])
+    lines.close()
+    assert ids_in(path) == [-1, 0, 1, 2]
+
+
+def test_the_file_is_for_its_owner_and_group(lines: JsonLines, path: Path) -> None:
+    """Others cannot read who called."""
+    assert stat.S_IMODE(path.stat().st_mode) & 0o137 == 0
+
+
+def test_a_file_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
+    """The mistake is told at once, not when the first record comes."""
+    with pytest.raises(OSError, match="No such file"):
+        JsonLines(str(tmp_path / "missing" / "t"))
+
+
+def test_a_full_disk_keeps_the_lines_that_fit(lines: JsonLines, path: Path, disk: Disk) -> None:
+    """The rest is lost, half lines with it, until there is room again."""
+    lines.put([trace(0)])
+    length = path.stat().st_size
+    disk(3 * length + 20)  # two lines fit, and the beginning of a third
+    with pytest.raises(Dropped, match="full") as caught:
+        lines.put([trace(number) for number in range(1, 6)])
+    assert caught.value.count == 3
+    assert ids_in(path) == [0, 1, 2]
+    disk(3 * length)
+    with pytest.raises(OSError, match="too large"):
+        lines.put([trace(6)])
+    disk(None)
+    lines.put([trace(7)])
+    assert ids_in(path) == [0, 1, 2, 7]
+
+
+def test_a_full_file_system_loses_and_recovers(small_disk: Path) -> None:
+    """The same on a disk that is really full."""
+    path = small_disk / "t"
+    lines = JsonLines(str(path))
+    (small_disk / "filler").write_bytes(bytes(300 * 1024))
+    lost = 0
+    for number in range(0, 4000, 100):
+        batch = [trace(one) for one in range(number, number + 100)]
+        try:
+            lines.put(batch)
+        except Dropped as some:
+            lost += some.count
+        except OSError:
+            lost += len(batch)
+    assert lost > 0
+    assert len(ids_in(path)) + lost == 4000
+    (small_disk / "filler").unlink()
+    lines.put([trace(4000)])
+    assert ids_in(path)[-1] == 4000
+    lines.close()
+
+
+def test_a_device_that_takes_nothing_is_an_error() -> None:
+    """Its words are the kernel's."""
+    lines = JsonLines("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        lines.put([trace()])
+    lines.close()
+
+
+def test_what_is_not_json_is_lost_alone(lines: JsonLines, path: Path) -> None:
+    """Those before it and behind it in the batch are kept."""
+    broken = trace(1, model="half a pair: \ud800")
+    with pytest.raises(Dropped) as caught:
+        lines.put([trace(0), broken, trace(2), broken, trace(3)])
+    assert caught.value.count == 2
+    assert ids_in(path) == [0, 2, 3]
+
+
+def test_a_renamed_file_goes_on_until_it_is_opened_anew(
+    lines: JsonLines, path: Path, tmp_path: Path
+) -> None:
+    """As logrotate does it: nothing is lost between the two."""
+    old = tmp_path / "t.1"
+    lines.put([trace(0)])
+    path.rename(old)
+    lines.put([trace(1)])
+    assert not path.exists()
+    lines.reopen()
+    lines.put([trace(2)])
+    assert (ids_in(old), ids_in(path)) == ([0, 1], [2])
+
+
+def test_a_file_that_cannot_be_opened_anew_goes_on(
+    lines: JsonLines, path: Path, tmp_path: Path
+) -> None:
+    """What is open still takes everything."""
+    old = tmp_path / "t.1"
+    path.rename(old)
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        lines.reopen()
+    lines.put([trace(1)])
+    assert ids_in(old) == [1]
+
+
+def test_a_removed_file_is_made_again(lines: JsonLines, path: Path) -> None:
+    """Nobody could read what is written to one without a name."""
+    lines.put([trace(0)])
+    path.unlink()
+    lines.put([trace(1)])
+    assert ids_in(path) == [1]
+
+
+def test_a_folder_that_is_gone_may_come_back(tmp_path: Path) -> None:
+    """Until then everything is lost, and afterwards nothing."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "t"
+    lines = JsonLines(str(path))
+    path.unlink()
+    folder.rmdir()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            lines.put([trace(0)])
+    folder.mkdir()
+    lines.put([trace(1)])
+    assert ids_in(path) == [1]
+
+
+def test_a_file_emptied_in_place_goes_on_at_its_beginning(lines: JsonLines, path: Path) -> None:
+    """As with logrotate's copytruncate: no hole is left."""
+    lines.put([trace(0)])
+    os.truncate(path, 0)
+    lines.put([trace(1)])
+    assert ids_in(path) == [1]

@@ -1,0 +1,212 @@
+"""What ledgers say: sums that are those of the traces written, of all instances, at any time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmproxy.record.ledger import Ledger
+from llmproxy.record.ledger_report import GROUPS, Checkpoint, Totals, checkpoints_of, usage_of
+from llmproxy.record.ledger_schema import TOKENS, LedgerError, open_for_writing
+from llmproxy.record.trace import Trace
+from tests.support.records import trace
+from tests.support.sockets import WAIT
+
+ROOT = Path(__file__).parents[2]
+
+
+def words(*choices: str) -> st.SearchStrategy[str | None]:
+    """One of these, or nothing."""
+    return st.sampled_from((None, *choices))
+
+
+COUNTS = st.none() | st.just(0) | st.integers(0, 10**12)
+TRACES = st.lists(
+    st.builds(
+        lambda number, **fields: trace(number, **fields),
+        st.integers(0, 10**6),
+        time=st.sampled_from([f"2026-11-0{day}T12:00:00.00{day}Z" for day in range(1, 5)]),
+        client=words("a", "b"),
+        model=words("m", "n"),
+        provider=words("p"),
+        session=words("s", "t", ""),
+        is_complete=st.booleans(),
+        usage=words("reported", "partial", "none"),
+        **dict.fromkeys(TOKENS, COUNTS),
+    ),
+    max_size=30,
+)
+
+
+@contextmanager
+def ledgers(*batches: list[list[Trace]]) -> Iterator[list[str]]:
+    """Ledgers with these traces, batch by batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{number}" for number in range(len(batches))]
+        for path, of_one in zip(paths, batches, strict=True):
+            with closing(Ledger(path, keep_s=None, wall=lambda: 0.0)) as ledger:
+                for batch in of_one:
+                    ledger.put(batch)
+        yield paths
+
+
+def told(traces: list[Trace]) -> Totals:
+    """What these come to, by hand."""
+    totals = Totals(
+        len(traces),
+        sum(one.is_complete for one in traces),
+        sum(one.usage != "reported" for one in traces),
+    )
+    for name in TOKENS:
+        known = [count for one in traces if (count := getattr(one, name)) is not None]
+        setattr(totals, name, sum(known) if known else None)
+    return totals
+
+
+def grouped(traces: list[Trace], by: tuple[str, ...]) -> dict[Any, Totals]:
+    """The same by group."""
+    groups: dict[Any, list[Trace]] = defaultdict(list)
+    for one in traces:
+        groups[tuple(one.time[:10] if name == "day" else getattr(one, name) for name in by)].append(
+            one
+        )
+    return {group: told(some) for group, some in groups.items()}
+
+
+@settings(max_examples=settings().max_examples * 2 // 5)
+@given(
+    st.lists(TRACES, max_size=3),
+    st.lists(TRACES, max_size=2),
+    st.lists(st.sampled_from(sorted(GROUPS)), min_size=1, max_size=4, unique=True),
+    st.sampled_from(["", "2026-11-02", "2026-11-03T12:00:00.003Z", "2027"]),
+)
+def test_sums_are_those_of_the_traces(
+    one: list[list[Trace]], two: list[list[Trace]], by: list[str], since: str
+) -> None:
+    """However they were batched, grouped, and spread over instances; none is lost or doubled."""
+    every = [trace for batches in (one, two) for batch in batches for trace in batch]
+    with ledgers(one, two) as paths:
+        found = usage_of(paths, by, since)
+    expected = grouped([one for one in every if one.time >= since], tuple(by))
+    assert found == expected
+
+
+@settings(max_examples=settings().max_examples * 2 // 5)
+@given(st.lists(TRACES, max_size=3), st.lists(TRACES, max_size=2))
+def test_checkpoints_are_those_of_the_traces(
+    one: list[list[Trace]], two: list[list[Trace]]
+) -> None:
+    """Totals by session and client; the last trace is the one that was written last."""
+    every = [trace for batches in (one, two) for batch in batches for trace in batch]
+    named = [trace for trace in every if trace.session is not None]
+    with ledgers(one, two) as paths:
+        found = checkpoints_of(paths)
+        first = checkpoints_of(paths[:1])
+    assert {(some.session, some.client): some.totals for some in found} == grouped(
+        named, ("session", "client")
+    )
+    assert [some.last_time for some in found] == sorted(
+        (some.last_time for some in found), reverse=True
+    )
+    for some in first:
+        its = [
+            trace
+            for batch in one
+            for trace in batch
+            if (trace.session, trace.client) == (some.session, some.client)
+        ]
+        assert some.last_trace == its[-1].id
+        assert some.first_time == min(trace.time for trace in its)
+        assert some.last_time == max(trace.time for trace in its)
+
+
+def test_the_later_instance_has_the_last_word() -> None:
+    """Where a session went through two, the checkpoint is that of both."""
+    early = trace(1, session="s", time="2026-11-01T00:00:00.000Z", input_tokens=1)
+    late = trace(2, session="s", time="2026-11-02T00:00:00.000Z", input_tokens=2)
+    with ledgers([[late]], [[early]]) as paths:
+        (found,) = checkpoints_of(paths)
+        assert checkpoints_of(paths, "2026-11-03") == []
+    assert found == Checkpoint(
+        "s", None, Totals(2, 0, 2, 3), "2", "2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z"
+    )
+
+
+def test_groups_are_in_order() -> None:
+    """By their words, those without one first."""
+    traces = [trace(1, client=client) for client in ("b", None, "a")]
+    with ledgers([traces]) as paths:
+        assert list(usage_of(paths, ["client"])) == [(None,), ("a",), ("b",)]
+
+
+def test_a_ledger_that_breaks_while_it_is_read_is_told(tmp_path: Path) -> None:
+    """With its name."""
+    path = tmp_path / "ledger"
+    with closing(Ledger(str(path), keep_s=None, wall=lambda: 0.0)) as ledger:
+        ledger.put([trace(number) for number in range(2000)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    with pytest.raises(LedgerError, match=r"ledger: .*malformed"):
+        usage_of([str(path)], ["client"])
+
+
+READER = """
+import sys
+from llmproxy.record.ledger_report import checkpoints_of, usage_of
+path = sys.argv[1]
+seen = 0
+while seen < 2000:
+    (totals,) = usage_of([path], ["client"]).values()
+    (checkpoint,) = checkpoints_of([path])
+    assert totals.requests >= seen and totals.requests % 20 == 0, totals
+    assert totals.input_tokens == 3 * totals.requests
+    assert checkpoint.totals.requests >= totals.requests
+    assert checkpoint.totals.input_tokens == 3 * checkpoint.totals.requests
+    seen = totals.requests
+    print(seen, flush=True)
+"""
+
+
+def test_two_read_while_one_writes(tmp_path: Path) -> None:
+    """Each sees whole batches only, and nobody holds up the other."""
+    path = tmp_path / "ledger"
+    with closing(Ledger(str(path), keep_s=None, wall=lambda: 0.0)) as ledger:
+        batch = [trace(one, client="c", session="s", input_tokens=3) for one in range(20)]
+        ledger.put(batch)
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", READER, str(path)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        for reader in readers:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "20\n"
+        for _ in range(99):
+            ledger.put(batch)  # never busy: readers take no lock that a writer wants
+        for reader in readers:
+            output, errors = reader.communicate(timeout=WAIT)
+            assert reader.returncode == 0, errors
+            assert output.splitlines()[-1] == "2000"
+
+
+def test_an_empty_ledger_says_nothing(tmp_path: Path) -> None:
+    """And that is no error."""
+    path = str(tmp_path / "ledger")
+    open_for_writing(path).close()
+    assert usage_of([path], ["client", "day"]) == {}
+    assert checkpoints_of([path]) == []

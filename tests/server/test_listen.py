@@ -1,0 +1,411 @@
+"""Listening sockets: their queue, what the kernel watches over, and whose address counts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_twisted import ensureDeferred
+from twisted.internet import reactor
+from twisted.internet.endpoints import _SystemdParser
+from twisted.python.systemd import ListenFDs
+
+from llmproxy.config import parse
+from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.listen import close, is_inherited, listen
+from llmproxy.server.tls import ListenerTls
+from llmproxy.service import ProxyService
+from tests.support.fake_transport import until
+from tests.support.keypairs import Vault
+from tests.support.served import GET, TCP, Served, ask, knock
+from tests.support.sockets import WAIT, Wire, connect
+from tests.support.stage import Got, read_got
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Vault:
+    """An authority, and what it issues."""
+    return Vault(tmp_path)
+
+
+def option(sock: Any, level: int, name: int) -> int:
+    """Return a socket's option."""
+    return int(sock.getsockopt(level, name))
+
+
+def watch(sock: Any) -> dict[str, int]:
+    """Return what the kernel watches over on a connection."""
+    named = {
+        name: option(sock, socket.IPPROTO_TCP, getattr(socket, name))
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    }
+    return {**named, "SO_KEEPALIVE": option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
+
+
+WATCHED = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+NOT_FOR_SLOW_ONES = {"TCP_USER_TIMEOUT": 0}
+"""It would also end a client that takes a little all the time; the sweep tells both apart."""
+
+
+# --- the kernel's watch ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}"])
+@pytest.mark.parametrize("secure", [False, True])
+@ensureDeferred
+async def test_the_kernel_ends_a_client_that_vanished(
+    vault: Vault, text: str, secure: bool
+) -> None:
+    """Each accepted connection is probed when it is quiet, and none is given up for slowness."""
+    tls = ListenerTls(vault.issue().keypair()) if secure else None
+    async with Served(text, tls=tls) as served:
+        with connect(served.port):
+            await served.until_connected(1)
+            (sock,) = served.sockets()
+            assert watch(sock) == {**WATCHED, **NOT_FOR_SLOW_ONES}
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@ensureDeferred
+async def test_small_writes_leave_at_once(vault: Vault, secure: bool) -> None:
+    """Nagle's algorithm is off on each accepted connection."""
+    tls = ListenerTls(vault.issue().keypair()) if secure else None
+    async with Served(tls=tls) as served:
+        with connect(served.port):
+            await served.until_connected(1)
+            (sock,) = served.sockets()
+            assert option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+CONFIG = """
+[proxy]
+anonymous = true
+listen = ["tcp:0:interface=127.0.0.1", "tcp6:0:interface=\\\\:\\\\:1"]
+listen_tls = ["tcp:0:interface=127.0.0.1"]
+certificate = "certificate"
+key = "key"
+[admin]
+listen = "tcp:0:interface=127.0.0.1"
+metrics_listen = "tcp:0:interface=127.0.0.1"
+[providers.p]
+url = "http://127.0.0.1:1"
+dialect = "openai"
+[[routes]]
+path = "/p"
+providers = ["p"]
+"""
+
+
+@ensureDeferred
+async def test_every_listener_is_watched(vault: Vault) -> None:
+    """Plain or TLS, and those of the admin site too."""
+    vault.put()
+    service = ProxyService(parse(vault.config + CONFIG, environ={}), reactor, handle_signals=False)
+    service.privilegedStartService()
+    service.startService()
+    try:
+        watched = [watch(port.socket) for port in (*service.proxy_ports, *service.admin_ports)]
+    finally:
+        await service.stopService()
+    assert watched == [{**WATCHED, **NOT_FOR_SLOW_ONES}] * 5
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+
+def queue(sock: Any) -> int:
+    """Return how many connections a listening socket lets wait: tcpi_sacked of linux/tcp.h."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("=I", info, 28)[0])
+
+
+@pytest.mark.parametrize(("more", "asked"), [("", 4096), (":backlog=7", 7), (":backlog=200", 200)])
+@pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}", "tcp6:0:interface=\\:\\:1"])
+@ensureDeferred
+async def test_a_burst_fits_into_the_queue(text: str, more: str, asked: int) -> None:
+    """4096 connections wait to be accepted, or as many as the endpoint and the kernel say."""
+    if "tcp6" in text and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    async with Served(text + more) as served:
+        kernels = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        assert queue(served.listening.socket) == min(asked, kernels)
+
+
+@ensureDeferred
+async def test_a_burst_is_served_whole() -> None:
+    """More connections than Twisted's own queue of 50 come before the first is accepted."""
+    count = 300
+    async with Served() as served:
+        # The reactor does not turn meanwhile: all of them stand in the queue.
+        crowd = [connect(served.port) for _ in range(count)]
+        try:
+            await served.until_connected(count)
+            assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
+        finally:
+            for wire in crowd:
+                wire.close()
+
+
+# --- where it cannot listen -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@ensureDeferred
+async def test_a_taken_address_is_told(below: str) -> None:
+    """A start that would listen nowhere fails, and names the endpoint."""
+    async with Served() as served:
+        text = f"{below}tcp:{served.port}:interface=127.0.0.1"
+        with pytest.raises(OSError, match=f"{text}: .*in use"):
+            listen(reactor, text, served.site)
+
+
+@pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET"])
+@ensureDeferred
+async def test_an_endpoint_that_is_none_is_told(text: str) -> None:
+    """Whatever Twisted makes of it, it is told as what the operator wrote."""
+    async with Served() as served:
+        with pytest.raises(ValueError, match=f"{text}.*: not an endpoint: "):
+            listen(reactor, text, served.site)
+
+
+# --- several processes on one port ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@pytest.mark.parametrize("kind", ["tcp:{}:interface=127.0.0.1", "tcp6:{}:interface=\\:\\:1"])
+@ensureDeferred
+async def test_a_port_can_be_shared(below: str, kind: str) -> None:
+    """Two that both allow it bind the same address; one alone that does is not enough."""
+    if "tcp6" in kind and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    async with Served(below + kind.format(0), reuse_port=True) as first:
+        text = below + kind.format(first.port)
+        async with Served(text, reuse_port=True) as second:
+            assert second.port == first.port
+        with pytest.raises(OSError, match="in use"):
+            listen(reactor, text, first.site)
+
+
+@ensureDeferred
+async def test_who_stands_in_the_queue_is_accepted_before_it_closes() -> None:
+    """The kernel would reset those connections, and their clients think that they were served."""
+    async with Served() as served:
+        # The reactor does not turn meanwhile: all of them stand in the queue.
+        crowd = [connect(served.port) for _ in range(300)]
+        try:
+            await close(served.listening, inherited=False)
+            assert len(served.site.connections) == 300
+            assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
+        finally:
+            for wire in crowd:
+                wire.close()
+
+
+def handed_over(monkeypatch: pytest.MonkeyPatch, sock: socket.socket, name: str = "proxy") -> None:
+    """Let Twisted find ``sock`` as one that systemd handed over; it closes what it finds."""
+    found = ListenFDs([os.dup(sock.fileno())], [name])
+    monkeypatch.setattr(_SystemdParser, "_sddaemon", found)
+    monkeypatch.setenv("LISTEN_FDNAMES", name)
+
+
+@pytest.fixture
+def systemds() -> Iterator[socket.socket]:
+    """A listening socket that systemd would hold."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock
+
+
+INHERITED = "systemd:domain=INET:name=proxy"
+
+
+@pytest.mark.parametrize("below", ["", "haproxy:"])
+@ensureDeferred
+async def test_a_socket_of_systemds_stays_open(
+    monkeypatch: pytest.MonkeyPatch, systemds: socket.socket, below: str
+) -> None:
+    """Who stands in its queue when we close our copy is served by whoever accepts next."""
+    handed_over(monkeypatch, systemds)
+    async with Served(below + INHERITED) as served:
+        early = connect(served.port)  # the reactor does not turn before the close
+        assert is_inherited(below + INHERITED)
+        await close(served.listening, inherited=True)
+        assert not served.site.connections
+        systemds.settimeout(WAIT)
+        accepted, _ = systemds.accept()
+        with early, Wire(accepted) as other:
+            other.send(b"hello")
+            assert early.read(5) == b"hello"
+
+
+@pytest.mark.parametrize("text", [INHERITED, "systemd:domain=INET:index=0"])
+@ensureDeferred
+async def test_no_socket_of_systemds_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """As what is missing, not as an exception's name."""
+    monkeypatch.delenv("LISTEN_FDNAMES", raising=False)
+    monkeypatch.delenv("LISTEN_PID", raising=False)
+    async with Served() as served:
+        with pytest.raises(ValueError, match=f"{text}: systemd handed over no such socket, and "):
+            listen(reactor, text, served.site)
+
+
+@ensureDeferred
+async def test_a_socket_of_another_name_is_told(
+    monkeypatch: pytest.MonkeyPatch, systemds: socket.socket
+) -> None:
+    """With the names that are there."""
+    handed_over(monkeypatch, systemds, "web")
+    async with Served() as served:
+        with pytest.raises(ValueError, match=r"name=proxy: .* no such socket, but web: "):
+            listen(reactor, INHERITED, served.site)
+
+
+@ensureDeferred
+async def test_a_socket_for_both_families_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ListenStream=8080` is one of IPv6, and serves clients of either, each with its address."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as sock:
+        handed_over(monkeypatch, sock)
+        async with Served("systemd:domain=INET6:name=proxy") as served:
+            with connect(served.port) as client:
+                assert await served.run(ask, client) == b"::ffff:127.0.0.1"
+            with Wire(socket.create_connection(("::1", served.port), WAIT)) as client:
+                assert await served.run(ask, client) == b"::1"
+
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [(a, b) for a in FAMILIES for b in FAMILIES if a is not b]
+)
+@ensureDeferred
+async def test_a_socket_of_another_family_is_told(
+    monkeypatch: pytest.MonkeyPatch, said: socket.AddressFamily, found: socket.AddressFamily
+) -> None:
+    """Twisted would take it, and misread who connects; the start tells what it should say."""
+    with socket.socket(found) as sock:
+        handed_over(monkeypatch, sock)
+        text = f"systemd:domain={said.name.removeprefix('AF_')}:name=proxy"
+        wanted = found.name.removeprefix("AF_")
+        async with Served() as served:
+            with pytest.raises(OSError, match=rf"^{text}: .* another family: domain={wanted}$"):
+                listen(reactor, text, served.site)
+
+
+# --- a Unix socket --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """Where a Unix socket may be; its name must be short."""
+    path = tmp_path / "s"
+    assert len(str(path)) < 100
+    yield path
+    assert not path.exists()
+
+
+def connect_unix(path: Path) -> Wire:
+    """Connect to a Unix socket."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(WAIT)
+    sock.connect(str(path))
+    return Wire(sock)
+
+
+@ensureDeferred
+async def test_a_unix_socket_serves_whoever_may_open_it(path: Path) -> None:
+    """Its clients have no address; they are counted in all, and not one by one."""
+    limiter = ConnectionLimiter(3, 1)
+    async with Served(f"unix:{path}:mode=600", limiter=limiter) as served:
+        assert path.stat().st_mode & 0o777 == 0o600
+        crowd = [connect_unix(path) for _ in range(3)]
+        try:
+            for wire in crowd:
+                assert await served.run(ask, wire) == b"unix"
+                assert await served.run(ask, wire) == b"unix"
+            with connect_unix(path) as late:
+                got = await served.run(read_got, late)
+                assert got.status == 503
+                assert got.values(b"x-llmproxy-error") == [b"max_connections"]
+        finally:
+            for wire in crowd:
+                wire.close()
+
+
+@ensureDeferred
+async def test_tls_over_a_unix_socket(path: Path, vault: Vault) -> None:
+    """TLS is ended over whatever is listened on."""
+
+    def client() -> bytes:
+        wire = connect_unix(path)
+        with Wire(vault.client().wrap_socket(wire.sock, server_hostname="localhost")) as secure:
+            return ask(secure)
+
+    tls = ListenerTls(vault.issue().keypair())
+    async with Served(f"unix:{path}", tls=tls) as served:
+        assert await served.run(client) == b"unix"
+
+
+# --- who is turned away ---------------------------------------------------------------------------
+
+
+@ensureDeferred
+async def test_who_is_turned_away_can_read_why() -> None:
+    """The response is followed by a clean end, although the request was not read."""
+
+    def client() -> Got:
+        with connect(served.port) as wire:
+            wire.send(GET)
+            got = read_got(wire)
+            assert wire.wait_closed() == "fin"
+            return got
+
+    async with Served(limiter=ConnectionLimiter(1)) as served:
+        with connect(served.port):
+            await served.until_connected(1)
+            for _ in range(5):
+                got = await served.run(client)
+                assert got.status == 503
+                assert got.values(b"x-llmproxy-error") == [b"max_connections"]
+        await until(lambda: not served.site.connections)
+        assert served.site.limiter.refused["max_connections"] == 5
+
+
+@ensureDeferred
+async def test_a_crowd_that_stays_is_let_go() -> None:
+    """Two hundred that are turned away and do not go: all are closed, and no count stays."""
+    limiter = ConnectionLimiter(1)
+
+    async with Served(limiter=limiter) as served:
+        with connect(served.port):
+            await served.until_connected(1)
+            crowd = [connect(served.port) for _ in range(200)]
+            await until(lambda: limiter.refused["max_connections"] == 200)
+            assert limiter._rejections_told == 100
+            await served.pass_time(3)
+            await until(lambda: limiter._rejections_told == 0)
+            ends = await served.run(lambda: [wire.wait_closed() for wire in crowd])
+            told = [wire for wire in crowd if b"max_connections" in wire.buffer]
+            for wire in crowd:
+                wire.close()
+    assert set(ends) <= {"fin", "reset"}
+    assert 0 < len(told) <= 100
+
+
+@ensureDeferred
+async def test_on_tls_nobody_is_told(vault: Vault) -> None:
+    """The connection is closed before a handshake, which would cost more than a served request."""
+    tls = ListenerTls(vault.issue().keypair())
+    async with Served(tls=tls, limiter=ConnectionLimiter(1)) as served:
+        with connect(served.port):
+            await served.until_connected(1)
+            assert await served.run(knock, served.port) == ("reset", b"")
+            assert served.site.limiter._rejections_told == 0
