@@ -34,7 +34,7 @@ from llmproxy.config import (
 )
 from llmproxy.config.schema import KEYS, NOT_BUILT
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 DOCS = Path(__file__).parents[1] / "docs"
 SECRET = "sk-very-secret-0123456789"

@@ -58,7 +58,7 @@ from llmproxy.config.values import (
     text,
     token,
 )
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 _DIALECTS = {one.value: one for one in Dialect}
 _ACCEPT_ENCODINGS: dict[str, Literal["identity", "pass"]] = {"identity": "identity", "pass": "pass"}

@@ -14,7 +14,7 @@ import msgspec
 
 from llmproxy.config.url import Url
 from llmproxy.config.values import show_duration, show_size
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 
 class Secret:

@@ -15,8 +15,8 @@ Nothing here knows HTTP, framing or the tap.
 from __future__ import annotations
 
 from llmproxy.dialects import anthropic, ollama, openai, openai_responses
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import DONE, Endpoint, is_whole
-from llmproxy.errors import Dialect
 
 __all__ = ["DONE", "TABLE", "Endpoint", "endpoint", "is_whole"]
 

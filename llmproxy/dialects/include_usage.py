@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.json_spans import BodyError, Span, member_spans
-from llmproxy.errors import Dialect
 
 _OPTIONS: Final = "stream_options"
 _OPTION: Final = "include_usage"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.json_body import (
     JsonFacts,
     Span,
@@ -20,7 +21,6 @@ from llmproxy.dialects.json_body import (
     path_model,
 )
 from llmproxy.dialects.multipart import multipart_model
-from llmproxy.errors import Dialect
 from llmproxy.http1.headers import media_type
 
 _FORM = b"multipart/form-data"

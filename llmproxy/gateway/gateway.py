@@ -17,16 +17,11 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.include_usage import ask_for_usage
 from llmproxy.dialects.json_body import BodyError, replace_model
 from llmproxy.dialects.request import RequestFacts, is_held, read_request
-from llmproxy.errors import (
-    ClientGone,
-    Dialect,
-    EndReason,
-    ProxyError,
-    upstream_timeout,
-)
+from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import Rules, admit, early_refusal
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange

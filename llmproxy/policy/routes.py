@@ -13,7 +13,9 @@ from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
-from llmproxy.errors import Dialect, ProxyError
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.errors import dialect_of_path
+from llmproxy.errors import ProxyError
 
 
 class RouteMatch(NamedTuple):
@@ -96,9 +98,7 @@ class Routes:
         """Return the dialect in which a request is told its errors."""
         for entry in self._at(path, host):
             return entry.provider.dialect
-        if path.startswith(b"/v1/messages"):
-            return Dialect.ANTHROPIC
-        return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
+        return dialect_of_path(path)
 
     def body_limit(self, target: bytes) -> int:
         """Return the most bytes that any route at this target takes as a body."""

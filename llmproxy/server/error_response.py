@@ -7,7 +7,9 @@ from http import HTTPStatus
 
 from twisted.web.http import datetimeToString
 
-from llmproxy.errors import Dialect, ProxyError, error_body
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.errors import error_body
+from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import Fields
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")

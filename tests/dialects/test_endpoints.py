@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import TABLE, Endpoint, endpoint
-from llmproxy.errors import Dialect
 
 
 def gathered(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.json_body import BodyError
 from llmproxy.dialects.request import is_held, read_request
-from llmproxy.errors import Dialect
 
 JSON = b"application/json"
 BODY = b'{"model": "m", "stream": true}'

@@ -16,8 +16,9 @@ from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import Endpoint, endpoint
-from llmproxy.errors import Dialect, EndReason
+from llmproxy.errors import EndReason
 from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
 from tests.conftest import LoggedFailures
