@@ -10,7 +10,8 @@ import hashlib
 
 from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
-from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, Fields
+from llmproxy.http1.grammar import Fields
+from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """Who shows no key, where that is allowed."""
