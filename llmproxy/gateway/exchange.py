@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoints import Endpoint
+from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.http1.headers import host_of, is_ndjson, is_stream

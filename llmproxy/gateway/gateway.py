@@ -19,7 +19,8 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.include_usage import ask_for_usage
-from llmproxy.dialects.json_body import BodyError, replace_model
+from llmproxy.dialects.json_body import replace_model
+from llmproxy.dialects.json_spans import BodyError
 from llmproxy.dialects.request import RequestFacts, is_held, read_request
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import Rules, admit, early_refusal
