@@ -38,8 +38,7 @@ from llmproxy.policy.routes import RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.server.request import Request
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.client import Upstream, credential_field, pool_key
 from llmproxy.upstream.response import Response
 
