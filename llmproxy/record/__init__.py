@@ -1,1 +1,1 @@
-"""What is remembered of a request."""
+"""What is kept of a request once it has ended: trace, metrics, log lines."""

@@ -1,4 +1,7 @@
-"""The trace file: one JSON object a line, appended, renamed by logrotate."""
+"""The trace file: JSON lines, one record a line, appended, and renamed by logrotate.
+
+An output of ``record/writer.py``; it knows nothing of the other outputs.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ class JsonLines:
         """Append these traces.
 
         Raises:
-            Lost: there was no room for all of them, or some are not JSON.
+            Dropped: there was no room for all of them, or some cannot be JSON.
             OSError: the file takes none.
         """
         status = os.fstat(self._file)
-        if status.st_nlink == 0:  # renamed it goes on; removed nobody would ever read it
+        if status.st_nlink == 0:  # a renamed file is still read, a removed one is not
             self.reopen()
             status = os.fstat(self._file)
         lines, refused = self._encoded(traces)
@@ -49,11 +52,11 @@ class JsonLines:
             raise Dropped(refused, "a record is not JSON")
 
     def maintenance(self) -> float:
-        """There is none."""
+        """A file needs none."""
         return inf
 
     def reopen(self) -> None:
-        """Open the path anew; what is open goes on where that fails.
+        """Open the path again; if that fails, the open file stays.
 
         Raises:
             OSError: it cannot be opened.
@@ -67,7 +70,7 @@ class JsonLines:
         os.close(self._file)
 
     def _encoded(self, traces: list[Trace]) -> tuple[bytes, int]:
-        """Return the lines, and how many traces would not become one (half a surrogate pair)."""
+        """Return the lines, and how many traces cannot be one (half a surrogate pair)."""
         try:
             return self._encoder.encode_lines(traces), 0
         except Exception:
@@ -81,9 +84,9 @@ class JsonLines:
             return b""
 
     def _append(self, lines: bytes, size: int) -> int:
-        """Append lines to a file of this size; return how many there was no room for.
+        """Append lines to a file of this size; return how many did not fit on the disk.
 
-        What a full disk took of a line is cut off again.
+        A line that was only written in part is removed again.
         """
         written = os.write(self._file, lines)
         if written == len(lines):

@@ -1,8 +1,9 @@
 """The ledger: every trace, and the checkpoint of every session, in an SQLite file (ADR-0013).
 
-A batch is one transaction: its traces, and what they add to their sessions.  The file is opened by
-the thread that writes, and again after every failure and when it was removed or replaced, so that a
-disk, a directory or a lock that comes back needs no restart.  No content is stored.
+A batch is one transaction: its traces, and what they add to their sessions.  The thread that
+writes opens the file; it opens the file again after every failure, and when the file was removed or
+replaced.  So no restart is needed when a disk, a directory or a lock comes back.  No content is
+stored.  ``ledger_schema.py`` knows the tables, ``ledger_report.py`` reads them.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from llmproxy.record.sink_queue import Retry
 from llmproxy.record.trace import NAMES, Trace, timestamp
 
 _STEP = 500
-"""Most rows that are deleted at once: the other sinks wait meanwhile."""
+"""Most rows that are deleted at once; meanwhile the other sinks wait."""
 
 _STEP_REST_S = 0.05
 """Seconds between two such steps."""
 
 _SWEEP_S = 60.0
-"""Seconds between two looks at what has become too old."""
+"""Seconds between two searches for rows that have become too old."""
 
 _AGAIN_S = 0.1
-"""Seconds between two tries at a lock."""
+"""Seconds until the next try at a locked file."""
 
 _LARGEST = 10**12
 """More tokens than this are no count: they are stored as unknown, so that sums cannot overflow."""
@@ -68,12 +69,12 @@ class Ledger:
     """Writes traces and session checkpoints to a ledger.
 
     Args:
-        path: the file; looked at once, so that one that cannot be a ledger stops the start.
+        path: the file.  It is opened once at the start, so that a wrong file stops the start.
         keep_s: seconds after which traces and sessions are deleted; None keeps them.
         wall: seconds since the epoch; called by the writer's thread.
 
     Raises:
-        LedgerError: the file is no ledger, or that of a newer version.
+        LedgerError: the file is no ledger, or a ledger of a newer version.
         OSError: it cannot be opened.
     """
 
@@ -94,8 +95,8 @@ class Ledger:
         """Add these traces, all or none.
 
         Raises:
-            Busy: somebody else holds the file.
-            OSError: it cannot be opened.
+            Retry: another process holds the file.
+            OSError: the file cannot be opened.
             sqlite3.Error: the disk is full, the file cannot be written or is broken.
         """
         rows = [self._row(trace) for trace in traces]
@@ -105,10 +106,10 @@ class Ledger:
             self._insert([tuple(map(_storable, row)) for row in rows])
 
     def maintenance(self) -> float:
-        """Delete some of what is too old; return when to look again.
+        """Delete some rows that are too old; return the seconds until the next call.
 
         Raises:
-            Busy, OSError, sqlite3.Error: as :meth:`put`.
+            Retry, OSError, sqlite3.Error: as :meth:`put`.
         """
         if self._keep_s is None:
             return inf
@@ -118,7 +119,7 @@ class Ledger:
         return _STEP_REST_S if _STEP in counts else _SWEEP_S
 
     def reopen(self) -> None:
-        """Open the file anew with the next batch."""
+        """Open the file again with the next batch."""
         self._let_go()
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class Ledger:
         self._let_go()
 
     def _try(self) -> None:
-        """Open the file once, and tell what is wrong with it; a lock or a full disk is not."""
+        """Open the file once, and raise what is wrong with it; a lock or a full disk may pass."""
         try:
             open_for_writing(self._path).close()
         except sqlite3.Error as error:
@@ -149,7 +150,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Commit what is done inside, or nothing; what failed begins with a file opened anew."""
+        """Commit all that is done inside, or nothing; after a failure, close the file."""
         try:
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE")
@@ -174,7 +175,7 @@ class Ledger:
         return self._connection
 
     def _let_go(self) -> None:
-        """Close the connection; what it had begun is rolled back by that."""
+        """Close the connection, which rolls back what it had begun."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(sqlite3.Error):
@@ -182,7 +183,7 @@ class Ledger:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another one of its name; None where there is none."""
+    """Return what distinguishes a file from a later one of the same name; None without a file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -191,7 +192,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _storable(value: object) -> object:
-    """Return a value as SQLite can hold it: no half of a surrogate pair, no more than 64 bits."""
+    """Return a value that SQLite can hold: no half of a surrogate pair, no more than 64 bits."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

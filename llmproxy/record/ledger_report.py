@@ -1,8 +1,9 @@
-"""What ledgers say: totals by group, and the checkpoints of sessions.
+"""Reports from ledgers: totals by group, and the checkpoints of sessions.
 
-Every instance has a ledger of its own; what they say is added up here.  Each is read as it is at
-one moment, while its daemon writes.  Unknown is not zero: a sum of tokens is None where no request
-of the group reported any, and ``unreported`` says how many did not report all of theirs.
+Every instance has a ledger of its own; the reports add them up.  Each ledger is read at one moment,
+while its daemon may write.  Unknown is not zero: a sum of tokens is None if no request of the group
+reported any.  ``unreported`` says how many requests did not report all of theirs.  The command
+``llmproxy usage`` shows the reports; nothing here knows how.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ GROUPS = {
     "instance": "instance",
     "day": "substr(time, 1, 10)",
 }
-"""What requests can be grouped by, and how SQL says it; days are those of UTC."""
+"""What requests can be grouped by, and the SQL of each; days are those of UTC."""
 
 _SUMS = ", ".join(f"sum({name})" for name in TOKENS)
 
 Group = tuple[str | None, ...]
-"""The values of what was grouped by, in that order; None where a request had none."""
+"""The values that a group has in common, in the order of the keys; None for no value."""
 
 
 class Totals(msgspec.Struct):
-    """What some requests come to.
+    """The totals of some requests.
 
     Attributes:
         complete: how many of the requests ended as ``complete``.
-        unreported: how many did not have all their tokens reported, so that sums lack them.
+        unreported: how many of the requests did not report all their tokens.  The sums lack these.
     """
 
     requests: int = 0
@@ -52,7 +53,7 @@ class Totals(msgspec.Struct):
     reasoning_tokens: int | None = None
 
     def add(self, other: Totals) -> None:
-        """Add what other requests come to."""
+        """Add the totals of other requests."""
         for name in self.__struct_fields__:
             ours, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
@@ -60,7 +61,7 @@ class Totals(msgspec.Struct):
 
 
 class Checkpoint(msgspec.Struct):
-    """How far a session has come; ``client`` is None where nobody was known."""
+    """How far a session has come; ``client`` is None if the client was not known."""
 
     session: str
     client: str | None
@@ -76,7 +77,7 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
     Args:
         paths: the ledgers.
         by: keys of :data:`GROUPS`.
-        since: RFC 3339 in UTC; requests that began earlier do not count.
+        since: RFC 3339 in UTC.  Requests that began earlier do not count.
 
     Raises:
         LedgerError: one of the ledgers cannot be read.
@@ -95,7 +96,7 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
 
 
 def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
-    """Return the sessions that had a request since then, those that had one last first.
+    """Return the sessions that had a request since then, the latest one first.
 
     Args:
         paths: the ledgers.
@@ -121,7 +122,7 @@ def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
 
 
 def _merge(ours: Checkpoint, other: Checkpoint) -> None:
-    """Let the checkpoint of another instance go into ours."""
+    """Add the checkpoint of another instance to ours."""
     ours.totals.add(other.totals)
     ours.first_time = min(ours.first_time, other.first_time)
     if other.last_time > ours.last_time:
@@ -129,13 +130,13 @@ def _merge(ours: Checkpoint, other: Checkpoint) -> None:
 
 
 def _rows(path: str, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
-    with _told(path), closing(open_for_reading(path)) as connection:
+    with _named(path), closing(open_for_reading(path)) as connection:
         yield from connection.execute(query, arguments)
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
-    """Let what goes wrong name the file."""
+def _named(path: str) -> Iterator[None]:
+    """Name the file in every error."""
     try:
         yield
     except sqlite3.Error as error:

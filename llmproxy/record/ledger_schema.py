@@ -1,8 +1,9 @@
-"""The tables of a ledger, the steps by which they came to be, and how the file is opened.
+"""The schema of a ledger, the steps that made it, and how the file is opened.
 
-A ledger is an SQLite file that says so (``application_id``) and which step its tables are at
-(``user_version``).  A step is never rewritten: a new ledger takes all of them, an older one those
-that it lacks, in one transaction.  Writers and readers open a ledger here; neither knows a trace.
+A ledger is an SQLite file.  Its ``application_id`` says that it is a ledger, its ``user_version``
+how many steps its schema has taken.  A step is never rewritten: a new ledger takes all of them, an
+older one takes those that it lacks, in one transaction.  Writers and readers open a ledger here.
+Nothing here knows a trace.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ APPLICATION_ID = 0x6C6C6D70
 """``llmp``, in the header of the file."""
 
 BUSY_S = 0.02
-"""Seconds for which a writer waits for a lock: the other sinks wait behind it."""
+"""Seconds for which a writer waits for a lock; meanwhile the other sinks wait."""
 
 READER_BUSY_S = 5.0
-"""Seconds for which a reader does."""
+"""Seconds for which a reader waits for a lock."""
 
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _PASSING = (*_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -47,9 +48,9 @@ ADD_TO_SESSIONS = f"""
         first_time = min(first_time, excluded.first_time),
         last_time = max(last_time, excluded.last_time)
 """  # noqa: S608 - names of ours
-"""Add to the checkpoints the traces behind a row; ``max`` finds the id of the last one.
+"""Adds the traces behind a row to the checkpoints; ``max`` finds the id of the last one.
 
-It is part of a step below: who changes it leaves a copy as it is there.
+A step below contains this text.  If you change it, leave the old text there.
 """
 
 STEPS: tuple[tuple[str, ...], ...] = (
@@ -80,7 +81,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
         ADD_TO_SESSIONS.replace("?", "0"),
     ),
 )
-"""Step by step, the statements that make the tables: traces, then the sessions among them."""
+"""The statements of each step: the first makes the traces, the second their sessions."""
 
 
 class LedgerError(OSError):
@@ -88,12 +89,14 @@ class LedgerError(OSError):
 
 
 def open_for_writing(path: str) -> sqlite3.Connection:
-    """Open a ledger, made or brought up to date where it must be; closed to others.
+    """Open a ledger; make it or bring its schema up to date if that is needed.
+
+    Other users of the machine cannot read a file that is made here.
 
     Raises:
-        LedgerError: it is no ledger, or that of a newer version.
-        OSError: it cannot be opened.
-        sqlite3.Error: whatever else is wrong, a lock included (:func:`is_locked`).
+        LedgerError: the file is no ledger, or a ledger of a newer version.
+        OSError: the file cannot be opened.
+        sqlite3.Error: anything else is wrong, a lock included (:func:`is_locked`).
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
@@ -110,10 +113,10 @@ def open_for_writing(path: str) -> sqlite3.Connection:
 
 
 def open_for_reading(path: str) -> sqlite3.Connection:
-    """Open a ledger that a daemon may be writing to; what is read is of one moment.
+    """Open a ledger that a daemon may be writing to; all reads see it at one moment.
 
     Raises:
-        LedgerError: it cannot be read, is no ledger, or that of another version.
+        LedgerError: the file cannot be read, is no ledger, or a ledger of another version.
     """
     if not os.path.isfile(path):
         raise LedgerError(f"{path}: there is no such file")
@@ -142,20 +145,20 @@ def open_for_reading(path: str) -> sqlite3.Connection:
 
 
 def is_locked(error: sqlite3.Error) -> bool:
-    """Tell whether somebody else holds the file just now."""
+    """Return whether another process holds the file now."""
     return _code(error) in _LOCKED
 
 
 def may_pass(error: sqlite3.Error) -> bool:
-    """Tell whether it is the disk or somebody else, and not the file itself."""
+    """Return whether the disk or another process is the cause, and not the file itself."""
     return _code(error) in _PASSING
 
 
 def _steps_taken(connection: sqlite3.Connection, path: str) -> int:
-    """Return how many steps the tables have taken, 0 for an empty file.
+    """Return how many steps the schema has taken, 0 for an empty file.
 
     Raises:
-        LedgerError: it holds something else, or has taken more steps than we know.
+        LedgerError: the file holds something else, or has taken more steps than we know.
     """
     if _number(connection, "PRAGMA application_id") != APPLICATION_ID:
         if _number(connection, "SELECT count(*) FROM sqlite_master"):
@@ -170,7 +173,7 @@ def _steps_taken(connection: sqlite3.Connection, path: str) -> int:
 
 
 def _take_steps(connection: sqlite3.Connection, path: str) -> None:
-    """Bring the tables up to date, all or nothing; another process may have done it meanwhile."""
+    """Take the steps that are missing, all or none; another process may have done it already."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         for statements in STEPS[_steps_taken(connection, path) :]:

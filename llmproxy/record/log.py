@@ -1,8 +1,9 @@
 """Log events as one JSON object a line.
 
-Every event of ``twisted.logger``, the old ``twisted.python.log`` included, becomes ``time``,
-``level``, ``logger`` and ``message``, then whatever fields the event was given.  Failures carry
-their traceback in ``traceback``.  What is not JSON becomes text; nothing raises.
+Every event of ``twisted.logger`` and of the old ``twisted.python.log`` becomes ``time``, ``level``,
+``logger`` and ``message``, followed by the event's own fields.  A failure has its traceback in
+``traceback``.  What is not JSON becomes text; nothing raises.  The access line of a request is made
+here, too, from its trace.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from zope.interface import implementer
 
 from llmproxy.record.trace import NAMES, Trace, timestamp
 
-_TOLD = tuple(name for name in NAMES if name not in ("attempts", "degraded", "time"))
-_told_of = attrgetter(*_TOLD)
+_FIELDS = tuple(name for name in NAMES if name not in ("attempts", "degraded", "time"))
+_fields_of = attrgetter(*_FIELDS)
 
 _AccessLine = msgspec.defstruct(
     "_AccessLine",
     [
         *((name, str) for name in ("time", "level", "logger", "message")),
-        *((name, Any, None) for name in (*_TOLD, "cause", "detail")),
+        *((name, Any, None) for name in (*_FIELDS, "cause", "detail")),
     ],
     omit_defaults=True,  # what is null is left out
 )
@@ -42,7 +43,7 @@ GATHER_S = 0.02
 """Seconds for which an access line waits for others."""
 
 _TOGETHER = 64
-"""Access lines that are written together at most."""
+"""Most access lines that are written together."""
 
 _log = Logger()
 
@@ -54,21 +55,21 @@ _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "f
 class JsonLog:
     """Writes events to a text file, one line each, flushed.
 
-    Access lines come past ``twisted.logger``, which costs more than all the rest of them, and are
-    written together with others that come within :data:`GATHER_S`; all lines stand in the order in
+    Access lines do not pass ``twisted.logger``, which would cost more than the rest of their way.
+    Those that come within :data:`GATHER_S` are written together.  All lines stand in the order in
     which they came.
 
     Args:
         file: an open text file.
         wall: seconds since the epoch, for access lines; events bring their own time.
-        later: calls in so many seconds; without it access lines are written at once.
+        later: calls a function in so many seconds.  Without it, access lines are written at once.
     """
 
     def __init__(
         self,
         file: IO[str],
         *,
-        wall: Callable[[], float] = lambda: 0.0,
+        wall: Callable[[], float],
         later: Callable[[float, Callable[[], None]], object] | None = None,
     ) -> None:
         self._file = file
@@ -82,9 +83,9 @@ class JsonLog:
         self._write(b"%b%b" % (self._access_lines(), _line(event)))
 
     def reopen(self, opened: Callable[[], IO[str]]) -> None:
-        """Go on in the file that ``opened`` returns, or in the present one where it fails.
+        """Continue in the file that ``opened`` returns; if that fails, in the present one.
 
-        Twisted's own ``LogFile.reopen`` closes first, and has no file then where that fails.
+        Twisted's own ``LogFile.reopen`` closes first, and has no file if it then fails to open.
         """
         try:
             file = opened()
@@ -102,7 +103,7 @@ class JsonLog:
 
         Args:
             trace: its record.
-            cause: what tells failures of one reason apart.
+            cause: distinguishes failures that have the same reason.
             detail: what went wrong, for the operator alone.
         """
         ended = self._ended
@@ -117,7 +118,7 @@ class JsonLog:
             self._write(self._access_lines().removesuffix(b"\n"))
 
     def _access_lines(self) -> bytes:
-        """Return the lines of what has ended and was not written yet."""
+        """Return the lines of ended requests that are not written yet."""
         if not self._ended:
             return b""
         ended, self._ended = self._ended, []
@@ -136,8 +137,8 @@ class JsonLog:
 
 
 def _access_line(at: float, trace: Trace, cause: str | None, detail: str | None) -> bytes:
-    told = access_message(trace)
-    line = _AccessLine(timestamp(at), "info", ACCESS, told, *_told_of(trace), cause, detail)
+    message = access_message(trace)
+    line = _AccessLine(timestamp(at), "info", ACCESS, message, *_fields_of(trace), cause, detail)
     try:
         return msgspec.json.encode(line) + b"\n"
     except Exception:  # half a surrogate pair
@@ -151,9 +152,11 @@ def access_message(trace: Trace) -> str:
 
 
 def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[str, Any]:
-    """Return what the access log tells of a trace: everything but what is null."""
-    told = dict(zip((*_TOLD, "cause", "detail"), (*_told_of(trace), cause, detail), strict=True))
-    return {name: value for name, value in told.items() if value is not None}
+    """Return the access log's fields of a trace; those that are null are left out."""
+    fields = dict(
+        zip((*_FIELDS, "cause", "detail"), (*_fields_of(trace), cause, detail), strict=True)
+    )
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _line(event: LogEvent) -> bytes:
@@ -199,10 +202,11 @@ def _render(event: LogEvent) -> dict[str, Any]:
 
 
 def log_opener(twistd: Mapping[str, Any] | None) -> Callable[[], IO[str]] | None:
-    """Return what opens the log file that twistd's options name.
+    """Return a function that opens the log file which twistd's options name.
 
-    None where there are no options, or the operator chose an observer of Twisted's (``--logger``,
-    ``--syslog``), which then decides the format.
+    Returns:
+        None if there are no options.  None also if the operator chose an observer of Twisted's own
+        (``--logger``, ``--syslog``), which then decides the format.
     """
     if twistd is None or twistd.get("logger") or twistd.get("syslog"):
         return None

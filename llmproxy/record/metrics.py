@@ -1,9 +1,9 @@
 """Every Prometheus metric, in one class and one registry.
 
 The path of a request counts in plain integers; a collector turns them into metrics when Prometheus
-asks (ADR-0003).  Labels come from closed sets: names of the configuration, and words of this
-program. Streams that are still running are counted at the scrape, so that no chunk has to touch a
-metric.
+asks (ADR-0003).  Labels come from closed sets: names in the configuration, and words of this
+program.  Streams that are still running are counted at the scrape, so that no chunk has to touch a
+metric.  Nothing here knows where the values come from.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Histogram:
 
 
 class Live(Protocol):
-    """What a running body tells at a scrape; ``stream.relay.Relay`` is one."""
+    """What a running body reports at a scrape; ``stream.relay.Relay`` is one."""
 
     @property
     def chunks(self) -> int:
@@ -66,15 +66,15 @@ class Live(Protocol):
 
     @property
     def byte_count(self) -> int:
-        """How many bytes that was."""
+        """How many bytes these chunks had."""
 
     @property
     def paused_s(self) -> float:
-        """Seconds for which the client held it up, so far."""
+        """For how many seconds the client has paused the body so far."""
 
     @property
     def is_paused(self) -> bool:
-        """Whether the client holds it up now."""
+        """Whether the client pauses the body now."""
 
 
 Labels = tuple[str, ...]
@@ -128,7 +128,7 @@ class Metrics:
         self.live.add(body)
 
     def finished(self, body: Live) -> None:
-        """It is over: its figures go over to the totals."""
+        """A body has ended: its figures are added to the totals."""
         if body in self.live:
             self.live.discard(body)
             self._chunks += body.chunks
@@ -161,10 +161,10 @@ class Metrics:
         self._active += 1
 
     def request_ended(self, labels: Labels, reason: str, bytes_in: int) -> None:
-        """It is over.
+        """A request has ended.
 
         Args:
-            labels: route, provider, client, method and status class, empty where there is none.
+            labels: route, provider, client, method and status class; empty where there is none.
             reason: the end reason.
             bytes_in: of its body.
         """
@@ -194,7 +194,9 @@ class Metrics:
             self._requests.items(),
         )
         yield _family(
-            CounterMetricFamily(_PREFIX + "ended", "Why requests ended.", labels=["reason"]),
+            CounterMetricFamily(
+                _PREFIX + "ended", "Requests that ended, by end reason.", labels=["reason"]
+            ),
             self._ended.items(),
         )
         yield _family(
@@ -208,7 +210,7 @@ class Metrics:
         yield _family(
             CounterMetricFamily(
                 _PREFIX + "upstream_failures",
-                "Tries at a provider that failed, where the outcome has several causes.",
+                "Failed tries at a provider, by cause, where an outcome has several causes.",
                 labels=["provider", "cause"],
             ),
             self._causes.items(),
@@ -224,7 +226,7 @@ class Metrics:
         yield _family(
             CounterMetricFamily(
                 _PREFIX + "tap_degraded",
-                "Answers that were not understood in full.",
+                "Responses that were not understood in full.",
                 labels=["reason"],
             ),
             self._degraded.items(),
@@ -238,7 +240,7 @@ class Metrics:
         yield CounterMetricFamily(_PREFIX + "chunks", "Chunks forwarded.", value=chunks)
         paused = self._paused_s + sum(body.paused_s for body in self.live)
         yield CounterMetricFamily(
-            _PREFIX + "pause_seconds", "Seconds for which clients held bodies up.", value=paused
+            _PREFIX + "pause_seconds", "Seconds for which clients paused bodies.", value=paused
         )
 
     def _gauges(self) -> Iterator[Metric]:
@@ -247,7 +249,7 @@ class Metrics:
         )
         yield GaugeMetricFamily(
             _PREFIX + "paused_streams",
-            "Bodies that wait for their client.",
+            "Response bodies that wait for their client.",
             value=sum(body.is_paused for body in self.live),
         )
         yield _family(
@@ -262,17 +264,17 @@ class Metrics:
             ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
             (
                 "relay_delay_seconds",
-                "Chunk read to chunk handed to the kernel, of one chunk in 32.",
+                "Chunk read to chunk taken by the kernel, for one chunk in 32.",
                 self.relay_delay,
             ),
             ("stream_seconds", "Head sent to body's end.", self.stream),
             (
                 "overhead_seconds",
-                "Request received to request sent, connecting aside.",
+                "Request received to request sent, without connecting.",
                 self.overhead,
             ),
             ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
-            ("reactor_lag_seconds", "How late the reactor keeps an appointment.", self.reactor_lag),
+            ("reactor_lag_seconds", "How late the reactor calls a timer.", self.reactor_lag),
         ):
             buckets, total = histogram.buckets()
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)

@@ -1,7 +1,8 @@
 """Traces to an OpenTelemetry collector, by OTLP over HTTP with JSON (``POST /v1/traces``).
 
-It blocks, and so it has a thread and a queue of its own: a collector that hangs holds up nobody
-else.  A batch is one request on a connection of its own, with a deadline over all of it.
+This output blocks, so it has a thread and a queue of its own: a collector that hangs holds up no
+other output.  A batch is one request on a connection of its own, with one deadline for all of it.
+``spans.py`` says what a span is.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ GATHER_S = 1.0
 """Seconds for which spans wait for one another."""
 
 _DEADLINE_S = 4.0
-"""Seconds that a request may take; below the time that the end of the process leaves."""
+"""Seconds that a request may take; less than the process waits at its end."""
 
 _AGAIN_S = 1.0
-"""Seconds between two tries at a collector that is not there."""
+"""Seconds until the next try at a collector that is not there."""
 
 _RESPONSE_BYTES = 65536
-"""What is read of a response, which says little."""
+"""Most bytes that are read of a collector's response."""
 
 _AGAIN = frozenset((429, 502, 503, 504))
 """The statuses after which OTLP lets a client try again."""
@@ -46,7 +47,7 @@ class _Partial(msgspec.Struct, rename="camel"):
     error_message: str = ""
 
 
-class _Answer(msgspec.Struct, rename="camel"):
+class _Response(msgspec.Struct, rename="camel"):
     partial_success: _Partial | None = None
 
 
@@ -76,9 +77,9 @@ class Otlp:
         """Send these traces as one request.
 
         Raises:
-            Busy: the collector cannot be reached, or asks for another try.
-            Lost: it refused some of them.
-            OSError: it refused all.
+            Retry: the collector cannot be reached, or asks for another try.
+            Dropped: the collector refused some of them.
+            OSError: the collector refused all.
         """
         body, refused = export_request(traces, self._resource)
         try:
@@ -95,7 +96,7 @@ class Otlp:
             raise Dropped(count, f"the collector refused spans: {why}" if rejected else "no span")
 
     def maintenance(self) -> float:
-        """There is none."""
+        """A collector needs none."""
         return inf
 
     def reopen(self) -> None:
@@ -127,7 +128,7 @@ class Otlp:
 
 
 def _cutter(connection: HTTPConnection) -> Callable[[], None]:
-    """Return what ends a request: the socket's own timeout begins anew with every byte."""
+    """Return what ends a request; the socket's own timeout begins again with every byte."""
     sock = connection.sock
 
     def cut() -> None:
@@ -138,9 +139,9 @@ def _cutter(connection: HTTPConnection) -> Callable[[], None]:
 
 
 def _rejected(response: bytes) -> tuple[int, str]:
-    """Return how many spans the collector took a request without, and why."""
+    """Return how many spans the collector refused of a request that it accepted, and why."""
     try:
-        partial = msgspec.json.decode(response, type=_Answer).partial_success
+        partial = msgspec.json.decode(response, type=_Response).partial_success
         return (0, "") if partial is None else (int(partial.rejected_spans), partial.error_message)
     except ValueError:  # an empty response, or one in another encoding
         return 0, ""

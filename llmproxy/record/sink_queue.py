@@ -1,7 +1,8 @@
-"""What the writer's thread writes to, and how each of them is treated.
+"""What the writer's thread writes to, and the queue that stands before each output.
 
-An output keeps a batch, loses all or part of it, or is busy; its lane holds what it has not taken,
-tries again, and counts what is lost.  Nothing here knows a thread, a file, a database or a network
+An output keeps a batch of traces, drops all or part of it, or asks for another try.  Its queue
+holds the traces that the output has not taken yet, tries again, and counts what is lost.  Between
+``record/writer.py`` and the outputs, nothing here knows a thread, a file, a database or a network
 (ADR-0013).
 """
 
@@ -17,7 +18,7 @@ from twisted.logger import Logger
 from llmproxy.record.trace import Trace, without_content
 
 _MAINTENANCE_AGAIN_S = 10.0
-"""Seconds after which a chore that failed is tried again."""
+"""Seconds after which maintenance that failed is tried again."""
 
 _log = Logger()
 
@@ -26,7 +27,7 @@ class Dropped(Exception):
     """Some traces of a batch were not kept; the others were.
 
     Args:
-        count: how many were not.
+        count: how many were not kept.
         reason: why, for the log.
     """
 
@@ -36,11 +37,11 @@ class Dropped(Exception):
 
 
 class Retry(Exception):
-    """An output took no trace of a batch, but may take all of them in a moment.
+    """An output took no trace of a batch, but may take all of them soon.
 
     Args:
         reason: why, for the log.
-        again_s: after how many seconds it is worth another try.
+        again_s: after how many seconds to try again.
     """
 
     def __init__(self, reason: str, *, again_s: float) -> None:
@@ -49,12 +50,13 @@ class Retry(Exception):
 
 
 class Output(Protocol):
-    """Something that keeps traces; after it was made, only the writer's thread calls it.
+    """Something that keeps traces.  Once it is made, only the writer's thread calls it.
 
     Attributes:
-        name: what the metric calls it.
-        patience_s: how long traces wait for it where it is busy, before they are lost.
-        keeps_content: whether it is given the text and the tool calls of responses.
+        name: its name in the metric.
+        patience_s: how long traces wait for an output that asks for another try, before they are
+            lost.
+        keeps_content: whether it gets the text and the tool calls of responses.
     """
 
     name: str
@@ -65,33 +67,33 @@ class Output(Protocol):
         """Keep these traces.
 
         Raises:
-            Lost: some were not kept.
-            Busy: none was kept, and it is worth another try.
+            Dropped: some were not kept.
+            Retry: none was kept, and another try may help.
             Exception: none was kept.
         """
 
     def maintenance(self) -> float:
-        """Do one small piece of housekeeping; return the seconds until the next, or ``inf``."""
+        """Do one small step of maintenance; return the seconds until the next, or ``inf``."""
 
     def reopen(self) -> None:
-        """Open anew whatever goes by a name, because it may have been renamed."""
+        """Open every file by its name again, because it may have been renamed."""
 
     def close(self) -> None:
         """Let go of everything."""
 
 
 class SinkQueue:
-    """One output, what it has not taken yet, and what it has cost.
+    """One output, the traces that it has not taken yet, and the count of those that it lost.
 
     Args:
         output: takes the traces.
         clock: monotonic seconds.
         batch: most traces that the output gets at once.
-        most: most traces that wait for it.
+        most: most traces that wait for the output.
 
     Attributes:
-        lost: how many traces it has not kept.
-        held: those that it has not taken yet.
+        lost: how many traces the output has not kept.
+        held: the traces that the output has not taken yet.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float], batch: int, most: int) -> None:
@@ -101,18 +103,18 @@ class SinkQueue:
         self._clock = clock
         self._batch = batch
         self._most = most
-        self._busy_since = inf
+        self._refused_since = inf
         self._again_at = -inf
         self._maintenance_at = -inf
         self._failing = False
         self._given_up = False
 
     def due(self) -> float:
-        """Return when this output wants to be seen again without new traces."""
+        """Return the clock's time at which :meth:`take` is due even if no trace comes."""
         return min(self._again_at if self.held else inf, self._maintenance_at)
 
     def take(self, traces: list[Trace]) -> None:
-        """Give the output these traces behind those that it has not taken yet."""
+        """Give the output these traces, behind those that it has not taken yet."""
         if not self.output.keeps_content:
             traces = [one if one.text is UNSET else without_content(one) for one in traces]
         room = max(0, self._most - len(self.held))
@@ -125,7 +127,7 @@ class SinkQueue:
             self._do_maintenance()
 
     def reopen(self) -> None:
-        """Let the output open its file anew; where that fails it goes on with what it has."""
+        """Let the output open its file again; if that fails, it goes on with the open one."""
         try:
             self.output.reopen()
         except Exception as error:
@@ -134,7 +136,7 @@ class SinkQueue:
             )
 
     def give_up(self, waiting: int) -> None:
-        """The end has come: lose what is held, and ``waiting`` more."""
+        """The process ends: count what is held, and ``waiting`` more traces, as lost."""
         count = len(self.held) + waiting
         if count:
             self.lost += count
@@ -146,7 +148,7 @@ class SinkQueue:
         self._given_up = True
 
     def close(self) -> None:
-        """Let the output go."""
+        """Close the output."""
         try:
             self.output.close()
         except Exception as error:
@@ -156,27 +158,27 @@ class SinkQueue:
         began = self._clock()
         try:
             self.output.put(traces)
-        except Retry as busy:
-            self._busy_since = min(self._busy_since, began)
+        except Retry as retry:
+            self._refused_since = min(self._refused_since, began)
             now = self._clock()
-            self._again_at = now + busy.again_s
-            if now - self._busy_since >= self.output.patience_s:
-                self._lose(len(self.held), str(busy))
+            self._again_at = now + retry.again_s
+            if now - self._refused_since >= self.output.patience_s:
+                self._lose(len(self.held), str(retry))
                 self.held.clear()
             return
-        except Dropped as lost:
-            self._lose(lost.count, str(lost))
+        except Dropped as dropped:
+            self._lose(dropped.count, str(dropped))
         except Exception as error:
             self._lose(len(traces), str(error) or type(error).__name__)
         else:
             self._succeeded()
-        self._busy_since, self._again_at = inf, -inf
+        self._refused_since, self._again_at = inf, -inf
         del self.held[: len(traces)]
 
     def _do_maintenance(self) -> None:
         try:
             rest_s = self.output.maintenance()
-        except Exception:  # whatever it is, the next batch will tell it
+        except Exception:  # whatever it is, the next batch reports it
             rest_s = _MAINTENANCE_AGAIN_S
         self._maintenance_at = self._clock() + rest_s
 

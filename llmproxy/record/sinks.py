@@ -1,8 +1,9 @@
-"""The sinks that a configuration asks for, behind one door that outlives it.
+"""The sinks that a configuration asks for, behind one object that outlives each configuration.
 
-File and ledger share a queue and a thread; a collector has its own, because it can hang (ADR-0013).
-Another configuration keeps the threads whose files and collector it names, too; the others write
-what they have and end, and nobody waits for them (ADR-0014).
+The file and the ledger share a queue and a thread.  A collector has its own, because it can hang
+(ADR-0013).  After a reload, a thread goes on if the new configuration names the same files or the
+same collector.  The other threads write what they have and end; nothing waits for them (ADR-0014).
+Nothing here knows how a record is written.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Writers = dict[Hashable, Writer]
 
 
 class Sinks:
-    """Every sink of a process; it is a :class:`~llmproxy.record.trace.Sink` itself.
+    """All sinks of a process; this is a :class:`~llmproxy.record.trace.Sink` itself.
 
     Args:
         clock: monotonic seconds.
@@ -36,7 +37,8 @@ class Sinks:
         instance: this process's name among several.
 
     Attributes:
-        write: takes one trace; never blocks and never raises.  Without any sink it forgets it.
+        write: takes one trace; never blocks and never raises.  Without any sink, the trace is
+            forgotten.
     """
 
     def __init__(
@@ -54,12 +56,12 @@ class Sinks:
     # -- from one configuration to the next -----------------------------------------------------
 
     def prepare(self, config: TraceConfig) -> Writers:
-        """Open what ``config`` names and is not open; nothing is written there yet.
+        """Open what ``config`` names and is not open yet; write nothing there yet.
 
-        It may block, and be called on any thread.
+        This may block, and may be called on any thread.
 
         Raises:
-            OSError: a file cannot be opened, or is no ledger; nothing that was opened stays open.
+            OSError: a file cannot be opened, or is no ledger.  What this call had opened is closed.
         """
         writers: Writers = {}
         try:
@@ -74,13 +76,13 @@ class Sinks:
         return writers
 
     def abandon(self, writers: Writers) -> None:
-        """Close what :meth:`prepare` opened for nothing."""
+        """Close what :meth:`prepare` has opened, because it will not be used."""
         for writer in writers.values():
             if writer not in self._writers:
                 writer.finish()
 
     def use(self, writers: Writers) -> None:
-        """Let every trace be written there; what is not among them any more comes to its end."""
+        """Write every trace there from now on; writers that are not among them any more end."""
         self._forget_ended()
         before, self._open = self._writers, writers
         self._writers = list(writers.values())
@@ -119,7 +121,7 @@ class Sinks:
     # -- what is open ---------------------------------------------------------------------------
 
     def losses(self) -> dict[str, int]:
-        """Return how many traces each sink has not kept, by its name; also one that is gone."""
+        """Return how many traces each sink has lost, by its name; also sinks that are gone."""
         self._forget_ended()
         lost = self._lost_before.copy()
         for writer in (*self._leaving, *self._writers):
@@ -132,12 +134,12 @@ class Sinks:
             self._lost_before.update(writer.losses())
 
     def reopen(self) -> None:
-        """Open files anew that logrotate has renamed; nothing is lost by that."""
+        """Open files again that logrotate has renamed; nothing is lost by this."""
         for writer in self._writers:
             writer.reopen()
 
     def close(self) -> None:
-        """Write what waits, for at most five seconds, and stop; the rest is lost and told."""
+        """Write what waits, for at most five seconds, and stop; the rest is lost and logged."""
         writers = (*self._leaving, *self._writers)
         for writer in writers:
             writer.finish()

@@ -1,8 +1,9 @@
 """Traces as OpenTelemetry spans, in the JSON encoding of OTLP.
 
-One span a trace.  Attributes have the names of the semantic conventions where there is one
-(``gen_ai.*``, ``http.*``, ``error.type``) and ``llmproxy.*`` else; what is not known is left out.
-A response's text and tool calls never go into a span.
+A trace becomes one span.  An attribute has the name that the semantic conventions give it
+(``gen_ai.*``, ``http.*``, ``error.type``), else a name below ``llmproxy.*``.  What is not known is
+left out.  A response's text and tool calls never go into a span.  Nothing here sends anything; that
+is ``otlp.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CLIENT = 3  # SPAN_KIND_CLIENT, as the conventions have it for a call of a mode
 _ERROR = 2  # STATUS_CODE_ERROR
 
 _SLICE = 16
-"""Spans after which other threads get their turn: a long one would hold up the streams."""
+"""Spans after which other threads may run: encoding for long would hold up the streams."""
 
 
 def _string(value: object) -> dict[str, object]:
@@ -86,7 +87,7 @@ _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 
 
 def export_request(traces: list[Trace], resource: dict[str, str]) -> tuple[bytes, int]:
-    """Return the body of an OTLP request, and how many traces would not become a span.
+    """Return the body of an OTLP request, and how many traces cannot be a span.
 
     Args:
         traces: at least one.
@@ -96,7 +97,7 @@ def export_request(traces: list[Trace], resource: dict[str, str]) -> tuple[bytes
     spans: list[msgspec.Raw] = []
     for at in range(0, len(traces), _SLICE):
         spans += filter(None, (_encoded(trace, encoder) for trace in traces[at : at + _SLICE]))
-        time.sleep(0)  # lets go of the interpreter
+        time.sleep(0)  # lets other threads run
     body = {
         "resourceSpans": [
             {
@@ -148,12 +149,12 @@ def _attributes(trace: Trace, done: str | None) -> Iterable[dict[str, object]]:
     if trace.finish_reason is not UNSET:
         yield {"key": "gen_ai.response.finish_reasons", "value": _strings([trace.finish_reason])}
     if trace.attempts:
-        told = (f"{one.provider} {one.outcome} {one.seconds:.3f}" for one in trace.attempts)
-        yield {"key": "llmproxy.attempts", "value": _strings(told)}
+        tries = (f"{one.provider} {one.outcome} {one.seconds:.3f}" for one in trace.attempts)
+        yield {"key": "llmproxy.attempts", "value": _strings(tries)}
     if trace.degraded:
         yield {"key": "llmproxy.degraded", "value": _strings(trace.degraded)}
 
 
 def _nanoseconds(time_text: str) -> int:
-    """Return a record's time in nanoseconds since the epoch, exactly to its millisecond."""
+    """Return a record's time in nanoseconds since the epoch, exact to its millisecond."""
     return round(datetime.fromisoformat(time_text).timestamp() * 1000) * 1_000_000

@@ -1,7 +1,8 @@
-"""The one record of one request, written when it ends.
+"""The trace: the one record of one request, written when the request ends.
 
-What becomes of it is the business of a :class:`Sink`; ``record/sinks.py`` has those that there are.
-No key is ever in a record, and no content unless a route asks for it (``capture``).
+A :class:`Sink` takes the trace; ``record/sinks.py`` has all sinks.  No key is ever in a record.
+Content is in a record only if a route asks for it (``capture``).  Nothing here knows a file or a
+network.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 CONTENT = ("finish_reason", "response_id", "text", "tool_calls")
-"""The fields that speak of a response's content: only where they are set, and in no ledger."""
+"""The fields of a response's content: left out unless they are set, and in no ledger."""
 
 
 class Attempt(msgspec.Struct):
     """One try at one provider.
 
-    ``outcome`` is ``ok`` or an end reason, ``cause`` what tells failures of one outcome apart,
-    ``seconds`` the time to the response's head or to the failure.
+    ``outcome`` is ``ok`` or an end reason; ``cause`` distinguishes failures that have the same
+    outcome; ``seconds`` is the time until the response's head or the failure.
     """
 
     provider: str
@@ -32,19 +33,19 @@ class Attempt(msgspec.Struct):
 
 
 class ToolCall(Protocol):
-    """What a tool was called with; a struct that is encoded as it is."""
+    """A tool call; a struct that is encoded as it is."""
 
     @property
     def arguments(self) -> str:
-        """Mostly JSON."""
+        """The arguments of the call, mostly JSON."""
 
 
 class Trace(msgspec.Struct, kw_only=True):
-    """What is remembered of one request; names and order are those of design 10.
+    """The record of one request; names and order are those of design 10.
 
-    Times are in seconds, ``bytes_in`` and ``bytes_out`` count bodies.  Token fields are null where
-    nothing counted tokens: unknown is not zero.  The last fields, :data:`CONTENT`, are left out of
-    the record unless they are set; whoever sets ``tool_calls`` sets ``text``, too, if only to "".
+    Times are in seconds; ``bytes_in`` and ``bytes_out`` count bodies.  Token fields are null if no
+    tokens were counted: unknown is not zero.  The last fields, :data:`CONTENT`, are left out of the
+    record unless they are set.  If ``tool_calls`` is set, ``text`` must be set, too, if only to "".
     """
 
     time: str
@@ -103,12 +104,12 @@ def content_size(trace: Trace) -> int:
 
 
 def without_content(trace: Trace) -> Trace:
-    """Return a trace as it is without the text and the tool calls of its response."""
+    """Return a copy of a trace without the text and the tool calls of its response."""
     return msgspec.structs.replace(trace, text=UNSET, tool_calls=UNSET)
 
 
 class Sink(Protocol):
-    """Where traces go, as the path of a request sees it."""
+    """Where a request's trace goes when the request ends."""
 
     def write(self, trace: Trace) -> None:
         """Take one trace; never blocks and never raises."""

@@ -1,8 +1,9 @@
 """One bounded queue, one thread, and the outputs that the thread writes to.
 
-The path of a request appends to the queue and goes on.  The thread takes traces in batches and
-gives each batch to every output in turn; what an output does not take is lost for it alone, and
-counted by its lane.  Nobody has to restart anything after a failure (ADR-0013).
+A request that ends appends its trace to the queue and never waits.  The thread takes traces in
+batches and gives each batch to every output in turn.  What one output does not keep is lost for
+that output alone, and the output's own queue (``sink_queue.py``) counts it.  After a failure
+everything goes on by itself; nothing needs a restart (ADR-0013).
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from llmproxy.record.sink_queue import Output, SinkQueue
 from llmproxy.record.trace import Trace, content_size, without_content
 
 QUEUE = 10_000
-"""Most traces that wait for the thread, and for an output that is busy; about 10 MB each."""
+"""Most traces that wait for the thread, and again for each output; about 10 MB each."""
 
 BATCH = 256
 """Most traces that an output gets at once: while they are encoded, the reactor waits."""
 
 CONTENT = 64 * 1024**2
-"""Most characters of responses that wait; beyond that records are kept without them."""
+"""Most characters of responses that wait; beyond that, records are kept without them."""
 
 _BATCH_CONTENT = 1024**2
-"""So many characters of responses end a batch before its time."""
+"""A batch with so many characters of responses ends, however few traces it has."""
 
 GATHER_S = 0.02
-"""Seconds for which the thread waits for more: waking it costs more than a trace."""
+"""Seconds for which the thread waits for more traces: to wake it costs more than a trace."""
 
 
 class Writer:
-    """The queue and its thread, which runs from the beginning.
+    """The queue and its thread, which starts at once.
 
     Args:
-        outputs: they get every trace, the first one first.
+        outputs: each gets every trace, in this order.
         clock: monotonic seconds; called by the thread, too.
         gather_s: seconds for which the thread waits for more, once there is a trace.
         batch: most traces that an output gets at once.
@@ -56,7 +57,7 @@ class Writer:
         queue: int = QUEUE,
         content: int = CONTENT,
     ) -> None:
-        self._lanes = [SinkQueue(output, clock, batch, queue) for output in outputs]
+        self._queues = [SinkQueue(output, clock, batch, queue) for output in outputs]
         self._clock = clock
         self._gather_s = gather_s
         self._batch = batch
@@ -73,7 +74,7 @@ class Writer:
         self._thread.start()
 
     def write(self, trace: Trace) -> None:
-        """Queue one trace, or lose it where the queue is full."""
+        """Queue one trace; if the queue is full, the trace is lost."""
         waiting = self._waiting
         if len(waiting) >= self._most:
             self._overflowed += 1
@@ -85,7 +86,7 @@ class Writer:
             self._wake.set()
 
     def _with_room(self, trace: Trace) -> Trace:
-        """Return a trace as there is room for it: without its content where too much waits."""
+        """Return the trace, without its content if too much content waits already."""
         if self._most_content < 0:
             return without_content(trace)
         size = content_size(trace)
@@ -97,53 +98,53 @@ class Writer:
 
     def losses(self) -> dict[str, int]:
         """Return how many traces each output has not kept, by its name."""
-        return {lane.output.name: lane.lost + self._overflowed for lane in self._lanes}
+        return {queue.output.name: queue.lost + self._overflowed for queue in self._queues}
 
     @property
     def ended(self) -> bool:
-        """Whether the thread has come to its end: nothing is counted any more."""
+        """Whether the thread has ended, so that the counts of losses do not change any more."""
         return not self._thread.is_alive()
 
     def reopen(self) -> None:
-        """Let every output open its file anew, soon; traces that wait are lost to none."""
+        """Let every output open its file again, soon; no waiting trace is lost by this."""
         self._reopening = True
         self._wake.set()
 
     def finish(self) -> None:
-        """Begin to end: what waits is written, and nobody waits for more."""
+        """Begin to end: what waits is written, without waiting for more."""
         self._finishing.set()
         self._wake.set()
 
     def join(self, seconds: float) -> None:
-        """Wait for the end, so long at most; what is not written by then is lost, and told."""
+        """Wait for the end, at most so long; what is not written by then is lost and logged."""
         self._thread.join(timeout=seconds)
         self._most = 0
         if self._thread.is_alive():
-            for lane in self._lanes:
-                lane.give_up(len(self._waiting))
+            for queue in self._queues:
+                queue.give_up(len(self._waiting))
 
     def _run(self) -> None:
         while True:
             self._rest()
             if self._reopening:
                 self._reopening = False
-                for lane in self._lanes:
-                    lane.reopen()
+                for queue in self._queues:
+                    queue.reopen()
             batch, content = self._next_batch()
-            for lane in self._lanes:
-                lane.take(batch)
+            for queue in self._queues:
+                queue.take(batch)
             self._content_out += content
             if self._finishing.is_set() and not self._has_work():
                 break
-        for lane in self._lanes:
-            lane.close()
+        for queue in self._queues:
+            queue.close()
 
     def _has_work(self) -> bool:
-        return bool(self._waiting) or any(lane.held for lane in self._lanes)
+        return bool(self._waiting) or any(queue.held for queue in self._queues)
 
     def _rest(self) -> None:
-        """Wait for traces, or for the time of something else, then a moment for more traces."""
-        due = min(lane.due() for lane in self._lanes)
+        """Wait for traces or until an output is due; then wait a moment for more traces."""
+        due = min(queue.due() for queue in self._queues)
         if not self._waiting and not (self._finishing.is_set() and not self._has_work()):
             self._wake.wait(None if due == inf else max(0.0, due - self._clock()))
         self._wake.clear()
@@ -151,7 +152,7 @@ class Writer:
             self._finishing.wait(self._gather_s)
 
     def _next_batch(self) -> tuple[list[Trace], int]:
-        """Take traces out of the queue; return them, and how large their content is."""
+        """Take traces out of the queue; return them, and the size of their content."""
         waiting = self._waiting
         batch: list[Trace] = []
         content = 0

@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self) -> None:
         self.file = io.StringIO()
-        self.observer = JsonLog(self.file)
+        self.observer = JsonLog(self.file, wall=float)
         publisher = LogPublisher(self.observer)
         self.logger = Logger(namespace="llmproxy.test", observer=publisher)
 
@@ -189,7 +189,7 @@ def test_a_message_that_cannot_be_formatted_is_told() -> None:
 def test_a_line_is_there_at_once(tmp_path: Path) -> None:
     """Nobody has to wait for a buffer to fill."""
     with open(tmp_path / "log", "w", encoding="utf-8") as file:
-        JsonLog(file)({"log_time": 0.0, "log_format": "words"})
+        JsonLog(file, wall=float)({"log_time": 0.0, "log_format": "words"})
         assert json.loads((tmp_path / "log").read_text())["message"] == "words"
 
 
@@ -302,11 +302,11 @@ def test_our_own_words_are_not_overwritten() -> None:
 def test_a_log_that_cannot_be_written_stops_nobody() -> None:
     """A full disk or a closed file loses lines, and raises nothing."""
     with open("/dev/full", "w", encoding="utf-8") as full:
-        JsonLog(full)({"log_time": 0.0, "log_format": "x"})
+        JsonLog(full, wall=float)({"log_time": 0.0, "log_format": "x"})
         full.detach = lambda: None  # type: ignore[assignment,method-assign,return-value]  # a stand-in
         closed = io.StringIO()
         closed.close()
-        JsonLog(closed)({"log_time": 0.0, "log_format": "x"})
+        JsonLog(closed, wall=float)({"log_time": 0.0, "log_format": "x"})
         with pytest.raises(OSError, match="No space"):
             full.close()
 
@@ -340,7 +340,7 @@ def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         opener = log_opener(options)
         assert opener is not None
         file = opener()
-        JsonLog(file)({"log_time": 0.0, "log_format": "words"})
+        JsonLog(file, wall=float)({"log_time": 0.0, "log_format": "words"})
         file.close()
         before, line = (tmp_path / name).read_text().splitlines()
         assert before == "before"
@@ -352,7 +352,7 @@ def test_a_log_file_is_opened_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     opener = log_opener({"logfile": "x.log"})
     assert opener is not None
-    log = JsonLog(opener())
+    log = JsonLog(opener(), wall=float)
     log({"log_time": 0.0, "log_format": "one"})
     (tmp_path / "x.log").rename(tmp_path / "x.log.1")
     log({"log_time": 0.0, "log_format": "two"})
@@ -373,7 +373,7 @@ def test_a_log_file_is_opened_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_log_that_cannot_be_opened_anew_goes_on() -> None:
     """In the file that there is, and says so there."""
     file = io.StringIO()
-    log = JsonLog(file)
+    log = JsonLog(file, wall=float)
 
     def fail() -> Any:
         raise OSError("no such folder")
@@ -396,7 +396,7 @@ def test_standard_output_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stdout", stdout)
     opener = log_opener({"nodaemon": True})
     assert opener is not None
-    log = JsonLog(opener())
+    log = JsonLog(opener(), wall=float)
     monkeypatch.setattr(sys, "stdout", None)
     log.reopen(opener)
     log({"log_time": 0.0, "log_format": "on"})

@@ -35,7 +35,7 @@ def run(*, proxy_port: int, admin_port: int) -> None:
         SystemExit: 1, where a port is taken.
     """
     reactor: Any = global_reactor
-    _log_warnings()
+    _log_warnings(reactor)
     provider = reactor.listenTCP(0, demo_site(reactor), interface="127.0.0.1")
     text = demo_config(
         provider_port=provider.getHost().port, proxy_port=proxy_port, admin_port=admin_port
@@ -53,8 +53,8 @@ def run(*, proxy_port: int, admin_port: int) -> None:
     reactor.run()
 
 
-def _log_warnings() -> None:
+def _log_warnings(reactor: Any) -> None:
     """Let warnings and worse through to standard error; what goes well is quiet."""
     worth_a_word = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    observer = FilteringLogObserver(JsonLog(sys.stderr), [worth_a_word])
+    observer = FilteringLogObserver(JsonLog(sys.stderr, wall=reactor.seconds), [worth_a_word])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
