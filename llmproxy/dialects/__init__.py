@@ -1,1 +1,1 @@
-"""All that is known of OpenAI, Anthropic and Ollama."""
+"""All that is known of OpenAI, Anthropic and Ollama: requests, responses and errors."""

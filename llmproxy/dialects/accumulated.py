@@ -1,8 +1,8 @@
-"""What a tap has gathered from a stream so far, within a budget of bytes.
+"""What is accumulated from one response so far, within a budget of bytes.
 
-The readers of ``dialects/`` write here what they find, under our own names; the tap turns it into
-its result.  Text and tool calls are held as UTF-8 in one buffer each, so that what is held is what
-is counted.  Nothing here knows a dialect, JSON or a framing.
+The readers of all dialects write here what they find, under our own names; the tap makes its result
+of it.  Text and tool calls are held as UTF-8 in one buffer each, so that the bytes that are counted
+are the bytes that are held.  Nothing here knows a dialect, JSON or a framing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _MESSAGE = 1024
 """Most characters of an error's message."""
 
 _CALL = 256
-"""What one tool call costs of the budget, beside its id, name and arguments, in bytes."""
+"""Bytes of the budget that one tool call takes, in addition to its id, name and arguments."""
 
 _NAMELESS = 8
-"""So many events are searched for the model and the id; Azure's first one has neither."""
+"""How many events are searched for the model and the id; Azure's first one has neither."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens as the provider counted them, under our names; None is what it did not say.
+    """Tokens as the provider counted them, under our names; None for what was not reported.
 
-    ``provenance`` is ``reported`` where these are the final counts, ``partial`` where the stream
-    ended before they were, and ``none`` where nothing was said.  OpenAI's and Ollama's input
-    includes what the cache gave, Anthropic's does not.
+    ``provenance`` is ``reported`` if these are the final counts, ``partial`` if the stream ended
+    before the final counts came, and ``none`` if no count came.  The input of OpenAI and Ollama
+    includes tokens that were read from the cache, the input of Anthropic does not.
     """
 
     input_tokens: int | None = None
@@ -43,7 +43,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """A tool call: the provider's id, the tool's name, and the arguments, mostly JSON."""
+    """A tool call: the provider's id, the tool's name, and the arguments (mostly JSON)."""
 
     id: str | None
     name: str | None
@@ -53,7 +53,7 @@ class ToolCall(msgspec.Struct, frozen=True):
 class ProviderError(NamedTuple):
     """The error that a provider put into its response.
 
-    ``kind`` is its own word for it; the message may quote the request, and is no metric's label.
+    ``kind`` is the provider's own word.  The message may quote the request, so it is no label.
     """
 
     kind: str | None
@@ -61,7 +61,7 @@ class ProviderError(NamedTuple):
 
 
 class _Call:
-    """A tool call whose arguments still come."""
+    """A tool call that is not complete yet."""
 
     __slots__ = ("arguments", "id", "name")
 
@@ -75,15 +75,15 @@ class Accumulated:
     """What was found so far.
 
     Args:
-        keeps: text and tool calls are wanted.
-        budget: most bytes of them that are held, in UTF-8.
+        keeps: whether text and tool calls are held.
+        budget: most bytes of text and tool calls that are held, in UTF-8.
 
     Attributes:
-        wants_all: the whole event is to be read; without it usage, finish reason, marker and error
-            are enough.
-        has_ended: the dialect's end marker was seen.
-        is_cut: the budget did not hold all of it.
-        text_bytes: how long the text is, the part that is not held included.
+        wants_all: whether the whole event must be read.  If not, usage, finish reason, end marker
+            and error are enough.
+        has_ended: whether the dialect's end marker was seen.
+        is_cut: whether text or tool calls were longer than the budget.
+        text_bytes: how long the text is, together with the part that is not held.
     """
 
     __slots__ = (
@@ -123,7 +123,7 @@ class Accumulated:
 
     @property
     def held_bytes(self) -> int:
-        """How much of the budget is used."""
+        """How many bytes of the budget are used."""
         return self._budget - self._left
 
     @property
@@ -142,7 +142,7 @@ class Accumulated:
         """Return the counts so far.
 
         Args:
-            is_final: no others can come.
+            is_final: whether these are the last counts.
         """
         if not self._tokens:
             return Usage()
@@ -159,7 +159,7 @@ class Accumulated:
         self.wants_all = self.keeps or not (named or self._nameless <= 0)
 
     def finish(self, reason: str | None) -> None:
-        """Take a finish reason, where this is one; the last one holds."""
+        """Take a finish reason if there is one; the last one counts."""
         if reason:
             self.finish_reason = reason[:_NAME]
 
@@ -172,31 +172,31 @@ class Accumulated:
         cache_write_tokens: int | None = None,
         reasoning_tokens: int | None = None,
     ) -> None:
-        """Take counts: each replaces what was said before, and None leaves it."""
-        said = (
+        """Take counts: each replaces the earlier count, and None leaves that as it is."""
+        counts = (
             ("input_tokens", input_tokens),
             ("output_tokens", output_tokens),
             ("cache_read_tokens", cache_read_tokens),
             ("cache_write_tokens", cache_write_tokens),
             ("reasoning_tokens", reasoning_tokens),
         )
-        for name, tokens in said:
+        for name, tokens in counts:
             if tokens is not None:
                 self._tokens[name] = tokens
 
     def fail(self, kind: str | None, message: str | None) -> None:
-        """Take the provider's error; the first one holds."""
+        """Take the provider's error; the first one counts."""
         if self.error is None:
             self.error = ProviderError(kind and kind[:_NAME], message and message[:_MESSAGE])
 
     def add_text(self, text: str) -> None:
-        """Hold a piece of the text, or the part of it that the budget has room for."""
+        """Hold a piece of the text, or as much of it as the budget has room for."""
         piece = text.encode()
         self.text_bytes += len(piece)
         self._hold(self._text, piece)
 
     def open_call(self, key: int, id_: str | None, name: str | None) -> None:
-        """Begin the tool call ``key``, or tell its id and name where it has begun."""
+        """Begin the tool call ``key``; if it has begun, add the id and the name it lacks."""
         call = self._call(key)
         if call is not None:
             call.id = call.id or self._affordable(id_)
@@ -225,7 +225,7 @@ class Accumulated:
 
     def _spend(self, cost: int) -> bool:
         if cost > self._left:
-            # Closed for good: what came later would stand beside a hole.
+            # Nothing more is held from here on: there would be a hole before it.
             self._left = 0
             self.is_cut = True
             return False

@@ -1,7 +1,8 @@
 """Anthropic's messages: named events around content blocks, usage at both ends.
 
-``message_start`` tells id, model and first counts.  Those of ``message_delta`` are totals, which
-replace them; ``message_stop`` ends the stream.  ``error`` may come anywhere, ``ping`` too.
+``message_start`` has the id, the model and the first counts.  The counts of ``message_delta`` are
+totals and replace the first ones.  ``message_stop`` ends the stream.  ``error`` and ``ping`` may
+come anywhere.
 """
 
 from __future__ import annotations

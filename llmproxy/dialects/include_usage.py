@@ -1,10 +1,13 @@
-"""Asking an OpenAI provider for the token counts of a stream, where the caller did not.
+"""Asks an OpenAI provider for the token counts of a stream if the caller did not.
 
-Only its chat completions and completions leave the counts out of a stream unless
-`stream_options.include_usage` is true. :func:`ask_for_usage` puts that into the bytes of a body,
-between `body.py`, which has checked it, and the provider. Nothing here decodes and encodes a body
-anew: what the caller wrote crosses byte for byte around the addition. Nothing here refuses a
-request either: a body in which the option could be read in two ways is the caller's own business.
+OpenAI's chat completions and completions leave the counts out of a stream unless
+``stream_options.include_usage`` is true; the table of endpoints says at which paths.
+:func:`ask_for_usage` puts the option into the bytes of a body that ``json_body.py`` has checked,
+before the body goes to the provider.
+
+Nothing here decodes a body and encodes it again: what the caller wrote crosses byte for byte around
+the addition.  Nothing here refuses a request: a body in which the option could be read in two ways
+crosses as it is.
 """
 
 from __future__ import annotations
@@ -21,16 +24,17 @@ _ASKED: Final = b'"include_usage":true'
 
 
 def ask_for_usage(body: bytes, dialect: Dialect, target: bytes) -> bytes:
-    """Return the body with `include_usage` set, where that is a response's only way to its counts.
+    """Return the body with ``include_usage`` set, if the response has its counts only then.
 
-    A `stream_options` object gains the member, and a body without one gains the object; null counts
-    as absent. Where the caller said true or false it stays, and so does a body that asks for no
-    stream, is not JSON, or has either member twice (in whichever case), or misshapen.
+    A ``stream_options`` object gets the member, and a body without that object gets the object;
+    null counts as absent.  If the caller wrote true or false, the body stays as it is.  A body also
+    stays if it asks for no stream, if it is not JSON, or if either member stands in it twice (in
+    any case) or has another type.
 
     Args:
         body: the whole body, as it would be sent.
         dialect: the provider's.
-        target: the path, raw and as the provider sees it, with or without a query.
+        target: the raw path that the provider gets, with or without a query.
     """
     row = endpoint(dialect, target)
     if row is None or row.dialect is not dialect or row.usage_option is None:
@@ -48,7 +52,7 @@ def _with_usage(body: bytes) -> bytes:
     spans = member_spans(body, ("stream", _OPTIONS))
     stream, options = spans.pop("stream", None), spans.pop(_OPTIONS, None)
     if stream is None or body[slice(*stream)] != b"true" or spans:
-        return body  # what is left differs in case alone, and some readers would take it
+        return body  # the names left differ in case alone, and some readers take these
     if options is None:
         after = Span(stream.end, stream.end)
         return _replaced(body, after, b',"stream_options":{%b}' % _ASKED)
@@ -59,14 +63,14 @@ def _with_usage(body: bytes) -> bytes:
 
 
 def _with_option(options: bytes) -> bytes:
-    """Return the bytes of a `stream_options` object with the option, unless it says it itself."""
+    """Return the bytes of a ``stream_options`` object with the option, unless it has it already."""
     spans = member_spans(options, (_OPTION,))
-    said = spans.pop(_OPTION, None)
+    value = spans.pop(_OPTION, None)
     if spans:
         return options
-    if said is not None:
-        is_null = options[slice(*said)] == b"null"
-        return _replaced(options, said, b"true") if is_null else options
+    if value is not None:
+        is_null = options[slice(*value)] == b"null"
+        return _replaced(options, value, b"true") if is_null else options
     is_empty = not options[1:-1].strip()
     return _replaced(options, Span(1, 1), _ASKED if is_empty else _ASKED + b",")
 

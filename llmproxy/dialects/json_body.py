@@ -1,13 +1,15 @@
-"""What routing needs to know of a request: the model it names, and whether it asks for a stream.
+"""What a JSON body says to the proxy: the model that it names, and whether it asks for a stream.
 
-Here live pure functions over the bytes of a body (or a path), between the front and `routes.py`.
-Nothing here does I/O, knows a client, a route or a provider, or decodes and encodes a body anew.
+These are pure functions over the bytes of a body, or of a path that names a model.  ``request.py``
+calls them before a route is chosen, and the gateway replaces the model with :func:`replace_model`.
+Nothing here does I/O, or knows a client, a route or a provider; nothing decodes a body and encodes
+it again.
 
-Theory of operation: the one danger is that the provider reads another model than we did. So what
-two readers could read differently is a `BodyError`; what is accepted has one reading. No Python
-code runs per byte, token or bracket: C code checks JSON (`members.py`). Nesting is bounded, and
-every pass is linear. Usual bodies take a short way, which leaves to the long one whatever is not
-plain.
+Theory of operation: the one danger is that the provider reads another model than the proxy did.  So
+a body that two readers could read differently is a :class:`BodyError`; a body that is accepted can
+be read in one way only.  No Python code runs for each byte, token or bracket: C code checks the
+JSON (``json_spans.py``).  Nesting is bounded, and every pass is linear.  Usual bodies take a short
+path; a body that is not plain takes the long one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
 _SLICE: Final = 65_536  # bytes decoded at once to check UTF-8: text can take four times its memory
 _STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: in is 1, out is -1
 _NOT_MARKS: Final = bytes(set(range(256)) - set(b'[]{}"'))
-_SHORT: Final = 262_144  # bytes of a body that may take the short way; fewer than hold MEMBERS
+_SHORT: Final = 262_144  # bytes of a body that may take the short path; fewer than hold MEMBERS
 _MODEL_NAME = re.compile(rb'"model"\s*+:\s*+')
 _FLAGS: Final = {b"true": True, b"false": False, b"null": None}
 _MODEL_VERB = re.compile(rb"([^:]+):[A-Za-z]+")
@@ -38,7 +40,7 @@ _JSON = re.compile(rb"application/(?:.+\+)?json")
 
 
 class JsonFacts(NamedTuple):
-    """What the top-level members of a JSON body say; null counts as absent, but has a span."""
+    """What the top-level members of a JSON body say.  Null counts as absent, but has a span."""
 
     model: str | None = None
     model_span: Span | None = None
@@ -46,7 +48,7 @@ class JsonFacts(NamedTuple):
 
 
 class _Asked(msgspec.Struct):
-    """The two members, as they stand in a body."""
+    """The two members as they stand in a body."""
 
     model: msgspec.Raw = msgspec.Raw()
     stream: msgspec.Raw = msgspec.Raw()
@@ -57,16 +59,18 @@ _decode_name = msgspec.json.Decoder(str | None).decode
 
 
 def inspect_json(body: bytes) -> JsonFacts:
-    """Say what a whole JSON body (RFC 8259) asks for, having checked all of it.
+    """Check a whole JSON body (RFC 8259), and return what it asks for.
 
-    Names are compared after unescaping. An empty body, and a top that is no object, name nothing.
-    Half a surrogate pair as an escape (grammatical, section 8.2) is refused in `model` only.
+    Names are compared after unescaping.  An empty body and a top that is no object name nothing.
+    Half a surrogate pair as an escape, which the grammar allows (section 8.2), is refused in
+    ``model`` only.
 
     Raises:
-        BodyError: not JSON; not UTF-8, or a byte order mark before it (section 8.1); more than
-            `DEPTH` levels or `MEMBERS` top-level members; two of these named `model` or `stream`,
-            in any case (Go's encoding/json takes them for one); a `model` not string or null, or
-            longer than `MODEL_BYTES`; a `stream` not boolean or null.
+        BodyError: it is not JSON; it is not UTF-8, or begins with a byte order mark (section 8.1);
+            it has more than ``DEPTH`` levels or ``MEMBERS`` top-level members; two of these are
+            named ``model`` or ``stream``, in any case (Go's encoding/json takes them for one);
+            ``model`` is neither a string nor null, or is longer than ``MODEL_BYTES``; ``stream`` is
+            neither a boolean nor null.
     """
     if not body:
         return JsonFacts()
@@ -75,10 +79,10 @@ def inspect_json(body: bytes) -> JsonFacts:
 
 
 def _plain_facts(body: bytes) -> JsonFacts | None:
-    """Return the facts of a body in which nothing can stand twice, or None for the long way.
+    """Return the facts of a body in which neither name can stand twice; None for the long path.
 
-    In ASCII without escapes of letters a name is spelt in one way; one that stands there once at
-    most, in any case and at any depth, is not at the top twice.
+    In ASCII without escapes of letters, a name has one spelling.  If that stands in the body at
+    most once, in any case and at any depth, it does not stand at the top twice.
     """
     if len(body) > _SHORT or not body.isascii() or b"\\u0" in body:
         return None
@@ -124,27 +128,31 @@ def _all_facts(body: bytes) -> JsonFacts:
 
 
 def replace_model(body: bytes, span: Span, model: str) -> bytes:
-    """Return the body with `model` as a JSON string at `span`, which is its `model_span`.
+    """Return the body with ``model`` as a JSON string at ``span``, the body's ``model_span``.
 
-    Nothing inserts one: an override changes the bytes of that value alone, and so none without it.
+    Only the bytes of that value change.  A body without a model gets none.
     """
     view = memoryview(body)
     return b"".join((view[: span.start], msgspec.json.encode(model), view[span.end :]))
 
 
 def is_json(content_type: bytes | None) -> bool:
-    """Whether a Content-Type is `application/json` or `application/*+json` (RFC 6839, 3.1)."""
+    """Return whether a type is ``application/json`` or ``application/*+json`` (RFC 6839, 3.1)."""
     return bool(_JSON.fullmatch(media_type(content_type)))
 
 
 def path_model(path: bytes) -> str | None:
-    """Return the model that a raw path (no query) names: `/deployments/M` or `/models/M:verb`.
+    """Return the model that a path names: ``/deployments/M`` or ``/models/M:verb``.
 
-    The first such pair counts; None without one. Segments are compared after percent-decoding, the
-    fixed ones in any case. A verb is letters after the only colon: `/models/M` is a mere resource.
+    The first such pair of segments counts; without one, None.  Segments are compared after
+    percent-decoding, the fixed ones in any case.  A verb is letters after the only colon; without a
+    verb, ``/models/M`` is a resource and no call.
+
+    Args:
+        path: raw, without the query.
 
     Raises:
-        BodyError: a name that is not percent-encoded UTF-8, or longer than `MODEL_BYTES`.
+        BodyError: a name is not percent-encoded UTF-8, or is longer than ``MODEL_BYTES``.
     """
     for before, segment in pairwise(path.split(b"/")):
         kind, name = unquote_to_bytes(before).lower(), unquote_to_bytes(segment)
@@ -170,13 +178,13 @@ def _check_text(body: bytes) -> None:
 
 
 def _openings(body: bytes) -> int:
-    """Count the brackets that open; `bytes.count` looks at each byte, this at each bracket."""
+    """Count the opening brackets; ``replace`` finds them faster than ``bytes.count`` does."""
     return 2 * len(body) - len(body.replace(b"[", b"")) - len(body.replace(b"{", b""))
 
 
 def _depth(body: bytes) -> int:
     """Return how deep arrays and objects nest in valid JSON."""
-    # Without escapes each quote is a string's edge, and edges in pairs say nothing about the rest.
+    # Without escapes, each quote is the edge of a string; two edges in a row enclose no bracket.
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = unescaped.translate(None, _NOT_MARKS).replace(b'""', b"")
     outside = b"".join(marks.split(b'"')[::2])
@@ -187,7 +195,7 @@ def model_text(name: bytes) -> str:
     """Return a model's name as text.
 
     Raises:
-        BodyError: it is longer than `MODEL_BYTES`, or not UTF-8.
+        BodyError: the name is longer than ``MODEL_BYTES``, or not UTF-8.
     """
     if len(name) > MODEL_BYTES:
         raise BodyError(f'"model" is longer than {MODEL_BYTES} bytes.')

@@ -1,11 +1,12 @@
-"""Where the members of a JSON object stand in its bytes, so that one can be read or replaced alone.
+"""JSON spans: where the members of an object stand in its bytes.
 
-Here live pure functions over the bytes of JSON, below everything that looks into a body. Nothing
-here knows what a member means, or decodes and encodes a body anew.
+With its span, a member can be read or replaced alone.  These are pure functions over the bytes of
+JSON; ``json_body.py``, ``multipart.py`` and ``include_usage.py`` stand on them.  Nothing here knows
+what a member means, or decodes a body and encodes it again.
 
-Theory of operation: C code checks the grammar and tells how long each value is, building no objects
-(`msgspec.Raw`); the names between the values are found by one pattern, and spans follow. Members
-are bounded, and every pass is linear.
+Theory of operation: C code checks the grammar and says how long each value is, without building
+objects (``msgspec.Raw``).  One pattern finds the names between the values, and so where each value
+begins.  The number of members is bounded, and every pass is linear.
 """
 
 from __future__ import annotations
@@ -23,34 +24,41 @@ _NAME = re.compile(rb'(?s)\s*+[{,]\s*+"(?:[^"\\]++|\\.)*+"\s*+:\s*+')  # in JSON
 
 
 class BodyError(ValueError):
-    """What is wrong with a body or path: a sentence for the caller that repeats none of it."""
+    """What is wrong with a body or a path: a sentence for the caller that quotes nothing of it."""
 
 
 class Span(NamedTuple):
-    """Where a value stands in a body: byte offsets, `end` not included, no whitespace around."""
+    """Where a value stands in a body, without whitespace around it: byte offsets, end excluded."""
 
     start: int
     end: int
 
 
 class _Member:
-    """A dictionary key for a member: it equals only itself, so that equal names stay apart."""
+    """A dictionary key for a member; no two are equal, so that equal names stay apart."""
 
 
 def member_spans(body: bytes, wanted: Collection[str]) -> dict[str, Span]:
-    """Check the grammar of UTF-8 JSON and return where the values of `wanted` members stand.
+    """Check the grammar of UTF-8 JSON; return where the values of the ``wanted`` members stand.
 
-    The names are in lower case; a member whose name differs in case alone is there as it is spelt.
+    Args:
+        wanted: names in lower case.
+
+    Returns:
+        The span of each by its name in the body, which may differ from the wanted one in case.
 
     Raises:
-        BodyError: not JSON, too deep, too many members, or two that any reader takes for one.
+        BodyError: it is not JSON, nests too deeply, has too many members, or has two members that
+            some reader takes for one.
     """
     spans: dict[str, Span] = {}
     at = 0
     for name, length in _members(body):
         match = _NAME.match(body, at)
         if match is None:
-            raise BodyError("The body is not valid JSON.")  # never, while msgspec and we agree
+            raise BodyError(
+                "The body is not valid JSON."
+            )  # never, as long as the pattern and msgspec agree
         at = match.end() + length
         if (folded := name.casefold()) in wanted:
             if any(other.casefold() == folded for other in spans):
@@ -60,12 +68,12 @@ def member_spans(body: bytes, wanted: Collection[str]) -> dict[str, Span]:
 
 
 def _members(body: bytes) -> Iterable[tuple[str, int]]:
-    """Return the name and the value's length in bytes of each top-level member, in order."""
+    """Return each top-level member's name, and the length of its value in bytes, in order."""
     names: list[str] = []
 
     def add(_type: type, name: str) -> _Member:
         if len(names) == MEMBERS:
-            raise OverflowError  # msgspec lets it through, unlike a ValueError
+            raise OverflowError  # msgspec passes it on, unlike a ValueError
         names.append(name)
         return _Member()
 
@@ -75,12 +83,12 @@ def _members(body: bytes) -> Iterable[tuple[str, int]]:
             return []
         values = msgspec.json.decode(body, type=dict[_Member, msgspec.Raw], dec_hook=add).values()
     except msgspec.DecodeError:
-        # msgspec refuses half a surrogate pair. In a copy of the same length and grammar it becomes
-        # another character beyond ASCII; so no name turns into one that we look for.
+        # msgspec refuses half a surrogate pair.  In a copy of the same length and grammar, another
+        # character beyond ASCII stands for it, so that no name becomes one that is wanted.
         plain = body.replace(b"\\ud", b"\\ue").replace(b"\\uD", b"\\ue")
         if plain == body:
             raise BodyError("The body is not valid JSON.") from None
         return _members(plain)
-    except (OverflowError, RecursionError):  # the latter where our own stack is deep already
+    except (OverflowError, RecursionError):  # the latter if our own stack is deep already
         raise BodyError("The body nests too deeply, or has too many members at its top.") from None
     return zip(names, map(len, values), strict=True)

@@ -1,8 +1,9 @@
-"""The field ``model`` of a form (multipart/form-data, RFC 7578), found without looking into files.
+"""The model that a multipart form names (multipart/form-data, RFC 7578), in its field ``model``.
 
-What servers could read differently is refused, as in ``dialects/json_body.py``, so that the
-provider cannot read another model than we did. A form is searched for its delimiters; what lies in
-a file is never looked at. Parts and their heads are bounded, and every pass is linear.
+A form that servers could read differently is refused, as in ``json_body.py``, so that the provider
+cannot read another model than the proxy did.  The form is searched for its delimiters; the content
+of files is never read.  The number of parts and the length of their heads are bounded, and every
+pass is linear.  Nothing here knows a client, a route or a provider.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ _CLOSE = re.compile(rb"--[ \t]*+(?:\r\n)?")
 
 
 def multipart_model(content_type: bytes, body: bytes) -> str | None:
-    """Return the field `model`, no file, of a whole multipart/form-data body (RFC 7578), or None.
+    """Return the value of the field ``model`` of a form, or None; a file is no such field.
+
+    Args:
+        content_type: the request's.
+        body: all of it.
 
     Raises:
-        BodyError: no valid boundary (RFC 2046, section 5.1.1); two `model` fields; a value that is
-            not UTF-8 or longer than `MODEL_BYTES`; more than `PARTS` parts; and what servers read
-            differently: text before the first or after the last delimiter, one after a bare CR or
-            LF, none at the end, malformed or repeated part headers and parameters, `name*`, and for
-            `model` an empty or encoded file name or a Content-Transfer-Encoding.
+        BodyError: the boundary is not valid (RFC 2046, section 5.1.1); there are two ``model``
+            fields; the value is not UTF-8, or longer than ``MODEL_BYTES``; there are more than
+            ``PARTS`` parts.  Also what servers read differently: text before the first or after the
+            last delimiter, a delimiter after a bare CR or LF, none at the end, part headers or
+            parameters that are malformed or repeated, ``name*``, and for ``model`` an empty or
+            encoded file name or a Content-Transfer-Encoding.
     """
     if media_type(content_type) != b"multipart/form-data":
         return None
@@ -56,7 +62,7 @@ def multipart_model(content_type: bytes, body: bytes) -> str | None:
 
 
 def _parameters(value: bytes) -> dict[bytes, bytes]:
-    """Read the `;name=value` parameters of a header value; quoted ones keep their backslashes."""
+    """Read the ``;name=value`` parameters of a field; quoted values keep their backslashes."""
     text = value[len(value.partition(b";")[0]) :].rstrip(b"; \t")
     pairs = _PARAMETER.findall(text)
     found = {name.lower(): quoted or token for name, quoted, token in pairs}
@@ -66,7 +72,7 @@ def _parameters(value: bytes) -> dict[bytes, bytes]:
 
 
 def _parts(body: bytes, delimiter: bytes) -> Iterator[Span]:
-    """Yield where the parts stand, header fields and content, without the delimiters' line ends."""
+    """Yield where the parts stand: header fields and content, without the delimiters' line ends."""
     line = b"\n" + delimiter
     if not body.startswith((delimiter, b"\r" + line)) or b"\r" + delimiter in body:
         raise BodyError("The form does not begin with its delimiter, or has one after a bare CR.")
@@ -84,7 +90,11 @@ def _parts(body: bytes, delimiter: bytes) -> Iterator[Span]:
 
 
 def _is_model_field(head: bytes) -> bool:
-    """Whether a part's header fields (without their last line end) make it the field `model`."""
+    """Return whether a part with these header fields is the field ``model``.
+
+    Args:
+        head: the fields, without their last line end.
+    """
     lines = [_FIELD.fullmatch(line) for line in head.split(b"\r\n")]
     fields = {line[1].lower(): line[2].strip(b" \t") for line in lines if line}
     if len(fields) < len(lines):

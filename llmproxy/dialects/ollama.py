@@ -1,7 +1,8 @@
-"""Ollama's own chat, generate and embed: one JSON object a line, the last of which is ``done``.
+"""Ollama's own chat, generate and embed: one JSON object a line; the last one is ``done``.
 
-A stream and a response in one piece have the same shape.  ``prompt_eval_count`` is missing where
-the prompt was in the cache.  An error is a line of its own, ``{"error": "..."}``.
+A stream and a response in one piece have the same shape.  ``prompt_eval_count`` is missing if the
+prompt was in the cache.  An error is a line of its own, ``{"error": "..."}``.  A body that does not
+mention ``stream`` asks for a stream.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OpenAI's chat completions, completions and embeddings, as hundreds of servers speak them.
 
-A stream is chunks of one shape, then ``[DONE]``.  Usage comes in the last chunk where the request
-asked for it (``include_usage``), with ``"usage":null`` in all others; some servers send running
-counts in each.  Azure's first chunk has neither id nor model.
+A stream is chunks of one shape, then ``[DONE]``.  If the request asked for it (``include_usage``),
+the last chunk has the usage, and all others have ``"usage":null``.  Some servers send running
+counts in each chunk.  Azure's first chunk has neither id nor model.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _read(data: bytes, seen: Accumulated) -> None:
 
 
 def _keep(choices: list[_Choice] | None, seen: Accumulated) -> None:
-    """Hold what the first choice says; of the others nothing is held."""
+    """Hold the content of the first choice; nothing of the others is held."""
     for choice in choices or ():
         if choice.index == 0:
             message = choice.delta or choice.message
@@ -173,9 +173,8 @@ COMPLETIONS = Endpoint(
     _read,
     _read,
     end_marker="[DONE]",
-    # With or without a version before it, and as Azure's deployments have it.  A mere
-    # "/completions" behind another word is somebody's own endpoint, which may refuse members that
-    # it does not know.
+    # With a version before it, without one, or below one of Azure's deployments.  Behind another
+    # word, "/completions" is a provider's own endpoint, which may refuse unknown members.
     usage_option=re.compile(
         rb"(?:.*/)?v[0-9][^/]*/completions|.*/deployments/[^/]+/completions|/completions"
     ),

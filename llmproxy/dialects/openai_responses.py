@@ -1,7 +1,8 @@
-"""OpenAI's responses: named events, the last of which holds the whole response and its usage.
+"""OpenAI's responses: named events; the last one holds the whole response and its usage.
 
-``response.created`` tells id and model; ``response.completed``, ``.incomplete`` and ``.failed`` end
-the stream.  A failed response, and an event ``error``, are the provider's own failure.
+``response.created`` has the id and the model.  ``response.completed``, ``.incomplete`` and
+``.failed`` end the stream.  A failed response, and an event ``error``, are the provider's own
+failure.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _take(response: _Response, seen: Accumulated) -> None:
 
 
 def _finish(response: _Response, seen: Accumulated) -> None:
-    """The status is the finish reason, unless it has one itself (``max_output_tokens``)."""
+    """Take the finish reason: the reason for being incomplete if there is one, else the status."""
     if response.status not in ("queued", "in_progress"):
         details = response.incomplete_details
         seen.finish((details and details.reason) or response.status)

@@ -1,8 +1,9 @@
-"""What a request asks for: which model, and whether a stream.
+"""Request facts: which models a request names, and whether it asks for a stream.
 
-Puts together what its body says (``dialects/json_body.py``, ``dialects/multipart.py``) and what its
-path says. Only types whose content a provider might read as JSON are looked into; every other body
-is opaque.
+The facts come from the body (``json_body.py``, ``multipart.py``) and from the path.  The gateway
+asks for them before a route is chosen.  A body is read only if its type is a form, JSON, or one
+that a provider might read as JSON; every other body is opaque.  Nothing here knows a client or a
+route.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llmproxy.http1.headers import media_type
 
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
-"""Types that curl and old SDKs put on JSON; Ollama, for one, reads it as JSON all the same."""
+"""Types that curl and old SDKs give to JSON; Ollama, for example, reads it as JSON nevertheless."""
 
 _NO_FACTS = JsonFacts()
 
@@ -38,9 +39,10 @@ class RequestFacts(NamedTuple):
     """What a request asks for.
 
     Attributes:
-        models: every model that it names, the one that routing goes by first.
-        model_span: where the body's JSON names it, so that it can be overridden.
-        json: the body is a JSON object.
+        models: every model that the request names; routing uses the first one.
+        model_span: where the JSON body names its model, so that it can be replaced.
+        json: whether the body was read as JSON.
+        facts: what the JSON body says.
     """
 
     models: tuple[str, ...]
@@ -50,11 +52,16 @@ class RequestFacts(NamedTuple):
 
     @property
     def model(self) -> str | None:
-        """The model that routing goes by, or None where the request names none."""
+        """The model that routing uses, or None if the request names none."""
         return self.models[0] if self.models else None
 
     def wants_stream(self, dialect: Dialect, path: bytes) -> bool | None:
-        """Tell whether a stream is asked for; None where the body cannot say."""
+        """Return whether the request asks for a stream; None if the body is not JSON.
+
+        Args:
+            dialect: the provider's.
+            path: raw, without the query.
+        """
         if not self.json or self.facts.stream is not None:
             return self.facts.stream
         row = endpoint(dialect, path)
@@ -66,11 +73,11 @@ def read_request(content_type: bytes | None, body: bytes, path: bytes) -> Reques
 
     Args:
         content_type: the request's, or None.
-        body: all of it, unencoded; empty where it cannot be looked into.
-        path: the raw path, without the query.
+        body: all of it, without a Content-Encoding; empty if it cannot be read.
+        path: raw, without the query.
 
     Raises:
-        BodyError: the body is not what its type says, or says something twice.
+        BodyError: the body is not what its type says, or could be read in two ways.
     """
     facts, json, named = _NO_FACTS, False, None
     if body and (_is_json(content_type) or _may_be_json(content_type, body)):
@@ -86,10 +93,10 @@ def read_request(content_type: bytes | None, body: bytes, path: bytes) -> Reques
 
 
 def is_held(content_type: bytes | None, model_matters: Callable[[], bool]) -> bool:
-    """Tell whether a body of this type is held, so that it can be looked into and sent again.
+    """Return whether a body of this type is held, so that it can be read and sent again.
 
-    JSON is, and what some providers take for JSON; a form where its model decides something.  Every
-    other body streams upwards.
+    Yes, if it is JSON, or if a provider might read it as JSON.  A form is held if its model decides
+    something.  Every other body is streamed to the provider.
     """
     if _is_json(content_type):
         return True

@@ -1,1 +1,1 @@
-"""Bytes on their way back."""
+"""Bytes on their way back from the provider to the client, and the tap that reads a copy."""

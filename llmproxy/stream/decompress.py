@@ -1,9 +1,9 @@
-"""A compressed copy of a body, opened piece by piece: gzip, deflate, brotli and zstd.
+"""Decompresses the tap's copy of a body, piece by piece: gzip, deflate, brotli and zstd.
 
-Brotli and zstd are there where the extra ``codings`` is installed (zstd from Python 3.14 on
-without it).  What comes out comes in bounded pieces, and a body that grows out of all proportion
-(:class:`Bomb`) is given up.  A decoder's window is held beside that: 32 KiB for gzip and deflate,
-at most 16 MiB for brotli and 8 MiB for zstd (RFC 9659).
+Brotli and zstd need the extra ``codings``; from Python 3.14 on, zstd does not.  The output comes in
+bounded pieces, and a body that grows out of all proportion (:class:`Bomb`) is given up.  In
+addition, a decoder holds its window: 32 KiB for gzip and deflate, at most 16 MiB for brotli and
+8 MiB for zstd (RFC 9659).
 
 Nothing here knows what the bytes mean.
 """
@@ -26,34 +26,34 @@ try:
     else:
         from backports import zstd
 except ImportError:
-    zstd = None  # type: ignore[assignment]  # told by what _codings() offers
+    zstd = None  # type: ignore[assignment]  # _codings() leaves it out then
 
 _IN = 16 * 1024
-"""Most bytes that are opened at once: what follows a member's end is copied for each member."""
+"""Most bytes that are decompressed at once: each member's end copies the bytes behind it."""
 
 _OUT = 64 * 1024
-"""Most bytes that come out at once; brotli exceeds it by a block."""
+"""Most bytes of output at once; brotli exceeds this by a block."""
 
 _RATIO = 100
 _ALLOWANCE = 1024**2
-"""A body may grow to a hundred times its size and this; streams of tokens stay below thirty."""
+"""A body may grow to this and a hundred times its size; streams of tokens stay below thirty."""
 
 _ZSTD_WINDOW_LOG = 23
 
 
 class BadCoding(Exception):
-    """A coding that is not known here, or bytes that are not in it."""
+    """The coding is not known here, or the bytes are not in it."""
 
 
 class Bomb(Exception):
-    """A body that grows out of all proportion."""
+    """The body grows out of all proportion."""
 
 
 class _Decoder(Protocol):
-    """One member, as gzip calls it; a frame of zstd.
+    """Decodes one member, as gzip calls it, or one frame of zstd.
 
     Attributes:
-        error: what it raises over bytes that are not in its coding.
+        error: what :meth:`decompress` raises for bytes that are not in the coding.
     """
 
     error: type[Exception]
@@ -63,11 +63,11 @@ class _Decoder(Protocol):
 
     @property
     def rest(self) -> bytes:
-        """What was not taken yet."""
+        """The bytes that were not taken yet."""
 
     @property
     def has_more(self) -> bool:
-        """Whether there may be more to come without further bytes."""
+        """Whether more output may come without further input."""
 
     @property
     def is_over(self) -> bool:
@@ -75,13 +75,13 @@ class _Decoder(Protocol):
 
 
 class Decompressor:
-    """Opens one body.
+    """Decompresses one body.
 
     Args:
         coding: the value of Content-Encoding, one coding.
 
     Raises:
-        BadCoding: it is not known here.
+        BadCoding: the coding is not known here.
     """
 
     def __init__(self, coding: bytes) -> None:
@@ -95,16 +95,16 @@ class Decompressor:
         self._given = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Open ``data``, split at any point, and yield what comes out in bounded pieces.
+        """Decompress ``data``, split at any point; yield the output in bounded pieces.
 
         Raises:
-            BadCoding: it is not in the coding.
-            Bomb: too much comes out.
+            BadCoding: ``data`` is not in the coding.
+            Bomb: there is too much output.
         """
         for at in range(0, len(data), _IN):
-            yield from self._open(data[at : at + _IN])
+            yield from self._decompress(data[at : at + _IN])
 
-    def _open(self, data: bytes) -> Iterator[bytes]:
+    def _decompress(self, data: bytes) -> Iterator[bytes]:
         while data and not self._is_over:
             if self._decoder is None:
                 data = data.lstrip(self._coding.padding)
@@ -153,7 +153,7 @@ class _Zlib:
 
     @property
     def rest(self) -> bytes:
-        """What stands behind the end, or waits for its turn."""
+        """The bytes behind the end of the member, or those that wait for the next call."""
         return self._decoder.unused_data or self._decoder.unconsumed_tail
 
     @property
@@ -163,7 +163,10 @@ class _Zlib:
 
 
 def _deflate(data: bytes) -> _Decoder:
-    """Servers mean zlib (RFC 9110, section 8.4.1.2) or raw deflate; the first byte tells."""
+    """Return a decoder for zlib (RFC 9110, section 8.4.1.2) or raw deflate: servers send both.
+
+    The first byte says which.
+    """
     is_zlib = data[0] & 0x0F == 8 and data[0] >> 4 <= 7
     return _Zlib(15 if is_zlib else -15)
 
@@ -184,7 +187,7 @@ class _Brotli:
 
     @property
     def has_more(self) -> bool:
-        """Whether output waits inside."""
+        """Whether output waits in the decoder."""
         return not self._decoder.can_accept_more_data()
 
     @property
@@ -208,12 +211,12 @@ class _Zstd:
 
     @property
     def rest(self) -> bytes:
-        """What stands behind the frame."""
+        """The bytes behind the frame."""
         return bytes(self._decoder.unused_data)
 
     @property
     def has_more(self) -> bool:
-        """Whether output waits inside."""
+        """Whether output waits in the decoder."""
         return not (self._decoder.needs_input or self._decoder.eof)
 
     @property
@@ -223,10 +226,10 @@ class _Zstd:
 
 
 class _Coding(NamedTuple):
-    """What a coding's name stands for.
+    """One coding.
 
-    ``decoder`` makes the decoder of a member from its first bytes; members may follow one another
-    where ``has_members`` says so, with ``padding`` between them.
+    ``decoder`` makes the decoder of a member from the member's first bytes.  If ``has_members``,
+    another member may follow, with ``padding`` between them.
     """
 
     decoder: Callable[[bytes], _Decoder]

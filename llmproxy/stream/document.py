@@ -1,9 +1,9 @@
-"""A response in one piece: a JSON document, split at any point, that is read when the body ends.
+"""A response in one piece: a JSON document that is read when the body ends.
 
-Up to its limit it is held as it came.  Of a longer one the beginning and the end are held, and the
-members of its object that stand there in full: that is where providers put names and counts, so
-that the usage behind ten megabytes of embeddings is still found, at no cost for each byte of them.
-Nothing here knows a dialect.
+A framing of the tap, as those in ``events.py``.  A document is held as it came, up to a limit.  Of
+a longer one, the beginning and the end are held; the members that stand there in full are all that
+is read of it.  Providers put names and counts there, so the usage behind ten megabytes of
+embeddings is still found, at no cost for each byte of them.  Nothing here knows a dialect.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _TAIL = 32 * 1024
 """Most bytes that are held of the beginning and the end of a long document."""
 
 _TRIES = 64
-"""Most places that are tried: names and counts have dozens of members, not hundreds."""
+"""Most commas that are tried: names and counts have dozens of members, not hundreds."""
 
 _STUMP = b"{"
-"""What stands for a long document of which nothing is found; it is no JSON."""
+"""Stands for a long document in which nothing is found; it is not valid JSON."""
 
 _BETWEEN = re.compile(rb',[ \t\n\r]*+(?=")')
-"""A comma before a member, unless it stands in an inner object.
+"""A comma before a member, perhaps one of an inner object.
 
-Inside of a string the quote would have a backslash before it.
+No string can hold this: its quote would have a backslash before it.
 """
 
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -39,8 +39,8 @@ class Document:
     """One JSON document.
 
     Args:
-        limit: most bytes that are held of it.
-        overlong: called once where it is longer, so that something of it is left out.
+        limit: most bytes of it that are held.
+        overlong: called once if the document is longer, so that a part of it is left out.
     """
 
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
@@ -48,7 +48,7 @@ class Document:
         self._overlong = overlong
         self._body = bytearray()
         self._head: bytes | None = None
-        self._before = b""  # what stands before the body, of a long document
+        self._before = b""  # of a long document: the piece before _body
         self._tail_bytes = min(_TAIL, limit // 4)
 
     @property
@@ -58,11 +58,11 @@ class Document:
 
     @property
     def is_long(self) -> bool:
-        """Whether something of it was left out."""
+        """Whether a part of the document was left out."""
         return self._head is not None
 
     def feed(self, data: bytes) -> Sequence[Event]:
-        """Hold ``data``, or what is wanted of it; there is no event before the end."""
+        """Hold ``data``, or the part of it that may be read; no event comes before the end."""
         if self._head is None:
             self._body += data
             if len(self._body) > self._limit:
@@ -70,7 +70,7 @@ class Document:
                 self._head = bytes(self._body[: min(_HEAD, self._limit // 4)])
                 del self._body[: len(self._body) - self._tail_bytes]
         elif len(data) >= self._tail_bytes:
-            # Usual pieces are kept as they are, which costs nothing, however long the document is.
+            # A piece of usual size is kept without a copy, however long the document is.
             usual = len(data) <= self._limit // 4
             self._before = data if usual else data[len(data) - self._tail_bytes :]
             self._body.clear()
@@ -95,7 +95,7 @@ class Document:
 
 
 def _ends_of(head: bytes, tail: bytes) -> bytes:
-    """Return an object of the members that stand in full in the two ends of one."""
+    """Return an object with the members that stand in full in either end of a document."""
     first = max((at for at, _ in _cuts(head, -1) if _is_object(head[:at] + b"}")), default=0)
     last = min((at for _, at in _cuts(tail, 1) if _is_object(b"{" + tail[at:])), default=0)
     if not last:
@@ -104,7 +104,7 @@ def _ends_of(head: bytes, tail: bytes) -> bytes:
 
 
 def _cuts(text: bytes, side: int) -> Iterator[tuple[int, int]]:
-    """Yield where commas between members begin and end: the first ones, or the last."""
+    """Yield where commas between members begin and end: the first ones if ``side`` is negative."""
     found = [match.span() for match in _BETWEEN.finditer(text)]
     yield from found[:_TRIES] if side < 0 else found[-_TRIES:]
 

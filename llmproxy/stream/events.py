@@ -1,10 +1,10 @@
-"""Bytes, split at any point, into the events of a stream: SSE, or lines of JSON.
+"""The events of a stream: SSE, or lines of JSON.
 
-A framing is fed what came and returns what is complete, as ``(name, data)`` pairs.  It never holds
-more than one event, of at most ``limit`` bytes; a longer one is dropped as it passes, up to the
-next boundary, and told by a callback.  Each byte is copied and searched a bounded number of times,
-so that an event of 100 MB costs linear time and no memory.  What comes out does not depend on how
-the bytes were cut.
+A framing of the tap gets bytes, split at any point, and returns the events that they complete, as
+``(name, data)`` pairs.  It never holds more than one event of at most ``limit`` bytes.  A longer
+event is dropped as it passes, up to the next boundary, and reported by a callback.  Each byte is
+copied and searched a bounded number of times, so that an event of 100 MB costs linear time and no
+memory.  The events do not depend on where the bytes were split.
 
 Nothing here knows JSON, a dialect or a coding.
 """
@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 Event = tuple[bytes | None, bytes]
-"""The name that a stream gave to an event, or None, and its data."""
+"""The name of an event, or None, and its data."""
 
-_CR = 0x0D  # an int is found in bytes ten times as fast as a bytes object of length one
+_CR = 0x0D  # bytes find an int ten times as fast as a bytes object of length one
 
 _ONE_EVENT = re.compile(rb"(?:event: ?(.++)?\n)?data: ?(.*+)\n\n").fullmatch
 _PLAIN_EVENTS = re.compile(rb"(?:(?:event: ?.*+\n)?data: ?.*+(?:\n\n|\Z))++").fullmatch
@@ -29,31 +29,31 @@ _FIELDS = re.compile(rb"^(data|event)(?:: ?(.*+))?$", re.MULTILINE).finditer
 
 
 class Framing(Protocol):
-    """What turns bytes into events."""
+    """Turns bytes into events."""
 
     @property
     def held_bytes(self) -> int:
-        """How much is held for the event that is not complete yet."""
+        """How many bytes are held for the event that is not complete yet."""
 
     def feed(self, data: bytes) -> Sequence[Event]:
         """Return the events that these bytes, split at any point, complete."""
 
     def flush(self) -> Sequence[Event]:
-        """Return what the end of the stream completes, and hold nothing any more."""
+        """Return the events that the end of the stream completes, and hold nothing any more."""
 
 
 class Blocks:
-    r"""Cuts bytes at ``delimiter``: a line end, or two of them.
+    r"""Splits bytes into blocks at ``delimiter``: a line end, or two of them.
 
-    Newlines around a block do not belong to it, and may leave nothing of it.
+    Newlines around a block do not belong to it.  A block of newlines alone is no block.
 
     Args:
         delimiter: ``b"\n"`` or ``b"\n\n"``.
-        limit: the longest block, in bytes; of longer ones nothing comes out.
-        overlong: called once for each of those.
+        limit: the longest block, in bytes; a longer one is dropped.
+        overlong: called once for each dropped block.
 
     Attributes:
-        is_clear: the next byte begins a block.
+        is_clear: whether the next byte begins a block.
     """
 
     def __init__(self, delimiter: bytes, limit: int, overlong: Callable[[], None]) -> None:
@@ -80,7 +80,7 @@ class Blocks:
         return [block for one in blocks if one and self._fits(block := one.strip(b"\n"))]
 
     def whole(self, data: bytes) -> bytes:
-        """Return the blocks that ``data`` completes, in one, without the last delimiter."""
+        """Return the blocks that ``data`` completes, joined, without the last delimiter."""
         if self._skipped is not None:
             joined = self._skipped + data
             at = joined.find(self._delimiter)
@@ -100,14 +100,14 @@ class Blocks:
         return [block] if block and self._fits(block) else []
 
     def _cut(self, data: bytes) -> bytes:
-        """Return what ends with the last delimiter of ``data``, and hold the rest."""
+        """Return ``data`` up to its last delimiter, and hold the rest."""
         last = data.rfind(self._delimiter)
         rest = data[last + len(self._delimiter) :] if last >= 0 else data
         self._pending += rest.lstrip(b"\n")
         return data[:last] if last >= 0 else b""
 
     def _join(self, data: bytes) -> bytes:
-        """Do as :meth:`_cut` where something is held already; only ``data`` is searched."""
+        """Do as :meth:`_cut` if bytes are held already; only ``data`` is searched."""
         pending = self._pending
         start = max(0, len(pending) - self._reach)
         pending += data
@@ -119,7 +119,7 @@ class Blocks:
         return whole
 
     def _look_at_rest(self) -> None:
-        """Let go of a block as soon as it is known to be too long."""
+        """Drop a block as soon as it is too long."""
         pending = self._pending
         if len(pending) > self._limit and len(pending) - pending.endswith(b"\n") > self._limit:
             self._skipped = self._end_of(pending)
@@ -141,12 +141,12 @@ class ServerSentEvents:
     r"""The events of a ``text/event-stream`` (HTML Living Standard, section 9.2.6).
 
     Lines end with CR, LF or CRLF; a byte order mark may come first; comments, ``id`` and ``retry``
-    say nothing to us.  Unlike there, an event whose blank line is missing at the end of the stream
-    counts: some providers leave it out after the last one.
+    are ignored.  Unlike in the standard, an event at the end of the stream counts without its blank
+    line: some providers leave it out after the last event.
 
     Args:
         limit: the longest event, with its field names, in bytes.
-        overlong: called for each longer one.
+        overlong: called for each longer event.
     """
 
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
@@ -164,7 +164,7 @@ class ServerSentEvents:
     def feed(self, data: bytes) -> Sequence[Event]:
         """Return the events that ``data`` completes, in order."""
         if self._is_clear and len(data) <= self._limit:
-            # Nearly all that a provider sends is this: one whole event.
+            # Nearly every chunk of a provider is this: one whole event.
             one = _ONE_EVENT(data)
             if one is not None and _CR not in data:
                 return (one.groups(),)  # type: ignore[return-value]  # two groups
@@ -191,7 +191,7 @@ class ServerSentEvents:
         return start.removeprefix(codecs.BOM_UTF8)
 
     def _with_newlines(self, data: bytes) -> bytes:
-        """Make every line end a newline; a CR is one at once, and an LF right after it nothing."""
+        """Make every line end a newline.  A CR counts at once, and an LF behind it is dropped."""
         if not data:
             return data
         after_cr, self._after_cr = self._after_cr, data.endswith(b"\r")
@@ -203,7 +203,7 @@ class ServerSentEvents:
 
 
 def _event(block: bytes) -> Event | None:
-    """Return the event that a block of lines is; None where it has no data."""
+    """Return the event of a block of lines; None if it has no data."""
     plain = _PLAIN_BLOCK(block)
     if plain is not None:
         return plain.groups()  # type: ignore[return-value]  # two groups
@@ -218,11 +218,11 @@ def _event(block: bytes) -> Event | None:
 
 
 class Lines:
-    """The lines of ``application/x-ndjson``; blank ones are none.
+    """The lines of ``application/x-ndjson``; blank lines are ignored.
 
     Args:
         limit: the longest line, in bytes.
-        overlong: called for each longer one.
+        overlong: called for each longer line.
     """
 
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
@@ -237,7 +237,7 @@ class Lines:
     def feed(self, data: bytes) -> Sequence[Event]:
         """Return the lines that ``data`` completes, in order."""
         if data and self._blocks.is_clear and data.find(b"\n") == len(data) - 1 <= self._limit:
-            # Nearly all that a provider sends is this: one whole line.
+            # Nearly every chunk of a provider is this: one whole line.
             return () if data.isspace() else ((None, data),)
         return [(None, line) for line in self._blocks.feed(data) if line and not line.isspace()]
 

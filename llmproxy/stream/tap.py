@@ -1,12 +1,14 @@
-"""The accumulator that reads a copy of a stream beside the relay (ADR-0024).
+"""The tap: it reads a copy of a response beside the relay, and says what was in it (ADR-0024).
 
-Who relays a chunk feeds it here after it was written to the client, at once or out of a backlog.
-The copy passes through three stages, each bounded: ``inflate.py`` opens its coding, ``events.py``
-cuts it into events, and the endpoint's row of ``dialects/`` reads them into ``gathered.py``.
-Whatever goes wrong here marks the result, is logged and counted once, and ends at most the tap:
-nothing is ever raised towards the relay, and no byte of the stream is touched.
+A chunk comes here after it was written to the client, at once or out of the relay's batch.  The
+copy passes three stages, each of them bounded: ``decompress.py`` opens its coding, ``events.py`` or
+``document.py`` finds the events, and the row of the endpoint reads each event into
+``dialects/accumulated.py``.  At the end, the tap makes a :class:`Result` of that.
 
-This module knows no route, no trace and no metric, and nothing of who relays.
+A fault in here marks the result as degraded, is logged and counted once, and at most ends the tap.
+Nothing is ever raised to the relay, and no byte of the stream is changed.
+
+Nothing here knows a route, a trace, a metric or the relay.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
 
 _PIECE = 128 * 1024
-"""Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
+"""Most bytes that a framing gets at once, so that a large feed is not copied as a whole."""
 
 _log = Logger()
 
@@ -40,16 +42,18 @@ _FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
 }
 
 _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
-"""Ends behind which a provider's own error stands, if it sent one: SDKs leave when they see it."""
+"""Ends that a provider's own error explains, if it sent one: SDKs leave when they see it."""
 
 
 class Degraded(StrEnum):
-    """What a result may lack, and why: a label of ``llmproxy_tap_degraded_total``.
+    """Why a result may lack something: a label of ``llmproxy_tap_degraded_total``.
 
-    ``encoding``: the coding is not known here, or the bytes are not in it; ``bomb``: they grow out
-    of all proportion; ``overlong``: an event, or a response in one piece, was longer than
-    ``limits.event`` and was left out; ``unreadable``: one was not what the dialect sends;
-    ``internal``: an error of ours, which ended the tap.
+    ``encoding``: the coding is not known here, or the bytes are not in it.
+    ``bomb``: the decompressed copy grows out of all proportion.
+    ``overlong``: an event, or a response in one piece, was longer than ``limits.event``, and was
+    left out.
+    ``unreadable``: an event, or a response in one piece, was not what the dialect sends.
+    ``internal``: an error of ours ended the tap.
     """
 
     ENCODING = "encoding"
@@ -60,17 +64,18 @@ class Degraded(StrEnum):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stream held.
+    """What was in a response.
 
     Attributes:
-        end_reason: why it ended, the verdict on its content included.
-        text: of the first choice, as far as it is held; empty without ``capture = "content"``.
+        end_reason: why the request ended, now that the content of the response is known.
+        text: the text of the first choice, as far as it is held; empty without
+            ``capture = "content"``.
         text_bytes: how long the whole text is in UTF-8; 0 without ``capture = "content"``.
-        tool_calls: of the first choice, as far as they are held.
-        is_cut: text or tool calls were longer than ``limits.accumulate``.
+        tool_calls: the tool calls of the first choice, as far as they are held.
+        is_cut: whether text or tool calls were longer than ``limits.accumulate``.
         events: how many events with data there were, about one for each token of a stream.
-        error: the provider's own error, if its response held one.
-        degraded: what the tap did not understand, so that all else may lack something.
+        error: the provider's own error, if there was one in its response.
+        degraded: why the other attributes may lack something.
     """
 
     end_reason: EndReason
@@ -88,7 +93,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the client got all that there was."""
+        """Whether the client got the whole response."""
         return self.end_reason is EndReason.COMPLETE
 
 
@@ -96,15 +101,15 @@ class StreamAccumulator:
     """Reads a copy of one response.
 
     Args:
-        endpoint: the row that says how to read it.
-        content_type: the response's; what is neither SSE, NDJSON nor JSON is not read.
+        endpoint: the row that says how to read the response.
+        content_type: the response's; only SSE, NDJSON and JSON are read.
         content_encoding: the response's, or None.
         capture: ``content`` holds text and tool calls, ``usage`` only counts events.
         accumulate: most bytes of text and tool calls that are held, in UTF-8.
-        event: the longest event, or answer in one piece, that is read, in bytes.
+        event: the longest event, or response in one piece, that is read, in bytes.
         name: the request's id, for the log.
         degraded: called once for each reason.
-        catch_up: feeds what still waits to be read; called before anything is told.
+        catch_up: feeds the chunks that still wait; called before anything is reported.
     """
 
     def __init__(
@@ -122,10 +127,10 @@ class StreamAccumulator:
     ) -> None:
         self._endpoint = endpoint
         self._name = name
-        self._tell = degraded
+        self._report = degraded
         self._catch_up = catch_up
         self._seen = Accumulated(keeps=capture == "content", budget=accumulate)
-        self._idle = frozenset() if capture == "content" else endpoint.text_only
+        self._text_only = frozenset() if capture == "content" else endpoint.text_only
         self._result: Result | None = None
         self._waiting: list[Deferred[Result]] = []
         self._degraded: tuple[Degraded, ...] = ()
@@ -135,13 +140,13 @@ class StreamAccumulator:
         self._is_document = framing is Document
         self._is_stream = framing is not None and framing is not Document
         self._read = endpoint.document if self._is_document else endpoint.event
-        self._decompressor = self._opened(content_encoding) if framing else None
+        self._decompressor = self._decompressor_of(content_encoding) if framing else None
 
     # -- what there is so far -------------------------------------------------------------------
 
     @property
     def is_reading(self) -> bool:
-        """Whether further bytes can tell anything; feeding others costs nothing."""
+        """Whether further bytes are read; if not, feeding them costs nothing."""
         self._catch_up()
         return self._framing is not None
 
@@ -153,7 +158,7 @@ class StreamAccumulator:
 
     @property
     def degraded(self) -> tuple[Degraded, ...]:
-        """The reasons so far, in the order of their class."""
+        """The reasons so far, in the order of :class:`Degraded`."""
         self._catch_up()
         return self._degraded
 
@@ -179,7 +184,7 @@ class StreamAccumulator:
 
     @property
     def held_bytes(self) -> int:
-        """How many bytes are held, at most ``accumulate`` and ``event`` and a line end."""
+        """How many bytes are held: at most ``accumulate``, ``event`` and a line end together."""
         self._catch_up()
         framing = self._framing
         return self._seen.held_bytes + (0 if framing is None else framing.held_bytes)
@@ -200,12 +205,12 @@ class StreamAccumulator:
             self._break()
 
     def finish(self, end: EndReason) -> Result:
-        """Return what the stream held, now that it has ended; later calls return the same.
+        """Return the result, now that the response has ended; later calls return the same.
 
-        It never raises.
+        This never raises.
 
         Args:
-            end: why it ended, as the relay saw it.
+            end: why the request ended, as the relay saw it.
         """
         if self._result is None:
             self._catch_up()
@@ -214,14 +219,14 @@ class StreamAccumulator:
             except Exception:
                 self._break()
             self._framing = self._decompressor = None
-            self._result = self._concluded(end)
+            self._result = self._final_result(end)
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
                 deferred.callback(self._result)
         return self._result
 
     def wait(self) -> Deferred[Result]:
-        """Return a Deferred of the result; it never fails, and cancelling it ends only itself."""
+        """Return a Deferred of the result.  It never fails; cancelling it ends nothing else."""
         if self._result is not None:
             return succeed(self._result)
         deferred: Deferred[Result] = Deferred(self._waiting.remove)
@@ -239,17 +244,17 @@ class StreamAccumulator:
             self._give_up(Degraded.BOMB)
 
     def _take(self, events: Iterable[Event]) -> None:
-        read, idle, seen = self._read, self._idle, self._seen
+        read, text_only, seen = self._read, self._text_only, self._seen
         for name, event in events:
             self._events += 1
-            if name not in idle:
+            if name not in text_only:
                 try:
                     read(event, seen)
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     self._take_odd(event)
 
     def _take_odd(self, event: bytes) -> None:
-        """An event that cannot be decoded: the marker, which is no JSON, or nothing at all."""
+        """Take an event that cannot be decoded: the end marker, an empty event, or a fault."""
         if event.startswith(DONE):
             if self._endpoint.end_marker == DONE.decode():
                 self._seen.has_ended = True
@@ -257,7 +262,10 @@ class StreamAccumulator:
             self._degrade(Degraded.UNREADABLE)
 
     def _flush(self, end: EndReason) -> None:
-        """Read what the end completes: a body that broke may have stopped inside an event."""
+        """Read the events that the end completes.
+
+        A body that broke may have stopped inside an event: then only whole ones are read.
+        """
         if self._framing is None:
             return
         is_long = isinstance(self._framing, Document) and self._framing.is_long
@@ -268,14 +276,14 @@ class StreamAccumulator:
         if is_long and self._seen.usage(is_final=True).provenance == "none":
             self._degrade(Degraded.OVERLONG)
 
-    def _concluded(self, end: EndReason) -> Result:
+    def _final_result(self, end: EndReason) -> Result:
         try:
-            return self._told(end)
+            return self._found(end)
         except Exception:
             self._break()
             return Result(end_reason=end, degraded=self._degraded)
 
-    def _told(self, end: EndReason) -> Result:
+    def _found(self, end: EndReason) -> Result:
         seen = self._seen
         return Result(
             end_reason=self._verdict(end),
@@ -303,8 +311,8 @@ class StreamAccumulator:
 
     # -- what goes wrong ------------------------------------------------------------------------
 
-    def _opened(self, coding: bytes | None) -> Decompressor | None:
-        """Return what opens ``coding``; without one for it the tap is given up."""
+    def _decompressor_of(self, coding: bytes | None) -> Decompressor | None:
+        """Return what decompresses ``coding``; if nothing does, end the tap."""
         if coding is None or coding.strip(b" \t").lower() in (b"", b"identity"):
             return None
         try:
@@ -314,7 +322,7 @@ class StreamAccumulator:
             return None
 
     def _overlong(self) -> None:
-        # Of a long response in one piece the counts are found all the same.
+        # The counts of a long response in one piece are found nevertheless.
         if self._is_stream or self._seen.keeps:
             self._degrade(Degraded.OVERLONG)
 
@@ -329,7 +337,7 @@ class StreamAccumulator:
                 reason=reason.value,
             )
         try:
-            self._tell(reason)
+            self._report(reason)
         except Exception:
             _log.failure("{name}: a degraded tap could not be counted", name=self._name)
 
@@ -338,6 +346,6 @@ class StreamAccumulator:
         self._degrade(reason)
 
     def _break(self) -> None:
-        """An error of ours: log it, and read no further."""
+        """Log an error of ours, and end the tap."""
         _log.failure("{name}: the tap broke; its stream goes on", name=self._name)
         self._give_up(Degraded.INTERNAL)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from llmproxy.dialects.accumulated import ProviderError, ToolCall, Usage
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
 from llmproxy.stream.tap import Result, StreamAccumulator
@@ -40,15 +41,20 @@ class Recorded(NamedTuple):
         fields = {name: getattr(self.result, name) for name in self.result.__struct_fields__}
         return Result(**{**fields, "text": "", "text_bytes": 0, "tool_calls": ()})
 
+    @property
+    def row(self) -> Endpoint:
+        """The row of the endpoint."""
+        row = endpoint(self.dialect, self.path)
+        assert row is not None
+        return row
+
     def tap(
         self, capture: Literal["usage", "content"] = "content", **options: Any
     ) -> StreamAccumulator:
         """Return a tap for such a response."""
-        row = endpoint(self.dialect, self.path)
-        assert row is not None
         suffix = Path(self.file).suffix
         options.setdefault("content_type", CONTENT_TYPES[suffix])
-        return StreamAccumulator(row, capture=capture, **options)
+        return StreamAccumulator(options.pop("row", self.row), capture=capture, **options)
 
     def read(
         self,
