@@ -18,7 +18,7 @@ from llmproxy.record.jsonl import JsonLines
 from llmproxy.record.ledger import Ledger
 from llmproxy.record.sink_queue import Output
 from llmproxy.record.trace import Trace
-from llmproxy.record.writer import Writer
+from llmproxy.record.writer import QUEUE, Writer
 from llmproxy.version import version
 
 CLOSING_S = 5.0
@@ -35,6 +35,7 @@ class Sinks:
         clock: monotonic seconds.
         wall: seconds since the epoch.
         instance: this process's name among several.
+        queue: most traces that wait for each thread.
 
     Attributes:
         write: takes one trace; never blocks and never raises.  Without any sink, the trace is
@@ -42,9 +43,15 @@ class Sinks:
     """
 
     def __init__(
-        self, *, clock: Callable[[], float], wall: Callable[[], float], instance: str
+        self,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        instance: str,
+        queue: int = QUEUE,
     ) -> None:
         self._clock = clock
+        self._queue = queue
         self._wall = wall
         self._instance = instance
         self._open: Writers = {}
@@ -103,7 +110,7 @@ class Sinks:
             for output in outputs:
                 output.close()
             raise
-        return Writer(outputs, clock=self._clock)
+        return Writer(outputs, clock=self._clock, queue=self._queue)
 
     def _for(self, collector: Url) -> Writer:
         resource = {
@@ -116,6 +123,7 @@ class Sinks:
             clock=self._clock,
             gather_s=otlp.GATHER_S,
             batch=otlp.BATCH,
+            queue=self._queue,
         )
 
     # -- what is open ---------------------------------------------------------------------------

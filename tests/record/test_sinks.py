@@ -18,17 +18,18 @@ from llmproxy.config import Url
 from llmproxy.record import sinks as module
 from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.sinks import Sinks
+from llmproxy.record.writer import QUEUE
 from tests.support.collector import Collector
-from tests.support.records import eventually, ids_in, ids_of, trace
+from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 from tests.support.sockets import WAIT
 
 Fields = dict[str, Any]
 
 
 @contextmanager
-def opened(**config: Any) -> Iterator[Sinks]:
+def opened(queue: int = QUEUE, **config: Any) -> Iterator[Sinks]:
     """The sinks of a configuration."""
-    sinks = Sinks(clock=time.monotonic, wall=lambda: 1_800_000_000.0, instance="7")
+    sinks = Sinks(clock=time.monotonic, wall=lambda: 1_800_000_000.0, instance="7", queue=queue)
     sinks.use(sinks.prepare(TraceConfig(**config)))
     yield sinks
     sinks.close()
@@ -168,13 +169,13 @@ def test_a_collector_that_hangs_holds_up_nobody_else(
     monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
     lines, ledger = files
     collector.hang = threading.Event()
-    with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
-        sinks._writers[1]._most = 100
+    with opened(100, jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
         sinks.write(trace(0))
         eventually(lambda: collector.requests)
-        for number in range(1, 301):
-            sinks.write(trace(number))
-        eventually(lambda: ids_in(lines) == ids_of(ledger) == list(range(301)))
+        for count in range(50, 301, 50):
+            for number in range(count - 49, count + 1):
+                sinks.write(trace(number))
+            eventually(lambda: ids_in(lines) == ids_of(ledger) == list(range(count + 1)))  # noqa: B023
         assert sinks.losses() == {"jsonl": 0, "ledger": 0, "otlp": 200}
         collector.hang.set()
         eventually(lambda: sent_to(collector) == list(range(101)))
@@ -235,4 +236,4 @@ def test_the_end_has_five_seconds_for_all(
     assert sinks.losses() == {"jsonl": 0, "ledger": 0, "otlp": 20}
     assert "otlp: 20 records could not be written before the end" in logged
     collector.hang.set()
-    sinks._writers[1]._thread.join(WAIT)
+    eventually(lambda: not writing_threads())

@@ -12,16 +12,19 @@ import pytest
 
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.record.sinks import Sinks
+from llmproxy.record.writer import Writer
 from tests.record.test_sinks import Fields, collector, files, opened, sent_to
 from tests.support.collector import Collector
-from tests.support.records import eventually, ids_in, ids_of, trace
+from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 
 __all__ = ["collector", "files"]  # fixtures
 
 
-def follow(sinks: Sinks, **config: Any) -> None:
-    """Let sinks follow another configuration."""
-    sinks.use(sinks.prepare(TraceConfig(**config)))
+def follow(sinks: Sinks, **config: Any) -> list[Writer]:
+    """Let sinks follow another configuration; return what is written to then."""
+    writers = sinks.prepare(TraceConfig(**config))
+    sinks.use(writers)
+    return list(writers.values())
 
 
 def test_every_trace_is_kept_once_on_the_way(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -47,15 +50,12 @@ def test_what_is_named_again_is_not_opened_anew(
     """Files and collector are known by what they are, each by itself."""
     lines, ledger = files
     with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
-        both = list(sinks._writers)
-        follow(sinks, jsonl=str(lines), ledger=str(ledger), otlp=collector.url)
-        assert sinks._writers == both
-        follow(sinks, jsonl=str(lines), ledger=str(ledger))
-        assert sinks._writers == both[:1]
-        follow(sinks, jsonl=str(lines), ledger=str(ledger), keep=1.0)
-        assert sinks._writers[0] is not both[0]
-        follow(sinks)
-        assert sinks._writers == []
+        both = follow(sinks, jsonl=str(lines), ledger=str(ledger), otlp=collector.url)
+        assert follow(sinks, jsonl=str(lines), ledger=str(ledger), otlp=collector.url) == both
+        eventually(lambda: writing_threads() == 2)
+        assert follow(sinks, jsonl=str(lines), ledger=str(ledger)) == both[:1]
+        assert follow(sinks, jsonl=str(lines), ledger=str(ledger), keep=1.0) != both[:1]
+        assert follow(sinks) == []
         sinks.write(trace(1))
     assert ids_in(lines) == []
 
@@ -96,22 +96,21 @@ def test_what_is_left_keeps_nobody_waiting(
     monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
     lines, _ = files
     collector.hang = threading.Event()
-    with opened(jsonl=str(lines), otlp=collector.url) as sinks:
-        sinks._writers[1]._most = 5
+    with opened(5, jsonl=str(lines), otlp=collector.url) as sinks:
         sinks.write(trace(0))
         eventually(lambda: collector.requests)
         for number in range(1, 11):
             sinks.write(trace(number))
+            eventually(lambda: ids_in(lines)[-1:] == [number])  # noqa: B023
         began = time.monotonic()
         follow(sinks, jsonl=str(lines))
         assert time.monotonic() - began < 1
         assert sinks.losses() == {"jsonl": 0, "otlp": 5}
         collector.hang.set()
         eventually(lambda: sent_to(collector) == list(range(6)))
-        eventually(lambda: sinks._leaving[0].ended)
+        eventually(lambda: writing_threads() == 1)
         for _ in range(2):
             assert sinks.losses() == {"jsonl": 0, "otlp": 5}
-            assert sinks._leaving == []
         follow(sinks, jsonl=str(lines), otlp=collector.url)
         assert sinks.losses() == {"jsonl": 0, "otlp": 5}
     assert ids_in(lines) == list(range(11))

@@ -36,6 +36,11 @@ def eventually(condition: Callable[[], Any]) -> None:
         threading.Event().wait(0.001)
 
 
+def writing_threads() -> int:
+    """Return how many threads of writers run."""
+    return sum(thread.name == "trace" for thread in threading.enumerate())
+
+
 def ids_in(path: Path) -> list[int]:
     """Return the ids in a trace file; every line must be whole."""
     text = path.read_bytes()
