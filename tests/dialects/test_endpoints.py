@@ -14,7 +14,7 @@ from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import TABLE, endpoint, operation
 
 
-def gathered(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
+def accumulated(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
     """What these events of a stream tell."""
     assert row is not None
     seen = Accumulated(keeps=keeps, budget=10_000)
@@ -132,8 +132,8 @@ def test_a_row_does_the_same_for_all_who_ask(dialect: Dialect) -> None:
 )
 def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
     """An error is an object or a sentence, with a type or a code; null is none."""
-    assert gathered(row, event).error == error
-    assert gathered(row, event, keeps=False).error == error
+    assert accumulated(row, event).error == error
+    assert accumulated(row, event, keeps=False).error == error
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
 @pytest.mark.parametrize("keeps", [True, False])
 def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
     """Nulls, absent members and events of other kinds are read, and nothing is found in them."""
-    seen = gathered(row, event, keeps=keeps)
+    seen = accumulated(row, event, keeps=keeps)
     assert (seen.text, seen.tool_calls, seen.error, seen.has_ended) == ("", (), None, False)
     assert seen.usage(is_final=True).provenance == "none"
 
@@ -172,7 +172,7 @@ def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
 def test_no_counts(usage: Any) -> None:
     """What is no number of tokens is not taken for one."""
     with pytest.raises(msgspec.ValidationError):
-        gathered(CHAT, {"usage": usage})
+        accumulated(CHAT, {"usage": usage})
 
 
 def test_a_name_with_escapes_is_the_same_name() -> None:
@@ -187,7 +187,7 @@ def test_a_name_with_escapes_is_the_same_name() -> None:
 
 def test_running_counts_replace_one_another() -> None:
     """The last of several counts holds, and what it does not say stays."""
-    seen = gathered(
+    seen = accumulated(
         MESSAGES,
         {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}},
         {"type": "message_delta", "usage": {"output_tokens": 5}},
@@ -201,7 +201,7 @@ def test_custom_tools_of_responses() -> None:
     """A custom tool's input is text, and comes in pieces as arguments do."""
     item = {"type": "custom_tool_call", "call_id": "c", "name": "run", "input": ""}
     piece = {"type": "response.custom_tool_call_input.delta", "output_index": 1}
-    seen = gathered(
+    seen = accumulated(
         RESPONSES,
         {"type": "response.output_item.added", "output_index": 1, "item": item},
         {**piece, "delta": "print"},

@@ -1,4 +1,4 @@
-"""Chunks that wait: in their order, few of them, and read before anybody is told anything."""
+"""Chunks that wait: in their order, few of them, and read before anything is reported."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def test_an_error_in_one_reader_is_not_anothers(logged_failures: Any) -> None:
     assert len(logged_failures.flush(ValueError)) == 1
 
 
-# --- trails and taps with one backlog -------------------------------------------------------------
+# --- statistics and taps with one batch -----------------------------------------------------------
 
 
 class Stream:
-    """A tap behind a trail, as a relay has them.
+    """A tap behind statistics, as a relay has them.
 
     Args:
         batch: which it shares with others.
@@ -114,8 +114,8 @@ class Stream:
         self.batch.add(self.statistics, at, data)
 
 
-def test_whoever_asks_a_tap_is_told_of_what_still_waited() -> None:
-    """Each thing that a tap can be asked has the chunks read first."""
+def test_a_tap_reports_what_still_waited() -> None:
+    """Before any of its attributes is returned, the chunks are read."""
     marked = EVENT + b'data: {"error":{"message":"m"}}\n\ndata: [DONE]\n\ndata: [\n\n'
     for name, expected in (
         ("events", 4),
@@ -130,8 +130,8 @@ def test_whoever_asks_a_tap_is_told_of_what_still_waited() -> None:
         assert getattr(stream.tap, name) == expected, name
 
 
-def test_whoever_asks_a_trail_is_told_of_what_still_waited() -> None:
-    """Times, the longest gap and the last bytes are those of all that has come."""
+def test_statistics_report_what_still_waited() -> None:
+    """Times, the longest gap and the last bytes are those of all chunks that have come."""
     for name, expected in (
         ("first_at", 3.0),
         ("last_at", 9.0),
@@ -156,7 +156,7 @@ def test_a_pause_is_no_gap_also_where_chunks_still_wait() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
-def test_streams_with_one_backlog_get_each_their_own(count: int) -> None:
+def test_streams_with_one_batch_get_each_their_own(count: int) -> None:
     """However many chunks come in turn, each tap has its stream whole and nothing of another's."""
     batch = Batch()
     one, other = Stream(batch), Stream(batch)

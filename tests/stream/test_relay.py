@@ -119,7 +119,7 @@ class Pump:
 
     @property
     def gaps(self) -> list[float]:
-        """The gaps that were told so far."""
+        """The gaps that were reported so far."""
         self.batch.read()
         return self._gaps
 
@@ -181,7 +181,7 @@ def test_chunks_bytes_and_times_are_counted() -> None:
 
 @given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))
 def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
-    """The last four bytes are told, wherever the chunks were cut."""
+    """The last four bytes are reported, wherever the chunks were split."""
     pump = Pump(idle=None)
     pump.feed(*chunks)
 
@@ -202,7 +202,7 @@ def test_bytes_that_came_before_the_start_go_out_first() -> None:
 
 
 @pytest.mark.parametrize("end", [WHOLE, Failure(upstream_broken("reset"))])
-def test_an_end_within_the_start_is_told_to_whoever_started(end: Failure) -> None:
+def test_an_end_within_the_start_is_reported_to_the_caller(end: Failure) -> None:
     """The Deferred that ``start`` returns is the one that fires, also where it has already."""
     pump = Pump(start=False)
     pump.source.early = [b"some of it"]
@@ -435,7 +435,7 @@ def test_cancel_alone_does_not_fire() -> None:
     assert not pump.clock.getDelayedCalls()
 
 
-def test_a_chunk_in_its_coding_is_handed_on_as_it_is() -> None:
+def test_a_chunk_in_its_coding_is_forwarded_as_it_is() -> None:
     """Not a byte of it changes; what is counted and copied is its content."""
     pump = Pump()
     framed = ((b"3\r\nabc\r\n", 3), (b"00a\r\n0123456789\r\n", 5), (b"1\r\n!\r\n", 3))
@@ -515,7 +515,7 @@ def test_the_copy_comes_after_the_write() -> None:
 
 
 def test_the_delay_of_some_chunks_is_followed_to_the_kernel() -> None:
-    """The delay of each backlog's second chunk ends when the sink says so."""
+    """The delay of each batch's second chunk ends when the sink says so."""
     pump = Pump()
     pump.sink.slow = True
     for _ in range(2):
