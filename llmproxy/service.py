@@ -33,13 +33,11 @@ from llmproxy.net.lag import Lag
 from llmproxy.net.loop import calm_collector, tune
 from llmproxy.net.timers import Timers
 from llmproxy.ops.collectors import expose
-from llmproxy.ops.descriptors import raise_limit
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
 from llmproxy.ops.reload import Reload, aside
-from llmproxy.ops.setup import Setup
-from llmproxy.ops.signals import take_signals
+from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
@@ -297,3 +295,17 @@ class ProxyService(Service):
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())
+
+
+def take_signals(reactor: Any, calls: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """From now on let each of these signals be a call on the reactor's thread.
+
+    A handler of Python's runs between any two instructions of the main thread.  The one thing that
+    it may do safely is to ask the reactor for the call.
+    """
+    for number, call in calls.items():
+        signal.signal(number, partial(_pass_on, reactor, call))
+
+
+def _pass_on(reactor: Any, call: Callable[[], None], *_: object) -> None:
+    reactor.callFromThread(call)

@@ -53,7 +53,7 @@ class Incoming(LazyRequest):
 
     def gotLength(self, length: int | None) -> None:
         """The head is in: bound the body before the first byte of it."""
-        self._limit = self.site.body_limit(self.uri)
+        self._limit = self.site.body_limit(self)
         if length is not None and length > self._limit:
             self.refusal = too_large(self._limit)
 

@@ -40,7 +40,7 @@ class Site(server.Site):
         clock: monotonic seconds.
         timeouts: the deadlines towards clients.
         limits: what a request may hold.
-        body_limit: from a raw target to the most bytes of its body; by default it has none.
+        body_limit: from a request to the most bytes of its body; by default it has none.
         holds_body: from a request to whether its body is held before it is served, rather than
             streamed; by default it always is.
         early_refusal: from a request whose body is still to come to why it is refused, if it is.
@@ -66,7 +66,7 @@ class Site(server.Site):
         timeouts: Timeouts = _TIMEOUTS,
         limits: Limits = _LIMITS,
         *,
-        body_limit: Callable[[bytes], int] = lambda target: 0,
+        body_limit: Callable[[Request], int] = lambda request: 0,
         holds_body: Callable[[Request], bool] = lambda request: True,
         early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
         abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
@@ -96,7 +96,7 @@ class Site(server.Site):
         self,
         resource: IResource,
         *,
-        body_limit: Callable[[bytes], int],
+        body_limit: Callable[[Request], int],
         holds_body: Callable[[Request], bool],
         early_refusal: Callable[[Request], ProxyError | None],
     ) -> None:

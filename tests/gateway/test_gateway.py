@@ -150,7 +150,7 @@ class Stage:
             self.clock.seconds,
             config.timeouts,
             config.limits,
-            body_limit=self.gateway.routes.body_limit,
+            body_limit=self.gateway.body_limit,
             holds_body=self.gateway.holds_body,
             early_refusal=self.gateway.early_refusal,
             abandoned=self.recorder.abandoned,
