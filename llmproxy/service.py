@@ -1,10 +1,10 @@
 """``twistd llmproxy``: options, and the one place where everything is put together.
 
 :func:`makeService` reads the configuration, and stops the start with every mistake in it; nothing
-listens by then.  :class:`ProxyService` builds the parts that last once the process is its own
-(twistd may have forked), and brings them to rest.  What a configuration is made into is prepared
-and put to use by the same steps at the start and at a reload (ADR-0014).  The reactor and the
-clocks enter the program here and nowhere else.
+listens by then.  :class:`ProxyService` builds the parts that last as soon as the process is its own
+(twistd may have forked), and shuts them down.  What a configuration is made into is prepared and
+put to use by the same steps at the start and at a reload (ADR-0014).  Signals are taken here.  The
+reactor and the clocks enter the program here and nowhere else.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ProxyService(Service):
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
-        environ: where the service manager says how it is reached; by default there is none.
+        environ: where the service manager says how to reach it; by default there is no manager.
         handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut), SIGHUP
             (reload) and SIGUSR1 (log the streams), raise its limit of descriptors, and set its
             garbage collector.
@@ -127,7 +127,7 @@ class ProxyService(Service):
         self._environ = environ or {}
         self._handle_signals = handle_signals
         self.ready = False
-        self._told = 0
+        self._stops_asked = 0
         self._json_log: JsonLog | None = None
         self._untune: Callable[[], None] = lambda: None
 
@@ -173,7 +173,7 @@ class ProxyService(Service):
         self.ready = True
         if self._handle_signals:
             self._reactor.callWhenRunning(self._take_signals)
-        self._listeners.tell()
+        self._listeners.report()
         self._reactor.callWhenRunning(self.notify.ready)
 
     def _build(self) -> None:
@@ -228,8 +228,8 @@ class ProxyService(Service):
             aside=partial(aside, reactor),
             wall=time.time,
             reopen=self._reopen,
-            telling=lambda: self.notify.reloading(),
-            tell=self._listeners.tell,
+            reporting=lambda: self.notify.reloading(),
+            report=self._listeners.report,
         )
         self.streams = Streams(self.site, self.recorder, clock)
         status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
@@ -246,7 +246,7 @@ class ProxyService(Service):
         )
 
     def _reopen(self) -> None:
-        """Open anew what logrotate has renamed."""
+        """Open the files anew that logrotate has renamed."""
         self.sinks.reopen()
         if self._json_log is not None and self._log_file is not None:
             self._json_log.reopen(self._log_file)
@@ -254,18 +254,18 @@ class ProxyService(Service):
     # -- signals --------------------------------------------------------------------------------
 
     def _take_early_signals(self) -> None:
-        """Take those that would end the process, before anybody can think that we do."""
+        """Take the signals that would end the process, before a reload can be asked for."""
         calls = {signal.SIGHUP: lambda: self.reload(), signal.SIGUSR1: lambda: self.streams.log()}
         take_signals(self._reactor, calls)
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
-        calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._told_to_stop)
+        calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._asked_to_stop)
         take_signals(self._reactor, calls)
 
-    def _told_to_stop(self) -> None:
-        self._told += 1
-        if self._told == 1:
+    def _asked_to_stop(self) -> None:
+        self._stops_asked += 1
+        if self._stops_asked == 1:
             self._reactor.stop()
         elif self.drain.begun:
             self.drain.cut()
@@ -283,7 +283,7 @@ class ProxyService(Service):
 
     def _rest(self) -> Deferred[None]:
         rested = self.drain.begin()
-        if self._told > 1:
+        if self._stops_asked > 1:
             self.drain.cut()
         return rested.addCallback(lambda _: self._close())
 

@@ -153,7 +153,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="run the proxy with an embedded provider",
         description="Run the proxy on this machine alone, with an embedded provider that "
-        "streams made-up answers, until it is interrupted. Its models are demo-fast, demo-slow, "
+        "streams made-up responses, until it is interrupted. Its models are demo-fast, demo-slow, "
         "demo-Ntps (N tokens a second), and some that fail: demo-429, demo-500, demo-503, "
         "demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail and demo-redirect.",
         epilog=_CODES.format(ok="it was interrupted", no="it could not start"),

@@ -1,8 +1,8 @@
-"""One request under way: what is known of it, how its client is told an error, how its record ends.
+"""One request under way: what is known of it, how it fails, and how its record ends.
 
 The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next.  It
 knows the two ends that a request can come to before its response is whole: an error that the client
-can still be told, and a break that only the end of the connection can tell.
+can still get, and a break that only the end of the connection can show.
 """
 
 from __future__ import annotations

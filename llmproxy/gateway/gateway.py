@@ -156,7 +156,7 @@ class Gateway(Resource):
                 end = EndReason.INTERNAL
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
-            end, error = exchange.left.end, None  # nobody is told what became of it afterwards
+            end, error = exchange.left.end, None  # no client waits for an error
         elif error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
         self.detached.over(exchange)

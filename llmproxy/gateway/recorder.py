@@ -82,7 +82,7 @@ class Recorder:
         return exchange
 
     def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
-        """Close a record, with why its request ended and what the client was told."""
+        """Close a record, with why the request ended and the error that its client got."""
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)

@@ -112,7 +112,7 @@ class PathMatch:
     """Every answer about one path and host that needs no body.
 
     Attributes:
-        dialect: in which a client is told an error: that of the first candidate, or without a route
+        dialect: the shape of errors for the client: that of the first candidate, or without a route
             that of the API which the path looks like (design 8).
         body_limit: the most bytes that any route here takes as a request body.
         passes_credential: whether the callers' own credentials cross on the first route here.
@@ -254,7 +254,7 @@ def _rank(one: _Prepared) -> tuple[int, int]:
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str | None], bool]:
-    """Return what tells whether a model, or None for a request that names none, is meant."""
+    """Return a test for a model, or for None where a request names no model."""
     patterns = tuple(patterns)
     unnamed = "*" in patterns or "-" in patterns
     if "*" in patterns:

@@ -1,7 +1,7 @@
 """From a provider's URL to a connection on which a request may be sent, or to why there is none.
 
-Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for whoever
-waits; the :class:`Dial` says in which of them it is.  Pools and requests are not known here.
+Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for the pool;
+a :class:`Dial` says in which of the three it is.  Pools and requests are not known here.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Dialer:
         provider: where to connect, and whom to trust.
         max_head: most bytes of a response's head.
         became_idle: called with a connection on which another request may be sent.
-        closed: called with a connection that is gone.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        closed: called with a connection that has ended.
+        direct: with the transports of ``net/``; else with Twisted's own.
 
     Attributes:
         secure: whether connections are made with TLS.
@@ -92,7 +92,7 @@ class Dialer:
         self._closed = closed
 
     def connect(self, credential: bytes) -> Dial:
-        """Begin to connect; ``credential`` is what the connection will be kept apart by."""
+        """Begin to connect; ``credential`` keeps the connection apart from others in the pool."""
         dial = Dial()
         dial.connected = Deferred.fromCoroutine(self._open(credential, dial))
         return dial
@@ -123,7 +123,7 @@ class Dialer:
             connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
             dial.phase = "handshake"
             if self._make is not None:
-                connection.transport.protocol = connection  # the endpoint's wrapper is through
+                connection.transport.protocol = connection  # without the endpoint's wrapper
             return cast(Connection, await connection.ready)
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
@@ -145,7 +145,7 @@ class Dialer:
         return endpoint if secured else wrapClientTLS(cast(Any, self._tls), endpoint)
 
     def _why_not(self, error: Exception, made: list[Connection], dial: Dial) -> ProxyError:
-        """Tell apart the ways in which no connection came about."""
+        """Return the error for the way in which connecting failed."""
         underlying = self._resolver.failures.get(self._host)
         for problem in (error, underlying):
             number = getattr(problem, "osError", getattr(problem, "errno", None))

@@ -50,7 +50,7 @@ class OutgoingRequest:
         target: path and query as they go on the wire.
         fields: the header fields to send, in order, without framing.
         credential: what idle connections are kept apart by.
-        timeouts: ``connect`` and ``first_byte`` are kept here.
+        timeouts: of these, ``connect`` and ``first_byte`` are enforced here.
         began: called when a byte of the request may leave; a failure before that did no work.
     """
 
@@ -77,7 +77,7 @@ class OutgoingRequest:
         headers: Headers | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
-        """Send it; the ``uri`` and ``headers`` that treq made are left aside."""
+        """Send the request; the ``uri`` and ``headers`` that treq made are ignored."""
         return cast("Deferred[IResponse]", self._pool.send(self, method, bodyProducer))
 
 
@@ -91,7 +91,7 @@ class ProviderPool:
         resolver: resolves the provider's name.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        direct: with the transports of ``net/``; else with Twisted's own.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
@@ -110,7 +110,7 @@ class ProviderPool:
         self._reactor = reactor
         self._timers = reactor if timers is None else timers
         self._clock = clock
-        self._most_idle = provider.pool  # and nothing else of it, which holds the credential
+        self._most_idle = provider.pool  # the provider itself holds the credential, and is not kept
         self._pool_idle = pool_idle
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
@@ -157,7 +157,7 @@ class ProviderPool:
     def send(
         self, outgoing: OutgoingRequest, method: bytes, body: IBodyProducer | None
     ) -> Deferred[Response]:
-        """Connect or take an idle connection, send ``outgoing`` on it and await its head.
+        """Take an idle connection or make one, send the request on it, and await the head.
 
         Returns:
             fires with the :class:`Response`.  Cancelling it aborts whatever is under way at once.
@@ -252,7 +252,7 @@ class ProviderPool:
         """Keep a connection whose response is whole; behind a TLS layer from the next turn on.
 
         Until then the layer may forward what came in the same read: bytes that nobody asked for,
-        which would be the next request's answer, or the end.
+        which would become the next request's response, or the end.
         """
         transport = connection.transport
         if transport is raw_transport(transport):

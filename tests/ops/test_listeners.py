@@ -144,11 +144,11 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
     """It is told of both; whoever has connected stays connected."""
     async with opened() as hall:
         (home,) = hall.follow(HOME)
-        hall.listeners.tell()
+        hall.listeners.report()
         _, other = hall.follow(HOME, OTHER)
         before = len(logged)
-        hall.listeners.tell()
-        hall.listeners.tell()
+        hall.listeners.report()
+        hall.listeners.report()
         where = other.getHost()
         assert [formatEvent(event) for event in logged[before:]] == [f"proxy listens on {where}"]
         assert await deferToThread(ask, other) == b"127.0.0.1"
