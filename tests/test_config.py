@@ -622,6 +622,54 @@ def test_one_mistake_is_one_problem(key: str, value: str, below: str, words: str
     assert len(problem) < 300
 
 
+OWNED = [
+    *("connection", "content-length", "expect", "forwarded", "host", "keep-alive", "te", "trailer"),
+    *("transfer-encoding", "upgrade", "via", "Proxy-Authorization", "proxy-a", "X-Forwarded-For"),
+    *("x-llmproxy-key", "x-llmproxy-a"),
+]
+CARRY_KEYS = ["Authorization", "x-api-key", "api-key", "X-Goog-Api-Key"]
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_headers_that_nobody_may_set(name: str) -> None:
+    """The fields of the proxy and of the framing are written down here a second time."""
+    words = "expected a header that neither the proxy nor HTTP's framing owns"
+    changes = {
+        "providers.p.header": f'"{name}"',
+        "providers.p.headers": f'{{ {name} = "a" }}',
+        "trace.session_header": f'"{name}"',
+    }
+    assert refused(changes) == (
+        f'providers.p.header: {words}, got "{name}"',
+        f"providers.p.headers.{name}: {words}",
+        f'trace.session_header: {words}, got "{name}"',
+    )
+
+
+@pytest.mark.parametrize("name", CARRY_KEYS)
+def test_headers_that_carry_a_key(name: str) -> None:
+    """They are for a credential, and neither added as they stand nor recorded."""
+    assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name.lower()
+    changes = {"providers.p.dialect": '"raw"', "providers.p.header": '"x-other"'}
+    added, recorded = refused(
+        {
+            **changes,
+            "providers.p.headers": f'{{ {name} = "a" }}',
+            "trace.session_header": f'"{name}"',
+        }
+    )
+    assert added.startswith(f"providers.p.headers.{name}: expected no header that carries a key")
+    assert recorded.startswith("trace.session_header: expected a header that carries no key")
+
+
+@pytest.mark.parametrize("name", ["accept", "cookie", "user-agent", "x-session", "openai-beta"])
+def test_other_headers_may_be_set(name: str) -> None:
+    """Nothing else is taken from an operator."""
+    assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name
+    added = accepted({"providers.p.headers": f'{{ {name} = "a" }}'}).providers["p"].headers
+    assert added == ((name, "a"),)
+
+
 LATER = [
     (section, key)
     for section, keys in NOT_BUILT.items()
