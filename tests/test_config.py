@@ -32,10 +32,12 @@ from llmproxy.config import (
     load,
     parse,
 )
-from llmproxy.config.schema import KEYS, NOT_BUILT
+from llmproxy.config.settings import ROOT, SECTIONS
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
 from llmproxy.errors import Dialect
 
+KEYS = {"": ROOT.names} | {path: section.names for path, section in SECTIONS.items()}
+NOT_BUILT = {"": ROOT.not_built} | {path: one.not_built for path, one in SECTIONS.items()}
 DOCS = Path(__file__).parents[1] / "docs"
 SECRET = "sk-very-secret-0123456789"
 DIGEST = "ab" * 32
