@@ -1,13 +1,13 @@
 """How a key of the configuration is declared, and a walk over tables that gathers every problem.
 
 A key is the field of a struct, annotated with a :class:`Key`, which holds the :class:`Kind` of
-value that the key takes::
+value that the key takes; the docstring below the field says what the key means::
 
     drain_timeout: Annotated[float, Key(DURATION)] = 300.0
 
 All else follows from that: a :class:`Section` knows the names, a :class:`Table` reads the values
 and reports each mistake, :func:`redacted` shows them, and ``reference.py`` writes them down.
-Nothing here knows which keys there are; ``settings.py`` declares them.
+Nothing here knows a kind or a key: ``kinds.py`` has the kinds, ``settings.py`` the keys.
 """
 
 from __future__ import annotations
@@ -143,86 +143,6 @@ class Section:
         if name in self.elsewhere:
             return "can only be set in [timeouts]"
         return f"unknown key; {_hint(name, self.names)}"
-
-
-# --- kinds of values ------------------------------------------------------------------------------
-
-
-def unchanged(value: object) -> object:
-    """Show a value as it stands in the struct."""
-    return value
-
-
-def presence(value: object) -> bool:
-    """Show only whether there is a value: it is a secret."""
-    return value is not None
-
-
-def value(
-    reader: Callable[[Table], Reader[Any]],
-    words: str = "string",
-    show: Callable[[Any], object] = unchanged,
-) -> Kind:
-    """Return the kind of a single value; ``reader`` makes its reader for the table it stands in."""
-
-    def read(table: Table, key: Key) -> object:
-        return table.read(key.name, reader(table), table.default(key))
-
-    return Kind(words, read, show)
-
-
-def plain(
-    reader: Reader[Any], words: str = "string", show: Callable[[Any], object] = unchanged
-) -> Kind:
-    """Return the kind of a single value whose ``reader`` needs to know nothing else."""
-    return value(lambda table: reader, words, show)
-
-
-def array(
-    reader: Callable[[Table], Reader[Any]],
-    *,
-    empty_beside: str = "",
-    show: Callable[[Any], object] = lambda items: None if items is None else list(items),
-) -> Kind:
-    """Return the kind of an array, whose items ``reader`` reads.
-
-    Args:
-        reader: makes the reader of an item for the table that the array stands in.
-        empty_beside: a key beside which the array may be empty.
-        show: as :class:`Kind` has it.
-    """
-
-    def read(table: Table, key: Key) -> object:
-        default = () if key.needed else table.default(key)
-        may_be_empty = empty_beside in table
-        return table.array(key.name, reader(table), default, may_be_empty=may_be_empty)
-
-    return Kind("array of strings", read, show)
-
-
-def part(section: Section) -> Kind:
-    """Return the kind of a table in which some of the keys of ``section`` are set."""
-
-    def read(table: Table, key: Key) -> object:
-        inner = table.table(key.name, section)
-        return {name: inner.take(name) for name in section.keys if name in inner}
-
-    def show_part(values: Mapping[str, object]) -> object:
-        return {name: section.keys[name].kind.show(one) for name, one in values.items()}
-
-    return Kind("table", read, show_part)
-
-
-def by_name(
-    struct: type[msgspec.Struct], section: Section, name: Callable[[Table], Reader[str]]
-) -> Kind:
-    """Return the kind of a table of tables, each of which is read into a ``struct``."""
-
-    def read(table: Table, key: Key) -> object:
-        tables = table.named(key.name, section, name(table))
-        return {one: inner.struct(struct) for one, inner in tables.items()}
-
-    return Kind("table", read, lambda found: {name: redacted(one) for name, one in found.items()})
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -14,127 +14,52 @@ takes them from there.  Durations are seconds as ``float`` and ``None`` where th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 
 from llmproxy.config.credentials import Secret
-from llmproxy.config.keypair import Keypair, certificate_chain, private_key
+from llmproxy.config.keypair import Keypair
+from llmproxy.config.kinds import (
+    BOOLEAN,
+    CERTIFICATE,
+    CREDENTIAL,
+    DIALECT,
+    DIGESTS,
+    DURATION,
+    DURATION_OR_OFF,
+    ENDPOINT,
+    ENDPOINTS,
+    ENDPOINTS_FOR_TLS,
+    FILE,
+    HEADERS,
+    HOSTS,
+    MODELS,
+    PRIVATE_KEY,
+    PROVIDERS,
+    ROUTES,
+    SIZE,
+    SIZE_ABOVE_ZERO,
+    URL,
+    by_name,
+    candidate,
+    part,
+    value,
+    whole_number,
+    word_of,
+)
 from llmproxy.config.readers import (
-    added_header_name,
     certificates,
     credential_format,
-    digest,
-    endpoint,
-    endpoint_for_tls,
-    field_value,
-    file_of_instance,
     header_name,
-    host_value,
-    reference,
     route_name,
     route_path,
     session_header,
 )
-from llmproxy.config.schema import (
-    Key,
-    Kind,
-    Reader,
-    Section,
-    Table,
-    array,
-    by_name,
-    part,
-    plain,
-    presence,
-    redacted,
-    value,
-)
-from llmproxy.config.url import Url, url
-from llmproxy.config.values import (
-    Wrong,
-    absolute_path,
-    boolean,
-    choice,
-    duration,
-    duration_or_off,
-    integer,
-    model_pattern,
-    show,
-    show_duration,
-    show_size,
-    size,
-    size_above_zero,
-    text,
-    token,
-)
+from llmproxy.config.schema import Key, Section, redacted
+from llmproxy.config.url import Url
+from llmproxy.config.values import absolute_path, text, token
 from llmproxy.errors import Dialect
-
-# --- kinds ----------------------------------------------------------------------------------------
-
-
-def _one_of(words: Mapping[str, Any]) -> Kind:
-    """Return the kind of one of ``words``, which stand for their values."""
-    return plain(choice(dict(words)), "one of " + ", ".join(f'``"{word}"``' for word in words), str)
-
-
-def _words_of(literal: object) -> Mapping[str, str]:
-    """Return the words of a ``Literal``, each of which stands for itself."""
-    return {word: word for word in get_args(literal)}
-
-
-def _whole_number(lowest: int, highest: int) -> Kind:
-    return plain(integer(lowest, highest), f"whole number from {lowest} to {highest}")
-
-
-def _added_headers(table: Table, key: Key) -> tuple[tuple[str, str], ...]:
-    """Return the fields that a provider adds; none of them is that of its credential."""
-    inner = table.table(key.name, None)
-    fields: dict[str, str] = {}
-    for one in inner:
-        try:
-            name = added_header_name(one, table.take("header"))
-        except Wrong as wrong:
-            inner.problem(one, f"expected {wrong.expected}")
-            continue
-        if name in fields:
-            inner.problem(one, f"expected each name once, but {show(name)} stands there already")
-        fields[name] = inner.read(one, field_value, "")
-    return tuple(fields.items())
-
-
-def _of_clients_routes(table: Table) -> Reader[str]:
-    """Return the reader of a route's name; any name will do where not all of them are known."""
-    known = table.context.routes
-    return text if known is None else reference({"*", *known}, 'a route, or "*"')
-
-
-def _of_candidates(table: Table) -> Reader[str]:
-    """Return the reader of a name of the route's providers, where it has some."""
-    candidates = table.take("providers")
-    return reference(candidates, "one of the route's providers") if candidates else text
-
-
-_BOOLEAN = plain(boolean, "boolean")
-_DURATION = plain(duration, "duration", show_duration)
-_DURATION_OR_OFF = plain(duration_or_off, 'duration or ``"off"``', show_duration)
-_SIZE = plain(size, "size", lambda size: None if size is None else show_size(size))
-_SIZE_ABOVE_ZERO = plain(size_above_zero, "size above zero", show_size)
-_URL = plain(url, show=lambda url: None if url is None else str(url))
-_ENDPOINT = value(lambda table: endpoint(table.context.instance))
-_FILE = value(lambda table: file_of_instance(table.context.instance))
-_CREDENTIAL = value(lambda table: table.context.credentials.read, show=presence)
-_CERTIFICATE = value(lambda table: table.context.credentials.pem(certificate_chain), show=presence)
-_PRIVATE_KEY = value(lambda table: table.context.credentials.pem(private_key), show=presence)
-_DIALECT = _one_of({one.value: one for one in Dialect})
-_ENDPOINTS = array(lambda table: endpoint(table.context.instance), empty_beside="listen_tls")
-_ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance))
-_PROVIDER_NAMES = array(lambda table: reference(table.context.providers, "a provider"))
-_ROUTE_NAMES = array(_of_clients_routes)
-_HOSTS = array(lambda table: host_value)
-_MODELS = array(lambda table: model_pattern)
-_DIGESTS = array(lambda table: digest(table.name), show=len)
-_HEADERS = Kind("table of strings", _added_headers, lambda fields: [name for name, _ in fields])
 
 AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]
@@ -144,8 +69,6 @@ Capture = Literal["usage", "content"]
 _FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
 _FOR_BOTH = frozenset({"providers.*.timeouts", "routes.timeouts"})
 
-# --- sections -------------------------------------------------------------------------------------
-
 
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     """The listeners that clients reach; ``via`` is our pseudonym in Via.
@@ -153,7 +76,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     ``keypair`` is there where ``listen_tls`` is; two keys fill it, with a paragraph for each.
     """
 
-    listen: Annotated[tuple[str, ...], Key(_ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
+    listen: Annotated[tuple[str, ...], Key(ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
     """Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
     ``unix:``, ``systemd:`` (a socket that systemd opened) and ``haproxy:`` before any of them
     (PROXY protocol). The check looks at their shape; the start shows whether an address is free.
@@ -162,12 +85,12 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     The kernel probes a connection after 30 s of silence, and ends it if the caller has vanished
     (TCP keepalive)."""
 
-    listen_tls: Annotated[tuple[str, ...], Key(_ENDPOINTS_FOR_TLS)] = ()
+    listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
     """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see
     `TLS towards callers`_. All but ``ssl:`` and ``tls:``, which end TLS themselves. With
     ``haproxy:`` the balancer's header comes before TLS."""
 
-    reuse_port: Annotated[bool, Key(_BOOLEAN)] = False
+    reuse_port: Annotated[bool, Key(BOOLEAN)] = False
     """Whether other processes may bind the same ``tcp:`` and ``tcp6:`` addresses
     (``SO_REUSEPORT``), so that one process for each core serves them, without systemd; the kernel
     spreads new connections over the processes. Every process needs its own ``--instance``, and
@@ -177,8 +100,8 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 
     keypair: Annotated[
         Keypair | None,
-        Key(_CERTIFICATE, "certificate", default="needed with ``listen_tls``"),
-        Key(_PRIVATE_KEY, "key", default="needed with ``listen_tls``"),
+        Key(CERTIFICATE, "certificate", default="needed with ``listen_tls``"),
+        Key(PRIVATE_KEY, "key", default="needed with ``listen_tls``"),
     ] = None
     """Bare name of a credential file in PEM: the certificate first, then the certificates that lead
     to its root, and nothing else. Without ``listen_tls`` this key is an error, and so is ``key``.
@@ -186,25 +109,25 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     Bare name of a credential file: the private key of ``certificate`` in PEM, without a passphrase.
     It is an elliptic one, or an RSA key of 2048 bits or more."""
 
-    anonymous: Annotated[bool, Key(_BOOLEAN)] = False
+    anonymous: Annotated[bool, Key(BOOLEAN)] = False
     """Whether a caller without a key is served, as the client ``anonymous``. A wrong key is refused
     either way. Without this key and without any ``[clients.NAME]`` nothing starts."""
 
-    drain_timeout: Annotated[float, Key(_DURATION)] = 300.0
+    drain_timeout: Annotated[float, Key(DURATION)] = 300.0
     """How long running responses may go on after a SIGTERM. Then they are cut."""
 
-    max_connections: Annotated[int, Key(_whole_number(1, 10_000_000))] = 20000
+    max_connections: Annotated[int, Key(whole_number(1, 10_000_000))] = 20000
     """Callers' connections at once, on all listeners together; see `Too many connections`_. Each
     connection may need two descriptors, one for the caller and one for the provider. The start
     raises the process's limit to twice as many and 512 more, as far as the hard limit
     (``LimitNOFILE`` of the unit) allows; the log warns if that is less."""
 
-    tuned_loop: Annotated[bool, Key(_BOOLEAN)] = True
+    tuned_loop: Annotated[bool, Key(BOOLEAN)] = True
     """If the reactor is Twisted's epoll reactor: a quicker loop, transports that send at once, and
     TLS straight on the socket. ``false`` leaves Twisted's own in place, should one of these be at
     fault."""
 
-    via: Annotated[str, Key(plain(token), default='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
+    via: Annotated[str, Key(value(token), default='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
     """The proxy's pseudonym in the ``Via`` header, a token. A request that carries the pseudonym
     already has come back to the proxy, and is answered with 508. Daemons that call one another must
     not share a pseudonym."""
@@ -213,10 +136,10 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """The listener that operators and Prometheus reach."""
 
-    listen: Annotated[str, Key(_ENDPOINT)] = "tcp:9080:interface=127.0.0.1"
+    listen: Annotated[str, Key(ENDPOINT)] = "tcp:9080:interface=127.0.0.1"
     """Endpoint of the admin site."""
 
-    metrics_listen: Annotated[str | None, Key(_ENDPOINT)] = None
+    metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
     """Endpoint for ``/metrics``, ``/livez`` and ``/readyz`` alone, for a Prometheus on another
     host."""
 
@@ -225,7 +148,7 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Where credentials are; they stand in the structs that name them, and nobody needs this."""
 
     directory: Annotated[
-        str | None, Key(plain(absolute_path), default="default: ``$CREDENTIALS_DIRECTORY``")
+        str | None, Key(value(absolute_path), default="default: ``$CREDENTIALS_DIRECTORY``")
     ] = None
     """Absolute path of the directory that holds the credential files. The directory must be closed
     to others, and to a group that is not one of the process's own, or the start is refused. Without
@@ -237,35 +160,35 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Every deadline, in seconds; ``None`` is off."""
 
-    connect: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_BOTH)] = 10.0
+    connect: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 10.0
     """Name lookup, TCP and TLS to the provider together."""
 
-    first_byte: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_BOTH)] = 600.0
+    first_byte: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 600.0
     """From the request's last byte to the whole head of the response. A response that is no stream
     is silent until it is done."""
 
-    idle: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_BOTH)] = 300.0
+    idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 300.0
     """Silence of the provider inside a response. The clock stands still while the caller is
     slow."""
 
-    total: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_BOTH)] = None
+    total: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = None
     """The whole request. This deadline cuts long streams."""
 
-    client_stall: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_BOTH)] = 60.0
+    client_stall: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 60.0
     """The caller takes no byte although there is something to take. Kernels take in steps: a caller
     that reads less than some 200 KB in this time may be cut, too."""
 
-    request_head: Annotated[float | None, Key(_DURATION_OR_OFF)] = 10.0
+    request_head: Annotated[float | None, Key(DURATION_OR_OFF)] = 10.0
     """The head of a request, from its first byte to its last. A TLS handshake before it has as long
     again."""
 
-    request_body: Annotated[float | None, Key(_DURATION_OR_OFF)] = 60.0
+    request_body: Annotated[float | None, Key(DURATION_OR_OFF)] = 60.0
     """The body of a request, with one second more for each 64 KiB that came."""
 
-    client_idle: Annotated[float | None, Key(_DURATION_OR_OFF)] = 75.0
+    client_idle: Annotated[float | None, Key(DURATION_OR_OFF)] = 75.0
     """A caller's connection between two requests."""
 
-    pool_idle: Annotated[float | None, Key(_DURATION_OR_OFF, also_in=_FOR_PROVIDERS)] = 60.0
+    pool_idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_PROVIDERS)] = 60.0
     """A connection to a provider between two requests. The provider's own ``Keep-Alive`` hint
     shortens it."""
 
@@ -273,38 +196,38 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How much is held or accepted, in bytes; of connections and of drained responses how many."""
 
-    request_head: Annotated[int, Key(_SIZE_ABOVE_ZERO)] = 32 * 1024
+    request_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 32 * 1024
     """The head of a request."""
 
-    request_body: Annotated[int, Key(_SIZE)] = 32 * 1024**2
+    request_body: Annotated[int, Key(SIZE)] = 32 * 1024**2
     """The body of a request; ``"0"`` refuses every body. A route may set its own."""
 
-    request_memory: Annotated[int, Key(_SIZE)] = 256 * 1024**2
+    request_memory: Annotated[int, Key(SIZE)] = 256 * 1024**2
     """All request bodies that are held at once. Beyond this limit requests are answered with 503
     and ``retry-after``."""
 
-    response_head: Annotated[int, Key(_SIZE_ABOVE_ZERO)] = 64 * 1024
+    response_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 64 * 1024
     """The head of a provider's response."""
 
-    accumulate: Annotated[int, Key(_SIZE)] = 1024**2
+    accumulate: Annotated[int, Key(SIZE)] = 1024**2
     """What is kept of the text and the tool calls of one response, on routes with
     ``capture = "content"``. The text is cut on a character boundary; more text than that is only
     counted. ``"0"`` keeps nothing."""
 
-    event: Annotated[int, Key(_SIZE_ABOVE_ZERO)] = 1024**2
+    event: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 1024**2
     """The longest event of a stream that is read for tokens, text and end marker. A longer event
     reaches the caller as any other, but is left out of the record, which then says ``overlong``. Of
     a longer response in one piece the usage is found nevertheless if it stands at the beginning or
     the end, as it does, but no content."""
 
-    connections_per_address: Annotated[int, Key(_whole_number(0, 10_000_000))] = 0
+    connections_per_address: Annotated[int, Key(whole_number(0, 10_000_000))] = 0
     """Callers' connections at once from one address; ``0`` is no limit. See
     `Too many connections`_. Behind ``haproxy:`` the address is that of the PROXY header. There a
     connection counts from the beginning of its first request on, which is then answered with the
     503, over TLS too. If the header names no address (``UNKNOWN``), the address is the balancer's.
     Callers on a Unix socket have no address, and are not counted."""
 
-    drains: Annotated[int, Key(_whole_number(0, 1_000_000))] = 100
+    drains: Annotated[int, Key(whole_number(0, 1_000_000))] = 100
     """How many responses are read on at once after their clients have left, on routes with
     ``on_disconnect = "drain"``; ``0`` reads none on."""
 
@@ -322,21 +245,21 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
 
-    url: Annotated[Url, Key(_URL)]
+    url: Annotated[Url, Key(URL)]
     """An ``http://`` or ``https://`` URL with a host, and a port and a path if need be. The path is
     joined before the request's own. User, password, query and fragment are refused."""
 
-    dialect: Annotated[Dialect, Key(_DIALECT)]
+    dialect: Annotated[Dialect, Key(DIALECT)]
     """The shape that the provider speaks."""
 
-    credential: Annotated[Secret | None, Key(_CREDENTIAL)] = None
+    credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
     """Bare name of the credential file whose content is sent. A provider without this key gets no
     credential."""
 
     header: Annotated[
         str,
         Key(
-            plain(header_name),
+            value(header_name),
             default='default ``"x-api-key"`` for the dialect ``anthropic``, '
             '``"authorization"`` for all others',
         ),
@@ -347,7 +270,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     format: Annotated[
         str,
         Key(
-            plain(credential_format),
+            value(credential_format),
             default='default ``"{}"`` for the dialect ``anthropic``, '
             '``"Bearer {}"`` for all others',
         ),
@@ -356,19 +279,19 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     The default follows the dialect and not ``header``: ``header = "api-key"`` mostly needs
     ``format = "{}"`` beside it."""
 
-    pass_credential: Annotated[bool, Key(_BOOLEAN)] = False
+    pass_credential: Annotated[bool, Key(BOOLEAN)] = False
     """Whether the caller's own ``Authorization`` or ``x-api-key`` crosses. Callers then show their
     key to the proxy in ``x-llmproxy-key``, or are anonymous. Not together with ``credential``."""
 
-    headers: Annotated[tuple[tuple[str, str], ...], Key(_HEADERS)] = ()
+    headers: Annotated[tuple[tuple[str, str], ...], Key(HEADERS)] = ()
     """Headers that are added if the caller sent none of that name, such as
     ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here."""
 
-    ca: Annotated[str | None, Key(plain(certificates), default="default: the system's")] = None
+    ca: Annotated[str | None, Key(value(certificates), default="default: the system's")] = None
     """Absolute path of a PEM file: the certificates that are trusted for this provider, and no
     others."""
 
-    pool: Annotated[int, Key(_whole_number(0, 1_000_000))] = 1000
+    pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
     """Idle connections that are kept."""
 
     timeouts: Annotated[dict[str, float | None], Key(part(PROVIDER_TIMEOUTS))] = {}
@@ -378,7 +301,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 class Override(msgspec.Struct, frozen=True, kw_only=True):
     """What a route changes for one of its candidates."""
 
-    model: Annotated[str | None, Key(plain(text), default="default: the caller's")] = None
+    model: Annotated[str | None, Key(value(text), default="default: the caller's")] = None
     """The model that the provider is asked for in place of the caller's."""
 
 
@@ -392,7 +315,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     this route sets for itself, and ``request_body`` is its own limit in bytes.
     """
 
-    path: Annotated[str, Key(plain(route_path))]
+    path: Annotated[str, Key(value(route_path))]
     """Prefix of the request's path, by whole segments: ``"/openai"`` fits ``/openai/v1`` and not
     ``/openai2``. It has no trailing slash but for ``"/"``, and no empty, ``.`` or ``..`` segment.
     ``"/-"`` is the proxy's own."""
@@ -400,38 +323,38 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     name: Annotated[
         str,
         Key(
-            plain(route_name),
+            value(route_name),
             default='default: the path without its first slash, ``"root"`` for ``"/"``',
         ),
     ]
     """The name in clients' lists, traces and metrics. Two routes with one path need it."""
 
-    providers: Annotated[tuple[str, ...], Key(_PROVIDER_NAMES)]
+    providers: Annotated[tuple[str, ...], Key(PROVIDERS)]
     """The provider that responds. It is an array of one: more than one candidate is not built yet
     in this version."""
 
-    hosts: Annotated[tuple[str, ...] | None, Key(_HOSTS, default="default: any")] = None
+    hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, default="default: any")] = None
     """Only for requests to these hosts. They are given without a port, IPv6 addresses in
     brackets."""
 
-    models: Annotated[tuple[str, ...] | None, Key(_MODELS, default="default: any")] = None
+    models: Annotated[tuple[str, ...] | None, Key(MODELS, default="default: any")] = None
     """Only for requests that name one of these models."""
 
-    strip: Annotated[bool, Key(_BOOLEAN)] = True
+    strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether ``path`` is cut off before the request is sent."""
 
-    override: Annotated[dict[str, Override], Key(by_name(Override, OVERRIDE, _of_candidates))] = {}
+    override: Annotated[dict[str, Override], Key(by_name(Override, OVERRIDE, candidate))] = {}
     """What is changed for a provider of this route, as named below."""
 
     timeouts: Annotated[dict[str, float | None], Key(part(ROUTE_TIMEOUTS))] = {}
     """This route's own deadlines, as named below."""
 
-    accept_encoding: Annotated[AcceptEncoding, Key(_one_of(_words_of(AcceptEncoding)))] = "identity"
+    accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
     """What a request for a stream says of compression: ``"identity"`` asks for none, ``"pass"``
     forwards what the caller said. Responses in brotli or zstd are read for their usage if the extra
     ``codings`` is installed (``pip install llmproxy[codings]``); gzip and deflate always are."""
 
-    include_usage: Annotated[IncludeUsage, Key(_one_of(_words_of(IncludeUsage)))] = "as-asked"
+    include_usage: Annotated[IncludeUsage, Key(word_of(IncludeUsage))] = "as-asked"
     """Whether a stream of OpenAI's chat completions or completions reports its token counts:
     ``"as-asked"`` if the caller asked for them; ``"inject"`` always, by
     ``"stream_options":{"include_usage":true}`` in the body that is sent. The client then sees one
@@ -442,7 +365,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     twice. Other endpoints and dialects report their counts anyway, and nothing is added to their
     requests."""
 
-    on_disconnect: Annotated[OnDisconnect, Key(_one_of(_words_of(OnDisconnect)))] = "cancel"
+    on_disconnect: Annotated[OnDisconnect, Key(word_of(OnDisconnect))] = "cancel"
     """What becomes of a response whose client leaves. ``"cancel"`` drops the provider's connection
     at once. ``"drain"`` reads on, so that the record has the token counts, which come last: for
     ``drain_for`` at most, and for at most ``limits.drains`` responses at once; beyond these the
@@ -450,17 +373,17 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     on working meanwhile, and bills it. The record's ``on_disconnect`` says which of the two it
     was."""
 
-    drain_for: Annotated[float, Key(_DURATION)] = 30.0
+    drain_for: Annotated[float, Key(DURATION)] = 30.0
     """How long such a response is read on."""
 
-    error_event: Annotated[bool, Key(_BOOLEAN)] = False
+    error_event: Annotated[bool, Key(BOOLEAN)] = False
     """Whether a stream that breaks ends with one error event in the provider's dialect."""
 
-    capture: Annotated[Capture, Key(_one_of(_words_of(Capture)))] = "usage"
+    capture: Annotated[Capture, Key(word_of(Capture))] = "usage"
     """What the record of a request keeps of the response: ``"usage"`` the tokens, ``"content"`` the
     text and the tool calls too, up to ``limits.accumulate``."""
 
-    request_body: Annotated[int | None, Key(_SIZE, default="default: that of ``[limits]``")] = None
+    request_body: Annotated[int | None, Key(SIZE, default="default: that of ``[limits]``")] = None
     """The body of a request on this route."""
 
 
@@ -469,15 +392,15 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
 
-    keys: Annotated[tuple[bytes, ...], Key(_DIGESTS)]
+    keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
     """The keys that the client may show, each as ``"sha256:"`` and the 64 lower-case hex digits of
     its SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first line and this line
     on its second. No two clients share a key."""
 
-    routes: Annotated[tuple[str, ...], Key(_ROUTE_NAMES)] = ("*",)
+    routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
     """The names of the routes that the client may use; ``"*"`` is all of them."""
 
-    models: Annotated[tuple[str, ...], Key(_MODELS)] = ("*",)
+    models: Annotated[tuple[str, ...], Key(MODELS)] = ("*",)
     """The models that the client may ask for."""
 
     def __repr__(self) -> str:
@@ -493,24 +416,24 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     ``keep`` is in seconds (``None``: for ever), ``session_header`` lower-case.
     """
 
-    jsonl: Annotated[str | None, Key(_FILE)] = None
+    jsonl: Annotated[str | None, Key(FILE)] = None
     """Absolute path of a file that gets one line of JSON for each request. SIGHUP opens it anew,
     for logrotate."""
 
-    ledger: Annotated[str | None, Key(_FILE)] = None
+    ledger: Annotated[str | None, Key(FILE)] = None
     """Absolute path of an SQLite file that keeps each request, and the totals of each session:
     ``llmproxy usage`` reads it. Instances must not share one: put ``{instance}`` into the name."""
 
-    keep: Annotated[float | None, Key(_DURATION_OR_OFF)] = 30 * 86400.0
+    keep: Annotated[float | None, Key(DURATION_OR_OFF)] = 30 * 86400.0
     """How long the ledger keeps a request, and a session after its last request; ``"off"`` is for
     ever. Without ``ledger`` this key is an error."""
 
-    otlp: Annotated[Url | None, Key(_URL)] = None
+    otlp: Annotated[Url | None, Key(URL)] = None
     """An ``http://`` or ``https://`` URL of an OpenTelemetry collector, such as
     ``"http://127.0.0.1:4318"``: each request becomes a span, sent in JSON to ``/v1/traces`` below
     it. With ``https`` the collector's certificate must be one that the system trusts."""
 
-    session_header: Annotated[str, Key(plain(session_header))] = "x-session-id"
+    session_header: Annotated[str, Key(value(session_header))] = "x-session-id"
     """The header in which callers name their session: up to 256 printable characters are recorded.
     It may be none that carries a key."""
 
