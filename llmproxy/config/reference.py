@@ -57,8 +57,8 @@ def _entry(key: Key, section: Section) -> str:
 
 
 def _default(key: Key) -> str:
-    if key.default:
-        return key.default
+    if key.stated:
+        return key.stated
     if key.make is None:
         return "needed"
     default = key.make()

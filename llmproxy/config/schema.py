@@ -63,7 +63,7 @@ class Key:
     Args:
         kind: what the key takes.
         name: its name, where that is not the field's: several keys may fill one field.
-        default: the reference's words on the default, where the field's own does not say it.
+        stated: the reference's words on the default, where the field's own does not say it.
         also_in: further sections that take the key.
         struct: the name of the struct that declares the key.
         field: the field that the key fills.
@@ -72,7 +72,7 @@ class Key:
 
     kind: Kind
     name: str = ""
-    default: str = ""
+    stated: str = ""
     also_in: frozenset[str] = frozenset()
     struct: str = ""
     field: str = ""
@@ -239,10 +239,6 @@ class Table:
                 self.need(name)
             self._taken[name] = key.kind.read(self, key)
         return self._taken[name]
-
-    def put(self, name: str, value: object) -> None:
-        """Settle what :meth:`take` returns for ``name``."""
-        self._taken[name] = value
 
     def need(self, name: str, hint: str = "") -> None:
         """Report the key ``name`` where it is absent."""

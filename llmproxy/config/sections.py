@@ -82,5 +82,5 @@ def read_client(name: str, table: Table) -> Client:
     """Read one ``[clients.NAME]``."""
     if table.lacks("keys"):
         table.need("keys", f"; {key_hint(name)}")
-        table.put("keys", ())
+        return table.struct(Client, name=name, keys=())
     return table.struct(Client, name=name)

@@ -100,8 +100,8 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 
     keypair: Annotated[
         Keypair | None,
-        Key(CERTIFICATE, "certificate", default="needed with ``listen_tls``"),
-        Key(PRIVATE_KEY, "key", default="needed with ``listen_tls``"),
+        Key(CERTIFICATE, "certificate", stated="needed with ``listen_tls``"),
+        Key(PRIVATE_KEY, "key", stated="needed with ``listen_tls``"),
     ] = None
     """Bare name of a credential file in PEM: the certificate first, then the certificates that lead
     to its root, and nothing else. Without ``listen_tls`` this key is an error, and so is ``key``.
@@ -127,7 +127,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     TLS straight on the socket. ``false`` leaves Twisted's own in place, should one of these be at
     fault."""
 
-    via: Annotated[str, Key(value(token), default='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
+    via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
     """The proxy's pseudonym in the ``Via`` header, a token. A request that carries the pseudonym
     already has come back to the proxy, and is answered with 508. Daemons that call one another must
     not share a pseudonym."""
@@ -148,7 +148,7 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Where credentials are; they stand in the structs that name them, and nobody needs this."""
 
     directory: Annotated[
-        str | None, Key(value(absolute_path), default="default: ``$CREDENTIALS_DIRECTORY``")
+        str | None, Key(value(absolute_path), stated="default: ``$CREDENTIALS_DIRECTORY``")
     ] = None
     """Absolute path of the directory that holds the credential files. The directory must be closed
     to others, and to a group that is not one of the process's own, or the start is refused. Without
@@ -260,7 +260,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Key(
             value(header_name),
-            default='default ``"x-api-key"`` for the dialect ``anthropic``, '
+            stated='default ``"x-api-key"`` for the dialect ``anthropic``, '
             '``"authorization"`` for all others',
         ),
     ] = "authorization"
@@ -271,8 +271,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Key(
             value(credential_format),
-            default='default ``"{}"`` for the dialect ``anthropic``, '
-            '``"Bearer {}"`` for all others',
+            stated='default ``"{}"`` for the dialect ``anthropic``, ``"Bearer {}"`` for all others',
         ),
     ] = "Bearer {}"
     """The value of that header; ``{}`` stands for the credential, and stands there exactly once.
@@ -287,7 +286,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """Headers that are added if the caller sent none of that name, such as
     ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here."""
 
-    ca: Annotated[str | None, Key(value(certificates), default="default: the system's")] = None
+    ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file: the certificates that are trusted for this provider, and no
     others."""
 
@@ -301,7 +300,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 class Override(msgspec.Struct, frozen=True, kw_only=True):
     """What a route changes for one of its candidates."""
 
-    model: Annotated[str | None, Key(value(text), default="default: the caller's")] = None
+    model: Annotated[str | None, Key(value(text), stated="default: the caller's")] = None
     """The model that the provider is asked for in place of the caller's."""
 
 
@@ -324,7 +323,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Key(
             value(route_name),
-            default='default: the path without its first slash, ``"root"`` for ``"/"``',
+            stated='default: the path without its first slash, ``"root"`` for ``"/"``',
         ),
     ]
     """The name in clients' lists, traces and metrics. Two routes with one path need it."""
@@ -333,11 +332,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The provider that responds. It is an array of one: more than one candidate is not built yet
     in this version."""
 
-    hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, default="default: any")] = None
+    hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, stated="default: any")] = None
     """Only for requests to these hosts. They are given without a port, IPv6 addresses in
     brackets."""
 
-    models: Annotated[tuple[str, ...] | None, Key(MODELS, default="default: any")] = None
+    models: Annotated[tuple[str, ...] | None, Key(MODELS, stated="default: any")] = None
     """Only for requests that name one of these models."""
 
     strip: Annotated[bool, Key(BOOLEAN)] = True
@@ -383,7 +382,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """What the record of a request keeps of the response: ``"usage"`` the tokens, ``"content"`` the
     text and the tool calls too, up to ``limits.accumulate``."""
 
-    request_body: Annotated[int | None, Key(SIZE, default="default: that of ``[limits]``")] = None
+    request_body: Annotated[int | None, Key(SIZE, stated="default: that of ``[limits]``")] = None
     """The body of a request on this route."""
 
 
