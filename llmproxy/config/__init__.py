@@ -101,7 +101,8 @@ def load(path: str, *, instance: str = "0", environ: Mapping[str, str]) -> Confi
 def ledger_path(path: str) -> str | None:
     """Return ``trace.ledger`` of a configuration file, ``{instance}`` as it stands there.
 
-    Nothing else is looked at: whoever may read a ledger may not read the credentials.
+    Nothing but ``[trace]`` is looked at: a user who may read the ledger may not read the
+    credentials.
 
     Raises:
         ConfigError: the file cannot be read, or that key is wrong.

@@ -1,8 +1,8 @@
 """Credential files: from a name in the configuration to a :class:`Secret`.
 
 The directory is ``[credentials] directory``, or else what systemd put into
-``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  Nothing that is said here quotes a name
-or a value from the file: whoever writes a key where a file's name belongs finds it in no log.
+``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  No problem quotes a name or a value from
+the file: if an operator writes a key where a file's name belongs, no log shows the key.
 """
 
 from __future__ import annotations

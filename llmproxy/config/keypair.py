@@ -1,7 +1,7 @@
 """A listener's certificate and its key, checked before anything listens.
 
-Both are PEM, as authorities issue them: the certificate first, then whatever leads to its root; the
-key without a passphrase, because nobody is there to type one.  Nothing that is said here quotes
+Both are PEM, as authorities issue them: the certificate first, then the certificates that lead to
+its root; the key without a passphrase, because nobody is there to type one.  No problem quotes
 what stood in a file.
 """
 

@@ -145,7 +145,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Where credentials are; they stand in the structs that name them, and nobody needs this."""
+    """Where credential files are; the reader alone needs it, as structs hold the credentials."""
 
     directory: Annotated[
         str | None, Key(value(absolute_path), stated="default: ``$CREDENTIALS_DIRECTORY``")
