@@ -18,8 +18,8 @@ from twisted.web.server import NOT_DONE_YET
 
 from bench.quick import Case
 from llmproxy.config import Limits, Timeouts
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
-from llmproxy.errors import Dialect
 from llmproxy.http1.framing import ChunkedReader
 from llmproxy.http1.grammar import parse_fields
 from llmproxy.record.metrics import Metrics

@@ -1,9 +1,9 @@
 """The error family, and the closed set of reasons why a request ends.
 
-Every refusal that a client can be told is a :class:`ProxyError`: a status, one reason word and a
-sentence.  How the sentence is wrapped depends on the dialect that the client's SDK understands
-(design 8), and only this module knows those shapes.  Everything that goes wrong upstream is a
-:class:`ProxyError` too, told apart by its :class:`EndReason`.
+Every refusal that a client may read is a :class:`ProxyError`: a status, one reason word and a
+sentence.  What goes wrong upstream is a :class:`ProxyError`, too, with its own :class:`EndReason`.
+A client that leaves is a :class:`ClientGone`.  Every folder raises these; ``gateway/`` turns them
+into a response and a record, ``dialects/errors.py`` into the JSON that an SDK understands.
 
 This module may import nothing else of the program.
 """
@@ -11,17 +11,6 @@ This module may import nothing else of the program.
 from __future__ import annotations
 
 from enum import StrEnum
-
-import msgspec
-
-
-class Dialect(StrEnum):
-    """The shape that a provider speaks."""
-
-    OPENAI = "openai"
-    ANTHROPIC = "anthropic"
-    OLLAMA = "ollama"
-    RAW = "raw"
 
 
 class EndReason(StrEnum):
@@ -185,59 +174,3 @@ class Cut(ClientGone):
     """The proxy itself cut the request: the drain's deadline, or a second signal."""
 
     end = EndReason.DRAINED
-
-
-_OPENAI_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
-
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-
-
-def error_body(error: ProxyError, dialect: Dialect, request_id: str) -> bytes:
-    """Return the JSON body that tells ``error`` to an SDK of ``dialect`` (design 8)."""
-    return msgspec.json.encode(_error_object(error, dialect, request_id))
-
-
-def error_event(error: ProxyError, dialect: Dialect, request_id: str, *, ndjson: bool) -> bytes:
-    """Return one event that tells ``error`` inside a stream that has begun already.
-
-    Args:
-        ndjson: the stream is NDJSON (a line) and not SSE (an event).
-    """
-    payload = error_body(error, dialect, request_id)
-    if ndjson:
-        return payload + b"\n"
-    name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
-    return name + b"data: " + payload + b"\n\n"
-
-
-def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[str, object]:
-    if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(error.status, _fallback_type(error.status, "api_error"))
-        return {
-            "type": "error",
-            "error": {"type": kind, "message": error.message},
-            "request_id": request_id,
-        }
-    if dialect is Dialect.OLLAMA:
-        return {"error": error.message}
-    kind = _OPENAI_TYPES.get(error.status, _fallback_type(error.status, "server_error"))
-    return {"error": {"message": error.message, "type": kind, "code": error.reason, "param": None}}
-
-
-def _fallback_type(status: int, server: str) -> str:
-    return "invalid_request_error" if status < 500 else server

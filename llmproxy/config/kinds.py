@@ -40,7 +40,7 @@ from llmproxy.config.values import (
     size_above_zero,
     text,
 )
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 Show = Callable[[Any], object]
 

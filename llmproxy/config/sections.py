@@ -12,7 +12,7 @@ from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import NOT_BUILT_YET, Table
 from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace
 from llmproxy.config.values import Wrong
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 
 def read_proxy(table: Table) -> Proxy:

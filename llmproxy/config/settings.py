@@ -59,7 +59,7 @@ from llmproxy.config.readers import (
 from llmproxy.config.schema import Key, Section, redacted
 from llmproxy.config.url import Url
 from llmproxy.config.values import absolute_path, text, token
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 
 AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]

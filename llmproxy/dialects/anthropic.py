@@ -11,9 +11,12 @@ from typing import Any
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, tell_error
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
 
-_IDLE = frozenset((b"content_block_start", b"content_block_delta", b"content_block_stop", b"ping"))
+_TEXT_ONLY = frozenset(
+    (b"content_block_start", b"content_block_delta", b"content_block_stop", b"ping")
+)
 _CALLS = ("tool_use", "server_tool_use", "mcp_tool_use")
 
 
@@ -93,7 +96,7 @@ def _read_event(data: bytes, seen: Accumulated) -> None:
     elif kind == "message_stop":
         seen.has_ended = True
     elif kind == "error":
-        tell_error(event.error or "error", seen)
+        read_error(event.error or "error", seen)
 
 
 def _read_document(data: bytes, seen: Accumulated) -> None:
@@ -115,7 +118,7 @@ def _take(message: _Message, seen: Accumulated) -> None:
     if message.usage is not None:
         _count(message.usage, seen)
     if message.error is not None:
-        tell_error(message.error, seen)
+        read_error(message.error, seen)
 
 
 def _open(index: int, block: _Block, seen: Accumulated) -> None:
@@ -146,5 +149,11 @@ def _count(usage: _Usage, seen: Accumulated) -> None:
 
 
 MESSAGES = Endpoint(
-    "anthropic messages", _read_event, _read_document, marker="message_stop", idle=_IDLE
+    "anthropic messages",
+    Dialect.ANTHROPIC,
+    "chat",
+    _read_event,
+    _read_document,
+    end_marker="message_stop",
+    text_only=_TEXT_ONLY,
 )

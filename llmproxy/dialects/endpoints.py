@@ -1,13 +1,16 @@
-"""Where each dialect keeps text, usage, model, end marker and errors: a table of endpoints.
+"""The table of endpoints: what the path of a request says, for every dialect.
 
-A row is an :class:`Endpoint`; :func:`endpoint` finds it by the path.  A module for each API holds
-the shapes that are decoded, with the members that are read and no others, and the functions that
-read them into :class:`~llmproxy.stream.gathered.Accumulated`.
+A row is an :class:`Endpoint`, and :func:`endpoint` finds it by the end of the path.  The request
+learns from the row whether it asks for a stream (``request.py``) and whether it must ask for its
+token counts (``include_usage.py``); the tap learns how to read the response, the span what was
+done.  The modules ``openai.py``, ``openai_responses.py``, ``anthropic.py`` and ``ollama.py`` make
+the rows.  Each holds the shapes that are decoded, with only the members that are read, and the
+functions that read them into :class:`~llmproxy.dialects.accumulated.Accumulated`.
 
-A decoder with a type passes over all that it does not want at a speed which no search for a word in
-the bytes reaches (0.4 µs for a chunk of 300 bytes; five searches take 1.2 µs).  So events are
-decoded, but for those whose name says that they carry text alone.  That also means that nothing can
-be missed, and nothing in a text be mistaken for something else.
+Why events are decoded and not searched: a decoder with a type passes over all other members faster
+than any search for a word in the bytes (0.4 µs for a chunk of 300 bytes; five searches take
+1.2 µs).  So all events are decoded but those whose name says that they hold text alone.  Nothing
+can be missed this way, and nothing inside a text can be mistaken for something else.
 
 Nothing here knows HTTP, framing or the tap.
 """
@@ -15,10 +18,8 @@ Nothing here knows HTTP, framing or the tap.
 from __future__ import annotations
 
 from llmproxy.dialects import anthropic, ollama, openai, openai_responses
-from llmproxy.dialects.endpoint import DONE, Endpoint, is_whole
-from llmproxy.errors import Dialect
-
-__all__ = ["DONE", "TABLE", "Endpoint", "endpoint", "is_whole"]
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint, Operation
 
 _OPENAI: dict[bytes, Endpoint] = {
     b"chat/completions": openai.CHAT,
@@ -43,14 +44,30 @@ TABLE: dict[Dialect, dict[bytes, Endpoint]] = {
 Anthropic and Ollama offer OpenAI's API beside their own.
 """
 
+_BY_PATH = {key: row for rows in TABLE.values() for key, row in rows.items()}
+_BY_LAST_SEGMENT = {key.rpartition(b"/")[2]: row for key, row in _BY_PATH.items()} | _BY_PATH
+
 
 def endpoint(dialect: Dialect, path: bytes) -> Endpoint | None:
     """Return the row that a path names, or None where its responses are not read.
 
     Args:
         dialect: the provider's.
-        path: raw; whatever stands before the last segments, and a query, do not matter.
+        path: raw.  What stands before the last two segments does not matter; nor does a query.
     """
-    rows = TABLE[dialect]
+    return _row(TABLE[dialect], path)
+
+
+def operation(path: bytes) -> Operation | None:
+    """Return what the endpoint at this path does, or None where no endpoint is known.
+
+    A span wants this also of a request that reached no provider, so no dialect is asked for: the
+    last segment of any dialect's endpoint is enough.
+    """
+    row = _row(_BY_LAST_SEGMENT, path)
+    return None if row is None else row.operation
+
+
+def _row(rows: dict[bytes, Endpoint], path: bytes) -> Endpoint | None:
     segments = path.partition(b"?")[0].removesuffix(b"/").rsplit(b"/", 2)
     return rows.get(b"/".join(segments[-2:])) or rows.get(segments[-1])

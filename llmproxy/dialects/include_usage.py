@@ -9,22 +9,15 @@ request either: a body in which the option could be read in two ways is the call
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.dialects.json_spans import BodyError, Span, member_spans
-from llmproxy.errors import Dialect
 
 _OPTIONS: Final = "stream_options"
 _OPTION: Final = "include_usage"
 _ASKED: Final = b'"include_usage":true'
-
-# With or without a version before it, and as Azure's deployments have it. A mere "/completions"
-# behind another word is somebody's own endpoint, which may refuse members that it does not know.
-_PATH = re.compile(
-    rb"(?:.*/)?chat/completions|(?:.*/)?v[0-9][^/]*/completions"
-    rb"|.*/deployments/[^/]+/completions|/completions"
-)
 
 
 def ask_for_usage(body: bytes, dialect: Dialect, target: bytes) -> bytes:
@@ -39,7 +32,10 @@ def ask_for_usage(body: bytes, dialect: Dialect, target: bytes) -> bytes:
         dialect: the provider's.
         target: the path, raw and as the provider sees it, with or without a query.
     """
-    if dialect is not Dialect.OPENAI or not _PATH.fullmatch(target.partition(b"?")[0]):
+    row = endpoint(dialect, target)
+    if row is None or row.dialect is not dialect or row.usage_option is None:
+        return body
+    if row.usage_option.fullmatch(target.partition(b"?")[0]) is None:
         return body
     try:
         return _with_usage(body)

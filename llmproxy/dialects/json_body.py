@@ -20,23 +20,8 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from llmproxy.dialects.json_spans import MEMBERS, BodyError, Span, member_spans
-
-__all__ = [
-    "DEPTH",
-    "MEMBERS",
-    "MODEL_BYTES",
-    "BodyError",
-    "JsonFacts",
-    "Span",
-    "asks_for_stream",
-    "inspect_json",
-    "is_json",
-    "kind_of",
-    "model_text",
-    "path_model",
-    "replace_model",
-]
+from llmproxy.dialects.json_spans import BodyError, Span, member_spans
+from llmproxy.http1.headers import media_type
 
 DEPTH: Final = 512  # arrays and objects in each other; CPython's own json gives up near 1000
 MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
@@ -149,16 +134,7 @@ def replace_model(body: bytes, span: Span, model: str) -> bytes:
 
 def is_json(content_type: bytes | None) -> bool:
     """Whether a Content-Type is `application/json` or `application/*+json` (RFC 6839, 3.1)."""
-    return bool(_JSON.fullmatch(kind_of(content_type or b"")))
-
-
-def asks_for_stream(facts: JsonFacts, dialect: str, path: bytes) -> bool:
-    """Whether the body asks for a stream: `"stream": true`, in Ollama's own API also nothing.
-
-    `path` is the raw path without its query; Ollama's own API are `/api/chat` and `/api/generate`.
-    """
-    own_api = dialect == "ollama" and path.endswith((b"/api/chat", b"/api/generate"))
-    return own_api if facts.stream is None else facts.stream
+    return bool(_JSON.fullmatch(media_type(content_type)))
 
 
 def path_model(path: bytes) -> str | None:
@@ -219,8 +195,3 @@ def model_text(name: bytes) -> str:
         return name.decode()
     except UnicodeDecodeError:
         raise BodyError('"model" is not UTF-8.') from None
-
-
-def kind_of(value: bytes) -> bytes:
-    """Return what stands before the parameters of a header value, in lower case."""
-    return value.partition(b";")[0].strip(b" \t").lower()

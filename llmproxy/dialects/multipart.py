@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from llmproxy.dialects.json_body import MODEL_BYTES, BodyError, Span, kind_of, model_text
+from llmproxy.dialects.json_body import MODEL_BYTES, model_text
+from llmproxy.dialects.json_spans import BodyError, Span
+from llmproxy.http1.headers import media_type, without_parameters
 
 PARTS: Final = 1000  # of one form; Starlette allows as many fields
 PART_HEAD_BYTES: Final = 8192  # the header fields of one part
@@ -34,7 +36,7 @@ def multipart_model(content_type: bytes, body: bytes) -> str | None:
             LF, none at the end, malformed or repeated part headers and parameters, `name*`, and for
             `model` an empty or encoded file name or a Content-Transfer-Encoding.
     """
-    if kind_of(content_type) != b"multipart/form-data":
+    if media_type(content_type) != b"multipart/form-data":
         return None
     boundary = _parameters(content_type).get(b"boundary", b"")
     if not _BOUNDARY.fullmatch(boundary):
@@ -90,7 +92,7 @@ def _is_model_field(head: bytes) -> bool:
     disposition = fields.get(b"content-disposition", b"")
     parameters = _parameters(disposition)
     name = parameters.get(b"name", b"\\")
-    plain = kind_of(disposition) == b"form-data" and b"\\" not in name
+    plain = without_parameters(disposition) == b"form-data" and b"\\" not in name
     if not plain or any(key.startswith(b"name*") for key in parameters):
         raise BodyError("A part of the form has no plain field name.")
     if name != b"model" or parameters.get(b"filename"):

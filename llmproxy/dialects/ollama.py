@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, tell_error
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
 
 
 class _Function(Part, gc=False):
@@ -64,7 +65,7 @@ def _read(data: bytes, seen: Accumulated) -> None:
     if line.prompt_eval_count is not None or line.eval_count is not None:
         seen.count(input_tokens=line.prompt_eval_count, output_tokens=line.eval_count)
     if line.error is not None:
-        tell_error(line.error, seen)
+        read_error(line.error, seen)
 
 
 def _keep(line: _Whole, seen: Accumulated) -> None:
@@ -80,6 +81,14 @@ def _keep(line: _Whole, seen: Accumulated) -> None:
             seen.add_arguments(key, json_text(function.arguments))
 
 
-CHAT = Endpoint("ollama chat", _read, _read, marker='"done":true')
-GENERATE = Endpoint("ollama generate", _read, _read, marker='"done":true')
-EMBED = Endpoint("ollama embed", _read, _read)
+CHAT = Endpoint(
+    "ollama chat",
+    Dialect.OLLAMA,
+    "chat",
+    _read,
+    _read,
+    end_marker='"done":true',
+    streams_by_default=True,
+)
+GENERATE = CHAT._replace(name="ollama generate", operation="text_completion")
+EMBED = Endpoint("ollama embed", Dialect.OLLAMA, "embeddings", _read, _read)

@@ -7,12 +7,14 @@ counts in each.  Azure's first chunk has neither id nor model.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, tell_error
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
 
 
 class InputDetails(Part, gc=False):
@@ -110,7 +112,7 @@ def _read(data: bytes, seen: Accumulated) -> None:
     if chunk.usage is not None:
         _count(chunk.usage, seen)
     if chunk.error is not None:
-        tell_error(chunk.error, seen)
+        read_error(chunk.error, seen)
 
 
 def _keep(choices: list[_Choice] | None, seen: Accumulated) -> None:
@@ -152,9 +154,32 @@ def _read_embeddings(data: bytes, seen: Accumulated) -> None:
     if response.usage is not None:
         _count(response.usage, seen)
     if response.error is not None:
-        tell_error(response.error, seen)
+        read_error(response.error, seen)
 
 
-CHAT = Endpoint("openai chat", _read, _read, marker="[DONE]")
-COMPLETIONS = Endpoint("openai completions", _read, _read, marker="[DONE]")
-EMBEDDINGS = Endpoint("openai embeddings", _read_embeddings, _read_embeddings)
+CHAT = Endpoint(
+    "openai chat",
+    Dialect.OPENAI,
+    "chat",
+    _read,
+    _read,
+    end_marker="[DONE]",
+    usage_option=re.compile(rb"(?:.*/)?chat/completions"),
+)
+COMPLETIONS = Endpoint(
+    "openai completions",
+    Dialect.OPENAI,
+    "text_completion",
+    _read,
+    _read,
+    end_marker="[DONE]",
+    # With or without a version before it, and as Azure's deployments have it.  A mere
+    # "/completions" behind another word is somebody's own endpoint, which may refuse members that
+    # it does not know.
+    usage_option=re.compile(
+        rb"(?:.*/)?v[0-9][^/]*/completions|.*/deployments/[^/]+/completions|/completions"
+    ),
+)
+EMBEDDINGS = Endpoint(
+    "openai embeddings", Dialect.OPENAI, "embeddings", _read_embeddings, _read_embeddings
+)

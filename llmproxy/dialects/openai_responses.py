@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, tell_error
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
 from llmproxy.dialects.openai import InputDetails, OutputDetails
 
 _ENDINGS = frozenset(("response.completed", "response.incomplete", "response.failed"))
 
-_IDLE = frozenset(
+_TEXT_ONLY = frozenset(
     b"response." + name
     for name in (
         b"output_text.delta",
@@ -118,7 +119,7 @@ def _read_event(data: bytes, seen: Accumulated) -> None:
             seen.open_call(event.output_index, event.item.call_id, json_text(name))
     elif kind == "error" or event.error is not None:
         own = {"code": event.code, "message": event.message}
-        tell_error(event.error or own, seen)
+        read_error(event.error or own, seen)
 
 
 def _read_document(data: bytes, seen: Accumulated) -> None:
@@ -135,7 +136,7 @@ def _read_document(data: bytes, seen: Accumulated) -> None:
 def _take(response: _Response, seen: Accumulated) -> None:
     seen.name(response.id, response.model)
     if response.error is not None:
-        tell_error(response.error, seen)
+        read_error(response.error, seen)
     elif response.status == "failed":
         seen.fail(None, None)
     usage = response.usage
@@ -172,8 +173,10 @@ def _keep(output: list[_Item], seen: Accumulated) -> None:
 
 RESPONSES = Endpoint(
     "openai responses",
+    Dialect.OPENAI,
+    "chat",
     _read_event,
     _read_document,
-    marker="response.completed, .incomplete or .failed",
-    idle=_IDLE,
+    end_marker="response.completed, .incomplete or .failed",
+    text_only=_TEXT_ONLY,
 )

@@ -11,16 +11,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.dialects.json_body import (
     JsonFacts,
-    Span,
-    asks_for_stream,
     inspect_json,
     is_json,
     path_model,
 )
+from llmproxy.dialects.json_spans import Span
 from llmproxy.dialects.multipart import multipart_model
-from llmproxy.errors import Dialect
 from llmproxy.http1.headers import media_type
 
 _FORM = b"multipart/form-data"
@@ -55,7 +55,10 @@ class RequestFacts(NamedTuple):
 
     def wants_stream(self, dialect: Dialect, path: bytes) -> bool | None:
         """Tell whether a stream is asked for; None where the body cannot say."""
-        return asks_for_stream(self.facts, dialect, path) if self.json else None
+        if not self.json or self.facts.stream is not None:
+            return self.facts.stream
+        row = endpoint(dialect, path)
+        return row is not None and row.streams_by_default
 
 
 def read_request(content_type: bytes | None, body: bytes, path: bytes) -> RequestFacts:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
-from llmproxy.errors import ClientGone, Dialect, EndReason, ProxyError, error_body, error_event
+from llmproxy.dialects.errors import error_body, error_event
+from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
 from llmproxy.policy.routes import RouteMatch

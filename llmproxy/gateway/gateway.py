@@ -17,7 +17,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
-from llmproxy.dialects.json_body import BodyError
+from llmproxy.dialects.json_spans import BodyError
 from llmproxy.dialects.request import RequestFacts, is_held, read_request
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import Rules, admit, early_refusal

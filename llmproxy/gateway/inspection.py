@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection
 from twisted.logger import Logger
 
 from llmproxy.config import Config
-from llmproxy.dialects.endpoints import Endpoint, endpoint
+from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.routes import Candidate, RouteMatch

@@ -12,8 +12,7 @@ from collections.abc import Collection, Container
 from functools import lru_cache
 
 from llmproxy.errors import ProxyError
-
-Fields = list[tuple[bytes, bytes]]
+from llmproxy.http1.grammar import Fields
 
 KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 """Fields in which an SDK sends its key, and which cross with ``pass_credential``."""
@@ -191,4 +190,9 @@ def is_ndjson(content_type: bytes | None) -> bool:
 @lru_cache(maxsize=256)
 def media_type(content_type: bytes | None) -> bytes:
     """Return the type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
-    return (content_type or b"").partition(b";")[0].strip(b" \t").lower()
+    return without_parameters(content_type or b"")
+
+
+def without_parameters(value: bytes) -> bytes:
+    """Return what stands before the parameters of a value, in lower case."""
+    return value.partition(b";")[0].strip(b" \t").lower()

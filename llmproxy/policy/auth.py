@@ -11,7 +11,8 @@ import hashlib
 
 from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
-from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, Fields
+from llmproxy.http1.grammar import Fields
+from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """The client of a request without a key, where such requests are allowed."""

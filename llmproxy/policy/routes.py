@@ -18,7 +18,9 @@ from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
-from llmproxy.errors import Dialect, ProxyError
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.errors import dialect_of_path
+from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.upstream.client import credential_field
 
@@ -125,7 +127,7 @@ class PathMatch:
         self._clients = clients
         self._needs_model = any(one.needs_model for one in found)
         first = found[0].candidates[0].provider if found else None
-        self.dialect = _dialect_of(path) if first is None else first.dialect
+        self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
         self.passes_credential = first is not None and first.pass_credential
 
@@ -240,12 +242,6 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         ),
         base=provider.url.path.encode("ascii"),
     )
-
-
-def _dialect_of(path: bytes) -> Dialect:
-    if path.startswith(b"/v1/messages"):
-        return Dialect.ANTHROPIC
-    return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
 
 
 def _rank(one: _Prepared) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from operator import attrgetter
 import msgspec
 from msgspec import UNSET
 
+from llmproxy.dialects.endpoints import operation
 from llmproxy.record.trace import Trace
 
 _CLIENT = 3  # SPAN_KIND_CLIENT, as the conventions have it for a call of a model
@@ -22,18 +23,6 @@ _ERROR = 2  # STATUS_CODE_ERROR
 
 _SLICE = 16
 """Spans after which other threads get their turn: a long one would hold up the streams."""
-
-_OPERATIONS = (
-    ("/embeddings", "embeddings"),
-    ("/embed", "embeddings"),
-    ("/chat/completions", "chat"),
-    ("/completions", "text_completion"),
-    ("/generate", "text_completion"),
-    ("/responses", "chat"),
-    ("/messages", "chat"),
-    ("/chat", "chat"),
-)
-"""What a request asks for, by the end of its path (``gen_ai.operation.name``)."""
 
 
 def _string(value: object) -> dict[str, object]:
@@ -134,8 +123,8 @@ def _encoded(trace: Trace, encoder: msgspec.json.Encoder) -> msgspec.Raw | None:
 def _span(trace: Trace) -> dict[str, object]:
     began = _nanoseconds(trace.time)
     span_id = trace.id.zfill(32)
-    operation = next((word for end, word in _OPERATIONS if trace.path.endswith(end)), None)
-    words = (operation or trace.method, trace.model or trace.route)
+    done = operation(trace.path.encode())
+    words = (done or trace.method, trace.model or trace.route)
     return {
         "traceId": span_id,
         "spanId": span_id[-16:],
@@ -143,17 +132,17 @@ def _span(trace: Trace) -> dict[str, object]:
         "kind": _CLIENT,
         "startTimeUnixNano": str(began),
         "endTimeUnixNano": str(began + round(trace.duration_s * 1e9)),
-        "attributes": list(_attributes(trace, operation)),
+        "attributes": list(_attributes(trace, done)),
         "status": {} if trace.is_complete else {"code": _ERROR, "message": trace.end_reason},
     }
 
 
-def _attributes(trace: Trace, operation: str | None) -> Iterable[dict[str, object]]:
+def _attributes(trace: Trace, done: str | None) -> Iterable[dict[str, object]]:
     for (key, _, kind), value in zip(_ATTRIBUTES, _values_of(trace), strict=True):
         if value is not None and value is not UNSET:
             yield {"key": key, "value": kind(value)}
-    if operation is not None:
-        yield {"key": "gen_ai.operation.name", "value": _string(operation)}
+    if done is not None:
+        yield {"key": "gen_ai.operation.name", "value": _string(done)}
     if not trace.is_complete:
         yield {"key": "error.type", "value": _string(trace.error or trace.end_reason)}
     if trace.finish_reason is not UNSET:

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
-from llmproxy.dialects.endpoints import DONE, Endpoint, is_whole
+from llmproxy.dialects.endpoint import DONE, Endpoint, is_whole
 from llmproxy.errors import EndReason
 from llmproxy.http1.headers import media_type
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
@@ -76,7 +76,7 @@ class StreamAccumulator:
         self._tell = degraded
         self._catch_up = catch_up
         self._seen = Accumulated(keeps=capture == "content", budget=accumulate)
-        self._idle = frozenset() if capture == "content" else endpoint.idle
+        self._idle = frozenset() if capture == "content" else endpoint.text_only
         self._result: Result | None = None
         self._waiting: list[Deferred[Result]] = []
         self._degraded: tuple[Degraded, ...] = ()
@@ -202,7 +202,7 @@ class StreamAccumulator:
     def _take_odd(self, event: bytes) -> None:
         """An event that cannot be decoded: the marker, which is no JSON, or nothing at all."""
         if event.startswith(DONE):
-            if self._endpoint.marker == DONE.decode():
+            if self._endpoint.end_marker == DONE.decode():
                 self._seen.has_ended = True
         elif not event.isspace() and event:
             self._degrade(Degraded.UNREADABLE)
@@ -249,7 +249,7 @@ class StreamAccumulator:
             return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
         if seen.has_ended:
             return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
-        must_end = self._is_stream and self._endpoint.marker is not None and not self._degraded
+        must_end = self._is_stream and self._endpoint.end_marker is not None and not self._degraded
         return EndReason.UNFINISHED if end is EndReason.COMPLETE and must_end else end
 
     # -- what goes wrong ------------------------------------------------------------------------

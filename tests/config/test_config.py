@@ -26,7 +26,7 @@ from llmproxy.config import (
 )
 from llmproxy.config.settings import SECTIONS
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 from tests.support.configs import (
     DIGEST,
     KEYS_LINE,

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError
-from llmproxy.dialects.endpoints import TABLE, Endpoint, endpoint
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.dialects.endpoints import TABLE, endpoint, operation
 
 
 def gathered(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
@@ -68,8 +69,45 @@ def test_the_row_is_found_by_the_last_segments(
 def test_every_dialect_has_its_table() -> None:
     """No dialect is forgotten, and every row with an end marker says which."""
     assert set(TABLE) == set(Dialect)
-    unmarked = {row.name for rows in TABLE.values() for row in rows.values() if not row.marker}
+    unmarked = {row.name for rows in TABLE.values() for row in rows.values() if not row.end_marker}
     assert unmarked == {"openai embeddings", "ollama embed"}
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        (b"/v1/chat/completions", "chat"),
+        (b"/v1/chat/completions/", "chat"),
+        (b"/v1/completions", "text_completion"),
+        (b"/v1/embeddings", "embeddings"),
+        (b"/v1/responses", "chat"),
+        (b"/v1/messages", "chat"),
+        (b"/api/chat", "chat"),
+        (b"/api/generate", "text_completion"),
+        (b"/api/embed", "embeddings"),
+        (b"/api/embeddings", "embeddings"),
+        (b"/generate", "text_completion"),
+        (b"/v2/chat", "chat"),
+        (b"/v1/messages/count_tokens", None),
+        (b"/v1/models", None),
+        (b"/api/tags", None),
+        (b"/v1/xmessages", None),
+        (b"/", None),
+        (b"", None),
+    ],
+)
+def test_the_path_says_what_is_done(path: bytes, word: str | None) -> None:
+    """The last segment of any dialect's endpoint is enough, whoever was asked."""
+    assert operation(path) == word
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_row_does_the_same_for_all_who_ask(dialect: Dialect) -> None:
+    """What a span says of a path is what its row says, and rows keep their own dialect."""
+    for key, row in TABLE[dialect].items():
+        assert endpoint(dialect, b"/x/" + key) is row
+        assert operation(b"/x/" + key) == row.operation
+        assert row.name.partition(" ")[0] == row.dialect
 
 
 @pytest.mark.parametrize(

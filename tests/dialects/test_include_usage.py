@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.include_usage import ask_for_usage
 from llmproxy.dialects.json_body import inspect_json, replace_model
-from llmproxy.errors import Dialect
 from tests.support.written_json import TEXT, VALUES, write
 
 CHAT = b"/v1/chat/completions"

@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 from llmproxy.dialects import json_body as module
 from llmproxy.dialects.json_body import (
     DEPTH,
-    MEMBERS,
     MODEL_BYTES,
-    BodyError,
     JsonFacts,
-    Span,
-    asks_for_stream,
     inspect_json,
     is_json,
     path_model,
     replace_model,
 )
+from llmproxy.dialects.json_spans import MEMBERS, BodyError, Span
 from llmproxy.dialects.multipart import PART_HEAD_BYTES, PARTS, multipart_model
 from tests.support.written_json import KEYS, TEXT, VALUES, write
 
@@ -848,24 +845,3 @@ def test_json_types_are_known(content_type: bytes) -> None:
 def test_other_types_are_no_json(content_type: bytes | None) -> None:
     """No type, and types that only look alike, are not JSON."""
     assert not is_json(content_type)
-
-
-@pytest.mark.parametrize(
-    ("body", "dialect", "path", "asked"),
-    [
-        (b'{"stream":true}', "openai", b"/v1/chat/completions", True),
-        (b'{"stream":false}', "openai", b"/v1/chat/completions", False),
-        (b"{}", "openai", b"/v1/chat/completions", False),
-        (b'{"stream":true}', "raw", b"/x", True),
-        (b"{}", "ollama", b"/api/chat", True),
-        (b"{}", "ollama", b"/ollama/api/generate", True),
-        (b'{"stream":null}', "ollama", b"/api/chat", True),
-        (b'{"stream":false}', "ollama", b"/api/chat", False),
-        (b"{}", "ollama", b"/api/embed", False),
-        (b"{}", "ollama", b"/v1/chat/completions", False),
-        (b"{}", "openai", b"/api/chat", False),
-    ],
-)
-def test_a_stream_is_asked_for(body: bytes, dialect: str, path: bytes, asked: bool) -> None:
-    """`"stream": true` asks for a stream, and so does silence in Ollama's own API."""
-    assert asks_for_stream(inspect_json(body), dialect, path) is asked

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmproxy.dialects.json_body import BodyError
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.json_spans import BodyError
 from llmproxy.dialects.request import is_held, read_request
-from llmproxy.errors import Dialect
 
 JSON = b"application/json"
 BODY = b'{"model": "m", "stream": true}'
@@ -89,13 +89,21 @@ def test_the_path_names_models_too(
 @pytest.mark.parametrize(
     ("dialect", "path", "body", "streams"),
     [
+        (Dialect.OPENAI, b"/v1/chat/completions", b'{"stream":true}', True),
+        (Dialect.OPENAI, b"/v1/chat/completions", b'{"stream":false}', False),
+        (Dialect.OPENAI, b"/v1/chat/completions", b"{}", False),
         (Dialect.OPENAI, b"/v1/chat", b"{}", False),
         (Dialect.OPENAI, b"/api/chat", b"{}", False),
         (Dialect.ANTHROPIC, b"/v1/messages", b'{"stream":false}', False),
         (Dialect.OLLAMA, b"/api/chat", b"{}", True),
+        (Dialect.OLLAMA, b"/api/chat/", b"{}", True),
         (Dialect.OLLAMA, b"/x/api/generate", b"{}", True),
         (Dialect.OLLAMA, b"/api/chat", b'{"stream":false}', False),
+        (Dialect.OLLAMA, b"/api/chat", b'{"stream":null}', True),
+        (Dialect.OLLAMA, b"/api/embed", b"{}", False),
+        (Dialect.OLLAMA, b"/api/tags", b"{}", False),
         (Dialect.OLLAMA, b"/v1/chat/completions", b"{}", False),
+        (Dialect.RAW, b"/api/chat", b"{}", False),
         (Dialect.RAW, b"/", b'{"stream":true}', True),
     ],
 )

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from llmproxy.errors import ProxyError
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import (
     KEY_FIELDS,
-    Fields,
     HeaderRewriter,
     for_client,
     host_of,

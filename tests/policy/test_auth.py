@@ -7,8 +7,11 @@ import hashlib
 import pytest
 
 from llmproxy.config import Client, Config, Proxy
-from llmproxy.errors import Dialect, ProxyError, error_body
-from llmproxy.http1.headers import KEY_FIELDS, Fields
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.errors import error_body
+from llmproxy.errors import ProxyError
+from llmproxy.http1.grammar import Fields
+from llmproxy.http1.headers import KEY_FIELDS
 from llmproxy.policy.auth import ANONYMOUS, Auth
 
 

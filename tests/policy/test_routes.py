@@ -7,7 +7,8 @@ import hashlib
 import pytest
 
 from llmproxy.config import Client, parse
-from llmproxy.errors import Dialect, ProxyError
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import ProxyError
 from llmproxy.policy.routes import RouteMatch, Routes, refuse_dots
 
 KEY = "sha256:" + hashlib.sha256(b"key").hexdigest()

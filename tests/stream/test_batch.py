@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llmproxy.dialects.accumulated import ProviderError
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
-from llmproxy.errors import Dialect, EndReason
+from llmproxy.errors import EndReason
 from llmproxy.stream.batch import Batch
 from llmproxy.stream.statistics import StreamStatistics
 from llmproxy.stream.tap import StreamAccumulator

@@ -27,7 +27,8 @@ from llmproxy.cli.demo.dialect import Streamed
 from llmproxy.cli.demo.ollama import Chat, Generate
 from llmproxy.cli.demo.openai_responses import Responses
 from llmproxy.cli.demo.response import Asked, Tool, response
-from llmproxy.errors import Dialect, EndReason
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import EndReason
 from llmproxy.stream.events import ServerSentEvents
 from tests.support.golden import BY_FILE, GOLDEN, RECORDED, Recorded
 

@@ -16,8 +16,10 @@ from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
-from llmproxy.dialects.endpoints import Endpoint, endpoint
-from llmproxy.errors import Dialect, EndReason
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.dialects.endpoints import endpoint
+from llmproxy.errors import EndReason
 from llmproxy.stream.result import Degraded, Result
 from llmproxy.stream.tap import StreamAccumulator
 from tests.conftest import LoggedFailures
@@ -289,7 +291,9 @@ def test_a_reader_that_raises_leaves_what_was_found(logged_failures: LoggedFailu
         if next(calls):
             raise KeyError
 
-    tap = StreamAccumulator(Endpoint("x", read, read), content_type=SSE, capture="content")
+    tap = StreamAccumulator(
+        Endpoint("x", Dialect.OPENAI, "chat", read, read), content_type=SSE, capture="content"
+    )
     for data in (b"data: a\n\n", b"data: b\n\n", b"data: c\n\n"):
         tap.feed(data)
     assert tap.finish(EndReason.COMPLETE).text == "ab"

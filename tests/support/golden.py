@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llmproxy.dialects.accumulated import ProviderError, ToolCall, Usage
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
-from llmproxy.errors import Dialect, EndReason
+from llmproxy.errors import EndReason
 from llmproxy.stream.result import Result
 from llmproxy.stream.tap import StreamAccumulator
 

@@ -21,7 +21,8 @@ from zope.interface import implementer
 
 from llmproxy.config import Config, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
-from llmproxy.errors import Dialect, EndReason, ProxyError
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import EndReason, ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.net.transport import pending_bytes
 from llmproxy.upstream.client import LeanClient, NoCookies, PreparedUrl, Upstream

@@ -12,7 +12,7 @@ from pytest_twisted import ensureDeferred
 
 from llmproxy.config import Config, Limits, Secret, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
-from llmproxy.errors import Dialect
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.upstream.client import Upstream, connection_key
 from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, TurnedReactor, turn, until

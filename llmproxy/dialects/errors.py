@@ -1,0 +1,81 @@
+"""How an error is reported to a client: the JSON that the SDK of each dialect understands.
+
+A :class:`~llmproxy.errors.ProxyError` holds a status, a reason and a sentence.  Here they become
+the body of a response, or one event of a stream that has already begun (design 8).  Nothing here
+knows header fields, sockets or routes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import ProxyError
+
+_OPENAI_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def dialect_of_path(path: bytes) -> Dialect:
+    """Return the dialect of errors at a path to which no route leads.
+
+    The path alone says which SDK has probably sent the request.
+
+    Args:
+        path: raw, without the query.
+    """
+    if path.startswith(b"/v1/messages"):
+        return Dialect.ANTHROPIC
+    return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
+
+
+def error_body(error: ProxyError, dialect: Dialect, request_id: str) -> bytes:
+    """Return the JSON body that reports ``error`` to an SDK of ``dialect`` (design 8)."""
+    return msgspec.json.encode(_error_object(error, dialect, request_id))
+
+
+def error_event(error: ProxyError, dialect: Dialect, request_id: str, *, ndjson: bool) -> bytes:
+    """Return one event that reports ``error`` inside a stream that has already begun.
+
+    Args:
+        ndjson: the stream is NDJSON, so that the event is a line; else it is SSE.
+    """
+    payload = error_body(error, dialect, request_id)
+    if ndjson:
+        return payload + b"\n"
+    name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
+    return name + b"data: " + payload + b"\n\n"
+
+
+def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[str, object]:
+    if dialect is Dialect.ANTHROPIC:
+        kind = _ANTHROPIC_TYPES.get(error.status, _fallback_type(error.status, "api_error"))
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": error.message},
+            "request_id": request_id,
+        }
+    if dialect is Dialect.OLLAMA:
+        return {"error": error.message}
+    kind = _OPENAI_TYPES.get(error.status, _fallback_type(error.status, "server_error"))
+    return {"error": {"message": error.message, "type": kind, "code": error.reason, "param": None}}
+
+
+def _fallback_type(status: int, server: str) -> str:
+    return "invalid_request_error" if status < 500 else server
