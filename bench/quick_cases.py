@@ -24,8 +24,7 @@ from llmproxy.http1.framing import ChunkedReader
 from llmproxy.http1.grammar import parse_fields
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.site import Site
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Batch, Relay
 from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.response import Response

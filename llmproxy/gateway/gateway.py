@@ -32,8 +32,7 @@ from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.request import Request
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.client import Upstream, credential_field
 from llmproxy.upstream.response import Response
 

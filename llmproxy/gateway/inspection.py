@@ -19,8 +19,7 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
-from llmproxy.stream.result import Degraded, Result
-from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
 
 _log = Logger()
 

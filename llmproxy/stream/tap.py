@@ -12,20 +12,20 @@ This module knows no route, no trace and no metric, and nothing of who relays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from typing import Literal
 
 import msgspec
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
-from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
+from llmproxy.dialects.accumulated import Accumulated, ProviderError, ToolCall, Usage
 from llmproxy.dialects.endpoint import DONE, Endpoint, is_whole
 from llmproxy.errors import EndReason
 from llmproxy.http1.headers import media_type
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
-from llmproxy.stream.result import Degraded, Result
 
 _PIECE = 128 * 1024
 """Most bytes that are cut into events at once, so that a large feed is not copied as a whole."""
@@ -41,6 +41,55 @@ _FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
 
 _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
 """Ends behind which a provider's own error stands, if it sent one: SDKs leave when they see it."""
+
+
+class Degraded(StrEnum):
+    """What a result may lack, and why: a label of ``llmproxy_tap_degraded_total``.
+
+    ``encoding``: the coding is not known here, or the bytes are not in it; ``bomb``: they grow out
+    of all proportion; ``overlong``: an event, or a response in one piece, was longer than
+    ``limits.event`` and was left out; ``unreadable``: one was not what the dialect sends;
+    ``internal``: an error of ours, which ended the tap.
+    """
+
+    ENCODING = "encoding"
+    BOMB = "bomb"
+    OVERLONG = "overlong"
+    UNREADABLE = "unreadable"
+    INTERNAL = "internal"
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream held.
+
+    Attributes:
+        end_reason: why it ended, the verdict on its content included.
+        text: of the first choice, as far as it is held; empty without ``capture = "content"``.
+        text_bytes: how long the whole text is in UTF-8; 0 without ``capture = "content"``.
+        tool_calls: of the first choice, as far as they are held.
+        is_cut: text or tool calls were longer than ``limits.accumulate``.
+        events: how many events with data there were, about one for each token of a stream.
+        error: the provider's own error, if its response held one.
+        degraded: what the tap did not understand, so that all else may lack something.
+    """
+
+    end_reason: EndReason
+    text: str = ""
+    text_bytes: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
+    is_cut: bool = False
+    events: int = 0
+    finish_reason: str | None = None
+    model: str | None = None
+    response_id: str | None = None
+    usage: Usage = Usage()
+    error: ProviderError | None = None
+    degraded: tuple[Degraded, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the client got all that there was."""
+        return self.end_reason is EndReason.COMPLETE
 
 
 class StreamAccumulator:

@@ -10,8 +10,7 @@ from llmproxy.dialects.accumulated import ProviderError
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.statistics import StreamStatistics
+from llmproxy.stream.relay import Batch, StreamStatistics
 from llmproxy.stream.tap import StreamAccumulator
 
 SSE = b"text/event-stream"

@@ -14,8 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_broken
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.relay import Relay, State
+from llmproxy.stream.relay import Batch, Relay, State
 from tests.support.fake_transport import FakeTransport
 
 WHOLE = Failure(ResponseDone())

@@ -20,8 +20,7 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
-from llmproxy.stream.result import Degraded, Result
-from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
 from tests.conftest import LoggedFailures
 from tests.support.golden import BY_FILE, RECORDED
 

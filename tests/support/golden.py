@@ -10,8 +10,7 @@ from llmproxy.dialects.accumulated import ProviderError, ToolCall, Usage
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
-from llmproxy.stream.result import Result
-from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.tap import Result, StreamAccumulator
 
 GOLDEN = Path(__file__).parents[1] / "stream" / "golden"
 

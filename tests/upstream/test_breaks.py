@@ -12,8 +12,7 @@ from twisted.python.failure import Failure
 
 from llmproxy.config import Provider, Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.stream.batch import Batch
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.dialer import Dial
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
