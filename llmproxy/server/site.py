@@ -20,10 +20,9 @@ from twisted.web.resource import IResource
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, Cut, ProxyError
 from llmproxy.net.transport import pending_bytes
-from llmproxy.server.connection import ClientConnection
+from llmproxy.server.connection import ClientConnection, Phase
 from llmproxy.server.connection_limits import ConnectionLimiter, RejectedConnection
 from llmproxy.server.error_response import bare_response
-from llmproxy.server.progress import Phase
 from llmproxy.server.request import Request
 
 _TIMEOUTS, _LIMITS = Timeouts(), Limits()

@@ -19,9 +19,7 @@ from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
 from llmproxy.http1.framing import ChunkedReader, LengthReader
 from llmproxy.http1.grammar import MAX_FIELDS, BadMessage, parse_request_head
-from llmproxy.server.connection import ClientConnection
-from llmproxy.server.progress import Phase
-from llmproxy.server.receiver import request_body
+from llmproxy.server.connection import ClientConnection, Phase, request_body
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, turn, until
