@@ -29,8 +29,7 @@ from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
-from llmproxy.net.lag import Lag
-from llmproxy.net.loop import calm_collector, tune
+from llmproxy.net.loop import Lag, calm_collector, tune
 from llmproxy.net.timers import Timers
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.descriptors import raise_limit

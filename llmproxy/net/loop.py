@@ -1,4 +1,4 @@
-"""The reactor's loop, without what a daemon of one program does not need.
+"""The reactor's loop, without what a daemon of one program does not need, and how late it is.
 
 Twisted calls every ready socket through ``log.callWithLogger``, whose context costs about as much
 as sending an event, and looks at timers, threads and signals between any two polls.  Here sockets
@@ -8,6 +8,8 @@ Only exactly ``EPollReactor`` is touched, and on it only ``doIteration``; whatev
 process sees the same calls in the same order.  What is leaned on: ``_poller``, ``_selectables``,
 ``_doReadOrWrite``, ``threadCallQueue``, ``_newTimedCalls``, ``_pendingTimedCalls`` and
 ``_justStopped``; ``tests/net/test_loop.py`` fails when they change.
+
+:class:`Lag` measures by how much any reactor misses an appointment that it was given.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from select import EPOLLIN
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.task import LoopingCall
 from twisted.python import log
 
 _THRESHOLDS = (10_000, 20, 50)
@@ -32,6 +35,9 @@ _MOST = 256
 
 _LONGEST = 2_147_483.0
 """Seconds that epoll can be told to wait; Twisted's own limit."""
+
+_APPOINTMENT = 1.0
+"""Seconds between two appointments at which the lag is measured."""
 
 
 def tune(reactor: Any) -> Callable[[], None]:
@@ -102,3 +108,37 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                 return
 
     return iterate
+
+
+class Lag:
+    """Measures the lag of one reactor.
+
+    Args:
+        reactor: keeps, or misses, the appointments.
+        clock: monotonic seconds.
+        observe: called with each lag, in seconds.
+    """
+
+    def __init__(
+        self, reactor: Any, clock: Callable[[], float], observe: Callable[[float], None]
+    ) -> None:
+        self._clock = clock
+        self._observe = observe
+        self._expected = 0.0
+        self._call = LoopingCall(self._measure)
+        self._call.clock = reactor
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._expected = self._clock() + _APPOINTMENT
+        self._call.start(_APPOINTMENT, now=False)
+
+    def stop(self) -> None:
+        """Measure no more; harmless where nothing was measured."""
+        if self._call.running:
+            self._call.stop()
+
+    def _measure(self) -> None:
+        now = self._clock()
+        self._observe(max(0.0, now - self._expected))
+        self._expected = now + _APPOINTMENT

@@ -141,6 +141,14 @@ class DirectTransport(tcp.Connection):
         self.protocol.dataReceived(data)
         return None
 
+    def startTLS(self, ctx: Any, normal: bool = True) -> None:
+        """Refuse: what is written would pass by Twisted's TLS layer, and leave in the clear.
+
+        Raises:
+            RuntimeError: always; TLS from the first byte on is ``net/tls.py``.
+        """
+        raise RuntimeError("startTLS is not supported: what is written here would not be encrypted")
+
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Ask ``producer`` for more, or pause it."""
         self._is_pulled = not streaming
