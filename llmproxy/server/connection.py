@@ -43,14 +43,12 @@ from twisted.web import http
 from zope.interface import implementer
 
 from llmproxy.errors import ClientStalled, ProxyError
-from llmproxy.http1.framing import ChunkedReader, LengthReader
+from llmproxy.http1.framing import BodyReader, LengthReader, request_body
 from llmproxy.http1.grammar import (
     BadMessage,
     RequestHead,
     field_values,
-    is_chunked,
     list_tokens,
-    parse_length,
     parse_request_head,
 )
 from llmproxy.net.tcp import DirectTransport
@@ -144,7 +142,7 @@ class ClientConnection(http.HTTPChannel):
         self._skips_line = True
         self._advancing = False
         self._discarding = False  # what still comes is dropped
-        self._reader: ChunkedReader | LengthReader = LengthReader(0)
+        self._reader: BodyReader = LengthReader(0)
         self._invited = True  # nobody waits for a 100
         self._upload_paused_at: float | None = None
         self._upload_left = 0.0
@@ -554,23 +552,3 @@ class ClientConnection(http.HTTPChannel):
             for request in list(self.requests):
                 request.abort(ClientStalled())
             self.abort()
-
-
-def request_body(head: RequestHead) -> ChunkedReader | LengthReader:
-    """Return what reads the body behind ``head`` (RFC 9112, section 6.3).
-
-    Raises:
-        BadMessage: 400 where it is framed twice or in a way that its version lacks, 501 for a
-            transfer coding that is not known.
-    """
-    length = None
-    if b"content-length" in head.first:
-        length = parse_length(field_values(head.fields, b"content-length"))
-    if b"transfer-encoding" not in head.first:
-        return LengthReader(length or 0)
-    coding = field_values(head.fields, b"transfer-encoding")
-    if length is not None or head.minor == 0:
-        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
-    if not is_chunked(coding):
-        raise BadMessage("a transfer coding other than chunked", 501)
-    return ChunkedReader()

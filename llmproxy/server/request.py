@@ -24,7 +24,7 @@ from twisted.web import server
 from twisted.web.http_headers import Headers
 
 from llmproxy.errors import ClientGone, ProxyError
-from llmproxy.http1.framing import LAST_CHUNK
+from llmproxy.http1.framing import LAST_CHUNK, chunk
 from llmproxy.http1.grammar import RequestHead
 from llmproxy.server.error_response import memory_full, status_line, too_large
 from llmproxy.server.upload import Upload
@@ -256,9 +256,8 @@ class Request(server.Request):
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
         if self._flows and data:
-            size = len(data)
-            self.sent += size
-            self.channel.write(b"%x\r\n%b\r\n" % (size, data))
+            self.sent += len(data)
+            self.channel.write(chunk(data))
             return
         if self._disconnected or self.ended:
             return
@@ -269,7 +268,7 @@ class Request(server.Request):
             return
         self.sent += len(data)
         if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = chunk(data)
         if self._head:
             data, self._head = self._head + data, b""
         self._flows = bool(self.chunked)

@@ -17,9 +17,8 @@ from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
-from llmproxy.http1.framing import ChunkedReader, LengthReader
-from llmproxy.http1.grammar import MAX_FIELDS, BadMessage, parse_request_head
-from llmproxy.server.connection import ClientConnection, Phase, request_body
+from llmproxy.http1.grammar import MAX_FIELDS
+from llmproxy.server.connection import ClientConnection, Phase
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, turn, until
@@ -389,46 +388,6 @@ def test_other_heads_that_are_refused(data: bytes, status: int) -> None:
     assert caller.status == status
     assert not caller.is_open()
     assert not caller.resource.requests
-
-
-def body_of(*fields: bytes, version: bytes = b"1.1") -> ChunkedReader | LengthReader:
-    """Return what reads the body behind a head with these fields."""
-    lines = [b"POST / HTTP/" + version, b"Host: h", *fields]
-    return request_body(parse_request_head(b"\r\n".join(lines)))
-
-
-def test_request_bodies_are_framed_by_their_heads() -> None:
-    """Chunks, a length, or no body at all; a request's body never ends with its connection."""
-    assert isinstance(body_of(b"Transfer-Encoding: Chunked"), ChunkedReader)
-    for fields, left in (([], 0), ([b"Content-Length: 0"], 0), ([b"Content-Length: 7"], 7)):
-        reader = body_of(*fields)
-        assert isinstance(reader, LengthReader)
-        assert (reader.left, reader.done) == (left, left == 0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "version", "status"),
-    [
-        ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], b"1.1", 400),
-        ([b"Content-Length: 5", b"Transfer-Encoding: identity"], b"1.1", 400),
-        ([b"Content-Length: 5", b"Content-Length: 5"], b"1.1", 400),
-        ([b"Content-Length: " + b"9" * 5000], b"1.1", 400),
-        ([b"Content-Length: +5"], b"1.1", 400),
-        ([b"Transfer-Encoding: chunked"], b"1.0", 400),
-        ([b"Transfer-Encoding: identity"], b"1.1", 501),
-        ([b"Transfer-Encoding: gzip, chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: chunked, chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: xchunked"], b"1.1", 501),
-        ([b"Transfer-Encoding:"], b"1.1", 501),
-    ],
-)
-def test_strange_framing_is_refused(fields: list[bytes], version: bytes, status: int) -> None:
-    """Two framings, or one that is not known, cannot be agreed on."""
-    with pytest.raises(BadMessage) as caught:
-        body_of(*fields, version=version)
-
-    assert caught.value.status == status
 
 
 def test_a_head_of_the_most_bytes_is_served() -> None:
