@@ -1,4 +1,4 @@
-"""The Resource that every proxied request meets: the story of one request, in order.
+"""The handler that every proxied request meets: the story of one request, in order.
 
 :meth:`Gateway._tell` is that story: identify, admit, choose, send, copy the head, pump.  Whatever
 ends it ends in :meth:`Gateway._serve`, the one place that turns an end into an end reason, an
@@ -13,7 +13,6 @@ from typing import Any
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -41,6 +40,7 @@ from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
+from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.batch import Batch
 from llmproxy.stream.relay import Relay
@@ -50,7 +50,7 @@ from llmproxy.upstream.response import Response
 _log = Logger()
 
 
-class Gateway(Resource):
+class Gateway(Handler):
     """Serves every request that is for a provider, as one configuration has it.
 
     A reload makes another one; a request ends with the one that it began with (ADR-0014).
@@ -64,8 +64,6 @@ class Gateway(Resource):
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
     """
-
-    isLeaf = True
 
     def __init__(
         self,
@@ -105,6 +103,10 @@ class Gateway(Resource):
             for p in config.providers.values()
         }
         self._via_1_1, self._via_1_0 = b"1.1 " + self._via, b"1.0 " + self._via
+
+    def body_limit(self, request: Request) -> int:
+        """Return the most bytes of a request's body, as far as its target can tell."""
+        return self.routes.body_limit(request.uri)
 
     def holds_body(self, request: Request) -> bool:
         """Tell whether a request's body must be whole before it is served, or streams."""

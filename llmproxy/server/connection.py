@@ -332,12 +332,12 @@ class ClientConnection(http.HTTPChannel):
     def _take_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
         """Hold the body, or begin to serve the request while its body streams."""
         is_here = length is not None and len(self._buffer) >= length
-        refusal = None if is_here else self.site.early_refusal(request)
+        refusal = None if is_here else request.handler.early_refusal(request)
         if refusal is not None:
             request.refuse(refusal)
             return
         self._invited = not expected or request.clientproto == b"HTTP/1.0"
-        if self.site.holds_body(request):
+        if request.handler.holds_body(request):
             self.invite_upload()
         else:
             request.upload = Upload(self, length)

@@ -46,6 +46,7 @@ class Request(server.Request):
         body: the whole request body, where it is held.
         body_bytes: how much of it came so far.
         upload: the request body, where it streams.
+        handler: what its head found to serve it; None once it does.
         refusal: why the request cannot be served, where that is known before it is served.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
@@ -55,8 +56,8 @@ class Request(server.Request):
     """
 
     __slots__ = (
-        *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_resource"),
-        *("_served", "body", "body_bytes", "ended", "fields", "first", "gone", "refusal", "sent"),
+        *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
+        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "refusal", "sent"),
         *("stall_after", "status", "upload"),
     )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
@@ -84,7 +85,7 @@ class Request(server.Request):
         self._parts: list[bytes] = []
         self._limit = 0
         self._held = 0
-        self._resource = channel.site.resource  # who is to serve it is settled by its head
+        self.handler: Any = channel.site.router.find(self.method, self.path)
         self._served = False
         # what goes out
         self.gone: Callable[[ClientGone], None] | None = None
@@ -135,7 +136,7 @@ class Request(server.Request):
 
     def gotLength(self, length: int | None) -> None:
         """Bound the body before the first byte of it; ``length`` is what the head announces."""
-        self._limit = self.site.body_limit(self.uri)
+        self._limit = self.handler.body_limit(self)
         if length is not None and length > self._limit:
             self.refusal = too_large(self._limit)
 
@@ -194,15 +195,11 @@ class Request(server.Request):
         self.body = b""
 
     def process(self) -> None:
-        """Find the resource and render it; the body is held, refused or streams."""
+        """Let the handler serve the request; its body is held, refused or streams."""
         self._served = True
-        resource, self._resource = self._resource, None
+        handler, self.handler = self.handler, None  # a stream may outlive its configuration
         try:
-            if not resource.isLeaf:
-                self.prepath: list[bytes] = []
-                self.postpath = self.path[1:].split(b"/")
-                resource = self.site.getResourceFor(self)
-            self.render(resource)
+            self.render(handler)
         except Exception:
             self.processingFailed(Failure())
 

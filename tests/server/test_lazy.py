@@ -10,6 +10,7 @@ from twisted.web import server
 
 from llmproxy.config import Timeouts
 from llmproxy.http1.grammar import parse_request_head
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 
 PEER, HOST = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)
@@ -24,7 +25,7 @@ def channel() -> Any:
         getHost=lambda: HOST,
         transport=object(),
         site=SimpleNamespace(
-            _parsePOSTFormSubmission=False, timeouts=Timeouts(), resource=object()
+            _parsePOSTFormSubmission=False, timeouts=Timeouts(), router=Router(Handler())
         ),
     )
 

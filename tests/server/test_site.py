@@ -12,13 +12,13 @@ import pytest_twisted
 from twisted.internet import reactor as real_reactor
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
 from llmproxy.http1.grammar import MAX_FIELDS
 from llmproxy.server.connection import ClientConnection, Phase
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, turn, until
@@ -28,15 +28,20 @@ GET = request("GET", "/")
 LAST = b"0\r\n\r\n"
 
 
-class Waits(Resource):
+class Waits(Handler):
     """Answers 200 to whatever is refused nothing, when the test says so; refusals at once."""
 
-    isLeaf = True
-
-    def __init__(self) -> None:
+    def __init__(self, *, limit: int = 1_000_000, holds: bool = True) -> None:
         super().__init__()
+        self.limit, self.holds = limit, holds
         self.requests: list[Request] = []
         self.gone: list[ClientGone] = []
+
+    def body_limit(self, request: Request) -> int:
+        return self.limit
+
+    def holds_body(self, request: Request) -> bool:
+        return self.holds
 
     def render(self, request: Request) -> int:
         self.requests.append(request)
@@ -55,12 +60,12 @@ class Caller:
         self.clock.advance(5000)
         self.resource = Waits()
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.clock,
             self.clock.seconds,
             Timeouts(**timeouts),
             limits or Limits(),
-            body_limit=lambda target: 1_000_000,
+            wall=lambda: 0.0,
         )
         self.connect()
 
@@ -634,12 +639,12 @@ class Listening:
         self.reactor = TurnedReactor()
         self.resource = Waits()
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.reactor,
             self.reactor.seconds,
             Timeouts(**timeouts),
             Limits(),
-            body_limit=lambda target: 100,
+            wall=lambda: 0.0,
         )
         listen: Any = real_reactor.listenTCP  # whose types know no Site
         self.port: Any = listen(0, self.site, interface="127.0.0.1")
