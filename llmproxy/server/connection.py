@@ -35,14 +35,15 @@ from enum import Enum
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IProtocol
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from twisted.web import http
 from zope.interface import implementer
 
-from llmproxy.errors import ClientStalled, ProxyError
+from llmproxy.errors import ClientGone, ClientStalled, ProxyError
 from llmproxy.http1.framing import BodyReader, LengthReader, request_body
 from llmproxy.http1.grammar import (
     BadMessage,
@@ -59,6 +60,7 @@ from llmproxy.net.transport import (
     raw_transport,
     unacknowledged_bytes,
 )
+from llmproxy.server.hand_over import ClientSocket
 from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
 
@@ -91,6 +93,8 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NOTHING: list[bytes] = []
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
 
+_log = Logger()
+
 
 class Phase(Enum):
     """Where a connection stands; the table above says what each means."""
@@ -100,6 +104,7 @@ class Phase(Enum):
     HEAD = "head"
     BODY = "body"
     SERVING = "serving"
+    HANDED_OVER = "handed over"
     CLOSING = "closing"
 
 
@@ -119,8 +124,16 @@ class ClientConnection(http.HTTPChannel):
 
     __slots__ = (
         *("_aborted", "_advancing", "_buffer", "_discarding", "_invited", "_lingering", "_look_at"),
-        *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_stall_after"),
-        *("_taken", "_taken_at", "_upload_left", "_upload_paused_at", "_watch", "_written"),
+        *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_socket"),
+        *(
+            "_stall_after",
+            "_taken",
+            "_taken_at",
+            "_upload_left",
+            "_upload_paused_at",
+            "_watch",
+            "_written",
+        ),
         *("address", "deadline", "phase", "site"),
     )
     transport: Any
@@ -154,6 +167,7 @@ class ClientConnection(http.HTTPChannel):
         self._taken = -math.inf  # how many bytes the client had taken when it last took one, and
         self._taken_at = 0.0  # when that was
         # the end
+        self._socket: ClientSocket | None = None  # once it is another protocol's
         self._poll: Any = None
         self._lingering = False
         self._aborted = False
@@ -185,13 +199,15 @@ class ClientConnection(http.HTTPChannel):
         self.enter(Phase.IDLE, idle)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Tell the running request, if any."""
+        """The connection is gone: report it to whatever ran on it."""
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
         self.resume_upload()
         try:
             super().connectionLost(reason)
+            if self._socket is not None:
+                self._socket.end(reason)
         finally:
             self.site.left(self)  # last: whoever waits for it finds the request recorded
 
@@ -203,13 +219,17 @@ class ClientConnection(http.HTTPChannel):
         """
         if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
             return
+        if self.phase is Phase.HANDED_OVER and self._socket and self._socket.end_reading():
+            return
         if any(request.is_unframed for request in self.requests):
             self.abort()
         else:
             self.transport.connectionLost(Failure(ConnectionDone()))
 
     def writeConnectionLost(self) -> None:
-        """Our side is ended; what the client still sends is read and dropped."""
+        """Our side is ended; what the client still sends is read, and dropped or the protocol's."""
+        if self._socket is not None:
+            self._socket.end_writing()
 
     @property
     def peer(self) -> Any:
@@ -230,6 +250,8 @@ class ClientConnection(http.HTTPChannel):
     def dataReceived(self, data: bytes) -> None:
         """Take bytes, split at any point."""
         if self._discarding or self.phase is Phase.CLOSING:
+            if self.phase is Phase.HANDED_OVER and self._socket is not None:
+                self._socket.feed(data)
             return
         self._buffer += data
         if not self._advancing:
@@ -422,6 +444,16 @@ class ClientConnection(http.HTTPChannel):
         return transport.write if hasattr(transport, "written") else None
 
     @property
+    def is_serving(self) -> bool:
+        """Whether a whole request is being served."""
+        return self.phase is Phase.SERVING
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether bytes that the client has sent were dropped, or still will be."""
+        return self._discarding
+
+    @property
     def is_full(self) -> bool:
         """Whether the transport asked for no more."""
         return bool(self._waitingForTransport)
@@ -472,6 +504,22 @@ class ClientConnection(http.HTTPChannel):
         self._networkProducer.unregisterProducer()
         self._reset_once_sent()
 
+    def hand_over(self, request: Request, head: bytes, protocol: IProtocol) -> None:
+        """Let another protocol have the socket; see :meth:`Request.hand_over`."""
+        early, self._buffer = self._buffer, b""
+        self._discarding = True  # as far as HTTP is concerned
+        self._stall_after = request.stall_after
+        self.requests.remove(request)
+        self.enter(Phase.HANDED_OVER, None)
+        self._networkProducer.unregisterProducer()
+        self.write(head)
+        self._socket = ClientSocket(self, protocol, early)
+        try:
+            self._socket.begin()
+        except Exception:
+            _log.failure("a protocol that was given a client's socket failed")
+            self.abort()
+
     def _reset_once_sent(self) -> None:
         self._poll = None
         if pending_bytes(self.transport) or unacknowledged_bytes(self.transport):
@@ -496,6 +544,14 @@ class ClientConnection(http.HTTPChannel):
         self.enter(Phase.CLOSING, _CLOSE_GRACE)
         super().loseConnection()
 
+    def drop(self, why: ClientGone) -> None:
+        """Drop the connection at once, for a reason of ours, and report that to what runs on it."""
+        for request in list(self.requests):
+            request.abort(why)
+        if self._socket is not None:
+            self._socket.end(Failure(why))
+        self.abort()
+
     def abort(self) -> None:
         """Drop the connection and whatever it still holds; twice would be an error on TLS."""
         if not self._aborted:
@@ -508,7 +564,7 @@ class ClientConnection(http.HTTPChannel):
         """Act on a deadline that has passed, and on a client that takes nothing."""
         if now >= self.deadline:
             self._expire(now)
-        elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE):
+        elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE, Phase.HANDED_OVER):
             self._check_stall(now)
 
     def _expire(self, now: float) -> None:
@@ -549,6 +605,4 @@ class ClientConnection(http.HTTPChannel):
         elif taken > self._taken:
             self._taken, self._taken_at = taken, now
         elif now - self._taken_at >= limit:
-            for request in list(self.requests):
-                request.abort(ClientStalled())
-            self.abort()
+            self.drop(ClientStalled())

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IProtocol
 from twisted.python.failure import Failure
 from twisted.web import server
 from twisted.web.http_headers import Headers
@@ -348,6 +349,45 @@ class Request(server.Request):
         """The client's connection is gone."""
         self._leave(ClientGone(reason.getErrorMessage()))
         super().connectionLost(reason)
+
+    def hand_over(
+        self, status: int, fields: Iterable[tuple[bytes, bytes]], protocol: IProtocol
+    ) -> None:
+        """End the request with a head alone, and let ``protocol`` have the client's socket.
+
+        The head goes out first.  Then ``protocol`` is connected to a transport
+        (``server/hand_over.py``) that it can write to, pause, close and abort, and gets the bytes
+        that came behind the request before any others.  No deadline of HTTP's applies any more.
+
+        The connection is still its site's: it is counted until it is gone, and ``Site.cut`` drops
+        it.  ``connectionLost`` is called once: with ``Cut`` or ``ClientStalled`` where we drop it,
+        else with the transport's reason.  If ``protocol`` is an ``IHalfCloseableProtocol``, the
+        sides end one by one.  An exception of its own ends the connection.
+
+        Args:
+            status: such as 101, or 200 for CONNECT.
+            fields: as they go on the wire; no framing is added.
+            protocol: gets the socket.
+
+        Raises:
+            ClientGone: the client has left.
+            ProxyError: 400, where more has come behind the request than can be kept; the request
+                can still be responded to.
+            RuntimeError: the response has begun, or the request's body is not whole.
+        """
+        if self.ended or self._disconnected:
+            raise ClientGone("the client has left")
+        channel = self.channel
+        if self.startedWriting or not channel.is_serving:
+            raise RuntimeError("a socket is handed over before a response, and behind a whole body")
+        if channel.has_dropped:
+            text = "More came behind the request than is kept until it is responded to."
+            raise ProxyError(400, "early_data", text)
+        head = [status_line(status), *(b"%b: %b\r\n" % field for field in fields), b"\r\n"]
+        self.startedWriting = 1
+        self.status = self.code = status
+        self._end()
+        self._part(lambda request: channel.hand_over(request, b"".join(head), protocol))
 
     def _leave(self, why: ClientGone) -> None:
         if not self.ended:

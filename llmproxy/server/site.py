@@ -172,9 +172,7 @@ class Site(Factory):
     def cut(self) -> None:
         """Drop every connection now."""
         for connection in list(self.connections):
-            for request in list(connection.requests):
-                request.abort(Cut())
-            connection.abort()
+            connection.drop(Cut())
 
     def _keep_sweeping(self) -> None:
         wanted = self._listening or bool(self.connections)

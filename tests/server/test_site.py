@@ -36,6 +36,7 @@ class Waits(Handler):
         self.limit, self.holds = limit, holds
         self.requests: list[Request] = []
         self.gone: list[ClientGone] = []
+        self.act: Callable[[Request], None] = lambda request: None
 
     def body_limit(self, request: Request) -> int:
         return self.limit
@@ -49,6 +50,8 @@ class Waits(Handler):
         if request.refusal is not None:
             request.start(request.refusal.status, [(b"content-length", b"0")])
             request.finish()
+        else:
+            self.act(request)
         return NOT_DONE_YET
 
 

@@ -56,6 +56,7 @@ class Served:
         limiter: counts the connections.
         timeouts: the deadlines towards clients.
         reuse_port: others may bind the same address.
+        direct: with our transports, where the endpoint has them; else with Twisted's.
 
     Attributes:
         port: where it listens; 0 where that is no TCP port.
@@ -70,6 +71,7 @@ class Served:
         limiter: ConnectionLimiter | None = None,
         timeouts: Timeouts | None = None,
         reuse_port: bool = False,
+        direct: bool = True,
     ) -> None:
         self.reactor = TurnedReactor()
         self.site = Site(
@@ -81,7 +83,9 @@ class Served:
             wall=lambda: 0.0,
             limiter=limiter,
         )
-        self.listening = listen(self.reactor, text, self.site, tls=tls, reuse_port=reuse_port)
+        self.listening = listen(
+            self.reactor, text, self.site, tls=tls, reuse_port=reuse_port, direct=direct
+        )
         self.port: int = getattr(self.listening.getHost(), "port", 0)
 
     async def __aenter__(self) -> Self:
