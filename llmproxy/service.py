@@ -22,15 +22,13 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver
 from twisted.python import usage
 from twisted.python.components import Componentized
-from twisted.web.resource import Resource
 
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
-from llmproxy.net.lag import Lag
-from llmproxy.net.loop import calm_collector, tune
+from llmproxy.net.loop import Lag, calm_collector, tune
 from llmproxy.net.timers import Timers
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
@@ -43,6 +41,7 @@ from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
 from llmproxy.version import version
 
@@ -192,15 +191,21 @@ class ProxyService(Service):
             instance=self._instance,
         )
         self.site = Site(
-            Resource(),
+            Router(Handler()),  # the setup's first configuration brings its own
             reactor,
             clock,
+            wall=time.time,
             abandoned=self.recorder.abandoned,
             malformed=self.recorder.malformed,
             limiter=ConnectionLimiter(clock=clock, wall=time.time),
         )
         site = partial(
-            admin_site, reactor, clock, ready=lambda: self.ready, registry=self.metrics.registry
+            admin_site,
+            reactor,
+            clock,
+            wall=time.time,
+            ready=lambda: self.ready,
+            registry=self.metrics.registry,
         )
         admin, metrics = site(config=lambda: self.setup.config.redacted()), site(config=None)
         self._listeners = Listeners(

@@ -1,4 +1,4 @@
-"""The Resource that serves every request for a provider: the story of one request, in order.
+"""The handler that serves every request for a provider: the story of one request, in order.
 
 :meth:`Gateway._tell` is that story: admit, identify, look inside, choose, send, copy the head,
 pump. Whatever ends the story ends in :meth:`Gateway._serve`, the one place that turns an end into
@@ -13,7 +13,6 @@ from typing import Any
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -31,6 +30,7 @@ from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
+from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.client import Upstream, credential_field
@@ -39,7 +39,7 @@ from llmproxy.upstream.response import Response
 _log = Logger()
 
 
-class Gateway(Resource):
+class Gateway(Handler):
     """Serves every request that is for a provider, as one configuration has it.
 
     A reload makes another gateway; a request ends with the one that it began with (ADR-0014).
@@ -54,8 +54,6 @@ class Gateway(Resource):
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
     """
-
-    isLeaf = True
 
     def __init__(
         self,

@@ -114,7 +114,7 @@ class Recorder:
             error=error.reason,
         )
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
-        return bare_response(error, trace.id, now)
+        return bare_response(error, now=now, request_id=trace.id)
 
     def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)

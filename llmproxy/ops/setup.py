@@ -24,6 +24,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
+from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
@@ -160,12 +161,7 @@ class Setup:
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address
         )
-        self._site.serve(
-            gateway,
-            body_limit=gateway.body_limit,
-            holds_body=gateway.holds_body,
-            early_refusal=gateway.early_refusal,
-        )
+        self._site.serve(Router(gateway))
         for site in (self._site, *self._admin):
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)
