@@ -23,7 +23,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint fmt bench bench-quick bench-capacity peers dist clean
+.PHONY: help run test lint fmt docs bench bench-quick bench-capacity peers dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -44,6 +44,9 @@ lint: $(DEV_STAMP) ## form, style, types and docstrings
 fmt: $(DEV_STAMP) ## put the code into its form
 	$(call quietly,$(BIN)/ruff check --select I --fix .)
 	$(call quietly,$(BIN)/ruff format .)
+
+docs: $(RUN_STAMP) ## the keys in docs/configuration.rst, from their declarations
+	@$(BIN)/python -m llmproxy.config.reference docs/configuration.rst
 
 bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
 	@$(BIN)/python -m bench.compare $(ARGS)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from bench.quick import Case
@@ -23,6 +22,7 @@ from llmproxy.dialects.endpoints import endpoint
 from llmproxy.http1.framing import ChunkedReader
 from llmproxy.http1.grammar import parse_fields
 from llmproxy.record.metrics import Metrics
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
 from llmproxy.stream.relay import Batch, Relay
 from llmproxy.stream.tap import StreamAccumulator
@@ -143,11 +143,14 @@ class Nowhere(StringTransport):
         """Nothing is left to drop."""
 
 
-class Kept(Resource):
+class Kept(Handler):
     """Keeps the request that it is asked to render."""
 
-    isLeaf = True
     request: Any
+
+    def body_limit(self, request: Any) -> int:
+        """Return as much as the case needs."""
+        return 1000
 
     def render(self, request: Any) -> int:
         """Keep it."""
@@ -171,7 +174,7 @@ def relay_between_nothing(capture: Capture | None = None) -> Callable[[bytes], N
     """
     kept, clock = Kept(), Clock()
     limits, timeouts = Limits(), Timeouts()
-    site = Site(kept, clock, time.monotonic, timeouts, limits, body_limit=lambda _: 1000)
+    site = Site(Router(kept), clock, time.monotonic, timeouts, limits, wall=time.monotonic)
     channel = site.buildProtocol(None)
     channel.makeConnection(Nowhere())
     channel.dataReceived(REQUEST)

@@ -188,7 +188,7 @@ def run_reactor() -> None:
 def exchange(
     stage: Stage, count: int, again: Callable[[End], None], mark: bytes, *, proxied: bool
 ) -> float:
-    """Let ``again`` bring about so many further answers; return the processor time of those."""
+    """Let ``again`` bring about so many further responses; return the processor time of those."""
     left, began = count, 0.0
 
     def took(client: End) -> None:

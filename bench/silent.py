@@ -9,7 +9,7 @@ after the last one is gone.  Four kinds of client (``--mode``):
 ``half-head``
     sends half a request's head: told 408 after ``request_head``.
 ``slow-reader``
-    asks for an endless answer and takes some KiB of it now and then: lives for as long as it is
+    asks for an endless response and takes some KiB of it now and then: lives for as long as it is
     wanted (``--hold``), and none may be cut.
 ``stuck-reader``
     asks for the same, and takes nothing: cut after ``client_stall``, which counts from when the

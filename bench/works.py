@@ -97,7 +97,7 @@ WORKS = {
         ),
         Work(
             "W6",
-            "10 clients that read nothing of an endless answer, for 5 s",
+            "10 clients that read nothing of an endless response, for 5 s",
             "--mode stuck --conns 10 --seconds 5 --ramp 0",
             "stuck_mb",
             (("MB taken", "stuck_mb"), ("grew by MiB", "grown_mib")),

@@ -1,10 +1,10 @@
 """``twistd llmproxy``: options, and the one place where everything is put together.
 
 :func:`makeService` reads the configuration, and stops the start with every mistake in it; nothing
-listens by then.  :class:`ProxyService` builds the parts that last once the process is its own
-(twistd may have forked), and brings them to rest.  What a configuration is made into is prepared
-and put to use by the same steps at the start and at a reload (ADR-0014).  The reactor and the
-clocks enter the program here and nowhere else.
+listens by then.  :class:`ProxyService` builds the parts that last as soon as the process is its own
+(twistd may have forked), and shuts them down.  What a configuration is made into is prepared and
+put to use by the same steps at the start and at a reload (ADR-0014).  Signals are taken here.  The
+reactor and the clocks enter the program here and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,29 +22,26 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver
 from twisted.python import usage
 from twisted.python.components import Componentized
-from twisted.web.resource import Resource
 
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
-from llmproxy.net.lag import Lag
-from llmproxy.net.loop import calm_collector, tune
+from llmproxy.net.loop import Lag, calm_collector, tune
 from llmproxy.net.timers import Timers
 from llmproxy.ops.collectors import expose
-from llmproxy.ops.descriptors import raise_limit
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
 from llmproxy.ops.reload import Reload, aside
-from llmproxy.ops.setup import Setup
-from llmproxy.ops.signals import take_signals
+from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
 from llmproxy.record.log import JsonLog, log_opener
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
 from llmproxy.version import version
 
@@ -97,7 +94,7 @@ class ProxyService(Service):
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
-        environ: where the service manager says how it is reached; by default there is none.
+        environ: where the service manager says how to reach it; by default there is no manager.
         handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut), SIGHUP
             (reload) and SIGUSR1 (log the streams), raise its limit of descriptors, and set its
             garbage collector.
@@ -129,7 +126,7 @@ class ProxyService(Service):
         self._environ = environ or {}
         self._handle_signals = handle_signals
         self.ready = False
-        self._told = 0
+        self._stops_asked = 0
         self._json_log: JsonLog | None = None
         self._untune: Callable[[], None] = lambda: None
 
@@ -175,7 +172,7 @@ class ProxyService(Service):
         self.ready = True
         if self._handle_signals:
             self._reactor.callWhenRunning(self._take_signals)
-        self._listeners.tell()
+        self._listeners.report()
         self._reactor.callWhenRunning(self.notify.ready)
 
     def _build(self) -> None:
@@ -194,15 +191,21 @@ class ProxyService(Service):
             instance=self._instance,
         )
         self.site = Site(
-            Resource(),
+            Router(Handler()),  # the setup's first configuration brings its own
             reactor,
             clock,
+            wall=time.time,
             abandoned=self.recorder.abandoned,
             malformed=self.recorder.malformed,
             limiter=ConnectionLimiter(clock=clock, wall=time.time),
         )
         site = partial(
-            admin_site, reactor, clock, ready=lambda: self.ready, registry=self.metrics.registry
+            admin_site,
+            reactor,
+            clock,
+            wall=time.time,
+            ready=lambda: self.ready,
+            registry=self.metrics.registry,
         )
         admin, metrics = site(config=lambda: self.setup.config.redacted()), site(config=None)
         self._listeners = Listeners(
@@ -230,8 +233,8 @@ class ProxyService(Service):
             aside=partial(aside, reactor),
             wall=time.time,
             reopen=self._reopen,
-            telling=lambda: self.notify.reloading(),
-            tell=self._listeners.tell,
+            reporting=lambda: self.notify.reloading(),
+            report=self._listeners.report,
         )
         self.streams = Streams(self.site, self.recorder, clock)
         status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
@@ -248,7 +251,7 @@ class ProxyService(Service):
         )
 
     def _reopen(self) -> None:
-        """Open anew what logrotate has renamed."""
+        """Open the files anew that logrotate has renamed."""
         self.sinks.reopen()
         if self._json_log is not None and self._log_file is not None:
             self._json_log.reopen(self._log_file)
@@ -256,18 +259,18 @@ class ProxyService(Service):
     # -- signals --------------------------------------------------------------------------------
 
     def _take_early_signals(self) -> None:
-        """Take those that would end the process, before anybody can think that we do."""
+        """Take the signals that would end the process, before a reload can be asked for."""
         calls = {signal.SIGHUP: lambda: self.reload(), signal.SIGUSR1: lambda: self.streams.log()}
         take_signals(self._reactor, calls)
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
-        calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._told_to_stop)
+        calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._asked_to_stop)
         take_signals(self._reactor, calls)
 
-    def _told_to_stop(self) -> None:
-        self._told += 1
-        if self._told == 1:
+    def _asked_to_stop(self) -> None:
+        self._stops_asked += 1
+        if self._stops_asked == 1:
             self._reactor.stop()
         elif self.drain.begun:
             self.drain.cut()
@@ -285,7 +288,7 @@ class ProxyService(Service):
 
     def _rest(self) -> Deferred[None]:
         rested = self.drain.begin()
-        if self._told > 1:
+        if self._stops_asked > 1:
             self.drain.cut()
         return rested.addCallback(lambda _: self._close())
 
@@ -297,3 +300,17 @@ class ProxyService(Service):
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())
+
+
+def take_signals(reactor: Any, calls: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """From now on let each of these signals be a call on the reactor's thread.
+
+    A handler of Python's runs between any two instructions of the main thread.  The one thing that
+    it may do safely is to ask the reactor for the call.
+    """
+    for number, call in calls.items():
+        signal.signal(number, partial(_pass_on, reactor, call))
+
+
+def _pass_on(reactor: Any, call: Callable[[], None], *_: object) -> None:
+    reactor.callFromThread(call)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 FOLDERS = ("llmproxy", "tests", "systemd", "docs", "changelog.d")
 FILES = (
+    "CONTRIBUTING.rst",
     "LICENSE",
     "MANIFEST.in",
     "Makefile",

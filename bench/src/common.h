@@ -1,8 +1,8 @@
-/* What the provider (mock.c) and the load generator (load.c) agree on: the bytes of events and answers.
+/* What the provider (mock.c) and the load generator (load.c) agree on: the bytes of events and responses.
  *
  * An event is EVENT_START, six digits (its number), EVENT_MIDDLE, twenty digits (when it was sent, in
  * nanoseconds of CLOCK_MONOTONIC) and EVENT_END: 223 bytes, the size of a usual one of OpenAI's.  Every
- * byte of every answer is known in advance, so that every byte can be compared.
+ * byte of every response is known in advance, so that every byte can be compared.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -82,7 +82,7 @@ static inline int put_tail(char *at, int which, long events)
     return sprintf(at, "%s", EVENT_DONE);
 }
 
-/* A JSON answer of exactly `size` bytes, 600 or more, that repeats itself nowhere in 4096. */
+/* A JSON response of exactly `size` bytes, 600 or more, that repeats itself nowhere in 4096. */
 static inline char *make_json(size_t size)
 {
     size_t start = sizeof(JSON_START) - 1, end = size - (sizeof(JSON_END) - 1);

@@ -6,7 +6,7 @@
  *        leave    all leave in mid-stream after --seconds; the line tells when
  *        stuck    all ask for a stream without end and read nothing, for --seconds
  */
-#include "answer.h"
+#include "response.h"
 #include "request.h"
 #include "samples.h"
 #include <getopt.h>
@@ -16,7 +16,7 @@ static const char *const MODES[] = {"stream", "short", "big", "leave", "stuck"};
 
 struct conn {
     int fd, number, connecting, over, wrong, tail;
-    struct answer answer;
+    struct response response;
     char *request, *part; /* what is sent; an event that has come in part */
     size_t request_size, request_at, part_size, part_room, body_at;
     long seen, asked;
@@ -26,7 +26,7 @@ struct conn {
 static enum mode mode;
 static int port, count = 1, requests = 1;
 static long events = 200, interval_us = 20000;
-static size_t request_bytes, answer_bytes = 1500;
+static size_t request_bytes, response_bytes = 1500;
 static double ramp = 0.2, seconds, timeout = 60;
 static const char *path = "/v1/chat/completions", *key = "none";
 
@@ -68,7 +68,7 @@ static void print_all(void)
 static void build(struct conn *c)
 {
     char wish[128];
-    if (in_loop()) sprintf(wish, "answer=%zu,sum=%d", answer_bytes, mode == BIG);
+    if (in_loop()) sprintf(wish, "answer=%zu,sum=%d", response_bytes, mode == BIG);
     else sprintf(wish, "events=%ld,interval_us=%ld,id=%d,stuck=%d", events, interval_us, c->number, mode == STUCK);
     char *body = make_body(request_bytes, !in_loop());
     c->request = make_request(path, port, key, wish, body, &c->request_size);
@@ -112,8 +112,8 @@ static void send_rest(struct conn *c)
 static void ask(struct conn *c)
 {
     c->request_at = c->part_size = c->body_at = c->first_at = c->seen = c->tail = c->wrong = 0;
-    c->answer.state = HEAD;
-    c->answer.head_size = 0;
+    c->response.state = HEAD;
+    c->response.head_size = 0;
     c->asked++;
     send_rest(c);
 }
@@ -132,7 +132,7 @@ static void dial(struct conn *c)
     else epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &all);
 }
 
-/* -- answers ---------------------------------------------------------------------------------------- */
+/* -- responses -------------------------------------------------------------------------------------- */
 
 static void take_event(struct conn *c, const char *event, size_t size, uint64_t now)
 {
@@ -158,7 +158,7 @@ static void take_body(struct conn *c, const char *data, size_t size)
     got_bytes += size;
     if (!c->first_at) note(&firsts, ((c->first_at = now) - c->asked_at) / 1e3);
     if (in_loop()) {
-        c->wrong |= c->body_at + size > answer_bytes || memcmp(json + c->body_at, data, size);
+        c->wrong |= c->body_at + size > response_bytes || memcmp(json + c->body_at, data, size);
         c->body_at += size;
         return;
     }
@@ -174,27 +174,27 @@ static void take_body(struct conn *c, const char *data, size_t size)
 
 static void complete(struct conn *c)
 {
-    if (c->answer.status != 200) {
+    if (c->response.status != 200) {
         char why[32];
-        sprintf(why, "status %d", c->answer.status);
+        sprintf(why, "status %d", c->response.status);
         fail(c, why);
         return;
     }
     if (in_loop()) {
         note(&round_trips, (now_ns() - c->asked_at) / 1e3);
-        c->wrong |= c->body_at != answer_bytes;
+        c->wrong |= c->body_at != response_bytes;
     } else {
         c->wrong |= c->seen != events || c->tail != TAIL_EVENTS || c->part_size;
     }
     if (mode == BIG) {
-        const char *sum = strcasestr(c->answer.head, "\r\nx-body-sum:");
+        const char *sum = strcasestr(c->response.head, "\r\nx-body-sum:");
         c->wrong |= !sum || strtoull(sum + 13, NULL, 10) != c->request_sum;
     }
     wrong += c->wrong;
     whole++;
     if (mode == SHORT ? elapsed() >= seconds : c->asked >= requests) {
         finish(c);
-    } else if (c->answer.closes) {
+    } else if (c->response.closes) {
         hang_up(c);
         dial(c);
     } else {
@@ -214,13 +214,13 @@ static void receive(struct conn *c)
             return;
         }
         if (got == 0) {
-            if (c->answer.state == UNTIL_CLOSE) complete(c);
-            else fail(c, c->answer.state == HEAD ? "closed before the head" : "closed within the body");
+            if (c->response.state == UNTIL_CLOSE) complete(c);
+            else fail(c, c->response.state == HEAD ? "closed before the head" : "closed within the body");
             return;
         }
-        size_t taken = feed(&c->answer, c, data, got);
-        if (c->answer.state == BROKEN || taken < (size_t)got) fail(c, "bytes that are no answer");
-        else if (c->answer.state == WHOLE) complete(c);
+        size_t taken = feed(&c->response, c, data, got);
+        if (c->response.state == BROKEN || taken < (size_t)got) fail(c, "bytes that are no response");
+        else if (c->response.state == WHOLE) complete(c);
     }
 }
 
@@ -288,7 +288,7 @@ static void read_options(int argc, char **argv)
         case 't': timeout = atof(optarg); break;
         case 'n': requests = atoi(optarg); break;
         case 'q': request_bytes = atol(optarg); break;
-        case 'a': answer_bytes = atol(optarg); break;
+        case 'a': response_bytes = atol(optarg); break;
         case 'P': path = optarg; break;
         case 'k': key = optarg; break;
         default: exit(2);
@@ -300,7 +300,7 @@ int main(int argc, char **argv)
     read_options(argc, argv);
     all_descriptors();
     put_event(expected);
-    json = make_json(answer_bytes);
+    json = make_json(response_bytes);
     poller = epoll_create1(0);
     conns = calloc(count, sizeof *conns);
     for (int i = 0; i < count; i++) {

@@ -137,7 +137,7 @@ static void begin(struct conn *c, const char *fields, const char *body, size_t s
                           "X-Request-Id: req_0123456789abcdef\r\nX-Body-Sum: %lu\r\nContent-Length: %zu\r\n\r\n",
                           sum, length);
     c->more = json_of(length);
-    if (c->out_size + length <= sizeof c->out) { /* one write for a short answer */
+    if (c->out_size + length <= sizeof c->out) { /* one write for a short response */
         memcpy(c->out + c->out_size, c->more, length);
         c->out_size += length;
     } else {

@@ -1,9 +1,9 @@
-/* Reads one HTTP/1.1 answer, cut anywhere.  Content is handed to take_body(), which load.c has. */
+/* Reads one HTTP/1.1 response, split at any point.  Content is handed to take_body(), which load.c has. */
 #include "common.h"
 
 enum { HEAD, SIZE, DATA, DATA_END, TRAILER, LENGTH, UNTIL_CLOSE, WHOLE, BROKEN };
 
-struct answer {
+struct response {
     int state, status, closes, in_extension;
     uint64_t left;  /* of the chunk, or of the body; in DATA_END of the line end */
     size_t in_line; /* bytes of a trailer's line, without its end */
@@ -14,7 +14,7 @@ struct answer {
 struct conn;
 static void take_body(struct conn *c, const char *data, size_t size);
 
-static inline void read_head(struct answer *a)
+static inline void read_head(struct response *a)
 {
     const char *length = strcasestr(a->head, "\r\ncontent-length:");
     const char *coding = strcasestr(a->head, "\r\ntransfer-encoding: chunked");
@@ -26,8 +26,8 @@ static inline void read_head(struct answer *a)
     if (coding) a->left = 0;
 }
 
-/* Take bytes up to the end of the answer, and return how many that were. */
-static inline size_t feed(struct answer *a, struct conn *c, const char *data, size_t size)
+/* Take bytes up to the end of the response, and return how many that were. */
+static inline size_t feed(struct response *a, struct conn *c, const char *data, size_t size)
 {
     size_t at = 0;
     while (at < size && a->state < WHOLE) {

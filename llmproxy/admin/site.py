@@ -1,7 +1,7 @@
 """The admin site: alive, ready, metrics, configuration.
 
-Reading is open to whoever reaches its listener; nothing here changes anything.  The responses are
-made from what is passed in, so that this module knows neither gateway nor upstream.
+Whoever reaches its listener may read; nothing here changes anything.  The responses are made from
+what is passed in, so that this module knows neither gateway nor upstream.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
 
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 
@@ -24,57 +25,38 @@ Response = tuple[int, bytes, bytes]
 """Status, content type, body."""
 
 
-class Endpoint(Resource):
-    """One path that is read with GET or HEAD.
+class Page(Handler):
+    """One path that is read with GET or HEAD; any other method is a 405.
 
     Args:
-        answer: makes the response to one request.
+        read: makes the response to one request.
     """
 
-    isLeaf = True
-
-    def __init__(self, response: Callable[[Request], Response]) -> None:
+    def __init__(self, read: Callable[[Request], Response]) -> None:
         super().__init__()
-        self._response = response
+        self._read = read
 
     def render(self, request: Request) -> int:
-        """Answer; anything but GET and HEAD is a 405, anything below the path a 404."""
-        extra: list[tuple[bytes, bytes]] = []
-        if request.postpath or self._response is not_found:
-            status, kind, body = not_found(request)
-        elif request.method in (b"GET", b"HEAD"):
-            status, kind, body = self._response(request)
-        else:
-            status, kind, body = 405, _JSON, _error("This endpoint is only read.")
-            extra = [(b"allow", b"GET, HEAD")]
-        request.start(
-            status,
-            [
-                (b"content-type", kind),
-                (b"content-length", b"%d" % len(body)),
-                (b"cache-control", b"no-store"),
-                *extra,
-            ],
-        )
-        request.write(body)
-        request.finish()
-        return 1  # NOT_DONE_YET: it was finished here
+        """Respond at once; a body is neither needed nor kept."""
+        if request.method in (b"GET", b"HEAD"):
+            return _respond(request, self._read(request))
+        refusal = 405, _JSON, _error("This endpoint is only read.")
+        return _respond(request, refusal, (b"allow", b"GET, HEAD"))
 
 
-class _Root(Resource):
-    def getChild(self, path: bytes, request: Request) -> Resource:
-        return Endpoint(not_found)
+class NotFound(Handler):
+    """Every other path, with any method."""
 
-
-def not_found(request: Request) -> Response:
-    """Answer 404."""
-    return 404, _JSON, _error("There is nothing at this path.")
+    def render(self, request: Request) -> int:
+        """Respond at once."""
+        return _respond(request, (404, _JSON, _error("There is nothing at this path.")))
 
 
 def admin_site(
     reactor: Any,
     clock: Callable[[], float],
     *,
+    wall: Callable[[], float],
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
@@ -84,19 +66,20 @@ def admin_site(
     Args:
         reactor: keeps time.
         clock: monotonic seconds.
-        ready, registry, config: as for :func:`admin_resource`.
+        wall: seconds since the epoch.
+        ready, registry, config: as for :func:`admin_router`.
     """
-    root = admin_resource(ready=ready, registry=registry, config=config)
-    return Site(root, reactor, clock)
+    router = admin_router(ready=ready, registry=registry, config=config)
+    return Site(router, reactor, clock, wall=wall)
 
 
-def admin_resource(
+def admin_router(
     *,
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
-) -> Resource:
-    """Return the admin site's root.
+) -> Router:
+    """Return the pages of the admin site; below a page there is nothing.
 
     Args:
         ready: whether requests are taken, for ``/readyz``.
@@ -112,17 +95,31 @@ def admin_resource(
         encode, kind = choose_encoder(accept)
         return 200, kind.encode("ascii"), encode(registry)
 
-    root = _Root()
-    root.putChild(b"livez", Endpoint(lambda request: (200, _TEXT, b"alive\n")))
-    root.putChild(b"readyz", Endpoint(readyz))
-    root.putChild(b"metrics", Endpoint(metrics))
+    pages: dict[bytes, Handler] = {
+        b"/livez": Page(lambda request: (200, _TEXT, b"alive\n")),
+        b"/readyz": Page(readyz),
+        b"/metrics": Page(metrics),
+    }
     if config is not None:
         shown = config
-        root.putChild(
-            b"config",
-            Endpoint(lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n")),
-        )
-    return root
+        pages[b"/config"] = Page(lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n"))
+    return Router(NotFound(), pages)
+
+
+def _respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:
+    status, kind, body = response
+    request.start(
+        status,
+        [
+            (b"content-type", kind),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+            *more,
+        ],
+    )
+    request.write(body)
+    request.finish()
+    return NOT_DONE_YET  # nothing is left to write, but it was finished here
 
 
 def _error(message: str) -> bytes:

@@ -12,7 +12,7 @@ from twisted.logger import Logger
 
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.server.progress import Phase
+from llmproxy.server.connection import Phase
 from llmproxy.server.site import Site
 
 Row = dict[str, str | int | float | None]

@@ -3,7 +3,7 @@
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
 
-Exit codes: 0 done, 1 the response is no (or it failed), 2 the command line is wrong.
+Exit codes: 0 done, 1 the answer is no (or it failed), 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmproxy",
         description="Tools beside the daemon, which `twistd -n llmproxy --config FILE` starts.",
-        epilog=_CODES.format(ok="done", no="the response is no, or it failed"),
+        epilog=_CODES.format(ok="done", no="the answer is no, or it failed"),
     )
     parser.add_argument("--version", action="version", version=f"llmproxy {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -153,7 +153,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="run the proxy with an embedded provider",
         description="Run the proxy on this machine alone, with an embedded provider that "
-        "streams made-up answers, until it is interrupted. Its models are demo-fast, demo-slow, "
+        "streams made-up responses, until it is interrupted. Its models are demo-fast, demo-slow, "
         "demo-Ntps (N tokens a second), and some that fail: demo-429, demo-500, demo-503, "
         "demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail and demo-redirect.",
         epilog=_CODES.format(ok="it was interrupted", no="it could not start"),

@@ -35,7 +35,7 @@ DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 _INSTANCE = r"([A-Za-z0-9._-]{1,64})"
 _BESIDE = ("-wal", "-shm", "-journal")  # what SQLite puts beside a database
 _FIGURES = ("requests", "complete", "unreported", *TOKENS)
-_WIDE = 100_000  # columns for whoever is no terminal: nothing is cut or wrapped
+_WIDE = 100_000  # columns where the output is no terminal: nothing is cut or wrapped
 
 _CODES = "exit codes: 0 done; 1 a ledger cannot be read; 2 the command line is wrong"
 _ABOUT = """\
@@ -207,7 +207,7 @@ def _groups(words: str) -> tuple[str, ...]:
 
 
 def _since(word: str) -> Callable[[float], float]:
-    """Return what tells the beginning, in seconds since the epoch, from the time that it is now."""
+    """Return a function from the present time to the beginning, both in epoch seconds."""
     try:
         back = duration(word)
     except Wrong:

@@ -4,11 +4,12 @@ This is the door: the structs are imported from here.  A file is read as a whole
 mistake in it is reported at once, each with the path of its key, what stood there and what is
 expected.  ``llmproxy check``, the start and the reload all call :func:`load`.
 
-How it works: ``sections.py`` reads each table into its struct (``settings.py``) through the walk
-of ``schema.py``, key by key with the readers of ``readers.py`` and ``values.py``;
-``credentials.py`` opens credential files, and ``keypair.py`` knows those of a listener.  Here
-stands what only the whole file can tell.  Array items are counted from 0 in a key's path:
-``routes[0]`` is the first.
+How it works: ``settings.py`` declares each key once, as the field of a struct: what the key takes,
+its default and its meaning.  ``schema.py`` reads a table as it is declared, with the readers of
+``readers.py``, ``values.py`` and ``url.py``.  ``sections.py`` holds the rules between the keys of
+one section, and this module those of the whole file.  ``credentials.py`` opens credential files,
+and ``keypair.py`` knows those of a listener.  ``reference.py`` writes the keys down for the
+documentation.  Array items are counted from 0 in a key's path: ``routes[0]`` is the first.
 
 This module may not know who uses a value, and touches no reactor.
 """
@@ -20,40 +21,33 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from llmproxy.config.credentials import Credentials
-from llmproxy.config.readers import (
-    client_name,
-    file_of_instance,
-    instance_name,
-    provider_name,
-)
-from llmproxy.config.schema import Table
+from llmproxy.config.credentials import Credentials, Secret
+from llmproxy.config.keypair import Keypair
+from llmproxy.config.readers import client_name, instance_name, provider_name
+from llmproxy.config.schema import Context, Table
 from llmproxy.config.sections import (
-    read_admin,
     read_client,
-    read_limits,
     read_provider,
     read_proxy,
     read_route,
-    read_timeouts,
     read_trace,
 )
 from llmproxy.config.settings import (
+    ROOT,
+    SECTIONS,
     Admin,
     Client,
     Config,
-    Keypair,
     Limits,
     Override,
     Provider,
     Proxy,
     Route,
-    Secret,
     Timeouts,
     Trace,
 )
 from llmproxy.config.url import Url
-from llmproxy.config.values import Wrong, absolute_path, show
+from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
 
 __all__ = [
@@ -107,15 +101,17 @@ def load(path: str, *, instance: str = "0", environ: Mapping[str, str]) -> Confi
 def ledger_path(path: str) -> str | None:
     """Return ``trace.ledger`` of a configuration file, ``{instance}`` as it stands there.
 
-    Nothing else is looked at: whoever may read a ledger may not read the credentials.
+    Nothing but ``[trace]`` is looked at: a user who may read the ledger may not read the
+    credentials.
 
     Raises:
         ConfigError: the file cannot be read, or that key is wrong.
     """
     problems: list[str] = []
     data = _toml(_text_of(path), path)
-    table = Table(data.get("trace", {}), "trace", "trace", problems)
-    table.read("ledger", file_of_instance("0"), None)
+    root = Table({"trace": data.get("trace", {})}, "", ROOT, problems, Context("0"))
+    table = root.table("trace", SECTIONS["trace"])
+    table.take("ledger")
     if problems:
         raise ConfigError(problems)
     return table.read("ledger", any_text, None)
@@ -135,7 +131,8 @@ def parse(
         instance_name(instance)
     except Wrong as wrong:
         problems.append(f"--instance: expected {wrong.expected}, got {show(instance)}")
-    config = _read(Table(data, "", "", problems), instance, environ, problems)
+    root = Table(data, "", ROOT, problems, Context(instance))
+    config = _read(root, environ, problems)
     if problems:
         raise ConfigError(problems)
     return config
@@ -160,33 +157,31 @@ def _toml(text: str, source: str) -> dict[str, object]:
         raise ConfigError([f"{source}: expected TOML: {error}"]) from error
 
 
-def _read(root: Table, instance: str, environ: Mapping[str, str], problems: list[str]) -> Config:
-    directory = root.table("credentials", "credentials")
-    named = root.named("providers", "providers.*", provider_name)
-    credentials = Credentials(directory.read("directory", absolute_path, None), environ, problems)
+def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Config:
+    context = root.context
+    files = root.table("credentials", SECTIONS["credentials"])
+    providers = root.named("providers", SECTIONS["providers.*"], provider_name)
+    context.credentials = Credentials(files.take("directory"), environ, problems)
+    context.providers = tuple(providers)
     config = Config(
-        proxy=read_proxy(root.table("proxy", "proxy"), instance, credentials),
-        admin=read_admin(root.table("admin", "admin"), instance),
-        timeouts=read_timeouts(root.table("timeouts", "timeouts")),
-        limits=read_limits(root.table("limits", "limits")),
-        providers={name: read_provider(name, one, credentials) for name, one in named.items()},
-        routes=tuple(read_route(one, named) for one in root.tables("routes", "routes")),
-        trace=read_trace(root.table("trace", "trace"), instance),
+        proxy=read_proxy(root.table("proxy", SECTIONS["proxy"])),
+        admin=root.table("admin", SECTIONS["admin"]).struct(Admin),
+        timeouts=root.table("timeouts", SECTIONS["timeouts"]).struct(Timeouts),
+        limits=root.table("limits", SECTIONS["limits"]).struct(Limits),
+        providers={name: read_provider(name, one) for name, one in providers.items()},
+        routes=tuple(read_route(one) for one in root.tables("routes", SECTIONS["routes"])),
+        trace=read_trace(root.table("trace", SECTIONS["trace"])),
     )
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)
-    clients = _read_clients(root, config.routes)
+    names = [route.name for route in config.routes]
+    # If a route has no name, clients may mean that route: what they say of routes is not judged.
+    context.routes = names if all(names) else None
+    tables = root.named("clients", SECTIONS["clients.*"], client_name)
+    clients = {name: read_client(name, one) for name, one in tables.items()}
     _check_keys(clients, problems)
     _check_present(config, clients, problems)
     return msgspec.structs.replace(config, clients=clients)
-
-
-def _read_clients(root: Table, routes: tuple[Route, ...]) -> dict[str, Client]:
-    """Read all clients; what they say of routes is not judged where a route has no name."""
-    names = [route.name for route in routes]
-    known = names if all(names) else None
-    tables = root.named("clients", "clients.*", client_name)
-    return {name: read_client(name, one, known) for name, one in tables.items()}
 
 
 def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""Credential files: from a name in the configuration to a :class:`~.settings.Secret`.
+"""Credential files: from a name in the configuration to a :class:`Secret`.
 
 The directory is ``[credentials] directory``, or else what systemd put into
-``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  Nothing that is said here quotes a name
-or a value from the file: whoever writes a key where a file's name belongs finds it in no log.
+``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  No problem quotes a name or a value from
+the file: if an operator writes a key where a file's name belongs, no log shows the key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from llmproxy.config.settings import Secret
 from llmproxy.config.values import Wrong, show
 
 T = TypeVar("T")
@@ -24,6 +23,31 @@ _KEY = "credentials.directory"
 _LARGEST_BYTES = 64 * 1024
 _TOO_LARGE = "a credential file of at most 64KiB"
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
+
+
+class Secret:
+    """A credential's value, which ``repr``, ``str`` and the encoders of msgspec do not give away.
+
+    It is no struct on purpose: msgspec would encode a struct's fields, and refuses this class.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the value itself, to be put on a request and nowhere else."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "***"
 
 
 class Credentials:

@@ -1,21 +1,33 @@
 """A listener's certificate and its key, checked before anything listens.
 
-Both are PEM, as authorities issue them: the certificate first, then whatever leads to its root; the
-key without a passphrase, because nobody is there to type one.  Nothing that is said here quotes
+Both are PEM, as authorities issue them: the certificate first, then the certificates that lead to
+its root; the key without a passphrase, because nobody is there to type one.  No problem quotes
 what stood in a file.
 """
 
 from __future__ import annotations
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from llmproxy.config.settings import Keypair, Secret
+from llmproxy.config.credentials import Secret
 from llmproxy.config.values import Wrong
 
 _RSA_BITS = 2048
 """OpenSSL's own least, at the security level that it comes with."""
+
+
+class Keypair(msgspec.Struct, frozen=True, kw_only=True):
+    """What a listener shows and proves with: a PEM chain and its key.
+
+    ``not_after`` is when the certificate expires, in seconds since the epoch.
+    """
+
+    certificate: bytes
+    key: Secret
+    not_after: float
 
 
 def certificate_chain(pem: bytes) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 
 from llmproxy.config.url import has_odd_segment, host
 from llmproxy.config.values import Wrong, absolute_path, show, text, token
+from llmproxy.http1.headers import KEY_FIELDS, is_owned
 
 #: Server endpoints of Twisted that make sense for a daemon.  The arguments are only glanced at:
 #: the reactor has the last word when it listens.
@@ -31,25 +32,6 @@ _HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _NOT_TOKEN = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 _FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
-
-#: Names that the proxy or the framing owns (design 5): no provider may set them.
-_OWNED = frozenset(
-    {
-        "connection",
-        "content-length",
-        "expect",
-        "forwarded",
-        "host",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "via",
-    }
-)
-_OWNED_PREFIXES = ("proxy-", "x-forwarded-", "x-llmproxy-")
-_CARRY_KEYS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key"})
 
 
 def instance_name(value: object) -> str:
@@ -160,7 +142,7 @@ def header_name(value: object) -> str:
         lower = token(value).lower()
     except Wrong as wrong:  # it may be a whole "Authorization: Bearer ..." line
         raise Wrong(f"a header's name, {wrong.expected}", hidden=True) from None
-    if lower in _OWNED or lower.startswith(_OWNED_PREFIXES):
+    if is_owned(lower.encode("ascii")):
         raise Wrong("a header that neither the proxy nor HTTP's framing owns")
     return lower
 
@@ -168,7 +150,7 @@ def header_name(value: object) -> str:
 def added_header_name(value: object, credential: str) -> str:
     """Read the name of a field that a provider adds; ``credential`` names the one with its key."""
     lower = header_name(value)
-    if lower == credential or lower in _CARRY_KEYS:
+    if lower == credential or _carries_key(lower):
         raise Wrong("no header that carries a key here: use `credential`, `header` and `format`")
     return lower
 
@@ -176,7 +158,7 @@ def added_header_name(value: object, credential: str) -> str:
 def session_header(value: object) -> str:
     """Read the name of the field in which callers name their session, in lower case."""
     lower = header_name(value)
-    if lower in _CARRY_KEYS or lower == "cookie":
+    if _carries_key(lower) or lower == "cookie":
         raise Wrong("a header that carries no key: what it says is recorded")
     return lower
 
@@ -223,6 +205,10 @@ def key_hint(client: str) -> str:
     """Return how an operator gets a key for ``client`` and its line for the file."""
     named = client if _NAME.fullmatch(client) and client != "anonymous" else "NAME"
     return f"`llmproxy keys new {named}` makes a key and prints this line"
+
+
+def _carries_key(name: str) -> bool:
+    return name.encode("ascii") in KEY_FIELDS
 
 
 def _is_endpoint(value: str) -> bool:

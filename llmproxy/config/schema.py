@@ -1,8 +1,13 @@
-"""Which keys a configuration may hold, and a walk over its tables that gathers every problem.
+"""How a key of the configuration is declared, and a walk over tables that gathers every problem.
 
-A :class:`Table` reads its keys with the readers of ``values.py`` and goes on after a wrong one, so
-that an operator sees all mistakes at once.  Nothing here knows a struct, a file or what a key is
-for; ``sections.py`` does.
+A key is the field of a struct, annotated with a :class:`Key`, which holds the :class:`Kind` of
+value that the key takes; the docstring below the field says what the key means::
+
+    drain_timeout: Annotated[float, Key(DURATION)] = 300.0
+
+All else follows from that: a :class:`Section` knows the names, a :class:`Table` reads the values
+and reports each mistake, :func:`redacted` shows them, and ``reference.py`` writes them down.
+Nothing here knows a kind or a key: ``kinds.py`` has the kinds, ``settings.py`` the keys.
 """
 
 from __future__ import annotations
@@ -10,147 +15,188 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, TypeVar, get_type_hints
 
+import msgspec
+
+from llmproxy.config.credentials import Credentials
 from llmproxy.config.values import Wrong, kind, show
 
 T = TypeVar("T")
 D = TypeVar("D")
+S = TypeVar("S", bound=msgspec.Struct)
 Reader = Callable[[object], T]
-
-#: Every key that is built, by section; ``*`` stands for a name that the operator chooses.
-KEYS: Mapping[str, tuple[str, ...]] = {
-    "": (
-        "proxy",
-        "admin",
-        "credentials",
-        "timeouts",
-        "limits",
-        "providers",
-        "routes",
-        "clients",
-        "trace",
-    ),
-    "proxy": (
-        "listen",
-        "listen_tls",
-        "reuse_port",
-        "certificate",
-        "key",
-        "anonymous",
-        "drain_timeout",
-        "max_connections",
-        "tuned_loop",
-        "via",
-    ),
-    "admin": ("listen", "metrics_listen"),
-    "credentials": ("directory",),
-    "timeouts": (
-        "connect",
-        "first_byte",
-        "idle",
-        "total",
-        "client_stall",
-        "request_head",
-        "request_body",
-        "client_idle",
-        "pool_idle",
-    ),
-    "limits": (
-        "request_head",
-        "request_body",
-        "request_memory",
-        "response_head",
-        "accumulate",
-        "event",
-        "connections_per_address",
-        "drains",
-    ),
-    "providers.*": (
-        "url",
-        "dialect",
-        "credential",
-        "header",
-        "format",
-        "pass_credential",
-        "headers",
-        "ca",
-        "pool",
-        "timeouts",
-    ),
-    "providers.*.timeouts": (
-        "connect",
-        "first_byte",
-        "idle",
-        "total",
-        "client_stall",
-        "pool_idle",
-    ),
-    "routes": (
-        "path",
-        "name",
-        "providers",
-        "hosts",
-        "models",
-        "strip",
-        "override",
-        "timeouts",
-        "accept_encoding",
-        "include_usage",
-        "on_disconnect",
-        "drain_for",
-        "error_event",
-        "capture",
-        "request_body",
-    ),
-    "routes.timeouts": ("connect", "first_byte", "idle", "total", "client_stall"),
-    "routes.override.*": ("model",),
-    "clients.*": ("keys", "routes", "models"),
-    "trace": ("jsonl", "ledger", "keep", "otlp", "session_header"),
-}
-
-#: Keys that the design has and this version has not; they are refused, never read and ignored.
-NOT_BUILT: Mapping[str, frozenset[str]] = {
-    "": frozenset({"intercept", "tunnel"}),
-    "admin": frozenset({"token"}),
-    "providers.*": frozenset({"max_streams"}),
-    "routes": frozenset(
-        {
-            "balance",
-            "retry_on",
-            "heartbeat",
-            "padding",
-        }
-    ),
-    "routes.override.*": frozenset({"weight"}),
-    "clients.*": frozenset(
-        {"max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"}
-    ),
-}
 
 NOT_BUILT_YET = "is not built yet in this version"
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
+# --- declarations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key takes.
+
+    Args:
+        words: as the reference says it, such as "whole number".
+        read: returns what a table holds at a key, or the key's default where that is absent or
+            wrong; a mistake is reported to the table.
+        show: returns a value of the struct as :func:`redacted` shows it.
+    """
+
+    words: str
+    read: Callable[[Table, Key], Any]
+    show: Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the file.
+
+    A declaration gives the first four at most; :func:`keys_of` adds the others.
+
+    Args:
+        kind: what the key takes.
+        name: its name, where that is not the field's: several keys may fill one field.
+        stated: the reference's words on the default, where the field's own does not say it.
+        also_in: further sections that take the key.
+        struct: the name of the struct that declares the key.
+        field: the field that the key fills.
+        make: makes the default, if there is one.
+    """
+
+    kind: Kind
+    name: str = ""
+    stated: str = ""
+    also_in: frozenset[str] = frozenset()
+    struct: str = ""
+    field: str = ""
+    make: Callable[[], object] | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether the file must hold this key, as its field has no default."""
+        return self.make is None
+
+
+@lru_cache(maxsize=64)
+def keys_of(struct: type[msgspec.Struct]) -> Mapping[str, Key]:
+    """Return the keys that ``struct`` declares by their names, in its order."""
+    hints = get_type_hints(struct, include_extras=True)
+    found = {}
+    for one in msgspec.structs.fields(struct):
+        for key in getattr(hints[one.name], "__metadata__", ()):
+            name = key.name or one.name
+            found[name] = replace(
+                key, name=name, struct=struct.__name__, field=one.name, make=_default_of(one)
+            )
+    return found
+
+
+def redacted(struct: msgspec.Struct) -> dict[str, object]:
+    """Return the keys of ``struct`` as JSON-able values, each as its kind shows it."""
+    keys = keys_of(type(struct))
+    return {name: key.kind.show(getattr(struct, key.field)) for name, key in keys.items()}
+
+
+@dataclass(frozen=True)
+class Section:
+    """The keys that a table may hold.
+
+    Args:
+        names: of the keys.
+        keys: how they are declared; the file's own tables, at its root, are not.
+        not_built: keys that the design has and this version has not; they are refused, never read
+            and ignored.
+        elsewhere: keys that are only known in ``[timeouts]``.
+    """
+
+    names: Collection[str]
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    not_built: frozenset[str] = frozenset()
+    elsewhere: Collection[str] = ()
+
+    @classmethod
+    def of(cls, struct: type[msgspec.Struct], *not_built: str) -> Section:
+        """Return the section whose keys ``struct`` declares."""
+        keys = keys_of(struct)
+        return cls(tuple(keys), keys, frozenset(not_built))
+
+    @classmethod
+    def part_of(cls, struct: type[msgspec.Struct], name: str) -> Section:
+        """Return the section ``name``, which takes some keys of ``struct``."""
+        keys = keys_of(struct)
+        own = {one: key for one, key in keys.items() if name in key.also_in}
+        return cls(tuple(own), own, elsewhere=keys.keys() - own.keys())
+
+    def objection(self, name: str) -> str | None:
+        """Return what is wrong with a key of this ``name``, or ``None``."""
+        if name in self.names:
+            return None
+        if name in self.not_built:
+            return NOT_BUILT_YET
+        if name in self.elsewhere:
+            return "can only be set in [timeouts]"
+        return f"unknown key; {_hint(name, self.names)}"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Context:
+    """What readers may know beside their value; it is filled while the file is read.
+
+    Args:
+        instance: this daemon's name among several.
+        credentials: the directory of credential files.
+        providers: the names of all providers.
+        routes: the names of all routes, or ``None`` where a route has none.
+    """
+
+    instance: str
+    credentials: Credentials = field(init=False)
+    providers: Collection[str] = ()
+    routes: Collection[str] | None = None
+
+
 class Table:
     """One table of the file, where it stands, and the list that gathers what is wrong with it.
 
-    Making one reports the keys that its ``section`` does not know.
+    Making one reports the keys that its ``section`` does not know; a table without a section holds
+    names of the operator's choice.  A wrong value is reported, and reading goes on, so that an
+    operator sees all mistakes at once.
     """
 
-    def __init__(self, data: object, path: str, section: str, problems: list[str]) -> None:
+    def __init__(
+        self,
+        data: object,
+        path: str,
+        section: Section | None,
+        problems: list[str],
+        context: Context,
+        *,
+        name: str = "",
+    ) -> None:
         self.path = path
-        self.section = section
+        self.name = name
+        self.context = context
+        self.defaults: dict[str, object] = {}
+        self._keys: Mapping[str, Key] = {} if section is None else section.keys
         self._problems = problems
+        self._taken: dict[str, Any] = {}
         self._data: dict[str, object] = data if isinstance(data, dict) else {}
         self._is_table = isinstance(data, dict)
         if not self._is_table:
             problems.append(f"{path}: expected a table, got {kind(data)}")
-        if section in KEYS:
-            for key in self._data:
-                self._check_known(key)
+        for key in self._data:
+            if section is not None and (objection := section.objection(key)):
+                self.problem(key, objection)
 
     def __contains__(self, key: str) -> bool:
         return key in self._data
@@ -171,17 +217,45 @@ class Table:
         """Report ``words`` about ``key``."""
         self._problems.append(f"{self.at(key)}: {words}")
 
+    def struct(self, struct: type[S], **values: object) -> S:
+        """Return the ``struct`` of this table's section.
+
+        Fields that ``values`` does not hold are taken from the table, in the order of the struct.
+        """
+        for name, key in keys_of(struct).items():
+            if key.field not in values:
+                values[key.field] = self.take(name)
+        return struct(**values)
+
+    def take(self, name: str) -> Any:
+        """Return what the key ``name`` of the section holds, read as it is declared, once.
+
+        That is its default where it is absent or wrong, and ``None`` or ``()`` where it has no
+        default; in the last two cases a problem is reported.
+        """
+        if name not in self._taken:
+            key = self._keys[name]
+            if key.needed:
+                self.need(name)
+            self._taken[name] = key.kind.read(self, key)
+        return self._taken[name]
+
+    def need(self, name: str, hint: str = "") -> None:
+        """Report the key ``name`` where it is absent."""
+        if self.lacks(name):
+            self.problem(name, f"expected this key, but it is missing{hint}")
+
+    def default(self, key: Key) -> Any:
+        """Return the default of ``key``: this table's own in ``defaults``, or the declared one."""
+        if key.name in self.defaults:
+            return self.defaults[key.name]
+        return None if key.make is None else key.make()
+
     def read(self, key: str, reader: Reader[T], default: D) -> T | D:
         """Return what ``key`` holds, or ``default`` where it is absent or wrong (and reported)."""
         if key not in self._data:
             return default
         return self._read(self.at(key), self._data[key], reader, default)
-
-    def need(self, key: str, reader: Reader[T], default: D) -> T | D:
-        """Do as :meth:`read`, and report an absent key."""
-        if self.lacks(key):
-            self.problem(key, "expected this key, but it is missing")
-        return self.read(key, reader, default)
 
     def array(
         self, key: str, reader: Reader[T], default: D, *, may_be_empty: bool = False
@@ -201,27 +275,27 @@ class Table:
         ]
         return tuple(one for one in read if one is not missing)  # type: ignore[misc]  # the filter tells
 
-    def table(self, key: str, section: str) -> Table:
+    def table(self, key: str, section: Section | None) -> Table:
         """Return the table ``key``, an empty one where it is absent."""
-        return Table(self._data.get(key, {}), self.at(key), section, self._problems)
+        return self._below(self._data.get(key, {}), self.at(key), section, name=key)
 
-    def tables(self, key: str, section: str) -> list[Table]:
+    def tables(self, key: str, section: Section) -> list[Table]:
         """Return the tables of the array ``key``, written ``[[key]]``."""
         items = self._data.get(key, [])
         if not isinstance(items, list):
             self.problem(key, f"expected [[{key}]], an array of tables, got {kind(items)}")
             return []
-        return [
-            Table(one, f"{self.at(key)}[{at}]", section, self._problems)
-            for at, one in enumerate(items)
-        ]
+        return [self._below(one, f"{self.at(key)}[{at}]", section) for at, one in enumerate(items)]
 
-    def named(self, key: str, section: str, name: Reader[str]) -> dict[str, Table]:
+    def named(self, key: str, section: Section, name: Reader[str]) -> dict[str, Table]:
         """Return the tables below ``key`` by their names, which ``name`` checks."""
-        parent = self.table(key, f"{key} by name")
+        parent = self.table(key, None)
         for one in parent:
             parent._read(parent.at(one), one, name, None)
         return {one: parent.table(one, section) for one in parent}
+
+    def _below(self, data: object, path: str, section: Section | None, *, name: str = "") -> Table:
+        return Table(data, path, section, self._problems, self.context, name=name)
 
     def _read(self, path: str, value: object, reader: Reader[T], default: D) -> T | D:
         try:
@@ -231,18 +305,15 @@ class Table:
             self._problems.append(f"{path}: expected {wrong.expected}{got}")
             return default
 
-    def _check_known(self, key: str) -> None:
-        if key in KEYS[self.section]:
-            return
-        if key in NOT_BUILT.get(self.section, ()):
-            self.problem(key, NOT_BUILT_YET)
-        elif self.section.endswith(".timeouts") and key in KEYS["timeouts"]:
-            self.problem(key, "can only be set in [timeouts]")
-        else:
-            self.problem(key, f"unknown key; {_hint(key, KEYS[self.section])}")
+
+def _default_of(one: msgspec.structs.FieldInfo) -> Callable[[], object] | None:
+    if one.default is not msgspec.NODEFAULT:
+        default = one.default
+        return lambda: default
+    return None if one.default_factory is msgspec.NODEFAULT else one.default_factory
 
 
-def _hint(key: str, known: tuple[str, ...]) -> str:
+def _hint(key: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(key[:80].lower(), known, n=1)
     if close:
         return f"did you mean {json.dumps(close[0])}?"

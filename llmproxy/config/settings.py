@@ -1,101 +1,310 @@
 """The effective configuration: frozen structs, as the rest of the program reads them.
 
-Nothing here knows TOML, files or the environment: ``config.py`` fills these structs, and everybody
+A field with a ``Key`` is a key of the file: this is the one place that names the key, says what it
+takes, what its default is, and, in the docstring below the field, what it means (see
+``schema.py``).  Those docstrings are the reference of ``docs/configuration.rst``: ``make docs``
+writes it anew.
+
+Nothing here opens the file: ``sections.py`` and ``__init__.py`` fill these structs, and everybody
 takes them from there.  Durations are seconds as ``float`` and ``None`` where the file says
 ``"off"``; sizes are bytes.  Two things are kept from ever being printed: a credential's value
-(:class:`Secret`) and the digests of client keys (:class:`Client`).
+(:class:`~.credentials.Secret`) and the digests of client keys (:class:`Client`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import msgspec
 
+from llmproxy.config.credentials import Secret
+from llmproxy.config.keypair import Keypair
+from llmproxy.config.kinds import (
+    BOOLEAN,
+    CERTIFICATE,
+    CREDENTIAL,
+    DIALECT,
+    DIGESTS,
+    DURATION,
+    DURATION_OR_OFF,
+    ENDPOINT,
+    ENDPOINTS,
+    ENDPOINTS_FOR_TLS,
+    FILE,
+    HEADERS,
+    HOSTS,
+    MODELS,
+    PRIVATE_KEY,
+    PROVIDERS,
+    ROUTES,
+    SIZE,
+    SIZE_ABOVE_ZERO,
+    URL,
+    by_name,
+    candidate,
+    part,
+    value,
+    whole_number,
+    word_of,
+)
+from llmproxy.config.readers import (
+    certificates,
+    credential_format,
+    header_name,
+    route_name,
+    route_path,
+    session_header,
+)
+from llmproxy.config.schema import Key, Section, redacted
 from llmproxy.config.url import Url
-from llmproxy.config.values import show_duration, show_size
+from llmproxy.config.values import absolute_path, text, token
 from llmproxy.dialects.dialect import Dialect
 
+AcceptEncoding = Literal["identity", "pass"]
+IncludeUsage = Literal["as-asked", "inject"]
+OnDisconnect = Literal["cancel", "drain"]
+Capture = Literal["usage", "content"]
 
-class Secret:
-    """A credential's value, which ``repr``, ``str`` and the encoders of msgspec do not give away.
+_FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
+_FOR_BOTH = frozenset({"providers.*.timeouts", "routes.timeouts"})
 
-    It is no struct on purpose: msgspec would encode a struct's fields, and refuses this class.
+
+class Proxy(msgspec.Struct, frozen=True, kw_only=True):
+    """The listeners that clients reach; ``via`` is our pseudonym in Via.
+
+    ``keypair`` is there where ``listen_tls`` is; two keys fill it, with a paragraph for each.
     """
 
-    __slots__ = ("_value",)
+    listen: Annotated[tuple[str, ...], Key(ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
+    """Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
+    ``unix:``, ``systemd:`` (a socket that systemd opened) and ``haproxy:`` before any of them
+    (PROXY protocol). The check looks at their shape; the start shows whether an address is free.
+    The array may be empty if there is a ``listen_tls``. Up to 4096 connections wait to be accepted,
+    or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint sets another number.
+    The kernel probes a connection after 30 s of silence, and ends it if the caller has vanished
+    (TCP keepalive)."""
 
-    def __init__(self, value: str) -> None:
-        self._value = value
+    listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
+    """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see
+    `TLS towards callers`_. All but ``ssl:`` and ``tls:``, which end TLS themselves. With
+    ``haproxy:`` the balancer's header comes before TLS."""
 
-    def reveal(self) -> str:
-        """Return the value itself, to be put on a request and nowhere else."""
-        return self._value
+    reuse_port: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether other processes may bind the same ``tcp:`` and ``tcp6:`` addresses
+    (``SO_REUSEPORT``), so that one process for each core serves them, without systemd; the kernel
+    spreads new connections over the processes. Every process needs its own ``--instance``, and
+    ``{instance}`` in the admin listener and in the file names of ``[trace]``. If two daemons take
+    the same port by mistake, the start does not report it. See `operations.rst <operations.rst>`_
+    for what a restart means then."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._value == self._value
+    keypair: Annotated[
+        Keypair | None,
+        Key(CERTIFICATE, "certificate", stated="needed with ``listen_tls``"),
+        Key(PRIVATE_KEY, "key", stated="needed with ``listen_tls``"),
+    ] = None
+    """Bare name of a credential file in PEM: the certificate first, then the certificates that lead
+    to its root, and nothing else. Without ``listen_tls`` this key is an error, and so is ``key``.
 
-    def __hash__(self) -> int:
-        return hash(self._value)
+    Bare name of a credential file: the private key of ``certificate`` in PEM, without a passphrase.
+    It is an elliptic one, or an RSA key of 2048 bits or more."""
 
-    def __repr__(self) -> str:
-        return "***"
+    anonymous: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether a caller without a key is served, as the client ``anonymous``. A wrong key is refused
+    either way. Without this key and without any ``[clients.NAME]`` nothing starts."""
+
+    drain_timeout: Annotated[float, Key(DURATION)] = 300.0
+    """How long running responses may go on after a SIGTERM. Then they are cut."""
+
+    max_connections: Annotated[int, Key(whole_number(1, 10_000_000))] = 20000
+    """Callers' connections at once, on all listeners together; see `Too many connections`_. Each
+    connection may need two descriptors, one for the caller and one for the provider. The start
+    raises the process's limit to twice as many and 512 more, as far as the hard limit
+    (``LimitNOFILE`` of the unit) allows; the log warns if that is less."""
+
+    tuned_loop: Annotated[bool, Key(BOOLEAN)] = True
+    """If the reactor is Twisted's epoll reactor: a quicker loop, transports that send at once, and
+    TLS straight on the socket. ``false`` leaves Twisted's own in place, should one of these be at
+    fault."""
+
+    via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
+    """The proxy's pseudonym in the ``Via`` header, a token. A request that carries the pseudonym
+    already has come back to the proxy, and is answered with 508. Daemons that call one another must
+    not share a pseudonym."""
+
+
+class Admin(msgspec.Struct, frozen=True, kw_only=True):
+    """The listener that operators and Prometheus reach."""
+
+    listen: Annotated[str, Key(ENDPOINT)] = "tcp:9080:interface=127.0.0.1"
+    """Endpoint of the admin site."""
+
+    metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
+    """Endpoint for ``/metrics``, ``/livez`` and ``/readyz`` alone, for a Prometheus on another
+    host."""
+
+
+class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where credential files are; the reader alone needs it, as structs hold the credentials."""
+
+    directory: Annotated[
+        str | None, Key(value(absolute_path), stated="default: ``$CREDENTIALS_DIRECTORY``")
+    ] = None
+    """Absolute path of the directory that holds the credential files. The directory must be closed
+    to others, and to a group that is not one of the process's own, or the start is refused. Without
+    this key the files are looked for in ``$CREDENTIALS_DIRECTORY``, which systemd fills at the
+    start (``LoadCredential=``). Of that directory only the permissions of others are checked, as
+    systemd may open it to the service by an access control list."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """Every deadline, in seconds; ``None`` is off (design 4 says what each one measures)."""
+    """Every deadline, in seconds; ``None`` is off."""
 
-    connect: float | None = 10.0
-    first_byte: float | None = 600.0
-    idle: float | None = 300.0
-    total: float | None = None
-    client_stall: float | None = 60.0
-    request_head: float | None = 10.0
-    request_body: float | None = 60.0
-    client_idle: float | None = 75.0
-    pool_idle: float | None = 60.0
+    connect: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 10.0
+    """Name lookup, TCP and TLS to the provider together."""
+
+    first_byte: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 600.0
+    """From the request's last byte to the whole head of the response. A response that is no stream
+    is silent until it is done."""
+
+    idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 300.0
+    """Silence of the provider inside a response. The clock stands still while the caller is
+    slow."""
+
+    total: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = None
+    """The whole request. This deadline cuts long streams."""
+
+    client_stall: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 60.0
+    """The caller takes no byte although there is something to take. Kernels take in steps: a caller
+    that reads less than some 200 KB in this time may be cut, too."""
+
+    request_head: Annotated[float | None, Key(DURATION_OR_OFF)] = 10.0
+    """The head of a request, from its first byte to its last. A TLS handshake before it has as long
+    again."""
+
+    request_body: Annotated[float | None, Key(DURATION_OR_OFF)] = 60.0
+    """The body of a request, with one second more for each 64 KiB that came."""
+
+    client_idle: Annotated[float | None, Key(DURATION_OR_OFF)] = 75.0
+    """A caller's connection between two requests."""
+
+    pool_idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_PROVIDERS)] = 60.0
+    """A connection to a provider between two requests. The provider's own ``Keep-Alive`` hint
+    shortens it."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is held or accepted, in bytes; of connections and drains how many.
+    """How much is held or accepted, in bytes; of connections and of drained responses how many."""
 
-    With 0 there is no limit to ``connections_per_address``, and no drain.
-    """
+    request_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 32 * 1024
+    """The head of a request."""
 
-    request_head: int = 32 * 1024
-    request_body: int = 32 * 1024**2
-    request_memory: int = 256 * 1024**2
-    response_head: int = 64 * 1024
-    accumulate: int = 1024**2
-    event: int = 1024**2
-    connections_per_address: int = 0
-    drains: int = 100
+    request_body: Annotated[int, Key(SIZE)] = 32 * 1024**2
+    """The body of a request; ``"0"`` refuses every body. A route may set its own."""
+
+    request_memory: Annotated[int, Key(SIZE)] = 256 * 1024**2
+    """All request bodies that are held at once. Beyond this limit requests are answered with 503
+    and ``retry-after``."""
+
+    response_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 64 * 1024
+    """The head of a provider's response."""
+
+    accumulate: Annotated[int, Key(SIZE)] = 1024**2
+    """What is kept of the text and the tool calls of one response, on routes with
+    ``capture = "content"``. The text is cut on a character boundary; more text than that is only
+    counted. ``"0"`` keeps nothing."""
+
+    event: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 1024**2
+    """The longest event of a stream that is read for tokens, text and end marker. A longer event
+    reaches the caller as any other, but is left out of the record, which then says ``overlong``. Of
+    a longer response in one piece the usage is found nevertheless if it stands at the beginning or
+    the end, as it does, but no content."""
+
+    connections_per_address: Annotated[int, Key(whole_number(0, 10_000_000))] = 0
+    """Callers' connections at once from one address; ``0`` is no limit. See
+    `Too many connections`_. Behind ``haproxy:`` the address is that of the PROXY header. There a
+    connection counts from the beginning of its first request on, which is then answered with the
+    503, over TLS too. If the header names no address (``UNKNOWN``), the address is the balancer's.
+    Callers on a Unix socket have no address, and are not counted."""
+
+    drains: Annotated[int, Key(whole_number(0, 1_000_000))] = 100
+    """How many responses are read on at once after their clients have left, on routes with
+    ``on_disconnect = "drain"``; ``0`` reads none on."""
+
+
+PROVIDER_TIMEOUTS = Section.part_of(Timeouts, "providers.*.timeouts")
+ROUTE_TIMEOUTS = Section.part_of(Timeouts, "routes.timeouts")
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """A service that answers, and how it wants to be called.
+    """A service that responds, and how it wants to be called.
 
     ``header`` and the names in ``headers`` are lower-case; ``format`` holds exactly one ``{}``,
     where the credential goes; ``timeouts`` holds only what this provider sets for itself.
     """
 
     name: str
-    url: Url
-    dialect: Dialect
-    credential: Secret | None = None
-    header: str = "authorization"
-    format: str = "Bearer {}"
-    pass_credential: bool = False
-    headers: tuple[tuple[str, str], ...] = ()
-    ca: str | None = None
-    pool: int = 1000
-    timeouts: dict[str, float | None] = {}
+
+    url: Annotated[Url, Key(URL)]
+    """An ``http://`` or ``https://`` URL with a host, and a port and a path if need be. The path is
+    joined before the request's own. User, password, query and fragment are refused."""
+
+    dialect: Annotated[Dialect, Key(DIALECT)]
+    """The shape that the provider speaks."""
+
+    credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
+    """Bare name of the credential file whose content is sent. A provider without this key gets no
+    credential."""
+
+    header: Annotated[
+        str,
+        Key(
+            value(header_name),
+            stated='default ``"x-api-key"`` for the dialect ``anthropic``, '
+            '``"authorization"`` for all others',
+        ),
+    ] = "authorization"
+    """The header that carries the credential. It may be none that the proxy or HTTP's framing
+    owns."""
+
+    format: Annotated[
+        str,
+        Key(
+            value(credential_format),
+            stated='default ``"{}"`` for the dialect ``anthropic``, ``"Bearer {}"`` for all others',
+        ),
+    ] = "Bearer {}"
+    """The value of that header; ``{}`` stands for the credential, and stands there exactly once.
+    The default follows the dialect and not ``header``: ``header = "api-key"`` mostly needs
+    ``format = "{}"`` beside it."""
+
+    pass_credential: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether the caller's own ``Authorization`` or ``x-api-key`` crosses. Callers then show their
+    key to the proxy in ``x-llmproxy-key``, or are anonymous. Not together with ``credential``."""
+
+    headers: Annotated[tuple[tuple[str, str], ...], Key(HEADERS)] = ()
+    """Headers that are added if the caller sent none of that name, such as
+    ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here."""
+
+    ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
+    """Absolute path of a PEM file: the certificates that are trusted for this provider, and no
+    others."""
+
+    pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
+    """Idle connections that are kept."""
+
+    timeouts: Annotated[dict[str, float | None], Key(part(PROVIDER_TIMEOUTS))] = {}
+    """This provider's own deadlines, as named below."""
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True):
     """What a route changes for one of its candidates."""
 
-    model: str | None = None
+    model: Annotated[str | None, Key(value(text), stated="default: the caller's")] = None
+    """The model that the provider is asked for in place of the caller's."""
+
+
+OVERRIDE = Section.of(Override, "weight")
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,30 +314,93 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     this route sets for itself, and ``request_body`` is its own limit in bytes.
     """
 
-    name: str
-    path: str
-    providers: tuple[str, ...]
-    hosts: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None
-    strip: bool = True
-    override: dict[str, Override] = {}
-    timeouts: dict[str, float | None] = {}
-    accept_encoding: Literal["identity", "pass"] = "identity"
-    include_usage: Literal["as-asked", "inject"] = "as-asked"
-    on_disconnect: Literal["cancel", "drain"] = "cancel"
-    drain_for: float = 30.0
-    error_event: bool = False
-    capture: Literal["usage", "content"] = "usage"
-    request_body: int | None = None
+    path: Annotated[str, Key(value(route_path))]
+    """Prefix of the request's path, by whole segments: ``"/openai"`` fits ``/openai/v1`` and not
+    ``/openai2``. It has no trailing slash but for ``"/"``, and no empty, ``.`` or ``..`` segment.
+    ``"/-"`` is the proxy's own."""
+
+    name: Annotated[
+        str,
+        Key(
+            value(route_name),
+            stated='default: the path without its first slash, ``"root"`` for ``"/"``',
+        ),
+    ]
+    """The name in clients' lists, traces and metrics. Two routes with one path need it."""
+
+    providers: Annotated[tuple[str, ...], Key(PROVIDERS)]
+    """The provider that responds. It is an array of one: more than one candidate is not built yet
+    in this version."""
+
+    hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, stated="default: any")] = None
+    """Only for requests to these hosts. They are given without a port, IPv6 addresses in
+    brackets."""
+
+    models: Annotated[tuple[str, ...] | None, Key(MODELS, stated="default: any")] = None
+    """Only for requests that name one of these models."""
+
+    strip: Annotated[bool, Key(BOOLEAN)] = True
+    """Whether ``path`` is cut off before the request is sent."""
+
+    override: Annotated[dict[str, Override], Key(by_name(Override, OVERRIDE, candidate))] = {}
+    """What is changed for a provider of this route, as named below."""
+
+    timeouts: Annotated[dict[str, float | None], Key(part(ROUTE_TIMEOUTS))] = {}
+    """This route's own deadlines, as named below."""
+
+    accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
+    """What a request for a stream says of compression: ``"identity"`` asks for none, ``"pass"``
+    forwards what the caller said. Responses in brotli or zstd are read for their usage if the extra
+    ``codings`` is installed (``pip install llmproxy[codings]``); gzip and deflate always are."""
+
+    include_usage: Annotated[IncludeUsage, Key(word_of(IncludeUsage))] = "as-asked"
+    """Whether a stream of OpenAI's chat completions or completions reports its token counts:
+    ``"as-asked"`` if the caller asked for them; ``"inject"`` always, by
+    ``"stream_options":{"include_usage":true}`` in the body that is sent. The client then sees one
+    more event, before ``[DONE]``, with ``usage`` and an empty ``choices``, and ``"usage":null`` in
+    the others; a program that takes the first choice of every event without looking breaks.
+    Everything else of the body crosses byte for byte. ``include_usage`` stays as it is if the
+    caller set it, to ``false`` too, and so does a body in which the option is misshapen or stands
+    twice. Other endpoints and dialects report their counts anyway, and nothing is added to their
+    requests."""
+
+    on_disconnect: Annotated[OnDisconnect, Key(word_of(OnDisconnect))] = "cancel"
+    """What becomes of a response whose client leaves. ``"cancel"`` drops the provider's connection
+    at once. ``"drain"`` reads on, so that the record has the token counts, which come last: for
+    ``drain_for`` at most, and for at most ``limits.drains`` responses at once; beyond these the
+    response is cancelled. Only responses whose tokens are understood are read on. The provider goes
+    on working meanwhile, and bills it. The record's ``on_disconnect`` says which of the two it
+    was."""
+
+    drain_for: Annotated[float, Key(DURATION)] = 30.0
+    """How long such a response is read on."""
+
+    error_event: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether a stream that breaks ends with one error event in the provider's dialect."""
+
+    capture: Annotated[Capture, Key(word_of(Capture))] = "usage"
+    """What the record of a request keeps of the response: ``"usage"`` the tokens, ``"content"`` the
+    text and the tool calls too, up to ``limits.accumulate``."""
+
+    request_body: Annotated[int | None, Key(SIZE, stated="default: that of ``[limits]``")] = None
+    """The body of a request on this route."""
 
 
 class Client(msgspec.Struct, frozen=True, kw_only=True):
     """A program that may call; ``keys`` are 32-byte SHA-256 digests, which ``repr`` only counts."""
 
     name: str
-    keys: tuple[bytes, ...]
-    routes: tuple[str, ...] = ("*",)
-    models: tuple[str, ...] = ("*",)
+
+    keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
+    """The keys that the client may show, each as ``"sha256:"`` and the 64 lower-case hex digits of
+    its SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first line and this line
+    on its second. No two clients share a key."""
+
+    routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
+    """The names of the routes that the client may use; ``"*"`` is all of them."""
+
+    models: Annotated[tuple[str, ...], Key(MODELS)] = ("*",)
+    """The models that the client may ask for."""
 
     def __repr__(self) -> str:
         return (
@@ -137,53 +409,32 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Keypair(msgspec.Struct, frozen=True, kw_only=True):
-    """What a listener shows and proves with: a PEM chain and its key.
-
-    ``not_after`` is when the certificate expires, in seconds since the epoch.
-    """
-
-    certificate: bytes
-    key: Secret
-    not_after: float
-
-
-class Proxy(msgspec.Struct, frozen=True, kw_only=True):
-    """The listeners that clients reach; ``via`` is our pseudonym in Via.
-
-    ``keypair`` is there where ``listen_tls`` is.
-    """
-
-    listen: tuple[str, ...] = ("tcp:8080:interface=127.0.0.1",)
-    listen_tls: tuple[str, ...] = ()
-    reuse_port: bool = False
-    keypair: Keypair | None = None
-    anonymous: bool = False
-    drain_timeout: float = 300.0
-    max_connections: int = 20000
-    tuned_loop: bool = True
-    via: str = "llmproxy"
-
-
-class Admin(msgspec.Struct, frozen=True, kw_only=True):
-    """The listener that operators and Prometheus reach."""
-
-    listen: str = "tcp:9080:interface=127.0.0.1"
-    metrics_listen: str | None = None
-
-
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where the record of each request goes; ``None`` is nowhere.
 
-    ``keep`` is for how many seconds the ledger keeps it (``None``: for ever), ``session_header``
-    the lower-case name of the field in which callers name their session.
+    ``keep`` is in seconds (``None``: for ever), ``session_header`` lower-case.
     """
 
-    jsonl: str | None = None
-    ledger: str | None = None
-    keep: float | None = 30 * 86400.0
-    otlp: Url | None = None
-    session_header: str = "x-session-id"
+    jsonl: Annotated[str | None, Key(FILE)] = None
+    """Absolute path of a file that gets one line of JSON for each request. SIGHUP opens it anew,
+    for logrotate."""
+
+    ledger: Annotated[str | None, Key(FILE)] = None
+    """Absolute path of an SQLite file that keeps each request, and the totals of each session:
+    ``llmproxy usage`` reads it. Instances must not share one: put ``{instance}`` into the name."""
+
+    keep: Annotated[float | None, Key(DURATION_OR_OFF)] = 30 * 86400.0
+    """How long the ledger keeps a request, and a session after its last request; ``"off"`` is for
+    ever. Without ``ledger`` this key is an error."""
+
+    otlp: Annotated[Url | None, Key(URL)] = None
+    """An ``http://`` or ``https://`` URL of an OpenTelemetry collector, such as
+    ``"http://127.0.0.1:4318"``: each request becomes a span, sent in JSON to ``/v1/traces`` below
+    it. With ``https`` the collector's certificate must be one that the system trusts."""
+
+    session_header: Annotated[str, Key(value(session_header))] = "x-session-id"
+    """The header in which callers name their session: up to 256 printable characters are recorded.
+    It may be none that carries a key."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,90 +460,37 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         a count, and of a provider's added headers only the names are shown.
         """
         return {
-            "proxy": _proxy(self.proxy),
-            "admin": msgspec.structs.asdict(self.admin),
-            "timeouts": _durations(msgspec.structs.asdict(self.timeouts)),
-            "limits": _limits(self.limits),
-            "providers": {name: _provider(one) for name, one in self.providers.items()},
-            "routes": [_route(one) for one in self.routes],
-            "clients": {name: _client(one) for name, one in self.clients.items()},
-            "trace": _trace(self.trace),
+            "proxy": redacted(self.proxy),
+            "admin": redacted(self.admin),
+            "timeouts": redacted(self.timeouts),
+            "limits": redacted(self.limits),
+            "providers": {name: redacted(one) for name, one in self.providers.items()},
+            "routes": [{"name": one.name, **redacted(one)} for one in self.routes],
+            "clients": {name: redacted(one) for name, one in self.clients.items()},
+            "trace": redacted(self.trace),
         }
 
 
-def _proxy(proxy: Proxy) -> dict[str, object]:
-    return {
-        "listen": list(proxy.listen),
-        "listen_tls": list(proxy.listen_tls),
-        "reuse_port": proxy.reuse_port,
-        "certificate": proxy.keypair is not None,
-        "key": proxy.keypair is not None,
-        "anonymous": proxy.anonymous,
-        "drain_timeout": show_duration(proxy.drain_timeout),
-        "max_connections": proxy.max_connections,
-        "tuned_loop": proxy.tuned_loop,
-        "via": proxy.via,
-    }
+SECTIONS: Mapping[str, Section] = {
+    "proxy": Section.of(Proxy),
+    "admin": Section.of(Admin, "token"),
+    "credentials": Section.of(CredentialFiles),
+    "timeouts": Section.of(Timeouts),
+    "limits": Section.of(Limits),
+    "providers.*": Section.of(Provider, "max_streams"),
+    "providers.*.timeouts": PROVIDER_TIMEOUTS,
+    "routes": Section.of(Route, "balance", "retry_on", "heartbeat", "padding"),
+    "routes.timeouts": ROUTE_TIMEOUTS,
+    "routes.override.*": OVERRIDE,
+    "clients.*": Section.of(
+        Client, "max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"
+    ),
+    "trace": Section.of(Trace),
+}
+"""Every section of the file; ``*`` stands for a name that the operator chooses."""
 
-
-def _limits(limits: Limits) -> dict[str, object]:
-    shown: dict[str, object] = dict(msgspec.structs.asdict(limits))
-    counts = {name: shown.pop(name) for name in ("connections_per_address", "drains")}
-    return {name: show_size(cast(int, size)) for name, size in shown.items()} | counts
-
-
-def _durations(timeouts: dict[str, float | None]) -> dict[str, object]:
-    return {name: show_duration(seconds) for name, seconds in timeouts.items()}
-
-
-def _provider(provider: Provider) -> dict[str, object]:
-    return {
-        "url": str(provider.url),
-        "dialect": provider.dialect.value,
-        "credential": provider.credential is not None,
-        "header": provider.header,
-        "format": provider.format,
-        "pass_credential": provider.pass_credential,
-        "headers": [name for name, _ in provider.headers],
-        "ca": provider.ca,
-        "pool": provider.pool,
-        "timeouts": _durations(provider.timeouts),
-    }
-
-
-def _route(route: Route) -> dict[str, object]:
-    return {
-        "name": route.name,
-        "path": route.path,
-        "providers": list(route.providers),
-        "hosts": None if route.hosts is None else list(route.hosts),
-        "models": None if route.models is None else list(route.models),
-        "strip": route.strip,
-        "override": {name: {"model": one.model} for name, one in route.override.items()},
-        "timeouts": _durations(route.timeouts),
-        "accept_encoding": route.accept_encoding,
-        "include_usage": route.include_usage,
-        "on_disconnect": route.on_disconnect,
-        "drain_for": show_duration(route.drain_for),
-        "error_event": route.error_event,
-        "capture": route.capture,
-        "request_body": None if route.request_body is None else show_size(route.request_body),
-    }
-
-
-def _trace(trace: Trace) -> dict[str, object]:
-    return {
-        "jsonl": trace.jsonl,
-        "ledger": trace.ledger,
-        "keep": show_duration(trace.keep),
-        "otlp": None if trace.otlp is None else str(trace.otlp),
-        "session_header": trace.session_header,
-    }
-
-
-def _client(client: Client) -> dict[str, object]:
-    return {
-        "keys": len(client.keys),
-        "routes": list(client.routes),
-        "models": list(client.models),
-    }
+ROOT = Section(
+    names=tuple(dict.fromkeys(path.partition(".")[0] for path in SECTIONS)),
+    not_built=frozenset({"intercept", "tunnel"}),
+)
+"""The file itself, which holds the sections."""

@@ -1,4 +1,4 @@
-"""Where a provider answers: the struct, and the strict reader of its URL.
+"""The URL of a provider: the struct, and its strict reader.
 
 What a URL may hold is what a request's head can carry unchanged: no user, query or fragment, a
 host that names one place in one spelling, and a path that needs no encoding.

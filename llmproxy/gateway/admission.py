@@ -1,8 +1,8 @@
-"""What no route and no key could make acceptable: the first look at a request.
+"""The first look at a request: what no route and no key could make acceptable.
 
-A method that is not served, a target that would leave its route, a handshake that cannot be met, a
-request that came through here before, a header that is disguised.  Everything here is told in words
-and costs next to nothing.
+Refused here are a method that is not served, a target that would leave its route, a handshake that
+cannot be met, a request that came through this proxy before, and a header that is disguised.  Each
+refusal says what is wrong, and costs next to nothing.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llmproxy.errors import ProxyError
-from llmproxy.http1.headers import host_of, media_type, nominated, refuse_disguised
+from llmproxy.http1.headers import media_type, nominated, refuse_disguised
 from llmproxy.policy.auth import Auth
-from llmproxy.policy.routes import Routes, refuse_dots
+from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.request import Request
 
 
 class Rules(NamedTuple):
-    """What the first look goes by.
+    """What requests are admitted by.
 
     Attributes:
         pseudonym: ours in ``Via``, in lower case.
         credentials: the fields that carry providers' credentials.
+        auth: knows the clients' keys.
     """
 
     pseudonym: bytes
     credentials: frozenset[bytes]
     auth: Auth
-    routes: Routes
 
 
 def admit(request: Request, rules: Rules) -> None:
     """Let ``request`` pass, or refuse it.
 
     Raises:
-        ProxyError: why it cannot be served, whatever the wire knew already included.
+        ProxyError: why it cannot be served; what the server refused already comes first.
     """
     if request.refusal is not None:
         raise request.refusal
@@ -53,14 +53,12 @@ def admit(request: Request, rules: Rules) -> None:
     refuse_disguised(first, rules.credentials)
 
 
-def early_refusal(request: Request, rules: Rules) -> ProxyError | None:
+def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
-    host = host_of(request.first.get(b"host"))
     try:
         admit(request, rules)
-        passes = rules.routes.pass_credential(request.path, host)
-        rules.auth.identify(request.fields, pass_credential=passes)
-        rules.routes.known_path(request.path, host)
+        rules.auth.identify(request.fields, pass_credential=place.passes_credential)
+        place.require()
     except ProxyError as error:
         return error
     return None

@@ -1,8 +1,9 @@
-"""Answers that are read on after their client has left, for what they will have cost.
+"""Responses that are read on after their client has left, for their token counts.
 
-A route with ``on_disconnect = "drain"`` wants a provider's counts, which come last, also of what
-nobody waits for any more.  Each such response is read for ``drain_for`` at most, and only so many
-at once; whatever is beyond is cancelled, as on any other route (ADR-0024).
+A provider sends its counts last.  A route with ``on_disconnect = "drain"`` wants them also where
+the client did not wait for the end.  Such a response is read for ``drain_for`` at most, and only
+``limits.drains`` of them at once; beyond these bounds a response is cancelled, as on any other
+route (ADR-0024).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from llmproxy.gateway.exchange import Exchange
 
 
 class DetachedStreams:
-    """The responses that are read on now.
+    """The responses that are read on now, without a client.
 
     Args:
         most: how many may be at once.
@@ -30,10 +31,11 @@ class DetachedStreams:
         return len(self._running)
 
     def takes(self, exchange: Exchange, why: ClientGone) -> bool:
-        """Tell whether the response of a client that has left is read on; the first asking decides.
+        """Return whether to keep reading the response after its client left.
 
-        It is not where it cannot tell its usage any more, has told all that it had to or has
-        failed, where the provider was not asked yet or not in full, or where the proxy ends it.
+        The first call decides for the request.  The result is no if the tap cannot yield usage, has
+        seen the end or an error, if the provider does not have the whole request yet, or if the
+        proxy itself is ending the request.
         """
         if exchange in self._running:
             return True
@@ -48,15 +50,15 @@ class DetachedStreams:
             wanted = awaits_head and exchange.endpoint is not None
         else:
             wanted = tap.is_reading and not tap.has_ended and tap.error is None
-        if not wanted or len(self._running) >= self._most or exchange.detached:
+        if not wanted or len(self._running) >= self._most or exchange.is_detached:
             return False
-        exchange.detached = True
+        exchange.is_detached = True
         self._running.add(exchange)
         exchange.detached_timer = self._reactor.callLater(match.route.drain_for, exchange.cancel)
         return True
 
     def allow(self, most: int) -> None:
-        """Let so many be at once from now on; those that are go on."""
+        """Allow so many at once from now on; those that run go on."""
         self._most = most
 
     def over(self, exchange: Exchange) -> None:

@@ -1,8 +1,8 @@
-"""One request under way: what is known of it, how its client is told, how its record closes.
+"""One request under way: what is known of it, how it fails, and how its record ends.
 
-The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next, and
+The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next.  It
 knows the two ends that a request can come to before its response is whole: an error that the client
-can still be told, and a break that only the connection can tell.
+can still get, and a break that only the end of the connection can show.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError
-from llmproxy.http1.headers import host_of, is_ndjson, is_stream
+from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
 from llmproxy.policy.routes import RouteMatch
 from llmproxy.record.trace import Trace
@@ -28,31 +28,33 @@ class Exchange:
     """One request under way: what is known of it so far, and how it can be stopped.
 
     Attributes:
-        left: why the client is gone, where it is.
-        late: the request took longer than ``total``.
-        status: the provider's, or 0 before its head has come.
-        endpoint: how the response is read, where it can be; ``tap`` reads it.
-        detached: the response is read on although the client has left, or was.
-        passes: the fields that hold keys are for the provider, as far as the path can tell.
+        match: the route that it takes, once that is chosen.
+        left: why the client is gone, if it is.
+        is_late: the request took longer than ``total``.
         has_asked: the provider may have a byte of the request, and do the work.
+        status: the provider's, or 0 before its head has come.
+        endpoint: how the response can be read, or None where it cannot be.
+        tap: reads the response.
+        is_detached: the response is read on although the client has left, or was.
+        detached_timer: ends that.
+        task: runs the gateway's story.
+        timer: rings after ``total``.
     """
 
     __slots__ = (
-        *("response", "match", "content_encoding", "content_type", "detached_timer", "detached"),
-        *("endpoint", "has_asked", "has_length", "host", "late", "left", "passes", "path"),
-        *("relay", "request", "started", "status", "tap", "task", "timer", "trace"),
+        *("content_encoding", "content_type", "detached_timer", "endpoint", "has_asked"),
+        *("has_length", "is_detached", "is_late", "left", "match", "relay", "request"),
+        *("response", "started", "status", "tap", "task", "timer", "trace"),
     )
 
     def __init__(self, request: Request, trace: Trace, started: float) -> None:
         self.request = request
         self.trace = trace
         self.started = started
-        self.path = request.path
-        self.host = host_of(request.first.get(b"host"))
-        self.left: ClientGone | None = None
-        self.late = False
-        self.passes = False
         self.match: RouteMatch | None = None
+        self.left: ClientGone | None = None
+        self.is_late = False
+        self.has_asked = False
         self.relay: Relay | None = None
         self.response: Response | None = None
         self.content_type: bytes | None = None
@@ -61,8 +63,7 @@ class Exchange:
         self.status = 0
         self.endpoint: Endpoint | None = None
         self.tap: StreamAccumulator | None = None
-        self.detached = False
-        self.has_asked = False
+        self.is_detached = False
         self.detached_timer: Any = None
         self.task: Task | None = None
         self.timer: Any = None
@@ -72,7 +73,10 @@ class Exchange:
         self.has_asked = True
 
     def keep_of(self, response: Response) -> None:
-        """Keep what must be known of a response's head later; both heads go, as a stream lasts."""
+        """Keep what is needed of the response's head later, and drop both heads.
+
+        A stream may last for long, and its heads are the largest part of what it would hold.
+        """
         first = response.first
         self.status = response.code
         self.content_type = first.get(b"content-type")
@@ -84,18 +88,13 @@ class Exchange:
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
         self.timer = None
-        self.late = True
+        self.is_late = True
         self.cancel()
 
     def cancel(self) -> None:
         """Let whatever the request waits for fail."""
         if self.task is not None:
             self.task.cancel()
-
-    @property
-    def bytes_out(self) -> int:
-        """How many bytes of the body were written to the client, so far."""
-        return self.request.sent + (0 if self.relay is None else self.relay.statistics.verbatim)
 
     def drop(self) -> None:
         """Close the provider's connection; while a body comes, the request ends a turn later."""
@@ -104,10 +103,17 @@ class Exchange:
         else:
             self.cancel()
 
+    @property
+    def bytes_out(self) -> int:
+        """How many bytes of the body were written to the client so far."""
+        return self.request.sent + (0 if self.relay is None else self.relay.statistics.verbatim)
+
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
-        """Tell the client; where it has bytes of a response already, only the break can tell.
+        """Tell the client of an error; if it has bytes of a response, break that off.
 
         Args:
+            error: what went wrong.
+            dialect: the shape in which the client's SDK expects an error.
             now: seconds since the epoch, for the ``Date`` field.
         """
         request, name = self.request, self.trace.id
@@ -117,13 +123,13 @@ class Exchange:
             request.write(body)
             request.finish()
             return
-        if self.match is not None and self.match.route.error_event and self._between_events():
+        if self.match is not None and self.match.route.error_event and self._is_between_events():
             ndjson = is_ndjson(self.content_type)
             request.write(error_event(error, dialect, name, ndjson=ndjson))
         request.break_off()
 
     def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:
-        """Let go of everything and fill in the trace; ``now`` in the clock's seconds."""
+        """Let go of everything, and fill in the trace; ``now`` is the clock's."""
         for timer in (self.timer, self.detached_timer):
             if timer is not None and timer.active():
                 timer.cancel()
@@ -131,7 +137,7 @@ class Exchange:
             self.response.abort()
         trace, sent = self.trace, self.bytes_out
         relay, self.relay = self.relay, None  # which would keep each other
-        self.endpoint = None  # whoever hears of the client's leaving only now finds nothing to read
+        self.endpoint = None  # a client that is found to have left only now has nothing to read
         trace.end_reason, trace.is_complete = end, end is EndReason.COMPLETE
         trace.error = None if error is None else error.reason
         trace.status, trace.bytes_out = self.request.status, sent
@@ -150,8 +156,8 @@ class Exchange:
         method = trace.method if self.request.method in METHODS else "other"
         return trace.route or "", trace.provider or "", trace.client or "", method, status
 
-    def _between_events(self) -> bool:
-        """Tell whether the stream stands between two events, so that one more can be added."""
+    def _is_between_events(self) -> bool:
+        """Return whether the stream stands between two events, so that one more can be added."""
         if self.relay is None or self.response is None or not is_stream(self.content_type):
             return False
         if self.has_length or self.content_encoding is not None:

@@ -1,7 +1,8 @@
-"""What a response said, for the record of its request: the tap is opened here, and read out.
+"""What a response said, for the record of its request: the tap is opened and read out here.
 
-This stands between the gateway, which relays, and ``stream/tap.py``, which reads the copy: it knows
-which answers are worth reading, and which field of a trace and which counter each finding goes to.
+This module stands between the gateway, which relays, and ``stream/tap.py``, which reads the copy.
+It knows which responses are worth reading, and to which field of a trace and which counter each
+finding goes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
 from llmproxy.gateway.exchange import Exchange
-from llmproxy.policy.routes import RouteMatch
+from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
@@ -36,12 +37,12 @@ _ANSWERED = range(200, 204)
 
 
 class Inspection:
-    """Opens taps and writes down what they found; an error of ours in that stays here.
+    """Opens taps, and writes down what they found; an error of ours in that stays here.
 
     Args:
         config: the limits of a tap, and the models that a metric may name.
         metrics: counts tokens and what taps did not understand.
-        catch_up: feeds taps what still waits to be read; called before they are asked anything.
+        catch_up: feeds the taps the chunks that still wait; called before a tap is asked anything.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class Inspection:
         self._catch_up = catch_up
 
     @staticmethod
-    def endpoint_of(exchange: Exchange, match: RouteMatch) -> Endpoint | None:
-        """Return how the response will be read, or None where it will not be."""
+    def endpoint_of(exchange: Exchange, match: RouteMatch, candidate: Candidate) -> Endpoint | None:
+        """Return how the candidate's response is to be read, or None where it is not."""
         if exchange.request.method != b"POST":
             return None
-        return endpoint(match.provider.dialect, match.target)
+        return endpoint(candidate.provider.dialect, match.target(candidate))
 
     def open(self, exchange: Exchange, match: RouteMatch) -> StreamAccumulator | None:
-        """Return what reads the response whose head has come, or None where nothing can."""
+        """Return the tap for a response whose head has come, or None where it cannot be read."""
         if exchange.endpoint is None or exchange.status not in _ANSWERED:
             return None
         try:
@@ -90,7 +91,7 @@ class Inspection:
         """
         trace = exchange.trace
         if exchange.left is not None:
-            trace.on_disconnect = "drain" if exchange.detached else "cancel"
+            trace.on_disconnect = "drain" if exchange.is_detached else "cancel"
         if exchange.endpoint is not None:
             trace.usage = "none"
         try:
@@ -98,8 +99,8 @@ class Inspection:
         except Exception:
             self._broke(trace)
             return end
-        # What came after the client had left was not handed to anybody.
-        return end if exchange.detached else found
+        # What came after the client had left was forwarded to nobody.
+        return end if exchange.is_detached else found
 
     def _read_out(self, exchange: Exchange, end: EndReason) -> EndReason:
         trace, tap = exchange.trace, exchange.tap

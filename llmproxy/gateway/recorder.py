@@ -1,7 +1,8 @@
-"""A record of every request: opened when it comes in, closed once, whatever became of it.
+"""A record of every request: opened when the request comes in, closed once, however it ends.
 
-Whatever ends a request ends here: in a trace, an access line and the counters.  Also what never
-became one has a record: a client that left inside its own body, a head that is not HTTP.
+The end of every request comes here and is written into a trace, an access line and the counters.
+Two things that never became a request have a record, too: a client that left inside its own body,
+and a head that is not HTTP.  This module knows no provider and no socket.
 """
 
 from __future__ import annotations
@@ -21,14 +22,9 @@ from llmproxy.server.request import Request
 
 _log = Logger(namespace=ACCESS)
 
-_IDS = 64
-"""Ids that are made at once: each would be a system call of its own."""
-
-_ids: list[str] = []
-
 
 def log_access(trace: Trace, cause: str | None, detail: str | None) -> None:
-    """Write an access line by way of ``twisted.logger``, whoever observes that."""
+    """Write an access line to ``twisted.logger``."""
     _log.info("{method} {path} {end_reason}", **access_event(trace, cause, detail))
 
 
@@ -74,7 +70,7 @@ class Recorder:
         return self._running
 
     def follow(self, session_header: str) -> None:
-        """Find a request's session in this field from now on; its name is in lower case."""
+        """Take a request's session from this field from now on; its name is in lower case."""
         self._session_header = session_header.encode("ascii")
 
     def begin(self, request: Request) -> Exchange:
@@ -86,7 +82,7 @@ class Recorder:
         return exchange
 
     def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
-        """Close a record, with why its request ended and what the client was told."""
+        """Close a record, with why the request ended and the error that its client got."""
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
@@ -94,16 +90,16 @@ class Recorder:
         self._write(exchange.trace, exchange.labels(), error)
 
     def close_all(self) -> None:
-        """End what is left when no client is: each is recorded with what it has said so far."""
+        """End the requests that outlive their clients, each with what is known of it so far."""
         for exchange in list(self._running):
             exchange.cancel()
 
     def abandoned(self, request: Request, why: ClientGone) -> None:
-        """Record a request that ended before it could be served."""
+        """Record a request that ended before it was served."""
         self.close(self.begin(request), why.end, None)
 
     def malformed(self, peer: str, error: ProxyError) -> bytes:
-        """Record a head that is not a request; return the response, which names the record."""
+        """Record a head that is not a request; return the response, which has the record's id."""
         now = self.now()
         self._metrics.request_began()
         trace = Trace(
@@ -118,7 +114,7 @@ class Recorder:
             error=error.reason,
         )
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
-        return bare_response(error, trace.id, now)
+        return bare_response(error, now=now, request_id=trace.id)
 
     def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
@@ -130,7 +126,7 @@ class Recorder:
 
 
 def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:
-    """Return the record of a request that has just come in, with an id of its own.
+    """Return the record of a request that has just come in, with a new id.
 
     Args:
         session_header: the field in which callers name their session, in lower case.
@@ -151,14 +147,11 @@ def new_trace(request: Request, session_header: bytes, *, time: float, instance:
 
 
 def _new_id() -> str:
-    if not _ids:
-        random = os.urandom(12 * _IDS).hex()
-        _ids.extend(random[at : at + 24] for at in range(0, len(random), 24))
-    return _ids.pop()
+    return os.urandom(12).hex()
 
 
 def _path(path: bytes) -> str:
-    """Return a path for the record; of other targets nothing, since they may hold a password."""
+    """Return the path for the record, or nothing of another target: that may hold a password."""
     return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
 
 

@@ -1,20 +1,30 @@
-"""Bodies on the wire: where one ends, and what it holds (RFC 9112, sections 6 and 7).
+"""Bodies on the wire: how a head frames one, where it ends, what it holds (RFC 9112, 6 and 7).
 
-The two readers are fed bytes, split at any point, and tell where a body is over; the chunked coding
-is written here, too.  Both sides of the wire use them.  No socket, provider or client is known
-here.
+A head is turned into a reader here, for requests and for responses by the same rule.  A reader is
+fed bytes, split at any point, and says where its body ends.  The chunked coding is written here,
+too.  Both sides of the wire use this module; no socket, provider or client is known here.
 """
 
 from __future__ import annotations
 
 import re
 
-from llmproxy.http1.grammar import MAX_LINE, BadMessage, parse_field
+from llmproxy.http1.grammar import (
+    MAX_LINE,
+    BadMessage,
+    Fields,
+    RequestHead,
+    field_values,
+    is_chunked,
+    parse_field,
+    parse_length,
+)
 
 MAX_TRAILER = 16384
 """Most bytes of a trailer section, which is read, checked and dropped."""
 
 _MAX_CHUNK_LINE = 1024
+
 _SIZES = {b"%x" % size: size for size in range(1, 0x1000)}
 """The sizes of short chunks by how most write them."""
 
@@ -30,13 +40,64 @@ _CHUNK_LINE = re.compile(
 
 _FRAMING = (b"content-length", b"transfer-encoding", b"host")
 
-
-def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return the pieces of ``data`` as one chunk, to be written together."""
-    return b"%x\r\n" % len(data), data, b"\r\n"
-
-
 LAST_CHUNK = b"0\r\n\r\n"
+"""The end of a body in the chunked coding, without a trailer section."""
+
+
+def chunk(data: bytes) -> bytes:
+    """Return ``data`` as one chunk; empty, it would be the last one."""
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
+
+
+def request_body(head: RequestHead) -> BodyReader:
+    """Return what reads the body of a request; without framing there is none.
+
+    Raises:
+        BadMessage: 400 where the body is framed twice or in a way that its version lacks, 501 for a
+            transfer coding that is not known.
+    """
+    chunked, length = _framing(head.fields, head.first, head.minor)
+    return ChunkedReader() if chunked else LengthReader(length or 0)
+
+
+def response_body(
+    method: bytes, status: int, minor: int, fields: Fields, first: dict[bytes, bytes]
+) -> tuple[BodyReader, int | None]:
+    """Return what reads the body of a response, and the length that its head announces.
+
+    Without framing the body ends with the connection.  A response to HEAD and those with status
+    1xx, 204 and 304 have no body, whatever they announce.
+
+    Args:
+        method: of the request.
+        status: of the response.
+        minor: its version: 0 or 1.
+        fields: its header fields.
+        first: the first value of each name.
+
+    Raises:
+        BadMessage: the body is framed twice, or in a way that is not known.
+    """
+    chunked, length = _framing(fields, first, minor)
+    if chunked and status < 200:
+        raise BadMessage("a Transfer-Encoding in a 1xx response")
+    if method == b"HEAD" or status < 200 or status in (204, 304):
+        return LengthReader(0), length
+    return ChunkedReader() if chunked else LengthReader(length), length
+
+
+def _framing(fields: Fields, first: dict[bytes, bytes], minor: int) -> tuple[bool, int | None]:
+    """Return whether a body is in the chunked coding, and its length where the head says one."""
+    length = None
+    if b"content-length" in first:
+        length = parse_length(field_values(fields, b"content-length"))
+    if b"transfer-encoding" not in first:
+        return False, length
+    if length is not None or minor == 0:
+        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
+    if not is_chunked(field_values(fields, b"transfer-encoding")):
+        raise BadMessage("a transfer coding other than chunked", 501)
+    return True, None
 
 
 class ChunkedReader:
@@ -203,3 +264,7 @@ class LengthReader:
             self.done = True
         self.left -= len(data)
         return data
+
+
+BodyReader = ChunkedReader | LengthReader
+"""What reads one body; its attributes say how far it is."""

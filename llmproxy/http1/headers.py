@@ -53,6 +53,14 @@ def host_of(host: bytes | None) -> str:
     return name if colon and (port.isdigit() or not port) else value
 
 
+def is_owned(name: bytes) -> bool:
+    """Tell whether the proxy or HTTP's framing writes the request field ``name`` (lower case).
+
+    A client's field of that name does not cross as it came, and no configuration may set one.
+    """
+    return name in _REQUEST_DROPPED or name == b"via" or name.startswith(_REQUEST_PREFIXES)
+
+
 def nominated(fields: Fields) -> set[bytes]:
     """Return every field name that a ``Connection`` line nominates, in lower case."""
     lines = [value for name, value in fields if name == b"connection"]
@@ -78,8 +86,7 @@ def refuse_disguised(names: Collection[bytes], credentials: Container[bytes] = (
     for name in names:
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
-            owned = spelt in _REQUEST_DROPPED or spelt in KEY_FIELDS or spelt == b"via"
-            if owned or spelt in credentials or spelt.startswith(_REQUEST_PREFIXES):
+            if is_owned(spelt) or spelt in KEY_FIELDS or spelt in credentials:
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )

@@ -1,1 +1,1 @@
-"""Sockets and time: no HTTP is known here."""
+"""Sockets and time: transports, the reactor's loop, timers, coroutines.  No HTTP is known here."""

@@ -1,10 +1,11 @@
-"""The reactor's loop, without what a daemon of one program does not need.
+"""The reactor's loop: a quicker one for a process of one program, and how late any of them is.
 
 Twisted calls every ready socket through ``log.callWithLogger``, whose context costs about as much
-as sending an event, and looks at timers, threads and signals between any two polls.  Here sockets
-are called directly, and the next poll follows at once while nothing else can be due (ADR-0010).
+as sending an event.  It looks at timers, threads and signals between any two polls.  :func:`tune`
+lets sockets be called directly, and the next poll follow at once while nothing else can be due
+(ADR-0010).  :class:`Lag` measures by how much a reactor misses an appointment that it was given.
 
-Only exactly ``EPollReactor`` is touched, and on it only ``doIteration``; whatever else runs in the
+Only exactly ``EPollReactor`` is touched, and on it only ``doIteration``.  Whatever else runs in the
 process sees the same calls in the same order.  What is leaned on: ``_poller``, ``_selectables``,
 ``_doReadOrWrite``, ``threadCallQueue``, ``_newTimedCalls``, ``_pendingTimedCalls`` and
 ``_justStopped``; ``tests/net/test_loop.py`` fails when they change.
@@ -19,19 +20,23 @@ from select import EPOLLIN
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.task import LoopingCall
 from twisted.python import log
 
 _THRESHOLDS = (10_000, 20, 50)
-"""Allocations before the collector looks at the young, and rounds before it looks further."""
+"""Allocations before the collector looks at young objects, and looks before it goes further."""
 
 _ROUNDS = 100
-"""Polls in a row before the reactor's own loop has its turn in any case."""
+"""Polls in a row, before the reactor's own loop has its turn in any case."""
 
 _MOST = 256
-"""Most ready sockets that one poll tells of; the next one tells of the others."""
+"""Most ready sockets that one poll reports; the next poll reports the others."""
 
 _LONGEST = 2_147_483.0
 """Seconds that epoll can be told to wait; Twisted's own limit."""
+
+_APPOINTMENT = 1.0
+"""Seconds between two appointments at which the lag is measured."""
 
 
 def tune(reactor: Any) -> Callable[[], None]:
@@ -54,8 +59,8 @@ def tune(reactor: Any) -> Callable[[], None]:
 def calm_collector() -> None:
     """Let the garbage collector leave alone what is there now, and look less often at the rest.
 
-    A stream's objects die by themselves; a collection looks at all streams, and holds all up.  The
-    collector is the whole process's: this is for whoever owns that.
+    The objects of a stream die by reference counting.  A collection looks at all streams, and holds
+    all of them up.  The collector is the whole process's: call this only where that is ours.
     """
     gc.collect()
     gc.freeze()
@@ -68,7 +73,7 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
 
     def iterate(timeout: float | None) -> None:
         """Poll, and again as long as only sockets have something to do."""
-        for _ in range(1 if timeout == 0 else _ROUNDS):  # who asks for no wait is due elsewhere
+        for _ in range(1 if timeout == 0 else _ROUNDS):  # without a wait, something else is due
             try:
                 ready = poll(-1 if timeout is None else timeout, _MOST)
             except InterruptedError:
@@ -102,3 +107,37 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                 return
 
     return iterate
+
+
+class Lag:
+    """Measures the lag of one reactor.
+
+    Args:
+        reactor: keeps, or misses, the appointments.
+        clock: monotonic seconds.
+        observe: called with each lag, in seconds.
+    """
+
+    def __init__(
+        self, reactor: Any, clock: Callable[[], float], observe: Callable[[float], None]
+    ) -> None:
+        self._clock = clock
+        self._observe = observe
+        self._expected = 0.0
+        self._call = LoopingCall(self._measure)
+        self._call.clock = reactor
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._expected = self._clock() + _APPOINTMENT
+        self._call.start(_APPOINTMENT, now=False)
+
+    def stop(self) -> None:
+        """Measure no more; harmless where nothing was measured."""
+        if self._call.running:
+            self._call.stop()
+
+    def _measure(self) -> None:
+        now = self._clock()
+        self._observe(max(0.0, now - self._expected))
+        self._expected = now + _APPOINTMENT

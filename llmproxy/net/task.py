@@ -1,8 +1,8 @@
 """Runs one coroutine that awaits Deferreds, for a request's whole life.
 
 ``Deferred.fromCoroutine`` does the same, with a copy of the context variables, a Deferred of its
-own and some bookkeeping for whoever awaits that; nobody awaits a request, and each of these costs
-as much as a good part of one (ADR-0011).  Nothing here knows what the coroutine is for.
+own and some bookkeeping for a coroutine that awaits that.  Nothing awaits a request, and these
+three cost a twentieth of one (ADR-0011).  What the coroutine is for is not known here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 
 class Task:
-    """One coroutine on its way; it runs up to its first wait at once.
+    """One coroutine that is being run; it runs up to its first wait at once.
 
     Args:
         coroutine: may await Deferreds and nothing else.
@@ -33,12 +33,12 @@ class Task:
         self._go(None)
 
     def cancel(self) -> None:
-        """Cancel what is awaited, if anything is: the coroutine sees that fail."""
+        """Cancel what is awaited, if anything is; in the coroutine the wait fails."""
         if self._awaited is not None:
             self._awaited.cancel()
 
     def _go(self, result: object) -> None:
-        """Go on with what was awaited, up to the next wait or the end."""
+        """Run on with the result of the last wait, up to the next wait or the end."""
         self._awaited = None
         try:
             if isinstance(result, Failure):

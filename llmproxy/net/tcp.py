@@ -1,11 +1,11 @@
 """TCP transports that send at once what the kernel takes, and queue the rest.
 
 Twisted queues every write and asks epoll when it may be sent: two more system calls and half a turn
-of the reactor for each event of a stream.  Here a write goes to the socket while nothing waits; as
-soon as something does, everything queues behind it as Twisted has it, so that what comes meanwhile
-is joined, and a producer is paused (ADR-0009).
+of the reactor for each event of a stream.  Here a write goes straight to the socket while nothing
+waits.  As soon as something waits, everything queues behind it in Twisted's own way: writes are
+joined, and a producer is paused (ADR-0009).
 
-These are Twisted's own transports in all else.  What is leaned on is the queue of
+In all else these are Twisted's transports.  What is leaned on is the queue of
 ``twisted.internet.abstract.FileDescriptor`` (``_tempDataBuffer``, ``_tempDataLen``,
 ``dataBuffer``), ``_aborting`` and ``Connector._makeTransport``; ``tests/net/test_tcp.py`` fails
 when they change.
@@ -26,28 +26,28 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
 READ_SIZE = 80 * 1024
-"""Bytes of one read at most; ``bufferSize`` is how many may be queued before a producer pauses."""
+"""Most bytes of one read; ``bufferSize`` is how many may be queued before a producer is paused."""
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 """SO_LINGER for a reset instead of a FIN (socket(7))."""
 
 
 class DirectTransport(tcp.Connection):
-    """What a server's and a client's side have in common.
+    """What an accepted connection and one that we made have in common.
 
     Attributes:
         drained: called once, when the kernel has taken all that is queued.
         written: bytes that were given to :meth:`write` so far.
     """
 
-    # What an event looks at; Twisted's own marks, and the table of an instance with some forty
-    # attributes, are slower to find (ADR-0011).
+    # What every write looks at.  Twisted's own marks, and attributes in the dictionary of an
+    # instance with some forty of them, are slower to find (ADR-0011).
     __slots__ = ("_is_pulled", "_may_wait", "_send", "protocol", "socket", "written")
     drained: Callable[[], object] | None = None
     _reads: bool = False
 
     def __init__(self, *args: Any) -> None:
-        self._send: Callable[[bytes], int] = len  # takes all, and drops it
+        self._send: Callable[[bytes], int] = len  # stands for a socket that takes and drops all
         self._may_wait = False  # something may be queued
         self._is_pulled = False  # by a producer that must be asked for more
         self.written = 0
@@ -65,7 +65,7 @@ class DirectTransport(tcp.Connection):
         try:
             sent = self._send(data)
         except OSError:
-            sent = 0  # full, or broken: then the reactor's own attempt ends the connection
+            sent = 0  # full, or broken: then the reactor's own attempt to write ends it
         if sent < size:
             self._may_wait = True
             FileDescriptor.write(self, data[sent:] if sent else data)
@@ -81,7 +81,7 @@ class DirectTransport(tcp.Connection):
         return super().writeSomeData(data) if data else 0
 
     def abortConnection(self) -> None:
-        """Reset the connection now; the protocol is told in the next turn."""
+        """Reset the connection now; it is reported to the protocol in the next turn."""
         if self.disconnected or self._aborting:
             return
         self.stopReading()
@@ -124,8 +124,8 @@ class DirectTransport(tcp.Connection):
         if self._writeDisconnected:
             self._send = len
         if self.drained is not None and not self._tempDataLen and not self.dataBuffer:
-            told, self.drained = self.drained, None
-            told()
+            report, self.drained = self.drained, None
+            report()
         return why
 
     def doRead(self) -> Any:
@@ -140,6 +140,14 @@ class DirectTransport(tcp.Connection):
             return CONNECTION_DONE
         self.protocol.dataReceived(data)
         return None
+
+    def startTLS(self, ctx: Any, normal: bool = True) -> None:
+        """Refuse: what is written would pass by Twisted's TLS layer, and leave in the clear.
+
+        Raises:
+            RuntimeError: always; TLS from the first byte on is ``net/tls.py``.
+        """
+        raise RuntimeError("startTLS is not supported: what is written here would not be encrypted")
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Ask ``producer`` for more, or pause it."""
@@ -167,7 +175,7 @@ class DirectServer(DirectTransport, tcp.Server):
 
 
 class DirectClient(DirectTransport, tcp.Client):
-    """A connection that was asked for."""
+    """A connection that we made."""
 
     def _connectDone(self) -> None:
         self._send = self.socket.send

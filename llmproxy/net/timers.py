@@ -1,12 +1,12 @@
 """Timers of a few lengths that are nearly always cancelled, such as deadlines.
 
 A reactor keeps its timers in a heap, and looks at new ones between any two polls; two for each
-request are a good part of what a request costs.  Here all timers of one length are a queue, in the
-order in which they ring, with one timer of the reactor's for the first of them.  That one stays
-where the first is cancelled: it finds later what is first by then (ADR-0011).
+request are a thirtieth of what a request costs (ADR-0011).  Here all timers of one length are a
+queue, in the order in which they ring, with one timer of the reactor's for the first of them.  If
+the first is cancelled, the reactor's timer stays; when it rings, it finds which is first by then.
 
-:meth:`Timers.callLater` is that of ``IReactorTime``, so that whoever needs a timer need not know
-which of the two it was given.
+:meth:`Timers.callLater` is that of ``IReactorTime``, so that a caller need not know which of the
+two it was given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _nothing() -> None:
 
 
 class Timer:
-    """One timer that was asked for; ``DelayedCall`` as far as anybody needs it."""
+    """One timer; of ``IDelayedCall`` it has what is used here."""
 
     __slots__ = ("_queue", "at", "call")
 
@@ -48,14 +48,14 @@ class Timer:
             KeyError: it has rung, or was cancelled.
         """
         del self._queue[self]
-        self.call = _nothing  # whoever keeps this timer is mostly kept by what it was to call
+        self.call = _nothing  # which mostly keeps the owner of this timer
 
 
 class Timers:
     """All such timers of one process.
 
     Args:
-        reactor: rings for the first timer of each length.
+        reactor: keeps one timer for each length.
     """
 
     def __init__(self, reactor: Any) -> None:
@@ -80,7 +80,7 @@ class Timers:
         self._queues.clear()
 
     def _ring(self, delay: float, queue: dict[Timer, None]) -> None:
-        """Call who is due, and ask to be rung for whoever is next."""
+        """Call the timers that are due, and ask the reactor to ring for the next one."""
         now = self._seconds()
         due: list[Timer] = []
         for timer in queue:

@@ -5,18 +5,18 @@ pyOpenSSL's ``Connection(context, socket)`` stands in the place of ``recv`` and 
 queue of ``net/tcp.py`` (ADR-0009).  What its safety rests on::
 
     handshake     nothing of the protocol's is sent before it; what is written waits in the queue
-    reading       one record is one read; OpenSSL keeps nothing back that epoll would not tell of
+    reading       one record is one read; OpenSSL keeps nothing back that epoll would not report
     a full kernel a record that OpenSSL could not send stays first in the queue and is tried again
                   with the same bytes (SSL_write(3), "moving write buffer")
-    the end       a peer's close_notify is answered and is an end; a FIN without one is a break
+    the end       a peer's close_notify is an end, and gets ours; a FIN without one is a break
     our end       close_notify and FIN, then the peer's; an abort is a reset, without either
     renegotiation refused by the contexts; a key update is OpenSSL's own affair
 
 pyOpenSSL's private ``_ssl``, ``_raise_ssl_error`` and ``_util`` are leaned on for reading;
 ``tests/net/test_tls.py`` fails when they change (ADR-0011).
 
-A protocol that implements ``IHandshakeListener`` is told when the handshake is done.  Nothing here
-knows a certificate, a provider or a client.
+To a protocol that implements ``IHandshakeListener`` it is reported that the handshake is done.  No
+certificate, provider or client is known here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 from twisted.internet import tcp
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -39,10 +39,10 @@ _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
 
 _BULK = _RECORD // 2
-"""A record of so many bytes is hardly alone: the next one is read in the same turn."""
+"""A record of so many bytes rarely comes alone: the next one is read in the same turn."""
 
 _MOST = READ_SIZE // _RECORD
-"""Records of one read, so that others have their turn."""
+"""Most records of one read, so that other connections have their turn."""
 
 _read_record = lib.SSL_read
 _BUFFER = ffi.new("char[]", _RECORD)
@@ -55,15 +55,15 @@ def _take_nothing(data: bytes) -> int:
 
 
 class TlsTransport(DirectTransport):
-    """What a server's and a client's side have in common.
+    """What an accepted connection and one that we made have in common.
 
     Attributes:
         tls: OpenSSL's side of the connection.
-        shaken: the handshake is done.
-        verdict: what the handshake found out, where whoever made ``tls`` notes it.
+        handshake_done: the handshake is done.
+        verdict: what the handshake found out, if the maker of ``tls`` keeps that here.
     """
 
-    # What a read looks at; what may be in its way is looked for only where something is.
+    # What every read looks at: ``_flows`` says that nothing is in its way.
     __slots__ = ("_flows", "_ssl")
     tls: SSL.Connection
     verdict: Any = None
@@ -116,7 +116,7 @@ class TlsTransport(DirectTransport):
                 return None
             return self._read_more(size)
         if not self.handshake_done:
-            return self._shake()  # what stands behind it is told again
+            return self._shake()  # epoll reports again what came behind it
         self._flows = not self.disconnecting
         if self._writing_waits:
             self._writing_waits = False
@@ -124,7 +124,7 @@ class TlsTransport(DirectTransport):
         return self._read_more(_read_record(self._ssl, _BUFFER, _RECORD))
 
     def _read_more(self, size: int) -> Any:
-        """Go on from what the first record's reading returned."""
+        """Read on, from what reading the first record returned."""
         pieces: list[bytes] = []
         why: Any = None
         try:
@@ -141,7 +141,7 @@ class TlsTransport(DirectTransport):
             self._reading_waits = True
             self.startWriting()
         except SSL.ZeroReturnError:
-            why = CONNECTION_DONE  # answered when the connection ends, as something may be queued
+            why = CONNECTION_DONE  # ours follows when the connection ends: something may be queued
         except SSL.Error:
             why = CONNECTION_LOST
         if pieces and not self.disconnecting:
@@ -151,7 +151,7 @@ class TlsTransport(DirectTransport):
     # -- out ------------------------------------------------------------------------------------
 
     def _send_records(self, data: bytes) -> int:
-        """Send what the kernel takes; nothing of a broken connection, which doWrite then ends."""
+        """Send what the kernel takes; where the connection is broken, nothing: doWrite ends it."""
         sent = self.writeSomeData(data)
         return sent if isinstance(sent, int) else 0
 
@@ -173,7 +173,7 @@ class TlsTransport(DirectTransport):
         return sent
 
     def doWrite(self) -> Any:
-        """The kernel takes bytes: go on with whatever waited for that."""
+        """The kernel takes bytes: go on with what waited for that."""
         if self._aborting:
             return None  # by the read of the same event: the descriptor may be another's by now
         if not self.handshake_done:
@@ -189,14 +189,14 @@ class TlsTransport(DirectTransport):
     # -- the end --------------------------------------------------------------------------------
 
     def loseConnection(self, *args: Any) -> None:
-        """Send what is queued, say farewell and close; before the handshake, drop it."""
+        """Send what is queued and close_notify, then close; before the handshake, drop it."""
         if not self.handshake_done and not self._tempDataLen:
             self.abortConnection()
         else:
             self._flows = False
             super().loseConnection(*args)
             if self.connected and not self.handshake_done:
-                self.startReading()  # the handshake is not through
+                self.startReading()  # the handshake goes on
 
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over; an orderly end has our close_notify, too."""
@@ -213,7 +213,10 @@ class TlsTransport(DirectTransport):
         return None
 
     def _closeWriteConnection(self) -> None:
-        self._part()
+        if not self._parted and self._part():
+            half_closeable: Any = IHalfCloseableProtocol(self.protocol, None)
+            if half_closeable is not None:
+                half_closeable.writeConnectionLost()
 
     def _part(self) -> bool:
         """Send our close_notify and FIN, once; return whether the kernel has taken them."""
@@ -251,7 +254,7 @@ class TlsServer(TlsTransport, tcp.Server):
 
 
 class TlsClient(TlsTransport, tcp.Client):
-    """A connection that was asked for.
+    """A connection that we made.
 
     Args:
         tls: makes OpenSSL's side of a connection, on its ``socket``.

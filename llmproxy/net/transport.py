@@ -1,8 +1,8 @@
 """What a transport still holds, and whether a quiet connection is still good.
 
 Twisted's transports queue what the kernel does not take, and have no public name for how much that
-is; a proxy must know, to tell a slow client from a stalled one and to close a connection only after
-everything was sent.  The private attributes that are read here are those of
+is.  A proxy must know it: to tell a slow client from a stalled one, and to close a connection only
+after everything was sent.  The private attributes that are read here are those of
 ``twisted.internet.abstract.FileDescriptor`` and ``twisted.protocols.tls``;
 ``tests/net/test_transport.py`` fails when they change.  No provider, client or message is known
 here.
@@ -60,9 +60,9 @@ def unacknowledged_bytes(transport: Any) -> int:
 def is_quiet(transport: Any) -> bool:
     """Tell whether nothing waits to be read: no byte, no end of file, no error.
 
-    An idle connection on which something waits must not be used again: it is the peer's end of
-    connection, or bytes that nobody asked for.  What a TLS layer has read and not forwarded yet
-    cannot be seen from here: it forwards everything within one turn of the reactor.
+    An idle connection on which something waits must not be used again: what waits is the peer's end
+    of the connection, or bytes that nobody asked for.  What a TLS layer has read and not forwarded
+    yet cannot be seen here, but a layer forwards everything within one turn of the reactor.
     """
     raw = raw_transport(transport)
     handle = getattr(raw, "socket", None)
@@ -72,7 +72,7 @@ def is_quiet(transport: Any) -> bool:
 
 
 def has_peer_left(transport: Any) -> bool:
-    """Tell whether the peer has ended or reset its side, even behind bytes that were not read."""
+    """Tell whether the peer has ended or reset its side, also behind bytes that were not read."""
     handle = getattr(raw_transport(transport), "socket", None)
     if handle is None or handle.fileno() < 0:
         return True
@@ -91,13 +91,14 @@ def has_input(handle: socket.socket) -> bool:
 def notice_vanished_peer(transport: Any, user_timeout: float | None = 60.0) -> None:
     """Let the kernel end a connection whose peer is gone without a word.
 
-    A quiet one is probed after 30 s, and ended after ``user_timeout``, or else a minute.
+    A quiet connection is probed after 30 s, and ended after ``user_timeout``, or else a minute.
 
     Args:
         transport: a connection, or a listening port of TCP, from which its connections inherit it.
         user_timeout: seconds for which what was sent may stay unacknowledged; None for as long as
-            the kernel sends it again.  It also ends a peer that answers and takes nothing
-            (tcp(7), ``TCP_USER_TIMEOUT``), so it must not be shorter than what such a one may take.
+            the kernel sends it again.  It also ends a connection whose peer acknowledges and takes
+            nothing (tcp(7), ``TCP_USER_TIMEOUT``): it must not be shorter than such a peer may do
+            so.
     """
     if not isinstance(handle := getattr(transport, "socket", None), socket.socket):
         handle = getattr(raw_transport(transport), "socket", None)

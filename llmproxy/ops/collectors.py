@@ -1,6 +1,6 @@
-"""The figures that the parts hold themselves, under the names that Prometheus knows (ADR-0003).
+"""Metrics whose values other parts hold, under the names that Prometheus knows (ADR-0003).
 
-Each is read when it is scraped.  The parts do not know that they are looked at.
+Each value is read when it is scraped.  The parts do not know that they are watched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def expose(
         lambda: {(): site.pending_bytes()},
     )
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
-    gauge("drains", "Answers read on for their usage alone.", [], lambda: {(): len(detached)})
+    gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
     gauge("draining", "1 while the process shuts down.", [], lambda: {(): drain.begun})
     gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})
     gauge(

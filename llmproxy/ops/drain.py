@@ -1,9 +1,9 @@
-"""How a process that is told to stop shuts down: refuse, wait, cut.
+"""How a process shuts down: refuse new work, wait for what runs, cut what is left.
 
-A drain begins once: listeners are closed, idle connections too, running responses go on.  It is
-over when the last client connection is gone, or cuts what is left at its deadline, or at once when
-it is asked to.  What is left, and for how long, can be read at any time.  Only sites are known
-here, not what they serve.
+A drain begins once.  Listeners and idle connections are closed, running responses go on.  The drain
+is over when the last client connection has ended.  At its deadline, or when it is asked to, it cuts
+the connections that are left.  What is left, and for how long, can be read at any time.  Only sites
+are known here, not what they serve.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from twisted.logger import Logger
 
 from llmproxy.server.site import Site
 
-_TOLD_EVERY = 10.0
+_REPORTED_EVERY = 10.0
 """Seconds between two lines of progress in the log."""
 
 _log = Logger()
 
 
 class Drain:
-    """The end of one process's life.
+    """The shutdown of one process.
 
     A request counts from the end of its head, also while its body is still coming.
 
@@ -33,7 +33,7 @@ class Drain:
         timeout: seconds that running responses are waited for; it may change until they are.
 
     Attributes:
-        begun: whether the process shuts down.
+        begun: whether the process is shutting down.
     """
 
     def __init__(self, site: Site, reactor: Any, timeout: float) -> None:
@@ -60,7 +60,7 @@ class Drain:
         return max(0.0, left)
 
     def begin(self) -> Deferred[None]:
-        """Refuse new work and wait for what runs.
+        """Refuse new work, and wait for what runs.
 
         Returns:
             fires when no client connection is left.  It never fails.
@@ -69,9 +69,9 @@ class Drain:
         self._ended_before = self._site.ended
         _log.info("draining: {running} requests are being served", running=self._running())
         self._deadline = self._reactor.callLater(self.timeout, self.cut)
-        progress = LoopingCall(self._tell)
+        progress = LoopingCall(self._report)
         progress.clock = self._reactor
-        progress.start(_TOLD_EVERY, now=False)
+        progress.start(_REPORTED_EVERY, now=False)
         self._site.drain()
 
         def rested(_: None) -> None:
@@ -97,7 +97,7 @@ class Drain:
     def _ended(self) -> int:
         return self._site.ended - self._ended_before
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._finished is not None:
             return  # it was cut, and the last line follows
         _log.info(

@@ -1,8 +1,8 @@
-"""The ports of one process: which are opened, told of and closed, and in which order.
+"""The ports of one process: which are opened, reported and closed, and in which order.
 
 A port stays open for as long as each configuration names its endpoint in the same words; what is
-new is opened before anything is closed (ADR-0014).  The admin site's are closed last, so that an
-operator sees a process shut down.  How an endpoint becomes a listening socket is
+new is opened before anything is closed (ADR-0014).  The admin site's ports are closed last, so that
+an operator sees the process shut down.  How an endpoint becomes a listening socket is
 ``server/listen.py``'s.
 """
 
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     """An endpoint, and what is there.
 
     Attributes:
-        whose: who reaches it: clients (``proxy``) or operators (``admin``).
+        whose: reached by clients (``proxy``) or by operators (``admin``).
         text: the endpoint, as the file has it.
         site: serves its connections.
         tls: ends TLS on them, where it is to be ended.
@@ -53,7 +53,7 @@ class Listeners:
         site: serves clients.
         admin: serves operators.
         metrics: serves Prometheus, where it has a listener of its own.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        direct: with the transports of ``net/``; else with Twisted's own.
 
     Attributes:
         proxy: the ports that clients reach, those that end TLS behind the others.
@@ -67,7 +67,7 @@ class Listeners:
         self._site, self._admin, self._metrics = site, admin, metrics
         self._direct = direct
         self._open: list[Listener] = []
-        self._untold: list[Listener] = []
+        self._unreported: list[Listener] = []
         self._given: set[int] = set()
         self.proxy: list[Any] = []
         self.admin: list[Any] = []
@@ -109,7 +109,7 @@ class Listeners:
     def use(self, listeners: list[Listener], *, reuse_port: bool) -> None:
         """Listen there, and nowhere else; connections that were accepted elsewhere go on."""
         before, self._open = self._open, listeners
-        self._untold = [one for one in listeners if one not in before]
+        self._unreported = [one for one in listeners if one not in before]
         self._given.update(port.given for _, port in listeners if port.given is not None)
         self.proxy[:] = [port for place, port in listeners if place.whose == "proxy"]
         self.admin[:] = [port for place, port in listeners if place.whose == "admin"]
@@ -125,9 +125,9 @@ class Listeners:
                 )
                 _close(listener)
 
-    def tell(self) -> None:
-        """Write where the process listens to the log; each port is told once."""
-        for place, port in self._untold:
+    def report(self) -> None:
+        """Write to the log where the process listens; each port is reported once."""
+        for place, port in self._unreported:
             where = port.getHost()
             _log.info(
                 "{site} listens on {address}",
@@ -136,7 +136,7 @@ class Listeners:
                 address=str(where),
                 port=getattr(where, "port", None),
             )
-        self._untold = []
+        self._unreported = []
 
     def _places(self, config: Config, tls: ListenerTls | None) -> list[Place]:
         proxy, admin = config.proxy, config.admin
@@ -164,7 +164,7 @@ class Listeners:
     def close_proxy(self) -> Deferred[Any]:
         """Accept no more clients; fires when nobody listens for them here.
 
-        What systemd handed over is closed, too: where it closes its own, clients are refused.
+        A socket from systemd is closed here, too: if systemd closes its own, clients are refused.
         """
         closed = self._close_all("proxy")
         for descriptor in self._given:

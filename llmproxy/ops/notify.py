@@ -1,9 +1,9 @@
-"""What the service manager is told: ready, reloading, stopping, alive, and how it goes.
+"""What is reported to the service manager: ready, reloading, stopping, alive, and the status.
 
 The protocol is that of sd_notify(3): one datagram of ``KEY=value`` lines to the socket that
-``$NOTIFY_SOCKET`` names.  Without that variable nothing is said, and nothing costs anything.  The
-watchdog is answered from the reactor, so that a reactor that is stuck is one that is restarted.
-What goes on in the process is not known here; a line of it is passed in.
+``$NOTIFY_SOCKET`` names.  Without that variable nothing is sent, and nothing costs anything.  The
+watchdog is fed from the reactor, so that systemd restarts a process whose reactor is stuck.  The
+state of the process is not known here; a function that makes the status line is passed in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PATIENCE = 2.0
 """Seconds that a message may wait for the manager which it must not miss."""
 
 Reloading = Callable[[], AbstractContextManager[None]]
-"""What a reload opens around its work: the manager hears of its beginning and of its end."""
+"""What a reload opens around its work: the manager hears of its beginning and its end."""
 
 _log = Logger()
 
@@ -67,7 +67,7 @@ class Notify:
         self._looks.clock = self._pings.clock = reactor
 
     def ready(self) -> None:
-        """Everything listens: say so, and begin to show the status and to answer the watchdog."""
+        """Everything listens: report it, and begin to show the status and to feed the watchdog."""
         if self._address is None:
             return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -79,9 +79,9 @@ class Notify:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Say that a reload begins, and at the end that the process is ready again, either way.
+        """Report that a reload begins, and at its end that the process is ready again.
 
-        Where it shuts down meanwhile, that is not said any more.
+        If the process shuts down meanwhile, the end is not reported.
         """
         self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", wait=True)
         try:
@@ -92,7 +92,7 @@ class Notify:
                 self._send(f"READY=1\nSTATUS={self._told}", wait=True)
 
     def stopping(self) -> None:
-        """The process shuts down, which may take long: say how it goes, and ask for the time."""
+        """The process shuts down, which may take long: report its state, and ask for more time."""
         self._stops = True
         self._send("STOPPING=1", wait=True)
         if self._looks.running:
@@ -101,7 +101,7 @@ class Notify:
             self._looks.start(_STOPPING_INTERVAL)
 
     def close(self) -> None:
-        """Say the last status, and nothing any more."""
+        """Send the last status, and nothing after it."""
         for call in (self._looks, self._pings):
             if call.running:
                 call.stop()
@@ -117,7 +117,7 @@ class Notify:
             self._send(f"{self._more}STATUS={status}")
 
     def _send(self, text: str, *, wait: bool = False) -> None:
-        """Send; a manager that takes nothing is told of in the log, once, and holds up nobody."""
+        """Send; a manager that takes nothing is reported in the log, once, and delays nothing."""
         if self._socket is None or self._address is None:
             return
         self._socket.settimeout(_PATIENCE if wait else 0.0)
@@ -125,7 +125,7 @@ class Notify:
             self._socket.sendto(text.encode("utf-8"), self._address)
         except OSError as error:
             if not self._failing:
-                _log.warn("the service manager cannot be told: {why}", why=str(error))
+                _log.warn("the service manager cannot be reached: {why}", why=str(error))
             self._failing = True
         else:
             self._failing = False

@@ -1,9 +1,8 @@
 """SIGHUP: the file is read again, and all of it takes effect, or nothing does (ADR-0014).
 
-A file is read, and what it asks for is made, aside from the reactor's thread; what was made is put
-to use in one turn of the reactor, or not at all.  What a file is made into is ``ops/setup.py``'s.
-Logs and trace files are opened anew first, whatever the file says: that is how logrotate
-asks.
+The file is read, and the parts that it asks for are made, on a thread of their own.  The parts are
+put to use in one turn of the reactor, or not at all; ``ops/setup.py`` makes and uses them.  Logs
+and trace files are opened anew first, whatever the file says: that is how logrotate asks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from llmproxy.config import Config, ConfigError
 from llmproxy.ops.notify import Reloading
 from llmproxy.ops.setup import Prepared, Setup
 
-_AT_REST = "no reload: the process shuts down"
+_SHUTS_DOWN = "no reload: the process shuts down"
 
 _log = Logger()
 
@@ -31,7 +30,7 @@ T = TypeVar("T")
 class Reload:
     """Follows the file whenever it is called.
 
-    A call while another one is under way is answered when that is over, by reading once more.
+    A call during a reload is served after that one, by reading the file once more.
 
     Args:
         reread: returns the file as it is now, checked, or raises ``ConfigError``.
@@ -39,8 +38,8 @@ class Reload:
         aside: calls what may block; fires with what came of it.
         wall: seconds since the epoch.
         reopen: opens logs and trace files anew.
-        telling: what is opened around the work, for the service manager.
-        tell: writes to the log where the process listens now.
+        reporting: what is opened around the work, for the service manager.
+        report: writes to the log where the process listens now.
 
     Attributes:
         succeeded: whether the last one did; the start counts as one.
@@ -55,16 +54,16 @@ class Reload:
         aside: Callable[[Callable[[], Prepared]], Deferred[Prepared]],
         wall: Callable[[], float],
         reopen: Callable[[], None],
-        telling: Reloading,
-        tell: Callable[[], None],
+        reporting: Reloading,
+        report: Callable[[], None],
     ) -> None:
         self._reread = reread
         self._setup = setup
         self._aside = aside
         self._wall = wall
         self._reopen = reopen
-        self._telling = telling
-        self._tell = tell
+        self._reporting = reporting
+        self._report = report
         self._wanted = self._busy = self._over = False
         self._waits: list[str] = []
         self.succeeded = True
@@ -74,7 +73,7 @@ class Reload:
         """Begin to follow the file as it is now; it never raises."""
         self._reopen()
         if self._over:
-            _log.info(_AT_REST)
+            _log.info(_SHUTS_DOWN)
             return
         self._wanted = True
         if not self._busy:
@@ -87,7 +86,7 @@ class Reload:
     async def _follow(self) -> None:
         self._busy = True
         try:
-            with self._telling():
+            with self._reporting():
                 while self._wanted and not self._over:
                     self._wanted = False
                     await self._follow_once()
@@ -100,7 +99,7 @@ class Reload:
             prepared = await self._aside(self._prepare)
             if self._over:
                 self._setup.abandon(prepared)
-                _log.info(_AT_REST)
+                _log.info(_SHUTS_DOWN)
                 return
             self._setup.use(prepared)
         except (ConfigError, OSError, ValueError) as error:
@@ -129,7 +128,7 @@ class Reload:
             changed=changed,
             waits=self._waits,
         )
-        self._tell()
+        self._report()
 
 
 def settled(config: Config, running: Config) -> tuple[Config, list[str]]:

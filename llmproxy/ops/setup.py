@@ -1,14 +1,20 @@
-"""What a configuration is made into, and how that takes the place of what there was (ADR-0014).
+"""What a configuration is made into, and how that replaces what was in use (ADR-0014).
 
 Some parts last as long as the process: the site with its connections, the records, the listeners.
-The others are made for one configuration, and a request ends with those that it began with.  A
+The other parts are made for one configuration, and a request ends with those that it began with.  A
 start and a reload are the same two steps: prepare all of it, then put it to use in one turn.
+
+The limit of file descriptors is set here, too.  A limit that is too low shows only under load, as
+connections that fail one by one; so it is raised, or the log says so, with each configuration.
 """
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from twisted.logger import Logger
 
 from llmproxy.config import Config
 from llmproxy.gateway.detached import DetachedStreams
@@ -18,9 +24,15 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
+from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
+
+RESERVE = 512
+"""Descriptors for everything else: listeners, the admin site, files, rejected connections."""
+
+_log = Logger()
 
 
 class Prepared(NamedTuple):
@@ -149,13 +161,41 @@ class Setup:
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address
         )
-        self._site.serve(
-            gateway,
-            body_limit=gateway.routes.body_limit,
-            holds_body=gateway.holds_body,
-            early_refusal=gateway.early_refusal,
-        )
+        self._site.serve(Router(gateway))
         for site in (self._site, *self._admin):
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)
         self.upstream = prepared.upstream
+
+
+def needed(max_connections: int) -> int:
+    """Return how many descriptors so many clients may need: one for each, and a provider's."""
+    return 2 * max_connections + RESERVE
+
+
+def raise_limit(max_connections: int) -> None:
+    """Raise the soft limit to what ``max_connections`` may need, or as far as the hard one allows.
+
+    Where that is not enough the log says so.
+
+    Raises:
+        OSError: the limit cannot be raised although the hard one would allow it.
+    """
+    want = needed(max_connections)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = want if hard == resource.RLIM_INFINITY else min(want, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the limit of file descriptors cannot be raised from {soft} to {allowed}: {error}"
+            ) from error
+    if allowed < want:
+        _log.warn(
+            "{allowed} file descriptors are allowed, and max_connections = {connections} may need "
+            "{needed}: raise LimitNOFILE, or lower max_connections",
+            allowed=allowed,
+            connections=max_connections,
+            needed=want,
+        )

@@ -1,4 +1,4 @@
-"""How the process does, in one line, for whoever asks the service manager."""
+"""The state of the process in one line, as ``systemctl status`` shows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Status:
 
     Args:
         site: the site that clients are connected to.
-        recorder: knows what is being served.
+        recorder: knows which requests are being served.
         drain: how the process shuts down.
         reload: whether the last reload went well.
         wall: seconds since the epoch.

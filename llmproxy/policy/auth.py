@@ -1,7 +1,8 @@
 """From the keys that a request presents to the client that it comes from.
 
-Keys are compared by their SHA-256 digest and never kept, logged or put into an error.  Nothing here
-knows routes or providers; whether the SDK's own key fields belong to the provider is told.
+Keys are compared by their SHA-256 digest, and are never kept, logged or put into an error.  Nothing
+here knows routes or providers: an argument says whether the SDK's own key fields are the
+provider's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD
 
 ANONYMOUS = Client(name="anonymous", keys=())
-"""Who shows no key, where that is allowed."""
+"""The client of a request without a key, where such requests are allowed."""
 
 
 class Auth:
@@ -59,7 +60,7 @@ class Auth:
         raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
 
     def _keep_keys_here(self, fields: Fields) -> None:
-        """Refuse a client's key where the provider's credential belongs: it would be sent on."""
+        """Refuse a client's key in a field that crosses: the provider would get it."""
         for name, value in fields:
             key = value.partition(b" ")[2].strip(b" ") if name == b"authorization" else value
             if name in KEY_FIELDS and hashlib.sha256(key).digest() in self._clients:

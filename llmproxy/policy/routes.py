@@ -1,8 +1,13 @@
-"""From (client, host, path, model) to the provider that a request goes to.
+"""From (host, path, model, client) to the candidates that a request may be sent to.
+
+A route is found in two steps.  :meth:`Routes.at` takes path and host, before anyone is identified:
+its :class:`PathMatch` answers every question about the path, and the request keeps it.
+:meth:`PathMatch.choose` takes the client and the models: its :class:`RouteMatch` names the route
+and its candidates, in the order in which they are to be tried.
 
 Among the routes whose path, hosts and models match, the longest path wins, then the one that says
 more, then the order of the file.  Paths are compared by whole segments, raw, and cross byte for
-byte. Nothing here knows headers, bodies or connections.
+byte.  Nothing here knows bodies, sockets or connections.
 """
 
 from __future__ import annotations
@@ -16,171 +21,181 @@ from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.errors import ProxyError
+from llmproxy.http1.headers import HeaderRewriter
+from llmproxy.upstream.client import credential_field
+
+_ANY_MODEL = ("*",)
+
+_MOST_KNOWN = 1024
+_LONGEST_KNOWN = 256
+"""How many places are remembered, and of how many characters: callers use a few short paths."""
+
+
+class Candidate(NamedTuple):
+    """One provider that a route may use, prepared once for all requests.
+
+    Attributes:
+        provider: as the configuration has it.
+        model: what the body's model is overridden with, or None.
+        timeouts: the deadlines of a request on this route to this provider.
+        credential: the field that carries the provider's credential, or None.
+        rewriter: writes the header fields that the provider gets.
+        base: the path of the provider's URL, which stands before every target.
+    """
+
+    provider: Provider
+    model: str | None
+    timeouts: Timeouts
+    credential: tuple[bytes, bytes] | None
+    rewriter: HeaderRewriter
+    base: bytes
 
 
 class RouteMatch(NamedTuple):
     """Where a request goes.
 
     Attributes:
-        model: what the body's model is overridden with, or None.
-        target: path and query for the provider, byte for byte.
+        route: as the configuration has it.
+        candidates: at least one, in the order in which they are to be tried.
+        body_limit: the most bytes that a request body may have on this route.
+        path: what of the request's path the provider gets, byte for byte.
+        query: the request's query with its question mark, or nothing.
     """
 
     route: Route
-    provider: Provider
-    model: str | None
-    target: bytes
-    timeouts: Timeouts
+    candidates: tuple[Candidate, ...]
+    body_limit: int
+    path: bytes
+    query: bytes
+
+    def target(self, candidate: Candidate) -> bytes:
+        """Return path and query for this candidate, byte for byte."""
+        return (candidate.base + self.path or b"/") + self.query
 
 
-class _Entry(NamedTuple):
+class _Prepared(NamedTuple):
+    """A route of the configuration, prepared for requests."""
+
     route: Route
-    provider: Provider
+    candidates: tuple[Candidate, ...]
+    body_limit: int
     path: bytes
     prefix: bytes
     hosts: frozenset[str] | None
     allows: Callable[[str | None], bool]
-    timeouts: Timeouts
-    base: bytes
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model decides something on this route."""
+        return self.route.models is not None or bool(self.route.override)
+
+    def is_at(self, path: bytes) -> bool:
+        """Return whether the path is the route's own, or stands below it."""
+        return path.startswith(self.prefix) or path == self.path
 
 
-_MOST_KNOWN = 1024
-_LONGEST_KNOWN = 256
-"""How many paths are remembered, and of how many characters: callers use a few short ones."""
-
-
-class Routes:
-    """Every route, prepared, in the order in which they are tried."""
+class _Clients:
+    """What the clients of a configuration may use."""
 
     def __init__(self, config: Config) -> None:
-        self._default_limit = config.limits.request_body
-        self._known: dict[tuple[bytes, str], list[_Entry]] = {}
-        self._limits: dict[bytes, int] = {}
-        self._entries = [self._prepare(config, route) for route in config.routes]
-        self._entries.sort(key=_rank)
-        self._clients_restricted = any(c.models != ("*",) for c in config.clients.values())
-        self._client_models = {
-            client.name: _matcher(client.models) for client in config.clients.values()
-        }
+        self.are_restricted = any(one.models != _ANY_MODEL for one in config.clients.values())
+        self._models = {one.name: _matcher(one.models) for one in config.clients.values()}
 
-    @staticmethod
-    def _prepare(config: Config, route: Route) -> _Entry:
-        provider = config.providers[route.providers[0]]
-        path = route.path.encode("ascii")
-        return _Entry(
-            route=route,
-            provider=provider,
-            path=path,
-            prefix=path if path.endswith(b"/") else path + b"/",
-            hosts=None if route.hosts is None else frozenset(route.hosts),
-            allows=_matcher(("*",) if route.models is None else route.models),
-            timeouts=config.timeouts_for(route, provider),
-            base=provider.url.path.encode("ascii"),
-        )
+    def permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
+        """Refuse a client that may not use the route, or one of the models, with a 403."""
+        if "*" not in client.routes and route.name not in client.routes:
+            raise ProxyError(403, "route_forbidden", "This client may not use this route.")
+        allows = self._models.get(client.name)
+        if allows is not None and not all(map(allows, models)):
+            raise ProxyError(403, "model_forbidden", "This client may not use this model.")
 
-    # -- before anyone is identified ------------------------------------------------------------
 
-    def known_path(self, path: bytes, host: str) -> None:
+class PathMatch:
+    """Every answer about one path and host that needs no body.
+
+    Attributes:
+        dialect: the shape of errors for the client: that of the first candidate, or without a route
+            that of the API which the path looks like (design 8).
+        body_limit: the most bytes that any route here takes as a request body.
+        passes_credential: whether the callers' own credentials cross on the first route here.
+    """
+
+    def __init__(
+        self, path: bytes, found: list[_Prepared], clients: _Clients, default_limit: int
+    ) -> None:
+        self._found = found
+        self._clients = clients
+        self._needs_model = any(one.needs_model for one in found)
+        first = found[0].candidates[0].provider if found else None
+        self.dialect = dialect_of_path(path) if first is None else first.dialect
+        self.body_limit = max((one.body_limit for one in found), default=default_limit)
+        self.passes_credential = first is not None and first.pass_credential
+
+    def needs_model(self, client: Client | None = None) -> bool:
+        """Return whether the model of a request decides anything here.
+
+        Args:
+            client: who calls; None for any client that may call.
+        """
+        restricted = self._clients.are_restricted if client is None else client.models != _ANY_MODEL
+        return restricted or self._needs_model
+
+    def require(self) -> None:
         """Refuse a path and host to which no route leads, whatever the model.
 
         Raises:
             ProxyError: 404.
         """
-        if not self._at(path, host):
+        if not self._found:
             raise _no_route(path_known=False)
 
-    def pass_credential(self, path: bytes, host: str) -> bool:
-        """Tell whether the callers' own credentials cross on the first matching route."""
-        entries = self._at(path, host)
-        return bool(entries) and entries[0].provider.pass_credential
-
-    def dialect(self, path: bytes, host: str) -> Dialect:
-        """Return the dialect in which a request is told its errors."""
-        for entry in self._at(path, host):
-            return entry.provider.dialect
-        return dialect_of_path(path)
-
-    def body_limit(self, target: bytes) -> int:
-        """Return the most bytes that any route at this target takes as a body."""
-        path = target.partition(b"?")[0]
-        limit = self._limits.get(path)
-        if limit is None:
-            found = [
-                self.limit_of(entry.route) for entry in self._entries if _is_below(path, entry)
-            ]
-            limit = max(found, default=self._default_limit)
-            if len(self._limits) < _MOST_KNOWN and len(path) < _LONGEST_KNOWN:
-                self._limits[path] = limit
-        return limit
-
-    def limit_of(self, route: Route) -> int:
-        """Return the most bytes that a request body may have on ``route``."""
-        return self._default_limit if route.request_body is None else route.request_body
-
-    def model_matters(self, path: bytes) -> bool:
-        """Tell whether a body's model could decide anything at this path, whoever calls."""
-        return self._clients_restricted or any(
-            entry.route.models is not None or entry.route.override
-            for entry in self._entries
-            if _is_below(path, entry)
-        )
-
-    def must_look_inside(self, path: bytes, host: str, client: Client) -> bool:
-        """Tell whether the body's model decides anything for this request."""
-        return client.models != ("*",) or any(
-            entry.route.models is not None or entry.route.override for entry in self._at(path, host)
-        )
-
-    # -- afterwards -----------------------------------------------------------------------------
-
-    def choose(
-        self, client: Client, target: bytes, host: str, models: tuple[str, ...]
-    ) -> RouteMatch:
+    def choose(self, client: Client, target: bytes, models: tuple[str, ...]) -> RouteMatch:
         """Return where a request goes.
 
         Args:
+            client: who calls.
+            target: path and query, as the request has them; the path is this one.
             models: every model that the request names; the first decides, all must be allowed.
 
         Raises:
             ProxyError: 404 where no route matches, 403 where the client may not use the route or
                 model.
         """
-        path, mark, query = target.partition(b"?")
-        candidates = self._at(path, host)
         named: tuple[str | None, ...] = models or (None,)
-        for entry in candidates:
-            if entry.allows(named[0]):
+        for one in self._found:
+            if one.allows(named[0]):
                 break
         else:
-            raise _no_route(path_known=bool(candidates))
-        self._permit(client, entry.route, named)
-        override = entry.route.override.get(entry.provider.name)
-        rest = path
-        if entry.route.strip:
-            rest = path[len(entry.path) :] if entry.path != b"/" else path
-        joined = entry.base + rest or b"/"
-        model = None if override is None else override.model
-        return RouteMatch(entry.route, entry.provider, model, joined + mark + query, entry.timeouts)
+            raise _no_route(path_known=bool(self._found))
+        self._clients.permit(client, one.route, named)
+        path, mark, query = target.partition(b"?")
+        if one.route.strip and one.path != b"/":
+            path = path[len(one.path) :]
+        return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query)
 
-    def _permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
-        if "*" not in client.routes and route.name not in client.routes:
-            raise ProxyError(403, "route_forbidden", "This client may not use this route.")
-        allows = self._client_models.get(client.name)
-        if allows is not None and not all(map(allows, models)):
-            raise ProxyError(403, "model_forbidden", "This client may not use this model.")
 
-    def _at(self, path: bytes, host: str) -> list[_Entry]:
-        """Return the routes at a path and host; what was asked for often is remembered."""
-        found = self._known.get((path, host))
-        if found is None:
+class Routes:
+    """Every route of a configuration, prepared, in the order in which they are tried."""
+
+    def __init__(self, config: Config) -> None:
+        self._default_limit = config.limits.request_body
+        self._clients = _Clients(config)
+        self._routes = sorted((_prepare(config, route) for route in config.routes), key=_rank)
+        self._known: dict[tuple[bytes, str], PathMatch] = {}
+
+    def at(self, path: bytes, host: str) -> PathMatch:
+        """Return what there is at a raw path (without its query) and a lower-case host."""
+        match = self._known.get((path, host))
+        if match is None:
             found = [
-                entry
-                for entry in self._entries
-                if _is_below(path, entry) and (entry.hosts is None or host in entry.hosts)
+                one
+                for one in self._routes
+                if one.is_at(path) and (one.hosts is None or host in one.hosts)
             ]
+            match = PathMatch(path, found, self._clients, self._default_limit)
             if len(self._known) < _MOST_KNOWN and len(path) + len(host) < _LONGEST_KNOWN:
-                self._known[path, host] = found
-        return found
+                self._known[path, host] = match
+        return match
 
 
 def refuse_dots(path: bytes) -> None:
@@ -196,17 +211,46 @@ def refuse_dots(path: bytes) -> None:
             raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
 
 
-def _is_below(path: bytes, entry: _Entry) -> bool:
-    return path.startswith(entry.prefix) or path == entry.path
+def _prepare(config: Config, route: Route) -> _Prepared:
+    path = route.path.encode("ascii")
+    limit = config.limits.request_body if route.request_body is None else route.request_body
+    providers = (config.providers[name] for name in route.providers)
+    return _Prepared(
+        route=route,
+        candidates=tuple(_candidate(config, route, provider) for provider in providers),
+        body_limit=limit,
+        path=path,
+        prefix=path if path.endswith(b"/") else path + b"/",
+        hosts=None if route.hosts is None else frozenset(route.hosts),
+        allows=_matcher(_ANY_MODEL if route.models is None else route.models),
+    )
 
 
-def _rank(entry: _Entry) -> tuple[int, int]:
-    said = (entry.hosts is not None) + (entry.route.models is not None)
-    return -len(entry.prefix), -said
+def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
+    override = route.override.get(provider.name)
+    credential = credential_field(provider)
+    return Candidate(
+        provider=provider,
+        model=None if override is None else override.model,
+        timeouts=config.timeouts_for(route, provider),
+        credential=credential,
+        rewriter=HeaderRewriter(
+            pass_credential=provider.pass_credential,
+            credential=credential,
+            defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in provider.headers),
+            accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
+        ),
+        base=provider.url.path.encode("ascii"),
+    )
+
+
+def _rank(one: _Prepared) -> tuple[int, int]:
+    said = (one.hosts is not None) + (one.route.models is not None)
+    return -len(one.prefix), -said
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str | None], bool]:
-    """Return what tells whether a model, or None for a request that names none, is meant."""
+    """Return a test for a model, or for None where a request names no model."""
     patterns = tuple(patterns)
     unnamed = "*" in patterns or "-" in patterns
     if "*" in patterns:

@@ -1,31 +1,68 @@
-"""One client connection: how it is written to, how long it may take, how it ends.
+"""One client connection: what it reads, how it is written to, how long it may take, how it ends.
 
-The reading half is ``server/receiver.py``.  Every phase of a connection has a deadline that bytes
-do not push back; deadlines are numbers on the channel, which its site looks at in one sweep.  A
-channel knows its site and its requests, and nothing of what they are for.
+What a client sends becomes requests here, strictly (RFC 9110 and 9112).  Nothing is parsed by
+Twisted: its reader repairs what must be refused (ADR-0007).  A connection knows its site and its
+requests, and nothing of what they are for.  It is in one phase at a time::
+
+    HANDSHAKE -----> IDLE -----> HEAD -----> BODY -----> SERVING -----> HANDED_OVER
+                      ^                                     |
+                      +------- the response is whole -------+        any -----> CLOSING
+
+    phase        begins with           may last               what comes is           too late
+    -----        -----------           --------               -------------           --------
+    HANDSHAKE    TLS                   request_head           TLS's                   reset
+    IDLE         waiting               client_idle            the next request        closed
+    HEAD         its first byte        request_head           parsed                  408
+    BODY         the head's end        request_body + earned  the body                408
+    SERVING      the body's end        without end            kept, up to a head      -
+    HANDED_OVER  Request.hand_over()   without end            the protocol's          -
+    CLOSING      the end of all that   a few seconds          dropped                 reset
+
+A request whose body streams is served in BODY already.  What may be kept in SERVING is the next
+request; a client that sends more than a head is read from, so that its leaving is seen, but is not
+served any more.  Bytes do not push a deadline back, but for those of a body, which earn time.
+Deadlines are numbers, which the site looks at in one sweep.  In the phases between IDLE and
+HANDED_OVER, and in CLOSING, a client is dropped that takes no byte for ``client_stall`` although
+some wait for it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IProtocol
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
+from twisted.web import http
 from zope.interface import implementer
 
-from llmproxy.errors import ClientStalled, ProxyError
+from llmproxy.errors import ClientGone, ClientStalled, ProxyError
+from llmproxy.http1.framing import BodyReader, LengthReader, request_body
+from llmproxy.http1.grammar import (
+    BadMessage,
+    RequestHead,
+    field_values,
+    list_tokens,
+    parse_request_head,
+)
 from llmproxy.net.tcp import DirectTransport
 from llmproxy.net.tls import TlsTransport
-from llmproxy.net.transport import pending_bytes, raw_transport, unacknowledged_bytes
-from llmproxy.server.progress import Phase, Progress
-from llmproxy.server.receiver import Receiver
+from llmproxy.net.transport import (
+    has_peer_left,
+    pending_bytes,
+    raw_transport,
+    unacknowledged_bytes,
+)
+from llmproxy.server.hand_over import ClientSocket
 from llmproxy.server.request import Request
-
-_HANDSHAKE, _IDLE, _HEAD, _BODY, _SERVING, _CLOSING = Phase  # found faster than members (ADR-0011)
+from llmproxy.server.upload import Upload
 
 _LINGER = 2.0
 """Seconds for which a refused upload is read and dropped, so that the refusal can be read."""
@@ -41,7 +78,7 @@ _LOOKS = 4
 """Looks at what the kernel alone holds within ``client_stall``; each is a system call."""
 
 _CLOSE_GRACE = 5.0
-"""Seconds that a closing connection with nothing left to send may take, as TLS's farewell does."""
+"""Seconds that a closing connection with nothing left to send may take, as TLS's close_notify."""
 
 _DRAIN_GRACE = 1.0
 """Seconds for which an idle connection may still bring a request that was on its way."""
@@ -49,37 +86,96 @@ _DRAIN_GRACE = 1.0
 _DRAIN_POLL = 0.02
 """Seconds between looks at a send queue that must empty before a reset."""
 
+_WATCH = 0.05
+"""Seconds between looks at a client that is not read from."""
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_NOTHING: list[bytes] = []
+_REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
+
+_log = Logger()
+
+
+class Phase(Enum):
+    """Where a connection stands; the table above says what each means."""
+
+    HANDSHAKE = "handshake"
+    IDLE = "idle"
+    HEAD = "head"
+    BODY = "body"
+    SERVING = "serving"
+    HANDED_OVER = "handed over"
+    CLOSING = "closing"
+
 
 @implementer(IHandshakeListener, IHalfCloseableProtocol)
-class ClientConnection(Receiver):
+class ClientConnection(http.HTTPChannel):
     """One client connection.
 
     Args:
-        site: the listener's factory.
-        address: the client's, as its door counted it; None where that is not known yet.
+        site: the listener's factory: its limits, timeouts and clock.
+        address: the client's, as the connection limiter counted it; None where it is not known yet.
 
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
+        address: the client's, where it is known.
     """
 
     __slots__ = (
-        *("_aborted", "_lingering", "_look_at", "_peer", "_peer_name", "_poll", "_progress"),
-        *("_stall_after", "_written"),
+        *("_aborted", "_advancing", "_buffer", "_discarding", "_invited", "_lingering", "_look_at"),
+        *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_socket"),
+        *(
+            "_stall_after",
+            "_taken",
+            "_taken_at",
+            "_upload_left",
+            "_upload_paused_at",
+            "_watch",
+            "_written",
+        ),
+        *("address", "deadline", "phase", "site"),
     )
+    transport: Any
+    _networkProducer: Any
 
     def __init__(self, site: Any, address: str | None = None) -> None:
-        super().__init__(site)
+        super().__init__()
+        self.site: Any = site
+        self.factory = site
+        self.timeOut = None
+        self.address = address
+        self.phase = Phase.IDLE
+        self.deadline = math.inf
         self._peer: Any = None
         self._peer_name: str | None = None
-        self.address = address
-        self._aborted = False
-        self._lingering = False
-        self._poll: Any = None
-        self._look_at = 0.0
-        self._stall_after = site.timeouts.client_stall
-        self._progress = Progress()
+        # what comes in
+        self._buffer = b""
+        self._seen = 0  # bytes of the buffer in which a head's end was looked for
+        self._skips_line = True
+        self._advancing = False
+        self._discarding = False  # what still comes is dropped
+        self._reader: BodyReader = LengthReader(0)
+        self._invited = True  # nobody waits for a 100
+        self._upload_paused_at: float | None = None
+        self._upload_left = 0.0
+        self._watch: Any = None
+        # what goes out
         self._written = 0
+        self._stall_after: float | None = site.timeouts.client_stall
+        self._look_at = 0.0
+        self._taken = -math.inf  # how many bytes the client had taken when it last took one, and
+        self._taken_at = 0.0  # when that was
+        # the end
+        self._socket: ClientSocket | None = None  # once it is another protocol's
+        self._poll: Any = None
+        self._lingering = False
+        self._aborted = False
+
+    def enter(self, phase: Phase, seconds: float | None) -> None:
+        """Begin a phase that may last so many seconds; None for no limit."""
+        self.phase = phase
+        self.deadline = math.inf if seconds is None else self.site.clock() + seconds
 
     # -- the life of the socket -----------------------------------------------------------------
 
@@ -89,7 +185,7 @@ class ClientConnection(Receiver):
         raw_transport(self.transport).bufferSize = _QUEUE
         self.site.joined(self)
         if isinstance(self.transport, TLSMemoryBIOProtocol | TlsTransport):
-            self.enter(_HANDSHAKE, self.site.timeouts.request_head)
+            self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
         else:
             self.await_request()
 
@@ -100,25 +196,18 @@ class ClientConnection(Receiver):
     def await_request(self) -> None:
         """Wait for the next request; while the process shuts down, for a short grace."""
         idle = _DRAIN_GRACE if self.site.draining else self.site.timeouts.client_idle
-        self.enter(_IDLE, idle)
-
-    def identify(self) -> None:
-        """Count the client's address where a balancer had to say it first, or turn it away."""
-        host = getattr(self.getPeer(), "host", None)
-        refusal = None if host is None else self.site.limiter.recognise(host)
-        if refusal is None:
-            self.address = host
-        else:
-            self.tell_and_close(refusal)
+        self.enter(Phase.IDLE, idle)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Tell the running request, if any."""
+        """The connection is gone: report it to whatever ran on it."""
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
         self.resume_upload()
         try:
             super().connectionLost(reason)
+            if self._socket is not None:
+                self._socket.end(reason)
         finally:
             self.site.left(self)  # last: whoever waits for it finds the request recorded
 
@@ -128,7 +217,9 @@ class ClientConnection(Receiver):
         This is what Twisted does where nobody asks to be told, but for the reset, and for what is
         still being written out: that ends as it was to end.
         """
-        if self.phase is _CLOSING and (pending_bytes(self.transport) or self._poll):
+        if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
+            return
+        if self.phase is Phase.HANDED_OVER and self._socket and self._socket.end_reading():
             return
         if any(request.is_unframed for request in self.requests):
             self.abort()
@@ -136,18 +227,9 @@ class ClientConnection(Receiver):
             self.transport.connectionLost(Failure(ConnectionDone()))
 
     def writeConnectionLost(self) -> None:
-        """Our side is ended; what the client still sends is read and dropped."""
-
-    def abort(self) -> None:
-        """Drop the connection and whatever it still holds; twice would be an error on TLS."""
-        if not self._aborted:
-            self._aborted = True
-            self.transport.abortConnection()
-
-    def loseConnection(self) -> None:
-        """Write out what is queued, then close; whoever takes nothing is dropped by the sweep."""
-        self.enter(_CLOSING, _CLOSE_GRACE)
-        super().loseConnection()
+        """Our side is ended; what the client still sends is read, and dropped or the protocol's."""
+        if self._socket is not None:
+            self._socket.end_writing()
 
     @property
     def peer(self) -> Any:
@@ -163,10 +245,181 @@ class ClientConnection(Receiver):
             self._peer_name = str(getattr(self.peer, "host", "unix"))
         return self._peer_name
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the transport asked for no more."""
-        return bool(self._waitingForTransport)
+    # -- in: heads ------------------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes, split at any point."""
+        if self._discarding or self.phase is Phase.CLOSING:
+            if self.phase is Phase.HANDED_OVER and self._socket is not None:
+                self._socket.feed(data)
+            return
+        self._buffer += data
+        if not self._advancing:
+            self._advancing = True
+            try:
+                while self._advance():
+                    pass
+            finally:
+                self._advancing = False
+
+    def _advance(self) -> bool:
+        """Take one step with what is buffered; return whether another may follow."""
+        if self._discarding or self.phase is Phase.CLOSING:
+            self._buffer = b""
+            return False
+        if self.phase is Phase.BODY:
+            return self._read_body()
+        if self.phase is Phase.SERVING:
+            return self._keep_pipelined()
+        return self._read_head()
+
+    def _read_head(self) -> bool:
+        if self.phase is Phase.IDLE:
+            if self._skips_line:  # one empty line before a request: RFC 9112, section 2.2
+                if self._buffer == b"\r":
+                    return False
+                self._skips_line = not self._buffer.startswith(b"\r\n")
+                self._buffer = self._buffer.removeprefix(b"\r\n")
+            if not self._buffer:
+                return False
+            self.enter(Phase.HEAD, self.site.timeouts.request_head)
+            if self.address is None:
+                self._identify()
+                if self._discarding:
+                    return False
+        longest = self.site.limits.request_head
+        seen, self._seen = self._seen, len(self._buffer)
+        end = self._buffer.find(b"\r\n\r\n", max(0, seen - 3), longest + 4)
+        try:
+            if end >= 0:
+                self._seen = 0
+                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+                self._begin(parse_request_head(head))
+                return True
+            if len(self._buffer) > longest + 3:
+                in_first = b"\r\n" not in self._buffer[:longest]
+                raise BadMessage("the request's head is too long", 414 if in_first else 431)
+            if _BARE_LF.search(self._buffer, max(0, seen - 1)):
+                raise BadMessage("a line does not end with CRLF")
+        except BadMessage as error:
+            text = f"The request is not acceptable: {error}."
+            reason = _REASONS.get(error.status, "malformed")
+            self._refuse_connection(ProxyError(error.status, reason, text))
+        return False
+
+    def _identify(self) -> None:
+        """Count the client's address where a balancer had to say it first, or reject it."""
+        host = getattr(self.getPeer(), "host", None)
+        refusal = None if host is None else self.site.limiter.recognise(host)
+        if refusal is None:
+            self.address = host
+        else:
+            self._refuse_connection(refusal)
+
+    def _begin(self, head: RequestHead) -> None:
+        """The head is in: refuse what is too large before a byte of it is asked for."""
+        self._reader = request_body(head)
+        request = Request(self, head)
+        self.requests.append(request)
+        self._skips_line = True
+        self._handlingRequest = True
+        self.persistent = head.minor == 1
+        if b"connection" in head.first:
+            options = list_tokens(field_values(head.fields, b"connection"))
+            self.persistent = self.persistent and b"close" not in options
+        self.enter(Phase.BODY, self.site.timeouts.request_body)
+        length = self._reader.left if isinstance(self._reader, LengthReader) else None
+        request.gotLength(length)
+        expected = _NOTHING
+        if b"expect" in head.first:
+            expected = list_tokens(field_values(head.fields, b"expect"))
+        if request.refusal is None and expected not in ([], [b"100-continue"]):
+            request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
+        if length == 0:
+            self._body_done()
+        elif request.refusal is not None:
+            self.refuse_early(request)
+        else:
+            self._take_body(request, length, expected)
+
+    def _keep_pipelined(self) -> bool:
+        """Keep a little of what follows; a client that sends more is read from, but not served."""
+        if len(self._buffer) > self.site.limits.request_head:
+            self._discarding = True
+            self._buffer = b""
+        return False
+
+    # -- in: bodies -----------------------------------------------------------------------------
+
+    def _take_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
+        """Hold the body, or begin to serve the request while its body streams."""
+        is_here = length is not None and len(self._buffer) >= length
+        refusal = None if is_here else request.handler.early_refusal(request)
+        if refusal is not None:
+            request.refuse(refusal)
+            return
+        self._invited = not expected or request.clientproto == b"HTTP/1.0"
+        if request.handler.holds_body(request):
+            self.invite_upload()
+        else:
+            request.upload = Upload(self, length)
+            request.process()
+
+    def _read_body(self) -> bool:
+        data, self._buffer = self._buffer, b""
+        content = self._reader.feed(data)
+        request = self.requests[0]
+        if content:
+            request.handleContentChunk(content)
+        if self._reader.error is not None and not self._discarding:
+            request.refuse(ProxyError(400, "malformed", f"The body is bad: {self._reader.error}."))
+        elif self._reader.done and not self._discarding:
+            self._buffer = self._reader.extra
+            self._body_done()
+            return True
+        return False
+
+    def _body_done(self) -> None:
+        self.enter(Phase.SERVING, None)
+        self.requests[0].body_done()
+
+    def refuse_early(self, request: Request) -> None:
+        """Serve a request whose body is refused: what still comes is dropped."""
+        self._discarding = True
+        self.persistent = False
+        self.enter(Phase.SERVING, None)
+        request.process()
+
+    # -- in: a body that streams (server.upload.Reading) -----------------------------------------
+
+    def pause_upload(self) -> None:
+        """Read no more for now; the body's deadline stands still."""
+        if self._upload_paused_at is None and self.phase is Phase.BODY:
+            self._upload_paused_at = self.site.clock()
+            self._upload_left = self.deadline - self._upload_paused_at
+            self.deadline = math.inf
+            self._networkProducer.pauseProducing()
+            self._watch_unread()
+
+    def resume_upload(self) -> None:
+        """Read on."""
+        if self._upload_paused_at is not None:
+            self._upload_paused_at = None
+            self._watch.cancel()
+            self.deadline = self.site.clock() + self._upload_left
+            self._networkProducer.resumeProducing()
+
+    def _watch_unread(self) -> None:
+        """Look whether a client that is not read from has left: no read would show it."""
+        if has_peer_left(self.transport):
+            self.abort()
+        self._watch = self.site.reactor.callLater(_WATCH, self._watch_unread)
+
+    def invite_upload(self) -> None:
+        """Tell a client that waits for it that the body may come (RFC 9110, section 10.1.1)."""
+        if not self._invited:
+            self._invited = True
+            self._send100Continue()
 
     # -- out ------------------------------------------------------------------------------------
 
@@ -175,9 +428,13 @@ class ClientConnection(Receiver):
         self._written += len(data)
         self.transport.write(data)
 
+    def writeSequence(self, pieces: Iterable[bytes]) -> None:
+        """Write pieces together."""
+        self.write(b"".join(pieces))
+
     @property
     def written(self) -> int:
-        """How many bytes were written so far; transports of ``wire/`` count by themselves."""
+        """How many bytes were written so far; transports of ``net/`` count by themselves."""
         return int(getattr(self.transport, "written", self._written))
 
     @property
@@ -186,19 +443,39 @@ class ClientConnection(Receiver):
         transport = self.transport
         return transport.write if hasattr(transport, "written") else None
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a whole request is being served."""
+        return self.phase is Phase.SERVING
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether bytes that the client has sent were dropped, or still will be."""
+        return self._discarding
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the transport asked for no more."""
+        return bool(self._waitingForTransport)
+
+    def resumeProducing(self) -> None:
+        """The client takes bytes again; an upload that waits goes on waiting."""
+        super().resumeProducing()
+        if self._upload_paused_at is not None:
+            self._networkProducer.pauseProducing()
+
     def when_sent(self, call: Callable[[], object]) -> None:
         """Call ``call`` once the kernel has all that was written, at once where it has.
 
-        The last call counts alone.  Twisted's own transports do not tell: there it is dropped.
+        The last call counts alone.  Twisted's own transports do not report it: there the call is
+        dropped.
         """
         if not pending_bytes(self.transport):
             call()
         elif isinstance(self.transport, DirectTransport):
             self.transport.drained = call
 
-    def writeSequence(self, pieces: Iterable[bytes]) -> None:
-        """Write pieces together."""
-        self.write(b"".join(pieces))
+    # -- how a response ends, and how the connection does -----------------------------------------
 
     def requestDone(self, request: Request) -> None:
         """The response is whole: wait for the next request, or close."""
@@ -213,18 +490,6 @@ class ClientConnection(Receiver):
         else:
             self.loseConnection()
 
-    def tell_and_close(self, error: ProxyError) -> None:
-        """Answer where there is no request yet that could; what still comes is dropped."""
-        self.write(self.site.malformed(self.peer_name, error))
-        self._linger()
-
-    def _linger(self) -> None:
-        """Close our side, and read and drop what still comes, so that the response can be read."""
-        self._discarding = self._lingering = True
-        self.enter(_CLOSING, _LINGER)
-        if self.transport is raw_transport(self.transport):
-            self.transport.loseWriteConnection()
-
     def request_cut(self, request: Request) -> None:
         """The response is short of its framing: close after what is queued, without its end."""
         self.persistent = False
@@ -232,12 +497,28 @@ class ClientConnection(Receiver):
         self.loseConnection()
 
     def request_broken(self, request: Request) -> None:
-        """The response ends with the connection, so only a reset can tell that it broke."""
+        """The response ends with the connection, so only a reset shows that it broke."""
         self.persistent = False
         self.requests.remove(request)
-        self.enter(_CLOSING, None)
+        self.enter(Phase.CLOSING, None)
         self._networkProducer.unregisterProducer()
         self._reset_once_sent()
+
+    def hand_over(self, request: Request, head: bytes, protocol: IProtocol) -> None:
+        """Let another protocol have the socket; see :meth:`Request.hand_over`."""
+        early, self._buffer = self._buffer, b""
+        self._discarding = True  # as far as HTTP is concerned
+        self._stall_after = request.stall_after
+        self.requests.remove(request)
+        self.enter(Phase.HANDED_OVER, None)
+        self._networkProducer.unregisterProducer()
+        self.write(head)
+        self._socket = ClientSocket(self, protocol, early)
+        try:
+            self._socket.begin()
+        except Exception:
+            _log.failure("a protocol that was given a client's socket failed")
+            self.abort()
 
     def _reset_once_sent(self) -> None:
         self._poll = None
@@ -246,21 +527,52 @@ class ClientConnection(Receiver):
         else:
             self.abort()
 
+    def _refuse_connection(self, error: ProxyError) -> None:
+        """Respond where there is no request yet that could; what still comes is dropped."""
+        self.write(self.site.malformed(self.peer_name, error))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close our side, and read and drop what still comes, so that the response can be read."""
+        self._discarding = self._lingering = True
+        self.enter(Phase.CLOSING, _LINGER)
+        if self.transport is raw_transport(self.transport):
+            self.transport.loseWriteConnection()
+
+    def loseConnection(self) -> None:
+        """Write out what is queued, then close; a client that takes nothing is dropped later."""
+        self.enter(Phase.CLOSING, _CLOSE_GRACE)
+        super().loseConnection()
+
+    def drop(self, why: ClientGone) -> None:
+        """Drop the connection at once, for a reason of ours, and report that to what runs on it."""
+        for request in list(self.requests):
+            request.abort(why)
+        if self._socket is not None:
+            self._socket.end(Failure(why))
+        self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection and whatever it still holds; twice would be an error on TLS."""
+        if not self._aborted:
+            self._aborted = True
+            self.transport.abortConnection()
+
     # -- the sweep ------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
         """Act on a deadline that has passed, and on a client that takes nothing."""
         if now >= self.deadline:
             self._expire(now)
-        elif self.phase not in (_IDLE, _HANDSHAKE):
+        elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE, Phase.HANDED_OVER):
             self._check_stall(now)
 
     def _expire(self, now: float) -> None:
-        if self.phase is _BODY:
-            self.enter(_BODY, None)
+        if self.phase is Phase.BODY:
+            self.enter(Phase.BODY, None)
             slow = ProxyError(408, "slow_request", "The request body came too slowly.")
             self.requests[-1].refuse(slow)
-        elif self.phase is _CLOSING:
+        elif self.phase is Phase.CLOSING:
             if pending_bytes(self.transport):
                 self._check_stall(now)
             elif self._lingering:
@@ -268,27 +580,29 @@ class ClientConnection(Receiver):
                 self.loseConnection()
             else:
                 self.abort()
-        elif self.phase is _HEAD:
-            self.tell_and_close(ProxyError(408, "slow_request", "The request came too slowly."))
-        elif self.phase is _HANDSHAKE:
+        elif self.phase is Phase.HEAD:
+            slow = ProxyError(408, "slow_request", "The request came too slowly.")
+            self._refuse_connection(slow)
+        elif self.phase is Phase.HANDSHAKE:
             self.abort()
         else:
             self.loseConnection()
 
     def _check_stall(self, now: float) -> None:
-        """Tell a client that takes nothing from a slow one, whatever is still written to it."""
+        """Drop a client that took no byte for ``client_stall`` although some waited for it."""
         if self.requests:
-            self._stall_after = self.requests[0].stall_after  # stays behind for what it leaves
-        waiting = pending_bytes(self.transport)
-        if self._stall_after is None or (
-            not waiting and self._poll is None and now < self._look_at
-        ):
+            self._stall_after = self.requests[0].stall_after  # it stays for what is left to send
+        limit, waiting = self._stall_after, pending_bytes(self.transport)
+        if limit is None or (not waiting and self._poll is None and now < self._look_at):
             return
         # The kernel asks for more only when much of its queue is free again, and what is all with
         # it may be for a client that is no more: progress is what the client acknowledges.
         waiting += unacknowledged_bytes(self.transport)
-        self._look_at = now + self._stall_after / _LOOKS
-        if self._progress.has_stalled(now, self.written, waiting, self._stall_after):
-            for request in list(self.requests):
-                request.abort(ClientStalled())
-            self.abort()
+        self._look_at = now + limit / _LOOKS
+        taken = self.written - waiting  # what TLS adds may make it too few, and always by as much
+        if not waiting:
+            self._taken = -math.inf  # the time begins with the first look at which something waits
+        elif taken > self._taken:
+            self._taken, self._taken_at = taken, now
+        elif now - self._taken_at >= limit:
+            self.drop(ClientStalled())

@@ -1,8 +1,9 @@
 """Who may connect: how many clients at once, in all and from one address.
 
-A :class:`ConnectionLimiter` counts, and names the limit that another connection would break.
-Whoever is turned away is told so in a few words, without being read, and holds a descriptor for two
-seconds at most; where many come at once, all but some are closed without a word (ADR-0008).
+A :class:`ConnectionLimiter` counts connections, and names the limit that another one would break.
+Such a connection is rejected: its client gets a short response, is not read, and holds a descriptor
+for two seconds at most.  Where many are rejected at once, all but some are closed without a
+response (ADR-0008).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from twisted.python.failure import Failure
 from llmproxy.errors import ProxyError
 from llmproxy.server.error_response import bare_response
 
-_MOST_TOLD = 100
-"""How many that are turned away may be told so at once; the others cost no descriptor."""
+_MOST_RESPONSES = 100
+"""Rejected connections that may get a response at once; the others cost no descriptor."""
 
 _LINGER = 2.0
-"""Seconds for which a connection that is turned away stays, so that the response can be read."""
+"""Seconds for which a rejected connection stays, so that its response can be read."""
 
 _SILENCE = 60.0
-"""Seconds between two log lines of the same."""
+"""Seconds between two log lines about the same limit."""
 
 _TEXTS = {
     "max_connections": "The proxy holds as many connections as it may; try again.",
@@ -45,7 +46,7 @@ class ConnectionLimiter:
         wall: seconds since the epoch.
 
     Attributes:
-        refused: how many were turned away, by the limit's name.
+        refused: how many connections were rejected, by the limit's name.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class ConnectionLimiter:
         most: int = 0,
         most_of_one: int = 0,
         *,
-        clock: Callable[[], float] = lambda: 0.0,
-        wall: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
     ) -> None:
         self._most = most
         self._most_of_one = most_of_one
@@ -62,16 +63,16 @@ class ConnectionLimiter:
         self._wall = wall
         self._inside = 0
         self._by_address: Counter[str] = Counter()
-        self._rejections_told = 0
+        self._responses = 0
         self._silent_until: dict[str, float] = {}
         self.refused: Counter[str] = Counter({"max_connections": 0, "connections_per_address": 0})
 
     def limit(self, most: int, most_of_one: int) -> None:
-        """Let in so many from now on; whoever is inside stays."""
+        """Let in so many from now on; open connections stay."""
         self._most, self._most_of_one = most, most_of_one
 
     def enter(self, address: str | None) -> ProxyError | None:
-        """Count one more connection, or return why it is turned away (and is not counted).
+        """Count one more connection, or return why it is rejected (and is not counted).
 
         Args:
             address: the client's, or None where that is not known, or not yet.
@@ -98,15 +99,15 @@ class ConnectionLimiter:
             if not self._by_address[address]:
                 del self._by_address[address]
 
-    def turn_away(self, error: ProxyError, reactor: Any) -> RejectedConnection:
+    def reject(self, error: ProxyError, reactor: Any) -> RejectedConnection:
         """Return the protocol of a connection that was not let in."""
-        told = self._rejections_told < _MOST_TOLD
-        self._rejections_told += told
-        response = bare_response(error, now=self._wall()) if told else b""
+        responds = self._responses < _MOST_RESPONSES
+        self._responses += responds
+        response = bare_response(error, now=self._wall()) if responds else b""
         return RejectedConnection(response, reactor, self._parted)
 
     def _parted(self) -> None:
-        self._rejections_told -= 1
+        self._responses -= 1
 
     def _refuse(self, limit: str, address: str | None) -> ProxyError:
         self.refused[limit] += 1
@@ -123,12 +124,12 @@ class ConnectionLimiter:
 
 
 class RejectedConnection(Protocol):
-    """A connection that was not let in; it is not read.
+    """A connection that was not let in; what its client sends is dropped.
 
     Args:
-        answer: what the client is told; nothing closes at once.
+        response: what the client gets; where it is empty, the connection is closed at once.
         reactor: keeps time.
-        parted: called once when a client that was told is gone.
+        parted: called once when a client that got a response is gone.
     """
 
     def __init__(self, response: bytes, reactor: Any, parted: Callable[[], None]) -> None:
@@ -138,7 +139,7 @@ class RejectedConnection(Protocol):
         self._end: Any = None
 
     def connectionMade(self) -> None:
-        """Tell the client, or close."""
+        """Respond and end our side, or close."""
         transport: Any = self.transport
         if not self._response:
             transport.abortConnection()
@@ -147,8 +148,8 @@ class RejectedConnection(Protocol):
         transport.write(self._response)
         transport.loseWriteConnection()
 
-    def without_a_word(self) -> RejectedConnection:
-        """Close at once instead, as where TLS would have to come first."""
+    def without_response(self) -> RejectedConnection:
+        """Close at once instead: where TLS comes first, a response is not worth a handshake."""
         if self._response:
             self._response = b""
             self._parted()

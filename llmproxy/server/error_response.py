@@ -1,4 +1,8 @@
-"""What the wire itself refuses, and how an error is told, also where there is no request yet."""
+"""Responses that report an error, also where there is no request yet, and errors of the server's.
+
+Whatever reports an error to a client takes its head from here.  Nothing is known here of sockets or
+requests.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,13 @@ _ID_FIELDS = (b"x-llmproxy-request-id", b"x-request-id", b"request-id")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
-def bare_response(error: ProxyError, request_id: str | None = None, now: float = 0.0) -> bytes:
-    """Return a whole response, head and all, for where there is no request yet that could be told.
+def bare_response(error: ProxyError, *, now: float, request_id: str | None = None) -> bytes:
+    """Return a whole response, head and all, for where there is no request yet to respond to.
 
     Args:
-        error: what is told.
-        request_id: of its record; None where there is none.
+        error: what is reported.
         now: seconds since the epoch.
+        request_id: of its record; None where there is none.
     """
     body = error_body(error, Dialect.OPENAI, request_id or "")
     fields = error_fields(error, request_id, len(body), now)

@@ -220,7 +220,7 @@ class _Wordless(Proxied):
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol:
         protocol = self._site.buildProtocol(addr)
-        return protocol.without_a_word() if isinstance(protocol, RejectedConnection) else protocol
+        return protocol.without_response() if isinstance(protocol, RejectedConnection) else protocol
 
 
 class _TlsLayer(TLSMemoryBIOFactory):
@@ -229,5 +229,5 @@ class _TlsLayer(TLSMemoryBIOFactory):
     def buildProtocol(self, addr: IAddress | None) -> Any:
         inner = self.wrappedFactory.buildProtocol(addr)
         if isinstance(inner, RejectedConnection):
-            return inner.without_a_word()
+            return inner.without_response()
         return TLSMemoryBIOProtocol(self, inner)

@@ -1,47 +1,218 @@
-"""One request as a client sent it, and the only hand that writes, ends or breaks off its response.
+"""One request: what its client sent, and the only hand that writes, ends or breaks its response.
 
-A :class:`Request` is Twisted's, with the parts replaced that a proxy cannot live with: the head
-goes out in one piece and without Twisted's defaults, and a response that breaks never ends as if it
-were whole (ADR-0004).  How it came in is ``server/incoming.py``.  It knows its channel and its
-site, and nothing of providers, routes or dialects.
+A :class:`Request` is Twisted's, with the parts replaced that a proxy cannot live with.  Its body is
+held in bounded memory or streams, and never goes into a file.  The head of its response goes out in
+one piece and without Twisted's defaults.  A response that breaks never ends as if it were whole
+(ADR-0004).  A request knows its connection (Twisted's word is channel) and its site, and nothing of
+providers, routes or dialects.
+
+Twisted's own request asks the kernel for both addresses and makes four tables for each request,
+which costs as much as reading a head (ADR-0011).  Here each is made when somebody asks for it.
+What is leaned on is which attributes ``twisted.web.http.Request.__init__`` sets;
+``tests/server/test_lazy.py`` fails when they change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IProtocol
 from twisted.python.failure import Failure
+from twisted.web import server
+from twisted.web.http_headers import Headers
 
-from llmproxy.errors import ClientGone
-from llmproxy.http1.framing import LAST_CHUNK
-from llmproxy.server.error_response import status_line
-from llmproxy.server.incoming import Incoming
+from llmproxy.errors import ClientGone, ProxyError
+from llmproxy.http1.framing import LAST_CHUNK, chunk
+from llmproxy.http1.grammar import RequestHead
+from llmproxy.server.error_response import memory_full, status_line, too_large
+from llmproxy.server.upload import Upload
+
+_BODY_GRACE = 1 / 65536
+"""Seconds that each received byte of a request body adds to ``request_body``."""
 
 
-class Request(Incoming):
+class Request(server.Request):
     """One request and the response to it.
 
+    Args:
+        channel: the connection that it came on.
+        head: what stood before its body.
+
     Attributes:
+        fields: the header fields in their order, names in lower case.
+        first: the first value of each name.
+        body: the whole request body, where it is held.
+        body_bytes: how much of it came so far.
+        upload: the request body, where it streams.
+        handler: what its head found to serve it; None once it does.
+        refusal: why the request cannot be served, where that is known before it is served.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
         status: the status that was sent, or None.
         sent: bytes of the body that were written, but for what went out :meth:`verbatim`.
+        ended: nothing will be written any more.
     """
 
-    __slots__ = ("_bodiless", "_flows", "_head", "_length", "gone", "sent", "stall_after", "status")
+    __slots__ = (
+        *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
+        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "refusal", "sent"),
+        *("stall_after", "status", "upload"),
+    )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
+    channel: Any
+    site: Any
 
-    def __init__(self, channel: Any) -> None:
-        super().__init__(channel)
+    def __init__(self, channel: Any, head: RequestHead) -> None:
+        # Twisted's own is not called: what it sets is set here, or made lazily below.
+        self.channel = channel
+        self.site = channel.site
+        self.transport = channel.transport
+        self.client = channel.peer
+        self.notifications: list[Deferred[None]] = []
+        self.queued = False
+        self._parsePOSTFormSubmission = False
+        # what came in
+        self.method, self.uri, minor, self.fields, self.first = head
+        self.clientproto = b"HTTP/1.1" if minor else b"HTTP/1.0"
+        self.path = head.target.partition(b"?")[0]
+        self.args: dict[bytes, list[bytes]] = {}
+        self.body = b""
+        self.body_bytes = 0
+        self.upload: Upload | None = None
+        self.refusal: ProxyError | None = None
+        self._parts: list[bytes] = []
+        self._limit = 0
+        self._held = 0
+        self.handler: Any = channel.site.router.find(self.method, self.path)
+        self._served = False
+        # what goes out
         self.gone: Callable[[ClientGone], None] | None = None
         self.stall_after: float | None = channel.site.timeouts.client_stall
         self.status: int | None = None
         self.sent = 0
-        self._length: int | None = None
+        self.ended = False
         self._head = b""
+        self._length: int | None = None
         self._bodiless = False
-        self._flows = False
+        self._flows = False  # what is written is a chunk, and nothing stands before it
+
+    # -- what Twisted's request has, made when it is asked for -------------------------------------
+
+    @cached_property
+    def host(self) -> Any:
+        """Our address, as the client reached it."""
+        return self.channel.getHost()
+
+    @cached_property
+    def requestHeaders(self) -> Headers:  # type: ignore[override]  # can be written all the same
+        """Twisted's table of the request's fields."""
+        headers = Headers()
+        for name, value in self.fields:
+            headers.addRawHeader(name, value)
+        return headers
+
+    @cached_property
+    def responseHeaders(self) -> Headers:  # type: ignore[override]  # can be written all the same
+        """The fields of a response that no head was given for."""
+        return Headers()
+
+    @cached_property
+    def cookies(self) -> list[bytes]:  # type: ignore[override]  # can be written all the same
+        """Cookies that a resource sets; none of ours does."""
+        return []
+
+    @cached_property
+    def received_cookies(self) -> dict[bytes, bytes]:  # type: ignore[override]  # can be written all the same
+        """The client's cookies; nobody reads them."""
+        return {}
+
+    @cached_property
+    def _adapterCache(self) -> dict[str, Any]:  # type: ignore[override]  # noqa: N802 - Componentized's name
+        return {}
+
+    # -- in -------------------------------------------------------------------------------------
+
+    def gotLength(self, length: int | None) -> None:
+        """Bound the body before the first byte of it; ``length`` is what the head announces."""
+        self._limit = self.handler.body_limit(self)
+        if length is not None and length > self._limit:
+            self.refusal = too_large(self._limit)
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """Take one piece of the body: forward it, or hold it within the bounds."""
+        if self.refusal is not None or self.ended:
+            return
+        site = self.site
+        self.body_bytes += len(data)
+        self.channel.deadline += len(data) * _BODY_GRACE
+        if self.body_bytes > self._limit:
+            self.refuse(too_large(self._limit))
+        elif self.upload is not None:
+            self.upload.feed(data)
+        elif site.held_bytes + len(data) > site.limits.request_memory:
+            self.refuse(memory_full())
+        else:
+            self._parts.append(data)
+            self._held += len(data)
+            site.held_bytes += len(data)
+
+    def body_done(self) -> None:
+        """The body is whole: serve the request, unless it is being served already."""
+        if self.upload is not None:
+            self.upload.end()
+            return
+        self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts = []
+        self.process()
+
+    def refuse(self, error: ProxyError) -> None:
+        """Refuse the request in the middle of its body; what still comes is dropped."""
+        self.refusal = error
+        self.release()
+        if self.upload is None:
+            self.channel.refuse_early(self)
+        else:
+            self.upload.fail(error)
+
+    def limit_body(self, limit: int) -> None:
+        """Bound the body by its route's own limit, now that the route is known.
+
+        Raises:
+            ProxyError: 413, where what came or what was announced is more.
+        """
+        announced = 0 if self.upload is None else self.upload.announced
+        if max(announced, self.body_bytes) > limit:
+            raise too_large(limit)
+        self._limit = min(self._limit, limit)
+
+    def release(self) -> None:
+        """Let go of the body; what it held counts no more."""
+        self.site.held_bytes -= self._held
+        self._held = 0
+        self._parts = []
+        self.body = b""
+
+    def process(self) -> None:
+        """Let the handler serve the request; its body is held, refused or streams."""
+        self._served = True
+        handler, self.handler = self.handler, None  # a stream may outlive its configuration
+        try:
+            self.render(handler)
+        except Exception:
+            self.processingFailed(Failure())
+
+    def processingFailed(self, reason: Failure) -> Failure:
+        """An exception is a broken response, or a bare 500; never HTML, never in a stream."""
+        self._log.failure("rendering failed", failure=reason)
+        if self.startedWriting:
+            self.break_off()
+        else:
+            self.start(500, [(b"content-length", b"0")])
+            self.finish()
+        return reason
 
     # -- out ------------------------------------------------------------------------------------
 
@@ -83,9 +254,8 @@ class Request(Incoming):
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
         if self._flows and data:
-            size = len(data)
-            self.sent += size
-            self.channel.write(b"%x\r\n%b\r\n" % (size, data))
+            self.sent += len(data)
+            self.channel.write(chunk(data))
             return
         if self._disconnected or self.ended:
             return
@@ -96,7 +266,7 @@ class Request(Incoming):
             return
         self.sent += len(data)
         if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = chunk(data)
         if self._head:
             data, self._head = self._head + data, b""
         self._flows = bool(self.chunked)
@@ -114,46 +284,6 @@ class Request(Incoming):
         """Call ``call`` once the kernel has all that was written, at once where it has."""
         if self.channel is not None:
             self.channel.when_sent(call)
-
-    def finish(self) -> None:
-        """End the response as whole; one that is short of its length is broken off instead."""
-        if self.ended or self._disconnected:
-            return
-        if not self.startedWriting:
-            self.write(b"")
-        if self._length is not None and self.sent != self._length and not self._bodiless:
-            self.break_off()
-            return
-        self.flush()
-        if self.chunked:
-            self.channel.write(LAST_CHUNK)
-        self._close_books()
-        self._part(self.channel.requestDone)
-
-    def break_off(self) -> None:
-        """End the response so that the client cannot take it for whole.
-
-        What was written already still goes out first, under ``client_stall``.
-        """
-        if self.ended or self._disconnected:
-            return
-        self.flush()
-        unframed = self.is_unframed
-        self._close_books()
-        self._part(self.channel.request_broken if unframed else self.channel.request_cut)
-
-    @property
-    def is_unframed(self) -> bool:
-        """Whether the end of the connection would now be the end of the response's body."""
-        framed = bool(self.chunked) or self._length is not None or self._bodiless
-        return bool(self.startedWriting) and not framed and not self.ended
-
-    def abort(self, why: ClientGone) -> None:
-        """Drop the client at once, for a reason of ours."""
-        if not self.ended and not self._disconnected:
-            channel = self.channel
-            self._leave(why)
-            channel.abort()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Register; a producer that comes while the wire is full is paused at once.
@@ -173,31 +303,103 @@ class Request(Incoming):
             self.channel.unregisterProducer()
         self.producer = None
 
-    def processingFailed(self, reason: Failure) -> Failure:
-        """An exception is a broken response, or a bare 500; never HTML, never in a stream."""
-        self._log.failure("rendering failed", failure=reason)
-        if self.startedWriting:
+    # -- the end --------------------------------------------------------------------------------
+
+    @property
+    def is_unframed(self) -> bool:
+        """Whether the end of the connection would now be the end of the response's body."""
+        framed = bool(self.chunked) or self._length is not None or self._bodiless
+        return bool(self.startedWriting) and not framed and not self.ended
+
+    def finish(self) -> None:
+        """End the response as whole; one that is short of its length is broken off instead."""
+        if self.ended or self._disconnected:
+            return
+        if not self.startedWriting:
+            self.write(b"")
+        if self._length is not None and self.sent != self._length and not self._bodiless:
             self.break_off()
-        else:
-            self.start(500, [(b"content-length", b"0")])
-            self.finish()
-        return reason
+            return
+        self.flush()
+        if self.chunked:
+            self.channel.write(LAST_CHUNK)
+        self._end()
+        self._part(self.channel.requestDone)
+
+    def break_off(self) -> None:
+        """End the response so that the client cannot take it for whole.
+
+        What was written already still goes out first, under ``client_stall``.
+        """
+        if self.ended or self._disconnected:
+            return
+        self.flush()
+        unframed = self.is_unframed
+        self._end()
+        self._part(self.channel.request_broken if unframed else self.channel.request_cut)
+
+    def abort(self, why: ClientGone) -> None:
+        """Drop the client at once, for a reason of ours."""
+        if not self.ended and not self._disconnected:
+            channel = self.channel
+            self._leave(why)
+            channel.abort()
 
     def connectionLost(self, reason: Failure) -> None:
         """The client's connection is gone."""
         self._leave(ClientGone(reason.getErrorMessage()))
         super().connectionLost(reason)
 
+    def hand_over(
+        self, status: int, fields: Iterable[tuple[bytes, bytes]], protocol: IProtocol
+    ) -> None:
+        """End the request with a head alone, and let ``protocol`` have the client's socket.
+
+        The head goes out first.  Then ``protocol`` is connected to a transport
+        (``server/hand_over.py``) that it can write to, pause, close and abort, and gets the bytes
+        that came behind the request before any others.  No deadline of HTTP's applies any more.
+
+        The connection is still its site's: it is counted until it is gone, and ``Site.cut`` drops
+        it.  ``connectionLost`` is called once: with ``Cut`` or ``ClientStalled`` where we drop it,
+        else with the transport's reason.  If ``protocol`` is an ``IHalfCloseableProtocol``, the
+        sides end one by one.  An exception of its own ends the connection.
+
+        Args:
+            status: such as 101, or 200 for CONNECT.
+            fields: as they go on the wire; no framing is added.
+            protocol: gets the socket.
+
+        Raises:
+            ClientGone: the client has left.
+            ProxyError: 400, where more has come behind the request than can be kept; the request
+                can still be responded to.
+            RuntimeError: the response has begun, or the request's body is not whole.
+        """
+        if self.ended or self._disconnected:
+            raise ClientGone("the client has left")
+        channel = self.channel
+        if self.startedWriting or not channel.is_serving:
+            raise RuntimeError("a socket is handed over before a response, and behind a whole body")
+        if channel.has_dropped:
+            text = "More came behind the request than is kept until it is responded to."
+            raise ProxyError(400, "early_data", text)
+        head = [status_line(status), *(b"%b: %b\r\n" % field for field in fields), b"\r\n"]
+        self.startedWriting = 1
+        self.status = self.code = status
+        self._end()
+        self._part(lambda request: channel.hand_over(request, b"".join(head), protocol))
+
     def _leave(self, why: ClientGone) -> None:
         if not self.ended:
             gone = self.gone
-            self._close_books()
+            self._end()
             if not self._served:
                 self.site.abandoned(self, why)
             if gone is not None:
                 gone(why)
 
-    def _close_books(self) -> None:
+    def _end(self) -> None:
+        """Write no more, count the request as ended and let go of its body."""
         self.ended = True
         self.gone = None  # it knows whoever serves this request, who knows it
         self._flows = False
@@ -205,12 +407,12 @@ class Request(Incoming):
         self.site.ended += self._served
         self.release()
 
-    def _part(self, tell: Callable[[Request], None]) -> None:
-        """Leave the channel, in the way that ``tell`` says, and whoever waits for the end."""
+    def _part(self, leave: Callable[[Request], None]) -> None:
+        """Leave the connection by one of its methods, and tell whoever waits for the end."""
         if self.producer is not None:
             self.unregisterProducer()
         self.channel = None
-        tell(self)
+        leave(self)
         waiting, self.notifications = self.notifications, []
         for deferred in waiting:
             deferred.callback(None)

@@ -1,8 +1,8 @@
-"""The listener's factory: one resource, and the client connections to it.
+"""The listener's factory: the client connections, and the router that finds their handlers.
 
-``Site`` is Twisted's, without its access log, its HTTP/2 and its timers.  One sweep looks at the
-deadlines of every connection (``server/connection.py``): ten thousand quiet ones cost one timer.
-Nothing here knows providers, routes or dialects; whatever must be asked of them is passed in.
+One sweep looks at the deadlines of every connection (``server/connection.py``): ten thousand quiet
+ones cost one timer.  Nothing here knows providers, routes or dialects; they are a handler's
+business (``server/handler.py``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IAddress
+from twisted.internet.interfaces import IAddress, IProtocolNegotiationFactory
+from twisted.internet.protocol import Factory
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
-from twisted.web import http, server
-from twisted.web.resource import IResource
+from zope.interface import implementer
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, Cut, ProxyError
 from llmproxy.net.transport import pending_bytes
-from llmproxy.server.connection import ClientConnection
+from llmproxy.server.connection import ClientConnection, Phase
 from llmproxy.server.connection_limits import ConnectionLimiter, RejectedConnection
 from llmproxy.server.error_response import bare_response
-from llmproxy.server.progress import Phase
+from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
 
 _TIMEOUTS, _LIMITS = Timeouts(), Limits()
@@ -31,58 +31,53 @@ _TIMEOUTS, _LIMITS = Timeouts(), Limits()
 _log = Logger()
 
 
-class Site(server.Site):
-    """The listener's factory: one resource, and the connections to it.
+@implementer(IProtocolNegotiationFactory)
+class Site(Factory):
+    """The listener's factory.
 
     Args:
-        resource: serves every request.
+        router: finds the handler of each request.
         reactor: keeps time.
         clock: monotonic seconds.
         timeouts: the deadlines towards clients.
         limits: what a request may hold.
-        body_limit: from a raw target to the most bytes of its body; by default it has none.
-        holds_body: from a request to whether its body is held before it is served, rather than
-            streamed; by default it always is.
-        early_refusal: from a request whose body is still to come to why it is refused, if it is.
+        wall: seconds since the epoch.
         abandoned: called with a request that ended before it could be served, and why.
-        malformed: from a peer's address and the error where a head was refused to the response.
+        malformed: from a peer's address and the error where a head was refused to the response; by
+            default a bare one.
         limiter: counts the connections, and says which are too many; by default none is.
 
     Attributes:
-        channels: the open client connections.
+        router: finds the handlers of the requests that come from now on.
+        connections: the open client connections.
         held_bytes: request bodies held in memory now, in bytes.
         ended: requests that were served to whatever end.
         draining: no connection outlives its present request.
     """
 
-    displayTracebacks = False  # noqa: N815 - Twisted's name
     noisy = False
 
     def __init__(
         self,
-        resource: IResource,
+        router: Router,
         reactor: Any,
         clock: Callable[[], float],
         timeouts: Timeouts = _TIMEOUTS,
         limits: Limits = _LIMITS,
         *,
-        body_limit: Callable[[bytes], int] = lambda target: 0,
-        holds_body: Callable[[Request], bool] = lambda request: True,
-        early_refusal: Callable[[Request], ProxyError | None] = lambda request: None,
+        wall: Callable[[], float],
         abandoned: Callable[[Request, ClientGone], None] = lambda request, why: None,
-        malformed: Callable[[str, ProxyError], bytes] = lambda peer, error: bare_response(error),
+        malformed: Callable[[str, ProxyError], bytes] | None = None,
         limiter: ConnectionLimiter | None = None,
     ) -> None:
-        super().__init__(resource, reactor=reactor)
+        self.router = router
+        self.reactor = reactor
         self.clock = clock
         self.timeouts = timeouts
         self.limits = limits
-        self.body_limit = body_limit
-        self.holds_body = holds_body
-        self.early_refusal = early_refusal
         self.abandoned = abandoned
-        self.malformed = malformed
-        self.limiter = ConnectionLimiter() if limiter is None else limiter
+        self.malformed = malformed or (lambda peer, error: bare_response(error, now=wall()))
+        self.limiter = limiter or ConnectionLimiter(clock=clock, wall=wall)
         self.connections: set[ClientConnection] = set()
         self.held_bytes = 0
         self.ended = 0
@@ -92,38 +87,26 @@ class Site(server.Site):
         self._sweep.clock = reactor
         self._listening = False
 
-    def serve(
-        self,
-        resource: IResource,
-        *,
-        body_limit: Callable[[bytes], int],
-        holds_body: Callable[[Request], bool],
-        early_refusal: Callable[[Request], ProxyError | None],
-    ) -> None:
-        """Let requests be served by another resource; those whose head is in keep their own."""
-        self.resource = resource
-        self.body_limit = body_limit
-        self.holds_body = holds_body
-        self.early_refusal = early_refusal
+    def serve(self, router: Router) -> None:
+        """Find handlers by another router; a request whose head is in keeps its own handler."""
+        self.router = router
 
     def follow(self, timeouts: Timeouts, limits: Limits) -> None:
         """Keep other deadlines and limits; what a client has begun keeps its own.
 
-        Whoever is idle begins to be idle anew where that deadline is another one.
+        Where the deadline of idle connections is another one, they begin to be idle anew.
         """
         idle_before, self.timeouts, self.limits = self.timeouts.client_idle, timeouts, limits
         if timeouts.client_idle != idle_before:
-            for channel in self.connections:
-                if channel.phase is Phase.IDLE:
-                    channel.await_request()
+            for connection in self.connections:
+                if connection.phase is Phase.IDLE:
+                    connection.await_request()
         if self._sweep.running and self._sweep.interval != self._sweep_interval():
             self._sweep.stop()
             self._keep_sweeping()
 
-    def buildProtocol(  # type: ignore[override]  # Twisted's own wrapper is there for HTTP/2
-        self, addr: IAddress | None
-    ) -> ClientConnection | RejectedConnection:
-        """Serve one more connection, in HTTP/1.1 and nothing else, or turn it away.
+    def buildProtocol(self, addr: IAddress | None) -> ClientConnection | RejectedConnection:
+        """Serve one more connection, in HTTP/1.1 and nothing else, or reject it.
 
         Args:
             addr: the client's; None where a balancer is yet to say it.
@@ -131,7 +114,7 @@ class Site(server.Site):
         address = getattr(addr, "host", None)  # a Unix socket has none
         refusal = self.limiter.enter(address)
         if refusal is not None:
-            return self.limiter.turn_away(refusal, self.reactor)
+            return self.limiter.reject(refusal, self.reactor)
         return ClientConnection(self, address)
 
     def acceptableProtocols(self) -> list[bytes]:
@@ -139,7 +122,7 @@ class Site(server.Site):
         return [b"http/1.1"]
 
     def startFactory(self) -> None:
-        """Listening begins; Twisted's access log stays out of it."""
+        """Listening begins."""
         self._listening = True
         self._keep_sweeping()
 
@@ -148,18 +131,15 @@ class Site(server.Site):
         self._listening = False
         self._keep_sweeping()
 
-    def log(self, request: http.Request) -> None:
-        """Write no access line: the gateway does, without keys and queries."""
-
-    def joined(self, channel: ClientConnection) -> None:
+    def joined(self, connection: ClientConnection) -> None:
         """A client has connected."""
-        self.connections.add(channel)
+        self.connections.add(connection)
         self._keep_sweeping()
 
-    def left(self, channel: ClientConnection) -> None:
+    def left(self, connection: ClientConnection) -> None:
         """A client's connection is gone."""
-        self.connections.discard(channel)
-        self.limiter.leave(channel.address)
+        self.connections.discard(connection)
+        self.limiter.leave(connection.address)
         if not self.connections:
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
@@ -168,7 +148,7 @@ class Site(server.Site):
 
     def pending_bytes(self) -> int:
         """Return what was written to clients and not yet taken by the kernel, in bytes."""
-        return sum(pending_bytes(channel.transport) for channel in self.connections)
+        return sum(pending_bytes(connection.transport) for connection in self.connections)
 
     def drain(self) -> None:
         """Close idle connections after a short grace, the others after their present request.
@@ -177,9 +157,9 @@ class Site(server.Site):
         request within the grace, and is told then.
         """
         self.draining = True
-        for channel in list(self.connections):
-            if channel.phase is Phase.IDLE:
-                channel.await_request()
+        for connection in list(self.connections):
+            if connection.phase is Phase.IDLE:
+                connection.await_request()
 
     def when_empty(self) -> Deferred[None]:
         """Fire once no client is connected; at once where none is."""
@@ -191,10 +171,8 @@ class Site(server.Site):
 
     def cut(self) -> None:
         """Drop every connection now."""
-        for channel in list(self.connections):
-            for request in list(channel.requests):
-                request.abort(Cut())
-            channel.abort()
+        for connection in list(self.connections):
+            connection.drop(Cut())
 
     def _keep_sweeping(self) -> None:
         wanted = self._listening or bool(self.connections)
@@ -209,12 +187,12 @@ class Site(server.Site):
 
     def _check_all(self) -> None:
         now = self.clock()
-        for channel in list(self.connections):
+        for connection in list(self.connections):
             try:
-                channel.check(now)
+                connection.check(now)
             except Exception:
                 _log.failure("a connection could not be checked")
-                channel.abort()
+                connection.abort()
 
 
 def _seconds(timeouts: Timeouts) -> tuple[float | None, ...]:

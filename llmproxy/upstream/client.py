@@ -117,7 +117,7 @@ class ConnectionKey(NamedTuple):
     """What the connections to a provider depend on; while all of it stays, so do they.
 
     Attributes:
-        origin: where it is reached.
+        origin: where the provider is reached.
         authority: the certificates in the file that its ``ca`` names.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
@@ -133,6 +133,20 @@ class ConnectionKey(NamedTuple):
     direct: bool
 
 
+class _Reached(NamedTuple):
+    """A provider as requests are sent to it.
+
+    Attributes:
+        key: while it stays the same, the pool stays.
+        url: for treq, which wants one.
+        pool: the connections.
+    """
+
+    key: ConnectionKey
+    url: PreparedUrl
+    pool: ProviderPool
+
+
 class Upstream:
     """Every provider's connections, as one configuration has them.
 
@@ -143,7 +157,7 @@ class Upstream:
         clock: monotonic seconds.
         config: the providers, and the limits of what they may send.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
-        before: what there was so far; a provider of which nothing has changed keeps its agent.
+        before: what there was so far; a provider of which nothing has changed keeps its pool.
 
     Raises:
         OSError: an authority's file cannot be read.
@@ -160,38 +174,36 @@ class Upstream:
     ) -> None:
         self._reactor = reactor
         self._resolver: Resolver = Resolver(reactor, clock) if before is None else before._resolver
-        self._agents: dict[str, ProviderPool] = {}
-        self._keys: dict[str, ConnectionKey] = {}
-        self._urls: dict[str, PreparedUrl] = {}
+        self._reached: dict[str, _Reached] = {}
         self._retired: WeakKeyDictionary[ProviderPool, str] = WeakKeyDictionary()
         for name, provider in config.providers.items():
-            key = self._keys[name] = connection_key(provider, config)
-            self._urls[name] = PreparedUrl.prepare(key.origin)
-            if before is not None and key == before._keys.get(name):
-                self._agents[name] = before._agents[name]
-                continue
-            self._agents[name] = ProviderPool(
-                reactor,
-                clock,
-                provider,
-                resolver=self._resolver,
-                pool_idle=key.pool_idle,
-                max_head=key.max_head,
-                direct=key.direct,
-                timers=timers,
-            )
+            key = connection_key(provider, config)
+            kept = None if before is None else before._reached.get(name)
+            if kept is None or kept.key != key:
+                pool = ProviderPool(
+                    reactor,
+                    clock,
+                    provider,
+                    resolver=self._resolver,
+                    pool_idle=key.pool_idle,
+                    max_head=key.max_head,
+                    direct=key.direct,
+                    timers=timers,
+                )
+                kept = _Reached(key, PreparedUrl.prepare(key.origin), pool)
+            self._reached[name] = kept
 
     def take_over(self, before: Upstream) -> None:
-        """Be what sends requests from now on, but for those that ``before`` has begun.
+        """Send the requests from now on; ``before`` ends those that it has begun.
 
         Its idle connections are closed where they are not ours, too.
         """
-        kept = set(self._agents.values())
+        kept = {one.pool for one in self._reached.values()}
         self._retired = before._retired  # counted for as long as a request holds them
-        for name, agent in before._agents.items():
-            if agent not in kept:
-                agent.retire()
-                self._retired[agent] = name
+        for name, one in before._reached.items():
+            if one.pool not in kept:
+                one.pool.retire()
+                self._retired[one.pool] = name
 
     def send(
         self,
@@ -218,13 +230,12 @@ class Upstream:
             fires with the :class:`Response` once its whole head is in, its body paused.  Cancelling
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
-        outgoing = OutgoingRequest(
-            self._agents[provider.name], target, fields, credential, timeouts, began
-        )
+        reached = self._reached[provider.name]
+        outgoing = OutgoingRequest(reached.pool, target, fields, credential, timeouts, began)
         client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
         response: Deferred[Any] = client.request(
             method,
-            self._urls[provider.name],
+            reached.url,
             headers=_NO_HEADERS,
             data=_producer(body),
             cookies=_NO_COOKIES,
@@ -232,22 +243,25 @@ class Upstream:
             unbuffered=True,
             reactor=self._reactor,
         )
-        return response.addCallback(lambda response: response.original)
+        return response.addCallback(lambda wrapped: wrapped.original)
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """Return the connections by (provider, state), those of retired agents included."""
+        """Return the connections by (provider, state), those of retired pools included."""
         counts: Counter[tuple[str, str]] = Counter()
-        for name, agent in self._every():
-            counts.update({(name, state): count for state, count in agent.counts().items()})
+        for name, pool in self._pools():
+            counts.update({(name, state): count for state, count in pool.counts().items()})
         return dict(counts)
 
     def close(self) -> None:
         """Close every connection."""
-        for _, agent in self._every():
-            agent.close()
+        for _, pool in self._pools():
+            pool.close()
 
-    def _every(self) -> list[tuple[str, ProviderPool]]:
-        return [*self._agents.items(), *((name, one) for one, name in self._retired.items())]
+    def _pools(self) -> list[tuple[str, ProviderPool]]:
+        return [
+            *((name, one.pool) for name, one in self._reached.items()),
+            *((name, pool) for pool, name in self._retired.items()),
+        ]
 
 
 def connection_key(provider: Provider, config: Config) -> ConnectionKey:

@@ -1,7 +1,7 @@
 """From a provider's URL to a connection on which a request may be sent, or to why there is none.
 
-Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for whoever
-waits; the :class:`Attempt` says in which of them it is.  Pools and requests are not known here.
+Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for the pool;
+a :class:`Dial` says in which of the three it is.  Pools and requests are not known here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NO_TIMEOUT = cast("float", None)
 """The deadline is the caller's, over all three phases; an endpoint's own would end at TCP."""
 
 
-class Attempt:
+class Dial:
     """One connection in the making.
 
     Attributes:
@@ -50,7 +50,7 @@ class Attempt:
         self.connected: Deferred[Connection]
 
 
-class Connector:
+class Dialer:
     """Makes connections to one provider.
 
     Args:
@@ -59,8 +59,8 @@ class Connector:
         provider: where to connect, and whom to trust.
         max_head: most bytes of a response's head.
         became_idle: called with a connection on which another request may be sent.
-        closed: called with a connection that is gone.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        closed: called with a connection that has ended.
+        direct: with the transports of ``net/``; else with Twisted's own.
 
     Attributes:
         secure: whether connections are made with TLS.
@@ -91,18 +91,18 @@ class Connector:
         self._became_idle = became_idle
         self._closed = closed
 
-    def connect(self, credential: bytes) -> Attempt:
-        """Begin to connect; ``credential`` is what the connection will be kept apart by."""
-        attempt = Attempt()
-        attempt.connected = Deferred.fromCoroutine(self._open(credential, attempt))
-        return attempt
+    def connect(self, credential: bytes) -> Dial:
+        """Begin to connect; ``credential`` keeps the connection apart from others in the pool."""
+        dial = Dial()
+        dial.connected = Deferred.fromCoroutine(self._open(credential, dial))
+        return dial
 
     def remember(self, connection: Connection) -> None:
         """Keep the connection's TLS session for the next one."""
         if self._tls is not None:
             self._tls.remember(connection.transport)
 
-    async def _open(self, credential: bytes, attempt: Attempt) -> Connection:
+    async def _open(self, credential: bytes, dial: Dial) -> Connection:
         made: list[Connection] = []
 
         def make() -> Connection:
@@ -121,14 +121,14 @@ class Connector:
         reactor = ReactorWithResolver(self._reactor, self._resolver, self._make)
         try:
             connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
-            attempt.phase = "handshake"
+            dial.phase = "handshake"
             if self._make is not None:
-                connection.transport.protocol = connection  # the endpoint's wrapper is through
+                connection.transport.protocol = connection  # without the endpoint's wrapper
             return cast(Connection, await connection.ready)
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
         except Exception as error:
-            raise self._why_not(error, made, attempt) from error
+            raise self._why_not(error, made, dial) from error
         finally:
             reactor.forget()
 
@@ -144,15 +144,15 @@ class Connector:
         secured = self._tls is None or self._make is not None
         return endpoint if secured else wrapClientTLS(cast(Any, self._tls), endpoint)
 
-    def _why_not(self, error: Exception, made: list[Connection], attempt: Attempt) -> ProxyError:
-        """Tell apart the ways in which no connection came about."""
+    def _why_not(self, error: Exception, made: list[Connection], dial: Dial) -> ProxyError:
+        """Return the error for the way in which connecting failed."""
         underlying = self._resolver.failures.get(self._host)
         for problem in (error, underlying):
             number = getattr(problem, "osError", getattr(problem, "errno", None))
             if number in _NO_MORE:
                 return no_descriptors()
         detail = f"{type(error).__name__}: {error}"
-        if attempt.phase == "handshake":
+        if dial.phase == "handshake":
             verdict = made[-1].verdict if made else None
             cause = verdict.cause if verdict is not None and verdict.cause else "protocol"
             return upstream_tls(cause, detail)

@@ -30,11 +30,11 @@ from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.errors import upstream_broken, upstream_protocol
-from llmproxy.http1.framing import LengthReader
+from llmproxy.http1.framing import LengthReader, response_body
 from llmproxy.http1.grammar import BadMessage
 from llmproxy.net.transport import notice_vanished_peer, pending_bytes
 from llmproxy.upstream.request_body import HeldBody, Sending, Sent
-from llmproxy.upstream.response import Response, body_reader, read_response
+from llmproxy.upstream.response import Response, read_response
 from llmproxy.upstream.tls import Verdict
 
 MAX_INTERIM = 16
@@ -217,7 +217,11 @@ class Connection(Protocol):
     def _take_head(self, head: bytes) -> bool:
         """Read one head; return whether it was the final one (RFC 9112, section 6.3)."""
         response = read_response(self, head)
-        reader = body_reader(self._method, response)
+        reader, length = response_body(
+            self._method, response.code, response.version[2], response.fields, response.first
+        )
+        if length is not None:
+            response.length = length
         if response.code < 200:
             self._interim += 1
             if response.code == 101 or self._interim > MAX_INTERIM:

@@ -1,11 +1,12 @@
-"""The ``IAgent`` under treq: connections to one provider, pooled, with a deadline on every phase.
+"""The connections to one provider, pooled, with a deadline on every phase of a request.
 
-A :class:`ProviderPool` stands for one provider.  Its idle connections are kept apart by the
-credential that went over them, so that nothing of one caller's connection can reach another's.
-Each request is an :class:`OutgoingRequest`, an ``IAgent`` of its own that treq is handed: it
-carries the raw target and the header fields past treq, which would change both (ADR-0002).
+A :class:`ProviderPool` stands for one provider.  It keeps idle connections apart by the credential
+that was sent on them, so that nothing of one caller's connection can reach another caller.  Each
+request is an :class:`OutgoingRequest`, an ``IAgent`` that ``upstream/client.py`` hands to treq: it
+carries the raw target and the header fields past treq, which would change both (ADR-0002).  A
+connection comes from ``upstream/dialer.py``, and is ``upstream/http1.py``'s.
 
-This module knows sockets and clocks, and nothing of routes, clients or dialects.
+This module knows connections and clocks, and nothing of routes, clients or dialects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -26,8 +27,7 @@ from llmproxy.config import Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.http1.grammar import Fields
 from llmproxy.net.transport import is_quiet, raw_transport
-from llmproxy.upstream.deadline import limit
-from llmproxy.upstream.dialer import Attempt, Connector
+from llmproxy.upstream.dialer import Dial, Dialer
 from llmproxy.upstream.http1 import Connection, State
 from llmproxy.upstream.request_body import Phase
 from llmproxy.upstream.resolver import Resolver
@@ -39,29 +39,31 @@ _HINT_MARGIN = 1.0
 
 _late = partial(upstream_timeout, may_have_run=True)
 
+_T = TypeVar("_T")
+
 
 @implementer(IAgent)
 class OutgoingRequest:
-    """One request on its way past treq to a provider's agent.
+    """One request on its way past treq to a provider's pool.
 
     Args:
         target: path and query as they go on the wire.
         fields: the header fields to send, in order, without framing.
         credential: what idle connections are kept apart by.
-        timeouts: ``connect`` and ``first_byte`` are kept here.
+        timeouts: of these, ``connect`` and ``first_byte`` are enforced here.
         began: called when a byte of the request may leave; a failure before that did no work.
     """
 
     def __init__(
         self,
-        agent: ProviderPool,
+        pool: ProviderPool,
         target: bytes,
         fields: Fields,
         credential: bytes,
         timeouts: Timeouts,
         began: Callable[[], None] = lambda: None,
     ) -> None:
-        self._agent = agent
+        self._pool = pool
         self.target = target
         self.fields = fields
         self.credential = credential
@@ -75,8 +77,8 @@ class OutgoingRequest:
         headers: Headers | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
-        """Send it; the ``uri`` and ``headers`` that treq made are left aside."""
-        return cast("Deferred[IResponse]", self._agent.send(self, method, bodyProducer))
+        """Send the request; the ``uri`` and ``headers`` that treq made are ignored."""
+        return cast("Deferred[IResponse]", self._pool.send(self, method, bodyProducer))
 
 
 class ProviderPool:
@@ -89,7 +91,7 @@ class ProviderPool:
         resolver: resolves the provider's name.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        direct: with the transports of ``net/``; else with Twisted's own.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
@@ -108,13 +110,13 @@ class ProviderPool:
         self._reactor = reactor
         self._timers = reactor if timers is None else timers
         self._clock = clock
-        self._most_idle = provider.pool  # and nothing else of it, which holds the credential
+        self._most_idle = provider.pool  # the provider itself holds the credential, and is not kept
         self._pool_idle = pool_idle
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
         self._live: set[Connection] = set()
-        self._connecting: set[Attempt] = set()
-        self._connector = Connector(
+        self._connecting: set[Dial] = set()
+        self._dialer = Dialer(
             reactor,
             resolver,
             provider,
@@ -145,8 +147,8 @@ class ProviderPool:
     def close(self) -> None:
         """Close every connection, idle or not."""
         self.retire()
-        for attempt in list(self._connecting):
-            attempt.connected.cancel()
+        for dial in list(self._connecting):
+            dial.connected.cancel()
         for connection in list(self._live):
             connection.abort()
 
@@ -155,7 +157,7 @@ class ProviderPool:
     def send(
         self, outgoing: OutgoingRequest, method: bytes, body: IBodyProducer | None
     ) -> Deferred[Response]:
-        """Connect or take an idle connection, send ``outgoing`` on it and await its head.
+        """Take an idle connection or make one, send the request on it, and await the head.
 
         Returns:
             fires with the :class:`Response`.  Cancelling it aborts whatever is under way at once.
@@ -183,14 +185,14 @@ class ProviderPool:
         return response
 
     async def _connect(self, outgoing: OutgoingRequest) -> Connection:
-        attempt = self._connector.connect(outgoing.credential)
-        self._connecting.add(attempt)
-        connected, late = attempt.connected, partial(upstream_timeout, may_have_run=False)
-        limit(self._reactor, outgoing.timeouts.connect, connected, lambda: attempt.phase, late)
+        dial = self._dialer.connect(outgoing.credential)
+        self._connecting.add(dial)
+        connected, late = dial.connected, partial(upstream_timeout, may_have_run=False)
+        _limit(self._reactor, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
         try:
-            connection = await attempt.connected
+            connection = await dial.connected
         finally:
-            self._connecting.discard(attempt)
+            self._connecting.discard(dial)
         self._live.add(connection)
         return connection
 
@@ -209,15 +211,15 @@ class ProviderPool:
         head = self._head(method, outgoing, body)
         outgoing.began()
         response = connection.send(method, head, body)
-        limit(
+        _limit(
             self._timers, outgoing.timeouts.first_byte, response, Phase(connection.sending), _late
         )
-        if self._connector.secure:
+        if self._dialer.secure:
             response.addCallback(self._remember, connection)
         return response
 
     def _remember(self, response: Response, connection: Connection) -> Response:
-        self._connector.remember(connection)
+        self._dialer.remember(connection)
         return response
 
     def _head(self, method: bytes, outgoing: OutgoingRequest, body: IBodyProducer | None) -> bytes:
@@ -250,7 +252,7 @@ class ProviderPool:
         """Keep a connection whose response is whole; behind a TLS layer from the next turn on.
 
         Until then the layer may forward what came in the same read: bytes that nobody asked for,
-        which would be the next request's answer, or the end.
+        which would become the next request's response, or the end.
         """
         transport = connection.transport
         if transport is raw_transport(transport):
@@ -302,3 +304,61 @@ class ProviderPool:
                     connection.abort()
                 else:
                     self._watch_expiry(connection.expires_at)
+
+
+def _limit(
+    reactor: Any,
+    seconds: float | None,
+    step: Deferred[_T],
+    phase: Callable[[], str | None],
+    error: Callable[[str], Exception],
+) -> None:
+    """Let ``step`` take so many seconds at most; then cancel it, and let it fail.
+
+    Args:
+        seconds: None lets it wait for ever.
+        phase: returns what took so long, when the time is over; None lets the time begin anew.
+        error: makes what ``step`` fails with from that.
+    """
+    if seconds is not None:
+        _Deadline(reactor, seconds, step, phase, error)
+
+
+class _Deadline:
+    """One such deadline; an object, because functions that refer to each other keep each other."""
+
+    __slots__ = ("_error", "_late", "_phase", "_reactor", "_seconds", "_step", "_timer")
+
+    def __init__(
+        self,
+        reactor: Any,
+        seconds: float,
+        step: Deferred[Any],
+        phase: Callable[[], str | None],
+        error: Callable[[str], Exception],
+    ) -> None:
+        self._reactor = reactor
+        self._seconds = seconds
+        self._step: Deferred[Any] | None = step
+        self._phase = phase
+        self._error = error
+        self._late: str | None = None
+        self._timer = reactor.callLater(seconds, self._ring)
+        step.addBoth(self._settle)
+
+    def _ring(self) -> None:
+        """Give up, or begin anew."""
+        self._late = self._phase()
+        if self._late is None:
+            self._timer = self._reactor.callLater(self._seconds, self._ring)
+        elif self._step is not None:
+            self._step.cancel()
+
+    def _settle(self, result: Any) -> Any:
+        """Stop the clock, and say why where it was the clock."""
+        self._step = None
+        if self._timer.active():
+            self._timer.cancel()
+        if self._late is not None and isinstance(result, Failure):
+            return Failure(self._error(self._late))
+        return result

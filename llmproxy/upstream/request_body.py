@@ -91,7 +91,7 @@ class BodySink:
         """Write one piece; an empty one would be the last chunk, and is none."""
         self.written += len(data)
         if self._chunked and data:
-            data = b"".join(chunk(data))
+            data = chunk(data)
         if self._head:
             data, self._head = self._head + data, b""
         self._transport.write(data)

@@ -1,9 +1,9 @@
-"""Provider names to addresses, on threads of their own, looked up once for all who wait.
+"""From a provider's name to its addresses: one lookup for all requests that wait for the name.
 
-``getaddrinfo`` blocks a thread for as long as a resolver is silent.  Twisted shares a few threads
-among everything; here each name has at most one lookup under way, on a thread that is its own, so
-that a hanging name delays nobody else and there are never more threads than names in the
-configuration. What was found is kept briefly (ADR-0006).
+``getaddrinfo`` blocks a thread for as long as a resolver is silent, and Twisted shares a few
+threads among everything.  Here each name has at most one lookup under way, on a thread of its own.
+So a name that hangs delays no other name, and there are never more threads than names in the
+configuration.  Addresses are kept for a short time (ADR-0006).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twisted.internet.interfaces import (
 from zope.interface import directlyProvides, implementer, providedBy
 
 KEPT = 10.0
-"""Seconds for which an address is used again; a provider may move within that time."""
+"""Seconds for which found addresses are used again; then a provider may have moved."""
 
 _Lookup = Callable[..., list[Any]]
 
@@ -35,7 +35,7 @@ class Resolver:
     """Resolves names for connections to providers.
 
     Args:
-        reactor: delivers what threads find.
+        reactor: delivers what the threads find.
         clock: monotonic seconds.
         getaddrinfo: looks a name up, and blocks.
 
@@ -81,7 +81,7 @@ class Resolver:
         return resolution
 
     def forget(self, receiver: IResolutionReceiver) -> None:
-        """Deliver nothing to ``receiver`` any more; its request has been given up."""
+        """Deliver nothing more to ``receiver``; its request was cancelled."""
         for waiting in self._waiting.values():
             waiting[:] = [row for row in waiting if row[0] is not receiver]
 
@@ -94,7 +94,7 @@ class Resolver:
             self._found(name, [], error)
 
     def _ask(self, name: str) -> None:
-        """On a thread: look up, and hand what came of it to the reactor."""
+        """On a thread: look the name up, and give the result to the reactor."""
         rows: list[Any] = []
         error: Exception | None = None
         try:
@@ -152,7 +152,7 @@ class ReactorWithResolver:
         timeout: float = 30,
         bindAddress: Any = None,  # noqa: N803 - IReactorTCP's name
     ) -> Any:
-        """Connect, with a transport of ours (``wire/``)."""
+        """Connect, with a transport of ours (``net/``)."""
         if self._connector is None:
             return self._reactor.connectTCP(host, port, factory, timeout, bindAddress)
         connector = self._connector(host, port, factory, timeout, bindAddress, self._reactor)
@@ -165,11 +165,11 @@ class ReactorWithResolver:
         *args: Any,
         **kwargs: Any,
     ) -> IHostResolution:
-        """Resolve, and know for whom: the endpoint tells nobody when it is cancelled."""
+        """Resolve, and keep the receiver: a cancelled endpoint does not report that it is."""
         self._receiver = resolutionReceiver
         return self._resolver.resolveHostName(resolutionReceiver, *args, **kwargs)
 
     def forget(self) -> None:
-        """Nobody waits for the name any more."""
+        """The request for this name has ended."""
         if self._receiver is not None:
             self._resolver.forget(self._receiver)

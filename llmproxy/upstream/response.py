@@ -1,8 +1,7 @@
-"""A provider's response: its head, the hold on its body, and how that body ends.
+"""A provider's response: its head, and the hold on its body.
 
-The framing rules of RFC 9112, section 6.3, are here, without a socket: from a request's method and
-a head to a reader that is fed bytes and tells where the body is over.  A message that is framed
-twice is refused.
+A response comes from ``upstream/http1.py`` and is what treq and the gateway see of it.  Nothing is
+known here of sockets, pools or providers; how a body ends is a matter of ``http1/framing.py``.
 """
 
 from __future__ import annotations
@@ -14,20 +13,14 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 from zope.interface import implementer
 
-from llmproxy.http1.framing import ChunkedReader, LengthReader
 from llmproxy.http1.grammar import (
-    BadMessage,
     Fields,
     field_values,
     first_values,
-    is_chunked,
     list_tokens,
     parse_fields,
-    parse_length,
     parse_status_line,
 )
-
-_NOTHING: list[bytes] = []
 
 
 class Holder(Protocol):
@@ -36,7 +29,7 @@ class Holder(Protocol):
     serving: Response | None
 
     def deliver(self, protocol: IProtocol) -> None:
-        """Hand the body on."""
+        """Forward the body."""
 
     def abort(self) -> None:
         """Close at once."""
@@ -92,7 +85,7 @@ class Response:
         return bool(self.version[2] == 1)
 
     def deliverBody(self, protocol: IProtocol) -> None:
-        """Hand the body to ``protocol``, from now on.
+        """Forward the body to ``protocol``, from now on.
 
         ``dataReceived`` is called with non-empty pieces, split at any point; ``connectionLost``
         once: with ``ResponseDone`` where the body ended as its framing says, else with a
@@ -122,27 +115,3 @@ def read_response(connection: Holder, head: bytes) -> Response:
     lines = head.split(b"\r\n")
     minor, status = parse_status_line(lines[0])
     return Response(connection, minor, status, parse_fields(lines[1:]))
-
-
-def body_reader(method: bytes, response: Response) -> ChunkedReader | LengthReader:
-    """Return what reads the body of ``answer`` to a request with ``method``; sets its length.
-
-    Raises:
-        BadMessage: the head frames the body twice, or in a way that is not known.
-    """
-    coding, length = _NOTHING, None
-    if b"transfer-encoding" in response.first:
-        coding = field_values(response.fields, b"transfer-encoding")
-    if b"content-length" in response.first:
-        length = parse_length(field_values(response.fields, b"content-length"))
-    if coding and (length is not None or response.version[2] == 0):
-        raise BadMessage("Transfer-Encoding beside a Content-Length, or in HTTP/1.0")
-    if length is not None:
-        response.length = length
-    if coding and not is_chunked(coding):
-        raise BadMessage("a transfer coding other than chunked")
-    if response.code < 200 and coding:
-        raise BadMessage("a Transfer-Encoding in a 1xx response")
-    if method == b"HEAD" or response.code < 200 or response.code in (204, 304):
-        return LengthReader(0)
-    return ChunkedReader() if coding else LengthReader(length)

@@ -1,8 +1,8 @@
-"""TLS towards a provider: whom it trusts, which name it must show, and why a handshake failed.
+"""TLS towards a provider: trusted authorities, the name to verify, and why a handshake failed.
 
-Names are verified by service-identity within the handshake, before a byte of a request is sent.  A
-session is kept for the next connection; it belongs to this provider alone, and was verified when it
-began (ADR-0006).  TLS 1.2 and newer, ALPN ``http/1.1``.
+service-identity verifies the provider's name within the handshake, before a byte of a request is
+sent.  A TLS session is kept for the next connection to the same provider; its certificate was
+verified when the session began (ADR-0006).  TLS 1.2 and newer, ALPN ``http/1.1``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from twisted.internet.task import Clock
 
-from llmproxy.admin.site import admin_resource
+from llmproxy.admin.site import admin_router
 from llmproxy.config import Limits, Timeouts
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.site import Site
@@ -27,7 +27,7 @@ class Admin:
         self.metrics = Metrics("1.2.3")
         clock = Clock()
         site = Site(
-            admin_resource(
+            admin_router(
                 ready=lambda: self.ready,
                 registry=self.metrics.registry,
                 config=(lambda: self.shown) if config else None,
@@ -36,7 +36,7 @@ class Admin:
             clock.seconds,
             Timeouts(),
             Limits(),
-            body_limit=lambda target: 0,
+            wall=lambda: 0.0,
         )
         self.transport = FakeTransport()
         self.channel = site.buildProtocol(None)

@@ -24,7 +24,7 @@ with tempfile.TemporaryDirectory() as folder:
     stage = loop.Stage(Path(folder))
 
     def requests():
-        stage.reply = loop.ANSWER
+        stage.reply = loop.RESPONSE
         loop.exchange(
             stage, count, lambda end: end.sock.sendall(loop.request()), loop.MARK, proxied=True
         )

@@ -26,8 +26,8 @@ from cryptography.x509.oid import NameOID
 from trustme import KeyType
 
 from llmproxy.config import Keypair, Secret
+from tests.support.configs import accepted, refused
 from tests.support.keypairs import Issued, Vault
-from tests.test_config import accepted, refused
 
 WHICH = ["certificate", "key"]
 PEM_LINE = re.compile(r"[A-Za-z0-9+/=]{60,}")
@@ -88,21 +88,15 @@ def test_credentials_of_systemd_hold_them_too(vault: Vault) -> None:
     [
         "tcp:8443:interface=127.0.0.1",
         "tcp6:8443",
-        "unix:/run/tls.sock",
+        "unix:/run/{instance}.sock",
         "systemd:domain=INET:name=tls",
         "haproxy:tcp:8443",
     ],
 )
 def test_endpoints_below_tls(vault: Vault, endpoint: str) -> None:
-    """TLS is ended over whatever an endpoint accepts."""
+    """TLS is ended over whatever an endpoint accepts; {instance} stands for the daemon's name."""
     changed = changes(vault, listen_tls=json.dumps([endpoint]))
-    assert accepted(changed).proxy.listen_tls == (endpoint,)
-
-
-def test_instance_is_filled_in(vault: Vault) -> None:
-    """{instance} stands for the daemon's name here too."""
-    changed = changes(vault, listen_tls='["unix:/run/{instance}.sock"]')
-    assert accepted(changed).proxy.listen_tls == ("unix:/run/0.sock",)
+    assert accepted(changed).proxy.listen_tls == (endpoint.replace("{instance}", "0"),)
 
 
 def test_tls_alone(vault: Vault) -> None:
@@ -135,18 +129,12 @@ def test_a_key_behind_its_certificate(vault: Vault) -> None:
 # --- what belongs together ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", WHICH)
-def test_a_tls_listener_needs_both(vault: Vault, missing: str) -> None:
-    """Without a certificate or without a key there is nothing to show, or to prove it with."""
-    changed = changes(vault, **{missing: None})
-    words = f"proxy.{missing}: expected this key, but it is missing"
-    assert problem(changed, f"proxy.{missing}") == words
-
-
-def test_both_are_missed_at_once(vault: Vault) -> None:
-    """Whoever wrote only the endpoint learns of both keys that it needs."""
-    found = refused(changes(vault, certificate=None, key=None))
-    assert [one.split(":")[0] for one in found] == ["proxy.certificate", "proxy.key"]
+@pytest.mark.parametrize("missing", [["certificate"], ["key"], WHICH])
+def test_a_tls_listener_needs_both(vault: Vault, missing: list[str]) -> None:
+    """Without a certificate or a key there is nothing to show, or to prove it with; all is told."""
+    assert refused(changes(vault, **dict.fromkeys(missing))) == tuple(
+        f"proxy.{name}: expected this key, but it is missing" for name in missing
+    )
 
 
 @pytest.mark.parametrize("alone", WHICH)
@@ -157,31 +145,31 @@ def test_neither_stands_without_a_tls_listener(vault: Vault, alone: str) -> None
     assert told.endswith("expected `listen_tls` beside it, which it is for")
 
 
+AN_ITEM = "an array with at least one item, got an empty one"
+
+
+@pytest.mark.parametrize(
+    ("listen_tls", "at", "words"),
+    [
+        ("[]", "", AN_ITEM),
+        ('["tcp:8443", "8443"]', "[1]", "an endpoint such as"),
+        *(
+            (f'["{kind}:8443:privateKey=/k.pem"]', "[0]", "an endpoint without TLS of its own")
+            for kind in ("ssl", "tls", "haproxy:ssl", "haproxy:tls")
+        ),
+    ],
+)
+def test_endpoints_that_cannot_be_below_tls(
+    vault: Vault, listen_tls: str, at: str, words: str
+) -> None:
+    """None at all, what is no endpoint, and one that ends TLS itself: it would be two layers."""
+    assert words in problem(changes(vault, listen_tls=listen_tls), f"proxy.listen_tls{at}")
+
+
 def test_no_listener_at_all(vault: Vault) -> None:
     """An empty `listen` is accepted beside `listen_tls` alone."""
     changed = changes(vault, listen="[]", listen_tls=None, certificate=None, key=None)
-    assert "an array with at least one item, got an empty one" in problem(changed, "proxy.listen")
-
-
-def test_an_empty_listen_tls(vault: Vault) -> None:
-    """It listens nowhere, and so says nothing."""
-    told = problem(changes(vault, listen_tls="[]"), "proxy.listen_tls")
-    assert "an array with at least one item, got an empty one" in told
-
-
-@pytest.mark.parametrize("below", ["", "haproxy:"])
-@pytest.mark.parametrize("kind", ["ssl", "tls"])
-def test_no_tls_within_tls(vault: Vault, kind: str, below: str) -> None:
-    """An endpoint that ends TLS itself has a certificate of its own, and would be two layers."""
-    written = f"{below}{kind}:8443:privateKey=/k.pem"
-    told = problem(changes(vault, listen_tls=json.dumps([written])), "proxy.listen_tls[0]")
-    assert "an endpoint without TLS of its own" in told
-
-
-def test_an_endpoint_that_is_none(vault: Vault) -> None:
-    """It is checked as those of `listen` are."""
-    told = problem(changes(vault, listen_tls='["tcp:8443", "8443"]'), "proxy.listen_tls[1]")
-    assert "an endpoint such as" in told
+    assert AN_ITEM in problem(changed, "proxy.listen")
 
 
 # --- what a file holds ----------------------------------------------------------------------------

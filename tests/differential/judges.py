@@ -10,12 +10,12 @@ import h11
 import httptools
 from twisted.internet.task import Clock
 from twisted.web.client import ResponseDone
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.server.connection import ClientConnection
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from llmproxy.upstream.http1 import Connection
@@ -216,14 +216,15 @@ def _llhttp_reads(
 # --- requests -------------------------------------------------------------------------------------
 
 
-class _Keeps(Resource):
+class _Keeps(Handler):
     """Answers nothing, and keeps what was asked."""
-
-    isLeaf = True
 
     def __init__(self) -> None:
         super().__init__()
         self.requests: list[tuple[Request, bytes]] = []
+
+    def body_limit(self, request: Request) -> int:
+        return 10**18
 
     def render(self, request: Request) -> int:
         self.requests.append((request, request.body))
@@ -240,9 +241,7 @@ def our_request(
     """Read a request as the front side does; arguments as above."""
     resource, clock, transport = _Keeps(), Clock(), FakeTransport()
     limits = Limits(request_head=max_head, request_memory=ENOUGH)
-    site = Site(
-        resource, clock, clock.seconds, Timeouts(), limits, body_limit=lambda target: 10**18
-    )
+    site = Site(Router(resource), clock, clock.seconds, Timeouts(), limits, wall=lambda: 0.0)
     channel = site.buildProtocol(None)
     assert isinstance(channel, ClientConnection)
     transport.connect(channel)

@@ -22,6 +22,7 @@ from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import NAMES, Trace
+from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from tests.support.fake_transport import FIN, RESET, FakeTransport
 from tests.support.sockets import chunked, request
@@ -145,14 +146,12 @@ class Stage:
             clock=self.clock.seconds,
         )
         self.site = Site(
-            self.gateway,
+            Router(self.gateway),
             self.clock,
             self.clock.seconds,
             config.timeouts,
             config.limits,
-            body_limit=self.gateway.routes.body_limit,
-            holds_body=self.gateway.holds_body,
-            early_refusal=self.gateway.early_refusal,
+            wall=lambda: 1_700_000_000.0,
             abandoned=self.recorder.abandoned,
             malformed=self.recorder.malformed,
         )

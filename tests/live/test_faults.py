@@ -41,8 +41,8 @@ def fail(*_, **__):
 TAP = (
     MISTAKE
     + """
-from llmproxy.front import findings
-from llmproxy.dialects.accumulated import Gathered
+from llmproxy.gateway import inspection
+from llmproxy.dialects.accumulated import Accumulated
 from llmproxy.stream.tap import StreamAccumulator
 
 def fails_at(number):
@@ -54,14 +54,14 @@ def fails_at(number):
 """
 )
 FAULTS = {
-    "opening": "findings.StreamAccumulator = fail",
+    "opening": "inspection.StreamAccumulator = fail",
     "first event": "StreamAccumulator._take = fails_at(0)",
     "third event": "StreamAccumulator._take = fails_at(2)",
     "last event": "StreamAccumulator._take = fails_at(6)",
-    "what is gathered": "Gathered.add_text = fail",
+    "what is gathered": "Accumulated.add_text = fail",
     "end": "StreamAccumulator._flush = fail",
     "verdict": "StreamAccumulator._verdict = fail",
-    "text": "Gathered.text = property(fail)",
+    "text": "Accumulated.text = property(fail)",
     "all of its end": "StreamAccumulator.finish = fail",
 }
 

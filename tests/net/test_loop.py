@@ -22,9 +22,10 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.posixbase import _DisconnectSelectableMixin
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from llmproxy.net.loop import tune
+from llmproxy.net.loop import Lag, tune
 from tests.support.sockets import WAIT
 
 ROOT = Path(__file__).parents[2]
@@ -355,7 +356,7 @@ import os, signal, socket, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from twisted.internet import reactor
 from twisted.internet.protocol import Factory, Protocol
-from llmproxy.net.loop import tune
+from llmproxy.net.loop import Lag, tune
 
 class Echo(Protocol):
     def connectionMade(self):
@@ -461,3 +462,20 @@ def test_the_collector_is_calmed_for_the_process() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_late_reactor_is_measured() -> None:
+    """By how much it misses its appointments, and never by less than nothing."""
+    clock, late = Clock(), 0.0
+    lags: list[float] = []
+    lag = Lag(clock, lambda: clock.seconds() + late, lags.append)
+    lag.stop()
+    lag.start()
+    clock.advance(1)
+    late = 0.25
+    clock.advance(1)
+    late = 0.125
+    clock.advance(1)
+    lag.stop()
+    assert lags == [0.0, 0.25, 0.0]
+    assert not clock.getDelayedCalls()

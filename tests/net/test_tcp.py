@@ -52,6 +52,16 @@ def _fill(held: Held) -> bytes:
     return written
 
 
+@pytest_twisted.ensureDeferred
+async def test_tls_is_not_begun_in_the_clear(open_end: Open) -> None:
+    """A caller that would begin TLS is refused, and the connection goes on as it was."""
+    async with open_end() as held:
+        with pytest.raises(RuntimeError, match="startTLS"):
+            held.transport.startTLS(None)
+        held.transport.write(b"as before")
+        assert held.pull() == b"as before"
+
+
 # -- what is sent ---------------------------------------------------------------------------
 
 

@@ -40,6 +40,16 @@ def _fill(peer: Peer) -> bytes:
     return written
 
 
+@pytest_twisted.ensureDeferred
+async def test_tls_is_not_begun_within_tls(tls: Open) -> None:
+    """A caller that would begin TLS is refused, and the connection goes on as it was."""
+    async with tls.handshake_done() as peer:
+        with pytest.raises(RuntimeError, match="startTLS"):
+            peer.held.transport.startTLS(None)
+        peer.held.transport.write(b"as before")
+        assert await peer.hear(9) == b"as before"
+
+
 # -- the handshake --------------------------------------------------------------------------
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, formatEvent
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.ops.drain import Drain
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport
@@ -21,14 +21,15 @@ GET = request("GET", "/")
 POST = request("POST", "/", body=b"{}")
 
 
-class Waits(Resource):
+class Waits(Handler):
     """Counts what it serves, and answers when the test says so."""
-
-    isLeaf = True
 
     def __init__(self) -> None:
         super().__init__()
         self.running: dict[Request, None] = {}
+
+    def body_limit(self, request: Request) -> int:
+        return 100
 
     def render(self, request: Request) -> int:
         self.running[request] = None
@@ -50,12 +51,12 @@ class Stage:
         self.clock = Clock()
         self.resource = Waits()
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.clock,
             self.clock.seconds,
             Timeouts(),
             Limits(),
-            body_limit=lambda target: 100,
+            wall=lambda: 0.0,
         )
         self.transports: list[FakeTransport] = []
         for number in range(idle + busy):

@@ -15,6 +15,7 @@ from twisted.logger import formatEvent
 
 from llmproxy.config import Config, parse
 from llmproxy.ops.listeners import Listener, Listeners
+from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from tests.ops.conftest import Listening
@@ -56,7 +57,8 @@ class Hall:
     def __init__(self) -> None:
         self.reactor = TurnedReactor()
         self.site, self.admin, self.metrics = (
-            Site(Saying(), self.reactor, self.reactor.seconds) for _ in range(3)
+            Site(Router(Saying()), self.reactor, self.reactor.seconds, wall=lambda: 0.0)
+            for _ in range(3)
         )
         self.listeners = Listeners(
             self.reactor, site=self.site, admin=self.admin, metrics=self.metrics, direct=True
@@ -144,11 +146,11 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
     """It is told of both; whoever has connected stays connected."""
     async with opened() as hall:
         (home,) = hall.follow(HOME)
-        hall.listeners.tell()
+        hall.listeners.report()
         _, other = hall.follow(HOME, OTHER)
         before = len(logged)
-        hall.listeners.tell()
-        hall.listeners.tell()
+        hall.listeners.report()
+        hall.listeners.report()
         where = other.getHost()
         assert [formatEvent(event) for event in logged[before:]] == [f"proxy listens on {where}"]
         assert await deferToThread(ask, other) == b"127.0.0.1"

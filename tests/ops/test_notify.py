@@ -195,14 +195,14 @@ def test_without_a_manager_nothing_is_done(environ: dict[str, str]) -> None:
     notify.close()
 
 
-def test_a_manager_that_is_gone_is_told_of_once(manager: Manager, logged: Listening) -> None:
+def test_a_manager_that_is_gone_is_reported_once(manager: Manager, logged: Listening) -> None:
     """The process goes on without it, and says it again only after it was there again."""
     manager.notify.ready()
     manager.socket.close()
     for status in ("a", "b", "c"):
         manager.status = status
         manager.clock.advance(5)
-    told: list[LogEvent] = [e for e in logged if "cannot be told" in formatEvent(e)]
+    told: list[LogEvent] = [e for e in logged if "cannot be reached" in formatEvent(e)]
     assert len(told) == 1
 
 

@@ -84,8 +84,8 @@ class Desk:
             aside=self._aside,
             wall=lambda: self.time,
             reopen=lambda: self.events.append("reopened"),
-            telling=self._telling,
-            tell=lambda: self.events.append("told"),
+            reporting=self._telling,
+            report=lambda: self.events.append("told"),
         )
 
     def run(self, most: int = 10) -> int:

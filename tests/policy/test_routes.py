@@ -23,7 +23,8 @@ class Routing(Routes):
         self, target: bytes, *models: str, host: str = "h", client: Client | None = None
     ) -> RouteMatch:
         """Return where a request goes."""
-        return self.choose(client or self.client, target, host, models)
+        place = self.at(target.partition(b"?")[0], host)
+        return place.choose(client or self.client, target, models)
 
     def refusal(self, target: bytes, *models: str, host: str = "h") -> ProxyError:
         """Return why a request goes nowhere."""
@@ -58,6 +59,12 @@ def configured(*routes: str, provider: str = "", client: str = "") -> Routing:
 ANYBODY = Client(name="anonymous", keys=())
 
 
+def sent_to(match: RouteMatch) -> bytes:
+    """Return the target that the one candidate gets."""
+    (candidate,) = match.candidates
+    return match.target(candidate)
+
+
 # --- paths ----------------------------------------------------------------------------------------
 
 
@@ -81,15 +88,15 @@ def test_the_routes_path_is_cut_off_and_the_rest_crosses(
     route: str, target: bytes, sent: bytes
 ) -> None:
     """Path and query are the client's, byte for byte, behind the path of the provider's URL."""
-    assert configured(route).to(target).target == sent
+    assert sent_to(configured(route).to(target)) == sent
 
 
 def test_a_provider_without_a_path_is_asked_for_its_root() -> None:
     """A target is never empty."""
     routing = configured('path = "/q"\nproviders = ["q"]')
 
-    assert routing.to(b"/q").target == b"/"
-    assert routing.to(b"/q?x").target == b"/?x"
+    assert sent_to(routing.to(b"/q")) == b"/"
+    assert sent_to(routing.to(b"/q?x")) == b"/?x"
 
 
 @pytest.mark.parametrize(
@@ -222,8 +229,8 @@ def test_an_override_is_told() -> None:
     """The route says which model its candidate is asked for."""
     routing = configured('path = "/a"\n[routes.override]\np = { model = "prod" }', 'path = "/b"\n')
 
-    assert routing.to(b"/a", "m").model == "prod"
-    assert routing.to(b"/b", "m").model is None
+    assert [one.model for one in routing.to(b"/a", "m").candidates] == ["prod"]
+    assert [one.model for one in routing.to(b"/b", "m").candidates] == [None]
 
 
 # --- who may --------------------------------------------------------------------------------------
@@ -246,8 +253,9 @@ def test_a_restricted_client_makes_the_model_matter(models: str, matters: bool) 
     """Where a client may not use every model, its bodies must be looked into."""
     routing = configured('path = "/a"', client=f"models = {models}")
 
-    assert routing.must_look_inside(b"/a", "h", routing.client) is matters
-    assert routing.model_matters(b"/a") is matters
+    assert routing.at(b"/a", "h").needs_model(routing.client) is matters
+    assert routing.at(b"/a", "h").needs_model() is matters
+    assert routing.at(b"/a", "h").needs_model(ANYBODY) is False
 
 
 @pytest.mark.parametrize(
@@ -262,10 +270,10 @@ def test_a_route_makes_the_model_matter(more: str, matters: bool) -> None:
     """Where models decide, or one is overridden, bodies must be looked into."""
     routing = configured(f'path = "/a"\nhosts = ["h"]\n{more}', 'path = "/b"')
 
-    assert routing.must_look_inside(b"/a/x", "h", routing.client) is matters
-    assert routing.must_look_inside(b"/a/x", "else", routing.client) is False
-    assert routing.model_matters(b"/a/x") is matters
-    assert routing.model_matters(b"/b") is False
+    for client in (None, routing.client):
+        assert routing.at(b"/a/x", "h").needs_model(client) is matters
+        assert routing.at(b"/a/x", "else").needs_model(client) is False
+        assert routing.at(b"/b", "h").needs_model(client) is False
 
 
 # --- before anyone is identified ------------------------------------------------------------------
@@ -274,10 +282,10 @@ def test_a_route_makes_the_model_matter(more: str, matters: bool) -> None:
 def test_an_unknown_path_is_refused_before_the_body_is_read() -> None:
     """404 for a path or host to which no route leads, whatever the model."""
     routing = configured('path = "/a"\nhosts = ["h"]\nmodels = ["m"]')
-    routing.known_path(b"/a/b", "h")
+    routing.at(b"/a/b", "h").require()
     for path, host in ((b"/b", "h"), (b"/a", "else")):
         with pytest.raises(ProxyError) as caught:
-            routing.known_path(path, host)
+            routing.at(path, host).require()
         assert caught.value.status == 404
 
 
@@ -300,17 +308,17 @@ def test_errors_speak_the_dialect_of_the_route(path: bytes, dialect: Dialect) ->
         'path = "/p"', 'path = "/q"\nproviders = ["q"]', 'path = "/o"\nproviders = ["o"]'
     )
 
-    assert routing.dialect(path, "h") is dialect
+    assert routing.at(path, "h").dialect is dialect
 
 
 def test_whose_keys_the_sdks_fields_are_is_known_from_the_path() -> None:
     """Of the first route that matches, by path and host."""
     routing = configured('path = "/a"', 'path = "/a/b"\nhosts = ["h"]\nproviders = ["o"]')
 
-    assert routing.pass_credential(b"/a/b/c", "h") is True
-    assert routing.pass_credential(b"/a/b/c", "else") is False
-    assert routing.pass_credential(b"/a", "h") is False
-    assert routing.pass_credential(b"/else", "h") is False
+    assert routing.at(b"/a/b/c", "h").passes_credential is True
+    assert routing.at(b"/a/b/c", "else").passes_credential is False
+    assert routing.at(b"/a", "h").passes_credential is False
+    assert routing.at(b"/else", "h").passes_credential is False
 
 
 def test_the_largest_limit_of_a_path_bounds_its_bodies() -> None:
@@ -322,11 +330,11 @@ def test_the_largest_limit_of_a_path_bounds_its_bodies() -> None:
         'path = "/c/d"\nrequest_body = "64MiB"',
     )
 
-    assert routing.body_limit(b"/a/x") == 1024
-    assert routing.body_limit(b"/a/b?x=/c/d") == 2048
-    assert routing.body_limit(b"/c") == 32 * 1024**2
-    assert routing.body_limit(b"/c/d/e") == 64 * 1024**2
-    assert routing.body_limit(b"/else") == 32 * 1024**2
+    assert routing.at(b"/a/x", "h").body_limit == 1024
+    assert routing.at(b"/a/b", "h").body_limit == 2048
+    assert routing.at(b"/c", "h").body_limit == 32 * 1024**2
+    assert routing.at(b"/c/d/e", "h").body_limit == 64 * 1024**2
+    assert routing.at(b"/else", "h").body_limit == 32 * 1024**2
 
 
 def test_deadlines_are_the_routes_then_the_providers_then_ours() -> None:
@@ -335,6 +343,7 @@ def test_deadlines_are_the_routes_then_the_providers_then_ours() -> None:
         'path = "/a"\ntimeouts = { connect = "1s" }',
         provider='timeouts = { connect = "2s", idle = "off" }',
     )
-    timeouts = routing.to(b"/a").timeouts
+    (candidate,) = routing.to(b"/a").candidates
+    timeouts = candidate.timeouts
 
     assert (timeouts.connect, timeouts.idle, timeouts.first_byte) == (1.0, None, 600.0)

@@ -1,8 +1,9 @@
-"""Who may connect: what is counted, who is turned away and how, and that nothing stays behind."""
+"""Who may connect: what is counted, what is rejected and how, and that nothing stays behind."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -11,26 +12,27 @@ from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ProxyError
 from llmproxy.server.connection import ClientConnection
 from llmproxy.server.connection_limits import ConnectionLimiter, RejectedConnection
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import FIN, RESET, FakeTransport
+from tests.support.served import limits
 from tests.support.sockets import request
 
 GET = request("GET", "/")
 LIMITS = ["max_connections", "connections_per_address"]
 AT_ONCE = 100
-"""How many are told at once that they are turned away."""
+"""How many rejected connections get a response at once."""
 
 
 def refusal(limiter: ConnectionLimiter, address: str | None = "192.0.2.1") -> ProxyError:
-    """Knock at a door that is closed; return why."""
+    """Ask for one connection more than there may be; return why it is rejected."""
     error = limiter.enter(address)
     assert error is not None
     return error
@@ -40,15 +42,15 @@ def refusal(limiter: ConnectionLimiter, address: str | None = "192.0.2.1") -> Pr
 
 
 def test_without_limits_everybody_comes_in() -> None:
-    """Nobody is refused, and nothing says so."""
-    limiter = ConnectionLimiter()
+    """Nothing is refused, and nothing says so."""
+    limiter = limits()
     assert [limiter.enter("192.0.2.1") for _ in range(1000)] == [None] * 1000
     assert limiter.refused == {"max_connections": 0, "connections_per_address": 0}
 
 
 def test_one_that_leaves_makes_room_for_one() -> None:
     """Of ``most`` connections each counts, wherever it comes from."""
-    limiter = ConnectionLimiter(2)
+    limiter = limits(2)
     assert [limiter.enter("192.0.2.1"), limiter.enter(None)] == [None, None]
     assert refusal(limiter).reason == "max_connections"
     assert refusal(limiter, None).reason == "max_connections"
@@ -60,7 +62,7 @@ def test_one_that_leaves_makes_room_for_one() -> None:
 
 def test_an_address_is_counted_by_itself() -> None:
     """An address that is full keeps no other out, and has room again when one of its own leaves."""
-    limiter = ConnectionLimiter(0, 2)
+    limiter = limits(0, 2)
     assert [limiter.enter("192.0.2.1"), limiter.enter("192.0.2.1")] == [None, None]
     assert refusal(limiter, "192.0.2.1").reason == "connections_per_address"
     assert limiter.enter("2001:db8::1") is None
@@ -71,9 +73,9 @@ def test_an_address_is_counted_by_itself() -> None:
     assert limiter.refused == {"max_connections": 0, "connections_per_address": 2}
 
 
-def test_who_is_turned_away_takes_no_place() -> None:
+def test_what_is_rejected_takes_no_place() -> None:
     """Neither in all nor of its address."""
-    limiter = ConnectionLimiter(3, 1)
+    limiter = limits(3, 1)
     assert limiter.enter("192.0.2.1") is None
     for _ in range(10):
         refusal(limiter, "192.0.2.1")
@@ -85,7 +87,7 @@ def test_who_is_turned_away_takes_no_place() -> None:
 
 def test_an_address_that_is_known_later() -> None:
     """It counts from then on; one that may not stay was never counted of its address."""
-    limiter = ConnectionLimiter(0, 1)
+    limiter = limits(0, 1)
     assert [limiter.enter(None), limiter.enter(None)] == [None, None]
     assert limiter.recognise("192.0.2.1") is None
     late = limiter.recognise("192.0.2.1")
@@ -99,17 +101,22 @@ def test_an_address_that_is_known_later() -> None:
 
 def test_no_address_is_remembered() -> None:
     """What a million callers leave behind is nothing."""
-    limiter = ConnectionLimiter(0, 1)
-    for number in range(500):
-        limiter.enter(f"192.0.2.{number}")
-        limiter.leave(f"192.0.2.{number}")
-    assert (limiter._inside, dict(limiter._by_address)) == (0, {})
+    limiter = limits(0, 1)
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            limiter.enter(f"2001:db8::{number}")
+            limiter.leave(f"2001:db8::{number}")
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 100_000
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["a", "b", "c", None])), max_size=60))
 def test_the_counts_are_those_of_who_is_inside(steps: list[tuple[bool, str | None]]) -> None:
     """Whatever comes and goes in whatever order, the limits are kept to the last connection."""
-    limiter = ConnectionLimiter(5, 2)
+    limiter = limits(5, 2)
     inside: list[str | None] = []
     for comes, address in steps:
         if comes:
@@ -119,8 +126,9 @@ def test_the_counts_are_those_of_who_is_inside(steps: list[tuple[bool, str | Non
         elif address in inside:
             inside.remove(address)
             limiter.leave(address)
-    assert limiter._inside == len(inside)
-    assert limiter._by_address == {one: inside.count(one) for one in inside if one is not None}
+    for address in inside:
+        limiter.leave(address)
+    assert [limiter.enter(None) is None for _ in range(6)] == [True] * 5 + [False]
 
 
 # --- what is said of it ---------------------------------------------------------------------------
@@ -129,7 +137,7 @@ def test_the_counts_are_those_of_who_is_inside(steps: list[tuple[bool, str | Non
 @pytest.mark.parametrize("limit", LIMITS)
 def test_the_refusal_names_the_limit(limit: str) -> None:
     """503, the limit in one word, and when to come again."""
-    limiter = ConnectionLimiter(1) if limit == "max_connections" else ConnectionLimiter(0, 1)
+    limiter = limits(1) if limit == "max_connections" else limits(0, 1)
     limiter.enter("192.0.2.1")
     error = refusal(limiter)
     assert (error.status, error.reason) == (503, limit)
@@ -139,10 +147,10 @@ def test_the_refusal_names_the_limit(limit: str) -> None:
 
 
 def test_the_log_tells_each_limit_once_a_minute() -> None:
-    """A crowd at the door fills no disk, and a second limit is not hidden by the first."""
+    """A crowd fills no disk, and a second limit is not hidden by the first."""
     clock = Clock()
     clock.advance(1000)
-    limiter = ConnectionLimiter(3, 1, clock=clock.seconds)
+    limiter = limits(3, 1, clock)
     limiter.enter("192.0.2.1")
     with capturedLogs() as events:
         for _ in range(50):
@@ -166,29 +174,29 @@ def test_the_log_tells_each_limit_once_a_minute() -> None:
     assert [event["connections"] for event in events] == [1, 3, 3]
 
 
-# --- how they are turned away ---------------------------------------------------------------------
+# --- how connections are rejected ----------------------------------------------------------------
 
 
 class Entrance:
-    """A full door whose clock the test turns."""
+    """A limiter that is full, with a clock that the test turns."""
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.limiter = ConnectionLimiter(1, clock=self.clock.seconds, wall=lambda: 1.0)
+        self.limiter = limits(1, 0, self.clock)
         self.limiter.enter(None)
 
     def build(self) -> RejectedConnection:
-        """Return the protocol of one that is turned away."""
-        return self.limiter.turn_away(refusal(self.limiter), self.clock)
+        """Return the protocol of a rejected connection."""
+        return self.limiter.reject(refusal(self.limiter), self.clock)
 
     def knock(self) -> FakeTransport:
-        """Connect one that is turned away."""
+        """Connect a client that is rejected."""
         transport = FakeTransport()
         transport.connect(self.build())
         return transport
 
 
-def test_who_is_turned_away_is_told() -> None:
+def test_a_rejected_client_gets_a_response() -> None:
     """A whole response in JSON, and our side of the connection ends; theirs may still speak."""
     transport = Entrance().knock()
     head, body = transport.take().split(b"\r\n\r\n")
@@ -229,18 +237,17 @@ def test_who_does_not_go_is_dropped_after_two_seconds() -> None:
 
 
 @pytest.mark.parametrize("end", [FIN, RESET])
-def test_who_goes_leaves_no_timer_behind(end: Exception) -> None:
-    """Neither the delayed call nor the count of those who are being told stays."""
+def test_who_goes_leaves_nothing_behind(end: Exception) -> None:
+    """Neither the delayed call stays, nor the count of those that have a response."""
     entrance = Entrance()
     for _ in range(3 * AT_ONCE):
         transport = entrance.knock()
         assert transport.take()
         transport.end(end)
     assert not entrance.clock.getDelayedCalls()
-    assert entrance.limiter._rejections_told == 0
 
 
-def test_a_crowd_is_turned_away_without_a_word() -> None:
+def test_of_a_crowd_a_hundred_get_a_response() -> None:
     """Beyond a hundred at once a connection is closed at once, and costs no timer."""
     entrance = Entrance()
     told = [entrance.knock() for _ in range(AT_ONCE)]
@@ -255,26 +262,23 @@ def test_a_crowd_is_turned_away_without_a_word() -> None:
     assert entrance.knock().take() == b""
 
 
-def test_nobody_is_told_below_tls() -> None:
-    """A response in the clear would be noise in a handshake; its place is given back at once."""
+def test_there_is_no_response_below_tls() -> None:
+    """One in the clear would be noise in a handshake; its place is given back at once."""
     entrance = Entrance()
     for _ in range(2 * AT_ONCE):
         transport = FakeTransport()
-        transport.connect(entrance.build().without_a_word().without_a_word())
+        transport.connect(entrance.build().without_response().without_response())
         assert (transport.take(), transport.calls) == (b"", ["abort"])
         transport.end(RESET)
     assert not entrance.clock.getDelayedCalls()
-    assert entrance.limiter._rejections_told == 0
     assert entrance.knock().take()
 
 
-# --- a site and its door --------------------------------------------------------------------------
+# --- a site and its limiter ----------------------------------------------------------------------
 
 
-class Answering(Resource):
+class Answering(Handler):
     """Answers at once."""
-
-    isLeaf = True
 
     def render(self, request: Request) -> int:
         request.start(200, [(b"content-length", b"2")])
@@ -284,15 +288,15 @@ class Answering(Resource):
 
 
 def site_with(limiter: ConnectionLimiter) -> Site:
-    """Return a site behind a door."""
+    """Return a site whose connections are limited."""
     clock = Clock()
     return Site(
-        Answering(),
+        Router(Answering()),
         clock,
         clock.seconds,
         Timeouts(),
         Limits(),
-        body_limit=lambda target: 0,
+        wall=lambda: 0.0,
         limiter=limiter,
     )
 
@@ -313,7 +317,7 @@ def ipv4(host: str) -> IPv4Address:
 @pytest.mark.parametrize("sent", [b"", GET[:5], GET, b"nonsense\r\n\r\n"])
 def test_a_connection_gives_its_place_back_once(sent: bytes) -> None:
     """In whatever state it ends."""
-    limiter = ConnectionLimiter(1, 1)
+    limiter = limits(1, 1)
     site = site_with(limiter)
     for _ in range(3):
         transport = connect(site, ipv4("192.0.2.1"))
@@ -321,12 +325,12 @@ def test_a_connection_gives_its_place_back_once(sent: bytes) -> None:
         transport.protocol.dataReceived(sent)
         assert isinstance(site.buildProtocol(ipv4("192.0.2.1")), RejectedConnection)
         transport.end(FIN)
-    assert (limiter._inside, dict(limiter._by_address)) == (0, {})
+    assert limiter.enter("192.0.2.1") is None
 
 
-def test_who_is_turned_away_is_no_client_of_the_site() -> None:
-    """The site rests although some are still being told."""
-    site = site_with(ConnectionLimiter(1))
+def test_a_rejected_connection_is_none_of_the_sites() -> None:
+    """The site is empty although some are still open."""
+    site = site_with(limits(1))
     inside = connect(site, ipv4("192.0.2.1"))
     connect(site, ipv4("192.0.2.2"))
     assert len(site.connections) == 1
@@ -336,7 +340,7 @@ def test_who_is_turned_away_is_no_client_of_the_site() -> None:
 
 def test_clients_of_a_unix_socket_have_no_address() -> None:
     """Only all of them together are counted."""
-    site = site_with(ConnectionLimiter(3, 1))
+    site = site_with(limits(3, 1))
     address = UNIXAddress("/run/x")
     assert [type(site.buildProtocol(address)) for _ in range(4)] == [ClientConnection] * 3 + [
         RejectedConnection
@@ -345,13 +349,12 @@ def test_clients_of_a_unix_socket_have_no_address() -> None:
 
 def test_a_balancers_client_is_counted_at_its_first_request() -> None:
     """Not before a byte of it came, and for its second request not again."""
-    limiter = ConnectionLimiter(0, 1)
-    site = site_with(limiter)
-    first, second, other = (connect(site, None, peer) for peer in ("1.1.1.1", "1.1.1.1", "2.2.2.2"))
-    assert dict(limiter._by_address) == {}
+    site = site_with(limits(0, 1))
+    first, second, third, other = (
+        connect(site, None, peer) for peer in ("1.1.1.1", "1.1.1.1", "1.1.1.1", "2.2.2.2")
+    )
     first.protocol.dataReceived(GET)
     first.protocol.dataReceived(GET + GET)
-    assert dict(limiter._by_address) == {"1.1.1.1": 1}
     assert first.take().count(b"200 OK") == 3
 
     second.protocol.dataReceived(GET + GET)
@@ -363,8 +366,10 @@ def test_a_balancers_client_is_counted_at_its_first_request() -> None:
     other.protocol.dataReceived(GET)
     assert other.take().startswith(b"HTTP/1.1 200 ")
 
-    second.end(FIN)
-    assert dict(limiter._by_address) == {"1.1.1.1": 1, "2.2.2.2": 1}
-    first.end(FIN)
-    other.end(FIN)
-    assert (limiter._inside, dict(limiter._by_address)) == (0, {})
+    second.end(FIN)  # it was not counted: the first one still is
+    third.protocol.dataReceived(GET)
+    assert third.take().startswith(b"HTTP/1.1 503 ")
+    for transport in (first, third, other):
+        transport.end(FIN)
+    for peer in ("1.1.1.1", "2.2.2.2"):
+        assert site.limiter.enter(peer) is None

@@ -16,13 +16,12 @@ from twisted.internet.endpoints import _SystemdParser
 from twisted.python.systemd import ListenFDs
 
 from llmproxy.config import parse
-from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.listen import close, is_inherited, listen
 from llmproxy.server.tls import ListenerTls
 from llmproxy.service import ProxyService
 from tests.support.fake_transport import until
 from tests.support.keypairs import Vault
-from tests.support.served import GET, TCP, Served, ask, knock
+from tests.support.served import GET, TCP, Served, ask, knock, limits
 from tests.support.sockets import WAIT, Wire, connect
 from tests.support.stage import Got, read_got
 
@@ -323,7 +322,7 @@ def connect_unix(path: Path) -> Wire:
 @ensureDeferred
 async def test_a_unix_socket_serves_whoever_may_open_it(path: Path) -> None:
     """Its clients have no address; they are counted in all, and not one by one."""
-    limiter = ConnectionLimiter(3, 1)
+    limiter = limits(3, 1)
     async with Served(f"unix:{path}:mode=600", limiter=limiter) as served:
         assert path.stat().st_mode & 0o777 == 0o600
         crowd = [connect_unix(path) for _ in range(3)]
@@ -354,11 +353,11 @@ async def test_tls_over_a_unix_socket(path: Path, vault: Vault) -> None:
         assert await served.run(client) == b"unix"
 
 
-# --- who is turned away ---------------------------------------------------------------------------
+# --- rejected connections -------------------------------------------------------------------------
 
 
 @ensureDeferred
-async def test_who_is_turned_away_can_read_why() -> None:
+async def test_a_rejected_client_can_read_why() -> None:
     """The response is followed by a clean end, although the request was not read."""
 
     def client() -> Got:
@@ -368,7 +367,7 @@ async def test_who_is_turned_away_can_read_why() -> None:
             assert wire.wait_closed() == "fin"
             return got
 
-    async with Served(limiter=ConnectionLimiter(1)) as served:
+    async with Served(limiter=limits(1)) as served:
         with connect(served.port):
             await served.until_connected(1)
             for _ in range(5):
@@ -381,17 +380,19 @@ async def test_who_is_turned_away_can_read_why() -> None:
 
 @ensureDeferred
 async def test_a_crowd_that_stays_is_let_go() -> None:
-    """Two hundred that are turned away and do not go: all are closed, and no count stays."""
-    limiter = ConnectionLimiter(1)
+    """Two hundred that are rejected and do not go: all are closed, and the next has a response."""
+    limiter = limits(1)
 
     async with Served(limiter=limiter) as served:
         with connect(served.port):
             await served.until_connected(1)
+            timers = served.reactor.timers()
             crowd = [connect(served.port) for _ in range(200)]
             await until(lambda: limiter.refused["max_connections"] == 200)
-            assert limiter._rejections_told == 100
+            assert served.reactor.timers() == timers + 100
             await served.pass_time(3)
-            await until(lambda: limiter._rejections_told == 0)
+            await until(lambda: served.reactor.timers() == timers)
+            assert b"max_connections" in (await served.run(knock, served.port))[1]
             ends = await served.run(lambda: [wire.wait_closed() for wire in crowd])
             told = [wire for wire in crowd if b"max_connections" in wire.buffer]
             for wire in crowd:
@@ -401,11 +402,12 @@ async def test_a_crowd_that_stays_is_let_go() -> None:
 
 
 @ensureDeferred
-async def test_on_tls_nobody_is_told(vault: Vault) -> None:
+async def test_on_tls_there_is_no_response(vault: Vault) -> None:
     """The connection is closed before a handshake, which would cost more than a served request."""
     tls = ListenerTls(vault.issue().keypair())
-    async with Served(tls=tls, limiter=ConnectionLimiter(1)) as served:
+    async with Served(tls=tls, limiter=limits(1)) as served:
         with connect(served.port):
             await served.until_connected(1)
+            timers = served.reactor.timers()
             assert await served.run(knock, served.port) == ("reset", b"")
-            assert served.site.limiter._rejections_told == 0
+            assert served.reactor.timers() == timers

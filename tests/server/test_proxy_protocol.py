@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from pytest_twisted import ensureDeferred
 
-from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.tls import ListenerTls
 from tests.support.fake_transport import turn
 from tests.support.keypairs import Vault
-from tests.support.served import GET, TCP, Served, ask, knock
+from tests.support.served import GET, TCP, Served, ask, knock, limits
 from tests.support.sockets import Wire, connect
 from tests.support.stage import Got, read_got
 
@@ -168,7 +167,7 @@ async def test_a_balancers_clients_are_counted_each(
     vault: Vault, first: bytes, secure: bool
 ) -> None:
     """One address is full at its first request, whatever there is of the balancer's."""
-    limiter = ConnectionLimiter(0, 1)
+    limiter = limits(0, 1)
     trusted = vault if secure else None
 
     def client() -> tuple[bytes, Got, str, bytes]:
@@ -193,7 +192,7 @@ async def test_a_balancers_clients_are_counted_each(
         assert ended == "fin"
         assert limiter.refused == {"max_connections": 0, "connections_per_address": 1}
         await served.until_connected(0)
-        assert (limiter._inside, dict(limiter._by_address)) == (0, {})
+        assert limiter.enter("192.0.2.1") is None
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -202,7 +201,7 @@ async def test_a_balancers_connection_counts_in_all(vault: Vault, secure: bool) 
     """`max_connections` needs no address: it is told before the header is read, or closed."""
     trusted = vault if secure else None
     tls = ListenerTls(vault.issue().keypair()) if secure else None
-    async with Served(PROXIED, tls=tls, limiter=ConnectionLimiter(1)) as served:
+    async with Served(PROXIED, tls=tls, limiter=limits(1)) as served:
         with connect(served.port) as one:
             await served.until_connected(1)
             ended, told = await served.run(knock, served.port)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled
 from llmproxy.server.connection import ClientConnection
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import RESET, FakeTransport
@@ -23,16 +23,18 @@ LAST = b"0\r\n\r\n"
 LENGTH = [(b"content-length", b"5")]
 
 
-class Waits(Resource):
+class Waits(Handler):
     """Keeps each request, and what it is told of its client's leaving, for the test to answer."""
 
-    isLeaf = True
-
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         super().__init__()
+        self.limit = limit
         self.requests: list[Request] = []
         self.left: list[list[ClientGone]] = []
         self.act: Callable[[Request], None] = lambda request: None
+
+    def body_limit(self, request: Request) -> int:
+        return self.limit
 
     def render(self, request: Request) -> int:
         self.requests.append(request)
@@ -47,14 +49,14 @@ class Caller:
 
     def __init__(self, data: bytes = b"", *, limit: int = 100, memory: int = 1000) -> None:
         self.clock = Clock()
-        self.resource = Waits()
+        self.resource = Waits(limit)
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.clock,
             self.clock.seconds,
             Timeouts(),
             Limits(request_memory=memory),
-            body_limit=lambda target: limit,
+            wall=lambda: 0.0,
         )
         self.connect()
         self.send(data)

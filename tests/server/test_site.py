@@ -12,16 +12,13 @@ import pytest_twisted
 from twisted.internet import reactor as real_reactor
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
-from llmproxy.http1.framing import ChunkedReader, LengthReader
-from llmproxy.http1.grammar import MAX_FIELDS, BadMessage, parse_request_head
-from llmproxy.server.connection import ClientConnection
-from llmproxy.server.progress import Phase
-from llmproxy.server.receiver import request_body
+from llmproxy.http1.grammar import MAX_FIELDS
+from llmproxy.server.connection import ClientConnection, Phase
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.support.fake_transport import ABORTED, FIN, FakeTransport, TurnedReactor, turn, until
@@ -31,15 +28,21 @@ GET = request("GET", "/")
 LAST = b"0\r\n\r\n"
 
 
-class Waits(Resource):
+class Waits(Handler):
     """Answers 200 to whatever is refused nothing, when the test says so; refusals at once."""
 
-    isLeaf = True
-
-    def __init__(self) -> None:
+    def __init__(self, *, limit: int = 1_000_000, holds: bool = True) -> None:
         super().__init__()
+        self.limit, self.holds = limit, holds
         self.requests: list[Request] = []
         self.gone: list[ClientGone] = []
+        self.act: Callable[[Request], None] = lambda request: None
+
+    def body_limit(self, request: Request) -> int:
+        return self.limit
+
+    def holds_body(self, request: Request) -> bool:
+        return self.holds
 
     def render(self, request: Request) -> int:
         self.requests.append(request)
@@ -47,6 +50,8 @@ class Waits(Resource):
         if request.refusal is not None:
             request.start(request.refusal.status, [(b"content-length", b"0")])
             request.finish()
+        else:
+            self.act(request)
         return NOT_DONE_YET
 
 
@@ -58,12 +63,12 @@ class Caller:
         self.clock.advance(5000)
         self.resource = Waits()
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.clock,
             self.clock.seconds,
             Timeouts(**timeouts),
             limits or Limits(),
-            body_limit=lambda target: 1_000_000,
+            wall=lambda: 0.0,
         )
         self.connect()
 
@@ -393,46 +398,6 @@ def test_other_heads_that_are_refused(data: bytes, status: int) -> None:
     assert not caller.resource.requests
 
 
-def body_of(*fields: bytes, version: bytes = b"1.1") -> ChunkedReader | LengthReader:
-    """Return what reads the body behind a head with these fields."""
-    lines = [b"POST / HTTP/" + version, b"Host: h", *fields]
-    return request_body(parse_request_head(b"\r\n".join(lines)))
-
-
-def test_request_bodies_are_framed_by_their_heads() -> None:
-    """Chunks, a length, or no body at all; a request's body never ends with its connection."""
-    assert isinstance(body_of(b"Transfer-Encoding: Chunked"), ChunkedReader)
-    for fields, left in (([], 0), ([b"Content-Length: 0"], 0), ([b"Content-Length: 7"], 7)):
-        reader = body_of(*fields)
-        assert isinstance(reader, LengthReader)
-        assert (reader.left, reader.done) == (left, left == 0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "version", "status"),
-    [
-        ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], b"1.1", 400),
-        ([b"Content-Length: 5", b"Transfer-Encoding: identity"], b"1.1", 400),
-        ([b"Content-Length: 5", b"Content-Length: 5"], b"1.1", 400),
-        ([b"Content-Length: " + b"9" * 5000], b"1.1", 400),
-        ([b"Content-Length: +5"], b"1.1", 400),
-        ([b"Transfer-Encoding: chunked"], b"1.0", 400),
-        ([b"Transfer-Encoding: identity"], b"1.1", 501),
-        ([b"Transfer-Encoding: gzip, chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: chunked, chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], b"1.1", 501),
-        ([b"Transfer-Encoding: xchunked"], b"1.1", 501),
-        ([b"Transfer-Encoding:"], b"1.1", 501),
-    ],
-)
-def test_strange_framing_is_refused(fields: list[bytes], version: bytes, status: int) -> None:
-    """Two framings, or one that is not known, cannot be agreed on."""
-    with pytest.raises(BadMessage) as caught:
-        body_of(*fields, version=version)
-
-    assert caught.value.status == status
-
-
 def test_a_head_of_the_most_bytes_is_served() -> None:
     """The limit itself is allowed, wherever the head is cut."""
     head = b"GET / HTTP/1.1\r\nHost: h\r\nx: ".ljust(512, b"y") + b"\r\n\r\n"
@@ -677,12 +642,12 @@ class Listening:
         self.reactor = TurnedReactor()
         self.resource = Waits()
         self.site = Site(
-            self.resource,
+            Router(self.resource),
             self.reactor,
             self.reactor.seconds,
             Timeouts(**timeouts),
             Limits(),
-            body_limit=lambda target: 100,
+            wall=lambda: 0.0,
         )
         listen: Any = real_reactor.listenTCP  # whose types know no Site
         self.port: Any = listen(0, self.site, interface="127.0.0.1")

@@ -7,32 +7,23 @@ from twisted.internet.task import Clock
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ProxyError
-from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from tests.server.test_site import Caller, Waits
+from tests.support.served import limits
 from tests.support.sockets import request
 
 GET = request("GET", "/")
 POST = request("POST", "/", body=b"body")
 
 
-def serve(site: Site, resource: Waits, *, limit: int = 1000, holds: bool = True) -> None:
-    """Let another resource serve, with other responses to what a site asks."""
-    site.serve(
-        resource,
-        body_limit=lambda target: limit,
-        holds_body=lambda request: holds,
-        early_refusal=lambda request: None,
-    )
-
-
-def test_the_next_request_is_served_by_the_next_resource() -> None:
+def test_the_next_request_is_served_by_the_next_handler() -> None:
     """On the same connection."""
     caller, after = Caller(), Waits()
     caller.send(GET)
     caller.response()
-    serve(caller.site, after)
+    caller.site.serve(Router(after))
     caller.send(GET)
     assert (len(caller.resource.requests), len(after.requests)) == (1, 1)
 
@@ -40,9 +31,9 @@ def test_the_next_request_is_served_by_the_next_resource() -> None:
 @pytest.mark.parametrize("sent", range(POST.index(b"\r\n\r\n") + 4, len(POST)))
 def test_a_request_whose_head_is_in_keeps_who_serves_it(sent: int) -> None:
     """However much of its body has come by then; what it may hold is settled, too."""
-    caller, after = Caller(), Waits()
+    caller, after = Caller(), Waits(limit=1, holds=False)
     caller.send(POST[:sent])
-    serve(caller.site, after, limit=1, holds=False)
+    caller.site.serve(Router(after))
     caller.send(POST[sent:])
     assert (len(caller.resource.requests), after.requests) == (1, [])
     assert caller.request.body == b"body"
@@ -56,7 +47,7 @@ def test_a_request_whose_head_is_not_in_has_the_new_one() -> None:
     """A part of a head is no request yet."""
     caller, after = Caller(), Waits()
     caller.send(POST[:-10])
-    serve(caller.site, after)
+    caller.site.serve(Router(after))
     caller.send(POST[-10:])
     assert (caller.resource.requests, len(after.requests)) == ([], 1)
 
@@ -67,16 +58,16 @@ def test_a_refusal_before_the_body_follows() -> None:
     refusal = ProxyError(401, "no_key", "No.")
     asked: list[Request] = []
 
-    def refuse(request: Request) -> ProxyError:
-        asked.append(request)
-        return refusal
+    class Refusing(Waits):
+        def early_refusal(self, request: Request) -> ProxyError:
+            asked.append(request)
+            return refusal
 
-    caller.site.serve(
-        caller.resource, body_limit=lambda _: 9, holds_body=lambda _: True, early_refusal=refuse
-    )
+    after = Refusing()
+    caller.site.serve(Router(after))
     caller.send(POST[:-1])
-    assert caller.request is asked[0]
-    assert caller.request.refusal is refusal
+    assert after.requests == asked
+    assert asked[0].refusal is refusal
 
 
 @pytest.mark.parametrize("before", [None, 1000.0, 2.0])
@@ -148,14 +139,14 @@ def test_the_sweep_is_as_fine_as_the_shortest_deadline() -> None:
 def test_an_idle_site_does_not_begin_to_sweep() -> None:
     """Nobody is connected, and nobody listens."""
     clock = Clock()
-    site = Site(Waits(), clock, clock.seconds)
+    site = Site(Router(Waits()), clock, clock.seconds, wall=lambda: 0.0)
     site.follow(Timeouts(client_idle=1.0), Limits())
     assert not clock.getDelayedCalls()
 
 
-def test_a_door_lets_in_more_or_less_from_now_on() -> None:
-    """Whoever is inside stays, and is counted, from one address too."""
-    limiter = ConnectionLimiter(2)
+def test_limits_of_connections_are_others_from_now_on() -> None:
+    """Open connections stay, and are counted, from one address too."""
+    limiter = limits(2)
     assert [limiter.enter("a"), limiter.enter("a")] == [None, None]
     limiter.limit(3, 0)
     assert limiter.enter("a") is None

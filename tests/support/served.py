@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
-from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.server.connection_limits import ConnectionLimiter
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.listen import listen
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
@@ -29,10 +30,13 @@ TCP = "tcp:0:interface=127.0.0.1"
 GET = request("GET", "/")
 
 
-class Saying(Resource):
-    """Answers with the address of whoever asks."""
+def limits(most: int = 0, most_of_one: int = 0, clock: Clock | None = None) -> ConnectionLimiter:
+    """Return a limiter of connections; without a clock its time stands still."""
+    return ConnectionLimiter(most, most_of_one, clock=(clock or Clock()).seconds, wall=lambda: 1.0)
 
-    isLeaf = True
+
+class Saying(Handler):
+    """Answers with the address of whoever asks."""
 
     def render(self, request: Request) -> int:
         """Answer."""
@@ -52,6 +56,7 @@ class Served:
         limiter: counts the connections.
         timeouts: the deadlines towards clients.
         reuse_port: others may bind the same address.
+        direct: with our transports, where the endpoint has them; else with Twisted's.
 
     Attributes:
         port: where it listens; 0 where that is no TCP port.
@@ -66,18 +71,21 @@ class Served:
         limiter: ConnectionLimiter | None = None,
         timeouts: Timeouts | None = None,
         reuse_port: bool = False,
+        direct: bool = True,
     ) -> None:
         self.reactor = TurnedReactor()
         self.site = Site(
-            Saying(),
+            Router(Saying()),
             self.reactor,
             self.reactor.seconds,
             timeouts or Timeouts(),
             Limits(),
-            body_limit=lambda target: 0,
+            wall=lambda: 0.0,
             limiter=limiter,
         )
-        self.listening = listen(self.reactor, text, self.site, tls=tls, reuse_port=reuse_port)
+        self.listening = listen(
+            self.reactor, text, self.site, tls=tls, reuse_port=reuse_port, direct=direct
+        )
         self.port: int = getattr(self.listening.getHost(), "port", 0)
 
     async def __aenter__(self) -> Self:
@@ -95,7 +103,7 @@ class Served:
         self.site.cut()
         await self.site.when_empty()
         if self.reactor.timers():
-            await self.pass_time(3)  # for clients that were turned away, until they are dropped
+            await self.pass_time(3)  # for rejected connections, until they are dropped
         assert not self.reactor.timers()
 
     async def run(self, client: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -134,7 +142,7 @@ class Served:
 def knock(port: int) -> tuple[str, bytes]:
     """Connect without a word; return how the connection ended, and what came before.
 
-    Who is turned away without a word may be so while still connecting.
+    A connection that is rejected without a response may end while it is still being made.
     """
     with socket.socket() as sock:
         sock.settimeout(WAIT)

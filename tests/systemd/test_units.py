@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmproxy.config import Proxy
-from llmproxy.ops.descriptors import needed
+from llmproxy.ops.setup import needed
 from tests.support.daemon import ROOT
 
 UNITS = ROOT / "systemd"

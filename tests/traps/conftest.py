@@ -17,6 +17,7 @@ from twisted.web import server
 from twisted.web.resource import Resource
 
 from llmproxy.config import Limits, Timeouts
+from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.service import ProxyService
 from tests.support.kernel import held
@@ -28,6 +29,7 @@ from tests.traps.parts import (
     StockSender,
     our_config,
 )
+from tests.traps.resources import Serving
 from tests.traps.waits import until
 
 TOWARDS_CLIENTS = ("request_head", "request_body", "client_stall")
@@ -115,12 +117,12 @@ def front(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
             site = _stock_site(resource, client_deadline)
         else:
             site = Site(
-                resource,
+                Router(Serving(resource)),
                 reactor,
                 time.monotonic,
                 _timeouts(client_deadline),
                 Limits(),
-                body_limit=lambda target: 1024,
+                wall=lambda: 0.0,
             )
         return _listen(site, _address(authority, tls=tls), cleanups).port
 

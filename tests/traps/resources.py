@@ -8,6 +8,8 @@ from typing import Any
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from llmproxy.server.handler import Handler
+
 
 class Saying(Resource):
     """Answers with what ``say`` does to the request."""
@@ -41,3 +43,19 @@ class Counting(Resource):
         """Answer."""
         self.rendered += 1
         return b"ok"
+
+
+class Serving(Handler):
+    """Lets a resource of Twisted's serve our site's requests, with a kilobyte of body at most."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__()
+        self._resource = resource
+
+    def body_limit(self, request: Any) -> int:
+        """Return it."""
+        return 1024
+
+    def render(self, request: Any) -> Any:
+        """Let the resource answer."""
+        return self._resource.render(request)

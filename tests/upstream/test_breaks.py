@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from llmproxy.config import Provider, Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.stream.relay import Batch, Relay
-from llmproxy.upstream.dialer import Attempt
+from llmproxy.upstream.dialer import Dial
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
 from llmproxy.upstream.resolver import Resolver
@@ -66,11 +66,11 @@ class Connected:
 
     secure = False
 
-    def __init__(self, agent: ProviderPool) -> None:
-        self._agent = agent
+    def __init__(self, pool: ProviderPool) -> None:
+        self._agent = pool
         self.transport = FakeTransport()
 
-    def connect(self, credential: bytes) -> Attempt:
+    def connect(self, credential: bytes) -> Dial:
         """Be connected at once."""
         connection = Connection(
             max_head=4096,
@@ -79,7 +79,7 @@ class Connected:
             secure=False,
         )
         self.transport.connect(connection)
-        attempt = Attempt()
+        attempt = Dial()
         attempt.connected = succeed(connection)
         return attempt
 
@@ -112,13 +112,13 @@ class Sink:
 
 
 class Play:
-    """One request through an agent and a relay, with deadlines and a clock that is turned."""
+    """One request through an pool and a relay, with deadlines and a clock that is turned."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         url = Url(scheme="http", host="127.0.0.1", port=1)
         provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
-        self.agent = ProviderPool(
+        self.pool = ProviderPool(
             self.clock,
             self.clock.seconds,
             provider,
@@ -126,13 +126,13 @@ class Play:
             pool_idle=None,
             max_head=4096,
         )
-        connected = Connected(self.agent)
-        self.agent._connector = connected  # type: ignore[assignment]  # a stand-in
+        connected = Connected(self.pool)
+        self.pool._dialer = connected  # type: ignore[assignment]  # a stand-in
         self.transport = connected.transport
         self.sink = Sink()
         self.end: EndReason | None = None
         timeouts = Timeouts(connect=1.0, first_byte=30.0)
-        outgoing = OutgoingRequest(self.agent, b"/", [], b"", timeouts)
+        outgoing = OutgoingRequest(self.pool, b"/", [], b"", timeouts)
         asked: Deferred[Any] = outgoing.request(b"GET", b"", None, None)
         asked.addCallback(self._relay).addCallbacks(self._whole, self._broken)
 
@@ -176,7 +176,7 @@ class Play:
         if self.transport.connected:
             assert self.transport.count("abort") == 1
             self.transport.end(ABORTED)
-        assert not any(self.agent.counts().values())
+        assert not any(self.pool.counts().values())
         assert not self.clock.getDelayedCalls()
 
 
@@ -210,7 +210,7 @@ def test_a_break_at_any_offset_is_called_by_its_name(
         if play.end is EndReason.COMPLETE:
             assert play.sink.data == (shape.body if not shape.until_close else sent[shape.head :])
             if not shape.until_close:
-                play.agent.close()
+                play.pool.close()
         play.assert_nothing_left()
 
 
@@ -233,7 +233,7 @@ def test_a_whole_response_does_not_mind_how_its_connection_ends(how: str) -> Non
     """What ends behind the last byte ends an idle connection, and no request."""
     play = Play()
     play.feed(SHAPES["chunked"].wire)
-    assert play.agent.counts()["idle"] == 1
+    assert play.pool.counts()["idle"] == 1
     play.finish(how)
     assert play.end is EndReason.COMPLETE
     play.assert_nothing_left()

@@ -103,7 +103,7 @@ def plain(body: bytes, *fields: bytes, status: bytes = b"200 OK") -> bytes:
 
 @pytest_twisted.ensureDeferred
 async def test_treq_adds_nothing_to_a_request() -> None:
-    """The provider gets our fields and target alone: no cookie, no encoding, no agent's name."""
+    """The provider gets our fields and target alone: no cookie, no encoding, no pool's name."""
     with Peer(plain(b"x", b"Set-Cookie: a=b; Path=/")) as peer:
         rig = Rig(peer)
         for _ in range(2):
@@ -122,8 +122,8 @@ def test_only_two_names_of_treqs_request_mean_something_else() -> None:
     own, lean = vars(treq.client), ours.__globals__
     changed = {name for name in own if name != "__builtins__" and own[name] is not lean.get(name)}
     assert changed == {"CookieAgent", "ContentDecoderAgent"}
-    agent = object()
-    assert lean["CookieAgent"](agent, None) is lean["ContentDecoderAgent"](agent, []) is agent
+    pool = object()
+    assert lean["CookieAgent"](pool, None) is lean["ContentDecoderAgent"](pool, []) is pool
     assert own["CookieAgent"] is twisted.web.client.CookieAgent
 
 
@@ -347,9 +347,9 @@ async def test_a_provider_that_does_not_read_pauses_the_body() -> None:
         body = Streamed()
         request = rig.send("POST", b"/", [], body)
         await until(lambda: body.consumer)
-        agent: Any = rig.upstream._agents["p"]
-        await until(lambda: agent._live)
-        (connection,) = agent._live
+        pool: Any = rig.upstream._reached["p"].pool
+        await until(lambda: pool._live)
+        (connection,) = pool._live
         for _ in range(2000):
             if body.calls[-1:] == ["pause"] and is_full(connection.transport.socket):
                 break
@@ -428,9 +428,9 @@ async def test_a_provider_that_does_not_read_is_not_buffered_for() -> None:
         rig = Rig(peer)
         request = rig.send("POST", b"/", [], bytes(size))
         await deferToThread(stuck.get, True, WAIT)
-        agent: Any = rig.upstream._agents["p"]
+        pool: Any = rig.upstream._reached["p"].pool
         await until(lambda: rig.upstream.counts()["p", "active"] == 1)
-        (connection,) = agent._live
+        (connection,) = pool._live
         await until(lambda: is_full(connection.transport.socket))
         assert 0 < connection.sending.untaken() < size // 2
         assert pending_bytes(connection.transport) <= 2 * HeldBody.SLICE

@@ -67,7 +67,7 @@ class Peer(Provider):
 
 
 class Rig:
-    """An agent for one peer, with a clock that the test turns."""
+    """An pool for one peer, with a clock that the test turns."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Rig:
         self.lookups: list[str] = []
         self.lookup: Callable[[], None] = lambda: None
         provider = ProviderConfig(name="p", url=url, dialect="raw", ca=ca, pool=pool)  # type: ignore[arg-type]  # text will do
-        self.agent = ProviderPool(
+        self.pool = ProviderPool(
             self.reactor,
             self.clock.seconds,
             provider,
@@ -112,7 +112,7 @@ class Rig:
         timeouts: Timeouts = OFF,
     ) -> Deferred[Response]:
         """Send one request as treq would."""
-        outgoing = OutgoingRequest(self.agent, target, fields or [], credential, timeouts)
+        outgoing = OutgoingRequest(self.pool, target, fields or [], credential, timeouts)
         response: Any = outgoing.request(method, b"http://else.where/", None, None)
         return response  # type: ignore[no-any-return]  # an IResponse to treq
 
@@ -124,13 +124,13 @@ class Rig:
         return collector.body
 
     def assert_counts(self, *, idle: int = 0, active: int = 0, connecting: int = 0) -> None:
-        """The agent has so many connections."""
-        assert self.agent.counts() == {"idle": idle, "active": active, "connecting": connecting}
+        """The pool has so many connections."""
+        assert self.pool.counts() == {"idle": idle, "active": active, "connecting": connecting}
 
     async def rest(self) -> None:
         """Close what is open and wait for it; nothing may be left."""
-        self.agent.close()
-        await until(lambda: not any(self.agent.counts().values()))
+        self.pool.close()
+        await until(lambda: not any(self.pool.counts().values()))
         assert not self.reactor.timers()
 
 
@@ -238,7 +238,7 @@ async def test_the_pool_is_bounded_over_all_credentials(pool: int) -> None:
         await rig.fetch(credential=b"b")
         for _ in range(2 - pool):
             await peer.take(peer.closed)
-        await until(lambda: rig.agent.counts()["active"] == 0)
+        await until(lambda: rig.pool.counts()["active"] == 0)
         rig.assert_counts(idle=pool)
         await rig.rest()
 
@@ -267,7 +267,7 @@ async def test_an_idle_connection_is_given_up_in_time(
         rig.assert_counts(idle=1)
         rig.clock.advance(0.2)
         await peer.take(peer.closed)
-        await until(lambda: not any(rig.agent.counts().values()))
+        await until(lambda: not any(rig.pool.counts().values()))
         assert not rig.reactor.timers()
         assert peer.accepted == 1
 
@@ -284,7 +284,7 @@ async def test_one_timer_serves_the_whole_pool() -> None:
         for left in (2, 1, 0):
             rig.clock.advance(30 if left == 2 else 10)
             await peer.take(peer.closed)
-            await until(lambda left=left: rig.agent.counts()["idle"] == left)  # type: ignore[misc]  # the lambda's default
+            await until(lambda left=left: rig.pool.counts()["idle"] == left)  # type: ignore[misc]  # the lambda's default
         assert not rig.reactor.timers()
 
 
@@ -309,7 +309,7 @@ async def test_idle_connections_are_watched(stray: bytes) -> None:
         await rig.fetch()
         wire = await peer.take(peer.wires)
         wire.send(stray) if stray else wire.sock.shutdown(socket.SHUT_WR)
-        await until(lambda: not any(rig.agent.counts().values()))
+        await until(lambda: not any(rig.pool.counts().values()))
         assert await rig.fetch() == b"ok"
         assert peer.accepted == 2
         await rig.rest()
@@ -412,7 +412,7 @@ async def test_the_head_is_under_the_first_byte_deadline() -> None:
         rig = Rig(peer)
         request = rig.send(timeouts=Timeouts(connect=3.0, first_byte=30.0))
         await peer.take(peer.wires)
-        await until(lambda: rig.agent.counts()["active"] == 1)
+        await until(lambda: rig.pool.counts()["active"] == 1)
         assert rig.reactor.timers() == 1
         rig.clock.advance(29.9)
         assert not request.called
@@ -426,7 +426,7 @@ async def test_the_head_is_under_the_first_byte_deadline() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_deadlines_end_with_their_phase() -> None:
-    """Once the head is there no deadline of the agent's stands any more."""
+    """Once the head is there no deadline of the pool's stands any more."""
     with Peer() as peer:
         rig = Rig(peer)
         response = await rig.send(timeouts=Timeouts(connect=3.0, first_byte=30.0))
@@ -496,7 +496,7 @@ async def test_cancelling_the_wait_for_a_head_closes_the_connection(
         with pytest.raises(CancelledError):
             await request
         await peer.take(peer.closed)
-        await until(lambda: not any(rig.agent.counts().values()))
+        await until(lambda: not any(rig.pool.counts().values()))
         assert not rig.reactor.timers()
 
 
@@ -552,8 +552,8 @@ async def test_close_ends_connections_in_every_state(silence: Callable[[], None]
         rig.lookup = silence
         connecting = rig.send(credential=b"connecting", timeouts=Timeouts())
         rig.assert_counts(idle=1, active=1, connecting=1)
-        rig.agent.close()
-        assert rig.agent.counts()["connecting"] == 0
+        rig.pool.close()
+        assert rig.pool.counts()["connecting"] == 0
         with pytest.raises((CancelledError, ProxyError)):
             await connecting
         await rig.rest()
@@ -565,7 +565,7 @@ async def test_nothing_is_pooled_after_close() -> None:
     """A request that is sent later is served, and its connection is not kept."""
     with Peer() as peer:
         rig = Rig(peer)
-        rig.agent.close()
+        rig.pool.close()
         assert await rig.fetch() == b"ok"
         await rig.rest()
 

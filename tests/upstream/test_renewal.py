@@ -176,7 +176,7 @@ async def test_a_provider_that_is_gone_is_counted_to_its_end() -> None:
 
 @ensureDeferred
 async def test_what_is_replaced_is_let_go_of() -> None:
-    """No trace of the old agent stays once nothing runs on it, nor of its credential."""
+    """No trace of the old pool stays once nothing runs on it, nor of its credential."""
     with Provider(response) as peer:
         rig = Rig(peer)
         assert await rig.fetch() == b"ok"
@@ -184,12 +184,12 @@ async def test_what_is_replaced_is_let_go_of() -> None:
         provider = changed(rig.config.providers["p"], credential=secret)
         rig.follow(config(provider))
         assert await rig.fetch() == b"ok"
-        agent = weakref.ref(rig.upstream._agents["p"])
+        pool = weakref.ref(rig.upstream._reached["p"].pool)
         rig.follow(config(changed(provider, credential=Secret("new"))))
         await until(lambda: not any(rig.upstream.counts().values()))
         await turn()
         gc.collect()
-        assert agent() is None
+        assert pool() is None
         del provider
         assert [one for one in gc.get_referrers(secret) if isinstance(one, ProviderConfig)] == []
         await rig.rest()

@@ -19,7 +19,7 @@ from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
-from llmproxy.upstream.dialer import Attempt
+from llmproxy.upstream.dialer import Dial
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.request_body import HeldBody, Sending
 from llmproxy.upstream.response import Response
@@ -36,7 +36,7 @@ PASSING = (
     Response,
     HeldBody,
     Sending,
-    Attempt,
+    Dial,
     Connection,
 )
 """What a request is made of, and must not stay when it is over."""

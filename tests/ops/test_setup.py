@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from twisted.logger import formatEvent
 
-from llmproxy.ops.descriptors import RESERVE, needed, raise_limit
+from llmproxy.ops.setup import RESERVE, needed, raise_limit
 from tests.ops.conftest import Listening
 
 Limits = tuple[int, int]

@@ -11,7 +11,7 @@ from pytest_twisted import ensureDeferred
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
-from llmproxy.ops.signals import take_signals
+from llmproxy.service import take_signals
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2)
 

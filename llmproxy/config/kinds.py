@@ -1,0 +1,186 @@
+"""The kinds of values that keys take: each with its words, its reader and how it is shown.
+
+A kind joins a reader of ``values.py``, ``readers.py`` or ``url.py`` to the words of the reference
+and to the redacted view.  If a reader needs to know more than its value, a function makes the
+reader for the table that the value stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import msgspec
+
+from llmproxy.config.keypair import certificate_chain, private_key
+from llmproxy.config.readers import (
+    added_header_name,
+    digest,
+    endpoint,
+    endpoint_for_tls,
+    field_value,
+    file_of_instance,
+    host_value,
+    reference,
+)
+from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
+from llmproxy.config.url import url
+from llmproxy.config.values import (
+    Wrong,
+    boolean,
+    choice,
+    duration,
+    duration_or_off,
+    integer,
+    model_pattern,
+    show,
+    show_duration,
+    show_size,
+    size,
+    size_above_zero,
+    text,
+)
+from llmproxy.dialects.dialect import Dialect
+
+Show = Callable[[Any], object]
+
+
+def _unchanged(value: object) -> object:
+    return value
+
+
+def _presence(value: object) -> bool:
+    return value is not None
+
+
+def _where_set(show: Callable[[Any], str]) -> Show:
+    return lambda value: None if value is None else show(value)
+
+
+def of_table(
+    reader: Callable[[Table], Reader[Any]], words: str = "string", show: Show = _unchanged
+) -> Kind:
+    """Return the kind of a single value; ``reader`` makes its reader for the table it stands in."""
+
+    def read(table: Table, key: Key) -> object:
+        return table.read(key.name, reader(table), table.default(key))
+
+    return Kind(words, read, show)
+
+
+def value(reader: Reader[Any], words: str = "string", show: Show = _unchanged) -> Kind:
+    """Return the kind of a single value whose ``reader`` needs to know nothing else."""
+    return of_table(lambda table: reader, words, show)
+
+
+def one_of(words: Mapping[str, Any]) -> Kind:
+    """Return the kind of one of ``words``, which stand for their values."""
+    stated = ", ".join(f'``"{word}"``' for word in words)
+    return value(choice(dict(words)), f"one of {stated}", str)
+
+
+def word_of(literal: object) -> Kind:
+    """Return the kind of one of the words of a ``Literal``."""
+    return one_of({word: word for word in get_args(literal)})
+
+
+def whole_number(lowest: int, highest: int) -> Kind:
+    """Return the kind of a whole number from ``lowest`` to ``highest``."""
+    return value(integer(lowest, highest), f"whole number from {lowest} to {highest}")
+
+
+def array(
+    reader: Callable[[Table], Reader[Any]],
+    *,
+    empty_beside: str = "",
+    show: Show = lambda items: None if items is None else list(items),
+) -> Kind:
+    """Return the kind of an array.
+
+    Args:
+        reader: makes the reader of an item for the table that the array stands in.
+        empty_beside: a key beside which the array may be empty.
+        show: as :class:`Kind` has it.
+    """
+
+    def read(table: Table, key: Key) -> object:
+        default = () if key.needed else table.default(key)
+        may_be_empty = empty_beside in table
+        return table.array(key.name, reader(table), default, may_be_empty=may_be_empty)
+
+    return Kind("array of strings", read, show)
+
+
+def part(section: Section) -> Kind:
+    """Return the kind of a table in which some of the keys of ``section`` are set."""
+
+    def read(table: Table, key: Key) -> object:
+        inner = table.table(key.name, section)
+        return {name: inner.take(name) for name in section.names if name in inner}
+
+    def show_part(values: Mapping[str, object]) -> object:
+        return {name: section.keys[name].kind.show(one) for name, one in values.items()}
+
+    return Kind("table", read, show_part)
+
+
+def by_name(
+    struct: type[msgspec.Struct], section: Section, name: Callable[[Table], Reader[str]]
+) -> Kind:
+    """Return the kind of a table of tables, each of which is read into a ``struct``."""
+
+    def read(table: Table, key: Key) -> object:
+        tables = table.named(key.name, section, name(table))
+        return {one: inner.struct(struct) for one, inner in tables.items()}
+
+    return Kind("table", read, lambda found: {name: redacted(one) for name, one in found.items()})
+
+
+def candidate(table: Table) -> Reader[str]:
+    """Return the reader of a name of the route's providers, if the route has some."""
+    candidates = table.take("providers")
+    return reference(candidates, "one of the route's providers") if candidates else text
+
+
+def _allowed_route(table: Table) -> Reader[str]:
+    known = table.context.routes
+    return text if known is None else reference({"*", *known}, 'a route, or "*"')
+
+
+def _added_headers(table: Table, key: Key) -> tuple[tuple[str, str], ...]:
+    inner = table.table(key.name, None)
+    fields: dict[str, str] = {}
+    for one in inner:
+        try:
+            name = added_header_name(one, table.take("header"))
+        except Wrong as wrong:
+            inner.problem(one, f"expected {wrong.expected}")
+            continue
+        if name in fields:
+            inner.problem(one, f"expected each name once, but {show(name)} stands there already")
+        fields[name] = inner.read(one, field_value, "")
+    return tuple(fields.items())
+
+
+BOOLEAN = value(boolean, "boolean")
+DURATION = value(duration, "duration", show_duration)
+DURATION_OR_OFF = value(duration_or_off, 'duration or ``"off"``', show_duration)
+SIZE = value(size, "size", _where_set(show_size))
+SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
+URL = value(url, show=_where_set(str))
+DIALECT = one_of({one.value: one for one in Dialect})
+ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
+FILE = of_table(lambda table: file_of_instance(table.context.instance))
+CREDENTIAL = of_table(lambda table: table.context.credentials.read, show=_presence)
+CERTIFICATE = of_table(
+    lambda table: table.context.credentials.pem(certificate_chain), show=_presence
+)
+PRIVATE_KEY = of_table(lambda table: table.context.credentials.pem(private_key), show=_presence)
+ENDPOINTS = array(lambda table: endpoint(table.context.instance), empty_beside="listen_tls")
+ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance))
+PROVIDERS = array(lambda table: reference(table.context.providers, "a provider"))
+ROUTES = array(_allowed_route)
+HOSTS = array(lambda table: host_value)
+MODELS = array(lambda table: model_pattern)
+DIGESTS = array(lambda table: digest(table.name), show=len)
+HEADERS = Kind("table of strings", _added_headers, lambda fields: [name for name, _ in fields])

@@ -1,0 +1,167 @@
+"""A client's socket in the hands of another protocol, as behind CONNECT and a 101.
+
+A request hands it over (``Request.hand_over``).  From then on no HTTP is read or written on the
+connection: bytes go both ways between the socket and the protocol, which sees a
+:class:`ClientSocket` as its transport.  The connection still belongs to its site, which counts it
+and may drop it.  What the protocol does with the bytes is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from twisted.internet.interfaces import (
+    IConsumer,
+    IHalfCloseableProtocol,
+    IProtocol,
+    IPushProducer,
+    ITransport,
+)
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from llmproxy.net.transport import raw_transport
+
+
+@implementer(ITransport, IConsumer, IPushProducer)
+class ClientSocket:
+    """The transport of a protocol that was given a client's socket.
+
+    Bytes that came before the socket was handed over are delivered first.  While the protocol
+    pauses, nothing is delivered.  There is no deadline, neither for silence nor for a client that
+    takes nothing; a protocol that wants some keeps them itself.  Only a connection that is closed
+    must be through with it in the time that any other has.
+
+    Args:
+        connection: the client's connection.
+        protocol: gets what the client sends, and the end of the connection once.
+        early: what the client has sent so far.
+
+    Attributes:
+        transport: what is below (``net/transport.py`` looks there for what waits).
+        disconnecting: the protocol has closed or aborted it.
+    """
+
+    __slots__ = ("_connection", "_early", "_is_paused", "_protocol", "disconnecting", "transport")
+
+    def __init__(self, connection: Any, protocol: IProtocol, early: bytes) -> None:
+        self._connection = connection
+        self._protocol: IProtocol | None = protocol
+        self._early = early
+        self._is_paused = False
+        self.transport = connection.transport
+        self.disconnecting = False
+
+    # -- from the connection ----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Connect the protocol, and deliver what came before."""
+        if self._protocol is not None:
+            self._protocol.makeConnection(self)
+        self._deliver()
+
+    def feed(self, data: bytes) -> None:
+        """Take what the client sends, split at any point."""
+        if self._protocol is None or self.disconnecting:
+            return
+        if self._is_paused:
+            self._early += data  # of a read that was under way: below, nothing is read any more
+        else:
+            self._protocol.dataReceived(data)
+
+    def end(self, reason: Failure) -> None:
+        """The connection is over: the protocol is told, the first time."""
+        protocol, self._protocol = self._protocol, None
+        self._early = b""
+        self.disconnecting = True
+        if protocol is not None:
+            protocol.connectionLost(reason)
+
+    def end_reading(self) -> bool:
+        """The client sends no more; return whether the protocol goes on with one side."""
+        half_closeable: Any = IHalfCloseableProtocol(self._protocol, None)
+        if half_closeable is not None:
+            half_closeable.readConnectionLost()
+        return half_closeable is not None
+
+    def end_writing(self) -> None:
+        """Our side is ended."""
+        half_closeable: Any = IHalfCloseableProtocol(self._protocol, None)
+        if half_closeable is not None:
+            half_closeable.writeConnectionLost()
+
+    def _deliver(self) -> None:
+        if self._early and not self._is_paused:
+            early, self._early = self._early, b""
+            self.feed(early)
+
+    # -- out --------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the client."""
+        self._connection.write(data)
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        """Send pieces together."""
+        self._connection.writeSequence(data)
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Pause and resume ``producer`` as the client takes bytes, and stop it at the end."""
+        self.transport.registerProducer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        """The producer is done."""
+        self.transport.unregisterProducer()
+
+    # -- in ---------------------------------------------------------------------------------------
+
+    def pauseProducing(self) -> None:
+        """Read no more for now."""
+        self._is_paused = True
+        if not self.disconnecting:
+            self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Read on."""
+        self._is_paused = False
+        self._deliver()
+        if not self._is_paused and not self.disconnecting:
+            self.transport.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """Read no more for ever: close the connection."""
+        self.loseConnection()
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def loseConnection(self) -> None:
+        """Send what was written, then close; a client that takes nothing is dropped.
+
+        A producer that is still registered is let go of.
+        """
+        if not self.disconnecting:
+            self.disconnecting = True
+            self._connection.loseConnection()
+
+    def loseWriteConnection(self) -> None:
+        """End our side after what was written; where that cannot be, as in Twisted's TLS, close."""
+        if self.transport is raw_transport(self.transport):
+            self.transport.loseWriteConnection()
+        else:
+            self.loseConnection()
+
+    def abortConnection(self) -> None:
+        """Drop the connection at once, with all that it still holds."""
+        self.disconnecting = True
+        self._connection.abort()
+
+    # -- addresses --------------------------------------------------------------------------------
+
+    def getPeer(self) -> Any:
+        """Return the client's address; behind a balancer, what that said."""
+        return self._connection.peer
+
+    def getHost(self) -> Any:
+        """Return ours, as the client reached it."""
+        return self.transport.getHost()

@@ -1,0 +1,520 @@
+"""The configuration: what is accepted, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmproxy.config import (
+    ConfigError,
+    Override,
+    Provider,
+    Secret,
+    Timeouts,
+    Trace,
+    Url,
+    ledger_path,
+    load,
+    parse,
+)
+from llmproxy.config.settings import SECTIONS
+from llmproxy.config.values import duration_or_off, show_duration, show_size, size
+from llmproxy.dialects.dialect import Dialect
+from tests.support.configs import (
+    DIGEST,
+    KEYS_LINE,
+    SECRET,
+    accepted,
+    refused,
+    toml,
+    with_credential,
+)
+
+# --- what is left out -----------------------------------------------------------------------------
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest file gives every default of the design."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "höst one")
+    config = accepted({})
+    assert config.proxy.listen == ("tcp:8080:interface=127.0.0.1",)
+    assert (config.proxy.listen_tls, config.proxy.keypair) == ((), None)
+    assert config.proxy.drain_timeout == 300
+    assert config.proxy.max_connections == 20000
+    assert config.proxy.via == "llmproxy-h-st-one"
+    assert config.admin.listen == "tcp:9080:interface=127.0.0.1"
+    assert config.admin.metrics_listen is None
+    assert (config.trace.jsonl, config.trace.ledger, config.trace.otlp) == (None, None, None)
+    assert (config.trace.keep, config.trace.session_header) == (30 * 86400, "x-session-id")
+    assert config.clients == {}
+    assert config.timeouts == Timeouts(
+        connect=10,
+        first_byte=600,
+        idle=300,
+        total=None,
+        client_stall=60,
+        request_head=10,
+        request_body=60,
+        client_idle=75,
+        pool_idle=60,
+    )
+    assert msgspec.structs.asdict(config.limits) == {
+        "request_head": 32768,
+        "request_body": 32 * 1024**2,
+        "request_memory": 256 * 1024**2,
+        "response_head": 65536,
+        "accumulate": 1024**2,
+        "event": 1024**2,
+        "connections_per_address": 0,
+        "drains": 100,
+    }
+
+
+def test_defaults_of_a_route() -> None:
+    """A route with a path and a provider takes any host and model and is named by its path."""
+    (route,) = accepted({}).routes
+    assert (route.name, route.path, route.providers) == ("a", "/a", ("p",))
+    assert (route.hosts, route.models, route.strip, route.override) == (None, None, True, {})
+    assert (route.timeouts, route.accept_encoding) == ({}, "identity")
+    assert route.include_usage == "as-asked"
+    assert (route.error_event, route.request_body) == (False, None)
+    assert route.capture == "usage"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "header", "format_"),
+    [
+        ("openai", "authorization", "Bearer {}"),
+        ("anthropic", "x-api-key", "{}"),
+        ("ollama", "authorization", "Bearer {}"),
+        ("raw", "authorization", "Bearer {}"),
+    ],
+)
+def test_header_and_format_follow_the_dialect(dialect: str, header: str, format_: str) -> None:
+    """A provider's credential goes where its dialect wants it."""
+    provider = accepted({"providers.p.dialect": f'"{dialect}"'}).providers["p"]
+    assert (provider.dialect, provider.header, provider.format) == (
+        Dialect(dialect),
+        header,
+        format_,
+    )
+    assert (provider.pool, provider.ca, provider.headers, provider.timeouts) == (1000, None, (), {})
+    assert (provider.credential, provider.pass_credential) == (None, False)
+
+
+# --- what is accepted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("250ms", 0.25),
+        ("10s", 10),
+        ("1.5s", 1.5),
+        ("5m", 300),
+        ("2h", 7200),
+        ("30d", 2592000),
+        ("365d", 31536000),
+        ("off", None),
+    ],
+)
+def test_durations(written: str, seconds: float | None) -> None:
+    """Every unit and a decimal are read as seconds."""
+    assert accepted({"timeouts.idle": f'"{written}"'}).timeouts.idle == seconds
+
+
+@pytest.mark.parametrize("key", SECTIONS["timeouts"].names)
+def test_every_timeout_can_be_off(key: str) -> None:
+    """Each deadline of [timeouts] can be switched off, and is told so."""
+    config = accepted({f"timeouts.{key}": '"off"'})
+    assert msgspec.structs.asdict(config.timeouts)[key] is None
+    assert msgspec.json.decode(msgspec.json.encode(config.redacted()))["timeouts"][key] == "off"
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [("0", 0), ("512B", 512), ("16KiB", 16384), ("32MiB", 33554432), ("1GiB", 1073741824)],
+)
+def test_sizes(written: str, size_bytes: int) -> None:
+    """Every unit is read as bytes, and a route may have a body limit of its own."""
+    config = accepted(
+        {"limits.request_body": f'"{written}"', "routes[0].request_body": f'"{written}"'}
+    )
+    assert config.limits.request_body == size_bytes
+    assert config.routes[0].request_body == size_bytes
+
+
+@given(st.integers(1, 365 * 86400 * 1000))
+def test_a_shown_duration_is_read_as_itself(milliseconds: int) -> None:
+    """What redacted() prints is what the file would say."""
+    assert duration_or_off(show_duration(milliseconds / 1000)) == milliseconds / 1000
+
+
+@given(st.integers(0, 2**39))
+def test_a_shown_size_is_read_as_itself(size_bytes: int) -> None:
+    """What redacted() prints is what the file would say, for sizes too."""
+    assert size(show_size(size_bytes)) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("written", "url", "netloc"),
+    [
+        ("https://a.example", ("https", "a.example", 443, ""), "a.example"),
+        ("HTTPS://A.Example:443/", ("https", "a.example", 443, ""), "a.example"),
+        ("http://a.example:80/v1/", ("http", "a.example", 80, "/v1"), "a.example"),
+        ("http://a.example:443/v1", ("http", "a.example", 443, "/v1"), "a.example:443"),
+        ("https://[2001:DB8::1]:8443", ("https", "2001:db8::1", 8443, ""), "[2001:db8::1]:8443"),
+        ("http://[::1]", ("http", "::1", 80, ""), "[::1]"),
+        ("http://127.0.0.1:11434", ("http", "127.0.0.1", 11434, ""), "127.0.0.1:11434"),
+        ("https://bücher.example", ("https", "xn--bcher-kva.example", 443, ""), None),
+        ("http://ollama_1:1/a@b/%20c", ("http", "ollama_1", 1, "/a@b/%20c"), "ollama_1:1"),
+    ],
+)
+def test_urls(written: str, url: tuple[str, str, int, str], netloc: str | None) -> None:
+    """A URL is split once, its host made plain, and the Host field's value follows from it."""
+    found = accepted({"providers.p.url": json.dumps(written)}).providers["p"].url
+    assert (found.scheme, found.host, found.port, found.path) == url
+    assert found.netloc == (netloc or url[1])
+    assert accepted({"providers.p.url": json.dumps(str(found))}).providers["p"].url == found
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp:0",
+        "tcp:port=8080:interface=0.0.0.0",
+        "tcp6:8080",
+        "ssl:8443:privateKey=/k.pem",
+        "unix:/run/a b.sock:mode=660",
+        "systemd:domain=INET:name=proxy",
+        "haproxy:tcp:8080",
+    ],
+)
+def test_endpoints(endpoint: str) -> None:
+    """The server endpoints of Twisted are taken as they stand."""
+    quoted = json.dumps(endpoint)
+    config = accepted({"proxy.listen": f"[{quoted}]", "admin.metrics_listen": quoted})
+    assert config.proxy.listen == (endpoint,)
+    assert config.admin.metrics_listen == endpoint
+
+
+def test_instance_is_filled_in() -> None:
+    """{instance} stands for the daemon's name in every address and in the trace's file."""
+    text = toml(
+        {
+            "proxy.listen": '["unix:/run/p-{instance}.sock", "tcp:808{instance}"]',
+            "admin.listen": '"tcp:908{instance}"',
+            "admin.metrics_listen": '"unix:/run/m-{instance}"',
+            "trace.jsonl": '"/var/{instance}.jsonl"',
+            "trace.ledger": '"/var/{instance}.sqlite3"',
+        }
+    )
+    config = parse(text, instance="3", environ={})
+    assert config.proxy.listen == ("unix:/run/p-3.sock", "tcp:8083")
+    assert (config.admin.listen, config.admin.metrics_listen) == ("tcp:9083", "unix:/run/m-3")
+    assert (config.trace.jsonl, config.trace.ledger) == ("/var/3.jsonl", "/var/3.sqlite3")
+    assert parse(text, environ={}).trace.jsonl == "/var/0.jsonl"
+
+
+def test_a_whole_trace() -> None:
+    """Everything that [trace] may say arrives in its struct."""
+    config = accepted(
+        {
+            "trace.ledger": '"/var/ledger"',
+            "trace.keep": '"36h"',
+            "trace.otlp": '"https://otel.example:4318/base/"',
+            "trace.session_header": '"X-Conversation"',
+        }
+    )
+    assert config.trace == Trace(
+        ledger="/var/ledger",
+        keep=36 * 3600,
+        otlp=Url(scheme="https", host="otel.example", port=4318, path="/base"),
+        session_header="x-conversation",
+    )
+    kept = accepted({"trace.ledger": '"/var/ledger"', "trace.keep": '"off"'})
+    assert kept.trace.keep is None
+
+
+def test_a_session_is_not_named_by_a_provider_s_key() -> None:
+    """The field that carries a credential is not recorded, whatever it is called."""
+    (problem,) = refused({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
+    assert problem.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_the_ledger_s_name_is_read_alone(tmp_path: Path) -> None:
+    """Without its instance, and whatever else is wrong with the file."""
+    path = tmp_path / "c.toml"
+    path.write_text('nothing = 1\n[trace]\nledger = "/var/{instance}"\n')
+    assert ledger_path(str(path)) == "/var/{instance}"
+    path.write_text("")
+    assert ledger_path(str(path)) is None
+    for wrong, words in (("ledger = 1", "trace.ledger: expected"), ("[", "expected TOML")):
+        path.write_text(f"[trace]\n{wrong}\n")
+        with pytest.raises(ConfigError, match=words):
+            ledger_path(str(path))
+
+
+def test_a_whole_provider(vault: Path, tmp_path: Path) -> None:
+    """Everything that a provider may say arrives in its struct."""
+    ca = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(ca)
+    config = accepted(
+        with_credential(
+            vault,
+            **{
+                "providers.p.header": '"API-Key"',
+                "providers.p.format": '"Key {}!"',
+                "providers.p.headers": '{ Anthropic-Version = "2023-06-01", x-a = "b c" }',
+                "providers.p.ca": json.dumps(str(ca)),
+                "providers.p.pool": "0",
+                "providers.p.timeouts": '{ connect = "1s", total = "off", pool_idle = "2s" }',
+            },
+        )
+    )
+    assert config.providers["p"] == Provider(
+        name="p",
+        url=Url(scheme="http", host="127.0.0.1", port=1),
+        dialect=Dialect.OPENAI,
+        credential=Secret(SECRET),
+        header="api-key",
+        format="Key {}!",
+        headers=(("anthropic-version", "2023-06-01"), ("x-a", "b c")),
+        ca=str(ca),
+        pool=0,
+        timeouts={"connect": 1, "total": None, "pool_idle": 2},
+    )
+
+
+def test_a_whole_route() -> None:
+    """Everything that a route may say arrives in its struct."""
+    (route,) = accepted(
+        {
+            "routes[0].name": '"x/y"',
+            "routes[0].hosts": '["Inference.Local", "[::1]"]',
+            "routes[0].models": '["gpt-*", "-", "*"]',
+            "routes[0].strip": "false",
+            "routes[0].override": '{ p = { model = "big" } }',
+            "routes[0].timeouts": '{ first_byte = "30s", client_stall = "off" }',
+            "routes[0].accept_encoding": '"pass"',
+            "routes[0].include_usage": '"inject"',
+            "routes[0].error_event": "true",
+        }
+    ).routes
+    assert (route.name, route.strip, route.error_event) == ("x/y", False, True)
+    assert route.hosts == ("inference.local", "[::1]")
+    assert route.models == ("gpt-*", "-", "*")
+    assert route.override == {"p": Override(model="big")}
+    assert route.timeouts == {"first_byte": 30, "client_stall": None}
+    assert (route.accept_encoding, route.include_usage) == ("pass", "inject")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/", "root"), ("/openai", "openai"), ("/openai/v1.1", "openai/v1.1"), ("/-x", None)],
+)
+def test_the_path_names_the_route(path: str, name: str | None) -> None:
+    """A route's name is its path without the first slash, where that makes a name."""
+    changes = {"routes[0].path": json.dumps(path)}
+    if name is None:
+        (problem,) = refused(changes)
+        assert problem.startswith("routes[0].name: expected this key")
+    else:
+        assert accepted(changes).routes[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("routes", "models"),
+    [(None, None), ('["a"]', '["gpt-*"]')],
+    ids=["any", "some"],
+)
+def test_a_client(routes: str | None, models: str | None) -> None:
+    """Keys are digests as bytes; a client may use every route and model, unless some are named."""
+    changes = {"keys": KEYS_LINE, "routes": routes, "models": models}
+    config = accepted(
+        {"proxy.anonymous": None, **{f"clients.c.{key}": value for key, value in changes.items()}}
+    )
+    client = config.clients["c"]
+    assert (client.name, client.keys) == ("c", (bytes.fromhex(DIGEST),))
+    assert client.routes == (("*",) if routes is None else ("a",))
+    assert client.models == (("*",) if models is None else ("gpt-*",))
+
+
+def test_an_unused_provider_is_fine() -> None:
+    """A provider that no route names does not stop a start."""
+    changes = {"providers.q.url": '"https://q.example"', "providers.q.dialect": '"raw"'}
+    assert set(accepted(changes).providers) == {"p", "q"}
+
+
+def test_timeouts_for() -> None:
+    """A route's own deadline wins over the provider's own, and that over [timeouts]."""
+    config = accepted(
+        {
+            "timeouts.connect": '"1s"',
+            "timeouts.idle": '"1s"',
+            "timeouts.total": '"1s"',
+            "providers.p.timeouts": '{ idle = "2s", total = "2s" }',
+            "routes[0].timeouts": '{ total = "off" }',
+        }
+    )
+    found = config.timeouts_for(config.routes[0], config.providers["p"])
+    assert found == Timeouts(connect=1, idle=2, total=None)
+
+
+# --- how it is shown ------------------------------------------------------------------------------
+
+
+def test_redacted(vault: Path) -> None:
+    """The redacted form is the effective configuration, as readable as the file."""
+    config = accepted(
+        with_credential(
+            vault,
+            **{
+                "providers.p.timeouts": '{ idle = "90s" }',
+                "providers.p.headers": '{ x-a = "b" }',
+                "proxy.via": '"v"',
+                "routes[0].override": '{ p = { model = "m" } }',
+                "routes[0].request_body": '"1KiB"',
+                "routes[0].capture": '"content"',
+                "limits.accumulate": '"0"',
+                "trace.otlp": '"http://127.0.0.1:4318/"',
+            },
+        )
+    )
+    expected = {
+        "proxy": {
+            "listen": ["tcp:8080:interface=127.0.0.1"],
+            "listen_tls": [],
+            "reuse_port": False,
+            "certificate": False,
+            "key": False,
+            "anonymous": True,
+            "drain_timeout": "5m",
+            "max_connections": 20000,
+            "tuned_loop": True,
+            "via": "v",
+        },
+        "admin": {"listen": "tcp:9080:interface=127.0.0.1", "metrics_listen": None},
+        "timeouts": {
+            "connect": "10s",
+            "first_byte": "10m",
+            "idle": "5m",
+            "total": "off",
+            "client_stall": "1m",
+            "request_head": "10s",
+            "request_body": "1m",
+            "client_idle": "75s",
+            "pool_idle": "1m",
+        },
+        "limits": {
+            "request_head": "32KiB",
+            "request_body": "32MiB",
+            "request_memory": "256MiB",
+            "response_head": "64KiB",
+            "accumulate": "0",
+            "event": "1MiB",
+            "connections_per_address": 0,
+            "drains": 100,
+        },
+        "providers": {
+            "p": {
+                "url": "http://127.0.0.1:1",
+                "dialect": "openai",
+                "credential": True,
+                "header": "authorization",
+                "format": "Bearer {}",
+                "pass_credential": False,
+                "headers": ["x-a"],
+                "ca": None,
+                "pool": 1000,
+                "timeouts": {"idle": "90s"},
+            }
+        },
+        "routes": [
+            {
+                "name": "a",
+                "path": "/a",
+                "providers": ["p"],
+                "hosts": None,
+                "models": None,
+                "strip": True,
+                "override": {"p": {"model": "m"}},
+                "timeouts": {},
+                "accept_encoding": "identity",
+                "include_usage": "as-asked",
+                "on_disconnect": "cancel",
+                "drain_for": "30s",
+                "error_event": False,
+                "capture": "content",
+                "request_body": "1KiB",
+            }
+        ],
+        "clients": {},
+        "trace": {
+            "jsonl": None,
+            "ledger": None,
+            "keep": "30d",
+            "otlp": "http://127.0.0.1:4318",
+            "session_header": "x-session-id",
+        },
+    }
+    assert json.dumps(config.redacted()) == json.dumps(expected)
+
+
+# --- the file itself ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a = 1\nb =\n", "line 2"),
+        (b"[proxy\n", "expected TOML"),
+        (b"\xff", "expected UTF-8"),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+        (b"a = " + b"9" * 5000, "expected TOML"),
+    ],
+)
+def test_not_toml(tmp_path: Path, content: bytes, words: str) -> None:
+    """A file that is not TOML is told with the line, and with the file's own name."""
+    path = tmp_path / "a.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(str(path), environ={})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}: ")
+    assert words in problem
+
+
+def test_no_file(tmp_path: Path) -> None:
+    """A file that is missing, or that is a directory, is told as such."""
+    with pytest.raises(ConfigError, match=r"a\.toml: expected a file to read \(No such file"):
+        load(str(tmp_path / "a.toml"), environ={})
+    with pytest.raises(ConfigError, match=r"expected a file to read \(Is a directory"):
+        load(str(tmp_path), environ={})
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the process may not read is told as such (root may read all)."""
+
+    def forbidden(*_: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(ConfigError, match=r"expected a file to read \(Permission denied"):
+        load(str(tmp_path / "a.toml"), environ={})
+
+
+@pytest.mark.parametrize("instance", ["", "a/b", "a b", "ä", "a\n", "a" * 65])
+def test_instance_names(instance: str) -> None:
+    """An instance's name must be fit for addresses and file names."""
+    with pytest.raises(ConfigError) as caught:
+        parse(toml({}), instance=instance, environ={})
+    (problem,) = caught.value.problems
+    assert problem.startswith("--instance: expected up to 64 letters, digits and ._-")

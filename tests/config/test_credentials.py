@@ -1,0 +1,214 @@
+"""Credential files: what is one, where they are looked for, and that nothing secret is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from llmproxy.config import Secret
+from tests.support.configs import (
+    DIGEST,
+    KEYS_LINE,
+    SECRET,
+    accepted,
+    refused,
+    with_credential,
+)
+
+# --- credentials ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_one_line_end_is_cut(vault: Path, end: str) -> None:
+    """A credential is the file's content without one trailing line end."""
+    (vault / "key").write_bytes(b"a b" + end.encode())
+    credential = accepted(with_credential(vault)).providers["p"].credential
+    assert credential is not None
+    assert credential.reveal() == "a b"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not empty"),
+        (b"\n", "not empty"),
+        (b"\r\n", "not empty"),
+        (b"a\n\n", "one line"),
+        (b"a\r", "one line"),
+        (b" a", "white space"),
+        (b"a \n", "white space"),
+        (b"a\tb", "visible ASCII"),
+        (b"a\0b", "visible ASCII"),
+        ("ä".encode(), "visible ASCII"),
+        (b"a" * (64 * 1024 + 1), "at most 64KiB"),
+    ],
+)
+def test_content_of_a_credential_file(vault: Path, content: bytes, words: str) -> None:
+    """What cannot be a header's value is no credential, and is not shown."""
+    (vault / "key").write_bytes(content)
+    (problem,) = refused(with_credential(vault))
+    assert problem.startswith("providers.p.credential: expected a credential file")
+    assert words in problem
+    assert "got" not in problem
+
+
+def test_the_largest_credential(vault: Path) -> None:
+    """A credential of 64 KiB with its line end is just small enough."""
+    (vault / "key").write_bytes(b"a" * 64 * 1024 + b"\r\n")
+    accepted(with_credential(vault))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "the bare name of a file") for name in ("../key", "/key", "a/b", "..", ".", "")),
+        ("\0", "the bare name of a file"),
+        (1, "the bare name of a file"),
+        (SECRET, "a file that can be read in the credentials directory (No such file"),
+        (".hidden", "the name of a regular file"),
+        ("pipe", "the name of a regular file"),
+    ],
+)
+def test_a_name_that_is_no_credential_file_s(vault: Path, name: str | int, words: str) -> None:
+    """It is not fetched from elsewhere, and is told without its name: that may be the key itself.
+
+    A pipe would never end.
+    """
+    (vault / ".hidden").mkdir()
+    os.mkfifo(vault / "pipe")
+    (problem,) = refused(with_credential(vault, **{"providers.p.credential": json.dumps(name)}))
+    assert problem.startswith(f"providers.p.credential: expected {words}")
+    assert "got" not in problem
+    assert SECRET not in problem
+
+
+def test_credentials_from_systemd(vault: Path) -> None:
+    """Without the key, credentials are read from $CREDENTIALS_DIRECTORY."""
+    changes = {"providers.p.credential": '"key"'}
+    found = accepted(changes, CREDENTIALS_DIRECTORY=str(vault)).providers["p"].credential
+    assert found == Secret(SECRET)
+
+
+def test_no_place_for_credentials() -> None:
+    """Where nothing says where credentials are, that is said once for all providers."""
+    changes = {
+        "providers.p.credential": '"key"',
+        "providers.q": '{ url = "https://q", dialect = "raw", credential = "key" }',
+    }
+    (problem,) = refused(changes)
+    assert problem.startswith("credentials.directory: expected a directory")
+    assert "$CREDENTIALS_DIRECTORY is not set either" in problem
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o702, 0o704, 0o755])
+@pytest.mark.parametrize("place", ["credentials.directory", "$CREDENTIALS_DIRECTORY"])
+def test_a_directory_open_to_others(vault: Path, place: str, mode: int) -> None:
+    """A directory that others may enter, read or change is refused, once, whoever named it."""
+    vault.chmod(mode)
+    changes = {
+        "providers.p.credential": '"missing"',
+        "providers.q": '{ url = "https://q", dialect = "raw", credential = "missing" }',
+    }
+    if place.startswith("$"):
+        (problem,) = refused(changes, CREDENTIALS_DIRECTORY=str(vault))
+    else:
+        (problem,) = refused(with_credential(vault, **changes))
+    assert problem.startswith(f"{place}: expected a directory closed to others")
+    assert str(vault) in problem
+
+
+def test_an_unused_directory_of_systemd_is_not_looked_at(vault: Path) -> None:
+    """Where no provider names a credential, $CREDENTIALS_DIRECTORY may be anything."""
+    vault.chmod(0o755)
+    accepted({}, CREDENTIALS_DIRECTORY=str(vault))
+
+
+def test_a_directory_open_to_a_group(vault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group may enter only if the process is in it, and systemd's directory is its own affair."""
+    vault.chmod(0o750)
+    group = vault.stat().st_gid
+    monkeypatch.setattr(os, "getegid", lambda: group + 1)
+    monkeypatch.setattr(os, "getgroups", lambda: [group])
+    accepted(with_credential(vault))
+    monkeypatch.setattr(os, "getgroups", lambda: [group + 2])
+    (problem,) = refused(with_credential(vault))
+    assert problem.startswith("credentials.directory: expected a directory closed to a group")
+    accepted({"providers.p.credential": '"key"'}, CREDENTIALS_DIRECTORY=str(vault))
+
+
+@pytest.mark.parametrize(("name", "words"), [("missing", "No such file"), ("file", "a directory")])
+def test_a_directory_that_is_none(tmp_path: Path, name: str, words: str) -> None:
+    """A directory that is named is looked at although no provider has a credential."""
+    (tmp_path / "file").touch()
+    (problem,) = refused({"credentials.directory": json.dumps(str(tmp_path / name))})
+    assert problem.startswith("credentials.directory: expected a directory")
+    assert words in problem
+
+
+def test_two_credentials(vault: Path) -> None:
+    """A provider's own key and the caller's key cannot both be sent."""
+    (problem,) = refused(with_credential(vault, **{"providers.p.pass_credential": "true"}))
+    assert problem.startswith("providers.p.pass_credential: expected either this or `credential`")
+    assert accepted({"providers.p.pass_credential": "true"}).providers["p"].pass_credential
+
+
+# --- nothing secret is shown ----------------------------------------------------------------------
+
+
+def test_nothing_secret_is_shown(vault: Path) -> None:
+    """No secret and no digest is in repr, in the redacted form or in what msgspec encodes."""
+    config = accepted(with_credential(vault, **{"clients.c.keys": KEYS_LINE}))
+    digest = bytes.fromhex(DIGEST)
+    redacted = config.redacted()
+    for shown in (repr(config), str(config), json.dumps(redacted), f"{config.providers['p']}"):
+        assert SECRET not in shown
+        assert DIGEST not in shown
+        assert repr(digest)[2:-1] not in shown
+    assert "credential=***" in repr(config)
+    assert redacted["clients"] == {"c": {"keys": 1, "routes": ["*"], "models": ["*"]}}
+    with pytest.raises(TypeError, match="Secret"):
+        msgspec.json.encode(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("clients.c.keys", f'["{SECRET}"]'),
+        ("clients.c.keys", f'"{SECRET}"'),
+        ("clients.c.keys", f'["sha256:{DIGEST}0"]'),
+        ("clients.c.keys", f'["sha256:{DIGEST.upper()}"]'),
+        ("clients.c.keys", f'["{DIGEST}"]'),
+        ("clients.c", f'"{SECRET}"'),
+        ("clients.c.key", f'"{SECRET}"'),
+        ("providers.p.credential", f'"{SECRET}"'),
+        ("providers.p.credential", f'"Bearer/{SECRET}"'),
+        ("providers.p.key", f'"{SECRET}"'),
+        ("providers.p.url", f'"https://user:{SECRET}@a"'),
+        ("providers.p.url", f'"user:{SECRET}@a"'),
+        ("providers.p.url", f'"https://a/?key={SECRET}"'),
+        ("providers.p.header", f'"Authorization: {SECRET}"'),
+        ("providers.p.format", f'"Bearer {SECRET}"'),
+        ("providers.p.headers", f'{{ authorization = "Bearer {SECRET}" }}'),
+        ("providers.p.headers", f'{{ x-token = "{SECRET}\\n" }}'),
+        ("providers.p.headers", f'"x-token: {SECRET}"'),
+        ("credentials.key", f'"{SECRET}"'),
+    ],
+)
+def test_a_secret_that_went_astray_is_not_shown(vault: Path, key: str, value: str) -> None:
+    """Whoever writes a key where it does not belong finds it in no message."""
+    changes: dict[str, str | None] = {"credentials.directory": json.dumps(str(vault)), key: value}
+    shown = "\n".join(refused(changes)).lower()
+    assert key.split(".", 1)[0] in shown
+    assert SECRET not in shown
+    assert DIGEST not in shown
+
+
+def test_a_wrong_key_is_told_how_one_is_made() -> None:
+    """An operator who wrote the key itself learns of the command that prints its line."""
+    (problem,) = refused({"clients.team-a.keys": '["llmp_x"]'})
+    assert problem.startswith('clients.team-a.keys[0]: expected "sha256:" and 64 lower-case')
+    assert "`llmproxy keys new team-a`" in problem

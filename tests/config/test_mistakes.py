@@ -1,0 +1,446 @@
+"""How each mistake of a configuration is told, and that all of them are told at once."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from llmproxy.config import ConfigError, parse
+from llmproxy.config.settings import ROOT, SECTIONS
+from tests.support.configs import DIGEST, KEYS_LINE, accepted, refused
+
+# --- one mistake, one problem ---------------------------------------------------------------------
+
+WRONG: list[tuple[str, str, str, str]] = [
+    # key, what stands there, where the problem is (after the key), what it says
+    ("proxy.listen", "[]", "", "an array with at least one item, got an empty one"),
+    ("proxy.listen", '"tcp:1"', "", "an array with at least one item, got a string"),
+    ("proxy.listen", '["tcp:1", "8080"]', "[1]", 'an endpoint such as "tcp:8080'),
+    ("proxy.listen", '[""]', "[0]", "an endpoint"),
+    ("proxy.listen", "[8080]", "[0]", "got 8080"),
+    ("proxy.listen", '["localhost:8080"]', "[0]", 'got "localhost:8080"'),
+    ("proxy.listen", '["tcp:"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["tcp:http"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["tcp:65536"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["haproxy:8080"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["unix:/a\\u0000"]', "[0]", "without control characters"),
+    ("proxy.listen", '["unix:/{instnace}"]', "[0]", 'no braces but those of "{instance}"'),
+    ("proxy.anonymous", '"yes"', "", 'expected true or false, got "yes"'),
+    ("proxy.anonymous", "1", "", "expected true or false, got 1"),
+    ("proxy.drain_timeout", '"off"', "", "cannot be off"),
+    ("proxy.drain_timeout", "10", "", 'write "10s", got 10'),
+    ("proxy.max_connections", "0", "", "a whole number from 1 to 10000000, got 0"),
+    ("proxy.max_connections", "-1", "", "a whole number from 1"),
+    ("proxy.max_connections", "10000001", "", "to 10000000, got 10000001"),
+    ("proxy.max_connections", '"20000"', "", "a whole number"),
+    ("proxy.max_connections", '"off"', "", "a whole number"),
+    ("proxy.max_connections", "true", "", "a whole number"),
+    ("proxy.via", '"a b"', "", "a token"),
+    ("proxy.via", '""', "", "a token"),
+    ("admin.listen", '["tcp:1"]', "", "an endpoint"),
+    ("admin.metrics_listen", '"9100"', "", "an endpoint"),
+    ("timeouts.idle", "10", "", 'write "10s"'),
+    ("timeouts.idle", "1.5", "", 'write "1.5s"'),
+    ("timeouts.idle", '"10"', "", 'write "10s"'),
+    ("timeouts.idle", "true", "", 'a duration such as "250ms"'),
+    ("timeouts.idle", '"10 s"', "", 'or "off", got "10 s"'),
+    ("timeouts.idle", '"1w"', "", "a duration"),
+    ("timeouts.idle", '"-1s"', "", "a duration"),
+    ("timeouts.idle", '"1e3s"', "", "a duration"),
+    ("timeouts.idle", '"١s"', "", "a duration"),
+    ("timeouts.idle", '"0s"', "", "above zero"),
+    ("timeouts.idle", '"366d"', "", 'up to "365d"'),
+    ("timeouts.idle", "2020-01-01", "", "got a date or a time"),
+    ("limits.request_body", "1024", "", 'write "32KiB"'),
+    ("limits.request_body", '"1024"', "", "a size with its unit"),
+    ("limits.request_body", '"1MB"', "", 'a size such as "512B"'),
+    ("limits.request_body", '"1.5MiB"', "", "a size"),
+    ("limits.request_body", '"off"', "", "a size"),
+    ("limits.request_head", '"0"', "", "a size above zero"),
+    ("limits.response_head", '"0B"', "", "a size above zero"),
+    ("limits.connections_per_address", "-1", "", "a whole number from 0 to 10000000, got -1"),
+    ("limits.connections_per_address", '"off"', "", "a whole number"),
+    ("limits.connections_per_address", '"1KiB"', "", "a whole number"),
+    ("trace.jsonl", '"trace.jsonl"', "", "an absolute path"),
+    ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
+    ("trace.ledger", '"ledger"', "", "an absolute path"),
+    ("trace.keep", '"7d"', "", "expected `ledger` beside it"),
+    ("trace.otlp", '"127.0.0.1:4318"', "", "an http:// or https:// URL"),
+    ("trace.otlp", '"http://key@host"', "", "without a user or password"),
+    ("trace.session_header", '"x session"', "", "a header's name"),
+    ("trace.session_header", '"Authorization"', "", "a header that carries no key"),
+    ("trace.session_header", '"cookie"', "", "a header that carries no key"),
+    ("trace.session_header", '"x-llmproxy-key"', "", "a header that neither the proxy"),
+    ("credentials.directory", '"credentials"', "", "an absolute path"),
+    ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
+    ("providers.p.url", "1", "", "an http:// or https:// URL"),
+    ("providers.p.url", '"https://"', "", "an http:// or https:// URL"),
+    ("providers.p.url", '"https://:80"', "", "a host's name"),
+    ("providers.p.url", '"https://a?k=v"', "", "without a query or fragment"),
+    ("providers.p.url", '"https://a#f"', "", "without a query or fragment"),
+    ("providers.p.url", '"https://u:p@a"', "", "without a user or password"),
+    ("providers.p.url", '"https://a:0"', "", "the port from 1 to 65535"),
+    ("providers.p.url", '"https://a:65536"', "", "the port from 1 to 65535"),
+    ("providers.p.url", '"https://a:"', "", "HOST or HOST:PORT"),
+    ("providers.p.url", '"https://a:1:2"', "", "HOST or HOST:PORT"),
+    ("providers.p.url", '"https://::1"', "", "HOST or HOST:PORT"),
+    ("providers.p.url", '"https://[::g]"', "", "a host's name"),
+    ("providers.p.url", '"https://[fe80::1%eth0]"', "", "a host's name"),
+    ("providers.p.url", '"https://127.1"', "", "a host's name"),
+    ("providers.p.url", '"https://a..b"', "", "a host's name"),
+    ("providers.p.url", '"https://a."', "", "a host's name"),
+    ("providers.p.url", '"https://a b"', "", "a host's name"),
+    ("providers.p.url", '"https://\\u2603.\\u0000"', "", "a host's name"),
+    ("providers.p.url", '"https://a/b c"', "", "visible ASCII"),
+    ("providers.p.url", '"https://a/ä"', "", "visible ASCII"),
+    ("providers.p.url", '"https://a/%zz"', "", "visible ASCII"),
+    ("providers.p.url", '"https://a/b/../c"', "", "segments"),
+    ("providers.p.url", '"https://a/%2E/c"', "", "segments"),
+    ("providers.p.url", '"https://a//b"', "", "segments"),
+    ("providers.p.dialect", '"openia"', "", 'one of "openai", "anthropic", "ollama", "raw"'),
+    ("providers.p.dialect", "1", "", "one of"),
+    ("providers.p.header", '"Content-Length"', "", "neither the proxy nor HTTP's framing owns"),
+    ("providers.p.header", '"Proxy-Authorization"', "", "framing owns"),
+    ("providers.p.header", '"x-llmproxy-key"', "", "framing owns"),
+    ("providers.p.header", '"Authorization: Bearer"', "", "a token"),
+    ("providers.p.format", '"Bearer"', "", 'exactly one "{}"'),
+    ("providers.p.format", '"{}{}"', "", 'exactly one "{}"'),
+    ("providers.p.format", '"{x}"', "", 'exactly one "{}"'),
+    ("providers.p.format", '"Bearer {}\\n"', "", "visible ASCII"),
+    ("providers.p.format", '"Bearer {} "', "", "visible ASCII"),
+    ("providers.p.format", '"é{}"', "", "visible ASCII"),
+    ("providers.p.format", "1", "", "visible ASCII"),
+    ("providers.p.headers", '"a: b"', "", "expected a table, got a string"),
+    ("providers.p.headers", '{ Host = "a" }', ".Host", "framing owns"),
+    ("providers.p.headers", '{ "a b" = "a" }', '."a b"', "a token"),
+    ("providers.p.headers", '{ Api-Key = "a" }', ".Api-Key", "use `credential`"),
+    ("providers.p.headers", '{ A = "a", a = "a" }', ".a", "each name once"),
+    ("providers.p.headers", '{ a = "b\\r\\nc: d" }', ".a", "without control characters"),
+    ("providers.p.headers", "{ a = 1 }", ".a", "a string"),
+    ("providers.p.pass_credential", "0", "", "true or false"),
+    ("providers.p.ca", '"ca.pem"', "", "an absolute path"),
+    ("providers.p.ca", '"/no/such.pem"', "", "a PEM file of certificates (No such file"),
+    ("providers.p.ca", '"/dev/null"', "", "a PEM file of certificates"),
+    ("providers.p.pool", "-1", "", "a whole number from 0 to 1000000, got -1"),
+    ("providers.p.pool", "true", "", "a whole number"),
+    ("providers.p.pool", "1.0", "", "a whole number"),
+    ("providers.p.pool", "0x" + "f" * 5000, "", "got a number"),
+    ("providers.p.timeouts", '"1s"', "", "expected a table"),
+    ("providers.p.timeouts", "{ idle = 1 }", ".idle", 'write "1s"'),
+    ("providers.p.timeouts", '{ client_idle = "1s" }', ".client_idle", "only be set in [timeouts]"),
+    ("providers.p.timeouts", '{ request_head = "1s" }', ".request_head", "only be set in"),
+    ("routes[0].path", '"a"', "", 'begins with "/"'),
+    ("routes[0].path", '""', "", 'begins with "/"'),
+    ("routes[0].path", "1", "", 'begins with "/"'),
+    ("routes[0].path", '"/a b"', "", "visible ASCII"),
+    ("routes[0].path", '"/ä"', "", "visible ASCII"),
+    ("routes[0].path", '"/a?b"', "", 'without "?" or "#"'),
+    ("routes[0].path", '"/a#b"', "", 'without "?" or "#"'),
+    ("routes[0].path", '"/a/"', "", 'without a trailing slash (write "/a"), got "/a/"'),
+    ("routes[0].path", '"//"', "", 'write "/"'),
+    ("routes[0].path", '"/a//b"', "", "segments"),
+    ("routes[0].path", '"/a/./b"', "", "segments"),
+    ("routes[0].path", '"/a/.%2e"', "", "segments"),
+    ("routes[0].path", '"/-"', "", "the proxy's own pages"),
+    ("routes[0].path", '"/-/pace"', "", "the proxy's own pages"),
+    ("routes[0].name", '"a b"', "", "a name of up to 64"),
+    ("routes[0].name", '"/a"', "", "a name of up to 64"),
+    ("routes[0].name", f'"{"a" * 65}"', "", "a name of up to 64"),
+    ("routes[0].providers", "[]", "", "at least one item"),
+    ("routes[0].providers", '["q"]', "[0]", 'the name of a provider, got "q"'),
+    ("routes[0].providers", '["pp"]', "[0]", 'did you mean "p"?'),
+    ("routes[0].providers", "[1]", "[0]", "the name of a provider"),
+    ("routes[0].providers", '["p", "p"]', "", "more than one candidate is not built yet"),
+    ("routes[0].hosts", "[]", "", "at least one item"),
+    ("routes[0].hosts", '["a b"]', "[0]", "a host's name"),
+    ("routes[0].hosts", '["a:80"]', "[0]", "without a port"),
+    ("routes[0].hosts", '["[::1]:80"]', "[0]", "without a port"),
+    ("routes[0].hosts", "[1]", "[0]", "a host's name"),
+    ("routes[0].models", '"gpt"', "", "an array"),
+    ("routes[0].models", '["gpt", ""]', "[1]", 'a pattern such as "gpt-*"'),
+    ("routes[0].strip", '"no"', "", "true or false"),
+    ("routes[0].override", '{ q = { model = "m" } }', ".q", "one of the route's providers"),
+    ("routes[0].override", '{ p = { model = "" } }', ".p.model", "a non-empty string"),
+    ("routes[0].override", '{ p = "m" }', ".p", "expected a table, got a string"),
+    ("routes[0].override", '"m"', "", "expected a table"),
+    ("routes[0].timeouts", '{ pool_idle = "1s" }', ".pool_idle", "only be set in [timeouts]"),
+    ("routes[0].timeouts", '{ first_byte = "x" }', ".first_byte", "a duration"),
+    ("routes[0].capture", '"text"', "", 'one of "usage", "content", got "text"'),
+    ("limits.event", '"0"', "", "above"),
+    ("routes[0].accept_encoding", '"gzip"', "", 'one of "identity", "pass", got "gzip"'),
+    ("routes[0].include_usage", "true", "", 'one of "as-asked", "inject", got true'),
+    ("routes[0].error_event", '"on"', "", "true or false"),
+    ("routes[0].request_body", "1", "", "a size with its unit"),
+    ("clients.c", f'{{ keys = {KEYS_LINE}, routes = ["b"] }}', ".routes[0]", "the name of a route"),
+    ("clients.c", f"{{ keys = {KEYS_LINE}, routes = [] }}", ".routes", "at least one item"),
+    ("clients.c", f'{{ keys = {KEYS_LINE}, models = [""] }}', ".models[0]", "a model"),
+    ("clients.c", "{ keys = [] }", ".keys", "at least one item"),
+    ("clients.c", "{}", ".keys", "is missing; `llmproxy keys new c` makes a key"),
+    ("clients.c", '"key"', "", "expected a table, got a string"),
+    ("clients.anonymous", f"{{ keys = {KEYS_LINE} }}", "", "another name"),
+    ('clients."a b"', f"{{ keys = {KEYS_LINE} }}", "", "a name of up to 64"),
+    ("clients.-a", f"{{ keys = {KEYS_LINE} }}", "", "a name of up to 64"),
+    ("clients", "1", "", "expected a table, got a number"),
+    ("admin", "[]", "", "expected a table, got an array"),
+    # unknown keys, with the nearest known one
+    ("zzz", "1", "", "unknown key; expected one of proxy, admin, credentials"),
+    ("route", "1", "", 'unknown key; did you mean "routes"?'),
+    ("proxy.drain-timeout", '"1s"', "", 'unknown key; did you mean "drain_timeout"?'),
+    ("providers.p.URL", '"x"', "", 'unknown key; did you mean "url"?'),
+    ("providers.p.timeouts", '{ idel = "1s" }', ".idel", 'did you mean "idle"?'),
+    ("routes[0].provider", '"p"', "", 'did you mean "providers"?'),
+    ("routes[0].override", "{ p = { modle = 1 } }", ".p.modle", 'did you mean "model"?'),
+    ("trace.zzz", "1", "", "unknown key; expected one of jsonl, ledger, keep, otlp"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "below", "words"), WRONG)
+def test_one_mistake_is_one_problem(key: str, value: str, below: str, words: str) -> None:
+    """A mistake is told once, with its key's path and what is expected."""
+    problems = refused({key: value})
+    (problem,) = [one for one in problems if not one.startswith("clients: expected at least")]
+    assert problem.startswith(f"{key}{below}: ")
+    assert words in problem
+    assert "\n" not in problem
+    assert len(problem) < 300
+
+
+OWNED = [
+    *("connection", "content-length", "expect", "forwarded", "host", "keep-alive", "te", "trailer"),
+    *("transfer-encoding", "upgrade", "via", "Proxy-Authorization", "proxy-a", "X-Forwarded-For"),
+    *("x-llmproxy-key", "x-llmproxy-a"),
+]
+CARRY_KEYS = ["Authorization", "x-api-key", "api-key", "X-Goog-Api-Key"]
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_headers_that_nobody_may_set(name: str) -> None:
+    """The fields of the proxy and of the framing are written down here a second time."""
+    words = "expected a header that neither the proxy nor HTTP's framing owns"
+    changes = {
+        "providers.p.header": f'"{name}"',
+        "providers.p.headers": f'{{ {name} = "a" }}',
+        "trace.session_header": f'"{name}"',
+    }
+    assert refused(changes) == (
+        f'providers.p.header: {words}, got "{name}"',
+        f"providers.p.headers.{name}: {words}",
+        f'trace.session_header: {words}, got "{name}"',
+    )
+
+
+@pytest.mark.parametrize("name", CARRY_KEYS)
+def test_headers_that_carry_a_key(name: str) -> None:
+    """They are for a credential, and neither added as they stand nor recorded."""
+    assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name.lower()
+    changes = {"providers.p.dialect": '"raw"', "providers.p.header": '"x-other"'}
+    added, recorded = refused(
+        {
+            **changes,
+            "providers.p.headers": f'{{ {name} = "a" }}',
+            "trace.session_header": f'"{name}"',
+        }
+    )
+    assert added.startswith(f"providers.p.headers.{name}: expected no header that carries a key")
+    assert recorded.startswith("trace.session_header: expected a header that carries no key")
+
+
+@pytest.mark.parametrize("name", ["accept", "cookie", "user-agent", "x-session", "openai-beta"])
+def test_other_headers_may_be_set(name: str) -> None:
+    """Nothing else is taken from an operator."""
+    assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name
+    added = accepted({"providers.p.headers": f'{{ {name} = "a" }}'}).providers["p"].headers
+    assert added == ((name, "a"),)
+
+
+NOT_BUILT = [
+    *("intercept", "tunnel", "admin.token", "providers.p.max_streams", "routes[0].balance"),
+    *("routes[0].retry_on", "routes[0].heartbeat", "routes[0].padding"),
+    *("routes[0].override.p.weight", "clients.c.max_streams", "clients.c.requests_per_minute"),
+    *("clients.c.tokens_per_minute", "clients.c.tokens_per_day"),
+]
+
+
+@pytest.mark.parametrize("key", NOT_BUILT)
+def test_what_is_not_built_is_refused(key: str) -> None:
+    """A key of the design that does nothing yet is refused in just these words."""
+    changes = {key: "1"}
+    if key.startswith("clients.c."):
+        changes["clients.c.keys"] = KEYS_LINE
+    assert refused(changes) == (f"{key}: is not built yet in this version",)
+
+
+def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
+    """The list of refused keys is written down a second time, so that none is dropped unseen."""
+    assert len(NOT_BUILT) == sum(len(one.not_built) for one in (ROOT, *SECTIONS.values()))
+
+
+@pytest.mark.parametrize(
+    "key", ["providers.p.url", "providers.p.dialect", "routes[0].path", "routes[0].providers"]
+)
+def test_needed_keys(key: str) -> None:
+    """A key without a default must be there."""
+    assert refused({key: None}) == (f"{key}: expected this key, but it is missing",)
+
+
+@pytest.mark.parametrize("name", ["-a", ".a", "a b", "a/b", "a" * 65, "ä", ""])
+def test_names_of_providers(name: str) -> None:
+    """A provider's name must do as a label."""
+    key = f"providers.{json.dumps(name)}"
+    problems = refused({f"{key}.url": '"https://a"', f"{key}.dialect": '"raw"'})
+    assert len(problems) == 1
+    assert problems[0].startswith("providers.")
+    assert "a name of up to 64 letters" in problems[0]
+
+
+# --- what only the whole file can tell ------------------------------------------------------------
+
+
+def test_nothing_but_anonymous() -> None:
+    """A file without providers and routes could serve nothing."""
+    with pytest.raises(ConfigError) as caught:
+        parse("proxy.anonymous = true", environ={})
+    assert [one.split(",")[0] for one in caught.value.problems] == [
+        "providers: expected at least one [providers.NAME]",
+        "routes: expected at least one [[routes]]",
+    ]
+
+
+@pytest.mark.parametrize("anonymous", ["false", None])
+def test_an_open_listener_is_asked_for(anonymous: str | None) -> None:
+    """Without clients a start needs the operator's word that everybody may call."""
+    (problem,) = refused({"proxy.anonymous": anonymous})
+    assert problem.startswith("clients: expected at least one [clients.NAME]")
+    assert "proxy.anonymous = true for an open listener without clients" in problem
+
+
+def test_routes_as_a_table() -> None:
+    """Routes that are no array of tables are told how they are written."""
+    with pytest.raises(ConfigError, match=r"routes: expected \[\[routes\]\], an array of tables"):
+        parse('[routes]\npath = "/"', environ={})
+
+
+def test_one_path_twice_needs_names() -> None:
+    """Of two routes with one path the second is asked for a name of its own."""
+    changes = {"routes[1].path": '"/a"', "routes[1].providers": '["p"]'}
+    (problem,) = refused(changes)
+    assert problem.startswith("routes[1].name: expected a name of its own: set `name`")
+    assert 'routes[0] is called "a" already' in problem
+    named = accepted({**changes, "routes[1].name": '"b"', "routes[1].models": '["m"]'})
+    assert [route.name for route in named.routes] == ["a", "b"]
+
+
+def test_a_bad_route_does_not_make_a_client_wrong() -> None:
+    """Where a route's name cannot be told, what clients say of routes is not judged."""
+    problems = refused(
+        {"routes[0].path": '"a"', "clients.c": f'{{ keys = {KEYS_LINE}, routes = ["a"] }}'}
+    )
+    assert [one.split(":")[0] for one in problems] == ["routes[0].path"]
+
+
+def test_a_bad_provider_does_not_make_a_route_wrong() -> None:
+    """A provider with a mistake is still there for the routes that name it."""
+    problems = refused({"providers.p.dialect": "1"})
+    assert [one.split(":")[0] for one in problems] == ["providers.p.dialect"]
+
+
+@pytest.mark.parametrize("second", ["a", "b"])
+def test_one_key_twice(second: str) -> None:
+    """No key stands in two clients, nor twice in one."""
+    both = f'["sha256:{DIGEST}", "sha256:{DIGEST}"]'
+    changes = {"clients.a.keys": both if second == "a" else KEYS_LINE}
+    if second == "b":
+        changes["clients.b.keys"] = KEYS_LINE
+    (problem,) = refused(changes)
+    assert problem.startswith(f"clients.{second}.keys: expected a key of its own")
+    assert "clients.a.keys already" in problem
+    assert DIGEST not in problem
+
+
+def test_all_mistakes_at_once() -> None:
+    """A file with seven different mistakes reports all seven."""
+    text = """
+        [proxy]
+        lisen = ["tcp:1"]
+        drain_timeout = 10
+        [limits]
+        drains = "5"
+        [providers.p]
+        url = "ftp://x"
+        dialect = "openai"
+        [[routes]]
+        path = "/a/"
+        providers = ["q"]
+        [clients.c]
+        keys = ["raw"]
+    """
+    with pytest.raises(ConfigError) as caught:
+        parse(text, environ={})
+    assert [one.split(":")[0] for one in caught.value.problems] == [
+        "proxy.lisen",
+        "proxy.drain_timeout",
+        "limits.drains",
+        "providers.p.url",
+        "routes[0].path",
+        "routes[0].providers[0]",
+        "clients.c.keys[0]",
+    ]
+    assert str(caught.value) == "\n".join(caught.value.problems)
+
+
+ORDER = """
+    proxy listen, listen_tls, reuse_port, certificate, key, anonymous, drain_timeout,
+        max_connections, tuned_loop, via
+    admin listen, metrics_listen
+    timeouts connect, first_byte, idle, total, client_stall, request_head, request_body,
+        client_idle, pool_idle
+    limits request_head, request_body, request_memory, response_head, accumulate, event,
+        connections_per_address, drains
+    providers.q dialect, pass_credential, header, url, credential, format, headers, ca, pool,
+        timeouts
+    routes[1] path, providers, name, hosts, models, strip, override, timeouts, accept_encoding,
+        include_usage, on_disconnect, drain_for, error_event, capture, request_body
+    trace jsonl, ledger, keep, otlp, session_header
+    clients.c keys, routes, models
+"""
+
+
+def test_the_order_of_problems() -> None:
+    """Problems stand in the order of the sections, and of the keys as they are read."""
+    sections = re.findall(r"^    (\S+) ((?:.+\n)(?: {8}.+\n)*)", ORDER, re.MULTILINE)
+    keys = [f"{path}.{key}" for path, names in sections for key in re.findall(r"\w+", names)]
+    problems = refused(dict.fromkeys(keys, "2020-01-01"))
+    assert [one.split(":")[0] for one in problems] == keys
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        (
+            "",
+            "proxy, admin, credentials, timeouts, limits, providers, routes, clients, trace",
+        ),
+        (
+            "providers.p.",
+            "url, dialect, credential, header, format, pass_credential, headers, ca, pool, "
+            "timeouts",
+        ),
+        (
+            "providers.p.timeouts.",
+            "connect, first_byte, idle, total, client_stall, pool_idle",
+        ),
+        (
+            "routes[0].",
+            "path, name, providers, hosts, models, strip, override, timeouts, accept_encoding, "
+            "include_usage, on_disconnect, drain_for, error_event, capture, request_body",
+        ),
+        ("routes[0].timeouts.", "connect, first_byte, idle, total, client_stall"),
+        ("clients.c.", "keys, routes, models"),
+    ],
+)
+def test_the_keys_of_a_section_are_told(place: str, names: str) -> None:
+    """A key that is like none of its section gets the list of them all."""
+    problem = f"{place}zzz: unknown key; expected one of {names}"
+    assert problem in refused({f"{place}zzz": "1"})

@@ -1,0 +1,121 @@
+"""The documentation of the configuration says what the code does."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from llmproxy.config import parse
+from llmproxy.config.reference import rewritten
+from llmproxy.config.settings import ROOT, SECTIONS
+from tests.support.configs import KEYS_LINE, accepted
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "configuration.rst").read_text(encoding="utf-8")
+STATED = re.compile(r"``(\w+)`` \(.*, default ``([^`]+)``\)")
+
+
+def test_the_sample_is_accepted(vault: Path) -> None:
+    """The shipped sample is accepted once its credential files are there, and states defaults."""
+    for name in ("openai-key", "anthropic-key"):
+        (vault / name).write_text("sk-sample\n")
+    text = (DOCS / "llmproxy.toml").read_text()
+    there = "/etc/llmproxy/credentials"
+    config = parse(text.replace(f'directory = "{there}"', f'directory = "{vault}"'), environ={})
+    assert [route.name for route in config.routes] == ["openai", "anthropic"]
+    default = accepted({})
+    assert config.timeouts == default.timeouts
+    assert config.limits == default.limits
+    assert config.admin == default.admin
+    assert config.proxy == msgspec.structs.replace(default.proxy, anonymous=False)
+
+
+def test_the_sample_shows_every_key() -> None:
+    """Each built key stands in the sample, in force or commented out."""
+    text = (DOCS / "llmproxy.toml").read_text()
+    missing = {
+        key
+        for path, section in SECTIONS.items()
+        if not path.endswith(".timeouts")
+        for key in section.names
+        if not re.search(rf"\b{key} = ", text)
+    }
+    assert missing == set()
+
+
+def entries() -> dict[str, list[str]]:
+    """Return the lines of the page that begin the description of keys, by section."""
+    sections: dict[str, list[str]] = {}
+    section = None
+    for line in PAGE.splitlines():
+        heading = re.fullmatch(r"``\[+([^\]]+)\]+``", line)
+        if heading:
+            section = heading[1].replace("NAME", "*")
+            sections[section] = []
+        elif line.startswith("``") and section is not None:
+            sections[section].append(line)
+    return sections
+
+
+def test_the_page_is_what_the_declarations_say() -> None:
+    """If this fails, `make docs` writes the page anew."""
+    assert rewritten(PAGE) == PAGE
+
+
+def test_what_was_changed_by_hand_is_written_anew() -> None:
+    """A default, a key or an explanation in a block are those of the code."""
+    changed = re.sub(r'``"5m"``|``anonymous`` \(|Endpoint of', "x", PAGE)
+    assert changed != PAGE
+    assert rewritten(changed) == PAGE
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("keys of admin:", "keys:"), ("keys of admin:", "keys of proxy:")]
+)
+def test_a_page_without_a_section_is_refused(old: str, new: str) -> None:
+    """Each section has its block in the page, and just one."""
+    with pytest.raises(ValueError, match="expected a block for each of proxy, admin"):
+        rewritten(PAGE.replace(old, new))
+
+
+def test_every_key_is_documented() -> None:
+    """Below the heading of a section stand its keys, and no other."""
+    found = {}
+    for path, lines in entries().items():
+        terms = [re.sub(r" \(.*\)$", "", line) for line in lines]
+        assert all(re.fullmatch(r"``\w+``(, ``\w+``)*", term) for term in terms), terms
+        found[path] = tuple(re.findall(r"``(\w+)``", " ".join(terms)))
+    assert found == {path: tuple(section.names) for path, section in SECTIONS.items()}
+    assert {path.split(".")[0] for path in found} == set(ROOT.names)
+
+
+PLACES = {"providers.*": "providers.p", "routes": "routes[0]", "clients.*": "clients.c"}
+DEFAULTS = [
+    (f"{PLACES.get(path, path)}.{found[1]}", found[2])
+    for path, lines in entries().items()
+    for found in map(STATED.fullmatch, lines)
+    if found
+]
+
+
+@pytest.mark.parametrize(("key", "default"), DEFAULTS, ids=[key for key, _ in DEFAULTS])
+def test_a_documented_default_is_the_one_in_force(
+    key: str, default: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that writes the default down gives the same configuration as a file without it."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "HOSTNAME")
+    base: dict[str, str | None] = {"clients.c.keys": KEYS_LINE, "trace.ledger": '"/l"'}
+    if key == "proxy.anonymous":
+        base[key] = None
+    assert accepted({**base, key: default}) == accepted(base)
+
+
+def test_every_documented_default_is_tried() -> None:
+    """The test above leaves out two keys, whose default follows the dialect."""
+    left = [line for lines in entries().values() for line in lines if not STATED.fullmatch(line)]
+    dependent = [line.partition(" ")[0] for line in left if " default ``" in line]
+    assert dependent == ["``header``", "``format``"]

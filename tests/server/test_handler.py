@@ -1,0 +1,59 @@
+"""Handlers and routers: what a plain handler allows, and which handler a request finds."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.task import Clock
+
+from llmproxy.server.handler import Handler, Router
+from llmproxy.server.site import Site
+from tests.server.test_site import Waits
+from tests.support.fake_transport import FakeTransport
+from tests.support.sockets import request
+
+
+def answered(router: Router, data: bytes) -> bytes:
+    """Return what a client gets for these bytes."""
+    clock, transport = Clock(), FakeTransport()
+    transport.connect(Site(router, clock, clock.seconds, wall=clock.seconds).buildProtocol(None))
+    transport.protocol.dataReceived(data)
+    return transport.take()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "found"),
+    [
+        ("GET", "/page", "page"),
+        ("POST", "/page?x=/else", "page"),
+        ("GET", "/page/", "default"),
+        ("GET", "/page/x", "default"),
+        ("GET", "//page", "default"),
+        ("GET", "/pag%65", "default"),
+        ("GET", "xpage", "default"),
+        ("GET", "/", "default"),
+        ("CONNECT", "host:443", "connect"),
+        ("CONNECT", "/page", "connect"),
+    ],
+)
+def test_a_request_finds_its_handler(method: str, target: str, found: str) -> None:
+    """By its method, else by its exact path without the query, else by default."""
+    handlers = {name: Waits() for name in ("default", "page", "connect")}
+    router = Router(
+        handlers["default"], {b"/page": handlers["page"]}, {b"CONNECT": handlers["connect"]}
+    )
+    answered(router, request(method, target))
+    assert [name for name, handler in handlers.items() if handler.requests] == [found]
+
+
+def test_a_handler_takes_no_body_of_itself() -> None:
+    """One that says nothing of bodies holds none: what announces one is refused."""
+
+    class Plain(Waits):
+        body_limit = Handler.body_limit
+        holds_body = Handler.holds_body
+
+    handler = Plain()
+    answered(Router(handler), request("POST", "/", "Content-Length: 1"))
+    refusal = handler.requests[0].refusal
+    assert refusal is not None
+    assert refusal.status == 413
