@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.stage import Link
+from tests.support.live_proxy import Link
 from tests.support.tls import Authority
 
 

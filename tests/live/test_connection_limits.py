@@ -17,19 +17,10 @@ import pytest
 
 from tests.support.daemon import Daemon, provider_config
 from tests.support.keypairs import LISTEN_TLS, Vault
+from tests.support.live_proxy import Response, assert_settles, post, read_response, until
+from tests.support.scripts import LAST, SSE, Turn, event
 from tests.support.served import knock
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
-from tests.support.stage import (
-    LAST,
-    SSE,
-    Got,
-    Turn,
-    assert_settles,
-    event,
-    post,
-    read_got,
-    until,
-)
 
 MOST = 5
 KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -63,10 +54,10 @@ def connect_from(source: str, port: int) -> Wire:
     return Wire(sock)
 
 
-def ask(wire: Wire) -> Got:
+def ask(wire: Wire) -> Response:
     """Ask once on a connection that stays."""
     wire.send(request("GET", "/p/x"))
-    return read_got(wire)
+    return read_response(wire)
 
 
 def clients(daemon: Daemon) -> float:
@@ -93,7 +84,7 @@ def assert_quiet(daemon: Daemon) -> None:
     assert cpu_seconds(daemon) - before < 0.5
 
 
-def assert_refusal(got: Got, limit: str) -> None:
+def assert_refusal(got: Response, limit: str) -> None:
     """Check what somebody is told who is turned away."""
     assert got.status == 503
     assert got.values(b"x-llmproxy-error") == [limit.encode()]
@@ -104,9 +95,9 @@ def assert_refusal(got: Got, limit: str) -> None:
     assert got.json()["error"]["code"] == limit
 
 
-def turned_away(wire: Wire) -> Got:
+def turned_away(wire: Wire) -> Response:
     """Return what a connection is told that is turned away, whether it asked or not."""
-    got = read_got(wire)
+    got = read_response(wire)
     assert wire.wait_closed() == "fin"
     return got
 
@@ -313,7 +304,7 @@ def test_behind_a_balancer_its_clients_are_counted(tmp_path: Path) -> None:
         assert ours in text
         daemon.config_path.write_text(text.replace(ours, f"{proxy}anonymous"))
         with daemon, come("192.0.2.1") as one, come("192.0.2.2") as other:
-            assert [read_got(one).body, read_got(other).body] == [b"ok", b"ok"]
+            assert [read_response(one).body, read_response(other).body] == [b"ok", b"ok"]
             with come("192.0.2.1") as late:
                 assert_refusal(turned_away(late), "connections_per_address")
             assert limited(daemon, "connections_per_address") == 1
@@ -321,7 +312,7 @@ def test_behind_a_balancer_its_clients_are_counted(tmp_path: Path) -> None:
             one.close()
             until(lambda: clients(daemon) == 1, "it is gone")
             with come("192.0.2.1") as again:
-                assert read_got(again).body == b"ok"
+                assert read_response(again).body == b"ok"
 
 
 # --- no descriptor left ---------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import pytest
 
 from tests.support.collector import Collector
 from tests.support.daemon import ROOT, Daemon
+from tests.support.live_proxy import assert_settles, post, until
 from tests.support.records import query
+from tests.support.scripts import DONE, LAST, SSE
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect
-from tests.support.stage import DONE, LAST, SSE, assert_settles, post, until
 
 MANY = 200
 CHAT = "/p/v1/chat/completions"

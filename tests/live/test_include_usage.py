@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.stage import Stage, open_stage, post
+from tests.support.live_proxy import LiveProxy, live_fixture, post
 
 CONFIG = """
 [providers.openai]
@@ -41,12 +39,7 @@ BODY = b'{ "model":"m" , "stream" : true,\n"x":1.0e2 }'
 COUNTED = b'{ "model":"m" , "stream" : true,"stream_options":{"include_usage":true},\n"x":1.0e2 }'
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Routes with and without the key, to one service."""
-    folder = tmp_path_factory.mktemp("include_usage")
-    with open_stage(folder, lambda url: CONFIG.replace("URL", url)) as stage:
-        yield stage
+live = live_fixture(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +56,16 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     ],
 )
 def test_body_gains_the_option_where_the_route_says_so(
-    stage: Stage, target: str, before: bytes, after: bytes
+    live: LiveProxy, target: str, before: bytes, after: bytes
 ) -> None:
     """The provider gets the option and its length, and every other byte as it was."""
-    received, _ = stage.ask(post(target, before))
+    received, _ = live.ask(post(target, before))
     assert received.body == after
     assert received.values(b"content-length") == [b"%d" % len(after)]
 
 
-def test_encoded_body_stays(stage: Stage) -> None:
+def test_encoded_body_stays(live: LiveProxy) -> None:
     """What cannot be looked into crosses as it is."""
     target = "/inject/v1/chat/completions"
-    received, _ = stage.ask(post(target, BODY, "Content-Encoding: x-none"))
+    received, _ = live.ask(post(target, BODY, "Content-Encoding: x-none"))
     assert received.body == BODY

@@ -29,19 +29,18 @@ from tests.live.test_reload import free_port
 from tests.support.daemon import Daemon, provider_config
 from tests.support.demo import Demo
 from tests.support.fake_transport import until as until_here
-from tests.support.load import Load
-from tests.support.reloads import failures, hang_up, reload, write
-from tests.support.sockets import Provider, Wire, chunked, connect, request
-from tests.support.stage import (
-    LAST,
+from tests.support.live_proxy import (
     assert_settles,
     client_config,
-    event,
     post,
-    read_got,
+    read_response,
     until,
     write_credential,
 )
+from tests.support.load import Load
+from tests.support.reloads import failures, hang_up, reload, write
+from tests.support.scripts import LAST, event
+from tests.support.sockets import Provider, Wire, chunked, connect, request
 
 RELOADS = int(os.environ.get("LLMPROXY_RELOADS", "50"))
 KEY = "key-of-team"
@@ -114,7 +113,7 @@ class Callers:
         path = "/p/stream" if kind == "stream" else "/p/short"
         self.paths.append(name)
         wire.send(post(path, b"{}", f"x-api-key: {KEY}", f"x-request-id: {name}"))
-        got = read_got(wire)
+        got = read_response(wire)
         assert got.status == 200, got
         assert got.body == (WHOLE if kind == "stream" else b"ok"), got.body[-200:]
         self.done[kind] += 1
@@ -153,7 +152,7 @@ def test_fifty_reloads_under_load_harm_nobody(tmp_path: Path) -> None:
         with Daemon(tmp_path, config, proxy="") as daemon:
             with connect(daemon.port) as wire:
                 wire.send(request("GET", "/p/short", f"x-api-key: {KEY}", "x-request-id: first"))
-                assert read_got(wire).body == b"ok"
+                assert read_response(wire).body == b"ok"
             assert_settles(daemon)
             before = held(daemon)
             plain = daemon.config_path.read_text()
@@ -282,7 +281,7 @@ async def test_what_is_replaced_is_let_go_of(tmp_path: Path) -> None:
         def ask() -> int:
             with connect(port) as wire:
                 wire.send(request("GET", "/p/x", f"x-api-key: {KEY}-{number}"))
-                return read_got(wire).status
+                return read_response(wire).status
 
         async def follow() -> None:
             at = service.reload.succeeded_at

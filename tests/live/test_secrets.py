@@ -7,16 +7,16 @@ import urllib.request
 from pathlib import Path
 
 from tests.support.daemon import Daemon, provider_config
-from tests.support.sockets import WAIT, Provider, Wire, connect, request
-from tests.support.stage import (
-    SSE,
+from tests.support.live_proxy import (
     client_config,
     post,
-    read_got,
+    read_response,
     response,
     until,
     write_credential,
 )
+from tests.support.scripts import SSE
+from tests.support.sockets import WAIT, Provider, Wire, connect, request
 
 KEY = "llmp_KEY-of-the-client"
 FIELDS = {
@@ -123,7 +123,7 @@ first_byte = "300ms"
                     if b"/break" in sent:
                         client.wait_closed()
                         continue
-                    got = read_got(client)
+                    got = read_response(client)
                     if got.values(b"x-llmproxy-error"):
                         told += [got.body, repr(got.fields).encode()]
             told += [daemon.admin(path).encode() for path in ("/config", "/metrics")]

@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 from tests.support.daemon import Daemon
+from tests.support.live_proxy import PLAIN, client_config, post, until
+from tests.support.scripts import LAST, SSE, Turn, event
 from tests.support.sockets import Wire, chunked, connect, request
-from tests.support.stage import LAST, PLAIN, SSE, Turn, client_config, event, post, until
 
 KEY = "key-of-bob"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import ROOT, Daemon, provider_config
+from tests.support.live_proxy import Link, read_response, write_credential
+from tests.support.scripts import OK
 from tests.support.sockets import Wire, connect, request
-from tests.support.stage import OK, Link, read_got, write_credential
 
 HEAD = """\
 [proxy]
@@ -192,7 +193,7 @@ def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
             assert daemon.admin("/readyz") == "ready\n"
             with connect(daemon.port) as client:
                 client.send(request("GET", "/p/x?query", "User-Agent: test/1"))
-                read_got(client)
+                read_response(client)
             (access,) = daemon.wait_ended(1)
         assert daemon.process.returncode == 0
     for line in daemon.log:

@@ -13,19 +13,9 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import Daemon
+from tests.support.live_proxy import Link, post, read_response, trace_of, until
+from tests.support.scripts import LAST, SSE, Notes, Turn, event
 from tests.support.sockets import WAIT, Wire, chunked, connect, request
-from tests.support.stage import (
-    LAST,
-    SSE,
-    Link,
-    Notes,
-    Turn,
-    event,
-    post,
-    read_got,
-    trace_of,
-    until,
-)
 
 
 class Paced:
@@ -124,7 +114,7 @@ def test_a_response_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -
         daemon.terminate()
         daemon.wait_log("draining")
         answered.give()
-        got = read_got(client)
+        got = read_response(client)
         assert (got.status, got.body) == (200, b"ok")
         assert got.values(b"connection") == [b"close"]
         assert client.wait_closed() == "fin"
@@ -147,7 +137,7 @@ def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
         connect(daemon.port) as served,
     ):
         served.send(request("GET", "/p/x"))
-        assert read_got(served).body == b"ok"
+        assert read_response(served).body == b"ok"
         daemon.terminate()
         for client in (new, served):
             assert client.wait_closed() == "fin"
@@ -176,7 +166,7 @@ def test_a_request_on_a_live_connection_is_still_served(tmp_path: Path, before: 
         daemon.terminate()
         daemon.wait_log("draining")
         client.send(request("GET", "/p/x").removeprefix(before) if before else whole)
-        got = read_got(client)
+        got = read_response(client)
         assert got.body == b"ok"
         assert got.values(b"connection") == [b"close"]
         assert client.wait_closed() == "fin"

@@ -11,21 +11,22 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import Response, assert_settles, post, read_response, trace_of
+from tests.support.scripts import Notes
 from tests.support.sockets import Provider, Wire, connect, request
-from tests.support.stage import Got, Notes, assert_settles, post, read_got, trace_of
 from tests.support.tls import Authority
 
 SHORT = 'timeouts = { connect = "300ms" }\n'
 
 
-def ask(daemon: Daemon, sent: bytes) -> Got:
+def ask(daemon: Daemon, sent: bytes) -> Response:
     """Send one request on a connection of its own."""
     with connect(daemon.port) as client:
         client.send(sent)
-        return read_got(client)
+        return read_response(client)
 
 
-def assert_failed(daemon: Daemon, got: Got, status: int, reason: str) -> None:
+def assert_failed(daemon: Daemon, got: Response, status: int, reason: str) -> None:
     """Check the response and the record of a connection that did not come about."""
     assert got.status == status
     assert got.values(b"x-llmproxy-error") == [reason.encode()]

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import (
+    Link,
+    assert_settles,
+    busy_gauges,
+    post,
+    read_response,
+    trace_of,
+    until,
+)
 from tests.support.sockets import Provider, Wire, connect, request
-from tests.support.stage import Link, assert_settles, busy_gauges, post, read_got, trace_of, until
 
 CLOSING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
 PINNED = 8
@@ -45,7 +53,7 @@ def limited(daemon: Daemon, most: int) -> Iterator[None]:
 def ask(client: Wire, body: bytes = b'{"model":"m"}') -> tuple[int, dict[bytes, bytes]]:
     """Send a request on a client connection that stands; return status and fields."""
     client.send(post("/p/x", body))
-    got = read_got(client)
+    got = read_response(client)
     return got.status, dict(got.fields)
 
 
@@ -105,5 +113,5 @@ def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
                 until(lambda: ask(client)[0] == 200, "the daemon serves again")
         with connect(daemon.port) as client:
             client.send(request("GET", "/p/x"))
-            assert read_got(client).body == b"ok"
+            assert read_response(client).body == b"ok"
         assert_settles(daemon)

@@ -12,8 +12,9 @@ import pytest
 import trustme
 
 from tests.support.daemon import Daemon
+from tests.support.live_proxy import assert_settles, post, read_response, trace_of
+from tests.support.scripts import Notes
 from tests.support.sockets import Provider, Wire, connect
-from tests.support.stage import Notes, assert_settles, post, read_got, trace_of
 from tests.support.tls import Authority
 
 HELD = post("/p/x", b'{"secret":"of the caller"}')
@@ -164,7 +165,7 @@ def test_a_failed_handshake_tells_its_cause_to_the_operator_alone(
     daemon, fault, number = causes.daemon, FAULTS[name], list(FAULTS).index(name)
     with connect(daemon.port) as client:
         client.send(post(f"/p/{number}", b'{"secret":"of the caller"}'))
-        got = read_got(client)
+        got = read_response(client)
 
     assert (got.status, got.values(b"x-llmproxy-error")) == (fault.status, [fault.error.encode()])
     assert got.values(b"x-should-retry") == []
@@ -224,7 +225,7 @@ providers = ["p"]
 """
         with Daemon(tmp_path, config) as daemon, connect(daemon.port) as client:
             client.send(HELD)
-            assert read_got(client).values(b"x-llmproxy-error") == [b"upstream_tls"]
+            assert read_response(client).values(b"x-llmproxy-error") == [b"upstream_tls"]
             (attempt,) = trace_of(daemon, path="/p/x")["attempts"]
     assert attempt["cause"] == "unknown_authority"
     assert seen.decrypted.read() == b""

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from tests.support.live_proxy import post, read_response
+from tests.support.scripts import DONE
 from tests.support.sockets import WAIT, Wire, connect
-from tests.support.stage import DONE, post, read_got
 
 _PAUSE = 0.02
 """Seconds between two short calls of one caller: they are to be many, not to fill the machine."""
@@ -116,7 +117,7 @@ class Load:
     def _ask_shortly(self, wire: Wire) -> bool:
         """Make one short call; return whether its response closes the connection."""
         wire.send(ask(1, "demo-fast"))
-        got = read_got(wire)
+        got = read_response(wire)
         assert got.status == 200, got
         assert got.body.endswith(DONE), got
         return b"close" in got.values(b"connection")
@@ -124,7 +125,7 @@ class Load:
     def _stream(self) -> str:
         with connect(self._port) as wire:
             wire.send(ask(self._words, "demo-20tps"))
-            got = read_got(wire)
+            got = read_response(wire)
         assert got.status == 200, got
         assert got.body.endswith(DONE), got.body[-100:]
         return "stream"
