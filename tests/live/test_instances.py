@@ -22,13 +22,6 @@ LONG_S = 30
 INHERITED = 'listen = ["systemd:domain=INET:name=proxy"]\nanonymous = true'
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    """The demo provider."""
-    with Demo() as demo:
-        yield demo
-
-
 @pytest.fixture
 def shared() -> Iterator[socket.socket]:
     """A listening socket, as systemd would hold one."""
@@ -60,12 +53,7 @@ class Instances:
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         daemon = Daemon(
-            folder,
-            self._config,
-            proxy=INHERITED,
-            environ=NAMED,
-            instance=name,
-            inherit=self._sock,
+            folder, self._config, proxy=INHERITED, environ=NAMED, instance=name, inherit=self._sock
         )
         self.running[name] = daemon.__enter__()
         assert daemon.port == self.port

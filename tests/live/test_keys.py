@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.live_proxy import (
-    STREAM_BODY,
-    LiveProxy,
-    client_config,
-    live_fixture,
-    post,
-)
+from tests.support.live_proxy import STREAM_BODY, LiveProxy, client_config, live_fixture, post
 from tests.support.sockets import request
 
 KEY, OTHER, CREDENTIAL = "llmp_team-key", "llmp_other-key", "sk-provider-credential"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from tests.support.live_proxy import (
@@ -92,8 +91,3 @@ def test_a_client_that_leaves_in_its_own_body_has_a_record(live: LiveProxy) -> N
     record = trace_of(live.daemon, path="/p/half")
     assert (record["end_reason"], record["status"], record["bytes_in"]) == ("client_gone", None, 10)
     assert_settles(live.daemon)
-
-
-def test_the_file_is_closed_to_others(live: LiveProxy) -> None:
-    """Records name callers and paths."""
-    assert os.stat(live.daemon.trace_path).st_mode & 0o007 == 0

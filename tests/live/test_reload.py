@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.test_starting import HEAD
-from tests.support.daemon import ROOT, Daemon, provider_config
+from tests.support.daemon import Daemon, environment, provider_config, twistd
 from tests.support.keypairs import Vault
 from tests.support.live_proxy import (
     STREAM_BODY,
@@ -114,7 +112,10 @@ BAD = {
     "an unknown key": ("[trace]", "[trace]\nnothing = 1"),
     "a wrong value": ('path = "/p"', 'path = "p"'),
     "a credential that is not there": ('"p-key"', '"q-key"'),
-    "an address that cannot be": ("tcp:0:interface=127.0.0.1", "tcp:0:interface=203.0.113.1"),
+    "an address that cannot be": (
+        '"tcp:0:interface=127.0.0.1"',
+        '"tcp:0:interface=127.0.0.2", "tcp:0:interface=203.0.113.1"',
+    ),
     "a trace file that cannot be": ("trace.jsonl", "no-folder/trace.jsonl"),
 }
 
@@ -262,13 +263,22 @@ def test_a_warm_pool_stays_warm(live: ReloadedProxy) -> None:
     assert live.provider.accepted == 1
 
 
-def test_whose_via_we_are_changes(live: ReloadedProxy) -> None:
-    """Also for the loop that it finds."""
+def test_via_and_session_field_change(live: ReloadedProxy) -> None:
+    """The next request has them, and a loop is found by the new name."""
     seen = live.keep_replying()
-    reload(live.daemon, ("[proxy]\n", '[proxy]\nvia = "renamed"\n'))
-    assert live.status() == 200
+    both = ("x-session-id: one", "x-conversation: two")
+    assert live.status(request("GET", "/p/a", BY_KEY, *both)) == 200
+    seen.read()
+    reload(
+        live.daemon,
+        ("[proxy]\n", '[proxy]\nvia = "renamed"\n'),
+        ("[trace]\n", '[trace]\nsession_header = "x-conversation"\n'),
+    )
+    assert live.status(request("GET", "/p/b", BY_KEY, *both)) == 200
     assert seen.read().values(b"via") == [b"1.1 renamed"]
     assert live.status(request("GET", "/p/x", BY_KEY, "Via: 1.1 renamed")) == 508
+    sessions = [trace_of(live.daemon, path=f"/p/{at}")["session"] for at in "ab"]
+    assert sessions == ["one", "two"]
 
 
 # --- deadlines and limits -------------------------------------------------------------------------
@@ -446,26 +456,6 @@ def test_admin_listeners_move(live: ReloadedProxy) -> None:
     assert [get_at(metrics, request("GET", path)) for path in paths] == [200, 404]
 
 
-def test_a_port_that_is_taken_changes_nothing(live: ReloadedProxy) -> None:
-    """The reload fails, says which, and has opened, closed and changed nothing."""
-    live.keep_replying()
-    home, free = '"tcp:0:interface=127.0.0.1"]', free_port("127.0.0.1")
-    with socket.create_server(("127.0.0.1", 0)) as taker:
-        taken = f"tcp:{taker.getsockname()[1]}:interface=127.0.0.1"
-        told = fail_to_reload(
-            live.daemon,
-            (f"listen = [{home}", f'listen = ["tcp:{free}:interface=127.0.0.1", "{taken}"]'),
-            ('path = "/p"', 'path = "/q"'),
-            ("trace.jsonl", "other.jsonl"),
-        )
-        assert f"nothing has changed: {taken}: " in told["message"]
-        assert [get_at(live.daemon.port), get_at(free)] == [200, 0]
-        until(lambda: len(live.daemon.traces()) == 1, "its record is written")
-    expect_failures(live.daemon, 1)
-    reload(live.daemon)
-    assert get_at(free, request("GET", "/q/x", BY_KEY)) == 200
-
-
 def test_a_port_can_be_shared_later(live: ReloadedProxy, tmp_path: Path) -> None:
     """`reuse_port` counts for a port that stays open, so that a second process can join."""
     live.keep_replying()
@@ -540,17 +530,6 @@ def test_records_move_with_the_file(live: ReloadedProxy) -> None:
     assert live.daemon.metrics()['llmproxy_records_lost_total{sink="jsonl"}'] == 0
 
 
-def test_sessions_are_named_by_the_new_field(live: ReloadedProxy) -> None:
-    """From the next request on."""
-    live.keep_replying()
-    both = ("x-session-id: one", "x-conversation: two")
-    assert live.status(request("GET", "/p/a", BY_KEY, *both)) == 200
-    reload(live.daemon, ("[trace]\n", '[trace]\nsession_header = "x-conversation"\n'))
-    assert live.status(request("GET", "/p/b", BY_KEY, *both)) == 200
-    sessions = [trace_of(live.daemon, path=f"/p/{at}")["session"] for at in "ab"]
-    assert sessions == ["one", "two"]
-
-
 def test_what_a_stream_captures_is_settled_when_it_begins(live: ReloadedProxy) -> None:
     """`capture` of the route that it began on."""
     running, turn = live.begin_stream("/p/v1/chat/completions")
@@ -573,7 +552,8 @@ def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
     config.write_text(text)
     log = tmp_path / "x.log"
     with ExitStack() as stack:
-        process = stack.enter_context(spawn(config, "--logfile", str(log)))
+        command = twistd(config, "--logfile", str(log))
+        process = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, env=environment()))
         stack.callback(process.terminate)
         until(lambda: log.exists() and "admin listens" in log.read_text(), "it listens")
         for number, content in enumerate((text, "nothing = 1", text)):
@@ -582,16 +562,6 @@ def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
             process.send_signal(signal.SIGHUP)
             word = "reload failed" if content != text else "reloaded; nothing"
             until(lambda word=word: log.exists() and word in log.read_text(), word)  # type: ignore[misc]  # the lambda's default
-
-
-def spawn(config: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a daemon whose log goes where twistd's options say."""
-    twistd = str(Path(sys.executable).parent / "twistd")
-    return subprocess.Popen(
-        [twistd, "-n", "--pidfile=", *options, "llmproxy", "--config", str(config)],
-        cwd=config.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Request bodies: exact, bounded, refused in words, and let go of (design 4)."""
+"""Request bodies: exact, bounded, rejected in words, and dropped in time (design 4)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import pytest
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
-    Response,
     assert_settles,
     client_config,
     live_fixture,
     post,
     read_response,
-    response,
     until,
 )
 from tests.support.scripts import LAST, OK, Turn
@@ -106,7 +104,7 @@ def test_a_refusal_can_be_read_although_the_upload_goes_on(
     live: LiveProxy, framing: str, kind: str
 ) -> None:
     """A client that sends 8 MB before it reads finds the 413, and no reset in its place."""
-    live.script = _read_to_the_end
+    live.hold()
     body = b"x" * 8_000_000
     with live.connect() as client:
         if framing == "length":
@@ -147,18 +145,15 @@ def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
     for client in held:
         client.send(request("POST", "/p/x", JSON, f"Content-Length: {size}"), body[:-1])
 
-    def gauge() -> float:
-        return live.gauge("request_bytes_held")
-
-    until(lambda: gauge() == count * (size - 1), "all bodies are held")
+    until(lambda: live.gauge("request_bytes_held") == count * (size - 1), "all bodies are held")
     got = live.refuse(post("/p/x", body))
     assert (got.status, got.error) == (503, "memory_full")
     assert [int(value) > 0 for value in got.values(b"retry-after")] == [True]
-    live.script = _response_ok
+    live.reply(OK)
     with held.pop() as client:
         client.send(body[-1:])
         assert read_response(client).status == 200
-    assert gauge() == (count - 1) * (size - 1)
+    assert live.gauge("request_bytes_held") == (count - 1) * (size - 1)
     received, _ = live.ask(post("/p/x", body))
     assert received.body == body
     for client in held:
@@ -166,7 +161,7 @@ def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
     assert_settles(live.daemon)
 
 
-def test_a_body_is_let_go_of_once_the_response_began(live: LiveProxy) -> None:
+def test_a_body_is_dropped_once_the_response_began(live: LiveProxy) -> None:
     """A long stream does not hold the memory of its request."""
     turn = Turn()
 
@@ -180,14 +175,10 @@ def test_a_body_is_let_go_of_once_the_response_began(live: LiveProxy) -> None:
     live.script = script
     with live.connect() as client:
         client.send(post("/p/x", json_text(1000)))
-
-        def held() -> float:
-            return live.gauge("request_bytes_held")
-
-        until(lambda: held() == 1000, "the body is held while the provider is asked")
+        until(lambda: live.gauge("request_bytes_held") == 1000, "the body is held meanwhile")
         turn.give()
         client.read_until(b"\r\n\r\n")
-        assert held() == 0
+        assert live.gauge("request_bytes_held") == 0
         turn.give()
         assert client.read(2) == b"ok"
 
@@ -202,36 +193,3 @@ def test_an_encoded_body_is_refused_where_the_model_decides(live: LiveProxy) -> 
     received, _ = live.ask(post("/p/x", b"\x1f\x8b...", *encoded))
     assert received.body == b"\x1f\x8b..."
     assert received.values(b"content-encoding") == [b"gzip"]
-
-
-def test_an_early_response_stops_the_upload_and_reaches_the_client(roomy: LiveProxy) -> None:
-    """A provider that refuses while 20 MB are still to come is heard."""
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        wire.send(response(413, body=b"too much"))
-        wire.wait_closed()
-
-    roomy.script = script
-    got = roomy.get(post("/p/x", json_text(20_000_000)))
-    assert (got.status, got.body) == (413, b"too much")
-    assert roomy.trace(got)["end_reason"] == "upstream_refused"
-    assert_settles(roomy.daemon)
-
-
-def _read_to_the_end(wire: Wire) -> None:
-    wire.wait_closed()
-
-
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)
-
-
-def test_an_upload_that_is_given_up_leaves_nothing(live: LiveProxy) -> None:
-    """A client that leaves in the middle of its body frees what was held."""
-    with live.connect() as client:
-        client.send(request("POST", "/p/x", JSON, "Content-Length: 50000"), b"x" * 40000)
-        until(lambda: live.gauge("request_bytes_held") == 40000, "it is held")
-    assert_settles(live.daemon)
-    assert isinstance(live.ask(request("GET", "/p/x"))[1], Response)

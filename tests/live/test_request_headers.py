@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.live_proxy import (
-    ONE_ROUTE,
-    STREAM_BODY,
-    LiveProxy,
-    live_fixture,
-    post,
-)
+from tests.support.live_proxy import ONE_ROUTE, STREAM_BODY, LiveProxy, live_fixture, post
 from tests.support.scripts import OK, Turn
 from tests.support.sockets import Wire, request
 

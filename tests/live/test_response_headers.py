@@ -101,20 +101,23 @@ def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(live: LiveP
     assert got.values(b"x-llmproxy-request-id") != [b"forged"]
 
 
-@pytest.mark.parametrize(
-    "status",
-    [200, 201, 202, 206, 207, 299, 300, 400, 401, 402, 403, 404, 418, 429, 500, 503, 529, 599],
-)
+STATUSES = "200 201 202 206 207 299 300 400 401 402 403 404 418 429 500 503 529 599"
+REDIRECTS = "301 302 303 307 308"
+
+
+@pytest.mark.parametrize("status", [*map(int, f"{STATUSES} {REDIRECTS}".split())])
 def test_a_status_is_exact(live: LiveProxy, status: int) -> None:
-    """Known to us or not, with its body; what is an error is recorded as the provider's."""
-    _, got = live.ask(request("GET", "/p/x"), response(status, body=b"text"))
-    assert got.status == status
-    assert got.body == b"text"
-    assert got.values(b"x-llmproxy-error") == []
+    """Its body follows it; an error is recorded as the provider's, and no redirect is followed."""
+    before = live.provider.accepted
+    location = f"{live.provider.url}/elsewhere"
+    raw = response(status, f"Location: {location}", body=b"text")
+    _, got = live.ask(request("GET", "/p/x"), raw)
+    assert (got.status, got.body, got.error) == (status, b"text", None)
+    assert got.values(b"location") == [location.encode()]
+    assert live.provider.accepted == before + 1
     record = live.trace(got)
-    assert record["status"] == status
+    assert (record["status"], record["error"]) == (status, None)
     assert record["end_reason"] == ("complete" if status < 400 else "upstream_refused")
-    assert record["error"] is None
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br"])
@@ -152,7 +155,7 @@ def test_a_response_to_head_has_a_length_and_no_body(live: LiveProxy) -> None:
         got = read_response(client, bodiless=True)
         assert got.status == 200
         assert got.values(b"content-length") == [b"1234"]
-        live.script = _response_ok
+        live.reply(OK)
         client.send(request("GET", "/p/x"))
         assert read_response(client).body == b"ok"
 
@@ -166,12 +169,12 @@ def test_a_response_without_a_body_has_no_framing_added(live: LiveProxy, status:
         got = read_response(client)
         assert got.status == status
         assert [name for name, _ in got.fields] == [b"etag", b"x-llmproxy-request-id"]
-        live.script = _response_ok
+        live.reply(OK)
         client.send(request("GET", "/p/x"))
         assert read_response(client).body == b"ok"
 
 
-def test_interim_answers_are_not_handed_on(live: LiveProxy) -> None:
+def test_interim_responses_are_not_forwarded(live: LiveProxy) -> None:
     """100, 102 and 103 pass by; the final response is the first that the client sees."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
     _, got = live.ask(request("GET", "/p/x"), interim + b"HTTP/1.1 102 P\r\n\r\n" + OK)
@@ -188,8 +191,3 @@ def test_trailers_do_not_cross(live: LiveProxy) -> None:
         assert client.wait_closed() == "fin"
         assert client.buffer.endswith(b"\r\n" + LAST)
         assert b"x-end" not in client.buffer
-
-
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)

@@ -183,22 +183,3 @@ def test_a_client_may_use_its_routes_and_models_alone(
     got = live.ask(sent)[1] if status == 200 else live.refuse(sent)
     assert got.status == status
     assert got.values(b"x-llmproxy-error") == reason
-
-
-@pytest.mark.parametrize(
-    ("target", "body", "expected"),
-    [
-        ("/v/x", b'{"model":"o","stream":true}', True),
-        ("/v/x", b'{"model":"o","stream":false}', False),
-        ("/v/x", b'{"model":"o"}', False),
-        ("/local/api/chat", b'{"model":"o"}', True),
-        ("/local/api/chat", b'{"model":"o","stream":false}', False),
-        ("/local/v1/chat/completions", b'{"model":"o"}', False),
-    ],
-)
-def test_the_record_says_whether_a_stream_was_asked_for(
-    live: LiveProxy, target: str, body: bytes, expected: bool
-) -> None:
-    """By the member `stream`, and in Ollama's own API by leaving it out."""
-    _, got = live.ask(post(target, body))
-    assert live.trace(got)["stream"] is expected

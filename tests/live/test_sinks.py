@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.live.test_starting import HEAD, assert_refused, start
-from tests.support.collector import Collector
-from tests.support.daemon import ROOT, Daemon, provider_config
+from tests.support.collector import OtlpCollector
+from tests.support.daemon import provider_config
 from tests.support.live_proxy import (
     ONE_ROUTE,
     STREAM_BODY,
@@ -26,11 +22,12 @@ from tests.support.live_proxy import (
     client_config,
     open_live_proxy,
     post,
+    read_stepwise,
     until,
 )
 from tests.support.records import query
-from tests.support.scripts import LAST, OK, SSE, Turn, event, reply
-from tests.support.sockets import Wire, chunked, request
+from tests.support.scripts import OK, event, reply
+from tests.support.sockets import request
 
 LOST = 'llmproxy_records_lost_total{sink="%s"}'
 
@@ -39,15 +36,15 @@ ok = reply(OK)
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector() -> Iterator[OtlpCollector]:
     """A collector without TLS."""
-    collector = Collector()
+    collector = OtlpCollector()
     yield collector
     collector.close()
 
 
 @pytest.fixture
-def live(tmp_path: Path, collector: Collector) -> Iterator[LiveProxy]:
+def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
     """A daemon with every sink, its ledger named by instance, and one known client."""
     trace = (
         f'ledger = "{tmp_path}/ledger-{{instance}}.db"\n'
@@ -77,28 +74,7 @@ def kept(live: LiveProxy) -> int:
         return 0
 
 
-def take_errors(daemon: Daemon) -> list[str]:
-    """Take the errors out of the log, where they would fail the test."""
-    errors = [line for line in daemon.log if line["level"] == "error"]
-    for line in errors:
-        daemon.log.remove(line)
-    return [line["message"] for line in errors]
-
-
-def usage(live: LiveProxy, *arguments: str) -> Any:
-    """Return what ``llmproxy usage`` tells of the running daemon."""
-    command = [sys.executable, "-m", "llmproxy.cli.main", "usage", "--json"]
-    ended = subprocess.run(
-        [*command, "--config", str(live.daemon.config_path), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(ended.stdout)
-
-
-def test_every_sink_has_every_request(live: LiveProxy, collector: Collector) -> None:
+def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector) -> None:
     """The same record; the session is named by the header that is configured."""
     ask(live, "x-api-key: k", "x-conversation: s-1", count=2)
     live.get(request("GET", "/nowhere"))
@@ -110,21 +86,21 @@ def test_every_sink_has_every_request(live: LiveProxy, collector: Collector) -> 
     assert [span["spanId"] for span in collector.spans()] == [one[0][-16:] for one in ids]
     assert [record["session"] for record in records] == ["s-1", "s-1", None]
 
-    groups = usage(live, "--by", "client,provider,session", "--since", "1h")["groups"]
+    groups = live.daemon.usage("--by", "client,provider,session", "--since", "1h")["groups"]
     told = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
     assert told == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
     assert {one["unreported"] for one in groups} == {1, 2}
-    (session,) = usage(live, "--sessions")["sessions"]
+    (session,) = live.daemon.usage("--sessions")["sessions"]
     assert (session["requests"], session["last_trace"]) == (2, records[1]["id"])
     metrics = live.daemon.metrics()
     assert [metrics[LOST % name] for name in ("jsonl", "ledger", "otlp")] == [0, 0, 0]
 
 
-def test_the_ledger_is_closed_to_others(live: LiveProxy) -> None:
-    """It names callers and paths, and so do the files beside it."""
+def test_records_are_closed_to_others(live: LiveProxy) -> None:
+    """They name callers and paths."""
     ask(live)
     until(lambda: kept(live) == 1, "the ledger has it")
-    for file in live.daemon.folder.glob("ledger-0.db*"):
+    for file in (live.daemon.trace_path, *live.daemon.folder.glob("ledger-0.db*")):
         assert os.stat(file).st_mode & 0o007 == 0
 
 
@@ -145,7 +121,7 @@ def test_sighup_opens_the_trace_file_anew(live: LiveProxy, good: bool) -> None:
     until(lambda: len(daemon.traces()) >= 4, "the new file has the last ones")
     assert len(rotated.read_text().splitlines()) + len(daemon.traces()) == 9
     daemon.wait_log("reloaded" if good else "reload failed")
-    assert bool(take_errors(daemon)) is not good
+    assert bool(daemon.take_errors()) is not good
 
 
 def test_a_locked_ledger_costs_no_stream(live: LiveProxy) -> None:
@@ -162,43 +138,32 @@ def test_a_locked_ledger_costs_no_stream(live: LiveProxy) -> None:
     assert len(live.daemon.traces()) == 7
     assert live.daemon.metrics()[LOST % "jsonl"] == 0
     live.daemon.wait_log("ledger: records are kept again, 5 were lost so far")
-    assert take_errors(live.daemon) == ["ledger: records are being lost: database is locked"]
+    assert live.daemon.take_errors() == ["ledger: records are being lost: database is locked"]
 
 
 def test_a_full_disk_costs_no_stream(live: LiveProxy) -> None:
     """A stream that runs meanwhile arrives event by event; there is room again, and all is kept."""
-    turn = Turn()
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE)
-        for number in range(6):
-            turn.take()
-            wire.send(chunked(event(number)))
-        wire.send(LAST)
-
     ask(live)
     until(lambda: kept(live) == 1, "the first is written")
-    live.script = script
-    pid, full = live.daemon.process.pid, resource.RLIMIT_FSIZE
-    limits = resource.prlimit(pid, full)
+    events = [*map(event, range(6))]
+    turn = live.stream(*events)
+
+    def lost() -> list[float]:
+        return [live.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")]
+
     with live.begin("/p/stream") as client:
-        for number in range(6):
-            if number == 2:
-                resource.prlimit(pid, full, (0, limits[1]))
-                live.script = ok
-                ask(live, count=5)
-                for name in ("jsonl", "ledger"):
-                    until(lambda name=name: live.daemon.metrics()[LOST % name] == 5, "counted")  # type: ignore[misc]  # the lambda's default
-                resource.prlimit(pid, full, limits)
-            turn.give()
-            assert client.read_chunk() == event(number)
-        assert client.read_chunk() == b""
+        read_stepwise(client, turn, *events[:2])
+        with live.daemon.limited(resource.RLIMIT_FSIZE, 0):
+            live.script = ok
+            ask(live, count=5)
+            until(lambda: lost() == [5, 5], "they are counted")
+            read_stepwise(client, turn, *events[2:4])
+        read_stepwise(client, turn, *events[4:], b"")
     until(lambda: kept(live) == 2, "the stream's record is written")
     assert [record["path"] for record in live.daemon.traces()] == ["/p/v1/chat", "/p/stream"]
     assert live.daemon.traces()[1]["end_reason"] == "complete"
-    assert [live.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")] == [5, 5]
-    assert len(take_errors(live.daemon)) == 2
+    assert lost() == [5, 5]
+    assert len(live.daemon.take_errors()) == 2
 
 
 def test_files_that_are_gone_cost_no_stream(live: LiveProxy) -> None:
@@ -213,17 +178,7 @@ def test_files_that_are_gone_cost_no_stream(live: LiveProxy) -> None:
     assert {live.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")} == {0}
 
 
-def test_a_dead_collector_costs_no_stream(live: LiveProxy, collector: Collector) -> None:
-    """Its losses are counted under its name, and the files have everything."""
-    collector.status = 500
-    ask(live, count=3)
-    until(lambda: live.daemon.metrics()[LOST % "otlp"] == 3, "they are counted")
-    until(lambda: kept(live) == 3, "the ledger has them")
-    assert len(live.daemon.traces()) == 3
-    assert take_errors(live.daemon) == ["otlp: records are being lost: the collector answered 500"]
-
-
-def test_a_stop_writes_what_waits(tmp_path: Path, collector: Collector) -> None:
+def test_a_stop_writes_what_waits(tmp_path: Path, collector: OtlpCollector) -> None:
     """The last request before the end is in every sink."""
     trace = f'ledger = "{tmp_path}/ledger-0.db"\notlp = "{collector.url}"\n'
     with open_live_proxy(tmp_path, trace + ONE_ROUTE) as live:

@@ -1,4 +1,4 @@
-"""Bodies that are not JSON stream upwards: unread, unheld, at the provider's pace (design 4)."""
+"""Bodies that are not JSON stream to the provider, unread and unheld, at its pace (design 4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tests.support.live_proxy import (
     live_fixture,
     read_response,
     response,
-    trace_of,
 )
 from tests.support.scripts import LAST, OK, Notes, Turn
 from tests.support.sockets import Wire, chunked, request
@@ -41,11 +40,6 @@ live = live_fixture(
     + client_config("team", "team-key"),
     both_links=True,
 )
-
-
-def gauge(live: LiveProxy, name: str) -> float:
-    """Return one metric."""
-    return live.daemon.metrics()[f"llmproxy_{name}"]
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -78,7 +72,7 @@ def test_each_piece_reaches_the_provider_before_the_next_is_sent(
         for piece in pieces:
             client.send(piece if framing == "length" else chunked(piece))
             assert arrived.read() == piece
-            assert gauge(live, "request_bytes_held") == 0
+            assert live.gauge("request_bytes_held") == 0
         client.send(b"" if framing == "length" else LAST)
         got = read_response(client)
         assert got.body == b"ok"
@@ -128,73 +122,43 @@ def test_a_provider_that_reads_nothing_stops_the_upload(live: LiveProxy) -> None
         assert read_response(client).status == 200
 
 
-def test_a_client_that_leaves_ends_the_upload(live: LiveProxy) -> None:
-    """The provider sees the end, and not a whole body."""
-    ended = Notes()
+@pytest.mark.parametrize("what", ["a response", "a reset"])
+def test_a_provider_that_ends_the_upload_in_the_middle_is_reported(
+    live: LiveProxy, what: str
+) -> None:
+    """The client reads the provider's response, or a 502, although it sends on."""
 
     def script(wire: Wire) -> None:
         wire.read_until(b"\r\n\r\n")
-        assert wire.read(3) == b"abc"
-        arrived.give()
-        ended.put(wire.wait_closed())
-
-    arrived = Turn()
-    live.script = script
-    with live.connect() as client:
-        client.send(request("POST", "/p/left", OCTETS, "Content-Length: 10"), b"abc")
-        arrived.take()
-    ended.read()
-    record = trace_of(live.daemon, path="/p/left")
-    assert (record["end_reason"], record["status"]) == ("client_gone", None)
-    assert_settles(live.daemon)
-
-
-def test_a_provider_that_drops_in_the_middle_is_told(live: LiveProxy) -> None:
-    """502, although the upload goes on."""
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        wire.reset()
+        if what == "a reset":
+            wire.reset()
+        else:
+            wire.send(response(413, body=b"too much"))
+            wire.wait_closed()
 
     live.script = script
     with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
-        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
+        sending = threading.Thread(target=_send_all, args=(client, bytes(5_000_000)))
         sending.start()
         got = read_response(client)
         sending.join(20)
-    assert (got.status, got.error) == (502, "upstream_broken")
-    assert_settles(live.daemon)
-
-
-def test_an_early_response_ends_the_upload(live: LiveProxy) -> None:
-    """A provider that refuses in the middle is heard, and the connection is not used again."""
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        wire.send(response(413, body=b"too much"))
-        wire.wait_closed()
-
-    live.script = script
-    with live.connect() as client:
-        client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
-        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
-        sending.start()
-        got = read_response(client)
-        sending.join(20)
+    if what == "a reset":
+        assert (got.status, got.error) == (502, "upstream_broken")
+    else:
         assert (got.status, got.body) == (413, b"too much")
         assert got.values(b"connection") == [b"close"]
-    assert live.trace(got)["end_reason"] == "upstream_refused"
+        assert live.trace(got)["end_reason"] == "upstream_refused"
     assert_settles(live.daemon)
 
 
-def test_nobody_is_invited_to_upload_before_the_provider_is_there(live: LiveProxy) -> None:
+def test_a_100_is_sent_once_the_provider_is_there(live: LiveProxy) -> None:
     """An unknown key gets its 401 in place of the 100, a known one the 100."""
     lines = (OCTETS, "Expect: 100-continue", "Content-Length: 3")
     with live.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: wrong"))
         assert read_response(client).status == 401
-    live.script = _response_ok
+    live.reply(OK)
     with live.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: team-key"))
         assert client.read_head()[0].startswith(b"HTTP/1.1 100")
@@ -202,7 +166,7 @@ def test_nobody_is_invited_to_upload_before_the_provider_is_there(live: LiveProx
         assert read_response(client).body == b"ok"
 
 
-def test_a_chunked_upload_over_the_limit_is_broken_off(live: LiveProxy) -> None:
+def test_a_chunked_upload_over_the_limit_is_cut(live: LiveProxy) -> None:
     """413; what the provider got of it does not look whole."""
     seen = Notes()
 
@@ -214,7 +178,9 @@ def test_a_chunked_upload_over_the_limit_is_broken_off(live: LiveProxy) -> None:
     live.script = script
     with live.connect() as client:
         client.send(request("POST", "/small/x", OCTETS, "Transfer-Encoding: chunked"))
-        sending = threading.Thread(target=_send_chunks, args=(client, 10))
+        sending = threading.Thread(
+            target=_send_all, args=(client, *[chunked(bytes(1_000_000))] * 10, LAST)
+        )
         sending.start()
         got = read_response(client)
         sending.join(20)
@@ -223,22 +189,7 @@ def test_a_chunked_upload_over_the_limit_is_broken_off(live: LiveProxy) -> None:
     assert_settles(live.daemon)
 
 
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)
-
-
-def _send_all(client: Wire, size: int) -> None:
-    try:
-        client.send(bytes(size))
-    except OSError:
-        return  # the proxy may close before it has read everything
-
-
-def _send_chunks(client: Wire, megabytes: int) -> None:
-    try:
-        for _ in range(megabytes):
-            client.send(chunked(bytes(1_000_000)))
-        client.send(LAST)
-    except OSError:
-        return  # as above
+def _send_all(client: Wire, *pieces: bytes) -> None:
+    with suppress(OSError):  # the proxy may close before it has read everything
+        for piece in pieces:
+            client.send(piece)

@@ -9,13 +9,7 @@ import pytest
 
 from tests.support.daemon import provider_config
 from tests.support.kernel import held
-from tests.support.live_proxy import (
-    Link,
-    LiveProxy,
-    assert_settles,
-    live_fixture,
-    trace_of,
-)
+from tests.support.live_proxy import Link, LiveProxy, assert_settles, live_fixture, trace_of
 from tests.support.scripts import Notes
 from tests.support.sockets import WAIT, Wire, request
 
