@@ -40,7 +40,7 @@ from tests.support.demo_wire import (
     SAID,
     STREAM_ENDS,
     TOOL_MESSAGES,
-    Wire,
+    DemoConnection,
 )
 
 P = ParamSpec("P")
@@ -518,7 +518,7 @@ async def test_slow_client_stops_the_flow(
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_head_leaves_at_once(path: str) -> None:
     """The head is written before the first token's time has come."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-slow")
     written = wire.taken()
     assert written.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -529,7 +529,7 @@ def test_head_leaves_at_once(path: str) -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_each_event_is_one_write(path: str) -> None:
     """Every turn writes one whole event, in one chunk of its own."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-fast")
     wire.taken()
     turns = [turn for turn in iter(wire.turn, b"") if turn]
@@ -552,7 +552,7 @@ def test_each_event_is_one_write(path: str) -> None:
 )
 def test_pace_is_what_the_name_says(model: str, pace: float | None, step: float) -> None:
     """A token takes its time, and no longer; a pace given to the site wins over the name."""
-    wire = Wire(pace=pace)
+    wire = DemoConnection(pace=pace)
     wire.ask("/api/chat", model)
     wire.taken()
     assert wire.turn(step * 0.75) == b""
@@ -563,7 +563,7 @@ def test_pace_is_what_the_name_says(model: str, pace: float | None, step: float)
 
 def test_whole_response_takes_as_long_as_its_stream() -> None:
     """A paced model's document comes when its last token would have come."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.post(
         "/api/chat",
         json.dumps(
@@ -591,7 +591,7 @@ def test_pace_must_be_above_zero() -> None:
 @pytest.mark.parametrize("model", ["demo-fast", "demo-slow"])
 def test_paused_flow_stands_still(model: str) -> None:
     """Nothing is due while the transport is full, and the next event comes after it has drained."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask("/api/chat", model)
     wire.turn(0.5)
     wire.transport.producer.pauseProducing()
@@ -605,7 +605,7 @@ def test_paused_flow_stands_still(model: str) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
     """The client's leaving forgets what was due."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-slow", stream=stream)
     wire.turn(0.5)
     assert wire.timers() == 1
@@ -617,7 +617,7 @@ def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_stalled_response_stays_open_and_silent(path: str, stream: bool) -> None:
     """After its beginning there is neither a byte nor an end, nor a timer that could bring one."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-stall", stream=stream)
     begun = wire.turn(turns=20)
     assert b"You said: the" in begun or b'" the"' in begun
@@ -631,7 +631,7 @@ def test_stalled_response_stays_open_and_silent(path: str, stream: bool) -> None
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_broken_whole_response_promises_more_than_it_sends(path: str) -> None:
     """Content-Length says the whole, half of it is sent, and then the connection is aborted."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-break", stream=False)
     head, sent = wire.turn().split(b"\r\n\r\n", 1)
     length = next(
@@ -649,7 +649,7 @@ def test_broken_whole_response_promises_more_than_it_sends(path: str) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_malformed_response_has_a_chunk_size_that_is_no_number(path: str, stream: bool) -> None:
     """Where a chunk should begin stand other bytes, and then the connection closes."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-malformed", stream=stream)
     assert wire.turn(turns=20).endswith(b"\r\nnot-a-size\r\n")
     assert wire.transport.disconnecting
@@ -657,7 +657,7 @@ def test_malformed_response_has_a_chunk_size_that_is_no_number(path: str, stream
 
 def test_tool_call_is_broken_before_its_ending() -> None:
     """A failing stream with fewer than three pieces ends without what should follow them."""
-    wire = Wire()
+    wire = DemoConnection()
     body = {
         "model": "demo-stall",
         "stream": True,
@@ -674,7 +674,7 @@ def test_tool_call_is_broken_before_its_ending() -> None:
 
 def test_connection_is_used_again_after_a_proper_end() -> None:
     """A second request on the same connection is answered too."""
-    wire = Wire()
+    wire = DemoConnection()
     for _ in range(2):
         wire.ask(CHATS[0], "demo-fast")
         assert wire.turn(turns=100).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -696,7 +696,7 @@ def test_head_has_what_such_a_provider_sends(
     path: str, content_type: bytes, fields: list[bytes]
 ) -> None:
     """The content type of a stream and the provider's own fields are there."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-fast")
     head = wire.taken().lower()
     assert b"\r\ncontent-type: " + content_type + b"\r\n" in head
@@ -706,7 +706,7 @@ def test_head_has_what_such_a_provider_sends(
 
 def test_rate_limit_says_when_to_come_back() -> None:
     """A 429 has retry-after and no request left."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(CHATS[0], "demo-429")
     head = wire.taken().lower()
     assert b"\r\nretry-after: 1\r\n" in head
@@ -716,7 +716,7 @@ def test_rate_limit_says_when_to_come_back() -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_redirect_is_a_307_to_another_path(path: str) -> None:
     """The response is empty and says where to go."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-redirect")
     written = wire.taken()
     assert written.startswith(b"HTTP/1.1 307 ")
@@ -752,7 +752,7 @@ def shape(document: dict[str, Any]) -> str:
 )
 def test_malformed_request_is_a_400_of_the_dialect(path: str, dialect: str, body: bytes) -> None:
     """What cannot be read is refused in the shape that the caller's SDK understands."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.post(path, body)
     status, document = wire.response()
     assert (status, shape(document)) == (400, dialect)
@@ -770,7 +770,7 @@ def test_malformed_request_is_a_400_of_the_dialect(path: str, dialect: str, body
 )
 def test_unknown_path_is_a_404_of_the_dialect(path: str, fields: list[str], dialect: str) -> None:
     """What is not there is missing in the shape that the path or the caller's header suggests."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.post(path, b"{}", *fields)
     status, document = wire.response()
     assert (status, shape(document)) == (404, dialect)
@@ -781,7 +781,7 @@ def test_unknown_path_is_a_404_of_the_dialect(path: str, fields: list[str], dial
 
 def test_ollama_tells_its_version() -> None:
     """The version is there for clients that ask it first."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.get("/api/version")
     status, document = wire.response()
     assert (status, list(document)) == (200, ["version"])
@@ -800,7 +800,7 @@ def test_ollama_tells_its_version() -> None:
 )
 def test_tool_is_called_when_asked_for_or_forced(said: str, choice: object, called: bool) -> None:
     """The word "tool" of the user or a forcing tool_choice calls it, and "none" forbids it."""
-    wire = Wire()
+    wire = DemoConnection()
     body = {
         "model": "demo-fast",
         "messages": [{"role": "user", "content": said}],
@@ -815,7 +815,7 @@ def test_tool_is_called_when_asked_for_or_forced(said: str, choice: object, call
 
 def test_tool_result_is_answered_with_a_text() -> None:
     """Once the tool has answered, the conversation goes on with what the user had said."""
-    wire = Wire()
+    wire = DemoConnection()
     result = [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "4 degrees"}]
     messages = [
         *TOOL_MESSAGES,
@@ -843,7 +843,7 @@ def test_tool_result_is_answered_with_a_text() -> None:
 )
 def test_limit_of_tokens_cuts_the_text(path: str, asked: dict[str, Any], reason: bytes) -> None:
     """The response has so many tokens, and says why it ended."""
-    wire = Wire()
+    wire = DemoConnection()
     body = {"model": "demo-fast", "stream": True, "messages": MESSAGES, **asked}
     wire.post(path, json.dumps(body).encode())
     written = wire.turn(turns=40)
@@ -890,7 +890,7 @@ def test_curl_lines_stream_from_each_dialect() -> None:
     bodies = [word for word in words if word.startswith("{")]
     for url, prefix, path, body in zip(urls, prefixes, CHATS, bodies, strict=True):
         assert url == prefix + path
-        wire = Wire()
+        wire = DemoConnection()
         wire.post(path, body.encode())
         written = wire.turn(1.0, turns=60)
         assert written.startswith(b"HTTP/1.1 200 OK\r\n")

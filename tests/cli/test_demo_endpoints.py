@@ -17,7 +17,7 @@ from tests.support.demo_wire import (
     SAID,
     SCHEMA,
     STREAM_ENDS,
-    Wire,
+    DemoConnection,
     dialect_of,
 )
 
@@ -49,8 +49,8 @@ def message_of(document: Any) -> str:
 
 def test_completion_is_the_same_in_chunks() -> None:
     """Chunks have the document's shape, a reason in the last one alone, and its text together."""
-    document = Wire().whole("/v1/completions")
-    chunks = [data_of(event) for event in Wire().events("/v1/completions")[:-1]]
+    document = DemoConnection().whole("/v1/completions")
+    chunks = [data_of(event) for event in DemoConnection().events("/v1/completions")[:-1]]
     assert document["choices"][0]["text"].startswith(TEXT)
     assert "".join(c["choices"][0]["text"] for c in chunks) == document["choices"][0]["text"]
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
@@ -62,10 +62,10 @@ def test_completion_is_the_same_in_chunks() -> None:
 def test_usage_comes_in_one_more_chunk_where_it_is_asked_for(path: str) -> None:
     """With include_usage every chunk has the member, and the last one has it and no choice."""
     asked: Any = {"stream_options": {"include_usage": True}}
-    *chunks, last = map(data_of, Wire().events(path, **asked)[:-1])
+    *chunks, last = map(data_of, DemoConnection().events(path, **asked)[:-1])
     assert {chunk["usage"] for chunk in chunks} == {None}
     assert last["choices"] == []
-    assert last["usage"] == Wire().whole(path)["usage"]
+    assert last["usage"] == DemoConnection().whole(path)["usage"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_usage_comes_in_one_more_chunk_where_it_is_asked_for(path: str) -> None:
 )
 def test_prompt_of_any_shape_is_counted(prompt: object, tokens: int) -> None:
     """One text or several, as words or as numbers of tokens."""
-    document = Wire().whole("/v1/completions", prompt=prompt)
+    document = DemoConnection().whole("/v1/completions", prompt=prompt)
     assert document["usage"]["prompt_tokens"] == tokens
 
 
@@ -84,7 +84,7 @@ def test_prompt_of_any_shape_is_counted(prompt: object, tokens: int) -> None:
 
 def test_response_is_told_in_the_published_order() -> None:
     """Events nest as item, part and deltas, are numbered, and end with the whole response."""
-    events = [data_of(event) for event in Wire().events("/v1/responses")]
+    events = [data_of(event) for event in DemoConnection().events("/v1/responses")]
     kinds = [event["type"].removeprefix("response.") for event in events]
     deltas = kinds.count("output_text.delta")
     assert kinds == [
@@ -106,7 +106,7 @@ def test_response_is_told_in_the_published_order() -> None:
 def test_response_calls_a_function() -> None:
     """Arguments come in pieces, and the done event and the item have them whole."""
     asked: Any = {"tools": [RESPONSES_TOOL], "tool_choice": "required"}
-    events = [data_of(event) for event in Wire().events("/v1/responses", **asked)]
+    events = [data_of(event) for event in DemoConnection().events("/v1/responses", **asked)]
     kinds = [event["type"].removeprefix("response.") for event in events]
     deltas = kinds.count("function_call_arguments.delta")
     assert deltas > 1
@@ -120,14 +120,14 @@ def test_response_calls_a_function() -> None:
     assert json.loads(arguments) == ARGUMENTS
     assert item["arguments"] == events[-3]["arguments"] == arguments
     assert events[2]["item"] == {**item, "status": "in_progress", "arguments": ""}
-    (whole,) = Wire().whole("/v1/responses", **asked)["output"]
+    (whole,) = DemoConnection().whole("/v1/responses", **asked)["output"]
     assert (whole["name"], whole["arguments"]) == ("weather", arguments)
 
 
 def test_response_that_was_cut_is_incomplete() -> None:
     """A limit of tokens ends it with another event, which says why."""
-    last = data_of(Wire().events("/v1/responses", max_output_tokens=3)[-1])
-    whole = Wire().whole("/v1/responses", max_output_tokens=3)
+    last = data_of(DemoConnection().events("/v1/responses", max_output_tokens=3)[-1])
+    whole = DemoConnection().whole("/v1/responses", max_output_tokens=3)
     assert last["type"] == "response.incomplete"
     for response in (last["response"], whole):
         assert response["status"] == "incomplete"
@@ -139,7 +139,7 @@ def test_response_that_was_cut_is_incomplete() -> None:
 def test_response_repeats_what_was_asked() -> None:
     """Instructions, tools and the like come back, filled in where they were left out."""
     asked: Any = {"instructions": "Be brief.", "tools": [RESPONSES_TOOL], "metadata": {"a": "b"}}
-    document = Wire().whole("/v1/responses", input=SAID, **asked)
+    document = DemoConnection().whole("/v1/responses", input=SAID, **asked)
     assert document["instructions"] == "Be brief."
     assert document["metadata"] == {"a": "b"}
     assert document["tools"] == [{**RESPONSES_TOOL, "description": None, "strict": True}]
@@ -154,7 +154,7 @@ def test_output_of_a_function_is_answered_with_a_text() -> None:
         {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "4 degrees"},
     ]
-    document = Wire().whole("/v1/responses", input=items, tools=[RESPONSES_TOOL])
+    document = DemoConnection().whole("/v1/responses", input=items, tools=[RESPONSES_TOOL])
     assert document["output"][0]["content"][0]["text"].startswith("You said: use the tool. ")
 
 
@@ -163,30 +163,30 @@ def test_output_of_a_function_is_answered_with_a_text() -> None:
 
 def test_embedding_is_of_the_text_alone() -> None:
     """Each text has a vector of length 1, the same whoever asks and in whatever company."""
-    document = Wire().whole("/v1/embeddings", input=["a", "b c", "a"])
+    document = DemoConnection().whole("/v1/embeddings", input=["a", "b c", "a"])
     first, other, again = (entry["embedding"] for entry in document["data"])
     assert first == again != other
     assert math.hypot(*first) == pytest.approx(1)
     assert [entry["index"] for entry in document["data"]] == [0, 1, 2]
     assert document["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
-    ollama = Wire().whole("/api/embed", input=["a", "b c"])
+    ollama = DemoConnection().whole("/api/embed", input=["a", "b c"])
     assert ollama["embeddings"] == [first, other]
     assert ollama["prompt_eval_count"] == 3
-    assert Wire().whole("/api/embeddings", prompt="a") == {"embedding": first}
+    assert DemoConnection().whole("/api/embeddings", prompt="a") == {"embedding": first}
 
 
 def test_embedding_as_base64_has_the_same_numbers() -> None:
     """What SDKs ask for is the numbers as little-endian 32-bit floats, bit by bit."""
     asked: Any = {"input": SAID, "dimensions": 3}
-    (plain,) = Wire().whole("/v1/embeddings", **asked)["data"]
-    (packed,) = Wire().whole("/v1/embeddings", encoding_format="base64", **asked)["data"]
+    (plain,) = DemoConnection().whole("/v1/embeddings", **asked)["data"]
+    (packed,) = DemoConnection().whole("/v1/embeddings", encoding_format="base64", **asked)["data"]
     assert list(struct.unpack("<3f", base64.b64decode(packed["embedding"]))) == plain["embedding"]
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/api/embed"])
 def test_each_text_takes_the_time_of_a_token(path: str) -> None:
     """A paced model embeds so many texts a second."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-4tps", input=["a", "b", "c"])
     wire.taken()
     assert wire.turn(0.7) == b""
@@ -199,21 +199,23 @@ def test_each_text_takes_the_time_of_a_token(path: str) -> None:
 def test_openai_counts_cached_and_reasoning_tokens_in_its_totals() -> None:
     """All but the first and last message is written, the first is read, reasoning is output."""
     talk: Any = {"messages": LONG_TALK, "reasoning_effort": "low"}
-    usage = Wire().whole("/v1/chat/completions", **talk)["usage"]
+    usage = DemoConnection().whole("/v1/chat/completions", **talk)["usage"]
     assert usage["prompt_tokens"] == 9
     assert usage["prompt_tokens_details"]["cached_tokens"] == 2
     assert usage["prompt_tokens_details"]["cache_write_tokens"] == 3
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 4
-    calm = Wire().whole("/v1/chat/completions", messages=LONG_TALK)["usage"]
+    calm = DemoConnection().whole("/v1/chat/completions", messages=LONG_TALK)["usage"]
     assert usage["completion_tokens"] == calm["completion_tokens"] + 4
     assert usage["total_tokens"] == 9 + usage["completion_tokens"]
 
 
 def test_responses_count_the_same_under_their_own_names() -> None:
     """The same talk has the same counts as a chat completion."""
-    chat = Wire().whole("/v1/chat/completions", messages=LONG_TALK, reasoning_effort="high")
+    chat = DemoConnection().whole(
+        "/v1/chat/completions", messages=LONG_TALK, reasoning_effort="high"
+    )
     asked: Any = {"input": LONG_TALK, "reasoning": {"effort": "high"}}
-    usage = Wire().whole("/v1/responses", **asked)["usage"]
+    usage = DemoConnection().whole("/v1/responses", **asked)["usage"]
     assert usage == {
         "input_tokens": 9,
         "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 3},
@@ -221,14 +223,16 @@ def test_responses_count_the_same_under_their_own_names() -> None:
         "output_tokens_details": {"reasoning_tokens": 16},
         "total_tokens": chat["usage"]["total_tokens"],
     }
-    assert usage == data_of(Wire().events("/v1/responses", **asked)[-1])["response"]["usage"]
+    assert (
+        usage == data_of(DemoConnection().events("/v1/responses", **asked)[-1])["response"]["usage"]
+    )
 
 
 def test_anthropic_counts_cached_tokens_apart() -> None:
     """Where a block asks for it, cached tokens are not among the input tokens, at both ends."""
     marked = [{"type": "text", "text": "a b c d e", "cache_control": {"type": "ephemeral"}}]
     asked: Any = {"system": marked, "messages": LONG_TALK}
-    events = [data_of(event) for event in Wire().events("/v1/messages", **asked)]
+    events = [data_of(event) for event in DemoConnection().events("/v1/messages", **asked)]
     expected = {
         "input_tokens": 4,
         "cache_read_input_tokens": 5,
@@ -237,13 +241,13 @@ def test_anthropic_counts_cached_tokens_apart() -> None:
     assert expected.items() <= events[0]["message"]["usage"].items()
     assert expected.items() <= events[-2]["usage"].items()
     assert events[0]["message"]["usage"]["output_tokens"] == 1
-    counted = Wire().whole("/v1/messages/count_tokens", **asked)
+    counted = DemoConnection().whole("/v1/messages/count_tokens", **asked)
     assert counted == {"input_tokens": 14}
 
 
 def test_anthropic_counts_no_cache_unasked() -> None:
     """Without the mark nothing is cached, and the counts say 0."""
-    usage = Wire().whole("/v1/messages", messages=LONG_TALK)["usage"]
+    usage = DemoConnection().whole("/v1/messages", messages=LONG_TALK)["usage"]
     assert usage["input_tokens"] == 9
     assert usage["cache_read_input_tokens"] == usage["cache_creation_input_tokens"] == 0
     assert "output_tokens_details" not in usage
@@ -251,21 +255,21 @@ def test_anthropic_counts_no_cache_unasked() -> None:
 
 def test_anthropic_counts_thinking_as_output() -> None:
     """Thinking tokens are among the output tokens, and told apart beside them."""
-    calm = Wire().whole("/v1/messages")["usage"]["output_tokens"]
+    calm = DemoConnection().whole("/v1/messages")["usage"]["output_tokens"]
     thinking = {"type": "enabled", "budget_tokens": 1024}
-    usage = Wire().whole("/v1/messages", thinking=thinking)["usage"]
+    usage = DemoConnection().whole("/v1/messages", thinking=thinking)["usage"]
     assert usage["output_tokens_details"] == {"thinking_tokens": 8}
     assert usage["output_tokens"] == calm + 8
 
 
 def test_counting_takes_no_time() -> None:
     """A slow model counts at once, as nothing is made."""
-    assert Wire().whole("/v1/messages/count_tokens", "demo-slow") == {"input_tokens": 6}
+    assert DemoConnection().whole("/v1/messages/count_tokens", "demo-slow") == {"input_tokens": 6}
 
 
 def test_reasoning_takes_its_time_before_the_first_token() -> None:
     """A paced model is silent while it reasons."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask("/v1/responses", "demo-4tps", reasoning={"effort": "minimal"})
     begun = wire.turn(turns=10)
     assert begun.count(b"event: ") == 4
@@ -277,8 +281,8 @@ def test_reasoning_takes_its_time_before_the_first_token() -> None:
 def test_generation_ends_with_counts_and_context() -> None:
     """The last line has what the whole response has, and no other line has any of it."""
     asked: Any = {"prompt": SAID, "system": "Be brief."}
-    *lines, last = map(data_of, Wire().events("/api/generate", **asked))
-    whole = Wire().whole("/api/generate", **asked)
+    *lines, last = map(data_of, DemoConnection().events("/api/generate", **asked))
+    whole = DemoConnection().whole("/api/generate", **asked)
     assert "".join(line["response"] for line in lines) == whole["response"]
     assert whole["response"].startswith(TEXT)
     assert last | {"response": "", "created_at": ""} == whole | {"response": "", "created_at": ""}
@@ -293,7 +297,7 @@ def test_generation_ends_with_counts_and_context() -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_failing_stream_carries_the_error_of_the_dialect(path: str) -> None:
     """After three tokens comes one error event, and then the response ends as if it were whole."""
-    *events, last = Wire().events(path, "demo-fail")
+    *events, last = DemoConnection().events(path, "demo-fail")
     assert b" the" in events[-1]
     assert b"quick" not in b"".join(events)
     assert STREAM_ENDS[path] not in b"".join([*events, last])
@@ -312,14 +316,14 @@ def test_failing_stream_carries_the_error_of_the_dialect(path: str) -> None:
 def test_failing_tool_call_of_ollama_is_not_begun() -> None:
     """A call comes in one line or not at all."""
     asked: Any = {"tools": [FUNCTION], "messages": [{"role": "user", "content": "the tool"}]}
-    (line,) = Wire().events("/api/chat", "demo-fail", **asked)
+    (line,) = DemoConnection().events("/api/chat", "demo-fail", **asked)
     assert FAILURE in message_of(data_of(line))
 
 
 @pytest.mark.parametrize("path", ASKED)
 def test_failing_whole_response_is_a_500(path: str) -> None:
     """Where no stream is asked for, or none can be, the same error is a status."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-fail", stream=False)
     status, document = wire.response()
     assert status == 500
@@ -329,7 +333,7 @@ def test_failing_whole_response_is_a_500(path: str) -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 def test_unfinished_stream_ends_well_without_its_end_marker(path: str) -> None:
     """The framing is whole, and what is in it stops after three tokens."""
-    events = Wire().events(path, "demo-unfinished")
+    events = DemoConnection().events(path, "demo-unfinished")
     assert b" the" in events[-1]
     assert STREAM_ENDS[path] not in b"".join(events)
 
@@ -337,7 +341,7 @@ def test_unfinished_stream_ends_well_without_its_end_marker(path: str) -> None:
 @pytest.mark.parametrize("path", ASKED)
 def test_unfinished_whole_response_is_half_a_document(path: str) -> None:
     """The framing promises nothing that does not come, and what came is no JSON."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-unfinished", stream=False)
     written = wire.turn(turns=3)
     assert b"content-length" not in written.lower()
@@ -354,7 +358,7 @@ def test_refusal_is_a_status_at_every_endpoint(
     path: str, model: str, status: int, stream: bool
 ) -> None:
     """A model refuses wherever it is asked, in the shape of the dialect."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, model, stream=stream)
     got, document = wire.response()
     assert got == status
@@ -365,11 +369,11 @@ def test_refusal_is_a_status_at_every_endpoint(
 @pytest.mark.parametrize("path", WHOLE_ONLY)
 def test_what_cannot_stream_answers_whole(path: str) -> None:
     """Asked for a stream, such an endpoint gives its document all the same."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, "demo-fast", stream=True)
     wire.clock.advance(0)
     status, document = wire.response()
-    assert (status, document) == (200, Wire().whole(path))
+    assert (status, document) == (200, DemoConnection().whole(path))
 
 
 @pytest.mark.parametrize(
@@ -396,7 +400,7 @@ def test_what_cannot_stream_answers_whole(path: str) -> None:
 def test_what_cannot_be_read_is_a_400(path: str, body: dict[str, Any]) -> None:
     """A missing or misshapen field is refused, as is a model that is not named."""
     for asked in ({"model": "demo-fast", **body}, {**ASKED[path], "model": 7}):
-        wire = Wire()
+        wire = DemoConnection()
         wire.post(path, json.dumps(asked).encode())
         assert wire.response()[0] == 400
 
@@ -404,6 +408,6 @@ def test_what_cannot_be_read_is_a_400(path: str, body: dict[str, Any]) -> None:
 def test_every_stream_ends_with_its_marker() -> None:
     """The table of end markers is right: each stands in the last event and in no other."""
     for path, end in STREAM_ENDS.items():
-        *events, last = Wire().events(path)
+        *events, last = DemoConnection().events(path)
         assert end in last
         assert end not in b"".join(events)

@@ -1,4 +1,4 @@
-"""Answers that break, one of each kind, and whole ones: what a provider sends, and how it ends.
+"""Responses that break, one of each kind, and whole ones: what a provider sends and how it ends.
 
 Where a response is framed (chunked towards HTTP/1.1, or by a length), a client is told of a break
 by an end short of the framing.  Where its end is the connection's, as towards HTTP/1.0, only a
@@ -14,8 +14,9 @@ import struct
 import termios
 from typing import NamedTuple
 
+from tests.support.live_proxy import until
+from tests.support.scripts import LAST, event
 from tests.support.sockets import Wire, chunked
-from tests.support.stage import LAST, event, until
 
 ROUTES = {
     "relayed": "",
@@ -186,7 +187,7 @@ WHOLE = {
     for name, content in (("small", EVENTS), ("no byte", b""), ("big", BIG))
 }
 
-TOLD = {
+REPORTED = {
     "chunked, fin": Sent("chunked", "fin", route="told"),
     "chunked, reset": Sent("chunked", "reset", route="told"),
     "chunked, bad size": _bad_size()._replace(route="told"),
@@ -199,7 +200,7 @@ TOLD = {
 }
 """One event more is due behind what came."""
 
-UNTOLD = {
+UNREPORTED = {
     "inside an event": Sent("chunked", "fin", EVENTS + b"data: {", route="told"),
     "with a length": Sent("length", "fin", route="told"),
     "encoded": Sent("chunked", "fin", GZIP, coding="gzip", route="told"),

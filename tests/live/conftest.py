@@ -1,10 +1,13 @@
-"""What the live tests are given: an authority, and both ways in which a provider is reached."""
+"""What the live tests are given: an authority, a demo provider, both ways to reach a provider."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.support.stage import Link
+from tests.support.demo import Demo
+from tests.support.live_proxy import Link
 from tests.support.tls import Authority
 
 
@@ -20,3 +23,10 @@ def link(request: pytest.FixtureRequest, authority: Authority) -> Link:
     if request.param == "plain":
         return Link(None, "")
     return Link(authority.server(), f'ca = "{authority.ca_path}"\n')
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Demo]:
+    """The demo provider."""
+    with Demo() as demo:
+        yield demo

@@ -11,33 +11,32 @@ from typing import Any, NamedTuple
 
 from tests.live.breaks import EVENTS, ROUTES, Sent
 from tests.support.daemon import Daemon
+from tests.support.live_proxy import trace_of, until, write_credential
+from tests.support.scripts import Turn
 from tests.support.sockets import WAIT, Provider, Script, Wire
-from tests.support.stage import Turn, trace_of, until, write_credential
 from tests.support.tls import Authority
 
 
-class Client(NamedTuple):
+class CurlClient(NamedTuple):
     """One curl: how it asks, and how the provider is reached that it asks for."""
 
     version: str
     scheme: str
     provider: str
 
-    @property
-    def name(self) -> str:
-        """Tell it from the others in a path."""
+    def __str__(self) -> str:
         return "-".join(self)
 
 
 CLIENTS = [
-    Client(version, scheme, provider)
+    CurlClient(version, scheme, provider)
     for version in ("1.0", "1.1")
     for scheme in ("http", "https")
     for provider in ("plain", "tls")
 ]
 
 
-class Said(NamedTuple):
+class CurlResult(NamedTuple):
     """What curl said: its exit code, the status, how much body came, and whether it is right.
 
     ``wrong`` is the body where it is not what was due, else nothing.
@@ -49,7 +48,7 @@ class Said(NamedTuple):
     wrong: bytes = b""
 
 
-class Run(NamedTuple):
+class CurlRun(NamedTuple):
     """One run of curl that has ended, and the record of its request."""
 
     code: int
@@ -58,13 +57,13 @@ class Run(NamedTuple):
     told: str
     record: dict[str, Any]
 
-    def said(self, due: bytes) -> Said:
+    def said(self, due: bytes) -> CurlResult:
         """Compare the body with what was due, which may be a megabyte."""
         wrong = b"" if self.body == due else self.body[:200] + b" ... " + self.body[-200:]
-        return Said(self.code, self.status, len(self.body), wrong)
+        return CurlResult(self.code, self.status, len(self.body), wrong)
 
 
-class Net:
+class CurlProxy:
     """The daemon with its two listeners, and the two providers behind it.
 
     Attributes:
@@ -104,7 +103,7 @@ key = "k.pem"
         name = wire.read_request().target.split(b"/")[1]
         self.scripts[name.decode()](wire)
 
-    def start(self, client: Client, path: str, output: Path) -> subprocess.Popen[str]:
+    def start(self, client: CurlClient, path: str, output: Path | str) -> subprocess.Popen[str]:
         """Start curl; it writes the body to ``output``, and the status to its standard output."""
         port = self.daemon.tls_port if client.scheme == "https" else self.daemon.port
         command = ["curl", "-q", "-sS", "-N", "--max-time", str(int(WAIT)), "--noproxy", "*"]
@@ -116,8 +115,8 @@ key = "k.pem"
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
         )
 
-    def run(self, client: Client, name: str, route: str, hold: Turn | None = None) -> Run:
-        """Run curl to its end; with ``hold`` it stands still until the request has ended.
+    def run(self, client: CurlClient, name: str, route: str, hold: Turn | None = None) -> CurlRun:
+        """CurlRun curl to its end; with ``hold`` it stands still until the request has ended.
 
         Args:
             hold: given once curl stands still, whereupon the script may go on.
@@ -135,7 +134,7 @@ key = "k.pem"
         assert code == curl.returncode
         assert status, told  # there is a record of what came to a response
         body = output.read_bytes() if output.exists() else b""
-        return Run(code, status, body, told, trace_of(self.daemon, path=path))
+        return CurlRun(code, status, body, told, trace_of(self.daemon, path=path))
 
     def _hold(self, curl: subprocess.Popen[str], path: str, output: Path, hold: Turn) -> None:
         until(lambda: output.exists() and output.read_bytes() == EVENTS, "curl has the beginning")
@@ -147,7 +146,7 @@ key = "k.pem"
         assert output.read_bytes() == EVENTS
         curl.send_signal(signal.SIGCONT)
 
-    def run_all(self, name: str, sent: Sent, *, held: bool = False) -> dict[Client, Run]:
+    def run_all(self, name: str, sent: Sent, *, held: bool = False) -> dict[CurlClient, CurlRun]:
         """Let every client ask for ``sent``, all at once.
 
         Args:
@@ -155,7 +154,7 @@ key = "k.pem"
         """
         name = name.replace(", ", "-").replace(" ", "-")
 
-        def run(client: Client) -> Run:
+        def run(client: CurlClient) -> CurlRun:
             turn = Turn()
             first = sent.raw[: sent.raw.find(EVENTS) + len(EVENTS)]
 
@@ -164,7 +163,7 @@ key = "k.pem"
                 turn.take()
                 sent.play(wire, after=len(first))
 
-            own = f"{name}-{client.name}"
+            own = f"{name}-{client}"
             self.scripts[own] = script if held else sent.play
             return self.run(client, own, sent.route, hold=turn if held else None)
 

@@ -8,22 +8,23 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import Response, read_response, until
 from tests.support.sockets import connect, request
-from tests.support.stage import Got, open_stage, read_got, until
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon of which only the admin site is asked."""
-    with open_stage(tmp_path_factory.mktemp("admin"), provider_config) as stage:
-        yield stage.daemon
+    config = provider_config("http://127.0.0.1:1")
+    with Daemon(tmp_path_factory.mktemp("admin"), config) as daemon:
+        yield daemon
 
 
-def ask(port: int, sent: bytes) -> Got:
+def ask(port: int, sent: bytes) -> Response:
     """Send one request to an admin site."""
     with connect(port) as client:
         client.send(sent)
-        return read_got(client, bodiless=sent.startswith(b"HEAD "))
+        return read_response(client, bodiless=sent.startswith(b"HEAD "))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -17,39 +17,22 @@ import pytest
 
 from tests.support.daemon import Daemon, provider_config
 from tests.support.keypairs import LISTEN_TLS, Vault
+from tests.support.live_proxy import Response, read_response, until
+from tests.support.scripts import keep_replying
 from tests.support.served import knock
-from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
-from tests.support.stage import (
-    LAST,
-    SSE,
-    Got,
-    Turn,
-    assert_settles,
-    event,
-    post,
-    read_got,
-    until,
-)
+from tests.support.sockets import WAIT, Provider, Wire, connect, request
 
 MOST = 5
-KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 TICK = os.sysconf("SC_CLK_TCK")
 PAUSE = threading.Event()
 """Never set: a wait for it is a pause."""
-
-
-def serve(wire: Wire) -> None:
-    """A provider's script: answer every request on a connection."""
-    while True:
-        wire.read_request()
-        wire.send(KEPT)
 
 
 @contextmanager
 def running(folder: Path, *, proxy: str = "", more: str = "") -> Iterator[Daemon]:
     """Run a daemon in front of a provider that answers."""
     with (
-        Provider(serve) as provider,
+        Provider(keep_replying) as provider,
         Daemon(
             folder, provider_config(provider.url) + more, proxy=f"anonymous = true\n{proxy}"
         ) as daemon,
@@ -63,10 +46,10 @@ def connect_from(source: str, port: int) -> Wire:
     return Wire(sock)
 
 
-def ask(wire: Wire) -> Got:
+def ask(wire: Wire) -> Response:
     """Ask once on a connection that stays."""
     wire.send(request("GET", "/p/x"))
-    return read_got(wire)
+    return read_response(wire)
 
 
 def clients(daemon: Daemon) -> float:
@@ -93,7 +76,7 @@ def assert_quiet(daemon: Daemon) -> None:
     assert cpu_seconds(daemon) - before < 0.5
 
 
-def assert_refusal(got: Got, limit: str) -> None:
+def assert_rejection(got: Response, limit: str) -> None:
     """Check what somebody is told who is turned away."""
     assert got.status == 503
     assert got.values(b"x-llmproxy-error") == [limit.encode()]
@@ -104,9 +87,9 @@ def assert_refusal(got: Got, limit: str) -> None:
     assert got.json()["error"]["code"] == limit
 
 
-def turned_away(wire: Wire) -> Got:
+def read_rejection(wire: Wire) -> Response:
     """Return what a connection is told that is turned away, whether it asked or not."""
-    got = read_got(wire)
+    got = read_response(wire)
     assert wire.wait_closed() == "fin"
     return got
 
@@ -124,7 +107,7 @@ def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
             with connect(daemon.port) as late:
                 if asks:
                     late.send(request("GET", "/p/x"))
-                assert_refusal(turned_away(late), "max_connections")
+                assert_rejection(read_rejection(late), "max_connections")
         assert limited(daemon, "max_connections") == 3
         assert limited(daemon, "connections_per_address") == 0
         assert clients(daemon) == MOST
@@ -143,7 +126,7 @@ def test_one_that_leaves_makes_room(tmp_path: Path) -> None:
             with connect(daemon.port) as wire:
                 assert ask(wire).body == b"ok"
                 with connect(daemon.port) as late:
-                    assert_refusal(turned_away(late), "max_connections")
+                    assert_rejection(read_rejection(late), "max_connections")
                 if leave == "reset":
                     wire.reset()
                 elif leave == "half a request":
@@ -158,7 +141,7 @@ def test_a_full_proxy_keeps_its_admin_site(tmp_path: Path) -> None:
         assert ask(inside).body == b"ok"
         for _ in range(20):
             with connect(daemon.port) as late:
-                assert_refusal(turned_away(late), "max_connections")
+                assert_rejection(read_rejection(late), "max_connections")
             for path in ("/livez", "/readyz", "/config", "/metrics"):
                 assert daemon.admin(path)
         shown = json.loads(daemon.admin("/config"))
@@ -175,7 +158,7 @@ def test_a_full_proxy_does_not_spin(tmp_path: Path) -> None:
         until(lambda: limited(daemon, "max_connections") == 80, "all of them were turned away")
         assert_quiet(daemon)
         for wire in crowd:
-            assert_refusal(turned_away(wire), "max_connections")
+            assert_rejection(read_rejection(wire), "max_connections")
         assert ask(inside).body == b"ok"
 
 
@@ -183,7 +166,7 @@ def test_who_does_not_go_is_dropped(tmp_path: Path) -> None:
     """After two seconds, although it sends on: no descriptor is held by who is not served."""
     with running(tmp_path, proxy="max_connections = 1") as daemon, connect(daemon.port):
         until(lambda: clients(daemon) == 1, "the first is inside")
-        before = descriptors(daemon)
+        before = len(daemon.descriptors())
         with connect(daemon.port) as late:
             began = time.monotonic()
             with suppress(ConnectionError):
@@ -191,48 +174,7 @@ def test_who_does_not_go_is_dropped(tmp_path: Path) -> None:
                     late.send(b"x" * 100)
                     PAUSE.wait(0.05)
             assert 1 < time.monotonic() - began < 10
-            until(lambda: descriptors(daemon) <= before, "its descriptor is free again")
-
-
-def test_a_running_stream_is_not_touched(tmp_path: Path) -> None:
-    """What runs goes on to its end while others are turned away."""
-    turn = Turn()
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE)
-        for number in range(3):
-            turn.take()
-            wire.send(chunked(event(number)))
-        wire.send(LAST)
-
-    with (
-        Provider(script) as provider,
-        Daemon(
-            tmp_path,
-            provider_config(provider.url),
-            proxy="anonymous = true\nmax_connections = 1",
-        ) as daemon,
-        connect(daemon.port) as inside,
-    ):
-        inside.send(post("/p/x"))
-        for number in range(3):
-            turn.give()
-            if not number:
-                inside.read_head()
-            assert inside.read_chunk() == event(number)
-            with connect(daemon.port) as late:
-                assert_refusal(turned_away(late), "max_connections")
-        assert inside.read_chunk() == b""
-        assert_settles_but_for(daemon, 1)
-
-
-def assert_settles_but_for(daemon: Daemon, kept: int) -> None:
-    """Wait until so many clients are all that is left in the daemon."""
-    until(
-        lambda: clients(daemon) == kept and not daemon.metrics()["llmproxy_active_streams"],
-        f"{kept} quiet clients",
-    )
+            until(lambda: len(daemon.descriptors()) <= before, "its descriptor is free again")
 
 
 def test_plain_and_tls_are_counted_together(tmp_path: Path) -> None:
@@ -247,7 +189,7 @@ def test_plain_and_tls_are_counted_together(tmp_path: Path) -> None:
     ):
         assert (ask(plain).body, ask(secure).body) == (b"ok", b"ok")
         with connect(daemon.port) as late:
-            assert_refusal(turned_away(late), "max_connections")
+            assert_rejection(read_rejection(late), "max_connections")
         assert knock(daemon.tls_port) == ("reset", b"")
         assert limited(daemon, "max_connections") == 2
         secure.close()
@@ -262,37 +204,27 @@ PER_ADDRESS = "[limits]\nconnections_per_address = 2\n"
 
 
 def test_each_address_has_its_own_limit(tmp_path: Path) -> None:
-    """One that is full is told so, and no other is."""
+    """An address at its limit gets a 503, and no other; a connection that ends makes room."""
     with running(tmp_path, more=PER_ADDRESS) as daemon, ExitStack() as stack:
+        inside: list[Wire] = []
         for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
             for _ in range(2):
-                wire = stack.enter_context(connect_from(source, daemon.port))
-                assert ask(wire).body == b"ok"
+                inside.append(stack.enter_context(connect_from(source, daemon.port)))
+                assert ask(inside[-1]).body == b"ok"
         for count, source in enumerate(("127.0.0.2", "127.0.0.3", "127.0.0.2"), 1):
             with connect_from(source, daemon.port) as late:
-                assert_refusal(turned_away(late), "connections_per_address")
+                assert_rejection(read_rejection(late), "connections_per_address")
             assert limited(daemon, "connections_per_address") == count
         assert limited(daemon, "max_connections") == 0
         assert clients(daemon) == 6
         with connect_from("127.0.0.4", daemon.port) as other:
             assert ask(other).body == b"ok"
+        inside[-1].close()
+        until(lambda: clients(daemon) == 5, "it is gone")
+        with connect_from("127.0.0.3", daemon.port) as again:
+            assert ask(again).body == b"ok"
         line = daemon.wait_log("clients are turned away", limit="connections_per_address")
         assert line["address"] == "127.0.0.2"
-
-
-def test_an_address_gets_its_place_back(tmp_path: Path) -> None:
-    """As soon as one of its connections is gone."""
-    with (
-        running(tmp_path, more=PER_ADDRESS) as daemon,
-        connect_from("127.0.0.9", daemon.port) as stays,
-    ):
-        assert ask(stays).body == b"ok"
-        for _ in range(5):
-            with connect_from("127.0.0.9", daemon.port) as wire:
-                assert ask(wire).body == b"ok"
-                with connect_from("127.0.0.9", daemon.port) as late:
-                    assert_refusal(turned_away(late), "connections_per_address")
-            until(lambda: clients(daemon) == 1, "it is gone")
 
 
 def test_behind_a_balancer_its_clients_are_counted(tmp_path: Path) -> None:
@@ -306,22 +238,22 @@ def test_behind_a_balancer_its_clients_are_counted(tmp_path: Path) -> None:
         wire.send(request("GET", "/p/x"))
         return wire
 
-    with Provider(serve) as provider:
+    with Provider(keep_replying) as provider:
         daemon = Daemon(tmp_path, provider_config(provider.url) + more)
         text = daemon.config_path.read_text()
         ours = 'listen = ["tcp:0:interface=127.0.0.1"]\nanonymous'
         assert ours in text
         daemon.config_path.write_text(text.replace(ours, f"{proxy}anonymous"))
         with daemon, come("192.0.2.1") as one, come("192.0.2.2") as other:
-            assert [read_got(one).body, read_got(other).body] == [b"ok", b"ok"]
+            assert [read_response(one).body, read_response(other).body] == [b"ok", b"ok"]
             with come("192.0.2.1") as late:
-                assert_refusal(turned_away(late), "connections_per_address")
+                assert_rejection(read_rejection(late), "connections_per_address")
             assert limited(daemon, "connections_per_address") == 1
             assert [ask(one).body, ask(other).body] == [b"ok", b"ok"]
             one.close()
             until(lambda: clients(daemon) == 1, "it is gone")
             with come("192.0.2.1") as again:
-                assert read_got(again).body == b"ok"
+                assert read_response(again).body == b"ok"
 
 
 # --- no descriptor left ---------------------------------------------------------------------------
@@ -330,22 +262,10 @@ ROOM = 12
 """Descriptors that the daemon gets beyond those that it has."""
 
 
-@contextmanager
-def cramped(daemon: Daemon, *, room: bool = True) -> Iterator[None]:
+def cramped(daemon: Daemon, *, room: bool = True) -> AbstractContextManager[None]:
     """Let the daemon have few descriptors more than it has now, or none at all."""
-    process = daemon.process.pid
-    most = max(int(name) for name in os.listdir(f"/proc/{process}/fd")) + 1 + ROOM
-    before = resource.prlimit(process, resource.RLIMIT_NOFILE)
-    resource.prlimit(process, resource.RLIMIT_NOFILE, (most if room else 3, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
-
-
-def descriptors(daemon: Daemon) -> int:
-    """Return how many descriptors the daemon has open."""
-    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    most = max(daemon.descriptors()) + 1 + ROOM if room else 3
+    return daemon.limited(resource.RLIMIT_NOFILE, most)
 
 
 def is_left_with(daemon: Daemon, count: float) -> bool:
@@ -373,19 +293,18 @@ def test_without_descriptors_it_goes_on(tmp_path: Path, secure: bool) -> None:
     """It neither dies nor spins, serves who is inside, and accepts again when there is room."""
     vault = Vault(tmp_path)
     vault.put()
-    with (
-        running(tmp_path, proxy=LISTEN_TLS, more=vault.config) as daemon,
-        ExitStack() as stack,
-    ):
+    with running(tmp_path, proxy=LISTEN_TLS, more=vault.config) as daemon, ExitStack() as stack:
         port = daemon.tls_port if secure else daemon.port
         kept = stack.enter_context(connect(port, tls=vault.client() if secure else None))
         assert ask(kept).body == b"ok"  # and the provider's connection is kept, too
-        before = descriptors(daemon)
+        before = len(daemon.descriptors())
         with cramped(daemon):
             crowd = [stack.enter_context(connect(port)) for _ in range(4 * ROOM)]
             # Each beyond the last descriptor is closed; nobody is left in the queue.
             until(
-                lambda: sum(map(is_closed, crowd)) + descriptors(daemon) - before == len(crowd),
+                lambda: (
+                    sum(map(is_closed, crowd)) + len(daemon.descriptors()) - before == len(crowd)
+                ),
                 "each is inside or closed",
             )
             assert 0 < sum(map(is_closed, crowd)) < len(crowd)
@@ -407,28 +326,6 @@ def assert_told_once_or_so(daemon: Daemon) -> None:
     """Check that the log has something of it, and no more than a few lines for each client."""
     lines = [line for line in daemon.log if "EMFILE" in line["message"]]
     assert 0 < len(lines) < 20 * ROOM
-
-
-def test_a_low_limit_from_the_start(tmp_path: Path) -> None:
-    """A daemon that was started with few descriptors serves as many as it can, for long."""
-    with running(tmp_path) as daemon:
-        assert_settles(daemon)
-        with cramped(daemon):
-            for _ in range(3):
-                come_and_go(daemon, 3 * ROOM)
-                with connect(daemon.port) as wire:
-                    assert ask(wire).body == b"ok"
-            assert_quiet(daemon)
-
-
-def come_and_go(daemon: Daemon, count: int) -> None:
-    """Connect more clients than there is room for, and let all of them leave."""
-    before = clients(daemon)
-    crowd = [connect(daemon.port) for _ in range(count)]
-    until(lambda: sum(map(is_closed, crowd)) >= ROOM, "the others are closed")
-    for wire in crowd:
-        wire.close()
-    until(lambda: is_left_with(daemon, before), "the crowd is gone")
 
 
 def test_without_any_descriptor_it_does_not_spin(tmp_path: Path) -> None:

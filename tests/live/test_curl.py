@@ -1,182 +1,255 @@
-"""curl as a client: tokens one by one, and no broken body that it takes for whole."""
+"""curl as a client: it prints tokens one by one, and takes no broken response for whole.
+
+Each kind of break is seen by curl in both versions of HTTP, plainly and by TLS, from a provider
+that is reached plainly and by TLS: eight curls at once. That curl does not complain of whole
+responses is the proof that these tests can fail.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import WAIT, Wire, chunked
-from tests.support.stage import (
-    DONE,
-    LAST,
-    SSE,
-    Link,
-    Stage,
-    Turn,
-    assert_settles,
-    chunked_answer,
-    event,
-    open_stage,
-)
+from tests.live.breaks import BARE_FIN, BREAKS, HELD, REPORTED, UNREPORTED, WHOLE, Sent
+from tests.live.curls import CLIENTS, CurlClient, CurlProxy, CurlResult, CurlRun
+from tests.support.live_proxy import assert_settles, post
+from tests.support.scripts import DONE, LAST, SSE, Turn, event
+from tests.support.sockets import WAIT, Wire, chunked, connect
+from tests.support.tls import Authority
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
-PARTIAL_FILE, RECEIVE_ERROR = 18, 56
-"""curl's own exit codes."""
+FINE, PARTIAL_FILE, RECEIVE_ERROR = 0, 18, 56
+"""curl's own exit codes: whole; short of the framing; the connection's end is an error."""
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
-    """One route."""
-    folder = tmp_path_factory.mktemp("curl")
-    with open_stage(
-        folder, lambda url: provider_config(url, provider=link.keys), link=link
-    ) as stage:
-        yield stage
+def curls(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[CurlProxy]:
+    """One daemon for all."""
+    curls = CurlProxy(tmp_path_factory.mktemp("breaks"), authority)
+    with curls.providers["plain"], curls.providers["tls"], curls.daemon:
+        yield curls
 
 
-@contextmanager
-def curl(stage: Stage, path: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run curl against the proxy; it is gone afterwards."""
-    url = f"http://127.0.0.1:{stage.daemon.port}{path}"
-    command = ["curl", "-sS", "--max-time", str(int(WAIT)), *options, url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def exit_code(sent: Sent, client: CurlClient) -> int:
+    """Return what curl must say of a break, by TLS or not."""
+    return PARTIAL_FILE if sent.tells_by_framing(client.version) else RECEIVE_ERROR
 
 
-def read_some(process: subprocess.Popen[bytes]) -> bytes:
-    """Read what curl has printed, once it has printed something."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], WAIT)
-    assert ready, "curl printed nothing"
-    return os.read(process.stdout.fileno(), 65536)
+def said(runs: dict[CurlClient, CurlRun], due: bytes) -> dict[CurlClient, CurlResult]:
+    """Return what each curl said, where ``due`` is the body that it should have got."""
+    return {client: run.said(due) for client, run in runs.items()}
 
 
-def has_printed(process: subprocess.Popen[bytes]) -> bool:
-    """Tell whether there is something to read now."""
-    assert process.stdout is not None
-    return bool(select.select([process.stdout], [], [], 0)[0])
+def broken(sent: Sent) -> dict[CurlClient, CurlResult]:
+    """Return what each curl must say of a break."""
+    count = len(sent.content)
+    return {client: CurlResult(exit_code(sent, client), 200, count) for client in CLIENTS}
 
 
-@pytest.mark.parametrize("version", ["--http1.1", "--http1.0"])
-def test_tokens_are_printed_one_by_one(stage: Stage, version: str) -> None:
-    """`curl -N` shows each before the next was sent, in either version of HTTP."""
-    turn = Turn()
+def assert_recorded(curls: CurlProxy, runs: dict[CurlClient, CurlRun], reason: str) -> None:
+    """Check the records, that curl complained in words just where it did by code, and the rest."""
+    for client, run in runs.items():
+        record = run.record
+        assert record["end_reason"] == reason, client
+        assert record["is_complete"] is (reason == "complete"), client
+        assert (record["status"], record["bytes_out"]) == (run.status, len(run.body)), client
+        assert bool(run.told) == (run.code != FINE), (client, run.told)
+    assert_settles(curls.daemon)
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=str)
+def test_tokens_are_printed_one_by_one(curls: CurlProxy, client: CurlClient) -> None:
+    """`curl -N` prints each token before the provider sends the next."""
+    turn, tokens = Turn(), [*map(event, range(3)), DONE]
 
     def script(wire: Wire) -> None:
-        wire.read_request()
         wire.send(SSE)
-        for number in range(5):
+        for token in tokens:
             turn.take()
-            wire.send(chunked(event(number)))
+            wire.send(chunked(token))
         turn.take()
-        wire.send(chunked(DONE), LAST)
+        wire.send(LAST)
 
-    stage.script = script
-    with curl(stage, "/p/x", "-N", version, "-d", '{"stream":true}') as process:
-        for number in range(5):
-            assert not has_printed(process)
+    curls.scripts["tokens"] = script
+    with curls.start(client, f"/{client.provider}/relayed/tokens", "-") as curl:
+        try:
+            assert curl.stdout is not None
+            for token in tokens:
+                assert not select.select([curl.stdout], [], [], 0)[0]
+                turn.give()
+                assert select.select([curl.stdout], [], [], WAIT)[0], "curl printed nothing"
+                assert os.read(curl.stdout.fileno(), 65536) == token
             turn.give()
-            assert read_some(process) == event(number)
-        turn.give()
-        assert read_some(process) == DONE
-        assert read_some(process) == b""
-        assert process.wait(WAIT) == 0
+            printed, complaint = curl.communicate(timeout=WAIT)
+            assert (curl.returncode, printed, complaint) == (FINE, "200 0", "")
+        finally:
+            curl.kill()
 
 
-def test_a_body_that_is_whole_is_whole(stage: Stage) -> None:
-    """Exit 0 in each version, for each framing."""
-    for reply in (
-        chunked_answer(b"data: 1\n\n", DONE),
-        b"HTTP/1.1 200 OK\r\n\r\ndata: 1\n\n" + DONE,
-    ):
-
-        def script(wire: Wire, reply: bytes = reply) -> None:
-            wire.read_request()
-            wire.send(reply)
-            wire.farewell()
-
-        stage.script = script
-        for version in ("--http1.1", "--http1.0"):
-            with curl(stage, "/p/x", "-N", version) as process:
-                printed, told = process.communicate(timeout=WAIT)
-                assert (process.returncode, told) == (0, b"")
-                assert printed == b"data: 1\n\n" + DONE
+@pytest.mark.parametrize("name", BREAKS)
+def test_all_that_came_is_there_and_an_error(curls: CurlProxy, name: str) -> None:
+    """Exit 18 where the framing tells, 56 where only a reset can; the record knows why."""
+    sent = BREAKS[name]
+    runs = curls.run_all(f"broken, {name}", sent)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(curls, runs, sent.reason)
 
 
-@pytest.mark.parametrize("version", ["--http1.1", "--http1.0"])
-@pytest.mark.parametrize("end", ["fin", "reset"])
-@pytest.mark.parametrize("framing", ["chunked", "length"])
-def test_a_broken_body_is_an_error_behind_all_that_came(
-    stage: Stage, framing: str, end: str, version: str
+@pytest.mark.parametrize("name", HELD)
+def test_what_nobody_had_read_when_the_break_came_is_read_later(
+    curls: CurlProxy, name: str
 ) -> None:
-    """Exit 18 or 56, never 0, and every byte that came before the break was printed."""
-    turn = Turn()
-    pieces = [event(number) for number in range(3)] + [b"data: " + b"x" * 300_000]
-    whole = b"".join(pieces)
-    head = SSE.replace(b"Transfer-Encoding: chunked", b"Content-Length: 1000000")
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        if framing == "chunked":
-            wire.send(SSE, chunked(*pieces))
-        else:
-            wire.send(head, whole)
-        turn.take()
-        if end == "reset":
-            wire.reset()
-
-    stage.script = script
-    with curl(stage, "/p/x", "-N", version) as process:
-        printed = b""
-        while len(printed) < len(whole):
-            printed += read_some(process)
-        turn.give()
-        rest, told = process.communicate(timeout=WAIT)
-        assert printed + rest == whole
-        assert process.returncode in (PARTIAL_FILE, RECEIVE_ERROR)
-        assert told.startswith(b"curl: (")
-    assert_settles(stage.daemon)
+    """The request is over and its bytes are in the kernel's queues before curl goes on."""
+    sent = HELD[name]
+    runs = curls.run_all(f"held, {name}", sent, held=True)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(curls, runs, sent.reason)
 
 
-def test_all_that_came_reaches_a_slow_reader_before_the_reset(stage: Stage) -> None:
-    """An HTTP/1.0 client that has read nothing when the body breaks still gets every byte."""
-    whole = b"x" * 3_000_000
+@pytest.mark.parametrize("name", BARE_FIN)
+def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(curls: CurlProxy, name: str) -> None:
+    """A provider that speaks TLS and says no farewell may have been cut off by anybody."""
+    sent = BARE_FIN[name]
+    runs = curls.run_all(f"bare, {name}", sent)
+    count = len(sent.content)
+    assert said(runs, sent.content) == {
+        client: CurlResult(
+            FINE if client.provider == "plain" else exit_code(sent, client), 200, count
+        )
+        for client in CLIENTS
+    }
+    for provider, reason in (("plain", "complete"), ("tls", "upstream_broken")):
+        own = {client: run for client, run in runs.items() if client.provider == provider}
+        assert_recorded(curls, own, reason)
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE, chunked(whole))
 
-    stage.script = script
-    with curl(stage, "/p/x", "--http1.0", "--limit-rate", "3M") as process:
-        printed, _ = process.communicate(timeout=WAIT)
-        assert process.returncode in (PARTIAL_FILE, RECEIVE_ERROR)
-        assert printed == whole
-    assert_settles(stage.daemon)
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_response_is_no_error(curls: CurlProxy, name: str) -> None:
+    """Exit 0 for each framing, in each version."""
+    sent = WHOLE[name]
+    runs = curls.run_all(f"whole, {name}", sent)
+    assert said(runs, sent.content) == dict.fromkeys(
+        CLIENTS, CurlResult(FINE, 200, len(sent.content))
+    )
+    assert_recorded(curls, runs, "complete")
 
 
-def test_curl_that_is_stopped_ends_the_providers_work(stage: Stage) -> None:
-    """A killed client is a client that left."""
-    ended = Turn()
+@pytest.mark.parametrize("name", REPORTED)
+def test_an_error_event_is_the_last_that_comes(curls: CurlProxy, name: str) -> None:
+    """Behind all that came, and curl has its error all the same."""
+    sent = REPORTED[name]
+    runs = curls.run_all(f"told, {name}", sent)
+    for client, run in runs.items():
+        assert (run.code, run.status) == (exit_code(sent, client), 200), client
+        assert run.body.startswith(sent.content), client
+        told = run.body[len(sent.content) :]
+        if sent.kind == "text/event-stream":
+            assert told.startswith(b"data: "), client
+            assert told.endswith(b"\n\n"), client
+        assert json.loads(told.removeprefix(b"data: "))["error"]["code"] == sent.reason, client
+    assert_recorded(curls, runs, sent.reason)
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE, chunked(event(0)))
-        wire.wait_closed()
-        ended.give()
 
-    stage.script = script
-    with curl(stage, "/p/x", "-N") as process:
-        assert read_some(process) == event(0)
-    ended.take()
-    assert_settles(stage.daemon)
+@pytest.mark.parametrize("name", UNREPORTED)
+def test_no_event_is_put_where_none_can_be(curls: CurlProxy, name: str) -> None:
+    """Nothing but what came, although the route asks for an event."""
+    sent = UNREPORTED[name]
+    runs = curls.run_all(f"untold, {name}", sent)
+    assert said(runs, sent.content) == broken(sent)
+    assert_recorded(curls, runs, sent.reason)
+
+
+def test_a_break_before_the_head_is_a_whole_error_body(curls: CurlProxy) -> None:
+    """While nothing has left, curl can be told properly: a 502, and no complaint of the wire."""
+    runs = curls.run_all("headless", Sent("", "fin", b"", b"HTTP/1.1 200 OK\r\nContent-"))
+    for client, run in runs.items():
+        assert (run.code, run.status) == (FINE, 502), client
+        assert json.loads(run.body)["error"]["code"] == "upstream_broken", client
+    assert_recorded(curls, runs, "upstream_broken")
+
+
+class TlsEnd(NamedTuple):
+    """What came to a client, whether TLS's farewell (close_notify) did, and how TCP ended."""
+
+    content: bytes
+    farewell: bool
+    end: str
+
+
+def read_tls_end(curls: CurlProxy, path: str) -> TlsEnd:
+    """Ask in HTTP/1.0 over TLS, and read to the connection's end, record by record."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = curls.authority.client().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with connect(curls.daemon.tls_port) as wire:
+
+        def after(step: Callable[[], T]) -> T:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    if outgoing.pending:  # sending, even nothing, reports a reset before its time
+                        wire.send(outgoing.read())
+                    received = wire.receive()
+                    if not received:
+                        raise
+                    incoming.write(received)
+
+        after(tls.do_handshake)
+        tls.write(post(path, version="1.0"))
+        wire.send(outgoing.read())
+        content = b""
+        try:
+            while piece := after(lambda: tls.read(65536)):
+                content += piece
+        except ssl.SSLWantReadError:
+            return TlsEnd(content, False, "fin")
+        except ConnectionError:
+            return TlsEnd(content, False, "reset")
+        wire.sock.shutdown(socket.SHUT_WR)
+        return TlsEnd(content, True, wire.wait_closed())
+
+
+@pytest.mark.parametrize("name", ["small, chunked", "big, close"])
+def test_a_whole_body_without_framing_ends_with_a_farewell(curls: CurlProxy, name: str) -> None:
+    """close_notify, then a FIN: by TLS's own words nothing is missing."""
+    curls.scripts["farewell"] = WHOLE[name].play
+    tls_end = read_tls_end(curls, "/plain/relayed/farewell")
+    assert tls_end.content.endswith(WHOLE[name].content)
+    assert (tls_end.farewell, tls_end.end) == (True, "fin")
+
+
+@pytest.mark.parametrize("provider", ["plain", "tls"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chunked, fin between chunks",
+        "chunked, reset between chunks",
+        "chunked, bad size",
+        "close, reset",
+        "no byte, chunked, fin",
+        "big, chunked, fin inside a chunk",
+        "big, close, reset",
+    ],
+)
+def test_a_broken_body_without_framing_ends_without_a_farewell(
+    curls: CurlProxy, name: str, provider: str
+) -> None:
+    """All that came, no close_notify behind it, and a RST: neither layer says that it is whole."""
+    sent = BREAKS[name]
+    curls.scripts["no-farewell"] = sent.play
+    tls_end = read_tls_end(curls, f"/{provider}/{sent.route}/no-farewell")
+    head, _, body = tls_end.content.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert body == sent.content
+    assert (tls_end.farewell, tls_end.end) == (False, "reset")

@@ -12,16 +12,17 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.support.collector import Collector
+from tests.support.collector import OtlpCollector
 from tests.support.daemon import ROOT, Daemon
+from tests.support.live_proxy import assert_settles, post, until
 from tests.support.records import query
+from tests.support.scripts import DONE, LAST, SSE
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect
-from tests.support.stage import DONE, LAST, SSE, assert_settles, post, until
 
 MANY = 200
 CHAT = "/p/v1/chat/completions"
@@ -125,14 +126,6 @@ def running(folder: Path, mistakes: str = "", trace: str = "") -> Iterator[tuple
         assert_settles(daemon)
 
 
-def take_errors(daemon: Daemon) -> list[str]:
-    """Take the errors out of the log, where they would fail the test."""
-    errors = [line for line in list(daemon.log) if line["level"] in ("error", "critical")]
-    for line in errors:
-        daemon.log.remove(line)
-    return [line["message"] for line in errors]
-
-
 @pytest.mark.parametrize("where", FAULTS)
 def test_a_broken_tap_is_felt_by_no_client(where: str, tmp_path: Path) -> None:
     """Bytes are exact, each request has its record, each broken tap one line and one count."""
@@ -144,7 +137,7 @@ def test_a_broken_tap_is_felt_by_no_client(where: str, tmp_path: Path) -> None:
         assert ended == {("complete", "internal"): MANY}
         assert daemon.metrics()[BROKEN] == MANY
         until(lambda: len(daemon.log) > MANY, "the log is read")
-        errors = take_errors(daemon)
+        errors = daemon.take_errors()
         assert sorted(error.partition(":")[0] for error in errors) == sorted(
             record["id"] for record in records
         )
@@ -165,14 +158,14 @@ def test_taps_that_do_not_break_tell_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector() -> Iterator[OtlpCollector]:
     """A collector without TLS."""
-    collector = Collector()
+    collector = OtlpCollector()
     yield collector
     collector.close()
 
 
-def sinks(folder: Path, collector: Collector) -> str:
+def sinks(folder: Path, collector: OtlpCollector) -> str:
     """Return the keys of every sink beside the trace file."""
     return f'ledger = "{folder}/ledger.db"\notlp = "{collector.url}"\n'
 
@@ -183,7 +176,7 @@ def lost(daemon: Daemon) -> tuple[float, ...]:
     return tuple(metrics[LOST % name] for name in SINKS)
 
 
-def kept(folder: Path, collector: Collector) -> tuple[int, ...]:
+def kept(folder: Path, collector: OtlpCollector) -> tuple[int, ...]:
     """Return how many records each sink has; none where it is just being made."""
     lines = (folder / "trace.jsonl").read_text().count("\n")
     rows = 0
@@ -211,7 +204,7 @@ Output.put = mistaken
 
 @pytest.mark.parametrize("sink", SINKS)
 def test_a_sink_that_fails_costs_itself_alone(
-    sink: str, tmp_path: Path, collector: Collector
+    sink: str, tmp_path: Path, collector: OtlpCollector
 ) -> None:
     """Every other batch meets a mistake: what is kept and what is counted are all of them."""
     mistakes = f"{MISTAKE}\nfrom {OUTPUTS[sink]}\n{EVERY_SECOND}"
@@ -227,39 +220,11 @@ def test_a_sink_that_fails_costs_itself_alone(
         assert gone.pop(sink) > 0
         assert set(gone.values()) == {0}
         assert BROKEN not in daemon.metrics()
-        errors = take_errors(daemon)
+        errors = daemon.take_errors()
         assert set(errors) == {f"{sink}: records are being lost: put here by a test"}
 
 
-def test_a_locked_ledger(tmp_path: Path, collector: Collector) -> None:
-    """After two seconds its records are lost, and it alone has lost any."""
-    with running(tmp_path, trace=sinks(tmp_path, collector)) as (daemon, streams):
-        ledger = tmp_path / "ledger.db"
-        with closing(sqlite3.connect(ledger, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            streams.end()
-            until(lambda: lost(daemon) == (0, MANY, 0), "they are counted")
-            other.execute("ROLLBACK")
-        until(lambda: kept(tmp_path, collector) == (MANY, 0, MANY), "the others have all")
-        (error,) = take_errors(daemon)
-        assert error == "ledger: records are being lost: database is locked"
-
-
-def test_a_file_that_cannot_grow(tmp_path: Path, collector: Collector) -> None:
-    """File and ledger lose everything while the disk is full; the collector has it."""
-    with running(tmp_path, trace=sinks(tmp_path, collector)) as (daemon, streams):
-        pid, full = daemon.process.pid, resource.RLIMIT_FSIZE
-        limits = resource.prlimit(pid, full)
-        resource.prlimit(pid, full, (0, limits[1]))
-        streams.end()
-        until(lambda: lost(daemon) == (MANY, MANY, 0), "they are counted")
-        until(lambda: len(collector.spans()) == MANY, "the collector has all")
-        resource.prlimit(pid, full, limits)
-        assert kept(tmp_path, collector) == (0, 0, MANY)
-        assert len(take_errors(daemon)) == 2
-
-
-def test_a_collector_that_hangs(tmp_path: Path, collector: Collector) -> None:
+def test_a_collector_that_hangs(tmp_path: Path, collector: OtlpCollector) -> None:
     """Its own records are lost after a while; file and ledger have all of them at once."""
     collector.hang = threading.Event()
     with running(tmp_path, trace=sinks(tmp_path, collector)) as (daemon, streams):
@@ -267,21 +232,18 @@ def test_a_collector_that_hangs(tmp_path: Path, collector: Collector) -> None:
         until(lambda: kept(tmp_path, collector)[:2] == (MANY, MANY), "the others have all")
         until(lambda: lost(daemon) == (0, 0, MANY), "they are counted", seconds=2 * WAIT)
         collector.hang.set()
-        (error,) = take_errors(daemon)
+        (error,) = daemon.take_errors()
         assert error.startswith("otlp: records are being lost")
 
 
-def test_everything_fails_together(tmp_path: Path, collector: Collector) -> None:
+def test_everything_fails_together(tmp_path: Path, collector: OtlpCollector) -> None:
     """Taps, files and collector at once: still every byte."""
     collector.status = 500
     mistakes = TAP + FAULTS["third event"]
     with running(tmp_path, mistakes, sinks(tmp_path, collector)) as (daemon, streams):
-        pid, full = daemon.process.pid, resource.RLIMIT_FSIZE
-        limits = resource.prlimit(pid, full)
-        resource.prlimit(pid, full, (0, limits[1]))
-        streams.end()
-        until(lambda: lost(daemon) == (MANY, MANY, MANY), "they are counted")
-        resource.prlimit(pid, full, limits)
+        with daemon.limited(resource.RLIMIT_FSIZE, 0):
+            streams.end()
+            until(lambda: lost(daemon) == (MANY, MANY, MANY), "they are counted")
         assert daemon.metrics()[BROKEN] == MANY
         until(lambda: len(daemon.log) >= 2 * MANY, "the log is read")
-        assert len(take_errors(daemon)) == MANY + 3
+        assert len(daemon.take_errors()) == MANY + 3

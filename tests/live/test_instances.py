@@ -11,22 +11,15 @@ import pytest
 
 from tests.support.daemon import Daemon, provider_config
 from tests.support.demo import Demo
+from tests.support.live_proxy import read_response, until
 from tests.support.load import Load, ask
 from tests.support.sockets import WAIT, Wire, connect, request
-from tests.support.stage import read_got, until
 
 NAMED = {"LISTEN_FDNAMES": "proxy"}
 LONG_S = 30
 """Seconds of a long stream, which a stop waits for."""
 
 INHERITED = 'listen = ["systemd:domain=INET:name=proxy"]\nanonymous = true'
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    """The demo provider."""
-    with Demo() as demo:
-        yield demo
 
 
 @pytest.fixture
@@ -60,12 +53,7 @@ class Instances:
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         daemon = Daemon(
-            folder,
-            self._config,
-            proxy=INHERITED,
-            environ=NAMED,
-            instance=name,
-            inherit=self._sock,
+            folder, self._config, proxy=INHERITED, environ=NAMED, instance=name, inherit=self._sock
         )
         self.running[name] = daemon.__enter__()
         assert daemon.port == self.port
@@ -127,7 +115,7 @@ def test_who_comes_while_nobody_is_there_waits(instances: Instances) -> None:
     with connect(instances.port) as early:
         early.send(ask(1, "demo-fast"))
         instances.start("1")
-        assert read_got(early).status == 200
+        assert read_response(early).status == 200
 
 
 def begin(instances: Instances) -> tuple[Wire, str]:
@@ -164,7 +152,7 @@ def test_a_killed_instance_loses_its_own_streams_alone(instances: Instances) -> 
             assert wire.read_chunks().endswith(b"data: [DONE]\n\n")
         with connect(instances.port) as late:
             late.send(ask(1, "demo-fast"))
-            assert read_got(late).status == 200
+            assert read_response(late).status == 200
 
 
 def test_processes_share_a_port_without_systemd(tmp_path: Path, demo: Demo) -> None:
@@ -188,7 +176,7 @@ def test_processes_share_a_port_without_systemd(tmp_path: Path, demo: Demo) -> N
         def both_have_served() -> bool:
             with connect(port) as client:
                 client.send(request("GET", "/p/v1/models"))
-                assert read_got(client).status == 200
+                assert read_response(client).status == 200
             return all(daemon.traces() for daemon in daemons)
 
         until(both_have_served, "each has served somebody")

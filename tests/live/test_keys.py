@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
+from tests.support.live_proxy import STREAM_BODY, LiveProxy, client_config, live_fixture, post
 from tests.support.sockets import request
-from tests.support.stage import (
-    STREAM_BODY,
-    Stage,
-    client_config,
-    open_stage,
-    post,
-    write_credential,
-)
 
 KEY, OTHER, CREDENTIAL = "llmp_team-key", "llmp_other-key", "sk-provider-credential"
 
 CONFIG = """
 [providers.openai]
-url = "{url}"
+url = "URL"
 dialect = "openai"
 credential = "key"
 [providers.anthropic]
-url = "{url}"
+url = "URL"
 dialect = "anthropic"
 credential = "key"
 [providers.custom]
-url = "{url}"
+url = "URL"
 dialect = "openai"
 credential = "key"
 header = "X-Custom-Auth"
-format = "Token {{}};v=1"
+format = "Token {};v=1"
 [providers.open]
-url = "{url}"
+url = "URL"
 dialect = "openai"
 [providers.passing]
-url = "{url}"
+url = "URL"
 dialect = "anthropic"
 pass_credential = true
 [[routes]]
@@ -72,43 +63,28 @@ def show(field: str, key: str = KEY) -> str:
     return f"{field}: {FIELDS[field].format(key)}"
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Known clients alone are served."""
-    folder = tmp_path_factory.mktemp("keys")
-    credentials = write_credential(folder, "key", CREDENTIAL)
-    with open_stage(
-        folder, lambda url: CONFIG.format(url=url) + CLIENTS + credentials, proxy=""
-    ) as stage:
-        yield stage
-
-
-@pytest.fixture(scope="module")
-def open_to_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Whoever shows no key is anonymous."""
-    folder = tmp_path_factory.mktemp("anonymous")
-    credentials = write_credential(folder, "key", CREDENTIAL)
-    with open_stage(folder, lambda url: CONFIG.format(url=url) + CLIENTS + credentials) as stage:
-        yield stage
+SECRETS = {"key": CREDENTIAL}
+live = live_fixture(CONFIG + CLIENTS, proxy="", credentials=SECRETS)
+open_to_all = live_fixture(CONFIG + CLIENTS, credentials=SECRETS)
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_key_is_known_in_each_field_and_crosses_in_none(stage: Stage, field: str) -> None:
+def test_a_key_is_known_in_each_field_and_crosses_in_none(live: LiveProxy, field: str) -> None:
     """The caller is named by it, and the provider gets its own credential instead."""
-    received, got = stage.ask(request("GET", "/openai/x", show(field), "X-Kept: 1"))
+    received, got = live.ask(request("GET", "/openai/x", show(field), "X-Kept: 1"))
     assert got.status == 200
     names = [name for name, _ in received.fields]
     assert names == [b"host", b"x-kept", b"via", b"x-request-id", b"authorization"]
     assert received.values(b"authorization") == [b"Bearer " + CREDENTIAL.encode()]
     assert KEY.encode() not in b"".join(value for _, value in received.fields)
-    assert stage.trace(got)["client"] == "team"
+    assert live.trace(got)["client"] == "team"
 
 
-def test_all_five_fields_together_are_dropped(stage: Stage) -> None:
+def test_all_five_fields_together_are_dropped(live: LiveProxy) -> None:
     """Keys that agree name one client, and none of them is sent on."""
     lines = [show(field) for field in FIELDS]
-    received, got = stage.ask(request("GET", "/open/x", *lines))
-    assert stage.trace(got)["client"] == "team"
+    received, got = live.ask(request("GET", "/open/x", *lines))
+    assert live.trace(got)["client"] == "team"
     assert [name for name, _ in received.fields] == [b"host", b"via", b"x-request-id"]
 
 
@@ -121,26 +97,26 @@ def test_all_five_fields_together_are_dropped(stage: Stage) -> None:
     ],
 )
 def test_the_credential_is_in_the_providers_own_field(
-    stage: Stage, route: str, field: bytes, value: str
+    live: LiveProxy, route: str, field: bytes, value: str
 ) -> None:
     """Header and format follow the dialect, or what the provider sets."""
-    received, _ = stage.ask(request("GET", f"/{route}/x", show("x-llmproxy-key")))
+    received, _ = live.ask(request("GET", f"/{route}/x", show("x-llmproxy-key")))
     assert received.values(field) == [value.encode()]
     keys = {b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-custom-auth"}
     assert [name for name, _ in received.fields if name in keys] == [field]
 
 
-def test_a_client_cannot_put_its_own_beside_the_credential(stage: Stage) -> None:
+def test_a_client_cannot_put_its_own_beside_the_credential(live: LiveProxy) -> None:
     """The provider's own field is dropped first, by whatever name; disguised, it is refused."""
     known = show("x-llmproxy-key")
-    received, _ = stage.ask(request("GET", "/custom/x", known, "x-custom-auth: forged"))
+    received, _ = live.ask(request("GET", "/custom/x", known, "x-custom-auth: forged"))
     assert received.values(b"x-custom-auth") == [f"Token {CREDENTIAL};v=1".encode()]
-    assert stage.refuse(request("GET", "/custom/x", known, "x_custom_auth: forged")).status == 400
+    assert live.refuse(request("GET", "/custom/x", known, "x_custom_auth: forged")).status == 400
 
 
-def test_a_provider_without_a_credential_gets_none(stage: Stage) -> None:
+def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
     """Nothing is made up."""
-    received, _ = stage.ask(request("GET", "/open/x", show("Authorization")))
+    received, _ = live.ask(request("GET", "/open/x", show("Authorization")))
     assert received.values(b"authorization") == []
 
 
@@ -158,42 +134,42 @@ def test_a_provider_without_a_credential_gets_none(stage: Stage) -> None:
         ([show("x-api-key"), show("x-api-key", OTHER)], b"keys_disagree"),
     ],
 )
-def test_who_is_not_known_is_refused(stage: Stage, lines: list[str], reason: bytes) -> None:
+def test_who_is_not_known_is_refused(live: LiveProxy, lines: list[str], reason: bytes) -> None:
     """401: no key, an unknown one, or two that disagree; no word of the key comes back."""
-    got = stage.refuse(request("GET", "/openai/x", *lines))
+    got = live.refuse(request("GET", "/openai/x", *lines))
     assert got.status == 401
     assert got.values(b"x-llmproxy-error") == [reason]
     assert got.values(b"www-authenticate") == [b"Bearer"]
     assert KEY.encode() not in got.body
-    record = stage.trace(got)
+    record = live.trace(got)
     assert (record["end_reason"], record["client"]) == ("rejected", None)
 
 
-def test_a_wrong_key_is_refused_before_the_body_is_looked_at(stage: Stage) -> None:
+def test_a_wrong_key_is_refused_before_the_body_is_looked_at(live: LiveProxy) -> None:
     """The caller learns nothing about bodies, models or routes behind its path."""
-    got = stage.refuse(post("/openai/x", b"{not json", "x-api-key: wrong"))
+    got = live.refuse(post("/openai/x", b"{not json", "x-api-key: wrong"))
     assert got.status == 401
 
 
-def test_passing_routes_hand_on_the_callers_own_credential(stage: Stage) -> None:
+def test_passing_routes_hand_on_the_callers_own_credential(live: LiveProxy) -> None:
     """The four SDK fields cross as they are; x-llmproxy-key says who calls, and stays here."""
     own = [f"{field}: {FIELDS[field].format('own')}" for field in list(FIELDS)[1:]]
-    received, got = stage.ask(request("GET", "/passing/x", show("x-llmproxy-key"), *own))
-    assert stage.trace(got)["client"] == "team"
+    received, got = live.ask(request("GET", "/passing/x", show("x-llmproxy-key"), *own))
+    assert live.trace(got)["client"] == "team"
     assert received.values(b"authorization") == [b"Bearer own"]
     for field in (b"x-api-key", b"api-key", b"x-goog-api-key"):
         assert received.values(field) == [b"own"]
     assert received.values(b"x-llmproxy-key") == []
 
 
-def test_a_passed_credential_says_nothing_about_who_calls(stage: Stage) -> None:
+def test_a_passed_credential_says_nothing_about_who_calls(live: LiveProxy) -> None:
     """An SDK's field is the provider's affair there: without x-llmproxy-key it is a 401."""
-    got = stage.refuse(request("GET", "/passing/x", "x-api-key: own"))
+    got = live.refuse(request("GET", "/passing/x", "x-api-key: own"))
     assert got.status == 401
     assert got.json()["type"] == "error"
 
 
-def test_anonymous_callers_are_served_and_wrong_keys_are_not(open_to_all: Stage) -> None:
+def test_anonymous_callers_are_served_and_wrong_keys_are_not(open_to_all: LiveProxy) -> None:
     """Showing no key is allowed, showing a wrong one is not."""
     _, got = open_to_all.ask(request("GET", "/openai/x"))
     assert open_to_all.trace(got)["client"] == "anonymous"
@@ -205,9 +181,9 @@ def test_anonymous_callers_are_served_and_wrong_keys_are_not(open_to_all: Stage)
     assert open_to_all.trace(got)["client"] == "anonymous"
 
 
-def test_a_connection_nominee_cannot_strip_the_credential(stage: Stage) -> None:
+def test_a_connection_nominee_cannot_strip_the_credential(live: LiveProxy) -> None:
     """Strip first, inject after: what a client nominates removes nothing that the proxy adds."""
-    received, _ = stage.ask(
+    received, _ = live.ask(
         request(
             "GET",
             "/anthropic/x",

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred
 from tests.support.lives.draw import draw_life
 from tests.support.lives.left import NOTHING, delayed_calls, everything
 from tests.support.lives.plan import Life
-from tests.support.lives.verdict import Record, Records, Verdict
+from tests.support.lives.verdict import LifeVerdict, Record, Records
 from tests.support.lives.world import World, open_world
 from tests.traps.waits import until
 
@@ -74,9 +74,9 @@ def judge(world: World, *, cut: bool = False) -> None:
     found = Records(records)
     failed: dict[int, list[str]] = {}
     for caller in world.callers:
-        complaints = list(Verdict(caller, found, world.hand.heard, cut=cut).complaints())
+        complaints = list(LifeVerdict(caller, found, world.provider.heard, cut=cut).complaints())
         complaints += [
-            text for name, text in world.hand.complaints if name[0] == caller.life.number
+            text for name, text in world.provider.complaints if name[0] == caller.life.number
         ]
         if complaints:
             failed[caller.life.number] = complaints

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.daemon import provider_config
+from tests.support.live_proxy import LiveProxy, live_fixture, read_response
 from tests.support.sockets import request
-from tests.support.stage import Stage, open_stage, read_got
 
 LONG = "x" * 40_000
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """One route."""
-    with open_stage(tmp_path_factory.mktemp("malformed"), provider_config) as stage:
-        yield stage
+live = live_fixture()
 
 
 def hosts(*values: str) -> bytes:
@@ -61,14 +54,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
-def test_what_is_not_http_is_refused_in_words(stage: Stage, case: str) -> None:
+def test_what_is_not_http_is_refused_in_words(live: LiveProxy, case: str) -> None:
     """A JSON error with a reason; where the framing is in doubt, the connection ends after it."""
-    before = stage.provider.accepted
+    before = live.provider.accepted
     status, sent = (BROKEN | UNFIT)[case]
-    with stage.connect() as client:
+    with live.connect() as client:
         client.sock.settimeout(5)
         client.send(sent)
-        got = read_got(client)
+        got = read_response(client)
         assert got.status == status
         assert got.values(b"content-type") == [b"application/json"]
         assert len(got.values(b"x-llmproxy-error")) == 1
@@ -77,13 +70,13 @@ def test_what_is_not_http_is_refused_in_words(stage: Stage, case: str) -> None:
             assert got.values(b"connection") == [b"close"]
             client.wait_closed()
             assert client.buffer == b""
-    assert stage.provider.accepted == before
+    assert live.provider.accepted == before
 
 
-def test_no_100_continue_is_sent_to_who_is_refused(stage: Stage) -> None:
+def test_no_100_continue_is_sent_to_who_is_refused(live: LiveProxy) -> None:
     """An unknown key is told so before it uploads anything."""
-    with stage.connect() as client:
+    with live.connect() as client:
         client.sock.settimeout(5)
         lines = ("Expect: 100-continue", "Content-Length: 1000", "x-api-key: wrong")
         client.send(request("POST", "/p/x", *lines))
-        assert read_got(client).status == 401
+        assert read_response(client).status == 401

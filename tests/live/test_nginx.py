@@ -12,20 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, provider_config
+from tests.support.daemon import Daemon
+from tests.support.live_proxy import LiveProxy, is_silent, live_fixture, post, until
+from tests.support.scripts import DONE, LAST, SSE, Turn, event
 from tests.support.sockets import WAIT, Wire, chunked
-from tests.support.stage import (
-    DONE,
-    LAST,
-    SSE,
-    Stage,
-    Turn,
-    event,
-    is_silent,
-    open_stage,
-    post,
-    until,
-)
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 NGINX = shutil.which("nginx", path=_PATH)
@@ -63,18 +53,14 @@ http {{
 """
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """One route."""
-    with open_stage(tmp_path_factory.mktemp("behind"), provider_config) as stage:
-        yield stage
+live = live_fixture()
 
 
 @pytest.fixture(scope="module")
-def front(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def front(live: LiveProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nginx before the daemon, on a socket file."""
     folder = tmp_path_factory.mktemp("nginx")
-    daemon: Daemon = stage.daemon
+    daemon: Daemon = live.daemon
     (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, port=daemon.port))
     assert NGINX is not None
     command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")]
@@ -108,7 +94,7 @@ def connect(path: Path) -> Wire:
 
 @pytest.mark.parametrize("location", ["/old", "/new", "/buffered"])
 def test_each_chunk_passes_nginx_before_the_next_is_sent(
-    stage: Stage, front: Path, location: str
+    live: LiveProxy, front: Path, location: str
 ) -> None:
     """Over HTTP/1.0 and 1.1, and where nginx would buffer, for our header tells it not to."""
     turn = Turn()
@@ -122,7 +108,7 @@ def test_each_chunk_passes_nginx_before_the_next_is_sent(
         turn.take()
         wire.send(chunked(DONE), LAST)
 
-    stage.script = script
+    live.script = script
     with connect(front) as client:
         client.send(post(f"{location}/x"))
         client.read_head()
@@ -146,7 +132,7 @@ def test_each_chunk_passes_nginx_before_the_next_is_sent(
     ],
 )
 def test_a_broken_body_does_not_look_whole_behind_nginx(
-    stage: Stage, front: Path, framing: str, end: str, location: str
+    live: LiveProxy, front: Path, framing: str, end: str, location: str
 ) -> None:
     """No last chunk, and no full length, comes out of nginx; all bytes before the break do."""
     turn = Turn()
@@ -164,7 +150,7 @@ def test_a_broken_body_does_not_look_whole_behind_nginx(
         if end == "reset":
             wire.reset()
 
-    stage.script = script
+    live.script = script
     with connect(front) as client:
         client.send(post(f"{location}/x"))
         _, fields = client.read_head()
@@ -175,14 +161,9 @@ def test_a_broken_body_does_not_look_whole_behind_nginx(
         assert client.buffer == b""
 
 
-def test_a_whole_body_is_whole_behind_nginx(stage: Stage, front: Path) -> None:
+def test_a_whole_body_is_whole_behind_nginx(live: LiveProxy, front: Path) -> None:
     """The counterpart: what ended well ends well, over HTTP/1.0 too."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE, chunked(event(0), DONE), LAST)
-
-    stage.script = script
+    live.reply(SSE, chunked(event(0), DONE), LAST)
     for location in ("/old", "/new"):
         with connect(front) as client:
             client.send(post(f"{location}/x"))

@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import WAIT, Wire, connect
-from tests.support.stage import (
-    Notes,
-    Stage,
+from tests.support.keypairs import LISTEN_TLS
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
     assert_settles,
-    open_stage,
+    begin,
+    open_live_proxy,
     post,
     trace_of,
     until,
     write_credential,
 )
+from tests.support.scripts import Notes
+from tests.support.sockets import WAIT, Wire, connect
 from tests.support.tls import Authority
 
 STALL = 2.0
@@ -48,53 +50,50 @@ client_stall = "{STALL:.0f}s"
 """
 
 
-class Front(NamedTuple):
-    """A stage, and one way to its daemon."""
+class Entrance(NamedTuple):
+    """A live proxy, and one way for clients to reach it: plainly or by TLS."""
 
-    stage: Stage
+    live: LiveProxy
     context: ssl.SSLContext | None
 
     def connect(self) -> Wire:
         """Connect as a client whose kernel takes little for it."""
-        daemon = self.stage.daemon
+        daemon = self.live.daemon
         port = daemon.tls_port if self.context else daemon.port
         return connect(port, receive_buffer=16_384, tls=self.context)
 
     @property
     def buffered(self) -> float:
         """Bytes that the daemon holds for its clients."""
-        return self.stage.daemon.metrics()["llmproxy_buffered_bytes"]
+        return self.live.gauge("buffered_bytes")
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Stage]:
+def live(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[LiveProxy]:
     """One route, reached plainly and by TLS."""
     folder = tmp_path_factory.mktemp("readers")
-    with open_stage(
-        folder,
-        lambda url: provider_config(url) + TIMEOUTS + _credentials(folder, authority),
-        proxy='anonymous = true\nlisten_tls = ["tcp:0:interface=127.0.0.1"]\n'
-        'certificate = "proxy-cert"\nkey = "proxy-key"',
-    ) as stage:
-        yield stage
+    config = ONE_ROUTE + TIMEOUTS + _credentials(folder, authority)
+    proxy = f"anonymous = true\n{LISTEN_TLS}"
+    with open_live_proxy(folder, config, proxy=proxy) as live:
+        yield live
 
 
 def _credentials(folder: Path, authority: Authority) -> str:
     key, certificate = authority.key_and_certificate()
-    write_credential(folder, "proxy-key", key.read_text())
-    return write_credential(folder, "proxy-cert", certificate.read_text())
+    write_credential(folder, "key", key.read_text())
+    return write_credential(folder, "certificate", certificate.read_text())
 
 
 @pytest.fixture(params=["plain", "tls"])
-def front(request: pytest.FixtureRequest, stage: Stage, authority: Authority) -> Front:
+def entrance(request: pytest.FixtureRequest, live: LiveProxy, authority: Authority) -> Entrance:
     """How the client reaches the proxy."""
-    return Front(stage, authority.client() if request.param == "tls" else None)
+    return Entrance(live, authority.client() if request.param == "tls" else None)
 
 
-def test_a_slow_reader_gets_every_byte(front: Front) -> None:
+def test_a_slow_reader_gets_every_byte(entrance: Entrance) -> None:
     """Some KiB each 50 ms, for some times client_stall: it lives on, and nothing is lost."""
     body = random.Random(1).randbytes(SIZE)
-    path = f"/p/slow/{'plain' if front.context is None else 'tls'}"
+    path = f"/p/slow/{'plain' if entrance.context is None else 'tls'}"
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -103,31 +102,29 @@ def test_a_slow_reader_gets_every_byte(front: Front) -> None:
         for at in range(0, SIZE, 100_000):
             wire.sock.sendall(view[at : at + 100_000])
 
-    front.stage.script = script
-    with front.connect() as client:
-        client.send(post(path))
-        client.read_head()
+    entrance.live.script = script
+    with begin(entrance.connect(), path) as client:
         got = bytearray(client.read(len(client.buffer)))
         held = 0.0
         over = time.monotonic() + 4 * STALL
         while time.monotonic() < over:
             got += client.sock.recv(8192)  # and no more: the kernel must not see a fast reader
-            held = max(held, front.buffered)
+            held = max(held, entrance.buffered)
             PACE.wait(0.05)
         assert 0 < held <= BOUND, "it was held up, within bounds"
         while len(got) < SIZE:
             got += client.read(min(SIZE - len(got), 100_000))
     assert bytes(got) == body
-    record = trace_of(front.stage.daemon, path=path)
+    record = trace_of(entrance.live.daemon, path=path)
     assert (record["end_reason"], record["bytes_out"]) == ("complete", SIZE)
     assert record["paused_s"] > STALL
-    assert_settles(front.stage.daemon)
+    assert_settles(entrance.live.daemon)
 
 
-def test_stuck_readers_are_cut(front: Front) -> None:
+def test_stuck_readers_are_cut(entrance: Entrance) -> None:
     """After client_stall; until then little is held for each, then nothing, by provider or us."""
     count = 5
-    ended, kind = Notes(), "plain" if front.context is None else "tls"
+    ended, kind = Notes(), "plain" if entrance.context is None else "tls"
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -139,25 +136,25 @@ def test_stuck_readers_are_cut(front: Front) -> None:
             ended.put(time.monotonic())
             raise
 
-    front.stage.script = script
-    clients = [front.connect() for _ in range(count)]
+    entrance.live.script = script
+    clients = [entrance.connect() for _ in range(count)]
     for number, client in enumerate(clients):
         client.send(post(f"/p/stuck/{kind}/{number}"))
         client.read_head()
     stuck = time.monotonic()
     held = 0.0
     while ended.empty():
-        held = max(held, front.buffered)
+        held = max(held, entrance.buffered)
         assert held <= count * BOUND
         assert time.monotonic() - stuck < WAIT, "nobody was cut"
     assert held > 0
     cut = [ended.read() for _ in clients]
     assert min(cut) - stuck > STALL / 2
     for number in range(count):
-        record = trace_of(front.stage.daemon, path=f"/p/stuck/{kind}/{number}")
+        record = trace_of(entrance.live.daemon, path=f"/p/stuck/{kind}/{number}")
         assert (record["end_reason"], record["is_complete"]) == ("client_stalled", False)
-    until(lambda: front.buffered == 0, "nothing is held any more")
-    assert_settles(front.stage.daemon)
+    until(lambda: entrance.buffered == 0, "nothing is held any more")
+    assert_settles(entrance.live.daemon)
     for client in clients:
         assert client.wait_closed() in ("reset", "truncated")
         client.sock.close()

@@ -2,102 +2,41 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 
-import pytest
-
-from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, chunked, request
-from tests.support.stage import (
-    DONE,
-    LAST,
-    SSE,
+from tests.support.live_proxy import (
+    ONE_ROUTE,
     STREAM_BODY,
-    Stage,
-    Turn,
+    LiveProxy,
     assert_settles,
     client_config,
-    event,
-    open_stage,
-    post,
+    live_fixture,
+    read_stepwise,
     trace_of,
     until,
 )
+from tests.support.scripts import DONE, event
+from tests.support.sockets import request
 
-NAMES = [
-    "time",
-    "id",
-    "client_request_id",
-    "instance",
-    "peer",
-    "user_agent",
-    "client",
-    "session",
-    "route",
-    "provider",
-    "dialect",
-    "method",
-    "path",
-    "model",
-    "served_model",
-    "stream",
-    "status",
-    "end_reason",
-    "error",
-    "is_complete",
-    "attempts",
-    "bytes_in",
-    "bytes_out",
-    "chunks",
-    "head_s",
-    "first_chunk_s",
-    "duration_s",
-    "longest_gap_s",
-    "paused_s",
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_write_tokens",
-    "reasoning_tokens",
-    "usage",
-    "degraded",
-    "on_disconnect",
-]
+NAMES = """
+time id client_request_id instance peer user_agent client session route provider dialect method
+path model served_model stream status end_reason error is_complete attempts bytes_in bytes_out
+chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens
+cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
+"""
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """One route, and one known client."""
-    known = client_config("team", "team-key")
-    with open_stage(
-        tmp_path_factory.mktemp("records"), lambda url: provider_config(url) + known
-    ) as stage:
-        yield stage
+live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))
 
 
-def test_a_record_says_all_that_is_known(stage: Stage) -> None:
+def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
     """Every name of the design in its order, with the values of this request."""
-    turn = Turn()
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        for piece in (SSE, chunked(event(0)), chunked(DONE)):
-            wire.send(piece)
-            turn.take()
-        wire.send(LAST)
-
-    stage.script = script
+    turn = live.stream(event(0), DONE)
     lines = ("x-api-key: team-key", "User-Agent: t/1", "X-Session-Id: s-1", "X-Request-Id: r-1")
-    with stage.connect() as client:
-        client.send(post("/p/v1/chat?query", STREAM_BODY, *lines))
-        client.read_head()
-        for piece in (event(0), DONE, b""):
-            turn.give()
-            assert client.read_chunk() == piece
-    record = trace_of(stage.daemon, client_request_id="r-1")
-    assert list(record) == NAMES
+    with live.begin("/p/v1/chat?query", STREAM_BODY, *lines) as client:
+        read_stepwise(client, turn, event(0), DONE, b"")
+    record = trace_of(live.daemon, client_request_id="r-1")
+    assert list(record) == NAMES.split()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
     assert re.fullmatch(r"[0-9a-f]{24}", record.pop("id"))
     (attempt,) = record.pop("attempts")
@@ -131,32 +70,24 @@ def test_a_record_says_all_that_is_known(stage: Stage) -> None:
     }
 
 
-def test_a_refused_request_has_a_record_too(stage: Stage) -> None:
+def test_a_rejected_request_has_a_record_too(live: LiveProxy) -> None:
     """With what is known of it, and null for the rest."""
-    got = stage.refuse(request("GET", "/nowhere/x"))
-    record = stage.trace(got)
-    assert list(record) == NAMES
-    assert (record["end_reason"], record["error"], record["status"]) == (
-        "rejected",
-        "no_route",
-        404,
-    )
+    got = live.refuse(request("GET", "/nowhere/x"))
+    record = live.trace(got)
+    assert list(record) == NAMES.split()
+    ended = (record["end_reason"], record["error"], record["status"])
+    assert ended == ("rejected", "no_route", 404)
     assert (record["route"], record["provider"], record["attempts"]) == (None, None, [])
     assert record["bytes_out"] == len(got.body)
 
 
-def test_a_client_that_leaves_in_its_own_body_has_a_record(stage: Stage) -> None:
+def test_a_client_that_leaves_in_its_own_body_has_a_record(live: LiveProxy) -> None:
     """Its head was a request already."""
-    with stage.connect() as client:
+    with live.connect() as client:
         kind = "Content-Type: application/json"
         client.send(request("POST", "/p/half", kind, "Content-Length: 100"), b"{" * 10)
         held = "llmproxy_request_bytes_held"
-        until(lambda: stage.daemon.metrics()[held] == 10, "the half body is held")
-    record = trace_of(stage.daemon, path="/p/half")
+        until(lambda: live.daemon.metrics()[held] == 10, "the half body is held")
+    record = trace_of(live.daemon, path="/p/half")
     assert (record["end_reason"], record["status"], record["bytes_in"]) == ("client_gone", None, 10)
-    assert_settles(stage.daemon)
-
-
-def test_the_file_is_closed_to_others(stage: Stage) -> None:
-    """Records name callers and paths."""
-    assert os.stat(stage.daemon.trace_path).st_mode & 0o007 == 0
+    assert_settles(live.daemon)

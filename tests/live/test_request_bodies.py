@@ -1,29 +1,24 @@
-"""Request bodies: exact, bounded, refused in words, and let go of (design 4)."""
+"""Request bodies: exact, bounded, rejected in words, and dropped in time (design 4)."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, chunked, request
-from tests.support.stage import (
-    LAST,
-    OK,
-    Got,
-    Stage,
-    Turn,
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
     assert_settles,
     client_config,
-    open_stage,
+    live_fixture,
     post,
-    read_got,
-    response,
+    read_response,
     until,
 )
+from tests.support.scripts import LAST, OK, Turn
+from tests.support.sockets import Wire, chunked, request
 
 KIB = 1024
 LIMITS = """
@@ -45,20 +40,10 @@ models = ["m"]
 """
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Small limits, and routes with their own."""
-    folder = tmp_path_factory.mktemp("bodies")
-    limited = client_config("limited", "limited-key", 'models = ["m"]')
-    with open_stage(folder, lambda url: provider_config(url) + LIMITS + limited) as stage:
-        yield stage
+live = live_fixture(ONE_ROUTE + LIMITS + client_config("limited", "limited-key", 'models = ["m"]'))
 
 
-@pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """The default limits."""
-    with open_stage(tmp_path_factory.mktemp("roomy"), provider_config) as stage:
-        yield stage
+roomy = live_fixture()
 
 
 JSON, OCTETS = "Content-Type: application/json", "Content-Type: application/octet-stream"
@@ -69,19 +54,19 @@ def json_text(size: int) -> bytes:
     return b'"' + b"x" * (size - 2) + b'"'
 
 
-def test_a_body_is_exact(stage: Stage) -> None:
+def test_a_body_is_exact(live: LiveProxy) -> None:
     """Every byte value crosses; so does JSON with its spaces, and an empty body stays empty."""
     every = bytes(range(256)) * 4
-    received, _ = stage.ask(request("POST", "/p/x", OCTETS, body=every))
+    received, _ = live.ask(request("POST", "/p/x", OCTETS, body=every))
     assert received.body == every
     text = b' {"b" : 1.50, "a":"\\u00e4\xc3\xa4" }\r\n'
-    assert stage.ask(post("/p/x", text))[0].body == text
-    received, _ = stage.ask(request("POST", "/p/x", "Content-Length: 0"))
+    assert live.ask(post("/p/x", text))[0].body == text
+    received, _ = live.ask(request("POST", "/p/x", "Content-Length: 0"))
     assert received.body == b""
     assert received.values(b"content-length") == [b"0"]
 
 
-def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: Stage) -> None:
+def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: LiveProxy) -> None:
     """20 MB, held here, that the kernel takes in many pieces."""
     body = json_text(20_000_000)
     received, got = roomy.ask(post("/p/x", body))
@@ -95,7 +80,7 @@ def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: Stage) ->
 )
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_the_limit_itself_passes_and_a_byte_more_does_not(
-    stage: Stage, target: str, size: int, framing: str
+    live: LiveProxy, target: str, size: int, framing: str
 ) -> None:
     """Each route has its own limit; the length decides, or where there is none, the bytes."""
 
@@ -105,41 +90,40 @@ def test_the_limit_itself_passes_and_a_byte_more_does_not(
         head = request("POST", target, JSON, "Transfer-Encoding: chunked")
         return head + chunked(json_text(count)) + LAST
 
-    received, _ = stage.ask(sent(size))
+    received, _ = live.ask(sent(size))
     assert len(received.body) == size
-    got = stage.refuse(sent(size + 1))
-    assert got.status == 413
-    assert got.values(b"x-llmproxy-error") == [b"body_too_large"]
+    got = live.refuse(sent(size + 1))
+    assert (got.status, got.error) == (413, "body_too_large")
     assert got.json()["error"]["code"] == "body_too_large"
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
 @pytest.mark.parametrize("kind", [JSON, OCTETS])
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_refusal_can_be_read_although_the_upload_goes_on(
-    stage: Stage, framing: str, kind: str
+    live: LiveProxy, framing: str, kind: str
 ) -> None:
     """A client that sends 8 MB before it reads finds the 413, and no reset in its place."""
-    stage.script = _read_to_the_end
+    live.hold()
     body = b"x" * 8_000_000
-    with stage.connect() as client:
+    with live.connect() as client:
         if framing == "length":
             client.send(request("POST", "/p/x", kind, body=body))
         else:
             client.send(request("POST", "/p/x", kind, "Transfer-Encoding: chunked"))
             client.send(chunked(*[body[:100_000]] * 80), LAST)
-        got = read_got(client)
+        got = read_response(client)
         assert got.status == 413
         assert got.values(b"connection") == [b"close"]
         assert client.wait_closed() == "fin"
         assert client.buffer == b""
 
 
-def test_a_refused_upload_without_end_is_not_read_for_ever(stage: Stage) -> None:
+def test_a_refused_upload_without_end_is_not_read_for_ever(live: LiveProxy) -> None:
     """The refusal is given at once, and the connection is closed a little later."""
-    with stage.connect() as client:
+    with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, "Content-Length: 1000000000"))
-        assert read_got(client).status == 413
+        assert read_response(client).status == 413
 
         def upload() -> None:
             with suppress(OSError):
@@ -150,38 +134,34 @@ def test_a_refused_upload_without_end_is_not_read_for_ever(stage: Stage) -> None
         uploading.start()
         uploading.join(20)
         assert not uploading.is_alive()
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
-def test_the_bodies_held_at_once_are_bounded(stage: Stage) -> None:
+def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
     """503 with a retry-after once the memory is taken; it is free again when a body was served."""
     count, size = 4, 60 * KIB
     body = json_text(size)
-    held = [stage.connect() for _ in range(count)]
+    held = [live.connect() for _ in range(count)]
     for client in held:
         client.send(request("POST", "/p/x", JSON, f"Content-Length: {size}"), body[:-1])
 
-    def gauge() -> float:
-        return stage.daemon.metrics()["llmproxy_request_bytes_held"]
-
-    until(lambda: gauge() == count * (size - 1), "all bodies are held")
-    got = stage.refuse(post("/p/x", body))
-    assert got.status == 503
-    assert got.values(b"x-llmproxy-error") == [b"memory_full"]
+    until(lambda: live.gauge("request_bytes_held") == count * (size - 1), "all bodies are held")
+    got = live.refuse(post("/p/x", body))
+    assert (got.status, got.error) == (503, "memory_full")
     assert [int(value) > 0 for value in got.values(b"retry-after")] == [True]
-    stage.script = _response_ok
+    live.reply(OK)
     with held.pop() as client:
         client.send(body[-1:])
-        assert read_got(client).status == 200
-    assert gauge() == (count - 1) * (size - 1)
-    received, _ = stage.ask(post("/p/x", body))
+        assert read_response(client).status == 200
+    assert live.gauge("request_bytes_held") == (count - 1) * (size - 1)
+    received, _ = live.ask(post("/p/x", body))
     assert received.body == body
     for client in held:
         client.sock.close()
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
-def test_a_body_is_let_go_of_once_the_response_began(stage: Stage) -> None:
+def test_a_body_is_dropped_once_the_response_began(live: LiveProxy) -> None:
     """A long stream does not hold the memory of its request."""
     turn = Turn()
 
@@ -192,62 +172,24 @@ def test_a_body_is_let_go_of_once_the_response_began(stage: Stage) -> None:
         turn.take()
         wire.send(b"ok")
 
-    stage.script = script
-    with stage.connect() as client:
+    live.script = script
+    with live.connect() as client:
         client.send(post("/p/x", json_text(1000)))
-
-        def held() -> float:
-            return stage.daemon.metrics()["llmproxy_request_bytes_held"]
-
-        until(lambda: held() == 1000, "the body is held while the provider is asked")
+        until(lambda: live.gauge("request_bytes_held") == 1000, "the body is held meanwhile")
         turn.give()
         client.read_until(b"\r\n\r\n")
-        assert held() == 0
+        assert live.gauge("request_bytes_held") == 0
         turn.give()
         assert client.read(2) == b"ok"
 
 
-def test_an_encoded_body_is_refused_where_the_model_decides(stage: Stage) -> None:
+def test_an_encoded_body_is_refused_where_the_model_decides(live: LiveProxy) -> None:
     """415 where the route or the client is bound to models; elsewhere it crosses unread."""
     encoded = ("Content-Encoding: gzip",)
-    got = stage.refuse(post("/inside/x", b"\x1f\x8b...", *encoded))
-    assert got.status == 415
-    assert got.values(b"x-llmproxy-error") == [b"encoded_body"]
+    got = live.refuse(post("/inside/x", b"\x1f\x8b...", *encoded))
+    assert (got.status, got.error) == (415, "encoded_body")
     limited = (*encoded, "x-llmproxy-key: limited-key")
-    assert stage.refuse(post("/p/x", b"\x1f\x8b...", *limited)).status == 415
-    received, _ = stage.ask(post("/p/x", b"\x1f\x8b...", *encoded))
+    assert live.refuse(post("/p/x", b"\x1f\x8b...", *limited)).status == 415
+    received, _ = live.ask(post("/p/x", b"\x1f\x8b...", *encoded))
     assert received.body == b"\x1f\x8b..."
     assert received.values(b"content-encoding") == [b"gzip"]
-
-
-def test_an_early_response_stops_the_upload_and_reaches_the_client(roomy: Stage) -> None:
-    """A provider that refuses while 20 MB are still to come is heard."""
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        wire.send(response(413, body=b"too much"))
-        wire.wait_closed()
-
-    roomy.script = script
-    got = roomy.get(post("/p/x", json_text(20_000_000)))
-    assert (got.status, got.body) == (413, b"too much")
-    assert roomy.trace(got)["end_reason"] == "upstream_refused"
-    assert_settles(roomy.daemon)
-
-
-def _read_to_the_end(wire: Wire) -> None:
-    wire.wait_closed()
-
-
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)
-
-
-def test_an_upload_that_is_given_up_leaves_nothing(stage: Stage) -> None:
-    """A client that leaves in the middle of its body frees what was held."""
-    with stage.connect() as client:
-        client.send(request("POST", "/p/x", JSON, "Content-Length: 50000"), b"x" * 40000)
-        until(lambda: stage.daemon.metrics()["llmproxy_request_bytes_held"] == 40000, "it is held")
-    assert_settles(stage.daemon)
-    assert isinstance(stage.ask(request("GET", "/p/x"))[1], Got)

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 
 import brotli
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, request
-from tests.support.stage import (
-    LAST,
-    OK,
-    Stage,
-    chunked_answer,
-    open_stage,
-    post,
-    read_got,
+from tests.support.live_proxy import (
+    LiveProxy,
+    chunked_response,
+    live_fixture,
+    read_response,
     response,
 )
+from tests.support.scripts import LAST, OK
+from tests.support.sockets import Wire, request
+
+live = live_fixture()
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """One route."""
-    with open_stage(tmp_path_factory.mktemp("responses"), provider_config) as stage:
-        yield stage
-
-
-def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None:
+def test_fields_cross_in_order_with_their_values_unchanged(live: LiveProxy) -> None:
     """The provider's own fields arrive byte for byte, with our id behind them and nothing else."""
-    _, got = stage.ask(
+    _, got = live.ask(
         request("GET", "/p/x"),
         response(
             429,
@@ -79,15 +70,15 @@ def test_fields_cross_in_order_with_their_values_unchanged(stage: Stage) -> None
     assert got.body == b'{"error":{}}'
 
 
-def test_nothing_of_our_own_server_leaks_in(stage: Stage) -> None:
+def test_nothing_of_our_own_server_leaks_in(live: LiveProxy) -> None:
     """A bare response stays bare: no Server, no Date, no type that nobody gave."""
-    _, got = stage.ask(request("GET", "/p/x"))
+    _, got = live.ask(request("GET", "/p/x"))
     assert [name for name, _ in got.fields] == [b"content-length", b"x-llmproxy-request-id"]
 
 
-def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(stage: Stage) -> None:
+def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(live: LiveProxy) -> None:
     """Nominees of Connection, hop-by-hop fields, Alt-Svc, HSTS and forged fields are dropped."""
-    _, got = stage.ask(
+    _, got = live.ask(
         request("GET", "/p/x"),
         response(
             200,
@@ -110,44 +101,47 @@ def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(stage: Stag
     assert got.values(b"x-llmproxy-request-id") != [b"forged"]
 
 
-@pytest.mark.parametrize(
-    "status",
-    [200, 201, 202, 206, 207, 299, 300, 400, 401, 402, 403, 404, 418, 429, 500, 503, 529, 599],
-)
-def test_a_status_is_exact(stage: Stage, status: int) -> None:
-    """Known to us or not, with its body; what is an error is recorded as the provider's."""
-    _, got = stage.ask(request("GET", "/p/x"), response(status, body=b"text"))
-    assert got.status == status
-    assert got.body == b"text"
-    assert got.values(b"x-llmproxy-error") == []
-    record = stage.trace(got)
-    assert record["status"] == status
+STATUSES = "200 201 202 206 207 299 300 400 401 402 403 404 418 429 500 503 529 599"
+REDIRECTS = "301 302 303 307 308"
+
+
+@pytest.mark.parametrize("status", [*map(int, f"{STATUSES} {REDIRECTS}".split())])
+def test_a_status_is_exact(live: LiveProxy, status: int) -> None:
+    """Its body follows it; an error is recorded as the provider's, and no redirect is followed."""
+    before = live.provider.accepted
+    location = f"{live.provider.url}/elsewhere"
+    raw = response(status, f"Location: {location}", body=b"text")
+    _, got = live.ask(request("GET", "/p/x"), raw)
+    assert (got.status, got.body, got.error) == (status, b"text", None)
+    assert got.values(b"location") == [location.encode()]
+    assert live.provider.accepted == before + 1
+    record = live.trace(got)
+    assert (record["status"], record["error"]) == (status, None)
     assert record["end_reason"] == ("complete" if status < 400 else "upstream_refused")
-    assert record["error"] is None
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br"])
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
-def test_an_encoded_body_is_exact(stage: Stage, kind: str, coding: str) -> None:
+def test_an_encoded_body_is_exact(live: LiveProxy, kind: str, coding: str) -> None:
     """The coding and the bytes under it are forwarded untouched."""
     text = b'data: {"text":"hello hello hello"}\n\n' * 50
     body = gzip.compress(text, mtime=0) if coding == "gzip" else brotli.compress(text)
-    reply = chunked_answer(body[:7], body[7:], kind=kind).replace(
+    reply = chunked_response(body[:7], body[7:], kind=kind).replace(
         b"Connection:", f"Content-Encoding: {coding}\r\nConnection:".encode()
     )
-    _, got = stage.ask(request("GET", "/p/x", "Accept-Encoding: gzip, br"), reply)
+    _, got = live.ask(request("GET", "/p/x", "Accept-Encoding: gzip, br"), reply)
     assert got.values(b"content-encoding") == [coding.encode()]
     assert got.body == body
 
 
-def test_a_cookie_is_not_remembered(stage: Stage) -> None:
+def test_a_cookie_is_not_remembered(live: LiveProxy) -> None:
     """What one caller is given goes out on nobody's next request."""
-    stage.ask(request("GET", "/p/x"), response(200, "Set-Cookie: tenant=a; Path=/"))
-    got, _ = stage.ask(request("GET", "/p/x"))
+    live.ask(request("GET", "/p/x"), response(200, "Set-Cookie: tenant=a; Path=/"))
+    got, _ = live.ask(request("GET", "/p/x"))
     assert got.values(b"cookie") == []
 
 
-def test_a_response_to_head_has_a_length_and_no_body(stage: Stage) -> None:
+def test_a_response_to_head_has_a_length_and_no_body(live: LiveProxy) -> None:
     """The connection serves the next request at once."""
 
     def script(wire: Wire) -> None:
@@ -155,61 +149,45 @@ def test_a_response_to_head_has_a_length_and_no_body(stage: Stage) -> None:
         wire.send(response(200, "Content-Type: text/plain")[:-4].replace(b": 0", b": 1234"))
         wire.send(b"\r\n\r\n")
 
-    stage.script = script
-    with stage.connect() as client:
+    live.script = script
+    with live.connect() as client:
         client.send(request("HEAD", "/p/x"))
-        got = read_got(client, bodiless=True)
+        got = read_response(client, bodiless=True)
         assert got.status == 200
         assert got.values(b"content-length") == [b"1234"]
-        stage.script = _response_ok
+        live.reply(OK)
         client.send(request("GET", "/p/x"))
-        assert read_got(client).body == b"ok"
+        assert read_response(client).body == b"ok"
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_a_response_without_a_body_has_no_framing_added(stage: Stage, status: int) -> None:
+def test_a_response_without_a_body_has_no_framing_added(live: LiveProxy, status: int) -> None:
     """204 and 304 end with their head, and the connection goes on."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 %d\r\nETag: x\r\nConnection: close\r\n\r\n" % status)
-
-    stage.script = script
-    with stage.connect() as client:
+    live.reply(b"HTTP/1.1 %d\r\nETag: x\r\nConnection: close\r\n\r\n" % status)
+    with live.connect() as client:
         client.send(request("GET", "/p/x"))
-        got = read_got(client)
+        got = read_response(client)
         assert got.status == status
         assert [name for name, _ in got.fields] == [b"etag", b"x-llmproxy-request-id"]
-        stage.script = _response_ok
+        live.reply(OK)
         client.send(request("GET", "/p/x"))
-        assert read_got(client).body == b"ok"
+        assert read_response(client).body == b"ok"
 
 
-def test_interim_answers_are_not_handed_on(stage: Stage) -> None:
+def test_interim_responses_are_not_forwarded(live: LiveProxy) -> None:
     """100, 102 and 103 pass by; the final response is the first that the client sees."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-    _, got = stage.ask(request("GET", "/p/x"), interim + b"HTTP/1.1 102 P\r\n\r\n" + OK)
+    _, got = live.ask(request("GET", "/p/x"), interim + b"HTTP/1.1 102 P\r\n\r\n" + OK)
     assert got.status == 200
     assert got.values(b"link") == []
 
 
-def test_trailers_do_not_cross(stage: Stage) -> None:
+def test_trailers_do_not_cross(live: LiveProxy) -> None:
     """The body ends with the plain last chunk."""
-    reply = chunked_answer(b"data: 1\n\n")[: -len(LAST)] + b"0\r\nx-end: 1\r\n\r\n"
+    reply = chunked_response(b"data: 1\n\n")[: -len(LAST)] + b"0\r\nx-end: 1\r\n\r\n"
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(reply)
-
-    stage.script = script
-    with stage.connect() as client:
-        client.send(post("/p/x", b"{}", "Connection: close"))
-        client.read_head()
+    live.reply(reply)
+    with live.begin("/p/x", b"{}", "Connection: close") as client:
         assert client.wait_closed() == "fin"
         assert client.buffer.endswith(b"\r\n" + LAST)
         assert b"x-end" not in client.buffer
-
-
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)

@@ -5,37 +5,28 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from tests.support.daemon import Daemon
-from tests.support.sockets import Wire, chunked, connect, request
-from tests.support.stage import LAST, PLAIN, SSE, Turn, client_config, event, post, until
+from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import client_config, post, until
+from tests.support.scripts import SSE, event
+from tests.support.sockets import Provider, Wire, chunked, connect, request
 
 KEY = "key-of-bob"
 
 
-class Script:
-    """A provider that streams one event, and the rest at a turn; of others it takes the request."""
+def test_the_streams_are_logged_on_demand(tmp_path: Path) -> None:
+    """Each has a line: client, route, bytes and age; and the log counts those still coming in."""
 
-    def __init__(self) -> None:
-        self.turn = Turn()
-
-    def __call__(self, wire: Wire) -> None:
-        """Play."""
-        asked = wire.read_request()
-        if asked.target == b"/stream":
+    def script(wire: Wire) -> None:
+        if wire.read_request().target == b"/stream":
             wire.send(SSE, chunked(event(0)))
-        self.turn.take()
-        if asked.target == b"/stream":
-            wire.send(LAST)
         wire.wait_closed()
 
-
-def test_the_streams_are_logged_on_demand(tmp_path: Path) -> None:
-    """A line each: who, where to, how far, how long; and how many are still coming in."""
-    script = Script()
     key = f"x-api-key: {KEY}"
     with (
-        PLAIN.provider(script) as provider,
-        Daemon(tmp_path, PLAIN.config(provider) + client_config("bob", KEY), proxy="") as daemon,
+        Provider(script) as provider,
+        Daemon(
+            tmp_path, provider_config(provider.url) + client_config("bob", KEY), proxy=""
+        ) as daemon,
         connect(daemon.port) as streaming,
         connect(daemon.port) as waiting,
         connect(daemon.port) as coming,
@@ -65,14 +56,10 @@ def test_the_streams_are_logged_on_demand(tmp_path: Path) -> None:
         assert line["paused_s"] == 0
         other = daemon.wait_log("waiting since")
         assert (other["bytes"], other["last_chunk_s"], other["model"]) == (0, None, None)
-        script.turn.give(2)
 
 
-def test_a_signal_that_finds_nothing_is_answered(tmp_path: Path) -> None:
-    """Whoever asks sees that it was heard."""
-    with (
-        PLAIN.provider(Script()) as provider,
-        Daemon(tmp_path, PLAIN.config(provider)) as daemon,
-    ):
+def test_a_signal_that_finds_nothing_is_logged(tmp_path: Path) -> None:
+    """The log says that nothing is being served."""
+    with Daemon(tmp_path, provider_config("http://127.0.0.1:1")) as daemon:
         daemon.process.send_signal(signal.SIGUSR1)
         assert daemon.wait_log("are being served")["count"] == 0

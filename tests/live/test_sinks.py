@@ -2,244 +2,189 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.live.test_starting import HEAD, assert_refused, start
-from tests.support.collector import Collector
-from tests.support.daemon import ROOT, Daemon, provider_config
-from tests.support.records import query
-from tests.support.sockets import Wire, chunked, request
-from tests.support.stage import (
-    LAST,
-    OK,
-    SSE,
+from tests.support.collector import OtlpCollector
+from tests.support.daemon import provider_config
+from tests.support.live_proxy import (
+    ONE_ROUTE,
     STREAM_BODY,
-    Stage,
-    Turn,
+    LiveProxy,
     client_config,
-    event,
-    open_stage,
+    open_live_proxy,
     post,
+    read_stepwise,
     until,
 )
+from tests.support.records import query
+from tests.support.scripts import OK, event, reply
+from tests.support.sockets import request
 
 LOST = 'llmproxy_records_lost_total{sink="%s"}'
 
 
-def ok(wire: Any) -> None:
-    """Answer every request."""
-    wire.read_request()
-    wire.send(OK)
+ok = reply(OK)
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector() -> Iterator[OtlpCollector]:
     """A collector without TLS."""
-    collector = Collector()
+    collector = OtlpCollector()
     yield collector
     collector.close()
 
 
 @pytest.fixture
-def stage(tmp_path: Path, collector: Collector) -> Iterator[Stage]:
+def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
     """A daemon with every sink, its ledger named by instance, and one known client."""
     trace = (
         f'ledger = "{tmp_path}/ledger-{{instance}}.db"\n'
         f'otlp = "{collector.url}"\nsession_header = "X-Conversation"\n'
     )
-    with open_stage(
-        tmp_path, lambda url: trace + provider_config(url) + client_config("team", "k")
-    ) as stage:
-        stage.script = ok
-        yield stage
+    with open_live_proxy(tmp_path, trace + ONE_ROUTE + client_config("team", "k")) as live:
+        live.script = ok
+        yield live
 
 
-def ask(stage: Stage, *fields: str, count: int = 1) -> None:
+def ask(live: LiveProxy, *fields: str, count: int = 1) -> None:
     """Send requests, each of which must be answered as ever."""
     for _ in range(count):
-        assert stage.get(post("/p/v1/chat", STREAM_BODY, *fields)).body == b"ok"
+        assert live.get(post("/p/v1/chat", STREAM_BODY, *fields)).body == b"ok"
 
 
-def ledger_of(stage: Stage) -> Path:
+def ledger_of(live: LiveProxy) -> Path:
     """Where the daemon's ledger is."""
-    return stage.daemon.folder / "ledger-0.db"
+    return live.daemon.folder / "ledger-0.db"
 
 
-def kept(stage: Stage) -> int:
+def kept(live: LiveProxy) -> int:
     """How many traces the ledger holds; none where it is just being made."""
     try:
-        return int(query(ledger_of(stage), "SELECT count(*) FROM traces")[0][0])
+        return int(query(ledger_of(live), "SELECT count(*) FROM traces")[0][0])
     except sqlite3.OperationalError:
         return 0
 
 
-def take_errors(daemon: Daemon) -> list[str]:
-    """Take the errors out of the log, where they would fail the test."""
-    errors = [line for line in daemon.log if line["level"] == "error"]
-    for line in errors:
-        daemon.log.remove(line)
-    return [line["message"] for line in errors]
-
-
-def usage(stage: Stage, *arguments: str) -> Any:
-    """Return what ``llmproxy usage`` tells of the running daemon."""
-    command = [sys.executable, "-m", "llmproxy.cli.main", "usage", "--json"]
-    ended = subprocess.run(
-        [*command, "--config", str(stage.daemon.config_path), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(ended.stdout)
-
-
-def test_every_sink_has_every_request(stage: Stage, collector: Collector) -> None:
+def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector) -> None:
     """The same record; the session is named by the header that is configured."""
-    ask(stage, "x-api-key: k", "x-conversation: s-1", count=2)
-    stage.get(request("GET", "/nowhere"))
-    until(lambda: kept(stage) == 3, "the ledger has all")
+    ask(live, "x-api-key: k", "x-conversation: s-1", count=2)
+    live.get(request("GET", "/nowhere"))
+    until(lambda: kept(live) == 3, "the ledger has all")
     until(lambda: len(collector.spans()) == 3, "the collector has all")
-    records = stage.daemon.traces()
+    records = live.daemon.traces()
     ids = [(record["id"],) for record in records]
-    assert query(ledger_of(stage), "SELECT id FROM traces ORDER BY rowid") == ids
+    assert query(ledger_of(live), "SELECT id FROM traces ORDER BY rowid") == ids
     assert [span["spanId"] for span in collector.spans()] == [one[0][-16:] for one in ids]
     assert [record["session"] for record in records] == ["s-1", "s-1", None]
 
-    groups = usage(stage, "--by", "client,provider,session", "--since", "1h")["groups"]
+    groups = live.daemon.usage("--by", "client,provider,session", "--since", "1h")["groups"]
     told = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
     assert told == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
     assert {one["unreported"] for one in groups} == {1, 2}
-    (session,) = usage(stage, "--sessions")["sessions"]
+    (session,) = live.daemon.usage("--sessions")["sessions"]
     assert (session["requests"], session["last_trace"]) == (2, records[1]["id"])
-    metrics = stage.daemon.metrics()
+    metrics = live.daemon.metrics()
     assert [metrics[LOST % name] for name in ("jsonl", "ledger", "otlp")] == [0, 0, 0]
 
 
-def test_the_ledger_is_closed_to_others(stage: Stage) -> None:
-    """It names callers and paths, and so do the files beside it."""
-    ask(stage)
-    until(lambda: kept(stage) == 1, "the ledger has it")
-    for file in stage.daemon.folder.glob("ledger-0.db*"):
+def test_records_are_closed_to_others(live: LiveProxy) -> None:
+    """They name callers and paths."""
+    ask(live)
+    until(lambda: kept(live) == 1, "the ledger has it")
+    for file in (live.daemon.trace_path, *live.daemon.folder.glob("ledger-0.db*")):
         assert os.stat(file).st_mode & 0o007 == 0
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_sighup_opens_the_trace_file_anew(stage: Stage, good: bool) -> None:
+def test_sighup_opens_the_trace_file_anew(live: LiveProxy, good: bool) -> None:
     """As logrotate asks, whether or not the configuration is one: nothing is lost."""
-    daemon = stage.daemon
-    ask(stage, count=3)
-    until(lambda: kept(stage) == 3, "all are written")
+    daemon = live.daemon
+    ask(live, count=3)
+    until(lambda: kept(live) == 3, "all are written")
     rotated = daemon.trace_path.rename(daemon.folder / "trace.1")
-    ask(stage, count=2)
+    ask(live, count=2)
     if not good:
         daemon.config_path.write_text("nothing = 1")
     daemon.process.send_signal(signal.SIGHUP)
     until(daemon.trace_path.exists, "the file is there again")
-    ask(stage, count=4)
-    until(lambda: kept(stage) == 9, "all are written")
+    ask(live, count=4)
+    until(lambda: kept(live) == 9, "all are written")
     until(lambda: len(daemon.traces()) >= 4, "the new file has the last ones")
     assert len(rotated.read_text().splitlines()) + len(daemon.traces()) == 9
     daemon.wait_log("reloaded" if good else "reload failed")
-    assert bool(take_errors(daemon)) is not good
+    assert bool(daemon.take_errors()) is not good
 
 
-def test_a_locked_ledger_costs_no_stream(stage: Stage) -> None:
+def test_a_locked_ledger_costs_no_stream(live: LiveProxy) -> None:
     """What was written under the lock is counted; the rest is kept, without a restart."""
-    ask(stage)
-    until(lambda: kept(stage) == 1, "the first is written")
-    with closing(sqlite3.connect(ledger_of(stage), isolation_level=None)) as other:
+    ask(live)
+    until(lambda: kept(live) == 1, "the first is written")
+    with closing(sqlite3.connect(ledger_of(live), isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        ask(stage, count=5)
-        until(lambda: stage.daemon.metrics()[LOST % "ledger"] == 5, "they are counted")
+        ask(live, count=5)
+        until(lambda: live.daemon.metrics()[LOST % "ledger"] == 5, "they are counted")
         other.execute("ROLLBACK")
-    ask(stage)
-    until(lambda: kept(stage) == 2, "the last is written")
-    assert len(stage.daemon.traces()) == 7
-    assert stage.daemon.metrics()[LOST % "jsonl"] == 0
-    stage.daemon.wait_log("ledger: records are kept again, 5 were lost so far")
-    assert take_errors(stage.daemon) == ["ledger: records are being lost: database is locked"]
+    ask(live)
+    until(lambda: kept(live) == 2, "the last is written")
+    assert len(live.daemon.traces()) == 7
+    assert live.daemon.metrics()[LOST % "jsonl"] == 0
+    live.daemon.wait_log("ledger: records are kept again, 5 were lost so far")
+    assert live.daemon.take_errors() == ["ledger: records are being lost: database is locked"]
 
 
-def test_a_full_disk_costs_no_stream(stage: Stage) -> None:
+def test_a_full_disk_costs_no_stream(live: LiveProxy) -> None:
     """A stream that runs meanwhile arrives event by event; there is room again, and all is kept."""
-    turn = Turn()
+    ask(live)
+    until(lambda: kept(live) == 1, "the first is written")
+    events = [*map(event, range(6))]
+    turn = live.stream(*events)
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE)
-        for number in range(6):
-            turn.take()
-            wire.send(chunked(event(number)))
-        wire.send(LAST)
+    def lost() -> list[float]:
+        return [live.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")]
 
-    ask(stage)
-    until(lambda: kept(stage) == 1, "the first is written")
-    stage.script = script
-    pid, full = stage.daemon.process.pid, resource.RLIMIT_FSIZE
-    limits = resource.prlimit(pid, full)
-    with stage.connect() as client:
-        client.send(post("/p/stream"))
-        client.read_head()
-        for number in range(6):
-            if number == 2:
-                resource.prlimit(pid, full, (0, limits[1]))
-                stage.script = ok
-                ask(stage, count=5)
-                for name in ("jsonl", "ledger"):
-                    until(lambda name=name: stage.daemon.metrics()[LOST % name] == 5, "counted")  # type: ignore[misc]  # the lambda's default
-                resource.prlimit(pid, full, limits)
-            turn.give()
-            assert client.read_chunk() == event(number)
-        assert client.read_chunk() == b""
-    until(lambda: kept(stage) == 2, "the stream's record is written")
-    assert [record["path"] for record in stage.daemon.traces()] == ["/p/v1/chat", "/p/stream"]
-    assert stage.daemon.traces()[1]["end_reason"] == "complete"
-    assert [stage.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")] == [5, 5]
-    assert len(take_errors(stage.daemon)) == 2
+    with live.begin("/p/stream") as client:
+        read_stepwise(client, turn, *events[:2])
+        with live.daemon.limited(resource.RLIMIT_FSIZE, 0):
+            live.script = ok
+            ask(live, count=5)
+            until(lambda: lost() == [5, 5], "they are counted")
+            read_stepwise(client, turn, *events[2:4])
+        read_stepwise(client, turn, *events[4:], b"")
+    until(lambda: kept(live) == 2, "the stream's record is written")
+    assert [record["path"] for record in live.daemon.traces()] == ["/p/v1/chat", "/p/stream"]
+    assert live.daemon.traces()[1]["end_reason"] == "complete"
+    assert lost() == [5, 5]
+    assert len(live.daemon.take_errors()) == 2
 
 
-def test_files_that_are_gone_cost_no_stream(stage: Stage) -> None:
+def test_files_that_are_gone_cost_no_stream(live: LiveProxy) -> None:
     """Both are made again with the next request."""
-    ask(stage)
-    until(lambda: kept(stage) == 1 and len(stage.daemon.traces()) == 1, "the first is written")
-    for file in [stage.daemon.trace_path, *stage.daemon.folder.glob("ledger-0.db*")]:
+    ask(live)
+    until(lambda: kept(live) == 1 and len(live.daemon.traces()) == 1, "the first is written")
+    for file in [live.daemon.trace_path, *live.daemon.folder.glob("ledger-0.db*")]:
         file.unlink()
-    ask(stage)
-    until(lambda: stage.daemon.trace_path.exists() and ledger_of(stage).exists(), "they are back")
-    until(lambda: kept(stage) == 1 and len(stage.daemon.traces()) == 1, "the second is written")
-    assert {stage.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")} == {0}
+    ask(live)
+    until(lambda: live.daemon.trace_path.exists() and ledger_of(live).exists(), "they are back")
+    until(lambda: kept(live) == 1 and len(live.daemon.traces()) == 1, "the second is written")
+    assert {live.daemon.metrics()[LOST % name] for name in ("jsonl", "ledger")} == {0}
 
 
-def test_a_dead_collector_costs_no_stream(stage: Stage, collector: Collector) -> None:
-    """Its losses are counted under its name, and the files have everything."""
-    collector.status = 500
-    ask(stage, count=3)
-    until(lambda: stage.daemon.metrics()[LOST % "otlp"] == 3, "they are counted")
-    until(lambda: kept(stage) == 3, "the ledger has them")
-    assert len(stage.daemon.traces()) == 3
-    assert take_errors(stage.daemon) == ["otlp: records are being lost: the collector answered 500"]
-
-
-def test_a_stop_writes_what_waits(tmp_path: Path, collector: Collector) -> None:
+def test_a_stop_writes_what_waits(tmp_path: Path, collector: OtlpCollector) -> None:
     """The last request before the end is in every sink."""
     trace = f'ledger = "{tmp_path}/ledger-0.db"\notlp = "{collector.url}"\n'
-    with open_stage(tmp_path, lambda url: trace + provider_config(url)) as stage:
-        stage.script = ok
-        ask(stage, count=20)
-    assert len(stage.daemon.traces()) == kept(stage) == len(collector.spans()) == 20
+    with open_live_proxy(tmp_path, trace + ONE_ROUTE) as live:
+        live.script = ok
+        ask(live, count=20)
+    assert len(live.daemon.traces()) == kept(live) == len(collector.spans()) == 20
 
 
 def test_a_newer_ledger_stops_the_start(tmp_path: Path) -> None:

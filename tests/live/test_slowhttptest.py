@@ -11,24 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import WAIT, Wire, chunked
-from tests.support.stage import (
-    LAST,
-    SSE,
-    Stage,
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
     assert_settles,
-    event,
-    open_stage,
+    live_fixture,
     post,
     response,
     until,
 )
+from tests.support.scripts import LAST, SSE, event
+from tests.support.sockets import WAIT, Wire, chunked
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 SLOWHTTPTEST = shutil.which("slowhttptest", path=_PATH)
@@ -97,8 +94,8 @@ class Calm:
 
     COUNT = 4
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, live: LiveProxy) -> None:
+        self._stage = live
         self._over = threading.Event()
         self._errors: list[BaseException] = []
         works = [self._ask] * (self.COUNT - 1) + [self._listen]
@@ -116,12 +113,7 @@ class Calm:
         until(lambda: self.asked and self._heard, "they are at work")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join(2 * WAIT)
@@ -179,19 +171,14 @@ class Calm:
                 self._heard += chunk
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Short deadlines, and one route."""
-    folder = tmp_path_factory.mktemp("slow")
-    with open_stage(folder, lambda url: provider_config(url) + TIMEOUTS) as stage:
-        yield stage
+live = live_fixture(ONE_ROUTE + TIMEOUTS)
 
 
 @contextmanager
-def attacked(stage: Stage, attack: Attack) -> Iterator[subprocess.Popen[str]]:
+def attacked(live: LiveProxy, attack: Attack) -> Iterator[subprocess.Popen[str]]:
     """Run an attack; it lasts no longer than the context."""
     assert SLOWHTTPTEST is not None
-    url = f"http://127.0.0.1:{stage.daemon.port}{attack.target}"
+    url = f"http://127.0.0.1:{live.daemon.port}{attack.target}"
     command = [SLOWHTTPTEST, *attack.options.split(), "-u", url, "-p", f"{PATIENCE:.0f}"]
     command += ["-c", f"{COUNT}", "-r", f"{COUNT}", "-l", f"{2 * IN_TIME:.0f}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -201,31 +188,31 @@ def attacked(stage: Stage, attack: Attack) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def cut(stage: Stage, attack: Attack) -> tuple[int, float]:
+def cut(live: LiveProxy, attack: Attack) -> tuple[int, float]:
     """Return how many requests have ended as the attack's do: by the trace, and by the metric."""
     method, reason, error, status = attack.end
     # The attacks stand in the trace without end, but the last line may be half written.
-    lines = stage.daemon.trace_path.read_text().rpartition("\n")[0].splitlines()
+    lines = live.daemon.trace_path.read_text().rpartition("\n")[0].splitlines()
     wanted = {"method": method, "end_reason": reason, "error": error, "status": status}
     traced = sum(wanted.items() <= json.loads(line).items() for line in lines)
-    metrics = stage.daemon.metrics()
+    metrics = live.daemon.metrics()
     return traced, metrics.get(f'llmproxy_ended_total{{reason="{reason}"}}', 0)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_ends_and_nobody_else_notices_it(stage: Stage, name: str) -> None:
+def test_an_attack_ends_and_nobody_else_notices_it(live: LiveProxy, name: str) -> None:
     """Its connections are cut on time and on record, and calm clients are served as ever."""
     attack = ATTACKS[name]
-    traced, counted = cut(stage, attack)
+    traced, counted = cut(live, attack)
 
     def all_cut() -> bool:
-        now_traced, now_counted = cut(stage, attack)
+        now_traced, now_counted = cut(live, attack)
         return now_traced - traced >= COUNT and now_counted - counted >= COUNT
 
     def only_calm() -> bool:
-        return stage.daemon.metrics()["llmproxy_client_connections"] <= Calm.COUNT
+        return live.gauge("client_connections") <= Calm.COUNT
 
-    with Calm(stage) as calm, attacked(stage, attack) as process:
+    with Calm(live) as calm, attacked(live, attack) as process:
         until(all_cut, "each attacker is cut, and on record", seconds=IN_TIME)
         until(only_calm, "the calm ones' connections are left", seconds=PATIENCE)
         if attack.notices:
@@ -235,4 +222,4 @@ def test_an_attack_ends_and_nobody_else_notices_it(stage: Stage, name: str) -> N
             assert set(probes) == {"YES"}
         asked = calm.asked
         until(lambda: calm.asked > asked, "the calm ones go on")
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)

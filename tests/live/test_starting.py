@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import ROOT, Daemon, provider_config
-from tests.support.sockets import Wire, connect, request
-from tests.support.stage import OK, Link, read_got, write_credential
+from tests.support.daemon import Daemon, environment, provider_config, twistd
+from tests.support.live_proxy import read_response, write_credential
+from tests.support.scripts import OK, reply
+from tests.support.sockets import Provider, connect, request
 
 HEAD = """\
 [proxy]
@@ -24,15 +23,15 @@ listen = "tcp:{admin}:interface=127.0.0.1"
 """
 
 
-def start(folder: Path, config: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Start a daemon that must end by itself."""
+def start(folder: Path, config: str | None, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Start a daemon that must end by itself; without a configuration its file is missing."""
     path = folder / "bad.toml"
-    path.write_text(config)
-    twistd = str(Path(sys.executable).parent / "twistd")
+    if config is not None:
+        path.write_text(config)
     return subprocess.run(
-        [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(path)],
+        twistd(path),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        env=environment(**environ),
         capture_output=True,
         text=True,
         timeout=20,
@@ -53,7 +52,7 @@ def assert_refused(ended: subprocess.CompletedProcess[str], *words: str) -> None
     assert "listens on" not in ended.stdout
 
 
-def test_every_mistake_in_the_configuration_is_told(tmp_path: Path) -> None:
+def test_every_mistake_in_the_configuration_is_reported(tmp_path: Path) -> None:
     """One line each on standard error, exit code 1, and nothing listens."""
     config = provider_config("ftp://x", route="speed = 3") + '[timeouts]\nidle = "soon"\n'
     ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + config)
@@ -69,29 +68,17 @@ def test_every_mistake_in_the_configuration_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "word"),
     [
+        (None, "bad.toml"),
         ("this is no TOML", "TOML"),
         ("", "providers"),
         (HEAD.format(proxy="x", admin=0) + provider_config("http://x"), "proxy.listen"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, config: str, word: str) -> None:
-    """Exit code 1 and a word."""
+def test_a_file_that_is_no_configuration_is_refused(
+    tmp_path: Path, config: str | None, word: str
+) -> None:
+    """Exit code 1 and a word; a missing file is named."""
     assert_refused(start(tmp_path, config), word)
-
-
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    """By its name."""
-    twistd = str(Path(sys.executable).parent / "twistd")
-    ended = subprocess.run(
-        [twistd, "-n", "--pidfile=", "llmproxy", "--config", "/nowhere/llmproxy.toml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert_refused(ended, "/nowhere/llmproxy.toml")
 
 
 @pytest.mark.parametrize("taken_by", ["proxy", "admin"])
@@ -181,18 +168,12 @@ def test_an_empty_credential_stops_the_start(tmp_path: Path) -> None:
 
 def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
     """Under bare `twistd -n llmproxy`: time, level, logger and message on each line."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(OK)
-
-    plain = Link(None, "")
-    with plain.provider(script) as provider:
-        with Daemon(tmp_path, plain.config(provider)) as daemon:
+    with Provider(reply(OK)) as provider:
+        with Daemon(tmp_path, provider_config(provider.url)) as daemon:
             assert daemon.admin("/readyz") == "ready\n"
             with connect(daemon.port) as client:
                 client.send(request("GET", "/p/x?query", "User-Agent: test/1"))
-                read_got(client)
+                read_response(client)
             (access,) = daemon.wait_ended(1)
         assert daemon.process.returncode == 0
     for line in daemon.log:

@@ -6,29 +6,20 @@ import signal
 import socket
 import time
 import urllib.error
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.daemon import Daemon
-from tests.support.sockets import WAIT, Wire, chunked, connect, request
-from tests.support.stage import (
-    LAST,
-    SSE,
-    Link,
-    Notes,
-    Turn,
-    event,
-    post,
-    read_got,
-    trace_of,
-    until,
-)
+from tests.support.live_proxy import PLAIN, Link, begin, post, read_response, trace_of, until
+from tests.support.scripts import KEPT, LAST, SSE, Notes, Turn, event, hold, reply
+from tests.support.sockets import WAIT, Script, Wire, chunked, connect, request
 
 
-class Paced:
+class PacedStream:
     """A script that streams an event, and the rest at a turn; it notes how its connection ended.
 
     Args:
@@ -50,11 +41,16 @@ class Paced:
         self.ended.put(wire.wait_closed())
 
 
-def begin(daemon: Daemon, path: str = "/p/x") -> Wire:
+@contextmanager
+def running(folder: Path, script: Script, link: Link = PLAIN, **keys: Any) -> Iterator[Daemon]:
+    """Run a daemon before a provider that plays ``script``."""
+    with link.provider(script) as provider, Daemon(folder, link.config(provider), **keys) as daemon:
+        yield daemon
+
+
+def begin_stream(daemon: Daemon) -> Wire:
     """Begin a stream, and read its first event."""
-    client = connect(daemon.port)
-    client.send(post(path))
-    client.read_head()
+    client = begin(connect(daemon.port), "/p/x")
     assert client.read_chunk() == event(0)
     return client
 
@@ -80,12 +76,8 @@ def assert_ended(daemon: Daemon, *, finished: int, cut: int) -> None:
 
 def test_a_running_body_finishes(tmp_path: Path, link: Link) -> None:
     """After SIGTERM nobody is accepted, the stream goes on to its end, and the exit code is 0."""
-    script = Paced()
-    with (
-        link.provider(script) as provider,
-        Daemon(tmp_path, link.config(provider)) as daemon,
-        begin(daemon) as client,
-    ):
+    script = PacedStream()
+    with running(tmp_path, script, link) as daemon, begin_stream(daemon) as client:
         daemon.terminate()
         daemon.wait_log("draining")
         until(lambda: is_refused(daemon.port), "the listener is closed")
@@ -114,17 +106,13 @@ def test_a_response_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         wire.wait_closed()
 
-    with (
-        link.provider(script) as provider,
-        Daemon(tmp_path, link.config(provider)) as daemon,
-        connect(daemon.port) as client,
-    ):
+    with running(tmp_path, script, link) as daemon, connect(daemon.port) as client:
         client.send(post("/p/x"))
         asked.take()
         daemon.terminate()
         daemon.wait_log("draining")
         answered.give()
-        got = read_got(client)
+        got = read_response(client)
         assert (got.status, got.body) == (200, b"ok")
         assert got.values(b"connection") == [b"close"]
         assert client.wait_closed() == "fin"
@@ -134,20 +122,13 @@ def test_a_response_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -
 def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
     """Clients that ask nothing, before or after a response, and kept provider connections."""
     ended = Notes()
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        ended.put(wire.wait_closed())
-
     with (
-        link.provider(script) as provider,
-        Daemon(tmp_path, link.config(provider)) as daemon,
+        running(tmp_path, hold(ended, KEPT), link) as daemon,
         connect(daemon.port) as new,
         connect(daemon.port) as served,
     ):
         served.send(request("GET", "/p/x"))
-        assert read_got(served).body == b"ok"
+        assert read_response(served).body == b"ok"
         daemon.terminate()
         for client in (new, served):
             assert client.wait_closed() == "fin"
@@ -159,31 +140,20 @@ def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
 @pytest.mark.parametrize("before", [b"", b"GET /p", b"GET /p/x HTTP/1.1\r\nHo"])
 def test_a_request_on_a_live_connection_is_still_served(tmp_path: Path, before: bytes) -> None:
     """Whether it began before the signal or comes just after it; with Connection: close."""
-    whole = request("GET", "/p/x")
-    plain = Link(None, "")
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-
-    with (
-        plain.provider(script) as provider,
-        Daemon(tmp_path, plain.config(provider)) as daemon,
-        connect(daemon.port) as client,
-    ):
+    with running(tmp_path, reply(KEPT)) as daemon, connect(daemon.port) as client:
         client.send(before)
         until(lambda: daemon.metrics()["llmproxy_client_connections"] == 1, "it is connected")
         daemon.terminate()
         daemon.wait_log("draining")
-        client.send(request("GET", "/p/x").removeprefix(before) if before else whole)
-        got = read_got(client)
+        client.send(request("GET", "/p/x").removeprefix(before))
+        got = read_response(client)
         assert got.body == b"ok"
         assert got.values(b"connection") == [b"close"]
         assert client.wait_closed() == "fin"
         assert daemon.process.wait(WAIT) == 0
 
 
-def assert_cut(daemon: Daemon, client: Wire, script: Paced) -> None:
+def assert_cut(daemon: Daemon, client: Wire, script: PacedStream) -> None:
     """Check that one stream was cut, on both sides and in the record."""
     client.wait_closed()
     assert client.buffer == b""
@@ -195,12 +165,8 @@ def assert_cut(daemon: Daemon, client: Wire, script: Paced) -> None:
 
 def test_a_second_signal_cuts_what_runs(tmp_path: Path, link: Link) -> None:
     """At once; the record says `drained`, and the exit code is still 0."""
-    script = Paced(endless=True)
-    with (
-        link.provider(script) as provider,
-        Daemon(tmp_path, link.config(provider)) as daemon,
-        begin(daemon) as client,
-    ):
+    script = PacedStream(endless=True)
+    with running(tmp_path, script, link) as daemon, begin_stream(daemon) as client:
         daemon.terminate()
         daemon.wait_log("draining")
         daemon.terminate()
@@ -209,25 +175,16 @@ def test_a_second_signal_cuts_what_runs(tmp_path: Path, link: Link) -> None:
 
 def test_the_drain_timeout_cuts_what_runs(tmp_path: Path, link: Link) -> None:
     """One signal is enough in the end."""
-    script = Paced(endless=True)
+    script = PacedStream(endless=True)
     proxy = 'anonymous = true\ndrain_timeout = "400ms"'
-    with (
-        link.provider(script) as provider,
-        Daemon(tmp_path, link.config(provider), proxy=proxy) as daemon,
-        begin(daemon) as client,
-    ):
+    with running(tmp_path, script, link, proxy=proxy) as daemon, begin_stream(daemon) as client:
         daemon.terminate()
         assert_cut(daemon, client, script)
 
 
 def test_a_body_that_is_still_coming_is_cut_too(tmp_path: Path) -> None:
     """Nobody serves that request yet; the last line counts it, and it has a record."""
-    plain = Link(None, "")
-    with (
-        plain.provider(Paced()) as provider,
-        Daemon(tmp_path, plain.config(provider)) as daemon,
-        connect(daemon.port) as client,
-    ):
+    with running(tmp_path, PacedStream()) as daemon, connect(daemon.port) as client:
         client.send(post("/p/x")[:-1])
         until(lambda: daemon.metrics()["llmproxy_request_bytes_held"] > 0, "a body is coming")
         daemon.terminate()
@@ -243,7 +200,7 @@ def test_a_body_that_is_still_coming_is_cut_too(tmp_path: Path) -> None:
 
 def test_the_service_manager_hears_of_a_life(tmp_path: Path) -> None:
     """Ready once it listens; then a reload; how far a drain is; and nothing that comes later."""
-    script, plain = Paced(), Link(None, "")
+    script = PacedStream()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(WAIT)
@@ -258,16 +215,13 @@ def test_the_service_manager_hears_of_a_life(tmp_path: Path) -> None:
 
         pings: list[str] = []
         environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
-        with (
-            plain.provider(script) as provider,
-            Daemon(tmp_path, plain.config(provider), environ=environ) as daemon,
-        ):
+        with running(tmp_path, script, environ=environ) as daemon:
             hear("READY=1", "STATUS=0 streams, 0 connections, version ")
             daemon.process.send_signal(signal.SIGHUP)
             (_, said) = hear("RELOADING=1", "MONOTONIC_USEC=")
             assert int(said.partition("=")[2]) < time.monotonic() * 1e6
             hear("READY=1")
-            with begin(daemon) as client:
+            with begin_stream(daemon) as client:
                 daemon.terminate()
                 hear("STOPPING=1")
                 hear("EXTEND_TIMEOUT_USEC=", "STATUS=")
@@ -282,12 +236,8 @@ def test_the_service_manager_hears_of_a_life(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_many_signals_at_once_are_no_error(tmp_path: Path, number: signal.Signals) -> None:
     """However they fall together: what runs is cut, nothing is logged as an error, exit 0."""
-    script, plain = Paced(endless=True), Link(None, "")
-    with (
-        plain.provider(script) as provider,
-        Daemon(tmp_path, plain.config(provider)) as daemon,
-        begin(daemon) as client,
-    ):
+    script = PacedStream(endless=True)
+    with running(tmp_path, script) as daemon, begin_stream(daemon) as client:
         for _ in range(2):  # of a burst, the kernel may make one signal
             for _ in range(20):
                 with suppress(ProcessLookupError):

@@ -1,30 +1,24 @@
-"""Bodies that are not JSON stream upwards: unread, unheld, at the provider's pace (design 4)."""
+"""Bodies that are not JSON stream to the provider, unread and unheld, at its pace (design 4)."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, chunked, request
-from tests.support.stage import (
-    LAST,
-    OK,
-    Link,
-    Notes,
-    Stage,
-    Turn,
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
     assert_settles,
     client_config,
-    open_stage,
-    read_got,
+    live_fixture,
+    read_response,
     response,
-    trace_of,
 )
+from tests.support.scripts import LAST, OK, Notes, Turn
+from tests.support.sockets import Wire, chunked, request
 
 OCTETS = "Content-Type: application/octet-stream"
 MODELS = """
@@ -39,28 +33,18 @@ request_body = "2MiB"
 """
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
-    """Little memory for bodies that are held, so that holding one would show."""
-    folder = tmp_path_factory.mktemp("uploads")
-
-    def config(url: str) -> str:
-        limits = '[limits]\nrequest_memory = "64KiB"\n'
-        known = client_config("team", "team-key")
-        return provider_config(url, provider=link.keys) + MODELS + limits + known
-
-    with open_stage(folder, config, link=link) as stage:
-        yield stage
-
-
-def gauge(stage: Stage, name: str) -> float:
-    """Return one metric."""
-    return stage.daemon.metrics()[f"llmproxy_{name}"]
+live = live_fixture(
+    ONE_ROUTE
+    + MODELS
+    + '[limits]\nrequest_memory = "64KiB"\n'  # a body that is held would show
+    + client_config("team", "team-key"),
+    both_links=True,
+)
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_each_piece_reaches_the_provider_before_the_next_is_sent(
-    stage: Stage, framing: str
+    live: LiveProxy, framing: str
 ) -> None:
     """The request begins before its body is whole, and nothing of that is held."""
     pieces = [b"one-", b"two-", b"three"]
@@ -80,23 +64,23 @@ def test_each_piece_reaches_the_provider_before_the_next_is_sent(
             assert wire.read_chunk() == b""
         wire.send(OK)
 
-    stage.script = script
+    live.script = script
     how = f"Content-Length: {total}" if framing == "length" else "Transfer-Encoding: chunked"
-    with stage.connect() as client:
+    with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, how))
         assert arrived.read() == (b"%d" % total if framing == "length" else b"chunked")
         for piece in pieces:
             client.send(piece if framing == "length" else chunked(piece))
             assert arrived.read() == piece
-            assert gauge(stage, "request_bytes_held") == 0
+            assert live.gauge("request_bytes_held") == 0
         client.send(b"" if framing == "length" else LAST)
-        got = read_got(client)
+        got = read_response(client)
         assert got.body == b"ok"
-    assert stage.trace(got)["bytes_in"] == total
+    assert live.trace(got)["bytes_in"] == total
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_large_upload_is_exact(stage: Stage, framing: str) -> None:
+def test_a_large_upload_is_exact(live: LiveProxy, framing: str) -> None:
     """20 MB of any bytes, through memory for 64 KiB."""
     body = os.urandom(20_000_000)
     if framing == "length":
@@ -105,12 +89,12 @@ def test_a_large_upload_is_exact(stage: Stage, framing: str) -> None:
         pieces = [body[start : start + 70_001] for start in range(0, len(body), 70_001)]
         head = request("POST", "/p/x", OCTETS, "Transfer-Encoding: chunked")
         sent = head + chunked(*pieces) + LAST
-    received, got = stage.ask(sent)
+    received, got = live.ask(sent)
     assert received.body == body
     assert got.body == b"ok"
 
 
-def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
+def test_a_provider_that_reads_nothing_stops_the_upload(live: LiveProxy) -> None:
     """Backpressure: of 30 MB only what kernels hold is taken, until the provider reads."""
     size, taken = 30_000_000, 0
     read_on = Turn()
@@ -122,8 +106,8 @@ def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
             wire.read(size // 30)
         wire.send(OK)
 
-    stage.script = script
-    with stage.connect() as client:
+    live.script = script
+    with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, f"Content-Length: {size}"))
         client.sock.settimeout(1)
         piece = bytes(1_000_000)
@@ -135,85 +119,54 @@ def test_a_provider_that_reads_nothing_stops_the_upload(stage: Stage) -> None:
         client.sock.settimeout(20)
         while taken < size:
             taken += client.sock.send(piece[: size - taken])
-        assert read_got(client).status == 200
+        assert read_response(client).status == 200
 
 
-def test_a_client_that_leaves_ends_the_upload(stage: Stage) -> None:
-    """The provider sees the end, and not a whole body."""
-    ended = Notes()
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        assert wire.read(3) == b"abc"
-        arrived.give()
-        ended.put(wire.wait_closed())
-
-    arrived = Turn()
-    stage.script = script
-    with stage.connect() as client:
-        client.send(request("POST", "/p/left", OCTETS, "Content-Length: 10"), b"abc")
-        arrived.take()
-    ended.read()
-    record = trace_of(stage.daemon, path="/p/left")
-    assert (record["end_reason"], record["status"]) == ("client_gone", None)
-    assert_settles(stage.daemon)
-
-
-def test_a_provider_that_drops_in_the_middle_is_told(stage: Stage) -> None:
-    """502, although the upload goes on."""
+@pytest.mark.parametrize("what", ["a response", "a reset"])
+def test_a_provider_that_ends_the_upload_in_the_middle_is_reported(
+    live: LiveProxy, what: str
+) -> None:
+    """The client reads the provider's response, or a 502, although it sends on."""
 
     def script(wire: Wire) -> None:
         wire.read_until(b"\r\n\r\n")
-        wire.reset()
+        if what == "a reset":
+            wire.reset()
+        else:
+            wire.send(response(413, body=b"too much"))
+            wire.wait_closed()
 
-    stage.script = script
-    with stage.connect() as client:
+    live.script = script
+    with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
-        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
+        sending = threading.Thread(target=_send_all, args=(client, bytes(5_000_000)))
         sending.start()
-        got = read_got(client)
+        got = read_response(client)
         sending.join(20)
-    assert got.status == 502
-    assert got.values(b"x-llmproxy-error") == [b"upstream_broken"]
-    assert_settles(stage.daemon)
-
-
-def test_an_early_response_ends_the_upload(stage: Stage) -> None:
-    """A provider that refuses in the middle is heard, and the connection is not used again."""
-
-    def script(wire: Wire) -> None:
-        wire.read_until(b"\r\n\r\n")
-        wire.send(response(413, body=b"too much"))
-        wire.wait_closed()
-
-    stage.script = script
-    with stage.connect() as client:
-        client.send(request("POST", "/p/x", OCTETS, "Content-Length: 5000000"))
-        sending = threading.Thread(target=_send_all, args=(client, 5_000_000))
-        sending.start()
-        got = read_got(client)
-        sending.join(20)
+    if what == "a reset":
+        assert (got.status, got.error) == (502, "upstream_broken")
+    else:
         assert (got.status, got.body) == (413, b"too much")
         assert got.values(b"connection") == [b"close"]
-    assert stage.trace(got)["end_reason"] == "upstream_refused"
-    assert_settles(stage.daemon)
+        assert live.trace(got)["end_reason"] == "upstream_refused"
+    assert_settles(live.daemon)
 
 
-def test_nobody_is_invited_to_upload_before_the_provider_is_there(stage: Stage) -> None:
+def test_a_100_is_sent_once_the_provider_is_there(live: LiveProxy) -> None:
     """An unknown key gets its 401 in place of the 100, a known one the 100."""
     lines = (OCTETS, "Expect: 100-continue", "Content-Length: 3")
-    with stage.connect() as client:
+    with live.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: wrong"))
-        assert read_got(client).status == 401
-    stage.script = _response_ok
-    with stage.connect() as client:
+        assert read_response(client).status == 401
+    live.reply(OK)
+    with live.connect() as client:
         client.send(request("POST", "/p/x", *lines, "x-api-key: team-key"))
         assert client.read_head()[0].startswith(b"HTTP/1.1 100")
         client.send(b"abc")
-        assert read_got(client).body == b"ok"
+        assert read_response(client).body == b"ok"
 
 
-def test_a_chunked_upload_over_the_limit_is_broken_off(stage: Stage) -> None:
+def test_a_chunked_upload_over_the_limit_is_cut(live: LiveProxy) -> None:
     """413; what the provider got of it does not look whole."""
     seen = Notes()
 
@@ -222,34 +175,21 @@ def test_a_chunked_upload_over_the_limit_is_broken_off(stage: Stage) -> None:
         wire.wait_closed()
         seen.put(wire.buffer.endswith(LAST))
 
-    stage.script = script
-    with stage.connect() as client:
+    live.script = script
+    with live.connect() as client:
         client.send(request("POST", "/small/x", OCTETS, "Transfer-Encoding: chunked"))
-        sending = threading.Thread(target=_send_chunks, args=(client, 10))
+        sending = threading.Thread(
+            target=_send_all, args=(client, *[chunked(bytes(1_000_000))] * 10, LAST)
+        )
         sending.start()
-        got = read_got(client)
+        got = read_response(client)
         sending.join(20)
     assert got.status == 413
     assert seen.read() is False
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
-def _response_ok(wire: Wire) -> None:
-    wire.read_request()
-    wire.send(OK)
-
-
-def _send_all(client: Wire, size: int) -> None:
-    try:
-        client.send(bytes(size))
-    except OSError:
-        return  # the proxy may close before it has read everything
-
-
-def _send_chunks(client: Wire, megabytes: int) -> None:
-    try:
-        for _ in range(megabytes):
-            client.send(chunked(bytes(1_000_000)))
-        client.send(LAST)
-    except OSError:
-        return  # as above
+def _send_all(client: Wire, *pieces: bytes) -> None:
+    with suppress(OSError):  # the proxy may close before it has read everything
+        for piece in pieces:
+            client.send(piece)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
 from tests.support.daemon import provider_config
 from tests.support.kernel import held
+from tests.support.live_proxy import Link, LiveProxy, assert_settles, live_fixture, trace_of
+from tests.support.scripts import Notes
 from tests.support.sockets import WAIT, Wire, request
-from tests.support.stage import Link, Notes, Stage, assert_settles, open_stage, trace_of
 
 SHORT = 'timeouts = { first_byte = "150ms", idle = "150ms" }'
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -46,14 +46,7 @@ PHASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
-    """One route with short deadlines."""
-    folder = tmp_path_factory.mktemp("breaks")
-    with open_stage(
-        folder, lambda url: provider_config(url, provider=link.keys, route=SHORT), link=link
-    ) as stage:
-        yield stage
+live = live_fixture(provider_config("URL", provider="KEYS", route=SHORT), both_links=True)
 
 
 class Breaking:
@@ -102,21 +95,21 @@ def expected(phase: Phase, how: str, tls: bool) -> str:
 @pytest.mark.parametrize("how", ["fin", "farewell", "reset", "stall"])
 @pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES.keys())
 def test_a_break_is_called_by_its_name_in_every_phase(
-    stage: Stage, link: Link, phase: Phase, how: str, request: pytest.FixtureRequest
+    live: LiveProxy, link: Link, phase: Phase, how: str, request: pytest.FixtureRequest
 ) -> None:
     """The caller gets what came before, no proper end behind it, and the record says why."""
-    script = stage.script = Breaking(phase.sent, how)
+    script = live.script = Breaking(phase.sent, how)
     tls = link.context is not None
     reason = expected(phase, how, tls)
     path = "/p/" + request.node.callspec.id.replace(" ", "-")
     if phase.content is None:
-        got = stage.get(_get(path))
+        got = live.get(_get(path))
         assert got.status == (504 if how == "stall" else 502)
         assert got.values(b"x-llmproxy-error") == [reason.encode()]
         assert got.values(b"x-should-retry") == [b"false"]
         assert got.json()["error"]["code"] == reason
     else:
-        with stage.connect() as client:
+        with live.connect() as client:
             client.send(_get(path))
             head = client.read_until(b"\r\n\r\n")
             client.wait_closed() if reason != "complete" else client.read_until(b"0\r\n\r\n")
@@ -127,9 +120,9 @@ def test_a_break_is_called_by_its_name_in_every_phase(
                 assert not client.buffer.endswith(b"0\r\n\r\n")
     if how == "stall":
         script.ended.read()
-    record = trace_of(stage.daemon, path=path)
+    record = trace_of(live.daemon, path=path)
     assert (record["end_reason"], record["is_complete"]) == (reason, reason == "complete")
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
 def _get(path: str) -> bytes:

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import (
+    Link,
+    assert_settles,
+    busy_gauges,
+    post,
+    read_response,
+    trace_of,
+    until,
+)
+from tests.support.scripts import OK, reply
 from tests.support.sockets import Provider, Wire, connect, request
-from tests.support.stage import Link, assert_settles, busy_gauges, post, read_got, trace_of, until
 
-CLOSING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
 PINNED = 8
 """Descriptors that the daemon gets beyond those that it has."""
 
 
-def serve(wire: Wire) -> None:
-    """Answer one request on a connection that then closes."""
-    wire.read_request()
-    wire.send(CLOSING)
-
-
-def open_files(daemon: Daemon) -> set[int]:
-    """Return the daemon's descriptors."""
-    return {int(name) for name in os.listdir(f"/proc/{daemon.process.pid}/fd")}
-
-
-@contextmanager
-def limited(daemon: Daemon, most: int) -> Iterator[None]:
-    """Let the daemon open no descriptor from ``most`` upwards."""
-    process = daemon.process.pid
-    before = resource.prlimit(process, resource.RLIMIT_NOFILE)
-    resource.prlimit(process, resource.RLIMIT_NOFILE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
+serve = reply(OK)
 
 
 def ask(client: Wire, body: bytes = b'{"model":"m"}') -> tuple[int, dict[bytes, bytes]]:
     """Send a request on a client connection that stands; return status and fields."""
     client.send(post("/p/x", body))
-    got = read_got(client)
+    got = read_response(client)
     return got.status, dict(got.fields)
 
 
@@ -65,7 +50,7 @@ def test_a_connection_that_has_no_descriptor_is_a_503(tmp_path: Path, link: Link
         with Daemon(tmp_path, config) as daemon, connect(daemon.port) as client:
             assert ask(client)[0] == 200
             assert_alone(daemon)
-            with limited(daemon, 3):
+            with daemon.limited(resource.RLIMIT_NOFILE, 3):
                 for number in range(2):
                     status, fields = ask(client)
                     assert status == 503, number
@@ -94,10 +79,10 @@ def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
         with connect(daemon.port) as client:
             assert ask(client)[0] == 200
             assert_alone(daemon)
-            most = max(open_files(daemon)) + PINNED
-            with limited(daemon, most):
+            most = max(daemon.descriptors()) + PINNED
+            with daemon.limited(resource.RLIMIT_NOFILE, most):
                 crowd = [connect(daemon.port) for _ in range(4 * PINNED)]
-                until(lambda: open_files(daemon) >= set(range(most)), "none is left")
+                until(lambda: daemon.descriptors() >= set(range(most)), "none is left")
                 status, fields = ask(client)
                 assert (status, fields[b"x-llmproxy-error"]) == (503, b"no_descriptors")
                 for one in crowd:
@@ -105,5 +90,5 @@ def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
                 until(lambda: ask(client)[0] == 200, "the daemon serves again")
         with connect(daemon.port) as client:
             client.send(request("GET", "/p/x"))
-            assert read_got(client).body == b"ok"
+            assert read_response(client).body == b"ok"
         assert_settles(daemon)

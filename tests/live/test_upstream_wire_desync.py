@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 
-from tests.support.daemon import provider_config
-from tests.support.sockets import Wire, request
-from tests.support.stage import (
-    Got,
-    Link,
-    Notes,
-    Stage,
-    Turn,
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
+    Response,
     assert_settles,
     client_config,
-    open_stage,
+    live_fixture,
 )
+from tests.support.scripts import Notes, Turn
+from tests.support.sockets import Wire, request
 
 KEYS = {"mallory": "key-of-mallory", "bob": "key-of-bob"}
 PLAIN = b"HTTP/1.1 200 OK\r\n"
@@ -28,18 +25,11 @@ TRICK = PLAIN + b"Content-Length: 5\r\n\r\ntrick"
 MINE = PLAIN + b"Content-Length: 4\r\nConnection: close\r\n\r\nmine"
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
-    """One provider for two callers."""
-    folder = tmp_path_factory.mktemp("desync")
-    known = "".join(client_config(name, key) for name, key in KEYS.items())
-    with open_stage(
-        folder,
-        lambda url: provider_config(url, provider=link.keys) + known,
-        link=link,
-        proxy="",
-    ) as stage:
-        yield stage
+live = live_fixture(
+    ONE_ROUTE + "".join(client_config(name, key) for name, key in KEYS.items()),
+    proxy="",
+    both_links=True,
+)
 
 
 class Poisoned:
@@ -81,17 +71,17 @@ class Poisoned:
         wire.send(TRICK)
 
 
-def ask(stage: Stage, who: str, method: str = "GET") -> Got:
+def ask(live: LiveProxy, who: str, method: str = "GET") -> Response:
     """Send a request in somebody's name, on a client connection of its own."""
-    return stage.get(request(method, f"/p/{who}", f"x-api-key: {KEYS[who]}"))
+    return live.get(request(method, f"/p/{who}", f"x-api-key: {KEYS[who]}"))
 
 
-def assert_untouched(stage: Stage, script: Poisoned) -> None:
+def assert_untouched(live: LiveProxy, script: Poisoned) -> None:
     """The second caller gets its own response, on a connection that served nobody before."""
-    got = ask(stage, "bob")
+    got = ask(live, "bob")
     assert (got.status, got.body) == (200, b"mine")
     assert script.served == [(0, b"/mallory"), (1, b"/bob")]
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +122,15 @@ def assert_untouched(stage: Stage, script: Poisoned) -> None:
     ],
 )
 def test_poison_behind_a_response_meets_nobody(
-    stage: Stage, method: str, response: bytes, status: int, body: bytes | None
+    live: LiveProxy, method: str, response: bytes, status: int, body: bytes | None
 ) -> None:
     """The first caller gets what its framing says, and nothing of the rest gets to the second."""
-    script = stage.script = Poisoned(response)
-    got = ask(stage, "mallory", method)
+    script = live.script = Poisoned(response)
+    got = ask(live, "mallory", method)
     assert got.status == status
     assert body is None or got.body == body
     assert b"trick" not in got.body
-    assert_untouched(stage, script)
+    assert_untouched(live, script)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +147,14 @@ def test_poison_behind_a_response_meets_nobody(
     "behind", [TRICK, b"\r\n", b"x"], ids=["a response", "a line end", "a byte"]
 )
 def test_what_comes_unasked_on_an_idle_connection_meets_nobody(
-    stage: Stage, method: str, response: bytes, behind: bytes
+    live: LiveProxy, method: str, response: bytes, behind: bytes
 ) -> None:
     """The connection was good when its response ended; what comes then makes it useless."""
-    script = stage.script = Poisoned(response, behind)
-    assert ask(stage, "mallory", method).status in (200, 204)
+    script = live.script = Poisoned(response, behind)
+    assert ask(live, "mallory", method).status in (200, 204)
     script.later.give()
     script.said.read()
-    assert_untouched(stage, script)
+    assert_untouched(live, script)
 
 
 @pytest.mark.parametrize(
@@ -172,21 +162,21 @@ def test_what_comes_unasked_on_an_idle_connection_meets_nobody(
     [PLAIN + b"Content-Length: 9\r\n\r\nok", CHUNKED[:-5]],
     ids=["a length that is too long", "no last chunk"],
 )
-def test_a_response_that_ends_short_meets_nobody(stage: Stage, response: bytes) -> None:
+def test_a_response_that_ends_short_meets_nobody(live: LiveProxy, response: bytes) -> None:
     """The first caller's body breaks, and the second caller has a connection of its own."""
-    script = stage.script = Poisoned(response, closes=True)
-    with stage.connect() as client:
+    script = live.script = Poisoned(response, closes=True)
+    with live.connect() as client:
         client.send(request("GET", "/p/mallory", f"x-api-key: {KEYS['mallory']}"))
         client.read_head()
         client.wait_closed()
         assert b"ok" in client.buffer
         assert not client.buffer.endswith(b"0\r\n\r\n")
-    assert_untouched(stage, script)
+    assert_untouched(live, script)
 
 
-def test_an_honest_connection_serves_the_next_caller(stage: Stage) -> None:
+def test_an_honest_connection_serves_the_next_caller(live: LiveProxy) -> None:
     """The counterpart: without poison both callers share one connection to the provider."""
-    script = stage.script = Poisoned(TWO)
-    assert ask(stage, "mallory").body == b"ok"
-    assert ask(stage, "bob").body == b"trick"
+    script = live.script = Poisoned(TWO)
+    assert ask(live, "mallory").body == b"ok"
+    assert ask(live, "bob").body == b"trick"
     assert script.served == [(0, b"/mallory"), (0, b"/bob")]

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-from tests.support.daemon import provider_config
+from tests.support.live_proxy import LiveProxy, assert_settles, live_fixture, post
+from tests.support.scripts import Notes, Turn
 from tests.support.sockets import Received, Wire, request
-from tests.support.stage import (
-    Link,
-    Notes,
-    Stage,
-    Turn,
-    assert_settles,
-    open_stage,
-    post,
-)
 
 KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, link: Link) -> Iterator[Stage]:
-    """One route."""
-    folder = tmp_path_factory.mktemp("once")
-    with open_stage(
-        folder, lambda url: provider_config(url, provider=link.keys), link=link
-    ) as stage:
-        yield stage
+live = live_fixture(both_links=True)
 
 
 def upload(target: str) -> bytes:
@@ -104,45 +88,44 @@ class Hanging:
 @pytest.mark.parametrize("kind", REQUESTS)
 @pytest.mark.parametrize("how", ["fin", "farewell", "reset"])
 def test_a_connection_that_its_provider_closed_is_not_written_to(
-    stage: Stage, how: str, kind: str
+    live: LiveProxy, how: str, kind: str
 ) -> None:
     """The end arrived while it was idle: the request goes on a fresh one, once and whole."""
-    script = stage.script = Hanging(how, read_first=False)
-    assert stage.get(request("GET", "/p/warm")).body == b"ok"
+    script = live.script = Hanging(how, read_first=False)
+    assert live.get(request("GET", "/p/warm")).body == b"ok"
     script.end.give()
     script.ended.read()
-    got = stage.get(REQUESTS[kind]("/p/x"))
+    got = live.get(REQUESTS[kind]("/p/x"))
     assert (got.status, got.body) == (200, b"fresh")
     assert script.targets() == [(1, b"/warm"), (2, b"/x")]
     sizes = {"streamed POST": 200_000, "held POST": len(post("")) - post("").index(b"{")}
     assert len(script.requests[1][1].body) == sizes.get(kind, 0)
-    record = stage.trace(got)
+    record = live.trace(got)
     assert [one["outcome"] for one in record["attempts"]] == ["ok"]
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "fresh"])
 @pytest.mark.parametrize("how", ["fin", "reset"])
 def test_a_request_whose_connection_dies_is_told_and_not_sent_again(
-    stage: Stage, how: str, reused: bool, kind: str
+    live: LiveProxy, how: str, reused: bool, kind: str
 ) -> None:
     """502, and the provider saw it once: it may have done the work, so SDKs must not repeat it."""
-    script = stage.script = Hanging(how, read_first=True)
+    script = live.script = Hanging(how, read_first=True)
     if reused:
-        assert stage.get(request("GET", "/p/warm")).body == b"ok"
-    got = stage.get(REQUESTS[kind]("/p/x"))
-    assert got.status == 502
-    assert got.values(b"x-llmproxy-error") == [b"upstream_broken"]
+        assert live.get(request("GET", "/p/warm")).body == b"ok"
+    got = live.get(REQUESTS[kind]("/p/x"))
+    assert (got.status, got.error) == (502, "upstream_broken")
     assert got.values(b"x-should-retry") == [b"false"]
     assert script.targets() == [(1, b"/warm"), (1, b"/x")][not reused :]
-    record = stage.trace(got)
+    record = live.trace(got)
     assert record["end_reason"] == "upstream_broken"
     assert [one["outcome"] for one in record["attempts"]] == ["upstream_broken"]
-    assert_settles(stage.daemon)
+    assert_settles(live.daemon)
 
 
-def test_a_stalled_upload_is_not_begun_anew(stage: Stage) -> None:
+def test_a_stalled_upload_is_not_begun_anew(live: LiveProxy) -> None:
     """A provider that ends in the middle of the request's body has seen the request once."""
     seen = Notes()
 
@@ -151,11 +134,10 @@ def test_a_stalled_upload_is_not_begun_anew(stage: Stage) -> None:
         seen.put(first)
         wire.read(10_000)
 
-    stage.script = script
-    before = stage.provider.accepted
-    got = stage.get(post("/p/x", b'{"a":"' + b"a" * 8_000_000 + b'"}'))
-    assert got.status == 502
-    assert got.values(b"x-llmproxy-error") == [b"upstream_broken"]
+    live.script = script
+    before = live.provider.accepted
+    got = live.get(post("/p/x", b'{"a":"' + b"a" * 8_000_000 + b'"}'))
+    assert (got.status, got.error) == (502, "upstream_broken")
     assert seen.read() == b"POST /x HTTP/1.1"
-    assert stage.provider.accepted == before + 1
-    assert_settles(stage.daemon)
+    assert live.provider.accepted == before + 1
+    assert_settles(live.daemon)

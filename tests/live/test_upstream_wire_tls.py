@@ -1,9 +1,10 @@
-"""A TLS failure's cause: in trace, metric and log, and not in what the caller is told."""
+"""The cause of a TLS failure is in trace, metric and log, and not in the caller's response."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import trustme
 
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, provider_config
+from tests.support.live_proxy import assert_settles, post, read_response, trace_of
+from tests.support.scripts import Notes
 from tests.support.sockets import Provider, Wire, connect
-from tests.support.stage import Notes, assert_settles, post, read_got, trace_of
 from tests.support.tls import Authority
 
-HELD = post("/p/x", b'{"secret":"of the caller"}')
 DAY = timedelta(days=1)
 
 
@@ -87,7 +88,7 @@ FAULTS = {
 }
 
 
-class Seen:
+class FaultyProvider:
     """A provider's script with one fault, which notes what it could decrypt of a request."""
 
     def __init__(self, fault: Fault, context: ssl.SSLContext | None) -> None:
@@ -110,34 +111,28 @@ class Seen:
             self.decrypted.put(data)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the daemon lives."""
-    return tmp_path_factory.mktemp("causes")
+class FaultyProviders(NamedTuple):
+    """A daemon, and the script of one provider for each fault."""
 
-
-class Causes:
-    """A daemon, and one provider for each fault."""
-
-    def __init__(self, daemon: Daemon, seen: dict[str, Seen]) -> None:
-        self.daemon, self.seen = daemon, seen
+    daemon: Daemon
+    scripts: dict[str, FaultyProvider]
 
 
 @pytest.fixture(scope="module")
-def causes(folder: Path, authority: Authority) -> Iterator[Causes]:
+def faulty(
+    tmp_path_factory: pytest.TempPathFactory, authority: Authority
+) -> Iterator[FaultyProviders]:
     """A daemon in front of every provider with a fault."""
-    other = folder / "other"
-    other.mkdir()
-    providers: list[Provider] = []
-    seen: dict[str, Seen] = {}
-    parts: list[str] = []
-    for number, (name, fault) in enumerate(FAULTS.items()):
-        context = None if fault.context is None else fault.context(authority, other)
-        script = seen[name] = Seen(fault, context)
-        provider = Provider(script)
-        providers.append(provider)
-        parts.append(
-            f"""
+    folder = tmp_path_factory.mktemp("causes")
+    (folder / "other").mkdir()
+    scripts: dict[str, FaultyProvider] = {}
+    config = ""
+    with ExitStack() as stack:
+        for number, (name, fault) in enumerate(FAULTS.items()):
+            context = None if fault.context is None else fault.context(authority, folder / "other")
+            scripts[name] = FaultyProvider(fault, context)
+            provider = stack.enter_context(Provider(scripts[name]))
+            config += f"""
 [providers.p{number}]
 url = "https://localhost:{provider.port}"
 dialect = "openai"
@@ -147,35 +142,29 @@ timeouts = {{ connect = "{"300ms" if fault.cause == "handshake" else "10s"}" }}
 path = "/p/{number}"
 providers = ["p{number}"]
 """
-        )
-    for provider in providers:
-        provider.__enter__()
-    with Daemon(folder, "".join(parts)) as daemon:
-        yield Causes(daemon, seen)
-    for provider in providers:
-        provider.__exit__(None, None, None)
+        yield FaultyProviders(stack.enter_context(Daemon(folder, config)), scripts)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_failed_handshake_tells_its_cause_to_the_operator_alone(
-    causes: Causes, name: str
+def test_a_failed_handshake_reports_its_cause_to_the_operator_alone(
+    faulty: FaultyProviders, name: str
 ) -> None:
     """Trace, metric and log have the word; the caller's response has a reason word and no more."""
-    daemon, fault, number = causes.daemon, FAULTS[name], list(FAULTS).index(name)
+    daemon, fault, number = faulty.daemon, FAULTS[name], list(FAULTS).index(name)
     with connect(daemon.port) as client:
         client.send(post(f"/p/{number}", b'{"secret":"of the caller"}'))
-        got = read_got(client)
+        got = read_response(client)
 
-    assert (got.status, got.values(b"x-llmproxy-error")) == (fault.status, [fault.error.encode()])
+    assert (got.status, got.error) == (fault.status, fault.error)
     assert got.values(b"x-should-retry") == []
-    told = got.json()["error"]
-    assert (told["code"], told["type"], told["param"]) == (fault.error, "server_error", None)
+    error = got.json()["error"]
+    assert (error["code"], error["type"], error["param"]) == (fault.error, "server_error", None)
     public = {"upstream_tls", "upstream_timeout"}
-    words = b" ".join(sum(got.fields, ())).decode() + told["message"]
+    words = b" ".join(sum(got.fields, ())).decode() + error["message"]
     for word in (fault.cause, "localhost", "127.0.0.1", "secret", "certificate", "OpenSSL"):
         assert word in public or word not in words
 
-    assert b"secret" not in causes.seen[name].decrypted.read().replace(b"secret-host", b"")
+    assert b"secret" not in faulty.scripts[name].decrypted.read().replace(b"secret-host", b"")
 
     (identity,) = got.values(b"x-llmproxy-request-id")
     record = trace_of(daemon, id=identity.decode())
@@ -191,9 +180,9 @@ def test_a_failed_handshake_tells_its_cause_to_the_operator_alone(
     assert_settles(daemon)
 
 
-def test_no_fault_is_counted_under_another_s_name(causes: Causes) -> None:
+def test_no_fault_is_counted_under_another_s_name(faulty: FaultyProviders) -> None:
     """Each provider failed for its one cause, and for as often as it was asked."""
-    found = {key for key in causes.daemon.metrics() if "upstream_failures_total" in key}
+    found = {key for key in faulty.daemon.metrics() if "upstream_failures_total" in key}
     for number, fault in enumerate(FAULTS.values()):
         mine = {key for key in found if f'provider="p{number}"' in key}
         assert mine <= {
@@ -211,20 +200,13 @@ def test_a_certificate_that_signed_itself_is_of_an_unknown_authority(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
     fault = Fault("unknown_authority")
-    seen = Seen(fault, context)
+    seen = FaultyProvider(fault, context)
     with Provider(seen) as provider:
-        config = f"""
-[providers.p]
-url = "https://localhost:{provider.port}"
-dialect = "openai"
-ca = "{authority.ca_path}"
-[[routes]]
-path = "/p"
-providers = ["p"]
-"""
+        keys = f'ca = "{authority.ca_path}"'
+        config = provider_config(f"https://localhost:{provider.port}", provider=keys)
         with Daemon(tmp_path, config) as daemon, connect(daemon.port) as client:
-            client.send(HELD)
-            assert read_got(client).values(b"x-llmproxy-error") == [b"upstream_tls"]
+            client.send(post("/p/x"))
+            assert read_response(client).error == "upstream_tls"
             (attempt,) = trace_of(daemon, path="/p/x")["attempts"]
     assert attempt["cause"] == "unknown_authority"
     assert seen.decrypted.read() == b""

@@ -10,7 +10,7 @@ import pytest
 from OpenSSL import SSL
 
 from llmproxy.net.tls import TlsConnector, TlsServer
-from tests.support.ends import End, Held, held_client, held_server
+from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
 from tests.support.tls_peer import ENGINES, Contexts, Peer
 
@@ -38,7 +38,7 @@ class Open:
         """Return OpenSSL's side of our end."""
         return SSL.Connection(self.ours, transport.socket)
 
-    def peer(self, held: Held, engine: str = "ssl") -> Peer:
+    def peer(self, held: TwoEnds, engine: str = "ssl") -> Peer:
         """Return who speaks TLS at the other end."""
         return Peer(held, ENGINES[engine](self.contexts, not self.server))
 

@@ -21,17 +21,17 @@ from twisted.internet.interfaces import IHalfCloseableProtocol
 from zope.interface import implementer
 
 from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
-from tests.support.ends import Counted, End, Held, Pull, Push, held_client, held_server
+from tests.support.ends import Counted, End, Pull, Push, TwoEnds, held_client, held_server
 from tests.support.fake_transport import turn, until
 
-Open = Callable[..., AbstractAsyncContextManager[Held]]
+Open = Callable[..., AbstractAsyncContextManager[TwoEnds]]
 
 
-def _server(end: End | None = None, *, small: bool = False) -> AbstractAsyncContextManager[Held]:
+def _server(end: End | None = None, *, small: bool = False) -> AbstractAsyncContextManager[TwoEnds]:
     return held_server(DirectServer, end, small=small)
 
 
-def _client(end: End | None = None, *, small: bool = False) -> AbstractAsyncContextManager[Held]:
+def _client(end: End | None = None, *, small: bool = False) -> AbstractAsyncContextManager[TwoEnds]:
     return held_client(DirectConnector, end, small=small)
 
 
@@ -42,7 +42,7 @@ def open_end(request: Any) -> Open:
     return made
 
 
-def _fill(held: Held) -> bytes:
+def _fill(held: TwoEnds) -> bytes:
     """Write until something waits; return what was written."""
     written = b""
     while not held.transport._tempDataLen:

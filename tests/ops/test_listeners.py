@@ -22,9 +22,9 @@ from tests.ops.conftest import Listening
 from tests.server.test_listen import INHERITED, handed_over, systemds
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.keypairs import LISTEN_TLS, Vault, shown_to
+from tests.support.live_proxy import read_response
 from tests.support.served import GET, Saying
 from tests.support.sockets import Wire, connect
-from tests.support.stage import read_got
 
 __all__ = ["systemds"]  # a fixture
 
@@ -107,7 +107,7 @@ def ask(port: Any) -> bytes:
     with socket.create_connection((where.host, where.port), 20) as sock:
         wire = Wire(sock)
         wire.send(GET)
-        return read_got(wire).body
+        return read_response(wire).body
 
 
 def refuses(where: Any) -> bool:
@@ -163,7 +163,7 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
             assert formatEvent(logged[-1]) == f"proxy listens no more on {where}"
             await until(lambda: refuses(where))
             wire.send(GET)
-            assert (await deferToThread(read_got, wire)).body == b"127.0.0.1"
+            assert (await deferToThread(read_response, wire)).body == b"127.0.0.1"
         await until(lambda: not hall.site.connections)
 
 
@@ -177,7 +177,7 @@ async def test_who_waits_at_a_port_that_closes_is_served() -> None:
         hall.follow(HOME)  # ... here
         with early:
             early.send(GET)
-            assert (await deferToThread(read_got, early)).body == b"127.0.0.1"
+            assert (await deferToThread(read_response, early)).body == b"127.0.0.1"
         await until(lambda: not hall.site.connections)
 
 

@@ -16,7 +16,7 @@ from llmproxy.record.otlp import Otlp
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.spans import export_request
 from llmproxy.record.trace import CONTENT, NAMES, Attempt, Trace
-from tests.support.collector import Collector
+from tests.support.collector import OtlpCollector
 from tests.support.records import trace
 from tests.support.sockets import WAIT
 from tests.support.tls import Authority
@@ -26,9 +26,9 @@ ID = "0123456789abcdef01234567"
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector() -> Iterator[OtlpCollector]:
     """A collector without TLS."""
-    collector = Collector()
+    collector = OtlpCollector()
     yield collector
     collector.close()
 
@@ -174,7 +174,7 @@ def test_a_resource_says_who_speaks() -> None:
 # --- the collector --------------------------------------------------------------------------------
 
 
-def test_a_batch_is_one_request(collector: Collector) -> None:
+def test_a_batch_is_one_request(collector: OtlpCollector) -> None:
     """To the path of the protocol below the collector's own."""
     otlp = Otlp(
         Url(scheme="http", host="localhost", port=collector.url.port, path="/base"), RESOURCE
@@ -188,7 +188,7 @@ def test_a_batch_is_one_request(collector: Collector) -> None:
 @pytest.mark.parametrize("status", [200, 202])
 @pytest.mark.parametrize("body", [b"", b"{}", b"\x0a\x00", b'{"partialSuccess":{}}', b"[1]"])
 def test_what_a_collector_says_when_all_is_well(
-    collector: Collector, status: int, body: bytes
+    collector: OtlpCollector, status: int, body: bytes
 ) -> None:
     """Nothing, JSON, or something else: the status counts."""
     collector.status, collector.body = status, body
@@ -196,7 +196,7 @@ def test_what_a_collector_says_when_all_is_well(
 
 
 @pytest.mark.parametrize("count", [b"2", b'"2"'])
-def test_a_part_that_is_refused_is_lost(collector: Collector, count: bytes) -> None:
+def test_a_part_that_is_refused_is_lost(collector: OtlpCollector, count: bytes) -> None:
     """The collector says how many, as a number or as text."""
     collector.body = b'{"partialSuccess":{"rejectedSpans":%b,"errorMessage":"full"}}' % count
     with pytest.raises(Dropped, match="refused spans: full") as caught:
@@ -204,7 +204,7 @@ def test_a_part_that_is_refused_is_lost(collector: Collector, count: bytes) -> N
     assert caught.value.count == 2
 
 
-def test_what_cannot_be_a_span_is_lost_alone(collector: Collector) -> None:
+def test_what_cannot_be_a_span_is_lost_alone(collector: OtlpCollector) -> None:
     """The others of its batch are sent."""
     with pytest.raises(Dropped) as caught:
         Otlp(collector.url, RESOURCE).put([trace(id=ID), trace(id=ID, model="\ud800")])
@@ -213,7 +213,7 @@ def test_what_cannot_be_a_span_is_lost_alone(collector: Collector) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 500, 301])
-def test_a_refusal_is_a_loss(collector: Collector, status: int) -> None:
+def test_a_refusal_is_a_loss(collector: OtlpCollector, status: int) -> None:
     """The protocol forbids another try."""
     collector.status = status
     with pytest.raises(OSError, match=f"answered {status}"):
@@ -221,7 +221,7 @@ def test_a_refusal_is_a_loss(collector: Collector, status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_collector_that_is_busy_is_tried_again(collector: Collector, status: int) -> None:
+def test_a_collector_that_is_busy_is_tried_again(collector: OtlpCollector, status: int) -> None:
     """In a while."""
     collector.status = status
     with pytest.raises(Retry, match=f"answered {status}") as caught:
@@ -288,7 +288,7 @@ def test_a_collector_s_certificate_is_verified(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what the system trusts; without that nothing is sent."""
-    collector = Collector(authority.server())
+    collector = OtlpCollector(authority.server())
     try:
         with pytest.raises(Retry, match="certificate verify failed"):
             Otlp(collector.url, RESOURCE).put([trace(id=ID)])

@@ -19,7 +19,7 @@ from llmproxy.record import sinks as module
 from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import QUEUE
-from tests.support.collector import Collector
+from tests.support.collector import OtlpCollector
 from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 from tests.support.sockets import WAIT
 
@@ -44,14 +44,14 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
+def collector() -> Iterator[OtlpCollector]:
     """A collector without TLS."""
-    collector = Collector()
+    collector = OtlpCollector()
     yield collector
     collector.close()
 
 
-def sent_to(collector: Collector) -> list[int]:
+def sent_to(collector: OtlpCollector) -> list[int]:
     """The ids of the spans that a collector was sent."""
     return [int(span["spanId"]) for span in collector.spans()]
 
@@ -64,7 +64,7 @@ def test_without_a_sink_traces_are_forgotten() -> None:
     assert sinks.losses() == {}
 
 
-def test_every_sink_gets_every_trace(files: tuple[Path, Path], collector: Collector) -> None:
+def test_every_sink_gets_every_trace(files: tuple[Path, Path], collector: OtlpCollector) -> None:
     """By the time of close, in the order in which they were written."""
     lines, ledger = files
     with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
@@ -163,7 +163,7 @@ def test_logrotate_loses_nothing(files: tuple[Path, Path], tmp_path: Path) -> No
 
 
 def test_a_collector_that_hangs_holds_up_nobody_else(
-    files: tuple[Path, Path], collector: Collector, monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path], collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own queue overflows, is counted, and is emptied when it answers again."""
     monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
@@ -183,7 +183,7 @@ def test_a_collector_that_hangs_holds_up_nobody_else(
 
 
 def test_a_collector_that_refuses_loses_what_it_refused(
-    files: tuple[Path, Path], collector: Collector
+    files: tuple[Path, Path], collector: OtlpCollector
 ) -> None:
     """A 500 is final; what comes after it is sent."""
     lines, ledger = files
@@ -218,7 +218,7 @@ def test_a_collector_that_is_not_there_loses_after_a_while(
 
 def test_the_end_has_five_seconds_for_all(
     files: tuple[Path, Path],
-    collector: Collector,
+    collector: OtlpCollector,
     monkeypatch: pytest.MonkeyPatch,
     logged: list[str],
 ) -> None:

@@ -14,7 +14,7 @@ from llmproxy.config import Trace as TraceConfig
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import Writer
 from tests.record.test_sinks import Fields, collector, files, opened, sent_to
-from tests.support.collector import Collector
+from tests.support.collector import OtlpCollector
 from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 
 __all__ = ["collector", "files"]  # fixtures
@@ -45,7 +45,7 @@ def test_every_trace_is_kept_once_on_the_way(files: tuple[Path, Path], tmp_path:
 
 
 def test_what_is_named_again_is_not_opened_anew(
-    files: tuple[Path, Path], collector: Collector
+    files: tuple[Path, Path], collector: OtlpCollector
 ) -> None:
     """Files and collector are known by what they are, each by itself."""
     lines, ledger = files
@@ -90,7 +90,7 @@ def test_what_was_prepared_for_nothing_is_closed(files: tuple[Path, Path], tmp_p
 
 
 def test_what_is_left_keeps_nobody_waiting(
-    files: tuple[Path, Path], collector: Collector, monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path], collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A collector that hangs gets what it was to have by itself; what it loses is counted on."""
     monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
@@ -116,7 +116,9 @@ def test_what_is_left_keeps_nobody_waiting(
     assert ids_in(lines) == list(range(11))
 
 
-def test_the_end_waits_for_what_is_left_too(files: tuple[Path, Path], collector: Collector) -> None:
+def test_the_end_waits_for_what_is_left_too(
+    files: tuple[Path, Path], collector: OtlpCollector
+) -> None:
     """Within the same five seconds."""
     lines, _ = files
     with opened(jsonl=str(lines), otlp=collector.url) as sinks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.sdk.directed_provider import DirectedProvider
 from tests.sdk.sdks import KEY, SDKS
-from tests.sdk.stage import Stage
 from tests.support.daemon import Daemon
 from tests.support.demo import Demo
+from tests.support.live_proxy import client_config
 from tests.support.sockets import Provider
 from tests.support.tls import Authority
 
@@ -63,7 +63,7 @@ def proxy(
     which reads on for a caller that leaves; ``gone-NAME``, whose provider is not there.  On
     ``counted-openai`` every stream is asked for its counts.
     """
-    config = _client("team", KEY) + _client("narrow", NARROW_KEY)
+    config = client_config("team", KEY) + client_config("narrow", NARROW_KEY)
     config += f"routes = {list(SDKS)}\nmodels = ['demo-fast']\n"
     for sdk in SDKS:
         config += _provider(sdk, demo.url, sdk) + _provider(f"gone-{sdk}", closed_url, sdk)
@@ -80,7 +80,7 @@ def proxy(
 @pytest.fixture(scope="session")
 def open_proxy(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator[Daemon]:
     """A proxy for everybody, which holds 16 KiB of request bodies."""
-    config = _client("team", KEY) + '[limits]\nrequest_memory = "16KiB"\n'
+    config = client_config("team", KEY) + '[limits]\nrequest_memory = "16KiB"\n'
     for sdk in SDKS:
         config += _provider(sdk, demo.url, sdk) + _route(sdk, sdk)
     with Daemon(tmp_path_factory.mktemp("open_proxy"), config) as daemon:
@@ -88,20 +88,20 @@ def open_proxy(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator
 
 
 @pytest.fixture(scope="session")
-def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, Daemon]]:
+def directed_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DirectedProvider]:
     """A provider that tests direct, and a proxy in front of it.
 
     For each SDK the proxy has a route ``NAME``, whose provider has no credential; ``keyed-NAME``,
-    whose provider has ``provider-key-of-NAME``; ``renamed-NAME``, the same with another model;
-    ``passing-NAME``, on which the callers' own keys cross.
+    whose provider has ``provider-key-of-NAME``; ``passing-NAME``, on which the callers' own keys
+    cross.
     """
-    stage = Stage()
-    folder = tmp_path_factory.mktemp("staged")
+    directed = DirectedProvider()
+    folder = tmp_path_factory.mktemp("directed_pair")
     secrets = folder / "credentials"
     secrets.mkdir(mode=0o700)
-    with Provider(stage.play) as provider:
+    with Provider(directed.play) as provider:
         url = provider.url
-        config = _client("team", KEY) + f'[credentials]\ndirectory = "{secrets}"\n'
+        config = client_config("team", KEY) + f'[credentials]\ndirectory = "{secrets}"\n'
         for sdk in SDKS:
             (secrets / sdk).write_text(f"provider-key-of-{sdk}\n")
             config += _provider(sdk, url, sdk)
@@ -109,30 +109,16 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, Da
             config += _provider(f"passing-{sdk}", url, sdk) + "pass_credential = true\n"
             for name in (sdk, f"keyed-{sdk}", f"passing-{sdk}"):
                 config += _route(name, name)
-            config += _route(f"renamed-{sdk}", f"keyed-{sdk}")
-            config += f'[routes.override]\nkeyed-{sdk} = {{ model = "the-model-there" }}\n'
-        with Daemon(folder, config, proxy="") as daemon:
-            yield stage, daemon
+        with Daemon(folder, config, proxy="") as directed.proxy:
+            yield directed
 
 
 @pytest.fixture
-def stage(staged: tuple[Stage, Daemon]) -> Iterator[Stage]:
+def directed(directed_for_all: DirectedProvider) -> Iterator[DirectedProvider]:
     """The provider that does what the test says; at first it gives short, whole responses."""
-    stage, _ = staged
-    stage.reset()
-    yield stage
-    stage.reset()
-
-
-@pytest.fixture
-def stage_proxy(staged: tuple[Stage, Daemon]) -> Daemon:
-    """The proxy in front of :func:`stage`."""
-    return staged[1]
-
-
-def _client(name: str, key: str) -> str:
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    return f'[clients.{name}]\nkeys = ["sha256:{digest}"]\n'
+    directed_for_all.reset()
+    yield directed_for_all
+    directed_for_all.reset()
 
 
 def _provider(name: str, url: str, dialect: str) -> str:

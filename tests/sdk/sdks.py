@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import httpx2
 import ollama
 import openai
 
+from tests.support import live_proxy
 from tests.support.daemon import Daemon
 from tests.support.sockets import WAIT
 
@@ -75,20 +75,11 @@ SDK_ERRORS = (
 )
 """Everything that an SDK raises over what comes back to it."""
 
-NEVER_THE_SAME = frozenset(
-    (
-        "id",
-        "item_id",
-        "request_id",
-        "created",
-        "created_at",
-        "completed_at",
-        "total_duration",
-        "load_duration",
-        "prompt_eval_duration",
-        "eval_duration",
-    )
-)
+_CHANGING = """
+id item_id call_id request_id created created_at completed_at
+total_duration load_duration prompt_eval_duration eval_duration
+"""
+NEVER_THE_SAME = frozenset(_CHANGING.split())
 """What differs between two responses to one question: ids, timestamps and durations."""
 
 
@@ -352,24 +343,4 @@ def access_line(proxy: Daemon, session: str) -> dict[str, Any]:
 
 def trace_of(proxy: Daemon, session: str) -> dict[str, Any]:
     """Wait for the trace of the request of that session."""
-    found: list[dict[str, Any]] = []
-
-    def is_written() -> bool:
-        found[:] = [trace for trace in proxy.traces() if trace["session"] == session]
-        return bool(found)
-
-    eventually(is_written)
-    return found[0]
-
-
-def eventually(happened: Callable[[], bool]) -> None:
-    """Look until it has happened, for a bounded time.
-
-    Raises:
-        TimeoutError: it did not.
-    """
-    end = time.monotonic() + WAIT
-    while not happened():
-        if time.monotonic() > end:
-            raise TimeoutError("it did not happen")
-        time.sleep(0.01)
+    return live_proxy.trace_of(proxy, session=session)

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
-from tests.sdk.sdks import (
-    KEY,
-    STREAMS,
-    WHOLES,
-    Question,
-    Way,
-    route,
-    text_of,
-    user,
-)
-from tests.sdk.stage import (
-    LAST_CHUNK,
-    Stage,
+from tests.sdk.clients import KITS, OPENAI, Kit
+from tests.sdk.directed_provider import (
+    DirectedProvider,
     asks_for_stream,
     chunked_events,
     sdk_of,
@@ -32,30 +17,15 @@ from tests.sdk.stage import (
     stream_head,
     whole,
 )
-from tests.support.daemon import Daemon
-from tests.support.sockets import WAIT, Received, Wire
-
-
-class Gate:
-    """Holds a provider back until the caller says what it has seen."""
-
-    def __init__(self) -> None:
-        self._passes = threading.Semaphore(0)
-
-    def open(self) -> None:
-        """Let one more thing be sent."""
-        self._passes.release()
-
-    def wait(self) -> None:
-        """Wait until one more thing may be sent."""
-        if not self._passes.acquire(timeout=WAIT / 2):
-            raise TimeoutError("the caller did not see what was sent before")
+from tests.sdk.sdks import STREAMS, WHOLES, Question, Way, route, text_of
+from tests.support.scripts import LAST, Turn
+from tests.support.sockets import Received, Wire
 
 
 @pytest.fixture
-def gate(stage: Stage) -> Gate:
-    """A gate before the body of every response, and before each event of a stream."""
-    gate = Gate()
+def turn(directed: DirectedProvider) -> Turn:
+    """The body of every whole response, and each event of a stream, takes a turn."""
+    turn = Turn()
 
     def response(wire: Wire, request: Received) -> None:
         sdk = sdk_of(request)
@@ -63,102 +33,65 @@ def gate(stage: Stage) -> Gate:
             body = whole(sdk)
             wire.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
             wire.send(b"content-length: %d\r\n\r\n" % len(body))
-            gate.wait()
+            turn.take()
             wire.send(body)
             return
         wire.send(stream_head(sdk))
         for event in chunked_events(sdk):
-            gate.wait()
+            turn.take()
             wire.send(event)
-        wire.send(LAST_CHUNK)
+        wire.send(LAST)
 
-    stage.response = response
-    return gate
+    directed.response = response
+    return turn
 
 
 @pytest.mark.parametrize("way", STREAMS, ids=str)
 def test_each_event_arrives_before_the_next_is_sent(
-    way: Way, gate: Gate, stage_proxy: Daemon
+    way: Way, turn: Turn, directed: DirectedProvider
 ) -> None:
     """In lock-step: the provider sends an event only once the SDK has given out the one before."""
 
     def see(item: Any) -> bool:
-        gate.open()
+        turn.give()
         return False
 
-    gate.open()
-    outcome = way.ask(Question(base=route(stage_proxy, way.sdk), each=see))
+    turn.give()
+    outcome = way.ask(Question(base=route(directed.proxy, way.sdk), each=see))
     assert text_of(way.sdk, outcome.response) == "Hello there"
 
 
-@pytest.fixture
-def openai_client(stage_proxy: Daemon) -> Iterator[openai.OpenAI]:
-    """The OpenAI SDK's client."""
-    base = f"{route(stage_proxy, 'openai')}/v1"
-    with openai.OpenAI(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client:
-        yield client
-
-
-@pytest.fixture
-def anthropic_client(stage_proxy: Daemon) -> Iterator[anthropic.Anthropic]:
-    """The Anthropic SDK's client."""
-    base = route(stage_proxy, "anthropic")
-    with anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client:
-        yield client
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_head_arrives_before_there_is_a_body_openai(
-    stream: bool, gate: Gate, openai_client: openai.OpenAI
+@pytest.mark.parametrize("kit", KITS, ids=str)
+def test_head_arrives_before_there_is_a_body(
+    kit: Kit, stream: bool, turn: Turn, directed: DirectedProvider
 ) -> None:
     """The SDK shows status and fields while the provider has sent no byte of the body yet."""
-    create: Any = openai_client.chat.completions.with_streaming_response.create
-    with create(model="m", messages=user("hi"), stream=stream) as response:
-        assert response.status_code == 200
-        assert response.headers["x-llmproxy-request-id"]
-        for _ in range(9):
-            gate.open()
-        assert b"Hello" in response.read()
+    with kit.open(route(directed.proxy, kit.name)) as client:
+        create = kit.calls(client).with_streaming_response.create
+        with create(**kit.asked(), stream=stream) as response:
+            assert response.status_code == 200
+            assert response.headers["x-llmproxy-request-id"]
+            turn.give(9)
+            assert b"Hello" in response.read()
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_head_arrives_before_there_is_a_body_anthropic(
-    stream: bool, gate: Gate, anthropic_client: anthropic.Anthropic
-) -> None:
-    """The SDK shows status and fields while the provider has sent no byte of the body yet."""
-    create: Any = anthropic_client.messages.with_streaming_response.create
-    asked = {"model": "m", "max_tokens": 9, "messages": user("hi"), "stream": stream}
-    with create(**asked) as response:
-        assert response.status_code == 200
-        assert response.headers["x-llmproxy-request-id"]
-        for _ in range(9):
-            gate.open()
-        assert b"Hello" in response.read()
-
-
-def test_head_arrives_before_there_is_a_body_async(gate: Gate, stage_proxy: Daemon) -> None:
+def test_head_arrives_before_there_is_a_body_async(turn: Turn, directed: DirectedProvider) -> None:
     """The async view of a response begins with the head, too."""
-    base = f"{route(stage_proxy, 'openai')}/v1"
 
-    async def scene() -> bytes:
-        async with openai.AsyncOpenAI(
-            base_url=base, api_key=KEY, max_retries=0, timeout=WAIT
-        ) as client:
-            create: Any = client.chat.completions.with_streaming_response.create
-            async with create(model="m", messages=user("hi"), stream=True) as response:
-                assert response.headers["content-type"] == "text/event-stream"
-                for _ in range(9):
-                    gate.open()
-                body: bytes = await response.read()
-                return body
+    async def scene(client: Any) -> bytes:
+        create = OPENAI.calls(client).with_streaming_response.create
+        async with create(**OPENAI.asked(), stream=True) as response:
+            assert response.headers["content-type"] == "text/event-stream"
+            turn.give(9)
+            body: bytes = await response.read()
+            return body
 
-    assert b"Hello" in asyncio.run(scene())
+    assert b"Hello" in OPENAI.run_async(route(directed.proxy, "openai"), scene)
 
 
 @pytest.mark.parametrize("way", WHOLES, ids=str)
-def test_encoded_response_is_decoded_by_the_sdk(
-    way: Way, stage: Stage, stage_proxy: Daemon
-) -> None:
+def test_encoded_response_is_decoded_by_the_sdk(way: Way, directed: DirectedProvider) -> None:
     """Where no stream is asked for, the SDK's own Accept-Encoding crosses, and gzip comes back."""
 
     def compress(wire: Wire, request: Received) -> None:
@@ -166,14 +99,14 @@ def test_encoded_response_is_decoded_by_the_sdk(
         assert b"gzip" in accepted
         send_json(wire, gzip.compress(whole(way.sdk)), encoding=b"gzip")
 
-    stage.response = compress
-    outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
+    directed.response = compress
+    outcome = way.ask(Question(base=route(directed.proxy, way.sdk)))
     assert text_of(way.sdk, outcome.response) == "Hello there"
 
 
 @pytest.mark.parametrize("way", STREAMS, ids=str)
-def test_stream_is_asked_for_unencoded(way: Way, stage: Stage, stage_proxy: Daemon) -> None:
-    """The SDKs accept gzip; for a stream, which it would hold up, the provider hears of none."""
-    way.ask(Question(base=route(stage_proxy, way.sdk)))
-    (request,) = stage.received
+def test_stream_is_asked_for_unencoded(way: Way, directed: DirectedProvider) -> None:
+    """The SDKs accept gzip; for a stream the provider is asked for none, as it would delay it."""
+    way.ask(Question(base=route(directed.proxy, way.sdk)))
+    (request,) = directed.received
     assert request.values(b"accept-encoding") == [b"identity"]

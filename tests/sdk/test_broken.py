@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import anthropic
@@ -12,8 +11,9 @@ import ollama
 import openai
 import pytest
 
+from tests.sdk.clients import KITS, Kit
+from tests.sdk.directed_provider import DirectedProvider, chunked_events, stream_head
 from tests.sdk.sdks import (
-    KEY,
     STREAMS,
     WAYS,
     Outcome,
@@ -23,11 +23,9 @@ from tests.sdk.sdks import (
     route,
     text_of,
     trace_of,
-    user,
 )
-from tests.sdk.stage import Stage, chunked_events, stream_head
 from tests.support.daemon import Daemon
-from tests.support.sockets import WAIT, Received, Wire
+from tests.support.sockets import Received, Wire
 
 BROKEN = [("demo-break", "upstream_broken"), ("demo-malformed", "upstream_protocol")]
 
@@ -69,7 +67,7 @@ def test_broken_response_raises(way: Way, model: str, reason: str, proxy: Daemon
 
 @pytest.mark.parametrize("way", STREAMS, ids=str)
 def test_what_came_with_a_malformed_chunk_still_arrives(
-    way: Way, stage: Stage, stage_proxy: Daemon
+    way: Way, directed: DirectedProvider
 ) -> None:
     """Whole chunks that are read together with a faulty one reach the caller before the break."""
 
@@ -77,16 +75,16 @@ def test_what_came_with_a_malformed_chunk_still_arrives(
         wire.send(stream_head(way.sdk), *chunked_events(way.sdk)[:-1], b"not-a-size\r\n")
         wire.wait_closed()
 
-    stage.response = send_in_one_piece
-    outcome = way.ask(Question(base=route(stage_proxy, way.sdk)))
+    directed.response = send_in_one_piece
+    outcome = way.ask(Question(base=route(directed.proxy, way.sdk)))
     assert_lost(outcome)
     assert text_of(way.sdk, outcome.objects) == "Hello there"
-    assert_recorded_as_broken(stage_proxy, outcome.session, "upstream_protocol")
+    assert_recorded_as_broken(directed.proxy, outcome.session, "upstream_protocol")
 
 
 @pytest.mark.parametrize("way", STREAMS, ids=str)
 @pytest.mark.parametrize(("model", "reason"), BROKEN)
-def test_break_is_told_in_an_event_where_the_route_says_so(
+def test_break_is_reported_in_an_event_where_the_route_says_so(
     way: Way, model: str, reason: str, proxy: Daemon
 ) -> None:
     """With error_event the SDK raises what it has for errors inside a stream, with our words."""
@@ -113,40 +111,26 @@ def test_break_of_a_whole_response_gets_no_event(way: Way, proxy: Daemon) -> Non
     assert outcome.objects == []
 
 
-def openai_helper(proxy: Daemon, model: str) -> Any:
-    """Ask for a final completion."""
-    base = f"{route(proxy, 'openai')}/v1"
-    with (
-        openai.OpenAI(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client,
-        client.chat.completions.stream(model=model, messages=user("hello")) as stream,
-    ):
-        return stream.get_final_completion()
-
-
-def anthropic_helper(proxy: Daemon, model: str) -> Any:
-    """Ask for a final message."""
-    base = route(proxy, "anthropic")
-    with (
-        anthropic.Anthropic(base_url=base, api_key=KEY, max_retries=0, timeout=WAIT) as client,
-        client.messages.stream(model=model, max_tokens=99, messages=user("hello")) as stream,
-    ):
-        return stream.get_final_message()
-
-
-@pytest.mark.parametrize("helper", [openai_helper, anthropic_helper])
+@pytest.mark.parametrize("kit", KITS, ids=str)
 @pytest.mark.parametrize("model", ["demo-break", "demo-malformed"])
-def test_stream_helper_gives_no_final_object(
-    helper: Callable[[Daemon, str], Any], model: str, proxy: Daemon
-) -> None:
+def test_stream_helper_gives_no_final_object(kit: Kit, model: str, proxy: Daemon) -> None:
     """A helper that waits for the final object raises and does not hand out half of one."""
-    assert helper(proxy, "demo-fast")
+
+    def final(model: str) -> Any:
+        with (
+            kit.open(route(proxy, kit.name)) as client,
+            kit.calls(client).stream(**kit.asked(model=model)) as stream,
+        ):
+            return kit.final_of(stream)
+
+    assert final("demo-fast")
     with pytest.raises(LOST):
-        helper(proxy, model)
+        final(model)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_client_is_of_use_after_a_break(way: Way, proxy: Daemon) -> None:
-    """The next question of the same kind is answered in full, whatever broke before."""
+    """The next question of the same kind has a whole response, whatever broke before."""
     base = route(proxy, way.sdk)
     assert_lost(way.ask(Question(base=base, model="demo-break")))
     after = way.ask(Question(base=base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,14 +15,18 @@ from tests.sdk.sdks import (
     ARGUMENTS,
     CALLS_TOOLS,
     ENDPOINT_WAYS,
+    KEY,
     SAID,
     STREAMING,
+    WAYS,
     WORDS_SAID,
+    Outcome,
     Question,
     Way,
     access_line,
     plain,
     route,
+    text_of,
     trace_of,
 )
 from tests.support.daemon import Daemon
@@ -74,26 +79,33 @@ def comparable(report: Report) -> Report:
     return replace(report, session="", response_id=None)
 
 
-@pytest.mark.parametrize("way", ENDPOINT_WAYS, ids=str)
-def test_every_endpoint_answers_the_same(way: Way, demo: Demo, proxy: Daemon) -> None:
+ASKED: list[tuple[str, list[Way], dict[str, Any]]] = [
+    ("a text", ENDPOINT_WAYS, {}),
+    ("a tool call", CALLING, {"said": "Use the tool for Oslo", "tools": True}),
+    ("beyond ASCII", SAYING, {"said": "grüße 你好 🎈🎈 \u2028"}),
+]
+QUESTIONS = [
+    pytest.param(way, question, id=f"{way}, {name}")
+    for name, ways, question in ASKED
+    for way in ways
+]
+
+
+@pytest.mark.parametrize(("way", "question"), QUESTIONS)
+def test_every_endpoint_responds_the_same(
+    way: Way, question: dict[str, Any], demo: Demo, proxy: Daemon
+) -> None:
     """Each object that the SDK gives is equal to the one without the proxy, in order."""
-    direct = way.ask(Question(base=demo.url))
-    outcome = way.ask(Question(base=route(proxy, way.sdk)))
+    direct = way.ask(Question(base=demo.url, **question))
+    outcome = way.ask(Question(base=route(proxy, way.sdk), **question))
     assert plain(outcome.response) == plain(direct.response)
     assert (len(outcome.response) > 1) is way.stream
     line = access_line(proxy, outcome.session)
+    expected = {"client": "team", "route": way.sdk, "provider": way.sdk, "dialect": way.sdk}
+    assert expected.items() <= line.items()
     assert (line["status"], line["end_reason"], line["model"]) == (200, "complete", "demo-fast")
     assert line["stream"] is way.stream
-
-
-@pytest.mark.parametrize("way", ENDPOINT_WAYS, ids=str)
-def test_report_is_the_same_without_the_proxy(way: Way, demo: Demo, proxy: Daemon) -> None:
-    """What an SDK reports does not depend on the way that the response took."""
-    direct = reported(way, Question(base=demo.url))
-    report = through(proxy, way)
-    assert comparable(report) == comparable(direct)
-    assert report.error is None
-    assert (report.response_id is None) is (direct.response_id is None)
+    assert KEY not in str(proxy.log)
 
 
 @pytest.mark.parametrize("way", SAYING, ids=str)
@@ -202,3 +214,19 @@ def test_counts_come_unasked_where_the_route_asks_for_them(way: Way, proxy: Daem
     assert counted[-1].usage.prompt_tokens == WORDS_SAID
     refused = {"stream_options": {"include_usage": False}}
     assert len(way.ask(Question(base=base, more=refused)).response) == len(plainly)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.is_async], ids=str)
+def test_many_responses_at_once_do_not_mix(way: Way, proxy: Daemon) -> None:
+    """Thirty callers at the same time get their own responses, from the first word to the last."""
+    base = route(proxy, way.sdk)
+
+    async def ask_all() -> list[Outcome]:
+        questions = [Question(base=base, said=f"caller {n} says {n * n}") for n in range(30)]
+        return await asyncio.gather(*(way.ask_async(question) for question in questions))
+
+    outcomes = asyncio.run(ask_all())
+    texts = [text_of(way.sdk, outcome.response) for outcome in outcomes]
+    for n, text in enumerate(texts):
+        assert text.startswith(f"You said: caller {n} says {n * n}. This is")
+        assert text.endswith("so that you can watch them arrive.")

@@ -20,7 +20,7 @@ import pydantic
 import pytest
 
 from tests.sdk.sdks import FUNCTION, RESPONSES_TOOLS, TOOLS
-from tests.support.demo_wire import ASKED, STREAM_ENDS, Wire, dialect_of
+from tests.support.demo_wire import ASKED, STREAM_ENDS, DemoConnection, dialect_of
 
 WHOLES: Mapping[str, Any] = {
     "/v1/chat/completions": openai.types.chat.ChatCompletion,
@@ -121,7 +121,7 @@ def name_of(asked: Any) -> str:
 @pytest.mark.parametrize(("path", "asked"), CASES, ids=name_of)
 def test_document_is_of_its_type(path: str, asked: dict[str, Any]) -> None:
     """Every needed member is there, each has its type, and none is made up."""
-    document = Wire().whole(path, **asked)
+    document = DemoConnection().whole(path, **asked)
     assert complaints(WHOLES[path], json.dumps(document).encode()) == []
 
 
@@ -129,7 +129,7 @@ def test_document_is_of_its_type(path: str, asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("path", "asked"), [c for c in CASES if c[0] in EVENTS], ids=name_of)
 def test_events_are_of_their_type(path: str, asked: dict[str, Any], model: str) -> None:
     """The same holds for each event, and an SSE event's name is the type that its data says."""
-    events = Wire().events(path, model, **asked)
+    events = DemoConnection().events(path, model, **asked)
     if model == "demo-fail" and path != "/v1/responses":
         events.pop()  # an error, which has a type of its own
     for event in events:
@@ -148,7 +148,7 @@ def test_events_are_of_their_type(path: str, asked: dict[str, Any], model: str) 
 @pytest.mark.parametrize("model", ["demo-429", "demo-500", "demo-503", "demo-fail", "no-such"])
 def test_error_is_of_its_type(path: str, model: str) -> None:
     """A refusal has the published shape of errors."""
-    wire = Wire()
+    wire = DemoConnection()
     wire.ask(path, model, stream=False)
     status, document = wire.response()
     assert status >= 400
@@ -159,7 +159,7 @@ def test_error_is_of_its_type(path: str, model: str) -> None:
 @pytest.mark.parametrize("path", [path for path in STREAM_ENDS if path != "/v1/responses"])
 def test_error_inside_a_stream_is_of_its_type(path: str) -> None:
     """The event that a failing stream ends with has the shape in which the SDK looks for it."""
-    document = json.loads(data_of(Wire().events(path, "demo-fail")[-1]))
+    document = json.loads(data_of(DemoConnection().events(path, "demo-fail")[-1]))
     dialect = dialect_of(path)
     if dialect == "ollama":
         assert document.keys() == {"error"}

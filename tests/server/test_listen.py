@@ -21,9 +21,9 @@ from llmproxy.server.tls import ListenerTls
 from llmproxy.service import ProxyService
 from tests.support.fake_transport import until
 from tests.support.keypairs import Vault
+from tests.support.live_proxy import Response, read_response
 from tests.support.served import GET, TCP, Served, ask, knock, limits
 from tests.support.sockets import WAIT, Wire, connect
-from tests.support.stage import Got, read_got
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ async def test_a_unix_socket_serves_whoever_may_open_it(path: Path) -> None:
                 assert await served.run(ask, wire) == b"unix"
                 assert await served.run(ask, wire) == b"unix"
             with connect_unix(path) as late:
-                got = await served.run(read_got, late)
+                got = await served.run(read_response, late)
                 assert got.status == 503
                 assert got.values(b"x-llmproxy-error") == [b"max_connections"]
         finally:
@@ -360,10 +360,10 @@ async def test_tls_over_a_unix_socket(path: Path, vault: Vault) -> None:
 async def test_a_rejected_client_can_read_why() -> None:
     """The response is followed by a clean end, although the request was not read."""
 
-    def client() -> Got:
+    def client() -> Response:
         with connect(served.port) as wire:
             wire.send(GET)
-            got = read_got(wire)
+            got = read_response(wire)
             assert wire.wait_closed() == "fin"
             return got
 

@@ -13,9 +13,9 @@ from pytest_twisted import ensureDeferred
 from llmproxy.server.tls import ListenerTls
 from tests.support.fake_transport import turn
 from tests.support.keypairs import Vault
+from tests.support.live_proxy import Response, read_response
 from tests.support.served import GET, TCP, Served, ask, knock, limits
 from tests.support.sockets import Wire, connect
-from tests.support.stage import Got, read_got
 
 PROXIED = f"haproxy:{TCP}"
 ONE = b"PROXY TCP4 192.0.2.1 192.0.2.100 40000 443\r\n"
@@ -127,11 +127,11 @@ async def test_a_header_may_be_split_at_any_point(header: bytes, address: bytes)
         assert whole.body == address
 
 
-def ask_at_once(port: int, header: bytes) -> Got:
+def ask_at_once(port: int, header: bytes) -> Response:
     """Send a header and the request behind it in one piece."""
     with connect(port) as wire:
         wire.send(header, GET)
-        return read_got(wire)
+        return read_response(wire)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +170,12 @@ async def test_a_balancers_clients_are_counted_each(
     limiter = limits(0, 1)
     trusted = vault if secure else None
 
-    def client() -> tuple[bytes, Got, str, bytes]:
+    def client() -> tuple[bytes, Response, str, bytes]:
         with proxied(served, first, trusted) as one, proxied(served, ONE, trusted) as again:
             own = ask(one)
             assert ask(one) == own  # its second request is not a second connection
             again.send(GET, GET)
-            refused = read_got(again)
+            refused = read_response(again)
             ended = again.wait_closed()
             with proxied(served, OTHER, trusted) as other:
                 return own, refused, ended, ask(other)

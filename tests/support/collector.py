@@ -12,7 +12,7 @@ from llmproxy.config import Url
 from tests.support.sockets import WAIT
 
 
-class Collector:
+class OtlpCollector:
     """A collector on a real socket, whose answers the test decides.
 
     Attributes:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.support.sockets import WAIT
@@ -31,7 +33,6 @@ listen = "tcp:0:interface=127.0.0.1"
 jsonl = "{trace}"
 """
 
-
 # What systemd does for a service with a socket (sd_listen_fds(3)): its descriptor is number 3.
 _HAND_OVER = """\
 import os, sys
@@ -44,13 +45,24 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+def twistd(config: Path, *options: str) -> list[str]:
+    """Return the command that starts a daemon."""
+    program = str(Path(sys.executable).parent / "twistd")
+    return [program, "-n", "--pidfile=", *options, "llmproxy", "--config", str(config)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a program of this tree."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
 class Daemon:
     """A spawned ``twistd -n llmproxy``; leaving the context stops it with SIGTERM, then by force.
 
     Args:
         folder: where its configuration, trace and credentials lie.
         config: further tables of the configuration.
-        proxy: further keys of ``[proxy]``; by default whoever shows no key is anonymous.
+        proxy: further keys of ``[proxy]``; by default a client without a key is anonymous.
         admin: further keys of ``[admin]``.
         environ: further environment variables.
         instance: its name among several.
@@ -85,7 +97,7 @@ class Daemon:
             proxy = f"tuned_loop = false\n{proxy}"
         header = HEADER.format(proxy=proxy, admin=admin, trace=self.trace_path)
         self.config_path.write_text(header + config, encoding="utf-8")
-        self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
+        self._environ = environment(**(environ or {}))
         self.log: list[dict[str, Any]] = []
         self.port = self.tls_port = self.admin_port = 0
         self._changed = threading.Condition()
@@ -93,8 +105,7 @@ class Daemon:
         self._inherit = inherit
 
     def __enter__(self) -> Self:
-        twistd = str(Path(sys.executable).parent / "twistd")
-        command = [twistd, "-n", "--pidfile=", "llmproxy", "--config", str(self.config_path)]
+        command = twistd(self.config_path)
         handed = []
         if self._inherit is not None:
             handed = [self._inherit.fileno()]
@@ -121,12 +132,7 @@ class Daemon:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
@@ -203,6 +209,34 @@ class Daemon:
         lines = self.admin("/metrics").splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
+
+    def take_errors(self) -> list[str]:
+        """Take the errors out of the log, where they would fail the test; return what they say."""
+        errors = [line for line in list(self.log) if line["level"] in ("error", "critical")]
+        for line in errors:
+            self.log.remove(line)
+        return [line["message"] for line in errors]
+
+    def usage(self, *arguments: str) -> Any:
+        """Return what ``llmproxy usage`` reports of the running daemon."""
+        command = [sys.executable, "-m", "llmproxy.cli.main", "usage", "--json"]
+        command += ["--config", str(self.config_path), *arguments]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return json.loads(ended.stdout)
+
+    def descriptors(self) -> set[int]:
+        """Return the descriptors that it has open."""
+        return {int(name) for name in os.listdir(f"/proc/{self.process.pid}/fd")}
+
+    @contextmanager
+    def limited(self, kind: int, most: int) -> Iterator[None]:
+        """Let it have no more of a resource, such as ``resource.RLIMIT_FSIZE``."""
+        before = resource.prlimit(self.process.pid, kind)
+        resource.prlimit(self.process.pid, kind, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.process.pid, kind, before)
 
     def traces(self) -> list[dict[str, Any]]:
         """Return the records that are in the trace file by now; half a line is not there yet."""

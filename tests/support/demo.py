@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import TracebackType
 from typing import Self
 
 from tests.support.daemon import ROOT
@@ -62,12 +61,7 @@ class Demo:
         self.port = int(line)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.errors = self._end()
         if kind is None:
             assert not self.errors, self.errors

@@ -58,7 +58,7 @@ def dialect_of(path: str) -> str:
     return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
-class Turns(Clock):
+class TurnClock(Clock):
     """A clock on which, as in a reactor, a call made during one turn waits for the next."""
 
     def advance(self, amount: float) -> None:
@@ -71,11 +71,11 @@ class Turns(Clock):
                 call.func(*call.args, **call.kw)
 
 
-class Wire:
+class DemoConnection:
     """A connection to a demo provider whose time stands still."""
 
     def __init__(self, *, pace: float | None = None) -> None:
-        self.clock = Turns()
+        self.clock = TurnClock()
         self.site: Site = demo_site(cast(IReactorTime, self.clock), pace=pace)
         self.transport: Any = StringTransport()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
         build: Any = self.site.buildProtocol

@@ -72,7 +72,7 @@ def _nothing(end: End) -> None:
     pass
 
 
-class Held:
+class TwoEnds:
     """Both ends of one connection.
 
     Attributes:
@@ -152,7 +152,7 @@ async def listening(make: Any, end: End) -> AsyncIterator[int]:
 @contextlib.asynccontextmanager
 async def held_server(
     make: Any, end: End | None = None, *, small: bool = False
-) -> AsyncIterator[Held]:
+) -> AsyncIterator[TwoEnds]:
     """Accept one connection by ``make``, the class of a server's transport."""
     ours = end or End()
     async with listening(make, ours) as port:
@@ -162,14 +162,14 @@ async def held_server(
         if small:
             _small(ours.transport.socket, small)  # type: ignore[union-attr]  # just made
         ours.transport.setTcpNoDelay(True)  # type: ignore[union-attr]  # just made
-        async with _until_lost(Held(ours, sock)) as held:
+        async with _until_lost(TwoEnds(ours, sock)) as held:
             yield held
 
 
 @contextlib.asynccontextmanager
 async def held_client(
     make: Any, end: End | None = None, *, small: bool = False
-) -> AsyncIterator[Held]:
+) -> AsyncIterator[TwoEnds]:
     """Connect by ``make``, the class of a connector."""
     ours = end or End()
     factory = ClientFactory.forProtocol(lambda: ours)
@@ -184,7 +184,7 @@ async def held_client(
         if small:
             _small(ours.transport.socket, small)  # type: ignore[union-attr]  # just made
         ours.transport.setTcpNoDelay(True)  # type: ignore[union-attr]  # just made
-        async with _until_lost(Held(ours, sock)) as held:
+        async with _until_lost(TwoEnds(ours, sock)) as held:
             yield held
 
 
@@ -196,7 +196,7 @@ def _small(sock: socket.socket, small: bool) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _until_lost(held: Held) -> AsyncIterator[Held]:
+async def _until_lost(held: TwoEnds) -> AsyncIterator[TwoEnds]:
     try:
         yield held
     finally:

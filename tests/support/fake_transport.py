@@ -1,4 +1,4 @@
-"""Stand-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
+"""TlsProxy-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
 
 The transport is Twisted's ``StringTransport`` with what that lacks of a TCP transport: the private
 figures of ``FileDescriptor`` that ``net/transport.py`` reads, a half close, a producer that may be
@@ -184,7 +184,7 @@ class TurnedReactor:
         return later(delay, call, *args, **kwargs)
 
     def timers(self) -> int:
-        """Return how many timed calls stand."""
+        """Return how many timed calls live."""
         return len(self.clock.getDelayedCalls())
 
 

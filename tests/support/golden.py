@@ -88,24 +88,24 @@ def _usage(input_: int | None, output: int | None = None, **rest: Any) -> Usage:
     return Usage(input_tokens=input_, output_tokens=output, **rest)
 
 
-def _openai(file: str, path: bytes, result: Result) -> Recorded:
-    return Recorded(f"openai-{file}", Dialect.OPENAI, path, result)
+def _openai(file: str, path: bytes, *what: Any, **rest: Any) -> Recorded:
+    return Recorded(f"openai-{file}", Dialect.OPENAI, path, _result(*what, **rest))
 
 
-def _chat(file: str, result: Result) -> Recorded:
-    return _openai(f"chat{file}", b"/v1/chat/completions", result)
+def _chat(file: str, *what: Any, **rest: Any) -> Recorded:
+    return _openai(f"chat{file}", b"/v1/chat/completions", *what, **rest)
 
 
-def _responses(file: str, result: Result) -> Recorded:
-    return _openai(f"responses{file}", b"/v1/responses", result)
+def _responses(file: str, *what: Any, **rest: Any) -> Recorded:
+    return _openai(f"responses{file}", b"/v1/responses", *what, **rest)
 
 
-def _anthropic(file: str, result: Result) -> Recorded:
-    return Recorded(f"anthropic-{file}", Dialect.ANTHROPIC, b"/v1/messages", result)
+def _anthropic(file: str, *what: Any, **rest: Any) -> Recorded:
+    return Recorded(f"anthropic-{file}", Dialect.ANTHROPIC, b"/v1/messages", _result(*what, **rest))
 
 
-def _ollama(file: str, path: bytes, result: Result) -> Recorded:
-    return Recorded(f"ollama-{file}", Dialect.OLLAMA, path, result)
+def _ollama(file: str, path: bytes, *what: Any, **rest: Any) -> Recorded:
+    return Recorded(f"ollama-{file}", Dialect.OLLAMA, path, _result(*what, **rest))
 
 
 FAILED = EndReason.UPSTREAM_FAILED
@@ -133,307 +133,266 @@ _WEATHER = "call_unDUaX7dlAFXEZyhtVoGqMhN"
 RECORDED = (
     _chat(
         ".sse",
-        _result(
-            'Grüße "usage": {"prompt_tokens": 7} aus 東京 🗼\n\ndata: [DONE]',
-            events=10,
-            finish_reason="stop",
-            **_4O,
-        ),
+        'Grüße "usage": {"prompt_tokens": 7} aus 東京 🗼\n\ndata: [DONE]',
+        events=10,
+        finish_reason="stop",
+        **_4O,
     ),
     _chat(
         "-usage.sse",
-        _result(
-            "Hello there", usage=_usage(19, 10, **_DETAILS), events=6, finish_reason="length", **_4O
-        ),
+        "Hello there",
+        usage=_usage(19, 10, **_DETAILS),
+        events=6,
+        finish_reason="length",
+        **_4O,
     ),
     _chat(
         "-tools.sse",
-        _result(
-            calls=(
-                ToolCall("call_DdmO9pD3xa9XTPNJ32zg2hcA", "get_weather", '{"city":"Łódź"}'),
-                ToolCall("call_2Hb7", "get_time", "{}"),
-            ),
-            events=8,
-            finish_reason="tool_calls",
-            **_4O,
+        calls=(
+            ToolCall("call_DdmO9pD3xa9XTPNJ32zg2hcA", "get_weather", '{"city":"Łódź"}'),
+            ToolCall("call_2Hb7", "get_time", "{}"),
         ),
+        events=8,
+        finish_reason="tool_calls",
+        **_4O,
     ),
-    _chat("-azure.sse", _result("Hi", events=5, finish_reason="stop", **_4O)),
+    _chat("-azure.sse", "Hi", events=5, finish_reason="stop", **_4O),
     _chat(
         "-running.sse",
-        _result(
-            "Zwölf Boxkämpfer",
-            usage=_usage(5, 4),
-            events=4,
-            finish_reason="stop",
-            model="qwen2.5",
-            response_id="cmpl-7",
-        ),
+        "Zwölf Boxkämpfer",
+        usage=_usage(5, 4),
+        events=4,
+        finish_reason="stop",
+        model="qwen2.5",
+        response_id="cmpl-7",
     ),
     _chat(
         "-error.sse",
-        _result(
-            "Hel",
-            end=FAILED,
-            events=3,
-            error=ProviderError(
-                "server_error", "The server had an error while processing your request."
-            ),
-            **_4O,
+        "Hel",
+        end=FAILED,
+        events=3,
+        error=ProviderError(
+            "server_error", "The server had an error while processing your request."
         ),
+        **_4O,
     ),
-    _chat("-two.sse", _result("ab", events=8, finish_reason="length", **_4O)),
+    _chat("-two.sse", "ab", events=8, finish_reason="length", **_4O),
     _chat(
         "-odd.sse",
-        _result(
-            "one two",
-            usage=_usage(0, 2),
-            events=3,
-            finish_reason="stop",
-            model="m",
-            response_id="x-1",
-        ),
+        "one two",
+        usage=_usage(0, 2),
+        events=3,
+        finish_reason="stop",
+        model="m",
+        response_id="x-1",
     ),
     _chat(
         ".json",
-        _result(
-            "Hello! How can I assist you today? 😀",
-            (ToolCall("call_abc123", "f", '{\n"a": 1\n}'),),
-            _usage(19, 10, cache_read_tokens=8, reasoning_tokens=4),
-            events=1,
-            finish_reason="stop",
-            response_id=_4O["response_id"],
-            model="gpt-4.1-2025-04-14",
-        ),
+        "Hello! How can I assist you today? 😀",
+        (ToolCall("call_abc123", "f", '{\n"a": 1\n}'),),
+        _usage(19, 10, cache_read_tokens=8, reasoning_tokens=4),
+        events=1,
+        finish_reason="stop",
+        response_id=_4O["response_id"],
+        model="gpt-4.1-2025-04-14",
     ),
     _openai(
         "error.json",
         b"/v1/chat/completions",
-        _result(
-            end=FAILED,
-            events=1,
-            error=ProviderError("insufficient_quota", "You exceeded your current quota."),
-        ),
+        end=FAILED,
+        events=1,
+        error=ProviderError("insufficient_quota", "You exceeded your current quota."),
     ),
     _openai(
         "completions.sse",
         b"/v1/completions",
-        _result("This is a test", usage=_usage(5, 7), events=5, finish_reason="stop", **_INSTRUCT),
+        "This is a test",
+        usage=_usage(5, 7),
+        events=5,
+        finish_reason="stop",
+        **_INSTRUCT,
     ),
     _openai(
         "completions.json",
         b"/v1/completions",
-        _result(
-            "\n\nThis is indeed a test",
-            usage=_usage(5, 7),
-            events=1,
-            finish_reason="length",
-            **_INSTRUCT,
-        ),
+        "\n\nThis is indeed a test",
+        usage=_usage(5, 7),
+        events=1,
+        finish_reason="length",
+        **_INSTRUCT,
     ),
     _openai(
         "embeddings.json",
         b"/v1/embeddings",
-        _result(usage=_usage(8), events=1, model="text-embedding-3-small"),
+        usage=_usage(8),
+        events=1,
+        model="text-embedding-3-small",
     ),
     _responses(
         ".sse",
-        _result(
-            'Hi there! "response": {"usage": 1} 🎉',
-            usage=_usage(37, 11, **_RESPONSE),
-            events=12,
-            finish_reason="completed",
-            **_41,
-        ),
+        'Hi there! "response": {"usage": 1} 🎉',
+        usage=_usage(37, 11, **_RESPONSE),
+        events=12,
+        finish_reason="completed",
+        **_41,
     ),
     _responses(
         "-incomplete.sse",
-        _result(
-            "Hi",
-            usage=_usage(37, 0, **_RESPONSE),
-            events=6,
-            finish_reason="max_output_tokens",
-            **_41,
-        ),
+        "Hi",
+        usage=_usage(37, 0, **_RESPONSE),
+        events=6,
+        finish_reason="max_output_tokens",
+        **_41,
     ),
     _responses(
         "-failed.sse",
-        _result(
-            "Hi",
-            end=FAILED,
-            events=6,
-            finish_reason="failed",
-            error=ProviderError("server_error", "The model failed to generate a response."),
-            **_41,
-        ),
+        "Hi",
+        end=FAILED,
+        events=6,
+        finish_reason="failed",
+        error=ProviderError("server_error", "The model failed to generate a response."),
+        **_41,
     ),
     _responses(
         "-error.sse",
-        _result(
-            end=FAILED,
-            events=5,
-            error=ProviderError("rate_limit_exceeded", "Rate limit reached"),
-            **_41,
-        ),
+        end=FAILED,
+        events=5,
+        error=ProviderError("rate_limit_exceeded", "Rate limit reached"),
+        **_41,
     ),
     _responses(
         "-tools.sse",
-        _result(
-            calls=(ToolCall(_WEATHER, "get_weather", '{"city":"Paris"}'),),
-            usage=_usage(37, 11, **_RESPONSE),
-            events=8,
-            finish_reason="completed",
-            **_41,
-        ),
+        calls=(ToolCall(_WEATHER, "get_weather", '{"city":"Paris"}'),),
+        usage=_usage(37, 11, **_RESPONSE),
+        events=8,
+        finish_reason="completed",
+        **_41,
     ),
     _responses(
         ".json",
-        _result(
-            "Hello 🌍",
-            (ToolCall(_WEATHER, "get_weather", "{}"),),
-            _usage(37, 11, **_RESPONSE),
-            events=1,
-            finish_reason="completed",
-            **_41,
-        ),
+        "Hello 🌍",
+        (ToolCall(_WEATHER, "get_weather", "{}"),),
+        _usage(37, 11, **_RESPONSE),
+        events=1,
+        finish_reason="completed",
+        **_41,
     ),
     _anthropic(
         "messages.sse",
-        _result(
-            'Okay, "type":"message_stop" für 日本🗾',
-            usage=_usage(
-                472, 89, cache_read_tokens=100, cache_write_tokens=21, reasoning_tokens=30
-            ),
-            events=15,
-            finish_reason="end_turn",
-            **_SONNET,
-        ),
+        'Okay, "type":"message_stop" für 日本🗾',
+        usage=_usage(472, 89, cache_read_tokens=100, cache_write_tokens=21, reasoning_tokens=30),
+        events=15,
+        finish_reason="end_turn",
+        **_SONNET,
     ),
     _anthropic(
         "messages-tools.sse",
-        _result(
-            "I'll look.",
-            (
-                ToolCall(
-                    "toolu_01T1x1fJ34qAmk2tNTrN7Up6",
-                    "get_weather",
-                    '{"location": "San Francisco"}',
-                ),
+        "I'll look.",
+        (
+            ToolCall(
+                "toolu_01T1x1fJ34qAmk2tNTrN7Up6", "get_weather", '{"location": "San Francisco"}'
             ),
-            _usage(472, 0, cache_read_tokens=0, cache_write_tokens=21),
-            events=13,
-            finish_reason="tool_use",
-            **_SONNET,
         ),
+        _usage(472, 0, cache_read_tokens=0, cache_write_tokens=21),
+        events=13,
+        finish_reason="tool_use",
+        **_SONNET,
     ),
     _anthropic(
         "messages-error.sse",
-        _result(
-            "I",
-            end=FAILED,
-            usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
-            events=4,
-            error=ProviderError("overloaded_error", "Overloaded"),
-            **_SONNET,
-        ),
+        "I",
+        end=FAILED,
+        usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
+        events=4,
+        error=ProviderError("overloaded_error", "Overloaded"),
+        **_SONNET,
     ),
     _anthropic(
         "messages-partial.sse",
-        _result(
-            "Half",
-            end=EndReason.UNFINISHED,
-            usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
-            events=4,
-            **_SONNET,
-        ),
+        "Half",
+        end=EndReason.UNFINISHED,
+        usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
+        events=4,
+        **_SONNET,
     ),
     _anthropic(
         "messages.json",
-        _result(
-            "Hi! My name is Claude.",
-            (ToolCall("toolu_01T1x1fJ34qAmk2tNTrN7Up6", "get_weather", '{"location":"Zürich"}'),),
-            _usage(472, 503, cache_read_tokens=7, cache_write_tokens=21),
-            events=1,
-            finish_reason="end_turn",
-            **_SONNET,
-        ),
+        "Hi! My name is Claude.",
+        (ToolCall("toolu_01T1x1fJ34qAmk2tNTrN7Up6", "get_weather", '{"location":"Zürich"}'),),
+        _usage(472, 503, cache_read_tokens=7, cache_write_tokens=21),
+        events=1,
+        finish_reason="end_turn",
+        **_SONNET,
     ),
     _anthropic(
         "error.json",
-        _result(
-            end=FAILED,
-            events=1,
-            error=ProviderError("not_found_error", "The requested resource could not be found."),
-        ),
+        end=FAILED,
+        events=1,
+        error=ProviderError("not_found_error", "The requested resource could not be found."),
     ),
     _ollama(
         "chat.ndjson",
         b"/api/chat",
-        _result(
-            'The sky "done":true är blå 🟦',
-            usage=_usage(26, 282),
-            events=5,
-            finish_reason="stop",
-            **_LLAMA,
-        ),
+        'The sky "done":true är blå 🟦',
+        usage=_usage(26, 282),
+        events=5,
+        finish_reason="stop",
+        **_LLAMA,
     ),
     _ollama(
         "chat-tools.ndjson",
         b"/api/chat",
-        _result(
-            calls=(
-                ToolCall("call_1", "get_weather", '{"city":"Tōkyō"}'),
-                ToolCall(None, "now", "{}"),
-            ),
-            usage=_usage(0, 282),
-            events=4,
-            finish_reason="stop",
-            **_LLAMA,
-        ),
+        calls=(ToolCall("call_1", "get_weather", '{"city":"Tōkyō"}'), ToolCall(None, "now", "{}")),
+        usage=_usage(0, 282),
+        events=4,
+        finish_reason="stop",
+        **_LLAMA,
     ),
     _ollama(
         "chat-error.ndjson",
         b"/api/chat",
-        _result(
-            "The",
-            end=FAILED,
-            events=2,
-            error=ProviderError(
-                None, "an error was encountered while running the model: unexpected EOF"
-            ),
-            **_LLAMA,
+        "The",
+        end=FAILED,
+        events=2,
+        error=ProviderError(
+            None, "an error was encountered while running the model: unexpected EOF"
         ),
+        **_LLAMA,
     ),
     _ollama(
         "generate.ndjson",
         b"/api/generate",
-        _result("The sky", usage=_usage(26, 282), events=3, finish_reason="stop", **_LLAMA),
+        "The sky",
+        usage=_usage(26, 282),
+        events=3,
+        finish_reason="stop",
+        **_LLAMA,
     ),
     _ollama(
         "chat.json",
         b"/api/chat",
-        _result(
-            "Hello! How are you today?",
-            usage=_usage(None, 282),
-            events=1,
-            finish_reason="stop",
-            **_LLAMA,
-        ),
+        "Hello! How are you today?",
+        usage=_usage(None, 282),
+        events=1,
+        finish_reason="stop",
+        **_LLAMA,
     ),
     _ollama(
         "generate.json",
         b"/api/generate",
-        _result("Hi", usage=_usage(26, 282), events=1, finish_reason="stop", **_LLAMA),
+        "Hi",
+        usage=_usage(26, 282),
+        events=1,
+        finish_reason="stop",
+        **_LLAMA,
     ),
-    _ollama("embed.json", b"/api/embed", _result(usage=_usage(8), events=1, model="all-minilm")),
+    _ollama("embed.json", b"/api/embed", usage=_usage(8), events=1, model="all-minilm"),
     _ollama(
         "error.json",
         b"/api/chat",
-        _result(
-            end=FAILED,
-            events=1,
-            error=ProviderError(None, 'model "llama9" not found, try pulling it first'),
-        ),
+        end=FAILED,
+        events=1,
+        error=ProviderError(None, 'model "llama9" not found, try pulling it first'),
     ),
 )
 """Every file, with what it holds."""

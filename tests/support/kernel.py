@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 
-class Held(NamedTuple):
+class SocketTotals(NamedTuple):
     """What is held for some connections' ends.
 
     Attributes:
@@ -33,12 +33,12 @@ class Held(NamedTuple):
     unsent: int
 
 
-NOTHING = Held(0, 0, 0, 0, 0)
+NOTHING = SocketTotals(0, 0, 0, 0, 0)
 
 
-def held(*, local: int = 0, peer: int = 0) -> Held:
+def held(*, local: int = 0, peer: int = 0) -> SocketTotals:
     """Sum up this process's TCP sockets with these ports; 0 is any port."""
-    ends: list[Held] = []
+    ends: list[SocketTotals] = []
     for sock in _sockets():
         with sock:
             try:
@@ -48,16 +48,16 @@ def held(*, local: int = 0, peer: int = 0) -> Held:
                 ends.append(_read(sock))
             except OSError:
                 continue  # it listens, or was closed while we looked
-    return Held(*(sum(figures) for figures in zip(*ends, strict=True))) if ends else NOTHING
+    return SocketTotals(*(sum(figures) for figures in zip(*ends, strict=True))) if ends else NOTHING
 
 
-def _read(sock: socket.socket) -> Held:
+def _read(sock: socket.socket) -> SocketTotals:
     unread, unsent = _figure(sock, termios.FIONREAD), _figure(sock, termios.TIOCOUTQ)
     # linux/tcp.h, struct tcp_info: behind 8 bytes, 24 words and 2 longs stand tcpi_bytes_acked and
     # tcpi_bytes_received.
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
     acked, received = struct.unpack_from("=QQ", info, 120)
-    return Held(1, received, unread, acked + unsent, unsent)
+    return SocketTotals(1, received, unread, acked + unsent, unsent)
 
 
 def _sockets() -> Iterator[socket.socket]:

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
+from tests.support.live_proxy import Response, post, read_response
+from tests.support.scripts import DONE
 from tests.support.sockets import WAIT, Wire, connect
-from tests.support.stage import DONE, post, read_got
 
 _PAUSE = 0.02
 """Seconds between two short calls of one caller: they are to be many, not to fill the machine."""
 
 
-def ask(words: int, model: str) -> bytes:
+def ask(words: int, model: str, *fields: str) -> bytes:
     """Return the request of one stream of so many words."""
     message = {"role": "user", "content": "word " * words}
     body = json.dumps({"model": model, "stream": True, "messages": [message]}).encode()
-    return post("/p/v1/chat/completions", body)
+    return post("/p/v1/chat/completions", body, *fields)
+
+
+def content_of(body: bytes) -> str:
+    """Return the text of a whole stream."""
+    assert body.endswith(DONE), body[-100:]
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+    deltas = [choice["delta"] for one in events for choice in one["choices"]]
+    return "".join(delta.get("content") or "" for delta in deltas)
 
 
 class Load:
@@ -36,17 +45,29 @@ class Load:
         kept: callers that make short calls on a connection for as long as that is offered.
         streams: callers that read streams.
         words: how long a stream is; there are twenty words a second.
+        key: what the callers show.
 
     Attributes:
         done: how many calls went well, by kind.
-        failures: what went wrong.
+        failures: what went wrong; each stream must have the same text as the first of its kind.
+        ids: the ``x-request-id`` of every request.
     """
 
     def __init__(
-        self, port: int, *, fresh: int = 2, kept: int = 1, streams: int = 4, words: int = 60
+        self,
+        port: int,
+        *,
+        fresh: int = 2,
+        kept: int = 1,
+        streams: int = 4,
+        words: int = 60,
+        key: str = "",
     ) -> None:
         self.done: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.ids: list[str] = []
+        self._texts: dict[str, str] = {}
+        self._fields = [f"x-api-key: {key}"] if key else []
         self._port = port
         self._words = words
         self._over = threading.Event()
@@ -59,12 +80,7 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join(WAIT + self._words / 20)
@@ -113,18 +129,21 @@ class Load:
                 self._note("kept", None)
         return "kept"
 
+    def _ask(self, wire: Wire, words: int, model: str) -> Response:
+        name = uuid.uuid4().hex
+        self.ids.append(name)
+        wire.send(ask(words, model, *self._fields, f"x-request-id: {name}"))
+        got = read_response(wire)
+        assert got.status == 200, got
+        text = content_of(got.body)
+        assert text == self._texts.setdefault(model, text), text
+        return got
+
     def _ask_shortly(self, wire: Wire) -> bool:
         """Make one short call; return whether its response closes the connection."""
-        wire.send(ask(1, "demo-fast"))
-        got = read_got(wire)
-        assert got.status == 200, got
-        assert got.body.endswith(DONE), got
-        return b"close" in got.values(b"connection")
+        return b"close" in self._ask(wire, 1, "demo-fast").values(b"connection")
 
     def _stream(self) -> str:
         with connect(self._port) as wire:
-            wire.send(ask(self._words, "demo-20tps"))
-            got = read_got(wire)
-        assert got.status == 200, got
-        assert got.body.endswith(DONE), got.body[-100:]
+            self._ask(wire, self._words, "demo-20tps")
         return "stream"

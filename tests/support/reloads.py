@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 from tests.support.daemon import Daemon
-from tests.support.stage import until
+from tests.support.live_proxy import until
 
 RELOADED = "llmproxy_config_last_reload_successful"
 RELOADED_AT = "llmproxy_config_last_reload_success_timestamp_seconds"

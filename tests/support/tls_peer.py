@@ -2,7 +2,7 @@
 
 So the test decides which records share a segment and where one is cut.  OpenSSL is asked through
 Python's ``ssl`` or through pyOpenSSL; both speak from memory to the socket of
-:class:`tests.support.ends.Held`.
+:class:`tests.support.ends.TwoEnds`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import trustme
 from OpenSSL import SSL
 
-from tests.support.ends import Held
+from tests.support.ends import TwoEnds
 from tests.support.fake_transport import until
 
 VERSIONS = {
@@ -186,7 +186,7 @@ class Peer:
         farewell: our end's close_notify has come.
     """
 
-    def __init__(self, held: Held, engine: Any) -> None:
+    def __init__(self, held: TwoEnds, engine: Any) -> None:
         self.held = held
         self.engine: Engine = engine
         self.heard = b""

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.daemon import ROOT
-from tests.support.stage import until
+from tests.support.live_proxy import until
 
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "mount")
 SUITE = "bookworm"

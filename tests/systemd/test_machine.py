@@ -13,9 +13,10 @@ import pytest
 
 from tests.support.daemon import ROOT
 from tests.support.demo import Demo
+from tests.support.live_proxy import read_response, until
 from tests.support.load import Load, ask
+from tests.support.scripts import DONE
 from tests.support.sockets import Wire, connect
-from tests.support.stage import DONE, read_got, until
 from tests.systemd.machine import Impossible, Machine, why_not
 from tests.systemd.wheels import checkout
 
@@ -150,7 +151,7 @@ def serves(port: int) -> bool:
     """Tell whether one call is answered."""
     with connect(port) as wire:
         wire.send(ask(1, "demo-fast"))
-        return read_got(wire).status == 200
+        return read_response(wire).status == 200
 
 
 def begin(port: int, words: int) -> Wire:

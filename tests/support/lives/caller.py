@@ -14,9 +14,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from llmproxy.net.transport import pending_bytes, raw_transport
-from tests.support.lives.judge import Judge
 from tests.support.lives.messages import method, request
-from tests.support.lives.plan import MALFORMED, Leave, Life, Moment, Way
+from tests.support.lives.plan import MALFORMED, Departure, Leave, Life, Moment
+from tests.support.lives.response_reader import ResponseReader
 
 _BREATH = 0.003
 """Seconds between two parts of a request."""
@@ -57,7 +57,7 @@ class Caller(Protocol):
 
     def __init__(self, life: Life, reactor: Any, over: Callable[[None], None]) -> None:
         self.life = life
-        self.judge = Judge()
+        self.reader = ResponseReader()
         self.heads = 0
         self.left = False
         self.unsent = False
@@ -94,9 +94,9 @@ class Caller(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Everything is over."""
         if reason.check(ConnectionDone) and not self._has_closed:
-            self.judge.end()
+            self.reader.end()
         self._stop_timers()
-        # Whoever judges this life later holds nothing of Twisted's by it.
+        # The verdict on this life, later, holds nothing of Twisted's by it.
         self.transport = None
         over, self._over = self._over, None
         if over is not None:
@@ -126,10 +126,10 @@ class Caller(Protocol):
         self._received = 0
         ask = self.life.asks[self._current]
         leave = self._leave
-        waits = leave is not None and leave.way is Way.WAIT
+        waits = leave is not None and leave.way is Departure.WAIT
         # Where the proxy never learns the method, its response is not one to a HEAD.
         unknown = ask.flaw == MALFORMED or (waits and self._is_due(Moment.HEAD, self._current))
-        self.judge.announce("GET" if unknown else method(ask))
+        self.reader.announce("GET" if unknown else method(ask))
 
     def _cut(self, number: int) -> list[_Segment]:
         """Cut a request where something happens in it."""
@@ -197,14 +197,14 @@ class Caller(Protocol):
             size = self.life.asks[self._current].part.size
             if self._received > leave.share * (size + 200):
                 self._go()
-        self.judge.feed(data)
-        if self._awaits_invitation and self.judge.invitations:
+        self.reader.feed(data)
+        if self._awaits_invitation and self.reader.invitations:
             self._awaits_invitation = False
             self._send()
         self._go_on()
 
     def _go_on(self) -> None:
-        while not self.left and self.judge.responses and self.judge.responses[-1].whole:
+        while not self.left and self.reader.responses and self.reader.responses[-1].whole:
             if not self._answered():
                 return
 
@@ -216,7 +216,7 @@ class Caller(Protocol):
                 return False
         if self._quiet and not self.life.pipelined:
             return False
-        if not self.judge.responses[-1].kept or self._current + 1 == len(self.life.asks):
+        if not self.reader.responses[-1].kept or self._current + 1 == len(self.life.asks):
             self._segments = []
             self.left = True
             if not self.life.patient:
@@ -241,7 +241,7 @@ class Caller(Protocol):
         leave, self._leave = self._leave, None
         if leave is None:
             return
-        if leave.way is Way.WAIT:
+        if leave.way is Departure.WAIT:
             self._quiet = True
             return
         if leave.pause:
@@ -251,22 +251,22 @@ class Caller(Protocol):
             return
         self.left = True
         self.unsent = pending_bytes(self.transport) > 0
-        if leave.way is Way.CLOSE:
+        if leave.way is Departure.CLOSE:
             self._close()
-        elif leave.way is Way.HALF_CLOSE:
+        elif leave.way is Departure.HALF_CLOSE:
             self._shut(socket.SHUT_WR)
-        elif leave.way is Way.RESET:
+        elif leave.way is Departure.RESET:
             raw_transport(self.transport).abortConnection()
 
-    def _come_back(self, way: Way) -> None:
+    def _come_back(self, way: Departure) -> None:
         """Read again; what is there by now decides how the life goes on."""
         self._quiet = False
-        self.left = way is not Way.PAUSE
+        self.left = way is not Departure.PAUSE
         self.unsent = pending_bytes(self.transport) > 0
         self.transport.resumeProducing()
-        if way is Way.PAUSE_CLOSE:
+        if way is Departure.PAUSE_CLOSE:
             self._close()
-        elif way is Way.PAUSE_RESET:
+        elif way is Departure.PAUSE_RESET:
             raw_transport(self.transport).abortConnection()
         elif self._begun:
             self._send()

@@ -16,13 +16,13 @@ from tests.support.lives.plan import (
     MALFORMED,
     PLAIN,
     STERN,
+    Departure,
     Kind,
     Leave,
     Life,
     Moment,
     Part,
     RequestFacts,
-    Way,
 )
 
 T = TypeVar("T")
@@ -55,13 +55,13 @@ _MOMENTS = {
     Moment.END: 8,
 }
 _WAYS = {
-    Way.CLOSE: 24,
-    Way.HALF_CLOSE: 20,
-    Way.RESET: 24,
-    Way.WAIT: 6,
-    Way.PAUSE: 14,
-    Way.PAUSE_CLOSE: 6,
-    Way.PAUSE_RESET: 6,
+    Departure.CLOSE: 24,
+    Departure.HALF_CLOSE: 20,
+    Departure.RESET: 24,
+    Departure.WAIT: 6,
+    Departure.PAUSE: 14,
+    Departure.PAUSE_CLOSE: 6,
+    Departure.PAUSE_RESET: 6,
 }
 _MEDIA = ("application/json", "text/event-stream", "application/x-ndjson", "audio/mpeg")
 _TLS = tuple(secure for _, secure in (PLAIN, IMPATIENT, CURT, STERN))
@@ -95,7 +95,7 @@ def draw_life(seed: int, number: int) -> Life:
 def _draw_leave(rng: random.Random, asks: tuple[RequestFacts, ...]) -> Leave:
     ask = rng.randrange(len(asks))
     moment, way = _one(rng, _MOMENTS), _one(rng, _WAYS)
-    pauses = way in (Way.PAUSE, Way.PAUSE_CLOSE, Way.PAUSE_RESET)
+    pauses = way in (Departure.PAUSE, Departure.PAUSE_CLOSE, Departure.PAUSE_RESET)
     return Leave(ask, moment, way, rng.random(), rng.uniform(0.01, 0.4) if pauses else 0.0)
 
 
@@ -103,7 +103,7 @@ def _draw_stall(rng: random.Random) -> tuple[tuple[RequestFacts, ...], Leave]:
     """Draw a client that takes nothing of a large response for longer than it may."""
     part = Part(Kind.WHOLE, framing="chunked", size=rng.randrange(400_000, 500_000), pieces=4)
     ask = RequestFacts("GET", "1.1", rng.choice(STERN), part)
-    return (ask,), Leave(0, Moment.RESPONSE, Way.PAUSE, 0.0, 2.5)
+    return (ask,), Leave(0, Moment.RESPONSE, Departure.PAUSE, 0.0, 2.5)
 
 
 def _draw_ask(rng: random.Random, *, small: bool, plainly: bool) -> RequestFacts:

@@ -40,7 +40,7 @@ BROKEN_BODY = (Kind.SHORT, Kind.BAD_CHUNK, Kind.HANGING)
 """What begins a response and does not end it."""
 
 
-class Way(StrEnum):
+class Departure(StrEnum):
     """How a client leaves."""
 
     CLOSE = "close"
@@ -132,7 +132,7 @@ class Leave(NamedTuple):
 
     ask: int
     moment: Moment
-    way: Way
+    way: Departure
     share: float
     pause: float = 0.0
 

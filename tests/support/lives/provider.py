@@ -19,7 +19,7 @@ Name = tuple[int, int]
 """A request: the number of its life, and which one it is there."""
 
 
-class Stagehand:
+class LivesProvider:
     """What the provider's connections share.
 
     Args:
@@ -29,7 +29,7 @@ class Stagehand:
     Attributes:
         heard: how often each request came.
         complaints: what was wrong with a request, by its name.
-        actors: the open connections.
+        connections: the open connections.
     """
 
     def __init__(self, reactor: IReactorTime, ask_of: Callable[[Name], RequestFacts]) -> None:
@@ -37,34 +37,34 @@ class Stagehand:
         self.ask_of = ask_of
         self.heard: Counter[Name] = Counter()
         self.complaints: list[tuple[Name, str]] = []
-        self.actors: set[Actor] = set()
+        self.connections: set[ProviderConnection] = set()
 
 
 @implementer(IProtocolNegotiationFactory)
-class Stage(Factory):
-    """Lets an :class:`Actor` speak on each connection, over TLS or not."""
+class ProviderFactory(Factory):
+    """Makes a :class:`ProviderConnection` of each connection, over TLS or not."""
 
     noisy = False
 
-    def __init__(self, hand: Stagehand) -> None:
-        self._hand = hand
+    def __init__(self, provider: LivesProvider) -> None:
+        self._provider = provider
 
-    def buildProtocol(self, addr: IAddress | None) -> Actor:
-        """Return another actor."""
-        return Actor(self._hand)
+    def buildProtocol(self, addr: IAddress | None) -> ProviderConnection:
+        """Return another connection."""
+        return ProviderConnection(self._provider)
 
     def acceptableProtocols(self) -> list[bytes]:
         """Agree to what the proxy offers: Twisted's TLS ends the handshake where it knows none."""
         return [b"http/1.1"]
 
 
-class Actor(Protocol):
+class ProviderConnection(Protocol):
     """One connection to the provider."""
 
     transport: Any
 
-    def __init__(self, hand: Stagehand) -> None:
-        self._hand = hand
+    def __init__(self, provider: LivesProvider) -> None:
+        self._provider = provider
         self._buffer = b""
         self._name: Name | None = None
         self._wanted: int | None = 0
@@ -76,11 +76,11 @@ class Actor(Protocol):
 
     def connectionMade(self) -> None:
         """Join the others."""
-        self._hand.actors.add(self)
+        self._provider.connections.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Stop playing."""
-        self._hand.actors.discard(self)
+        self._provider.connections.discard(self)
         self.transport = None
         if self._timer is not None:
             self._timer.cancel()
@@ -92,7 +92,9 @@ class Actor(Protocol):
         if self._name is None and self._buffer:
             self._read_head()
         elif self._name is not None and self._has_all:
-            self._hand.complaints.append((self._name, f"the provider was sent more: {data[:80]!r}"))
+            self._provider.complaints.append(
+                (self._name, f"the provider was sent more: {data[:80]!r}")
+            )
         if self._name is not None and not self._has_all:
             self._read_body(self._name)
 
@@ -104,9 +106,9 @@ class Actor(Protocol):
         first, *lines = head.lower().split(b"\r\n")
         _, life, number, *_ = first.split(b" ")[1].split(b"/")
         self._name = name = (int(life), int(number))
-        self._hand.heard[name] += 1
+        self._provider.heard[name] += 1
         if self._spoiled:
-            self._hand.complaints.append(
+            self._provider.complaints.append(
                 (name, "it came on a connection that had brought too much")
             )
         fields = dict(line.split(b": ", 1) for line in lines)
@@ -127,28 +129,30 @@ class Actor(Protocol):
         got, self._buffer = found
         self._has_all = True
         if self._buffer and not self._has_answered:
-            self._hand.complaints.append((name, f"the provider was sent more: {self._buffer!r}"))
-        ask = self._hand.ask_of(name)
+            self._provider.complaints.append(
+                (name, f"the provider was sent more: {self._buffer!r}")
+            )
+        ask = self._provider.ask_of(name)
         if got != body(ask, *name):
-            self._hand.complaints.append((name, f"the provider was sent another body: {got!r}"))
+            self._provider.complaints.append((name, f"the provider was sent another body: {got!r}"))
         if ask.part.kind is Kind.EARLY:
             self._look_for_the_next()
         else:
             self._play(name)
 
     def _part(self, name: Name) -> Part:
-        return self._hand.ask_of(name).part
+        return self._provider.ask_of(name).part
 
     # -- the response -----------------------------------------------------------------------------
 
     def _play(self, name: Name) -> None:
-        self._steps = steps(self._hand.ask_of(name), *name)
+        self._steps = steps(self._provider.ask_of(name), *name)
         self._wait()
 
     def _wait(self) -> None:
         while self._steps:
             if self._steps[0].after:
-                self._timer = self._hand.reactor.callLater(self._steps[0].after, self._step)
+                self._timer = self._provider.reactor.callLater(self._steps[0].after, self._step)
                 return
             self._do(self._steps.pop(0))
 

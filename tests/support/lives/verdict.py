@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.support.lives.caller import Caller
-from tests.support.lives.judge import Seen
 from tests.support.lives.messages import body, content, path
-from tests.support.lives.plan import BROKEN_BODY, MALFORMED, STERN, Kind, Moment, RequestFacts, Way
+from tests.support.lives.plan import (
+    BROKEN_BODY,
+    MALFORMED,
+    STERN,
+    Departure,
+    Kind,
+    Moment,
+    RequestFacts,
+)
+from tests.support.lives.response_reader import Seen
 
 Record = dict[str, Any]
 
@@ -73,7 +81,7 @@ class Records:
         self.by_id = {record["id"]: record for record in records}
 
 
-class Verdict:
+class LifeVerdict:
     """What is wrong with one life.
 
     Args:
@@ -100,13 +108,13 @@ class Verdict:
 
     def complaints(self) -> Iterator[str]:
         """Yield what is not as it had to be."""
-        judge = self._caller.judge
-        if judge.complaint:
-            yield f"a response is not HTTP: {judge.complaint}"
-        if judge.behind and not (self._life.pipelined and self._caller.left):
-            yield f"bytes behind the last response: {judge.behind[:80]!r}"
+        reader = self._caller.reader
+        if reader.complaint:
+            yield f"a response is not HTTP: {reader.complaint}"
+        if reader.behind and not (self._life.pipelined and self._caller.left):
+            yield f"bytes behind the last response: {reader.behind[:80]!r}"
         for number, ask in enumerate(self._life.asks):
-            seen = judge.responses[number] if number < len(judge.responses) else Seen()
+            seen = reader.responses[number] if number < len(reader.responses) else Seen()
             for complaint in self._of_request(number, ask, seen):
                 yield f"request {number}: {complaint}"
 
@@ -130,9 +138,9 @@ class Verdict:
         yield from self._of_record(ask, seen, number, records[0])
 
     def _of_no_request(self, number: int, ask: RequestFacts, seen: Seen) -> Iterator[str]:
-        """Judge what came of a head that is not one, or never became one."""
+        """ResponseReader what came of a head that is not one, or never became one."""
         if seen.code is None:
-            if not self._may_have_left(number) and number < len(self._caller.judge.responses):
+            if not self._may_have_left(number) and number < len(self._caller.reader.responses):
                 yield "the client was told nothing"
             return
         record = self._by_id.get(_identity(seen))
@@ -158,7 +166,7 @@ class Verdict:
 
     def _stuck_in_head(self, number: int) -> bool:
         leave = self._life.leave
-        if leave is None or (leave.ask, leave.way) != (number, Way.WAIT):
+        if leave is None or (leave.ask, leave.way) != (number, Departure.WAIT):
             return False
         return leave.moment is Moment.HEAD
 
@@ -167,13 +175,13 @@ class Verdict:
         leave = self._life.leave
         if self._cut or self._caller.unsent or self._caller.heads <= number:
             return False
-        responses = self._caller.judge.responses
+        responses = self._caller.reader.responses
         if number >= len(responses) or any(not response.kept for response in responses[:number]):
             return False  # those before it may have ended the connection
         if leave is None or leave.ask > number:
             return not self._may_have_left(number)
         # A reset makes the kernel drop what was not read.
-        resets = leave.way in (Way.RESET, Way.PAUSE_RESET)
+        resets = leave.way in (Departure.RESET, Departure.PAUSE_RESET)
         return leave.ask == number and leave.moment is not Moment.HEAD and not resets
 
     # -- what came of it ------------------------------------------------------------------------
@@ -252,7 +260,7 @@ class Verdict:
             plain.add("drained")
         if leave is not None:
             plain.add("client_gone")
-            if leave.way is Way.WAIT and leave.moment in (Moment.HEAD, Moment.BODY):
+            if leave.way is Departure.WAIT and leave.moment in (Moment.HEAD, Moment.BODY):
                 plain.add("rejected")
             if leave.pause and ask.route in STERN:
                 plain.add("client_stalled")

@@ -16,11 +16,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.endpoints import (
-    TCP4ClientEndpoint,
-    serverFromString,
-    wrapClientTLS,
-)
+from twisted.internet.endpoints import TCP4ClientEndpoint, serverFromString, wrapClientTLS
 from twisted.internet.error import ConnectError
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
@@ -31,7 +27,7 @@ from llmproxy.net.transport import raw_transport
 from llmproxy.service import ProxyService
 from tests.support.lives.caller import Caller
 from tests.support.lives.plan import BODY_LIMIT, CURT, IMPATIENT, KEY, PLAIN, STERN, Life
-from tests.support.lives.provider import Mute, Stage, Stagehand
+from tests.support.lives.provider import LivesProvider, Mute, ProviderFactory
 from tests.support.lives.verdict import Record
 from tests.support.tls import Authority
 
@@ -80,7 +76,7 @@ class World:
 
     def __init__(self, folder: Path, lives: Iterable[Life]) -> None:
         self.lives = {life.number: life for life in lives}
-        self.hand = Stagehand(CLOCK, lambda name: self.lives[name[0]].asks[name[1]])
+        self.provider = LivesProvider(CLOCK, lambda name: self.lives[name[0]].asks[name[1]])
         self.callers: list[Caller] = []
         self.endless: list[Life] = []
         self.refused = 0
@@ -106,8 +102,8 @@ class World:
         mute.noisy = False
         ports = {"gone": int(self._vacant.getsockname()[1])}
         for name, text, factory in (
-            ("plain", plain, Stage(self.hand)),
-            ("secure", secure, Stage(self.hand)),
+            ("plain", plain, ProviderFactory(self.provider)),
+            ("secure", secure, ProviderFactory(self.provider)),
             ("mute", plain, mute),
         ):
             port: Any = await serverFromString(CLOCK, text).listen(factory)
@@ -133,7 +129,7 @@ class World:
         self._vacant.close()
         for port in self._listening:
             await port.stopListening()
-        for protocol in (*self.hand.actors, *self.callers):
+        for protocol in (*self.provider.connections, *self.callers):
             if protocol.transport is not None:
                 raw_transport(protocol.transport).abortConnection()
 
@@ -227,8 +223,8 @@ class World:
 
     def busy(self) -> dict[str, float]:
         """Return the same, and the provider's open connections: the proxy may not know of all."""
-        actors = float(len(self.hand.actors))
-        return self.gauges() | ({"connections at the provider": actors} if actors else {})
+        connections = float(len(self.provider.connections))
+        return self.gauges() | ({"connections at the provider": connections} if connections else {})
 
     def total(self, name: str) -> float:
         """Return a counter, over all its labels."""

@@ -1,4 +1,4 @@
-"""A provider that a test directs: it keeps what arrives, and answers as it is told.
+"""A provider that a test directs: it keeps what arrives, and responds as it is told.
 
 Left alone it gives each dialect's shortest whole response, as the dialect's published shape has it.
 """
@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from tests.support.daemon import Daemon
+from tests.support.scripts import LAST
 from tests.support.sockets import WAIT, Received, Wire, chunked
 
 PATHS = {"openai": b"/v1/chat/completions", "anthropic": b"/v1/messages", "ollama": b"/api/chat"}
-
-_PATH_ENDS = {"openai": b"/chat/completions", "anthropic": b"/messages", "ollama": b"/api/chat"}
 
 STREAM_TYPES = {
     "openai": b"text/event-stream",
     "anthropic": b"text/event-stream",
     "ollama": b"application/x-ndjson",
 }
-
-LAST_CHUNK = b"0\r\n\r\n"
 
 _TEXT = "Hello there"
 
@@ -42,7 +40,7 @@ def events(sdk: str) -> list[bytes]:
 
 
 def chunked_events(sdk: str) -> list[bytes]:
-    """Return the same, each event as one chunk; :data:`LAST_CHUNK` is not among them."""
+    """Return the same, each event as one chunk; the last chunk is not among them."""
     return [chunked(event) for event in events(sdk)]
 
 
@@ -55,7 +53,7 @@ def stream_head(sdk: str) -> bytes:
 def sdk_of(request: Received) -> str:
     """Tell whose request it is, by its path."""
     path = request.target.partition(b"?")[0]
-    return next(sdk for sdk, end in _PATH_ENDS.items() if path.endswith(end))
+    return next(sdk for sdk, end in PATHS.items() if path.endswith(end.removeprefix(b"/v1")))
 
 
 def asks_for_stream(request: Received) -> bool:
@@ -68,22 +66,25 @@ Response = Callable[[Wire, Received], None]
 """Writes the response to a request; the connection is then read for another."""
 
 
-class Stage:
-    """Answers every request on every connection, in whatever way it is told at that moment.
+class DirectedProvider:
+    """Responds to every request on every connection, as it is told at that moment.
 
     Attributes:
         received: the requests since the last :meth:`reset`, oldest first.
-        answer: what answers; a test puts its own here.
+        response: what responds; a test puts its own here.
+        proxy: the daemon in front of it.
     """
+
+    proxy: Daemon
 
     def __init__(self) -> None:
         self.received: list[Received] = []
-        self.response: Response = answer_shortly
+        self.response: Response = respond_shortly
 
     def reset(self) -> None:
-        """Forget what arrived, and answer shortly again."""
+        """Forget what arrived, and respond shortly again."""
         self.received = []
-        self.response = answer_shortly
+        self.response = respond_shortly
 
     def play(self, wire: Wire) -> None:
         """Serve one connection; a script for ``tests.support.sockets.Provider``."""
@@ -95,11 +96,11 @@ class Stage:
             self.response(wire, request)
 
 
-def answer_shortly(wire: Wire, request: Received) -> None:
+def respond_shortly(wire: Wire, request: Received) -> None:
     """Send the dialect's shortest whole response, streamed where that is asked for."""
     sdk = sdk_of(request)
     if asks_for_stream(request):
-        wire.send(stream_head(sdk), *chunked_events(sdk), LAST_CHUNK)
+        wire.send(stream_head(sdk), *chunked_events(sdk), LAST)
     else:
         send_json(wire, whole(sdk))
 
@@ -119,15 +120,14 @@ def _openai_chunk(delta: dict[str, str], finish: str | None = None) -> dict[str,
 
 
 def _ollama_line(text: str, *, done: bool = False) -> dict[str, object]:
-    message = {"role": "assistant", "content": text}
+    shell = {"model": "m", "created_at": "2025-01-01T00:00:00Z", "done": done}
     end: dict[str, object] = {"done_reason": "stop"} if done else {}
-    return {
-        "model": "m",
-        "created_at": "2025-01-01T00:00:00Z",
-        "message": message,
-        "done": done,
-        **end,
-    }
+    return {**shell, "message": {"role": "assistant", "content": text}, **end}
+
+
+def _anthropic_delta(text: str) -> dict[str, object]:
+    delta = {"type": "text_delta", "text": text}
+    return {"type": "content_block_delta", "index": 0, "delta": delta}
 
 
 _MESSAGE: dict[str, object] = {
@@ -173,16 +173,8 @@ _EVENTS: dict[str, list[dict[str, object]]] = {
     "anthropic": [
         {"type": "message_start", "message": _MESSAGE},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": "Hello"},
-        },
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": " there"},
-        },
+        _anthropic_delta("Hello"),
+        _anthropic_delta(" there"),
         {"type": "content_block_stop", "index": 0},
         {
             "type": "message_delta",

@@ -26,7 +26,7 @@ class Seen:
         return f"<{self.code}, {whole}, {len(self.body)} bytes {shown!r}, {self.fields}>"
 
 
-class Judge:
+class ResponseReader:
     """Reads the responses on one connection.
 
     Attributes:
