@@ -1,7 +1,7 @@
 """The admin site: alive, ready, metrics, configuration.
 
-Whoever reaches its listener may read; nothing here changes anything.  The responses are made from
-what is passed in, so that this module knows neither gateway nor upstream.
+Any caller that reaches its listener may read; nothing here changes anything.  The responses are
+made from what is passed in, so that this module knows neither gateway nor upstream.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is under way now: one row for each request, and all of them in the log.
 
-A row is put together when it is asked for, from what the parts hold anyway (ADR-0003).  It names
-the caller and the route, never a path, a key or content.
+A row is put together when it is asked for, from what requests hold anyway (ADR-0003).  It names the
+caller and the route, never a path, a key or content.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Streams:
         """Return a row for each, the oldest first.
 
         ``age_s``, ``last_chunk_s`` (since the last chunk came, null before the first) and
-        ``paused_s`` (for which the client held it up, in all) are seconds; ``bytes`` is what of
-        the body was handed to the client.
+        ``paused_s`` (for which the client held the response up, in all) are seconds.  ``bytes`` is
+        how much of the body was written to the client.
         """
         now = self._clock()
         oldest_first = sorted(self._recorder.exchanges, key=lambda exchange: exchange.started)
         return [_row(exchange, now) for exchange in oldest_first]
 
     def log(self) -> None:
-        """Write a line for each, behind a line that counts them and those that are to come."""
+        """Write a line for each request, behind one that counts them and those still coming."""
         rows = self.rows()
         _log.info(
             "{count} requests are being served, {coming} are still coming",

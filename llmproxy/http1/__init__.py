@@ -1,1 +1,1 @@
-"""HTTP/1.1 as bytes: no socket is known here."""
+"""HTTP/1.1 as bytes: grammar, framing and headers.  No socket is known here."""

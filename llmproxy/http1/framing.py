@@ -26,13 +26,13 @@ MAX_TRAILER = 16384
 _MAX_CHUNK_LINE = 1024
 
 _SIZES = {b"%x" % size: size for size in range(1, 0x1000)}
-"""The sizes of short chunks by how most write them."""
+"""The sizes of short chunks, by the digits that most senders write."""
 
 _LINES = {len(digits) + size + 4: digits + b"\r\n" for digits, size in _SIZES.items()}
-"""How such a chunk begins, by the length of all of it."""
+"""The first line of such a chunk, by the length of the whole chunk."""
 
 _FOUR_DIGITS = range(0x1000 + 8, 0x10000 + 8)
-"""How long all of a chunk with four digits is."""
+"""The lengths of whole chunks with four digits."""
 
 _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
@@ -103,13 +103,13 @@ def _framing(fields: Fields, first: dict[bytes, bytes], minor: int) -> tuple[boo
 class ChunkedReader:
     """Reads the chunked coding, split at any point (RFC 9112, section 7.1).
 
-    Chunk extensions are checked and dropped; so is the trailer section.  Memory is bounded: only
-    an unfinished line is kept from one call to the next.
+    Chunk extensions are checked and dropped, and so is the trailer section.  Memory is bounded:
+    only an unfinished line is kept from one call to the next.
 
     Attributes:
         done: the body has ended.
         extra: what followed its end in the read that ended it.
-        error: what is wrong with the coding, where something is; nothing is read any more.
+        error: what is wrong with the coding, or None; behind an error nothing is read.
     """
 
     __slots__ = ("_between", "_left", "_line", "_step", "_trailer_bytes", "done", "error", "extra")
@@ -149,10 +149,10 @@ class ChunkedReader:
         return content[0] if len(content) == 1 else b"".join(content)
 
     def framed(self, data: bytes) -> int:
-        """Return where the content of ``data`` starts, if that is just the next chunk; else 0.
+        """Return where the content of ``data`` starts, if that is exactly the next chunk; else 0.
 
-        Most reads are that.  The content ends two bytes before the end; :meth:`feed` need not be
-        told.  No extension is among it, so that it can be forwarded as it is.
+        Most reads are that.  The content ends two bytes before the end of ``data``, and there is no
+        extension, so that the chunk can be forwarded as it is.  :meth:`feed` is not called for it.
         """
         if self._between:
             line = _LINES.get(size := len(data))
@@ -224,7 +224,7 @@ class ChunkedReader:
 
 
 def _take_short(data: bytes, position: int, content: list[bytes]) -> int:
-    """Take the chunks that are whole and in the usual form; return where the first other begins."""
+    """Take whole chunks in the usual form; return where the first chunk begins that is not."""
     while (end := data.find(b"\r\n", position, position + 5)) > 0:
         size = _SIZES.get(data[position:end])
         if size is None:
@@ -240,7 +240,7 @@ def _take_short(data: bytes, position: int, content: list[bytes]) -> int:
 class LengthReader:
     """Reads a body of ``left`` bytes, or one that ends with the connection (None).
 
-    Attributes are those of :class:`ChunkedReader`.
+    Its other attributes are those of :class:`ChunkedReader`.
     """
 
     __slots__ = ("done", "error", "extra", "left")

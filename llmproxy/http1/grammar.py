@@ -1,9 +1,9 @@
 """HTTP/1.1's own grammar: start lines, fields, tokens, lists and numbers, strictly.
 
-What lives here reads and writes bytes and knows no socket, no provider and no client; both sides of
-the wire use it, so that they cannot disagree about a message.  It is strict by RFC 9110 and RFC
-9112: no bare LF, no folded lines, no white space before a colon, no number but plain digits.
-Whatever is not in the grammar raises :class:`BadMessage`; nothing is repaired.
+Both sides of the wire read heads with this module, so that they cannot disagree about a message.
+It is strict by RFC 9110 and RFC 9112: no bare LF, no folded lines, no white space before a colon,
+no number but plain digits.  Whatever is not in the grammar raises :class:`BadMessage`; nothing is
+repaired.  No socket, provider or client is known here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 _FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\x20-\x7e\x80-\xff]*+\r\n)++")
-"""Lines without a fault and without a tab; all others are looked at one by one."""
+"""Lines without a fault and without a tab; other lines are looked at one by one."""
 
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])"
@@ -39,7 +39,7 @@ class BadMessage(ValueError):
     """The bytes are not HTTP/1.1; the text says what is wrong, without quoting values.
 
     Attributes:
-        status: what a server answers to it (RFC 9110, section 15.5).
+        status: of the response that a server gives to it (RFC 9110, section 15.5).
     """
 
     def __init__(self, text: str, status: int = 400) -> None:
@@ -50,7 +50,7 @@ class BadMessage(ValueError):
 class RequestHead(NamedTuple):
     """The head of a request: ``target`` as it came, ``minor`` 0 or 1.
 
-    ``first`` has the first value of each name, for whoever asks for one.
+    ``first`` has the first value of each name.
     """
 
     method: bytes
@@ -123,7 +123,7 @@ def parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
     """Read one field line.
 
     Raises:
-        BadMessage: it is none, or longer than ``longest`` bytes.
+        BadMessage: it is malformed, or longer than ``longest`` bytes.
     """
     if len(line) > longest:
         raise BadMessage(f"a header field longer than {longest} bytes")
@@ -156,7 +156,7 @@ def list_tokens(values: list[bytes]) -> list[bytes]:
 
 
 def is_chunked(values: list[bytes]) -> bool:
-    """Tell whether ``Transfer-Encoding`` is one line with ``chunked`` and nothing beside it."""
+    """Return whether ``Transfer-Encoding`` is one line with ``chunked`` and nothing beside it."""
     return [value.lower() for value in values] == [b"chunked"]
 
 

@@ -33,7 +33,7 @@ _MOST = 256
 """Most ready sockets that one poll reports; the next poll reports the others."""
 
 _LONGEST = 2_147_483.0
-"""Seconds that epoll can be told to wait; Twisted's own limit."""
+"""Most seconds that epoll can wait; Twisted's own limit."""
 
 _APPOINTMENT = 1.0
 """Seconds between two appointments at which the lag is measured."""

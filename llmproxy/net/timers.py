@@ -38,7 +38,7 @@ class Timer:
         queue[self] = None
 
     def active(self) -> bool:
-        """Tell whether it is still to ring."""
+        """Return whether it is still to ring."""
         return self in self._queue
 
     def cancel(self) -> None:

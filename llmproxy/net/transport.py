@@ -1,7 +1,7 @@
 """What a transport still holds, and whether a quiet connection is still good.
 
 Twisted's transports queue what the kernel does not take, and have no public name for how much that
-is.  A proxy must know it: to tell a slow client from a stalled one, and to close a connection only
+is.  A proxy must know it: to know a slow client from a stalled one, and to close a connection only
 after everything was sent.  The private attributes that are read here are those of
 ``twisted.internet.abstract.FileDescriptor`` and ``twisted.protocols.tls``;
 ``tests/net/test_transport.py`` fails when they change.  No provider, client or message is known
@@ -58,7 +58,7 @@ def unacknowledged_bytes(transport: Any) -> int:
 
 
 def is_quiet(transport: Any) -> bool:
-    """Tell whether nothing waits to be read: no byte, no end of file, no error.
+    """Return whether nothing waits to be read: no byte, no end of file, no error.
 
     An idle connection on which something waits must not be used again: what waits is the peer's end
     of the connection, or bytes that nobody asked for.  What a TLS layer has read and not forwarded
@@ -72,7 +72,7 @@ def is_quiet(transport: Any) -> bool:
 
 
 def has_peer_left(transport: Any) -> bool:
-    """Tell whether the peer has ended or reset its side, also behind bytes that were not read."""
+    """Return whether the peer has ended or reset its side, also behind bytes that were not read."""
     handle = getattr(raw_transport(transport), "socket", None)
     if handle is None or handle.fileno() < 0:
         return True
@@ -82,7 +82,7 @@ def has_peer_left(transport: Any) -> bool:
 
 
 def has_input(handle: socket.socket) -> bool:
-    """Tell whether something waits at a socket: bytes, an end, an error, or a connection."""
+    """Return whether something waits at a socket: bytes, an end, an error, or a connection."""
     poll = select.poll()
     poll.register(handle.fileno(), select.POLLIN)
     return bool(poll.poll(0))

@@ -18,12 +18,12 @@ requests, and nothing of what they are for.  It is in one phase at a time::
     HANDED_OVER  Request.hand_over()   without end            the protocol's          -
     CLOSING      the end of all that   a few seconds          dropped                 reset
 
-A request whose body streams is served in BODY already.  What may be kept in SERVING is the next
-request; a client that sends more than a head is read from, so that its leaving is seen, but is not
-served any more.  Bytes do not push a deadline back, but for those of a body, which earn time.
-Deadlines are numbers, which the site looks at in one sweep.  In the phases between IDLE and
-HANDED_OVER, and in CLOSING, a client is dropped that takes no byte for ``client_stall`` although
-some wait for it.
+A request whose body streams is served in BODY already.  In SERVING a client may send the next
+request.  If it sends more than the size of a head, it is still read from, so that its leaving is
+seen, but it is not served any more.  Bytes do not push a deadline back, but for those of a body,
+which earn time.  Deadlines are numbers, which the site looks at in one sweep.  In HEAD, BODY,
+SERVING and CLOSING a client is dropped that takes no byte for ``client_stall`` although some wait
+for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IProtocol
@@ -90,22 +89,24 @@ _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_NOTHING: list[bytes] = []
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
 
 _log = Logger()
 
 
-class Phase(Enum):
-    """Where a connection stands; the table above says what each means."""
+class Phase:
+    """Where a connection stands; the table above says what each means.
 
-    HANDSHAKE = "handshake"
-    IDLE = "idle"
-    HEAD = "head"
-    BODY = "body"
-    SERVING = "serving"
-    HANDED_OVER = "handed over"
-    CLOSING = "closing"
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request (ADR-0011).
+    """
+
+    HANDSHAKE: Final = "handshake"
+    IDLE: Final = "idle"
+    HEAD: Final = "head"
+    BODY: Final = "body"
+    SERVING: Final = "serving"
+    HANDED_OVER: Final = "handed over"
+    CLOSING: Final = "closing"
 
 
 @implementer(IHandshakeListener, IHalfCloseableProtocol)
@@ -122,7 +123,7 @@ class ClientConnection(http.HTTPChannel):
         address: the client's, where it is known.
     """
 
-    __slots__ = (
+    __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request (ADR-0011)
         *("_aborted", "_advancing", "_buffer", "_discarding", "_invited", "_lingering", "_look_at"),
         *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_socket"),
         *(
@@ -145,7 +146,7 @@ class ClientConnection(http.HTTPChannel):
         self.factory = site
         self.timeOut = None
         self.address = address
-        self.phase = Phase.IDLE
+        self.phase: str = Phase.IDLE
         self.deadline = math.inf
         self._peer: Any = None
         self._peer_name: str | None = None
@@ -172,7 +173,7 @@ class ClientConnection(http.HTTPChannel):
         self._lingering = False
         self._aborted = False
 
-    def enter(self, phase: Phase, seconds: float | None) -> None:
+    def enter(self, phase: str, seconds: float | None) -> None:
         """Begin a phase that may last so many seconds; None for no limit."""
         self.phase = phase
         self.deadline = math.inf if seconds is None else self.site.clock() + seconds
@@ -209,13 +210,13 @@ class ClientConnection(http.HTTPChannel):
             if self._socket is not None:
                 self._socket.end(reason)
         finally:
-            self.site.left(self)  # last: whoever waits for it finds the request recorded
+            self.site.left(self)  # last: where that is waited for, the request is recorded by then
 
     def readConnectionLost(self) -> None:
         """The client has ended its side: it counts as gone, and cannot take a part for the whole.
 
-        This is what Twisted does where nobody asks to be told, but for the reset, and for what is
-        still being written out: that ends as it was to end.
+        For a protocol that is not half-closeable Twisted closes the connection.  So does this, but
+        for the reset of a body without framing, and a closing connection still sends what it has.
         """
         if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
             return
@@ -330,7 +331,7 @@ class ClientConnection(http.HTTPChannel):
         self.enter(Phase.BODY, self.site.timeouts.request_body)
         length = self._reader.left if isinstance(self._reader, LengthReader) else None
         request.gotLength(length)
-        expected = _NOTHING
+        expected: list[bytes] = []
         if b"expect" in head.first:
             expected = list_tokens(field_values(head.fields, b"expect"))
         if request.refusal is None and expected not in ([], [b"100-continue"]):
@@ -416,7 +417,7 @@ class ClientConnection(http.HTTPChannel):
         self._watch = self.site.reactor.callLater(_WATCH, self._watch_unread)
 
     def invite_upload(self) -> None:
-        """Tell a client that waits for it that the body may come (RFC 9110, section 10.1.1)."""
+        """Let a client that waits for it send the body (RFC 9110, section 10.1.1)."""
         if not self._invited:
             self._invited = True
             self._send100Continue()

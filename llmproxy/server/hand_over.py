@@ -16,7 +16,7 @@ from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IProtocol,
     IPushProducer,
-    ITransport,
+    ITCPTransport,
 )
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -24,7 +24,7 @@ from zope.interface import implementer
 from llmproxy.net.transport import raw_transport
 
 
-@implementer(ITransport, IConsumer, IPushProducer)
+@implementer(ITCPTransport, IConsumer, IPushProducer)
 class ClientSocket:
     """The transport of a protocol that was given a client's socket.
 
@@ -71,7 +71,7 @@ class ClientSocket:
             self._protocol.dataReceived(data)
 
     def end(self, reason: Failure) -> None:
-        """The connection is over: the protocol is told, the first time."""
+        """The connection is over: report that to the protocol, once."""
         protocol, self._protocol = self._protocol, None
         self._early = b""
         self.disconnecting = True
@@ -156,7 +156,7 @@ class ClientSocket:
         self.disconnecting = True
         self._connection.abort()
 
-    # -- addresses --------------------------------------------------------------------------------
+    # -- the socket -------------------------------------------------------------------------------
 
     def getPeer(self) -> Any:
         """Return the client's address; behind a balancer, what that said."""
@@ -165,3 +165,19 @@ class ClientSocket:
     def getHost(self) -> Any:
         """Return ours, as the client reached it."""
         return self.transport.getHost()
+
+    def getTcpNoDelay(self) -> bool:
+        """Return whether small writes leave at once."""
+        return bool(self.transport.getTcpNoDelay())
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        """Let small writes leave at once, or wait."""
+        self.transport.setTcpNoDelay(enabled)
+
+    def getTcpKeepAlive(self) -> bool:
+        """Return whether the kernel probes a silent connection."""
+        return bool(self.transport.getTcpKeepAlive())
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        """Let the kernel probe a silent connection, or not."""
+        self.transport.setTcpKeepAlive(enabled)

@@ -26,7 +26,7 @@ class Handler(Resource):
         return 0
 
     def holds_body(self, request: Request) -> bool:
-        """Tell whether the body is held before the request is served; else it streams."""
+        """Return whether the body is held before the request is served; else it streams."""
         return True
 
     def early_refusal(self, request: Request) -> ProxyError | None:

@@ -1,8 +1,9 @@
-"""From endpoints to listening sockets: what lies below a site's connections.
+"""From endpoints to listening sockets: what lies below the connections of a site.
 
-An endpoint is Twisted's; added here are a queue that a burst fits into, the kernel's own watch over
-clients that vanish, TLS with the listener's certificate, whose address counts where a balancer
-stands before us (PROXY protocol), and what several processes need that share a port (ADR-0012).
+An endpoint is Twisted's.  Added here are a queue that a burst fits into, the kernel's own watch
+over clients that vanish, TLS with the listener's certificate, the client's address behind a
+balancer (PROXY protocol), and what several processes need that share a port (ADR-0012).  What is
+served is not known here.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ def listen(
         text: an endpoint string of Twisted's.
         site: serves the connections.
         tls: ends TLS on them.
-        direct: with the transports of ``wire/``; else with Twisted's own.
+        direct: with the transports of ``net/``; else with Twisted's own.
         reuse_port: let other processes bind the same address, where it is one of TCP.
 
     Returns:
-        the listening port; its ``given`` is the descriptor that systemd handed over, where it is
-        one of those, and stays open until somebody closes that, too.
+        the listening port.  Its ``given`` is the descriptor that came from systemd, or None; that
+        stays open until it is closed by itself.
 
     Raises:
-        OSError: the address cannot be bound, or the socket that systemd handed over not be used.
-        ValueError: the text is no endpoint, or one of a socket that systemd did not hand over.
+        OSError: the address cannot be bound, or the socket from systemd cannot be used.
+        ValueError: the text is no endpoint, or names a socket that did not come from systemd.
     """
     below = text.removeprefix("haproxy:")
     proxied = below != text
@@ -75,7 +76,7 @@ def listen(
         # Where a PROXY header comes first, TLS does not begin with the socket.
         direct, factory = False, _TlsLayer(tls, False, factory)
     elif tls is not None:
-        factory = _Wordless(factory)
+        factory = _WithoutResponse(factory)
     if proxied:
         factory = ProxyHeaders(factory)
     ports: list[Any] = []
@@ -85,8 +86,8 @@ def listen(
     given: int | None = None
     if isinstance(endpoint, AdoptedStreamServerEndpoint):
         _check_family(text, endpoint)
-        # The endpoint closes what it gets, and its number may then be another socket's.  So it gets
-        # one of its own, and a reload can come back to what systemd handed over.
+        # The endpoint closes the descriptor that it gets, and the number may then be another
+        # socket's.  So it gets a copy, and a reload can come back to what systemd gave.
         given = endpoint.fileno
         endpoint = AdoptedStreamServerEndpoint(reactor, os.dup(given), endpoint.addressFamily)
     endpoint.listen(factory).addCallbacks(ports.append, failures.append)
@@ -94,18 +95,19 @@ def listen(
         raise OSError(f"{text}: {failures[0].getErrorMessage()}")
     (port,) = ports
     port.given = given
-    # Accepted connections inherit it.  No TCP_USER_TIMEOUT: it would end clients that take little
-    # at a time, too; for what is under way the channel's own look stands in (ADR-0008).
+    # Accepted connections inherit it.  No TCP_USER_TIMEOUT: it would also end clients that take
+    # little at a time; while something is under way, the connection itself looks (ADR-0008).
     notice_vanished_peer(port, None)
     _accept_patiently(port, reactor)
     if direct:
-        # Not below Twisted's TLS layer, which writes a farewell when it aborts: it must not leave.
+        # Not below Twisted's TLS layer: it writes a close_notify when it aborts, which must not
+        # leave.
         port.transport = DirectServer if tls is None else partial(TlsServer, tls.on_socket)
     return port
 
 
 def is_inherited(text: str) -> bool:
-    """Tell whether an endpoint is a socket that systemd opened, and keeps."""
+    """Return whether an endpoint is a socket that systemd has opened and keeps."""
     return text.removeprefix("haproxy:").partition(":")[0] == "systemd"
 
 
@@ -118,8 +120,8 @@ def share(port: Any, text: str, *, reuse_port: bool) -> None:
 def close(port: Any, *, inherited: bool) -> Deferred[Any]:
     """Stop listening.
 
-    Whoever waits in the queue of a socket of our own is accepted first: the kernel would reset
-    them. A socket that systemd opened stays open, and its queue waits for the other processes.
+    Clients that wait in the queue of a socket of our own are accepted first: the kernel would reset
+    them.  A socket that systemd opened stays open, and its queue waits for the other processes.
 
     Returns:
         fires when the socket is closed here.
@@ -149,9 +151,10 @@ class _Sharing:
 
 
 def _check_family(text: str, endpoint: AdoptedStreamServerEndpoint) -> None:
-    """Refuse a socket of systemd's that is not of the family that the endpoint says.
+    """Refuse a socket from systemd that is of another family than the endpoint says.
 
-    ``ListenStream=8080`` is one of IPv6 on most machines; as one of IPv4 its clients are misread.
+    On most machines ``ListenStream=8080`` is of IPv6.  If it is taken for one of IPv4, its clients'
+    addresses are misread.
     """
     with socket.socket(fileno=os.dup(endpoint.fileno)) as found:
         if found.family != endpoint.addressFamily:
@@ -160,16 +163,16 @@ def _check_family(text: str, endpoint: AdoptedStreamServerEndpoint) -> None:
 
 
 def _is_tcp(text: str) -> bool:
-    """Tell whether an endpoint's connections are TCP's, with nothing of Twisted's above."""
+    """Return whether an endpoint's connections are TCP's, with nothing of Twisted's above."""
     kind = text.partition(":")[0]
     return kind in ("tcp", "tcp6") or (kind == "systemd" and "domain=UNIX" not in text)
 
 
 def _accept_patiently(port: Any, reactor: Any) -> None:
-    """Let ``port`` rest where it cannot accept: epoll would tell of the same connection at once.
+    """Let ``port`` rest where it cannot accept: epoll would report the same connection at once.
 
-    Twisted keeps one descriptor in reserve for that; without it, and where the kernel lacks
-    something else, it only logs.  Another process that was faster is no reason to rest.
+    Twisted keeps one descriptor in reserve for that.  Without it, and where the kernel lacks
+    something else, it only logs.  If another process was faster, there is no reason to rest.
     """
     accept = port.doRead
 
@@ -215,8 +218,8 @@ def _handed_over() -> str:
     return "and LISTEN_FDNAMES is not set: start it with the .socket unit (Sockets= in the service)"
 
 
-class _Wordless(Proxied):
-    """Who is turned away from a TLS listener is not worth a handshake."""
+class _WithoutResponse(Proxied):
+    """A connection that is rejected at a TLS listener is not worth a handshake."""
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol:
         protocol = self._site.buildProtocol(addr)
@@ -224,7 +227,7 @@ class _Wordless(Proxied):
 
 
 class _TlsLayer(TLSMemoryBIOFactory):
-    """TLS between the socket and the site; who is turned away is not worth a handshake."""
+    """TLS between the socket and the site; a rejected connection is not worth a handshake."""
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         inner = self.wrappedFactory.buildProtocol(addr)

@@ -1,6 +1,6 @@
-"""Clients behind a balancer: who they are stands before their first byte (PROXY protocol).
+"""Clients behind a balancer: their address stands before their first byte (PROXY protocol).
 
-Twisted's parsers read the header; what they lack is added here: a header that is split at any
+Twisted's parsers read the header.  What they lack is added here: a header that is split at any
 point, the short form without an address, and an end without a traceback for what is no header.
 """
 
@@ -22,7 +22,7 @@ _UNKNOWN = b"PROXY UNKNOWN\r\n"
 
 
 class Proxied(Factory):
-    """Below it the peer is a balancer, whose address says nothing: the client's comes later."""
+    """A site whose clients' addresses come later: the peer of the socket is a balancer."""
 
     noisy = False
 
@@ -38,7 +38,7 @@ class Proxied(Factory):
         self._site.doStop()
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol:
-        """Serve one more connection, whose address is the balancer's."""
+        """Serve one more connection; the address of its socket is the balancer's."""
         return self._site.buildProtocol(None)
 
 
@@ -62,21 +62,21 @@ class _ProxyHeader(HAProxyProtocolWrapper):
             return
         try:
             super().dataReceived(data)
-        except ValueError:  # Twisted's parsers let it through where a number or an address is none
+        except ValueError:  # from Twisted's parsers, where a number or an address is malformed
             if self._proxyInfo is not None:
-                raise  # it is not the header's
+                raise  # the header was read: it comes from what stands behind it
             self.loseConnection()
 
 
 def _is_undecided(data: bytes) -> bool:
-    """Tell whether this may become a PROXY header of which there is not enough yet."""
+    """Return whether this may become a PROXY header of which there is not enough yet."""
     second = V2Parser.PREFIX.startswith(data[: len(V2Parser.PREFIX)])
     first = V1Parser.PROXYSTR.startswith(data[:5]) and b"\r\n" not in data
     return len(data) < _PROXY_START and (first or second)
 
 
 class ProxyHeaders(HAProxyWrappingFactory):
-    """Reads the header of each connection before what is wrapped in it."""
+    """Reads the header of each connection, and gives what follows to the wrapped factory's."""
 
     protocol = _ProxyHeader  # type: ignore[assignment]  # a subclass of what stands there
     noisy = False

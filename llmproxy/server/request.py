@@ -56,7 +56,7 @@ class Request(server.Request):
         ended: nothing will be written any more.
     """
 
-    __slots__ = (
+    __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request (ADR-0011)
         *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
         *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "refusal", "sent"),
         *("stall_after", "status", "upload"),
@@ -97,7 +97,7 @@ class Request(server.Request):
         self._head = b""
         self._length: int | None = None
         self._bodiless = False
-        self._flows = False  # what is written is a chunk, and nothing stands before it
+        self._flows = False  # the body has begun, and goes in the chunked coding
 
     # -- what Twisted's request has, made when it is asked for -------------------------------------
 
@@ -253,10 +253,6 @@ class Request(server.Request):
 
     def write(self, data: bytes) -> None:
         """Put one piece of the body on the wire."""
-        if self._flows and data:
-            self.sent += len(data)
-            self.channel.write(chunk(data))
-            return
         if self._disconnected or self.ended:
             return
         if not self.startedWriting:
@@ -401,14 +397,14 @@ class Request(server.Request):
     def _end(self) -> None:
         """Write no more, count the request as ended and let go of its body."""
         self.ended = True
-        self.gone = None  # it knows whoever serves this request, who knows it
+        self.gone = None  # it leads to what serves this request, and that leads here
         self._flows = False
         self.finished = 1
         self.site.ended += self._served
         self.release()
 
     def _part(self, leave: Callable[[Request], None]) -> None:
-        """Leave the connection by one of its methods, and tell whoever waits for the end."""
+        """Leave the connection by one of its methods, and fire what waits for the end."""
         if self.producer is not None:
             self.unregisterProducer()
         self.channel = None

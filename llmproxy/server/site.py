@@ -140,11 +140,11 @@ class Site(Factory):
         """A client's connection is gone."""
         self.connections.discard(connection)
         self.limiter.leave(connection.address)
+        self._keep_sweeping()
         if not self.connections:
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
                 deferred.callback(None)
-        self._keep_sweeping()
 
     def pending_bytes(self) -> int:
         """Return what was written to clients and not yet taken by the kernel, in bytes."""
@@ -153,8 +153,8 @@ class Site(Factory):
     def drain(self) -> None:
         """Close idle connections after a short grace, the others after their present request.
 
-        Where the head of a response has left already, its client was not told: it may send one more
-        request within the grace, and is told then.
+        If the head of a response has left already, it did not announce the close: its client may
+        send one more request within the grace, whose response does.
         """
         self.draining = True
         for connection in list(self.connections):

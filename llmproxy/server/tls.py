@@ -1,8 +1,8 @@
 """TLS towards clients: the certificate that a listener shows, and how it can be replaced.
 
-TLS 1.2 and newer, HTTP/1 and nothing else in ALPN (RFC 7301): a client that offers only other
-protocols is refused within the handshake.  A connection keeps the certificate that it began with
-(ADR-0008).
+TLS 1.2 and newer is spoken, and HTTP/1 and nothing else in ALPN (RFC 7301): a client that offers
+only other protocols is refused within the handshake.  A connection keeps the certificate that it
+began with (ADR-0008).  What is served is not known here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ListenerTls:
     """Makes the TLS side of each connection that a listener accepts.
 
     Args:
-        keypair: what is shown to clients; checked by whoever read it.
+        keypair: what is shown to clients; the configuration has checked it.
 
     Raises:
         ValueError: OpenSSL would not use it.
@@ -43,7 +43,7 @@ class ListenerTls:
         self.not_after = keypair.not_after
 
     def show(self, other: ListenerTls) -> None:
-        """Show what ``other`` shows to whoever connects from now on."""
+        """Show what ``other`` shows, to clients that connect from now on."""
         self._context, self.not_after = other._context, other.not_after
 
     def serverConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:

@@ -1,8 +1,9 @@
 """A request body on its way up: from the client's connection to the provider's, without being held.
 
-An :class:`Upload` is fed by the request and writes to whatever consumer the upstream side gives it.
-Until there is one, and whenever that is full, the client is not read from: what lies here is
-bounded.  The client's connection is known as what can be paused, resumed and told to go on.
+An :class:`Upload` is fed by the request, and writes to the consumer that the upstream side gives
+it.  Until there is a consumer, and whenever that is full, the client is not read from: what lies
+here is bounded.  Of the client's connection is known that it can be paused, resumed, and asked to
+invite the body.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from zope.interface import implementer
 from llmproxy.errors import ProxyError
 
 _AHEAD = 65536
-"""Bytes that may lie here before the provider is connected."""
+"""Bytes that may lie here before the provider is connected; then the client is not read from."""
 
 
 class Reading(Protocol):
@@ -30,7 +31,7 @@ class Reading(Protocol):
         """Read on."""
 
     def invite_upload(self) -> None:
-        """Tell a client that waits for it that the body may come (RFC 9110, section 10.1.1)."""
+        """Let a client that waits for it send the body (RFC 9110, section 10.1.1)."""
 
 
 @implementer(IBodyProducer, IPushProducer)
@@ -39,7 +40,7 @@ class Upload:
 
     Args:
         reading: where it comes from.
-        length: bytes, or None where only its end will tell.
+        length: bytes, or None where only its end shows it.
 
     Attributes:
         length: bytes, or ``UNKNOWN_LENGTH``; ``announced`` is 0 then.
@@ -91,8 +92,8 @@ class Upload:
         """Write the body to ``consumer`` as it comes.
 
         Returns:
-            fires when the last piece was written; fails with ``ProxyError`` where the client's body
-            is refused on the way.  Cancelling it stops the upload.
+            fires when the last piece was written.  It fails with ``ProxyError`` where the client's
+            body is refused on the way.  Cancelling it stops the upload.
         """
         if self._error is not None:
             return fail(self._error)

@@ -1,24 +1,24 @@
 """One HTTP/1.1 connection to a provider: a request out, a response in, strictly.
 
-What lives here turns bytes into an :class:`Response` and its body, and knows neither pools nor
-providers nor clients.  Twisted's own client stays out of it: it lets the end of one response cross
+A :class:`Connection` turns bytes into a :class:`Response` and its body.  Pools, providers and
+clients are not known here.  Twisted's own client is not used: it lets the end of one response cross
 into the next, accepts faulty framing and gives no hold on the transport (ADR-0002).
 
 A connection is in one of five states::
 
-    IDLE --send()--> ASKED --head--> ANSWERED --deliver()--> FLOWING --end--> IDLE or CLOSED
-                       |                |                       |
-                       +---- abort(), a fault, the peer's end --+--> CLOSED
+    IDLE --send()--> ASKED --head--> RESPONDED --deliver()--> FLOWING --end--> IDLE or CLOSED
+                       |                 |                       |
+                       +---- abort(), a fault, the peer's end ---+--> CLOSED
 
-A connection that received anything unasked for, or whose response did not end exactly, is never
-used again.  All content of one read is forwarded as one piece, and paused transports stay paused.
+A connection is never used again if it received anything that was not asked for, or if its response
+did not end exactly.  All content of one read is forwarded as one piece, and a transport that was
+paused stays paused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
@@ -43,17 +43,17 @@ MAX_INTERIM = 16
 _DONE = Failure(ResponseDone())
 
 
-class State(Enum):
-    """Where a connection stands."""
+class State:
+    """Where a connection stands.
 
-    IDLE = "idle"
-    ASKED = "asked"
-    ANSWERED = "answered"
-    FLOWING = "flowing"
-    CLOSED = "closed"
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request (ADR-0011).
+    """
 
-
-_IDLE, _ASKED, _ANSWERED, _FLOWING, _CLOSED = State  # found faster than members (ADR-0011)
+    IDLE: Final = "idle"
+    ASKED: Final = "asked"
+    RESPONDED: Final = "responded"
+    FLOWING: Final = "flowing"
+    CLOSED: Final = "closed"
 
 
 @implementer(IHandshakeListener)
@@ -82,7 +82,7 @@ class Connection(Protocol):
         closed: Callable[[Connection], None],
         secure: bool,
     ) -> None:
-        self.state = _IDLE
+        self.state: str = State.IDLE
         self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
         """Fires once requests may be sent, the name verified; cancelling it closes the socket."""
         self.sending: Sending | Sent | None = None  # the request's body on its way, or the last's
@@ -119,20 +119,20 @@ class Connection(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """End whatever was under way; a FIN may be the end of a body that has no other."""
-        state, self.state = self.state, _CLOSED
+        state, self.state = self.state, State.CLOSED
         self._settle_ready(reason)
-        if state is _ASKED:
+        if state is State.ASKED:
             self._stop_sending()
             self._tell(upstream_broken(reason.getErrorMessage()))
-        elif state is _FLOWING:
+        elif state is State.FLOWING:
             self._end_body(self._how_it_ended(reason))
-        elif state is _ANSWERED:
+        elif state is State.RESPONDED:
             self._lost_early = reason
         self._closed(self)
 
     def abort(self) -> None:
         """Close the socket at once, dropping what was not sent; harmless when closed already."""
-        if not self.aborted and self.state is not _CLOSED:
+        if not self.aborted and self.state is not State.CLOSED:
             self.aborted, self._framed = True, None
             self._transport.abortConnection()
 
@@ -154,7 +154,7 @@ class Connection(Protocol):
             fires with the :class:`Response` when its whole head is in.  Cancelling it closes the
             socket at once.  It fails with ``ProxyError``.
         """
-        self.state, self._method, self.sending = _ASKED, method, None
+        self.state, self._method, self.sending = State.ASKED, method, None
         self._buffer, self._interim = b"", 0
         self._until_close = self._paused = False
         response: Deferred[Response] = Deferred(lambda _: self.abort())
@@ -170,9 +170,9 @@ class Connection(Protocol):
     def _sending_failed(self, failure: Failure) -> None:
         """The body will not be whole, so neither can the request be: give the connection up."""
         self.abort()
-        if self.state is _ASKED:
+        if self.state is State.ASKED:
             self._tell(failure.value)
-        elif self.state is _FLOWING:
+        elif self.state is State.FLOWING:
             self._end_body(failure)
 
     def _stop_sending(self) -> None:
@@ -188,11 +188,11 @@ class Connection(Protocol):
             framed(data, start)
         elif self.aborted:
             return
-        elif self.state is _FLOWING:
+        elif self.state is State.FLOWING:
             self._read_body(data)
-        elif self.state is _ASKED:
+        elif self.state is State.ASKED:
             self._read_head(data)
-        elif self.state is _ANSWERED:
+        elif self.state is State.RESPONDED:
             self._early += data
         else:
             self.abort()  # nobody asked for anything
@@ -234,10 +234,10 @@ class Connection(Protocol):
         self._persistent = response.is_persistent and not self._until_close
         self.keep_for = response.keep_alive_hint
         self._early, self._buffer, self._lost_early = self._buffer, b"", None
-        self.state = _ANSWERED
+        self.state = State.RESPONDED
         self.serving = response
         self._tell(response)
-        if self.state is _ANSWERED:
+        if self.state is State.RESPONDED:
             self._paused = True
             self._transport.pauseProducing()
         return True
@@ -251,11 +251,11 @@ class Connection(Protocol):
 
     def deliver(self, protocol: IProtocol) -> None:
         """Hand the body to ``protocol``; see :meth:`Response.deliverBody`."""
-        lost = self.state is _CLOSED
+        lost = self.state is State.CLOSED
         self._consumer: IProtocol | None = protocol
         protocol.makeConnection(self._transport)
         if not lost:
-            self.state = _FLOWING
+            self.state = State.FLOWING
             self._framed = None if self.aborted else getattr(protocol, "framedReceived", None)
             if self._paused:
                 self._paused = False
@@ -281,7 +281,7 @@ class Connection(Protocol):
 
     def _settle(self, extra: bytes) -> None:
         """The response is whole: keep the connection for another, or close it."""
-        if self.state is _CLOSED:
+        if self.state is State.CLOSED:
             return
         sending = self.sending is not None and self.sending.active
         unsent = sending or pending_bytes(self._transport) > 0
@@ -289,7 +289,7 @@ class Connection(Protocol):
             self._stop_sending()
             self.abort()
             return
-        self.state = _IDLE
+        self.state = State.IDLE
         self.serving = None
         self._transport.resumeProducing()
         self._became_idle(self)

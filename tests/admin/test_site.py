@@ -36,7 +36,7 @@ class Admin:
             clock.seconds,
             Timeouts(),
             Limits(),
-            wall=lambda: 0.0,
+            wall=lambda: 1.0,
         )
         self.transport = FakeTransport()
         self.channel = site.buildProtocol(None)
@@ -167,3 +167,12 @@ def test_a_body_is_not_read() -> None:
     admin.get("/livez", body=b"x" * 100)
 
     assert {"half", "lose"} & set(admin.transport.calls)
+
+
+def test_what_is_not_http_is_refused_with_todays_date() -> None:
+    """As on any other listener."""
+    admin = Admin()
+    admin.channel.dataReceived(b"nonsense\r\n\r\n")
+    response = admin.transport.take()
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\ndate: Thu, 01 Jan 1970 00:00:01 GMT\r\n" in response

@@ -13,6 +13,8 @@ from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
 from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
@@ -21,11 +23,12 @@ from llmproxy.http1.grammar import Fields
 from llmproxy.net.transport import pending_bytes, raw_transport
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
+from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from tests.server.test_site import Caller
 from tests.support.fake_transport import ABORTED, FIN, RESET, Collector, until
 from tests.support.keypairs import Vault
-from tests.support.served import Served, limits
+from tests.support.served import Saying, Served, ask, limits
 from tests.support.sockets import Wire, connect, request
 
 CONNECT = request("CONNECT", "host:443")
@@ -427,11 +430,11 @@ class Stage:
 
     def __init__(self, tmp_path: Path, kind: tuple[bool, bool], protocol: Protocol) -> None:
         secure, direct = kind
-        vault = Vault(tmp_path)
-        tls = ListenerTls(vault.issue().keypair()) if secure else None
+        vault = Vault(tmp_path) if secure else None
+        tls = ListenerTls(vault.issue().keypair()) if vault else None
         self.served = Served(tls=tls, direct=direct)
         self.served.site.serve(Router(Handing(protocol)))
-        self.context = vault.client() if secure else None
+        self.context = vault.client() if vault else None
 
     def tunnel(self, early: bytes = b"", receive_buffer: int = 0) -> Wire:
         """Connect, and ask for the socket to be handed over."""
@@ -543,3 +546,32 @@ async def test_our_side_may_end_first(tmp_path: Path, kind: tuple[bool, bool]) -
         tunnel.transport.loseConnection()
         wire.close()
         await until(lambda: tunnel.ends)
+
+
+@ensureDeferred
+async def test_a_server_can_run_in_it(tmp_path: Path) -> None:
+    """TLS and a site of ours, as where a tunnel is intercepted; its end reaches the inner site."""
+    vault = Vault(tmp_path)
+    layer = TLSMemoryBIOFactory(ListenerTls(vault.issue().keypair()), False, served_within())
+    inner: Any = layer.wrappedFactory
+    protocol: Any = layer.buildProtocol(None)
+    stage = Stage(tmp_path, (False, True), protocol)
+
+    def client() -> Wire:
+        wire = stage.tunnel()
+        secure = Wire(vault.client().wrap_socket(wire.sock, server_hostname="localhost"))
+        assert [ask(secure), ask(secure)] == [b"127.0.0.1"] * 2
+        return secure
+
+    async with stage.served as served:
+        wire = await served.run(client)
+        assert len(inner.connections) == 1
+        served.site.cut()
+        await until(lambda: not inner.connections)
+        wire.close()
+
+
+def served_within() -> Site:
+    """Return a site that is reached by no listener."""
+    clock = Clock()
+    return Site(Router(Saying()), clock, clock.seconds, wall=clock.seconds)
