@@ -15,7 +15,7 @@ from llmproxy.gateway.inspection import named_models
 from llmproxy.record.trace import CONTENT, Trace
 from llmproxy.stream.tap import StreamAccumulator
 from tests.conftest import LoggedFailures
-from tests.gateway.test_gateway import LAST, SSE, Stage
+from tests.gateway.played import LAST, SSE, PlayedGateway
 from tests.support.sockets import chunked
 
 CHAT = "/p/v1/chat/completions"
@@ -35,16 +35,16 @@ ERROR = b'data: {"error":{"message":"no"}}\n\n'
 
 def answered(
     chunks: list[bytes], *fields: tuple[bytes, bytes], route: str = "", target: str = CHAT
-) -> Stage:
+) -> PlayedGateway:
     """A stream that was relayed to its end; the client must have every byte of it."""
-    stage = Stage(route=route)
-    stage.call(target=target)
-    response = stage.response(200, *(fields or (SSE,)))
+    played = PlayedGateway(route=route)
+    played.call(target=target)
+    response = played.response(200, *(fields or (SSE,)))
     response.push(*chunks)
     response.end()
-    _, _, body = stage.got()
+    _, _, body = played.got()
     assert body == chunked(*chunks) + LAST
-    return stage
+    return played
 
 
 def content(trace: Trace) -> list[Any]:
@@ -74,13 +74,13 @@ def test_content_is_recorded_where_the_route_says_so() -> None:
 def test_content_that_was_cut_says_so() -> None:
     """Beyond ``limits.accumulate`` the record has a part of the text, and a word for that."""
     text = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"x" * 700)
-    stage = Stage(route=KEPT, more='[limits]\naccumulate = "1KiB"')
-    stage.call(target=CHAT)
-    response = stage.response(200, SSE)
+    played = PlayedGateway(route=KEPT, more='[limits]\naccumulate = "1KiB"')
+    played.call(target=CHAT)
+    response = played.response(200, SSE)
     response.push(text, text, CHUNKS[-1])
     response.end()
 
-    trace = stage.trace()
+    trace = played.trace()
     assert (trace.text, trace.degraded, trace.end_reason) == ("x" * 1024, ["cut"], "complete")
 
 
@@ -101,14 +101,14 @@ def test_the_verdict_on_a_stream_that_ended_well(
     chunks: list[bytes], end: str, usage: str, route: str
 ) -> None:
     """Marker and error decide, whatever is kept; who could not read everything does not judge."""
-    stage = answered(chunks, route=route)
-    trace = stage.trace()
+    played = answered(chunks, route=route)
+    trace = played.trace()
 
     assert (trace.end_reason, trace.is_complete) == (end, end == "complete")
     assert (trace.usage, trace.status, trace.error) == (usage, 200, None)
     if chunks == [b"data: {\n\n"]:
         assert trace.degraded == ["unreadable"]
-        assert stage.value("tap_degraded_total", reason="unreadable") == 1
+        assert played.value("tap_degraded_total", reason="unreadable") == 1
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_a_coding_is_opened_for_the_record_alone() -> None:
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
 def test_only_a_response_of_the_endpoints_own_is_read(status: int, end: str, kind: bytes) -> None:
     """Neither a refusal nor a redirect has usage or lacks a marker, whatever stands in its body."""
-    stage = Stage()
-    stage.call(target=CHAT)
-    response = stage.response(status, (b"content-type", kind))
+    played = PlayedGateway()
+    played.call(target=CHAT)
+    response = played.response(status, (b"content-type", kind))
     if status not in (204, 304):
         response.push(b'{"usage":{"prompt_tokens":3}}')
     response.end()
 
-    trace = stage.trace()
+    trace = played.trace()
     assert (trace.end_reason, trace.usage, trace.input_tokens) == (end, "none", None)
     assert trace.degraded == []
 
@@ -188,11 +188,11 @@ def test_a_fault_of_the_tap_is_felt_by_nobody(
     """Every byte arrives and the request has its record, with a word for the fault; told once."""
     owner, name = FAULTS[where]
     monkeypatch.setattr(owner, name, property(fail) if name == "text" else fail)
-    stage = answered(CHUNKS, route=KEPT)
+    played = answered(CHUNKS, route=KEPT)
 
-    trace = stage.trace()
+    trace = played.trace()
     assert (trace.end_reason, trace.degraded) == ("complete", ["internal"])
-    assert stage.value("tap_degraded_total", reason="internal") == 1
+    assert played.value("tap_degraded_total", reason="internal") == 1
     assert len(logged_failures.flush(Mistake)) == 1
 
 
@@ -217,14 +217,14 @@ def test_a_counter_that_fails_costs_no_record(
     monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
 ) -> None:
     """Whatever becomes of a reason's count or of the tokens', the request ends as ever."""
-    stage = Stage()
-    monkeypatch.setattr(stage.metrics, "used", fail)
-    stage.call(target=CHAT)
-    response = stage.response(200, SSE)
+    played = PlayedGateway()
+    monkeypatch.setattr(played.metrics, "used", fail)
+    played.call(target=CHAT)
+    response = played.response(200, SSE)
     response.push(*CHUNKS)
     response.end()
 
-    trace = stage.trace()
+    trace = played.trace()
     assert (trace.end_reason, trace.output_tokens) == ("complete", 5)
     assert len(logged_failures.flush(Mistake)) == 1
 
@@ -260,25 +260,25 @@ def test_models_that_the_configuration_names_are_labels() -> None:
 )
 def test_a_caller_cannot_make_up_labels(body: bytes, label: str) -> None:
     """A model that no configuration names is counted with all others of its kind."""
-    stage = Stage(client='models = ["m", "*", "-"]')
-    stage.call(target=CHAT, body=body)
-    response = stage.response(200, SSE)
+    played = PlayedGateway(client='models = ["m", "*", "-"]')
+    played.call(target=CHAT, body=body)
+    response = played.response(200, SSE)
     response.push(*CHUNKS)
     response.end()
 
     labels = {"client": "c", "provider": "p", "model": label}
-    assert stage.value("tokens_total", **labels, type="output") == 5
-    assert stage.value("tokens_total", **labels, type="cache_read") is None
-    assert stage.trace().output_tokens == 5
+    assert played.value("tokens_total", **labels, type="output") == 5
+    assert played.value("tokens_total", **labels, type="cache_read") is None
+    assert played.trace().output_tokens == 5
 
 
 @pytest.mark.parametrize("count", [10**12 + 1, -1])
 def test_a_number_that_can_be_none_is_none_anywhere(count: int) -> None:
     """No counter takes what the ledger would not: their sums stay the same."""
     odd = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":5}}\n\n' % count
-    stage = answered([odd, CHUNKS[-1]])
+    played = answered([odd, CHUNKS[-1]])
 
     labels = {"client": "c", "provider": "p", "model": "other"}
-    assert stage.value("tokens_total", **labels, type="input") is None
-    trace = stage.trace()
+    assert played.value("tokens_total", **labels, type="input") is None
+    trace = played.trace()
     assert (trace.input_tokens, trace.degraded) == (None, ["unreadable"])

@@ -44,7 +44,7 @@ class Waits(Handler):
         request.finish()
 
 
-class Stage:
+class DrainedSite:
     """A site with clients, and its drain."""
 
     def __init__(self, idle: int = 0, busy: int = 0) -> None:
@@ -96,160 +96,160 @@ def told(logged: list[LogEvent]) -> tuple[int, int]:
 
 def test_without_clients_it_is_over_at_once(logged: list[LogEvent]) -> None:
     """There is nothing to wait for, and no timer stays."""
-    stage = Stage()
-    begun = [stage.drain.begun]
-    stage.begin()
-    begun.append(stage.drain.begun)
+    drained = DrainedSite()
+    begun = [drained.drain.begun]
+    drained.begin()
+    begun.append(drained.drain.begun)
 
     assert begun == [False, True]
-    assert stage.rested == [0.0]
+    assert drained.rested == [0.0]
     assert told(logged) == (0, 0)
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_idle_clients_are_sent_away(logged: list[LogEvent]) -> None:
     """After a short grace, and they are no requests that finished."""
-    stage = Stage(idle=3)
-    stage.begin()
-    stage.pass_time(5)
+    drained = DrainedSite(idle=3)
+    drained.begin()
+    drained.pass_time(5)
 
-    assert stage.rested
-    assert stage.rested[0] <= 3
+    assert drained.rested
+    assert drained.rested[0] <= 3
     assert told(logged) == (0, 0)
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_running_responses_go_on(logged: list[LogEvent]) -> None:
     """It is over when the last of them is, long before the deadline if so."""
-    stage = Stage(idle=1, busy=2)
-    stage.begin()
+    drained = DrainedSite(idle=1, busy=2)
+    drained.begin()
     assert "2 requests" in formatEvent(logged[-1])
-    stage.pass_time(10)
-    stage.resource.response()
-    stage.pass_time(10)
-    assert not stage.rested
-    stage.resource.response()
-    stage.pass_time(1)
+    drained.pass_time(10)
+    drained.resource.response()
+    drained.pass_time(10)
+    assert not drained.rested
+    drained.resource.response()
+    drained.pass_time(1)
 
-    assert stage.rested == [20.5]
+    assert drained.rested == [20.5]
     assert told(logged) == (2, 0)
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_what_takes_too_long_is_cut(logged: list[LogEvent]) -> None:
     """At the deadline the rest is dropped, and the last line says how many."""
-    stage = Stage(busy=3)
-    stage.begin()
-    stage.resource.response()
-    stage.pass_time(29)
-    assert not stage.rested
-    stage.pass_time(2)
+    drained = DrainedSite(busy=3)
+    drained.begin()
+    drained.resource.response()
+    drained.pass_time(29)
+    assert not drained.rested
+    drained.pass_time(2)
 
-    assert stage.rested == [30.0]
+    assert drained.rested == [30.0]
     assert told(logged) == (1, 2)
-    assert not stage.resource.running
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.resource.running
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_it_can_be_cut_short(logged: list[LogEvent]) -> None:
     """A second signal drops what is left at once."""
-    stage = Stage(idle=1, busy=2)
-    stage.begin()
-    stage.pass_time(0.5)
-    stage.drain.cut()
-    stage.pass_time(0.5)
+    drained = DrainedSite(idle=1, busy=2)
+    drained.begin()
+    drained.pass_time(0.5)
+    drained.drain.cut()
+    drained.pass_time(0.5)
 
-    assert stage.rested == [1.0]
+    assert drained.rested == [1.0]
     assert told(logged) == (0, 2)
-    stage.pass_time(60)
-    assert stage.rested == [1.0]
-    assert not stage.clock.getDelayedCalls()
+    drained.pass_time(60)
+    assert drained.rested == [1.0]
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_a_request_that_comes_in_a_drain_counts_too(logged: list[LogEvent]) -> None:
     """Whoever was served or cut is told of, also if it came after the beginning."""
-    stage = Stage(busy=1)
-    late = [stage.connect(), stage.connect()]
+    drained = DrainedSite(busy=1)
+    late = [drained.connect(), drained.connect()]
     for channel in late:
         channel.dataReceived(GET[:5])
-    stage.begin()
+    drained.begin()
     for channel in late:
         channel.dataReceived(GET[5:])
-    stage.resource.response()
-    stage.resource.response()
-    stage.pass_time(31)
+    drained.resource.response()
+    drained.resource.response()
+    drained.pass_time(31)
 
     assert told(logged) == (2, 1)
 
 
 def test_a_client_that_leaves_by_itself_is_waited_for_no_more(logged: list[LogEvent]) -> None:
     """It was not cut."""
-    stage = Stage(busy=1)
-    stage.begin()
-    stage.transports.pop().end(FIN)
+    drained = DrainedSite(busy=1)
+    drained.begin()
+    drained.transports.pop().end(FIN)
 
-    assert stage.rested == [0.0]
+    assert drained.rested == [0.0]
     assert told(logged)[1] == 0
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.clock.getDelayedCalls()
 
 
 @pytest.mark.parametrize("how", ["deadline", "second signal"])
 def test_a_body_that_is_still_coming_is_cut_and_counted(logged: list[LogEvent], how: str) -> None:
     """A request that nobody serves yet is one all the same, for whoever sent it."""
-    stage = Stage(busy=1)
-    stage.connect().dataReceived(POST[:-1])
-    stage.begin()
+    drained = DrainedSite(busy=1)
+    drained.connect().dataReceived(POST[:-1])
+    drained.begin()
     assert "2 requests" in formatEvent(logged[-1])
-    stage.resource.response()
-    stage.pass_time(5)
-    assert stage.drain.remaining == 1
+    drained.resource.response()
+    drained.pass_time(5)
+    assert drained.drain.remaining == 1
     if how == "second signal":
-        stage.drain.cut()
-        stage.drain.cut()
-    stage.pass_time(30)
+        drained.drain.cut()
+        drained.drain.cut()
+    drained.pass_time(30)
 
     assert told(logged) == (1, 1)
-    assert not stage.clock.getDelayedCalls()
+    assert not drained.clock.getDelayedCalls()
 
 
 def test_a_body_that_comes_in_time_is_served(logged: list[LogEvent]) -> None:
     """A drain waits for it as for any other."""
-    stage = Stage()
-    channel = stage.connect()
+    drained = DrainedSite()
+    channel = drained.connect()
     channel.dataReceived(POST[:-1])
-    stage.begin()
-    stage.pass_time(5)
-    assert not stage.rested
+    drained.begin()
+    drained.pass_time(5)
+    assert not drained.rested
     channel.dataReceived(POST[-1:])
-    stage.resource.response()
-    stage.pass_time(1)
+    drained.resource.response()
+    drained.pass_time(1)
 
     assert told(logged) == (1, 0)
 
 
 def test_what_is_left_can_be_seen(logged: list[LogEvent]) -> None:
     """How many requests, and for how long; nothing while nothing is drained."""
-    stage = Stage(idle=1, busy=2)
-    seen = [(stage.drain.remaining, stage.drain.remaining_s)]
-    stage.begin()
-    seen.append((stage.drain.remaining, stage.drain.remaining_s))
-    stage.resource.response()
-    stage.pass_time(10)
-    seen.append((stage.drain.remaining, stage.drain.remaining_s))
-    stage.resource.response()
-    stage.pass_time(1)
-    seen.append((stage.drain.remaining, stage.drain.remaining_s))
+    drained = DrainedSite(idle=1, busy=2)
+    seen = [(drained.drain.remaining, drained.drain.remaining_s)]
+    drained.begin()
+    seen.append((drained.drain.remaining, drained.drain.remaining_s))
+    drained.resource.response()
+    drained.pass_time(10)
+    seen.append((drained.drain.remaining, drained.drain.remaining_s))
+    drained.resource.response()
+    drained.pass_time(1)
+    seen.append((drained.drain.remaining, drained.drain.remaining_s))
 
     assert seen == [(0, 0.0), (2, 30.0), (1, 20.0), (0, 0.0)]
 
 
 def test_progress_is_logged(logged: list[LogEvent]) -> None:
     """Every ten seconds, until it is over."""
-    stage = Stage(busy=2)
-    stage.begin()
-    stage.pass_time(10)
-    stage.resource.response()
-    stage.pass_time(50)
+    drained = DrainedSite(busy=2)
+    drained.begin()
+    drained.pass_time(10)
+    drained.resource.response()
+    drained.pass_time(50)
 
     lines = [formatEvent(event) for event in logged if "requests are left" in formatEvent(event)]
     assert lines == [
