@@ -87,20 +87,21 @@ class Gateway(Handler):
 
     def body_limit(self, request: Request) -> int:
         """Return the most bytes that the body of ``request`` may have on any route of its path."""
-        return self._place(request).body_limit
+        place = request.kept = self._routes.at(request.path, host_of(request.first.get(b"host")))
+        return place.body_limit
 
     def holds_body(self, request: Request) -> bool:
         """Return whether the body must be whole before the request is served, or else streams."""
         kind = request.first.get(b"content-type")
-        return is_held(kind, self._place(request).needs_model)
+        return is_held(kind, _place(request).needs_model)
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
-        return early_refusal(request, self._place(request), self._rules)
+        return early_refusal(request, _place(request), self._rules)
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
-        place = self._place(request)
+        place = _place(request)
         exchange = self._recorder.begin(request)
 
         def client_left(why: ClientGone) -> None:
@@ -112,9 +113,6 @@ class Gateway(Handler):
         request.gone = client_left
         exchange.task = Task(self._serve(exchange, place), _end_failed)
         return NOT_DONE_YET
-
-    def _place(self, request: Request) -> PathMatch:
-        return self._routes.at(request.path, host_of(request.first.get(b"host")))
 
     # -- the story ------------------------------------------------------------------------------
 
@@ -240,6 +238,12 @@ class Gateway(Handler):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
+
+
+def _place(request: Request) -> PathMatch:
+    """Return what there is at the request's path and host; its head found it."""
+    place: PathMatch = request.kept
+    return place
 
 
 def _end_failed(failure: Failure) -> None:

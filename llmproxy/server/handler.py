@@ -22,7 +22,11 @@ class Handler(Resource):
     isLeaf = True
 
     def body_limit(self, request: Request) -> int:
-        """Return the most bytes of the request's body; without a method of its own, none."""
+        """Return the most bytes of the request's body; without a method of its own, none.
+
+        It is the first call for a request, once its head is in.  What a handler finds out about the
+        request here, it may keep in ``request.kept``.
+        """
         return 0
 
     def holds_body(self, request: Request) -> bool:

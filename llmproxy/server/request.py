@@ -48,6 +48,7 @@ class Request(server.Request):
         body_bytes: how much of it came so far.
         upload: the request body, where it streams.
         handler: what its head found to serve it; None once it does.
+        kept: whatever the handler keeps with the request, from its head on.
         refusal: why the request cannot be served, where that is known before it is served.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
@@ -58,7 +59,8 @@ class Request(server.Request):
 
     __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request (ADR-0011)
         *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
-        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "refusal", "sent"),
+        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "kept"),
+        *("refusal", "sent"),
         *("stall_after", "status", "upload"),
     )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
@@ -87,6 +89,7 @@ class Request(server.Request):
         self._limit = 0
         self._held = 0
         self.handler: Any = channel.site.router.find(self.method, self.path)
+        self.kept: Any = None
         self._served = False
         # what goes out
         self.gone: Callable[[ClientGone], None] | None = None
