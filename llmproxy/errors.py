@@ -35,18 +35,18 @@ class EndReason(StrEnum):
 
 
 class ProxyError(Exception):
-    """Something that ends a request, and what its caller may be told about it.
+    """Something that ends a request, and what its caller may know about it.
 
     Args:
-        status: the HTTP status to answer with while no byte of a response has left.
+        status: the HTTP status of the response, if no byte of another response has left.
         reason: one word for ``x-llmproxy-error`` and the trace, from a closed vocabulary.
         message: a sentence for the caller; it names no key, no address and no file.
         end: the end reason that the trace and the metrics record.
-        fields: further response header fields, lower-case names.
-        may_have_run: the provider may have done (and billed) the work, so that an SDK must not
-            send the request again by itself.
-        detail: what the operator reads in the log and nobody else; it may name addresses.
-        cause: one word that tells failures with the same end reason apart, for the trace.
+        fields: further response header fields, with names in lower case.
+        may_have_run: whether the provider may have done (and billed) the work.  If so, an SDK must
+            not send the request again by itself.
+        detail: for the operator, in the log and nowhere else; it may name addresses.
+        cause: one word for the trace that distinguishes failures with the same end reason.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ProxyError(Exception):
 
 
 def upstream_unreachable(detail: str) -> ProxyError:
-    """No connection to the provider came about: its name, its address, or a refusal."""
+    """No connection to the provider could be made: its name, its address, or a refusal."""
     return ProxyError(
         502,
         "upstream_unreachable",
@@ -100,7 +100,7 @@ def upstream_tls(cause: str, detail: str) -> ProxyError:
 
 
 def no_descriptors() -> ProxyError:
-    """The process may not open one more file or socket."""
+    """The process may not open another file or socket."""
     return ProxyError(
         503,
         "no_descriptors",
@@ -111,7 +111,11 @@ def no_descriptors() -> ProxyError:
 
 
 def upstream_timeout(phase: str, *, may_have_run: bool) -> ProxyError:
-    """The provider did not connect, or did not begin to answer, in the time that was given."""
+    """The connection, or the beginning of the response, did not come in time.
+
+    Args:
+        phase: what took too long, in one word; the trace has it as the cause.
+    """
     return ProxyError(
         504,
         "upstream_timeout",
@@ -124,7 +128,7 @@ def upstream_timeout(phase: str, *, may_have_run: bool) -> ProxyError:
 
 
 def upstream_idle() -> ProxyError:
-    """The provider began to answer and then fell silent."""
+    """The provider began its response and then fell silent."""
     return ProxyError(
         504,
         "upstream_idle",
@@ -147,7 +151,7 @@ def upstream_broken(detail: str) -> ProxyError:
 
 
 def upstream_protocol(detail: str) -> ProxyError:
-    """The provider answered something that is not HTTP as we accept it."""
+    """The provider sent a response that is not HTTP as the proxy accepts it."""
     return ProxyError(
         502,
         "upstream_protocol",
@@ -165,12 +169,12 @@ class ClientGone(Exception):
 
 
 class ClientStalled(ClientGone):
-    """The client took no byte for ``client_stall`` although there was something to take."""
+    """The client read no byte for ``client_stall`` although bytes were waiting."""
 
     end = EndReason.CLIENT_STALLED
 
 
 class Cut(ClientGone):
-    """The proxy itself cut the request: the drain's deadline, or a second signal."""
+    """The proxy itself ended the request: the drain's deadline, or a second signal."""
 
     end = EndReason.DRAINED

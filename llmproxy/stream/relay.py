@@ -108,7 +108,7 @@ class Batch(list[tuple[Reader, float, bytes, int]]):
 class StreamStatistics:
     """What is noted of one body: how much came, when, and how it ends.
 
-    Every property tells of all chunks that have come: the batch is read first.
+    Every property counts all chunks that have come: the batch is read first.
 
     Args:
         batch: where the chunks of this body wait.
