@@ -14,8 +14,8 @@ from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import TABLE, endpoint, operation
 
 
-def gathered(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
-    """What these events of a stream tell."""
+def accumulated(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
+    """Return what these events of a stream say."""
     assert row is not None
     seen = Accumulated(keeps=keeps, budget=10_000)
     for event in events:
@@ -61,7 +61,7 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
 def test_the_row_is_found_by_the_last_segments(
     dialect: Dialect, path: bytes, name: str | None
 ) -> None:
-    """Wherever a provider is mounted, the end of the path says what it answers."""
+    """Wherever a provider is mounted, the end of the path names its endpoint."""
     row = endpoint(dialect, path)
     assert (row and row.name) == name
 
@@ -96,14 +96,14 @@ def test_every_dialect_has_its_table() -> None:
         (b"", None),
     ],
 )
-def test_the_path_says_what_is_done(path: bytes, word: str | None) -> None:
-    """The last segment of any dialect's endpoint is enough, whoever was asked."""
+def test_the_path_names_the_operation(path: bytes, word: str | None) -> None:
+    """The last segment of any dialect's endpoint names the operation, for any provider."""
     assert operation(path) == word
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
-def test_a_row_does_the_same_for_all_who_ask(dialect: Dialect) -> None:
-    """What a span says of a path is what its row says, and rows keep their own dialect."""
+def test_a_row_agrees_with_its_path(dialect: Dialect) -> None:
+    """A path has the operation of its row, and a row has the name of its dialect."""
     for key, row in TABLE[dialect].items():
         assert endpoint(dialect, b"/x/" + key) is row
         assert operation(b"/x/" + key) == row.operation
@@ -132,8 +132,8 @@ def test_a_row_does_the_same_for_all_who_ask(dialect: Dialect) -> None:
 )
 def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
     """An error is an object or a sentence, with a type or a code; null is none."""
-    assert gathered(row, event).error == error
-    assert gathered(row, event, keeps=False).error == error
+    assert accumulated(row, event).error == error
+    assert accumulated(row, event, keeps=False).error == error
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
+def test_events_that_say_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
     """Nulls, absent members and events of other kinds are read, and nothing is found in them."""
-    seen = gathered(row, event, keeps=keeps)
+    seen = accumulated(row, event, keeps=keeps)
     assert (seen.text, seen.tool_calls, seen.error, seen.has_ended) == ("", (), None, False)
     assert seen.usage(is_final=True).provenance == "none"
 
@@ -172,7 +172,7 @@ def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
 def test_no_counts(usage: Any) -> None:
     """What is no number of tokens is not taken for one."""
     with pytest.raises(msgspec.ValidationError):
-        gathered(CHAT, {"usage": usage})
+        accumulated(CHAT, {"usage": usage})
 
 
 def test_a_name_with_escapes_is_the_same_name() -> None:
@@ -187,7 +187,7 @@ def test_a_name_with_escapes_is_the_same_name() -> None:
 
 def test_running_counts_replace_one_another() -> None:
     """The last of several counts holds, and what it does not say stays."""
-    seen = gathered(
+    seen = accumulated(
         MESSAGES,
         {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}},
         {"type": "message_delta", "usage": {"output_tokens": 5}},
@@ -201,7 +201,7 @@ def test_custom_tools_of_responses() -> None:
     """A custom tool's input is text, and comes in pieces as arguments do."""
     item = {"type": "custom_tool_call", "call_id": "c", "name": "run", "input": ""}
     piece = {"type": "response.custom_tool_call_input.delta", "output_index": 1}
-    seen = gathered(
+    seen = accumulated(
         RESPONSES,
         {"type": "response.output_item.added", "output_index": 1, "item": item},
         {**piece, "delta": "print"},
