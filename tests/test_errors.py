@@ -21,24 +21,12 @@ from llmproxy.errors import (
 
 
 def test_end_reasons_are_the_closed_set() -> None:
-    """The words are those of design 7, and no others."""
+    """The words are those of the design, and no others."""
+    upstream = ("refused", "unreachable", "tls", "timeout", "idle", "broken", "protocol", "failed")
     assert {reason.value for reason in EndReason} == {
-        "complete",
-        "client_gone",
-        "client_stalled",
-        "upstream_refused",
-        "upstream_unreachable",
-        "upstream_tls",
-        "upstream_timeout",
-        "upstream_idle",
-        "upstream_broken",
-        "upstream_protocol",
-        "upstream_failed",
-        "unfinished",
-        "rejected",
-        "drained",
-        "killed",
-        "internal",
+        *("complete", "client_gone", "client_stalled", "unfinished"),
+        *(f"upstream_{word}" for word in upstream),
+        *("rejected", "drained", "killed", "internal"),
     }
 
 
@@ -55,10 +43,10 @@ def test_end_reasons_are_the_closed_set() -> None:
         (no_descriptors(), 503, "rejected", False),
     ],
 )
-def test_what_goes_wrong_upstream(
+def test_errors_of_the_upstream_side(
     error: ProxyError, status: int, end: str, may_have_run: bool
 ) -> None:
-    """Each kind has its status and end reason, and says whether the work may have been done."""
+    """Each error has its status and end reason, and says whether the provider may have worked."""
     assert (error.status, error.end.value, error.may_have_run) == (status, end, may_have_run)
     assert str(error) == error.message
 
@@ -68,8 +56,8 @@ def test_no_descriptors_says_when_to_come_again() -> None:
     assert dict(no_descriptors().fields)[b"retry-after"].isdigit()
 
 
-def test_clients_go_in_three_ways() -> None:
-    """By themselves, by not reading, or because we cut them; each has its end reason."""
+def test_clients_leave_in_three_ways() -> None:
+    """They close, do not read, or are ended by the proxy; each way has its end reason."""
     assert ClientGone.end is EndReason.CLIENT_GONE
     assert ClientStalled.end is EndReason.CLIENT_STALLED
     assert Cut.end is EndReason.DRAINED

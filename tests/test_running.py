@@ -1,4 +1,4 @@
-"""How the suite runs: its order, its examples, and that a worker tells a failure in full."""
+"""How the suite runs: its order, its examples, and that a worker reports a failure in full."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ import re
 import pytest
 
 from tests.support.suites import CONFTEST, outcomes
-
-
-@pytest.fixture
-def suite(pytester: pytest.Pytester) -> pytest.Pytester:
-    """An empty test suite with our conftest, to be run in a process (and a reactor) of its own."""
-    pytester.makeconftest(CONFTEST)
-    return pytester
-
 
 SLOW_TO_SHRINK = """
     import time
@@ -28,10 +20,10 @@ SLOW_TO_SHRINK = """
     """
 
 
-def test_an_example_that_fails_is_told_before_the_timeout(suite: pytest.Pytester) -> None:
-    """However slowly it becomes smaller; Hypothesis's own limit for that is five minutes."""
-    suite.makeconftest(CONFTEST.replace("SHRINKING_S = 20\n", "SHRINKING_S = 1\n"))
-    counts, output = outcomes(suite, SLOW_TO_SHRINK, "--timeout=15")
+def test_an_example_that_fails_is_reported_before_the_timeout(pytester: pytest.Pytester) -> None:
+    """A slow search for a smaller one ends in time; Hypothesis's own limit is five minutes."""
+    conftest = CONFTEST.replace("SHRINKING_S = 20\n", "SHRINKING_S = 1\n")
+    counts, output = outcomes(pytester, SLOW_TO_SHRINK, "--timeout=15", conftest=conftest)
     assert counts == {"failed": 1}
     assert "Failing test case: " in output
     assert "Timeout" not in output
@@ -53,14 +45,14 @@ DRAWN = """
 
 
 def test_examples_are_the_same_each_time_unless_they_are_searched(
-    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change is judged by what was judged before it; a search draws others, and more of them."""
 
     def drawn(search: str) -> list[int]:
         monkeypatch.setenv("LLMPROXY_TEST_SEARCH", search)
-        assert outcomes(suite, DRAWN)[0] == {"passed": 2}
-        found: list[int] = json.loads((suite.path / "drawn").read_text())
+        assert outcomes(pytester, DRAWN)[0] == {"passed": 2}
+        found: list[int] = json.loads((pytester.path / "drawn").read_text())
         return found
 
     usual = drawn("")
@@ -71,9 +63,10 @@ def test_examples_are_the_same_each_time_unless_they_are_searched(
     assert searched[:100] != usual
 
 
-def test_files_with_the_longest_tests_begin(suite: pytest.Pytester) -> None:
-    """One that begins last would keep a run going alone; within a file the order is its own."""
-    suite.makepyfile(
+def test_files_with_the_longest_tests_begin(pytester: pytest.Pytester) -> None:
+    """A long file that begins last would keep a run going; within a file the order stays."""
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(
         test_a="def test_a(): pass",
         test_b="""
         import pytest
@@ -85,14 +78,14 @@ def test_files_with_the_longest_tests_begin(suite: pytest.Pytester) -> None:
         """,
         test_c="import pytest\npytestmark = pytest.mark.timeout(400)\ndef test_d(): pass",
     )
-    found = suite.runpytest_subprocess("--collect-only", "-q", timeout=60).stdout.str()
+    found = pytester.runpytest_subprocess("--collect-only", "-q", timeout=60).stdout.str()
     assert re.findall(r"::(\w+)", found) == ["test_d", "test_b", "test_c", "test_a"]
 
 
-def test_a_worker_keeps_no_report(suite: pytest.Pytester) -> None:
-    """Of xdist's workers; its controller has them, and tells a failure in full."""
+def test_a_worker_keeps_no_report(pytester: pytest.Pytester) -> None:
+    """The controller of xdist has the reports, and shows a failure in full."""
     counts, output = outcomes(
-        suite,
+        pytester,
         """
         def test_it():
             assert [1, 2] == [1, 3], "in full"

@@ -27,7 +27,7 @@ def _as_before() -> Iterator[None]:
 
 @ensureDeferred
 async def test_each_signal_is_a_call_of_its_own() -> None:
-    """In the reactor's next turn, and not in the middle of whatever runs."""
+    """The calls are made in the reactor's next turn, and not while other code runs."""
     calls: list[str] = []
     both: Deferred[None] = Deferred()
 

@@ -91,7 +91,7 @@ def test_what_the_promises_need_is_pinned_too() -> None:
     "pin", ["", "twisted==25.5.0", "twisted==27.1.0", "treq==26.10.0"], ids=str
 )
 def test_a_missing_or_a_wrong_pin_is_found(pin: str) -> None:
-    """A requirement without a pin, or with one below or above its range, is told."""
+    """A requirement without a pin, or with one below or above its range, is found."""
     wanted = [Requirement("twisted[tls]>=26.10,<27")]
     assert unmet(wanted, pins(pin)) == ["twisted[tls]<27,>=26.10"]
 
@@ -107,5 +107,5 @@ def test_a_line_that_pins_nothing_is_found(line: str) -> None:
 
 @pytest.mark.parametrize("command", ["make run", "make test"])
 def test_the_readme_names_the_two_commands(command: str) -> None:
-    """Who reads the README learns how to see the program and how to test it."""
+    """A reader of the README learns how to see the program and how to test it."""
     assert command in (ROOT / "README.rst").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What requests leave behind: nothing that keeps itself, so that the collector finds nothing.
+"""What requests leave behind: no objects that hold each other, for the collector to find.
 
 The daemon runs over loopback as for ``make bench-quick``, in a process of its own, because its
 reactor is run again and again.

@@ -44,7 +44,7 @@ def ask(bench: Bench, port: int, args: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_byte_is_as_expected_without_a_proxy(bench: Bench, name: str) -> None:
-    """The load generator finds nothing wrong in what the provider sends, nor this in its bodies."""
+    """The load generator and the provider find nothing wrong in each other's bytes."""
     line = ask(bench, bench.plain.port, SMALL[name])
     assert works.failures(line) == 0, line
     assert line["whole"] > 0
@@ -96,7 +96,7 @@ def test_a_wrong_response_is_counted(bench: Bench, response: bytes, counted: str
     assert line[counted] == 1, line
 
 
-def test_the_reason_of_a_failed_build_is_told(
+def test_the_reason_of_a_failed_build_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where the compiler fails, its last line is in the error."""

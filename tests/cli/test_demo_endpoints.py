@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.demo_wire import (
+    ANTHROPIC_TOOL,
     ARGUMENTS,
     ASKED,
     FUNCTION,
@@ -44,28 +45,95 @@ def message_of(document: Any) -> str:
     return str(error if isinstance(error, str) else error["message"])
 
 
+# --- chats ---------------------------------------------------------------------------------------
+
+
+def test_chat_calls_a_tool_in_pieces() -> None:
+    """Id and name come first and the arguments in pieces; the whole response has the same call."""
+    path = "/v1/chat/completions"
+    asked: Any = {"tools": [FUNCTION], "tool_choice": "required"}
+    (whole,) = DemoConnection().whole(path, **asked)["choices"]
+    (call,) = whole["message"]["tool_calls"]
+    assert whole["message"]["content"] is None
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+
+    chunks = [data_of(event)["choices"][0] for event in DemoConnection().events(path, **asked)[:-1]]
+    first, *rest = [chunk["delta"]["tool_calls"][0] for chunk in chunks[:-1]]
+    assert (chunks[0]["delta"]["role"], bool(first["id"])) == ("assistant", True)
+    assert first["function"] == {"name": "weather", "arguments": ""}
+    assert len(rest) > 1
+    assert {(*piece, *piece["function"]) for piece in rest} == {("index", "function", "arguments")}
+    pieces = [piece["function"]["arguments"] for piece in rest]
+    assert "".join(pieces) == call["function"]["arguments"]
+    assert chunks[-1]["finish_reason"] == whole["finish_reason"] == "tool_calls"
+
+
+def test_message_has_its_events_in_the_published_order() -> None:
+    """The text stands in blocks, and text, reason and counts are those of the whole response."""
+    blocks = [{"type": "text", "text": SAID}]
+    asked: Any = {"system": "Be brief.", "messages": [{"role": "user", "content": blocks}]}
+    whole = DemoConnection().whole("/v1/messages", **asked)
+    events = [data_of(event) for event in DemoConnection().events("/v1/messages", **asked)]
+    kinds = [event["type"] for event in events if event["type"] != "ping"]
+    deltas = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert kinds == [
+        *("message_start", "content_block_start"),
+        *["content_block_delta"] * len(deltas),
+        *("content_block_stop", "message_delta", "message_stop"),
+    ]
+    assert "".join(deltas) == whole["content"][0]["text"]
+    assert whole["content"][0]["text"].startswith(TEXT)
+    assert events[-2]["delta"]["stop_reason"] == whole["stop_reason"] == "end_turn"
+    assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"] == len(deltas)
+    assert events[0]["message"]["usage"]["input_tokens"] == whole["usage"]["input_tokens"] == 6
+
+
+def test_message_calls_a_tool_in_pieces() -> None:
+    """The tool's input comes as JSON in pieces; the whole response has the same call, decoded."""
+    asked: Any = {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}
+    whole = DemoConnection().whole("/v1/messages", **asked)
+    (block,) = whole["content"]
+    assert (block["type"], block["name"], block["input"]) == ("tool_use", "weather", ARGUMENTS)
+    events = [data_of(event) for event in DemoConnection().events("/v1/messages", **asked)]
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    pieces = [delta["partial_json"] for delta in deltas if delta["partial_json"]]
+    assert len(pieces) > 1
+    assert json.loads("".join(pieces)) == ARGUMENTS
+    assert events[-2]["delta"]["stop_reason"] == whole["stop_reason"] == "tool_use"
+    assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
 # --- completions ---------------------------------------------------------------------------------
 
 
-def test_completion_is_the_same_in_chunks() -> None:
-    """Chunks have the document's shape, a reason in the last one alone, and its text together."""
-    document = DemoConnection().whole("/v1/completions")
-    chunks = [data_of(event) for event in DemoConnection().events("/v1/completions")[:-1]]
-    assert document["choices"][0]["text"].startswith(TEXT)
-    assert "".join(c["choices"][0]["text"] for c in chunks) == document["choices"][0]["text"]
-    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
-    assert reasons == [None] * (len(chunks) - 1) + [document["choices"][0]["finish_reason"]]
-    assert [chunk for chunk in chunks if "usage" in chunk] == []
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_completion_is_the_same_in_chunks(path: str) -> None:
+    """Chunks have one id, a reason in the last one alone, and the document's text together."""
+
+    def text_of(choice: Any) -> str:
+        said = choice.get("delta") or choice.get("message") or choice
+        return str(said.get("content") or said.get("text") or "")
+
+    (document,) = DemoConnection().whole(path)["choices"]
+    chunks = [data_of(event) for event in DemoConnection().events(path)[:-1]]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert text_of(document).startswith(TEXT)
+    assert "".join(map(text_of, choices)) == text_of(document)
+    assert document["finish_reason"] == "stop"
+    assert [one["finish_reason"] for one in choices] == [None] * (len(chunks) - 1) + ["stop"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_usage_comes_in_one_more_chunk_where_it_is_asked_for(path: str) -> None:
-    """With include_usage every chunk has the member, and the last one has it and no choice."""
+    """Every chunk has the member then, and the last one has it and no choice; else none has it."""
     asked: Any = {"stream_options": {"include_usage": True}}
     *chunks, last = map(data_of, DemoConnection().events(path, **asked)[:-1])
     assert {chunk["usage"] for chunk in chunks} == {None}
     assert last["choices"] == []
     assert last["usage"] == DemoConnection().whole(path)["usage"]
+    assert not [event for event in DemoConnection().events(path) if b'"usage"' in event]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +150,7 @@ def test_prompt_of_any_shape_is_counted(prompt: object, tokens: int) -> None:
 # --- responses -----------------------------------------------------------------------------------
 
 
-def test_response_is_told_in_the_published_order() -> None:
+def test_response_has_its_events_in_the_published_order() -> None:
     """Events nest as item, part and deltas, are numbered, and end with the whole response."""
     events = [data_of(event) for event in DemoConnection().events("/v1/responses")]
     kinds = [event["type"].removeprefix("response.") for event in events]
@@ -254,7 +322,7 @@ def test_anthropic_counts_no_cache_unasked() -> None:
 
 
 def test_anthropic_counts_thinking_as_output() -> None:
-    """Thinking tokens are among the output tokens, and told apart beside them."""
+    """Thinking tokens are among the output tokens, and stand apart beside them."""
     calm = DemoConnection().whole("/v1/messages")["usage"]["output_tokens"]
     thinking = {"type": "enabled", "budget_tokens": 1024}
     usage = DemoConnection().whole("/v1/messages", thinking=thinking)["usage"]
@@ -287,6 +355,7 @@ def test_generation_ends_with_counts_and_context() -> None:
     assert whole["response"].startswith(TEXT)
     assert last | {"response": "", "created_at": ""} == whole | {"response": "", "created_at": ""}
     assert (last["prompt_eval_count"], last["eval_count"]) == (6, len(lines))
+    assert last["total_duration"] > last["eval_duration"] > 0
     assert len(last["context"]) == 6 + len(lines)
     assert {key for line in lines for key in line} == {"model", "created_at", "response", "done"}
 
@@ -352,18 +421,30 @@ def test_unfinished_whole_response_is_half_a_document(path: str) -> None:
 @pytest.mark.parametrize("path", ASKED)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
-    ("model", "status"), [("demo-429", 429), ("demo-500", 500), ("demo-503", 503), ("gpt", 404)]
+    ("model", "status", "code", "kind", "words"),
+    [
+        ("demo-429", 429, "rate_limit_exceeded", "rate_limit_error", "Rate limit reached"),
+        ("demo-500", 500, None, "api_error", "had an error"),
+        ("demo-503", 503, "service_unavailable", "overloaded_error", "overloaded"),
+        ("gpt", 404, "model_not_found", "not_found_error", "gpt"),
+    ],
 )
 def test_refusal_is_a_status_at_every_endpoint(
-    path: str, model: str, status: int, stream: bool
+    path: str, model: str, status: int, code: str | None, kind: str, words: str, stream: bool
 ) -> None:
-    """A model refuses wherever it is asked, in the shape of the dialect."""
+    """A model refuses wherever it is asked, in the shape and with the codes of the dialect."""
     wire = DemoConnection()
     wire.ask(path, model, stream=stream)
     got, document = wire.response()
     assert got == status
-    assert isinstance(document["error"], str) is (dialect_of(path) == "ollama")
-    assert (document.get("type") == "error") is (dialect_of(path) == "anthropic")
+    assert words in message_of(document)
+    if dialect_of(path) == "ollama":
+        assert document.keys() == {"error"}
+    elif dialect_of(path) == "openai":
+        assert document.keys() == {"error"}
+        assert document["error"]["code"] == code
+    else:
+        assert (document["type"], document["error"]["type"]) == ("error", kind)
 
 
 @pytest.mark.parametrize("path", WHOLE_ONLY)

@@ -61,18 +61,13 @@ def test_check_of_a_bad_file(file: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_check_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A program reads whether the file can be used, and every problem, from stdout."""
     assert main(["check", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "ok": True,
-        "problems": [],
-        "routes": 2,
-        "providers": 1,
-        "clients": 0,
-    }
+    counts = {"routes": 2, "providers": 1, "clients": 0}
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "problems": [], **counts}
     file.write_text(GOOD + "nothing = 1")
     assert main(["check", str(file), "--json"]) == 1
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert (told["ok"], len(told["problems"]), captured.err) == (False, 1, "")
+    report = json.loads(captured.out)
+    assert (report["ok"], len(report["problems"]), captured.err) == (False, 1, "")
 
 
 def test_check_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +123,7 @@ def test_no_key_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(keys) == 20
 
 
-def test_a_person_is_told_what_to_do_with_a_key(
+def test_a_person_reads_what_to_do_with_a_key(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal, and only there, a hint goes to stderr."""
@@ -154,12 +149,18 @@ def test_a_person_is_told_what_to_do_with_a_key(
         (["demo", "--port", "65536"], "expected a port from 0 to 65535"),
         (["demo", "--admin-port", "-1"], "expected"),
         (["demo", "--port", "http"], "expected a port"),
+        (["usage", "--by", "client,nothing"], "expected some of client, model"),
+        (["usage", "--by", ""], "expected some of"),
+        (["usage", "--by", "client,client"], "each once"),
+        (["usage", "--since", "yesterday"], "expected a duration such as 7d, or a date"),
+        (["usage", "--since", "7"], "expected a duration"),
+        (["usage", "--since", "2026-13-01"], "expected a duration"),
     ],
 )
 def test_a_wrong_command_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong command line is the code 2 and words on stderr."""
+    """The command says what is wrong on stderr, and ends with the code 2."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     captured = capsys.readouterr()
@@ -172,13 +173,13 @@ def test_a_wrong_command_line(
     "command", [[], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]], ids=" ".join
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command has a help that tells the exit codes, in plain ASCII."""
+    """The help of each command names the exit codes, in plain ASCII."""
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "exit codes: 0 " in told
-    assert told.isascii()
+    assert "exit codes: 0 " in printed
+    assert printed.isascii()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

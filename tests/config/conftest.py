@@ -10,7 +10,7 @@ from tests.support.configs import SECRET
 
 
 @pytest.fixture
-def vault(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """A directory for credential files that is closed to everybody else, with one in it."""
     directory = tmp_path / "credentials"
     directory.mkdir(mode=0o700)

@@ -19,14 +19,12 @@ from tests.support.configs import (
     with_credential,
 )
 
-# --- credentials ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_one_line_end_is_cut(vault: Path, end: str) -> None:
+def test_one_line_end_is_cut(directory: Path, end: str) -> None:
     """A credential is the file's content without one trailing line end."""
-    (vault / "key").write_bytes(b"a b" + end.encode())
-    credential = accepted(with_credential(vault)).providers["p"].credential
+    (directory / "key").write_bytes(b"a b" + end.encode())
+    credential = accepted(with_credential(directory)).providers["p"].credential
     assert credential is not None
     assert credential.reveal() == "a b"
 
@@ -47,19 +45,19 @@ def test_one_line_end_is_cut(vault: Path, end: str) -> None:
         (b"a" * (64 * 1024 + 1), "at most 64KiB"),
     ],
 )
-def test_content_of_a_credential_file(vault: Path, content: bytes, words: str) -> None:
+def test_content_of_a_credential_file(directory: Path, content: bytes, words: str) -> None:
     """What cannot be a header's value is no credential, and is not shown."""
-    (vault / "key").write_bytes(content)
-    (problem,) = refused(with_credential(vault))
+    (directory / "key").write_bytes(content)
+    (problem,) = refused(with_credential(directory))
     assert problem.startswith("providers.p.credential: expected a credential file")
     assert words in problem
     assert "got" not in problem
 
 
-def test_the_largest_credential(vault: Path) -> None:
+def test_the_largest_credential(directory: Path) -> None:
     """A credential of 64 KiB with its line end is just small enough."""
-    (vault / "key").write_bytes(b"a" * 64 * 1024 + b"\r\n")
-    accepted(with_credential(vault))
+    (directory / "key").write_bytes(b"a" * 64 * 1024 + b"\r\n")
+    accepted(with_credential(directory))
 
 
 @pytest.mark.parametrize(
@@ -73,28 +71,28 @@ def test_the_largest_credential(vault: Path) -> None:
         ("pipe", "the name of a regular file"),
     ],
 )
-def test_a_name_that_is_no_credential_file_s(vault: Path, name: str | int, words: str) -> None:
-    """It is not fetched from elsewhere, and is told without its name: that may be the key itself.
+def test_a_name_of_no_credential_file(directory: Path, name: str | int, words: str) -> None:
+    """No other file is read, and the problem hides the name: it may be the key itself.
 
     A pipe would never end.
     """
-    (vault / ".hidden").mkdir()
-    os.mkfifo(vault / "pipe")
-    (problem,) = refused(with_credential(vault, **{"providers.p.credential": json.dumps(name)}))
+    (directory / ".hidden").mkdir()
+    os.mkfifo(directory / "pipe")
+    (problem,) = refused(with_credential(directory, **{"providers.p.credential": json.dumps(name)}))
     assert problem.startswith(f"providers.p.credential: expected {words}")
     assert "got" not in problem
     assert SECRET not in problem
 
 
-def test_credentials_from_systemd(vault: Path) -> None:
+def test_credentials_from_systemd(directory: Path) -> None:
     """Without the key, credentials are read from $CREDENTIALS_DIRECTORY."""
     changes = {"providers.p.credential": '"key"'}
-    found = accepted(changes, CREDENTIALS_DIRECTORY=str(vault)).providers["p"].credential
+    found = accepted(changes, CREDENTIALS_DIRECTORY=str(directory)).providers["p"].credential
     assert found == Secret(SECRET)
 
 
 def test_no_place_for_credentials() -> None:
-    """Where nothing says where credentials are, that is said once for all providers."""
+    """Where no directory of credentials is named, that is reported once for all providers."""
     changes = {
         "providers.p.credential": '"key"',
         "providers.q": '{ url = "https://q", dialect = "raw", credential = "key" }',
@@ -106,52 +104,52 @@ def test_no_place_for_credentials() -> None:
 
 @pytest.mark.parametrize("mode", [0o701, 0o702, 0o704, 0o755])
 @pytest.mark.parametrize("place", ["credentials.directory", "$CREDENTIALS_DIRECTORY"])
-def test_a_directory_open_to_others(vault: Path, place: str, mode: int) -> None:
-    """A directory that others may enter, read or change is refused, once, whoever named it."""
-    vault.chmod(mode)
+def test_a_directory_open_to_others(directory: Path, place: str, mode: int) -> None:
+    """A directory that others may enter, read or change is refused once, wherever it is named."""
+    directory.chmod(mode)
     changes = {
         "providers.p.credential": '"missing"',
         "providers.q": '{ url = "https://q", dialect = "raw", credential = "missing" }',
     }
     if place.startswith("$"):
-        (problem,) = refused(changes, CREDENTIALS_DIRECTORY=str(vault))
+        (problem,) = refused(changes, CREDENTIALS_DIRECTORY=str(directory))
     else:
-        (problem,) = refused(with_credential(vault, **changes))
+        (problem,) = refused(with_credential(directory, **changes))
     assert problem.startswith(f"{place}: expected a directory closed to others")
-    assert str(vault) in problem
+    assert str(directory) in problem
 
 
-def test_an_unused_directory_of_systemd_is_not_looked_at(vault: Path) -> None:
+def test_an_unused_directory_of_systemd_is_not_checked(directory: Path) -> None:
     """Where no provider names a credential, $CREDENTIALS_DIRECTORY may be anything."""
-    vault.chmod(0o755)
-    accepted({}, CREDENTIALS_DIRECTORY=str(vault))
+    directory.chmod(0o755)
+    accepted({}, CREDENTIALS_DIRECTORY=str(directory))
 
 
-def test_a_directory_open_to_a_group(vault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group may enter only if the process is in it, and systemd's directory is its own affair."""
-    vault.chmod(0o750)
-    group = vault.stat().st_gid
+def test_a_directory_open_to_a_group(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group may enter only if the process is in it; systemd's own directory is not judged."""
+    directory.chmod(0o750)
+    group = directory.stat().st_gid
     monkeypatch.setattr(os, "getegid", lambda: group + 1)
     monkeypatch.setattr(os, "getgroups", lambda: [group])
-    accepted(with_credential(vault))
+    accepted(with_credential(directory))
     monkeypatch.setattr(os, "getgroups", lambda: [group + 2])
-    (problem,) = refused(with_credential(vault))
+    (problem,) = refused(with_credential(directory))
     assert problem.startswith("credentials.directory: expected a directory closed to a group")
-    accepted({"providers.p.credential": '"key"'}, CREDENTIALS_DIRECTORY=str(vault))
+    accepted({"providers.p.credential": '"key"'}, CREDENTIALS_DIRECTORY=str(directory))
 
 
 @pytest.mark.parametrize(("name", "words"), [("missing", "No such file"), ("file", "a directory")])
 def test_a_directory_that_is_none(tmp_path: Path, name: str, words: str) -> None:
-    """A directory that is named is looked at although no provider has a credential."""
+    """A directory that is named is checked although no provider has a credential."""
     (tmp_path / "file").touch()
     (problem,) = refused({"credentials.directory": json.dumps(str(tmp_path / name))})
     assert problem.startswith("credentials.directory: expected a directory")
     assert words in problem
 
 
-def test_two_credentials(vault: Path) -> None:
+def test_two_credentials(directory: Path) -> None:
     """A provider's own key and the caller's key cannot both be sent."""
-    (problem,) = refused(with_credential(vault, **{"providers.p.pass_credential": "true"}))
+    (problem,) = refused(with_credential(directory, **{"providers.p.pass_credential": "true"}))
     assert problem.startswith("providers.p.pass_credential: expected either this or `credential`")
     assert accepted({"providers.p.pass_credential": "true"}).providers["p"].pass_credential
 
@@ -159,9 +157,9 @@ def test_two_credentials(vault: Path) -> None:
 # --- nothing secret is shown ----------------------------------------------------------------------
 
 
-def test_nothing_secret_is_shown(vault: Path) -> None:
+def test_nothing_secret_is_shown(directory: Path) -> None:
     """No secret and no digest is in repr, in the redacted form or in what msgspec encodes."""
-    config = accepted(with_credential(vault, **{"clients.c.keys": KEYS_LINE}))
+    config = accepted(with_credential(directory, **{"clients.c.keys": KEYS_LINE}))
     digest = bytes.fromhex(DIGEST)
     redacted = config.redacted()
     for shown in (repr(config), str(config), json.dumps(redacted), f"{config.providers['p']}"):
@@ -198,17 +196,20 @@ def test_nothing_secret_is_shown(vault: Path) -> None:
         ("credentials.key", f'"{SECRET}"'),
     ],
 )
-def test_a_secret_that_went_astray_is_not_shown(vault: Path, key: str, value: str) -> None:
-    """Whoever writes a key where it does not belong finds it in no message."""
-    changes: dict[str, str | None] = {"credentials.directory": json.dumps(str(vault)), key: value}
+def test_a_secret_in_the_wrong_place_is_not_shown(directory: Path, key: str, value: str) -> None:
+    """A key that was written where it does not belong stands in no message."""
+    changes: dict[str, str | None] = {
+        "credentials.directory": json.dumps(str(directory)),
+        key: value,
+    }
     shown = "\n".join(refused(changes)).lower()
     assert key.split(".", 1)[0] in shown
     assert SECRET not in shown
     assert DIGEST not in shown
 
 
-def test_a_wrong_key_is_told_how_one_is_made() -> None:
-    """An operator who wrote the key itself learns of the command that prints its line."""
+def test_the_problem_of_a_wrong_key_names_the_command() -> None:
+    """An operator who wrote the key itself reads which command prints its line."""
     (problem,) = refused({"clients.team-a.keys": '["llmp_x"]'})
     assert problem.startswith('clients.team-a.keys[0]: expected "sha256:" and 64 lower-case')
     assert "`llmproxy keys new team-a`" in problem

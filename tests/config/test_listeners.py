@@ -1,4 +1,4 @@
-"""The keys of TLS listeners: what is accepted, and how a mistake with certificate or key is told.
+"""The keys of TLS listeners: what is accepted, and how a mistake in the files is reported.
 
 A PEM file is a credential like others, but for its shape; nothing of it, nor its name, is shown.
 """
@@ -77,7 +77,7 @@ def test_a_whole_listener(vault: Vault, key_type: KeyType) -> None:
     )
 
 
-def test_credentials_of_systemd_hold_them_too(vault: Vault) -> None:
+def test_certificate_and_key_may_be_credentials_of_systemd(vault: Vault) -> None:
     """Without a directory of its own the file's keys name those of $CREDENTIALS_DIRECTORY."""
     changed = {**changes(vault), "credentials.directory": None}
     assert accepted(changed, CREDENTIALS_DIRECTORY=str(vault.directory)).proxy.keypair
@@ -104,25 +104,23 @@ def test_tls_alone(vault: Vault) -> None:
     assert accepted(changes(vault, listen="[]")).proxy.listen == ()
 
 
-def test_what_stands_around_a_pem_block_is_no_matter(vault: Vault) -> None:
-    """Authorities and tools write text beside the blocks, and line ends of either kind."""
-    issued = vault.issue()
-    vault.write("certificate", b"subject=localhost\n" + issued.chain.replace(b"\n", b"\r\n"))
-    vault.write("key", b"\n" + issued.key + b"\n")
-    assert accepted(changes(vault)).proxy.keypair
+GOOD_FILES: dict[str, Callable[[Issued], tuple[bytes, bytes]]] = {
+    "text around": lambda issued: (b"subject=a\n" + issued.chain, b"\n" + issued.key + b"\n"),
+    "CRLF": lambda issued: (issued.chain.replace(b"\n", b"\r\n"), issued.key),
+    "PKCS8": lambda issued: (issued.chain, issued.key_as(PrivateFormat.PKCS8)),
+    "OpenSSL": lambda issued: (issued.chain, issued.key_as(PrivateFormat.TraditionalOpenSSL)),
+    "both in one": lambda issued: (issued.chain, issued.chain + issued.key),
+}
 
 
-@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
-def test_formats_of_a_key(vault: Vault, form: PrivateFormat) -> None:
-    """A key may be in either of the formats that tools write."""
-    vault.write("key", vault.put().key_as(form))
-    assert accepted(changes(vault)).proxy.keypair
-
-
-def test_a_key_behind_its_certificate(vault: Vault) -> None:
-    """A tool that writes both into one file wrote the key, too."""
-    issued = vault.put()
-    vault.write("key", issued.chain + issued.key)
+@pytest.mark.parametrize("content", GOOD_FILES.values(), ids=GOOD_FILES)
+def test_files_as_tools_write_them(
+    vault: Vault, content: Callable[[Issued], tuple[bytes, bytes]]
+) -> None:
+    """Text beside the blocks, both line ends and formats, and a key behind its certificate."""
+    certificate, key = content(vault.issue())
+    vault.write("certificate", certificate)
+    vault.write("key", key)
     assert accepted(changes(vault)).proxy.keypair
 
 
@@ -131,18 +129,18 @@ def test_a_key_behind_its_certificate(vault: Vault) -> None:
 
 @pytest.mark.parametrize("missing", [["certificate"], ["key"], WHICH])
 def test_a_tls_listener_needs_both(vault: Vault, missing: list[str]) -> None:
-    """Without a certificate or a key there is nothing to show, or to prove it with; all is told."""
+    """A missing certificate and a missing key are both reported."""
     assert refused(changes(vault, **dict.fromkeys(missing))) == tuple(
         f"proxy.{name}: expected this key, but it is missing" for name in missing
     )
 
 
 @pytest.mark.parametrize("alone", WHICH)
-def test_neither_stands_without_a_tls_listener(vault: Vault, alone: str) -> None:
+def test_certificate_and_key_need_a_tls_listener(vault: Vault, alone: str) -> None:
     """A certificate that nobody would see is a mistake, not something that is ignored."""
     (other,) = {*WHICH} - {alone}
-    told = problem(changes(vault, listen_tls=None, **{other: None}), f"proxy.{alone}")
-    assert told.endswith("expected `listen_tls` beside it, which it is for")
+    words = problem(changes(vault, listen_tls=None, **{other: None}), f"proxy.{alone}")
+    assert words.endswith("expected `listen_tls` beside it, which it is for")
 
 
 AN_ITEM = "an array with at least one item, got an empty one"
@@ -166,12 +164,6 @@ def test_endpoints_that_cannot_be_below_tls(
     assert words in problem(changes(vault, listen_tls=listen_tls), f"proxy.listen_tls{at}")
 
 
-def test_no_listener_at_all(vault: Vault) -> None:
-    """An empty `listen` is accepted beside `listen_tls` alone."""
-    changed = changes(vault, listen="[]", listen_tls=None, certificate=None, key=None)
-    assert AN_ITEM in problem(changed, "proxy.listen")
-
-
 # --- what a file holds ----------------------------------------------------------------------------
 
 NOT_A_CERTIFICATE: dict[str, Callable[[Issued], bytes]] = {
@@ -192,9 +184,9 @@ NOT_A_CERTIFICATE: dict[str, Callable[[Issued], bytes]] = {
 def test_what_is_no_certificate(vault: Vault, content: Callable[[Issued], bytes]) -> None:
     """What holds no chain, or one that is not whole, is refused before a client finds out."""
     vault.write("certificate", content(vault.put()))
-    told = problem(changes(vault), "proxy.certificate")
-    assert "PEM file" in told or "64KiB" in told
-    assert "got" not in told
+    words = problem(changes(vault), "proxy.certificate")
+    assert "PEM file" in words or "64KiB" in words
+    assert "got" not in words
 
 
 NOT_A_KEY: dict[str, Callable[[Issued], bytes]] = {
@@ -210,21 +202,18 @@ NOT_A_KEY: dict[str, Callable[[Issued], bytes]] = {
 
 @pytest.mark.parametrize("content", NOT_A_KEY.values(), ids=NOT_A_KEY)
 def test_what_is_no_key(vault: Vault, content: Callable[[Issued], bytes]) -> None:
-    """Nobody is there to type a passphrase, and nothing of what stood there is shown."""
+    """A key must be readable without a passphrase, and nothing of the file is shown."""
     vault.write("key", content(vault.put()))
-    told = problem(changes(vault), "proxy.key")
-    assert told.endswith("expected a PEM file of a private key without a passphrase")
+    words = problem(changes(vault), "proxy.key")
+    assert words.endswith("expected a PEM file of a private key without a passphrase")
 
 
 def test_a_key_of_another_certificate(vault: Vault) -> None:
-    """Both are fine, but not together."""
+    """The key is that of the first certificate, and not that of another one or of an authority."""
+    issued = vault.put()
     vault.write("key", vault.issue().key)
     assert problem(changes(vault), "proxy.key").endswith("expected the key of `certificate`")
-
-
-def test_a_chain_in_the_wrong_order(vault: Vault) -> None:
-    """The certificate itself stands first; an authority's is not the key's."""
-    issued = vault.put()
+    vault.write("key", issued.key)
     vault.write("certificate", issued.chain.removeprefix(issued.leaf) + issued.leaf)
     assert problem(changes(vault), "proxy.key").endswith("expected the key of `certificate`")
 
@@ -242,16 +231,16 @@ def self_signed(key: rsa.RSAPrivateKey | dsa.DSAPrivateKey) -> tuple[bytes, byte
 
 @pytest.mark.parametrize("kind", ["rsa", "dsa"])
 def test_a_key_with_which_no_handshake_could_succeed(vault: Vault, kind: str) -> None:
-    """The check tells it, and not the start, or each client in its turn."""
+    """The check reports a weak key: neither the start nor a client finds it first."""
     if kind == "rsa":
         certificate, key = self_signed(rsa.generate_private_key(65537, 1024))  # noqa: S505 - weak on purpose
     else:
         certificate, key = self_signed(dsa.generate_private_key(2048))
     vault.write("certificate", certificate)
     vault.write("key", key)
-    (told,) = refused(changes(vault))
-    assert told.startswith(("proxy.key: ", "proxy.certificate: "))
-    assert not PEM_LINE.search(told)
+    (words,) = refused(changes(vault))
+    assert words.startswith(("proxy.key: ", "proxy.certificate: "))
+    assert not PEM_LINE.search(words)
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -266,19 +255,19 @@ def test_a_key_with_which_no_handshake_could_succeed(vault: Vault, kind: str) ->
     ],
 )
 def test_a_file_that_cannot_be_one(vault: Vault, which: str, name: str, words: str) -> None:
-    """It is told without its name, as a name may be a secret that went astray."""
+    """The problem does not show the name of the file: it may be a secret in the wrong place."""
     (vault.directory / "folder").mkdir()
     os.mkfifo(vault.directory / "pipe")
-    told = problem(changes(vault, **{which: json.dumps(name)}), f"proxy.{which}")
-    assert words in told
-    assert name not in told.replace("credentials directory", "")
+    found = problem(changes(vault, **{which: json.dumps(name)}), f"proxy.{which}")
+    assert words in found
+    assert name not in found.replace("credentials directory", "")
 
 
 @pytest.mark.parametrize("which", WHICH)
-def test_a_file_that_may_not_be_read(
+def test_a_file_without_permission(
     vault: Vault, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may not read it is told so (root may read all)."""
+    """The problem says that the process may not read the file (root may read all)."""
     really_open = open
     forbidden = str(vault.directory / which)
 
@@ -289,20 +278,6 @@ def test_a_file_that_may_not_be_read(
 
     monkeypatch.setattr("builtins.open", guarded)
     assert "(Permission denied)" in problem(changes(vault), f"proxy.{which}")
-
-
-@pytest.mark.parametrize("mode", [0o701, 0o704, 0o755])
-def test_a_directory_open_to_others(vault: Vault, mode: int) -> None:
-    """A key in a directory that others may enter stops the start, told once for both files."""
-    vault.directory.chmod(mode)
-    told = problem(changes(vault), "credentials.directory")
-    assert "expected a directory closed to others" in told
-
-
-def test_no_place_for_credentials(vault: Vault) -> None:
-    """Where nothing says where credentials are, that is said once for both files."""
-    told = problem({**changes(vault), "credentials.directory": None}, "credentials.directory")
-    assert "$CREDENTIALS_DIRECTORY is not set either" in told
 
 
 # --- nothing secret is shown ----------------------------------------------------------------------
@@ -325,8 +300,8 @@ def test_nothing_of_the_key_is_shown(vault: Vault) -> None:
 
 @pytest.mark.parametrize("which", WHICH)
 def test_a_key_written_into_the_file_is_not_shown(vault: Vault, which: str) -> None:
-    """Whoever pastes the PEM where the file's name belongs finds it in no message."""
+    """A key that was pasted where the file's name belongs stands in no message."""
     pasted = vault.put().key.decode()
-    told = problem(changes(vault, **{which: json.dumps(pasted)}), f"proxy.{which}")
-    assert pasted.splitlines()[1] not in told
-    assert "PRIVATE" not in told
+    words = problem(changes(vault, **{which: json.dumps(pasted)}), f"proxy.{which}")
+    assert pasted.splitlines()[1] not in words
+    assert "PRIVATE" not in words

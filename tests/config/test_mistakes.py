@@ -1,4 +1,4 @@
-"""How each mistake of a configuration is told, and that all of them are told at once."""
+"""How each mistake of a configuration is reported, and that all are reported at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import pytest
 
 from llmproxy.config import ConfigError, parse
+from llmproxy.config.schema import Section
 from llmproxy.config.settings import ROOT, SECTIONS
 from tests.support.configs import DIGEST, KEYS_LINE, accepted, refused
 
@@ -70,9 +71,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.otlp", '"127.0.0.1:4318"', "", "an http:// or https:// URL"),
     ("trace.otlp", '"http://key@host"', "", "without a user or password"),
     ("trace.session_header", '"x session"', "", "a header's name"),
-    ("trace.session_header", '"Authorization"', "", "a header that carries no key"),
     ("trace.session_header", '"cookie"', "", "a header that carries no key"),
-    ("trace.session_header", '"x-llmproxy-key"', "", "a header that neither the proxy"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
     ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
     ("providers.p.url", "1", "", "an http:// or https:// URL"),
@@ -101,9 +100,6 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.url", '"https://a//b"', "", "segments"),
     ("providers.p.dialect", '"openia"', "", 'one of "openai", "anthropic", "ollama", "raw"'),
     ("providers.p.dialect", "1", "", "one of"),
-    ("providers.p.header", '"Content-Length"', "", "neither the proxy nor HTTP's framing owns"),
-    ("providers.p.header", '"Proxy-Authorization"', "", "framing owns"),
-    ("providers.p.header", '"x-llmproxy-key"', "", "framing owns"),
     ("providers.p.header", '"Authorization: Bearer"', "", "a token"),
     ("providers.p.format", '"Bearer"', "", 'exactly one "{}"'),
     ("providers.p.format", '"{}{}"', "", 'exactly one "{}"'),
@@ -113,7 +109,6 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.format", '"é{}"', "", "visible ASCII"),
     ("providers.p.format", "1", "", "visible ASCII"),
     ("providers.p.headers", '"a: b"', "", "expected a table, got a string"),
-    ("providers.p.headers", '{ Host = "a" }', ".Host", "framing owns"),
     ("providers.p.headers", '{ "a b" = "a" }', '."a b"', "a token"),
     ("providers.p.headers", '{ Api-Key = "a" }', ".Api-Key", "use `credential`"),
     ("providers.p.headers", '{ A = "a", a = "a" }', ".a", "each name once"),
@@ -185,7 +180,6 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("clients", "1", "", "expected a table, got a number"),
     ("admin", "[]", "", "expected a table, got an array"),
     # unknown keys, with the nearest known one
-    ("zzz", "1", "", "unknown key; expected one of proxy, admin, credentials"),
     ("route", "1", "", 'unknown key; did you mean "routes"?'),
     ("proxy.drain-timeout", '"1s"', "", 'unknown key; did you mean "drain_timeout"?'),
     ("providers.p.URL", '"x"', "", 'unknown key; did you mean "url"?'),
@@ -198,7 +192,7 @@ WRONG: list[tuple[str, str, str, str]] = [
 
 @pytest.mark.parametrize(("key", "value", "below", "words"), WRONG)
 def test_one_mistake_is_one_problem(key: str, value: str, below: str, words: str) -> None:
-    """A mistake is told once, with its key's path and what is expected."""
+    """A mistake is reported once, with its key's path and what is expected."""
     problems = refused({key: value})
     (problem,) = [one for one in problems if not one.startswith("clients: expected at least")]
     assert problem.startswith(f"{key}{below}: ")
@@ -216,7 +210,7 @@ CARRY_KEYS = ["Authorization", "x-api-key", "api-key", "X-Goog-Api-Key"]
 
 
 @pytest.mark.parametrize("name", OWNED)
-def test_headers_that_nobody_may_set(name: str) -> None:
+def test_headers_that_no_operator_may_set(name: str) -> None:
     """The fields of the proxy and of the framing are written down here a second time."""
     words = "expected a header that neither the proxy nor HTTP's framing owns"
     changes = {
@@ -233,7 +227,7 @@ def test_headers_that_nobody_may_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", CARRY_KEYS)
 def test_headers_that_carry_a_key(name: str) -> None:
-    """They are for a credential, and neither added as they stand nor recorded."""
+    """Such a header is for a credential: it is neither added to requests nor recorded."""
     assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name.lower()
     changes = {"providers.p.dialect": '"raw"', "providers.p.header": '"x-other"'}
     added, recorded = refused(
@@ -249,7 +243,7 @@ def test_headers_that_carry_a_key(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["accept", "cookie", "user-agent", "x-session", "openai-beta"])
 def test_other_headers_may_be_set(name: str) -> None:
-    """Nothing else is taken from an operator."""
+    """Every other header is free for the operator."""
     assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name
     added = accepted({"providers.p.headers": f'{{ {name} = "a" }}'}).providers["p"].headers
     assert added == ((name, "a"),)
@@ -295,7 +289,7 @@ def test_names_of_providers(name: str) -> None:
     assert "a name of up to 64 letters" in problems[0]
 
 
-# --- what only the whole file can tell ------------------------------------------------------------
+# --- what only the whole file shows ---------------------------------------------------------------
 
 
 def test_nothing_but_anonymous() -> None:
@@ -317,7 +311,7 @@ def test_an_open_listener_is_asked_for(anonymous: str | None) -> None:
 
 
 def test_routes_as_a_table() -> None:
-    """Routes that are no array of tables are told how they are written."""
+    """Where routes are no array of tables, the problem shows how they are written."""
     with pytest.raises(ConfigError, match=r"routes: expected \[\[routes\]\], an array of tables"):
         parse('[routes]\npath = "/"', environ={})
 
@@ -333,7 +327,7 @@ def test_one_path_twice_needs_names() -> None:
 
 
 def test_a_bad_route_does_not_make_a_client_wrong() -> None:
-    """Where a route's name cannot be told, what clients say of routes is not judged."""
+    """Where the name of a route is not known, the routes of clients are not judged."""
     problems = refused(
         {"routes[0].path": '"a"', "clients.c": f'{{ keys = {KEYS_LINE}, routes = ["a"] }}'}
     )
@@ -408,7 +402,7 @@ ORDER = """
 
 
 def test_the_order_of_problems() -> None:
-    """Problems stand in the order of the sections, and of the keys as they are read."""
+    """Problems are in the order of the sections, and of the keys as they are read."""
     sections = re.findall(r"^    (\S+) ((?:.+\n)(?: {8}.+\n)*)", ORDER, re.MULTILINE)
     keys = [f"{path}.{key}" for path, names in sections for key in re.findall(r"\w+", names)]
     problems = refused(dict.fromkeys(keys, "2020-01-01"))
@@ -416,31 +410,17 @@ def test_the_order_of_problems() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "names"),
+    ("place", "section"),
     [
-        (
-            "",
-            "proxy, admin, credentials, timeouts, limits, providers, routes, clients, trace",
-        ),
-        (
-            "providers.p.",
-            "url, dialect, credential, header, format, pass_credential, headers, ca, pool, "
-            "timeouts",
-        ),
-        (
-            "providers.p.timeouts.",
-            "connect, first_byte, idle, total, client_stall, pool_idle",
-        ),
-        (
-            "routes[0].",
-            "path, name, providers, hosts, models, strip, override, timeouts, accept_encoding, "
-            "include_usage, on_disconnect, drain_for, error_event, capture, request_body",
-        ),
-        ("routes[0].timeouts.", "connect, first_byte, idle, total, client_stall"),
-        ("clients.c.", "keys, routes, models"),
+        ("", ROOT),
+        ("providers.p.", SECTIONS["providers.*"]),
+        ("providers.p.timeouts.", SECTIONS["providers.*.timeouts"]),
+        ("routes[0].", SECTIONS["routes"]),
+        ("routes[0].timeouts.", SECTIONS["routes.timeouts"]),
+        ("clients.c.", SECTIONS["clients.*"]),
     ],
 )
-def test_the_keys_of_a_section_are_told(place: str, names: str) -> None:
+def test_the_keys_of_a_section_are_listed(place: str, section: Section) -> None:
     """A key that is like none of its section gets the list of them all."""
-    problem = f"{place}zzz: unknown key; expected one of {names}"
-    assert problem in refused({f"{place}zzz": "1"})
+    names = ", ".join(section.names)
+    assert f"{place}zzz: unknown key; expected one of {names}" in refused({f"{place}zzz": "1"})

@@ -19,13 +19,13 @@ PAGE = (DOCS / "configuration.rst").read_text(encoding="utf-8")
 STATED = re.compile(r"``(\w+)`` \(.*, default ``([^`]+)``\)")
 
 
-def test_the_sample_is_accepted(vault: Path) -> None:
+def test_the_sample_is_accepted(directory: Path) -> None:
     """The shipped sample is accepted once its credential files are there, and states defaults."""
     for name in ("openai-key", "anthropic-key"):
-        (vault / name).write_text("sk-sample\n")
+        (directory / name).write_text("sk-sample\n")
     text = (DOCS / "llmproxy.toml").read_text()
     there = "/etc/llmproxy/credentials"
-    config = parse(text.replace(f'directory = "{there}"', f'directory = "{vault}"'), environ={})
+    config = parse(text.replace(f'directory = "{there}"', f'directory = "{directory}"'), environ={})
     assert [route.name for route in config.routes] == ["openai", "anthropic"]
     default = accepted({})
     assert config.timeouts == default.timeouts

@@ -1,4 +1,4 @@
-"""What is held of a stream: the budget, and where the text is cut."""
+"""What is held of a stream: the budget, and where the text ends."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_names_are_bounded() -> None:
 
 
 def test_the_first_names_hold_and_the_search_ends() -> None:
-    """Empty names are none, and after eight events without one nobody looks any more."""
+    """Empty names are none, and after eight events without a name the search ends."""
     seen = Accumulated(keeps=False, budget=0)
     seen.name("", "")
     seen.name("a", None)

@@ -15,7 +15,7 @@ from llmproxy.dialects.endpoints import TABLE, endpoint, operation
 
 
 def accumulated(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
-    """What these events of a stream tell."""
+    """Return what these events of a stream say."""
     assert row is not None
     seen = Accumulated(keeps=keeps, budget=10_000)
     for event in events:
@@ -61,7 +61,7 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
 def test_the_row_is_found_by_the_last_segments(
     dialect: Dialect, path: bytes, name: str | None
 ) -> None:
-    """Wherever a provider is mounted, the end of the path says what it answers."""
+    """Wherever a provider is mounted, the end of the path names its endpoint."""
     row = endpoint(dialect, path)
     assert (row and row.name) == name
 
@@ -96,14 +96,14 @@ def test_every_dialect_has_its_table() -> None:
         (b"", None),
     ],
 )
-def test_the_path_says_what_is_done(path: bytes, word: str | None) -> None:
-    """The last segment of any dialect's endpoint is enough, whoever was asked."""
+def test_the_path_names_the_operation(path: bytes, word: str | None) -> None:
+    """The last segment of any dialect's endpoint names the operation, for any provider."""
     assert operation(path) == word
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
-def test_a_row_does_the_same_for_all_who_ask(dialect: Dialect) -> None:
-    """What a span says of a path is what its row says, and rows keep their own dialect."""
+def test_a_row_agrees_with_its_path(dialect: Dialect) -> None:
+    """A path has the operation of its row, and a row has the name of its dialect."""
     for key, row in TABLE[dialect].items():
         assert endpoint(dialect, b"/x/" + key) is row
         assert operation(b"/x/" + key) == row.operation
@@ -159,7 +159,7 @@ def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_tells_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
+def test_events_that_say_nothing(row: Endpoint, event: Any, keeps: bool) -> None:
     """Nulls, absent members and events of other kinds are read, and nothing is found in them."""
     seen = accumulated(row, event, keeps=keeps)
     assert (seen.text, seen.tool_calls, seen.error, seen.has_ended) == ("", (), None, False)

@@ -82,8 +82,8 @@ def test_option_is_added_in_place(before: bytes, after: bytes) -> None:
         b'[{"stream":true}]',
     ],
 )
-def test_body_of_who_said_so_or_asks_for_no_stream_stays(body: bytes) -> None:
-    """True and false are the caller's own words, and a response in one piece has its counts."""
+def test_body_with_the_option_or_without_a_stream_stays(body: bytes) -> None:
+    """The caller's true or false stays, and a response in one piece has its counts anyway."""
     assert asked(body) == body
 
 
@@ -113,7 +113,7 @@ def test_body_of_who_said_so_or_asks_for_no_stream_stays(body: bytes) -> None:
     ids=lambda body: body[:60].decode("latin-1"),
 )
 def test_body_that_can_be_read_in_two_ways_stays(body: bytes) -> None:
-    """What is misshapen, said twice or not JSON is between the caller and the provider."""
+    """The provider judges what is misshapen, stands there twice or is not JSON."""
     assert asked(body) == body
 
 
@@ -154,13 +154,13 @@ def test_both_endpoints_are_known_wherever_they_stand(target: bytes) -> None:
     ],
 )
 def test_other_endpoints_are_left_alone(target: bytes) -> None:
-    """They tell their counts anyway, or may refuse a member that they do not know."""
+    """Other endpoints report their counts anyway, or may refuse a member that they do not know."""
     assert asked(b'{"stream":true}', target) == b'{"stream":true}'
 
 
 @pytest.mark.parametrize("dialect", [d for d in Dialect if d is not Dialect.OPENAI])
 def test_other_dialects_are_left_alone(dialect: Dialect) -> None:
-    """Nobody else knows the option, whatever the path says."""
+    """No other dialect knows the option, whatever the path says."""
     assert ask_for_usage(b'{"stream":true}', dialect, CHAT) == b'{"stream":true}'
 
 
@@ -222,7 +222,7 @@ def test_option_goes_with_an_override(
 
 
 @given(st.binary(max_size=80) | st.binary(max_size=40).map(lambda b: b'{"stream":true,' + b))
-def test_any_bytes_are_answered(body: bytes) -> None:
+def test_any_bytes_give_a_body(body: bytes) -> None:
     """No bytes raise, and what is not JSON comes back as it was."""
     after = asked(body)
     try:

@@ -51,7 +51,7 @@ def test_what_a_provider_may_read_as_json_is_read(kind: bytes | None) -> None:
     ],
 )
 def test_other_bodies_are_opaque(kind: bytes | None, body: bytes) -> None:
-    """They name nothing, and nobody can tell whether they ask for a stream."""
+    """Such a body names nothing, and whether it asks for a stream is not known."""
     facts = read_request(kind, body, b"/v1/chat")
 
     assert (facts.model, facts.models, facts.json, facts.model_span) == (None, (), False, None)
@@ -107,7 +107,7 @@ def test_the_path_names_models_too(
         (Dialect.RAW, b"/", b'{"stream":true}', True),
     ],
 )
-def test_who_asks_for_a_stream(dialect: Dialect, path: bytes, body: bytes, streams: bool) -> None:
+def test_what_asks_for_a_stream(dialect: Dialect, path: bytes, body: bytes, streams: bool) -> None:
     """``"stream": true``, and in Ollama's own API also by leaving it out."""
     assert read_request(JSON, body, path).wants_stream(dialect, path) is streams
 

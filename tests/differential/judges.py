@@ -128,7 +128,7 @@ _UPGRADE = "llhttp: an upgrade, behind whose head httptools reads nothing"
 
 
 class _Events:
-    """What llhttp told of one message."""
+    """What llhttp reported of one message."""
 
     def __init__(self, kind: type[Any]) -> None:
         self.parser = kind(self)
@@ -164,8 +164,8 @@ class _Events:
 def llhttp_response(wire: bytes, method: bytes = b"GET") -> Verdict:
     """Read a response that a FIN follows, as llhttp does in its strict mode.
 
-    It is not told of HEAD, nor of the connection's end: the one message without a framing that it
-    goes on reading is the one that ends with its connection.
+    It does not know of HEAD, nor of the connection's end: the one message without a framing that
+    it goes on reading is the one that ends with its connection.
     Every 1xx is ended at its head for it (RFC 9112, section 6.3): behind one that it does not know,
     such as 199, llhttp reads as much as a Content-Length says.
     """
@@ -192,7 +192,7 @@ def llhttp_response(wire: bytes, method: bytes = b"GET") -> Verdict:
 
 
 def _stays(parser: Any, events: _Events) -> bool:
-    """Tell what llhttp cannot, which does not know that a response to HEAD needs no framing."""
+    """Tell whether a connection stays open; llhttp does not know that HEAD needs no framing."""
     options = [value.lower() for name, value in events.fields if name.lower() == b"connection"]
     return bool(parser.get_http_version() == "1.1") and b"close" not in options
 
@@ -217,7 +217,7 @@ def _llhttp_reads(
 
 
 class _Keeps(Handler):
-    """Answers nothing, and keeps what was asked."""
+    """Keeps each request, and sends no response."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def our_request(
     max_head: int = ENOUGH,
     watch: Callable[[ClientConnection], None] = lambda _: None,
 ) -> Verdict:
-    """Read a request as the front side does; arguments as above."""
+    """Read a request as the server side does; arguments as above."""
     resource, clock, transport = _Keeps(), Clock(), FakeTransport()
     limits = Limits(request_head=max_head, request_memory=ENOUGH)
     site = Site(Router(resource), clock, clock.seconds, Timeouts(), limits, wall=lambda: 0.0)

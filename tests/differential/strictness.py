@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tests.differential.verdict import Verdict, framing_error
+
 
 class Strict(NamedTuple):
     """Something that we refuse although another reader takes it.
@@ -165,3 +167,16 @@ THEIR_OWN = (
     "h11: no request line received",
 )
 """How refusals of others begin that are not for framing."""
+
+
+def faults(ours: Verdict, others: tuple[Verdict, ...], ours_alone: list[Strict]) -> list[str]:
+    """Return how our reading differs from the others' where it must not.
+
+    Args:
+        ours_alone: what we may refuse although all others accept it.
+    """
+    found = [framing_error(ours, other, THEIR_OWN) for other in others]
+    if not ours.whole and all(other.whole for other in others):
+        strict = any(ours.why.startswith(strict.words) for strict in ours_alone)
+        found += [] if strict else [f"refused what both read: {ours.why}"]
+    return [fault for fault in found if fault]

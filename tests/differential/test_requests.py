@@ -11,8 +11,9 @@ from tests.differential.past import REQUESTS as PAST
 from tests.differential.past import Past
 from tests.differential.recorded import Recorded, load
 from tests.differential.strictness import REQUESTS as STRICT
-from tests.differential.strictness import THEIR_OWN, Strict
-from tests.differential.verdict import Ending, framing_error
+from tests.differential.strictness import Strict
+from tests.differential.strictness import faults as faults_of
+from tests.differential.verdict import Ending
 
 RECORDED = load("requests")
 PLAIN = [
@@ -25,13 +26,8 @@ EXAMPLES = settings().max_examples
 
 def faults(wire: bytes) -> list[str]:
     """Return how our reading differs from the others' where it must not."""
-    ours = our_request(wire)
-    others = {"h11": h11_request(wire), "llhttp": llhttp_request(wire)}
-    found = [framing_error(ours, other, THEIR_OWN) for other in others.values()]
-    if not ours.whole and all(other.whole for other in others.values()):
-        strict = any(ours.why.startswith(strict.words) for strict in STRICT)
-        found += [] if strict else [f"refused what both read: {ours.why}"]
-    return [fault for fault in found if fault]
+    others = (h11_request(wire), llhttp_request(wire))
+    return faults_of(our_request(wire), others, STRICT)
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
@@ -47,7 +43,7 @@ def test_requests_of_real_clients_are_read(recorded: Recorded) -> None:
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
 def test_requests_of_real_clients_may_be_split_at_any_point(recorded: Recorded) -> None:
-    """The same request is read at every single cut, and byte by byte."""
+    """The same request is read with every single split, and byte by byte."""
     wire = recorded.wire
     whole = our_request(wire)
 
@@ -69,7 +65,7 @@ def test_there_are_requests_of_every_kind() -> None:
 @given(requests())
 @settings(max_examples=2 * EXAMPLES)
 def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
-    """The content is what was written, at any cut, and the others read the same."""
+    """The content is what was written, with any split, and the others read the same."""
     wire = message.wire + message.extra
     ours = our_request(wire)
 
@@ -81,7 +77,7 @@ def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
 @given(mangled(requests()))
 @settings(max_examples=5 * EXAMPLES)
 def test_mangled_requests_are_not_read_where_others_refuse(message: Message) -> None:
-    """Whatever we read both others read alike, and what both read we refuse for a reason only."""
+    """What we read both others read alike, and what both read we refuse only for a reason."""
     assert faults(message.wire) == []
 
 
@@ -94,8 +90,8 @@ def test_no_single_mistake_is_read_where_others_refuse(plain: bytes) -> None:
 
 
 @pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
-def test_what_is_refused_on_purpose(strict: Strict) -> None:
-    """It is refused in these words, also where a reader takes it."""
+def test_strict_refusals_have_their_reason(strict: Strict) -> None:
+    """The message is refused in these words, also where another reader accepts it."""
     ours = our_request(strict.wire)
 
     assert ours.ending is Ending.REFUSED
@@ -111,7 +107,7 @@ def test_faults_of_the_past_stay_away(past: Past) -> None:
 
 
 def test_a_tab_beside_a_coding_is_refused() -> None:
-    """What one reader takes for chunks and another does not cannot be agreed on."""
+    """Some readers take this for chunks and others do not."""
     wire = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\t\r\n\r\n0\r\n\r\n"
 
     assert our_request(wire).ending is Ending.REFUSED

@@ -1,4 +1,4 @@
-"""Answers, judged by us, h11 and llhttp: valid ones are read, and none that either refuses."""
+"""Responses, judged by us, h11 and llhttp: valid ones are read, and none that either refuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tests.differential.past import RESPONSES as PAST
 from tests.differential.past import Past
 from tests.differential.recorded import Recorded, load
 from tests.differential.strictness import RESPONSES as STRICT
-from tests.differential.strictness import THEIR_OWN, Strict
-from tests.differential.verdict import Ending, framing_error
+from tests.differential.strictness import Strict
+from tests.differential.strictness import faults as faults_of
+from tests.differential.verdict import Ending
 
 RECORDED = load("responses")
 PLAIN = [
@@ -25,13 +26,8 @@ EXAMPLES = settings().max_examples
 
 def faults(method: bytes, wire: bytes) -> list[str]:
     """Return how our reading differs from the others' where it must not."""
-    ours = our_response(wire, method)
-    others = {"h11": h11_response(wire, method), "llhttp": llhttp_response(wire, method)}
-    found = [framing_error(ours, other, THEIR_OWN) for other in others.values()]
-    if not ours.whole and all(other.whole for other in others.values()):
-        strict = any(ours.why.startswith(strict.words) for strict in STRICT)
-        found += [] if strict else [f"refused what both read: {ours.why}"]
-    return [fault for fault in found if fault]
+    others = (h11_response(wire, method), llhttp_response(wire, method))
+    return faults_of(our_response(wire, method), others, STRICT)
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
@@ -49,7 +45,7 @@ def test_responses_of_real_servers_are_read(recorded: Recorded) -> None:
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=[message.name for message in RECORDED])
 def test_responses_of_real_servers_may_be_split_at_any_point(recorded: Recorded) -> None:
-    """The same response is read at every single cut, and byte by byte."""
+    """The same response is read with every single split, and byte by byte."""
     method, wire = recorded.about["method"].encode(), recorded.wire
     whole = our_response(wire, method)
 
@@ -73,7 +69,7 @@ def test_there_are_responses_of_every_kind() -> None:
 @given(responses())
 @settings(max_examples=2 * EXAMPLES)
 def test_valid_responses_are_read_as_they_were_written(message: Message) -> None:
-    """The content is what was written, at any cut, and the others read the same."""
+    """The content is what was written, with any split, and the others read the same."""
     wire = message.wire + message.extra
     ours = our_response(wire, message.method)
 
@@ -87,7 +83,7 @@ def test_valid_responses_are_read_as_they_were_written(message: Message) -> None
 @given(mangled(responses()))
 @settings(max_examples=5 * EXAMPLES)
 def test_mangled_responses_are_not_read_where_others_refuse(message: Message) -> None:
-    """Whatever we read both others read alike, and what both read we refuse for a reason only."""
+    """What we read both others read alike, and what both read we refuse only for a reason."""
     assert faults(message.method, message.wire) == []
 
 
@@ -100,8 +96,8 @@ def test_no_single_mistake_is_read_where_others_refuse(plain: bytes) -> None:
 
 
 @pytest.mark.parametrize("strict", STRICT, ids=lambda strict: strict.reason)
-def test_what_is_refused_on_purpose(strict: Strict) -> None:
-    """It is refused in these words, also where a reader takes it."""
+def test_strict_refusals_have_their_reason(strict: Strict) -> None:
+    """The message is refused in these words, also where another reader accepts it."""
     ours = our_response(strict.wire)
 
     assert ours.ending is Ending.REFUSED
@@ -117,7 +113,7 @@ def test_faults_of_the_past_stay_away(past: Past) -> None:
 
 
 def test_a_tab_beside_a_coding_is_refused() -> None:
-    """What one reader takes for chunks and another does not cannot be agreed on."""
+    """Some readers take this for chunks and others do not."""
     wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\t\r\n\r\n0\r\n\r\n"
 
     assert our_response(wire).ending is Ending.REFUSED

@@ -24,7 +24,7 @@ CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b")}
 
 
 def identify(fields: Fields, *, anonymous: bool = False, pass_credential: bool = False) -> str:
-    """Return who the fields say is calling."""
+    """Return the name of the client that the fields identify."""
     auth = Auth(Config(proxy=Proxy(anonymous=anonymous), clients=CLIENTS))
     return auth.identify(fields, pass_credential=pass_credential).name
 
@@ -61,8 +61,8 @@ def test_keys_that_agree_are_one_client() -> None:
     assert identify([(b"x-api-key", b"key-a"), (b"authorization", b"Bearer key-a2")]) == "a"
 
 
-def test_without_a_key_nobody_is_known() -> None:
-    """401, and how to send a key."""
+def test_without_a_key_no_client_is_known() -> None:
+    """The refusal is a 401, and says how to send a key."""
     error = refusal([(b"cookie", b"key-a"), (b"proxy-authorization", b"Bearer key-a")])
 
     assert (error.status, error.reason) == (401, "no_key")
@@ -122,8 +122,8 @@ def test_with_pass_credential_the_sdks_fields_are_the_providers(name: bytes) -> 
     assert refusal(wrong, pass_credential=True).reason == "unknown_key"
 
 
-def test_no_key_is_ever_told() -> None:
-    """Neither the error nor its body repeats what was shown."""
+def test_no_key_is_repeated() -> None:
+    """Neither the error nor its body repeats the key that was sent."""
     for fields in ([(b"x-api-key", b"s3cret")], [(b"authorization", b"Basic s3cret")]):
         error = refusal(fields)
         shown = f"{error} {error.detail} {error.fields}".encode()

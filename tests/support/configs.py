@@ -57,10 +57,10 @@ def refused(changes: Mapping[str, str | None], **environ: str) -> tuple[str, ...
     return caught.value.problems
 
 
-def with_credential(vault: Path, **changes: str) -> dict[str, str]:
-    """Return the changes by which the provider takes its credential from ``vault``."""
+def with_credential(directory: Path, **changes: str) -> dict[str, str]:
+    """Return the changes by which the provider takes its credential from ``directory``."""
     return {
-        "credentials.directory": json.dumps(str(vault)),
+        "credentials.directory": json.dumps(str(directory)),
         "providers.p.credential": '"key"',
         **changes,
     }

@@ -9,8 +9,11 @@ import pytest
 CONFTEST = (Path(__file__).parents[1] / "conftest.py").read_text()
 
 
-def outcomes(suite: pytest.Pytester, source: str, *args: str) -> tuple[dict[str, int], str]:
-    """Run one test module; give back how many tests ended how, and what pytest printed."""
-    suite.makepyfile(source)
-    result = suite.runpytest_subprocess(*args, timeout=60)
+def outcomes(
+    pytester: pytest.Pytester, source: str, *args: str, conftest: str = CONFTEST
+) -> tuple[dict[str, int], str]:
+    """Run one test module; return how many tests ended how, and what pytest printed."""
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(source)
+    result = pytester.runpytest_subprocess(*args, timeout=60)
     return result.parseoutcomes(), result.stdout.str()

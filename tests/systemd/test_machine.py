@@ -148,7 +148,7 @@ def several(machine: Machine, demo: Demo, port: int) -> Iterator[Machine]:
 
 
 def serves(port: int) -> bool:
-    """Tell whether one call is answered."""
+    """Return whether one call gets a response."""
     with connect(port) as wire:
         wire.send(ask(1, "demo-fast"))
         return read_response(wire).status == 200
@@ -163,7 +163,7 @@ def begin(port: int, words: int) -> Wire:
 
 
 def invocation(machine: Machine, unit: str) -> str:
-    """Return what tells this run of a unit from all others."""
+    """Return the id of this run of a unit."""
     return machine.show(unit, "InvocationID")
 
 
@@ -174,7 +174,7 @@ def lines(machine: Machine, unit: str, run: str = "") -> list[dict[str, object]]
 
 
 def test_a_start_waits_until_it_listens(simple: Machine, port: int) -> None:
-    """`systemctl start` returns when the first call is answered, and the status line is there."""
+    """`systemctl start` returns when the daemon serves calls and has its status line."""
     assert serves(port)
     assert simple.show("llmproxy", "ActiveState") == "active"
     assert re.fullmatch(
@@ -183,7 +183,7 @@ def test_a_start_waits_until_it_listens(simple: Machine, port: int) -> None:
 
 
 def test_the_journal_is_readable(simple: Machine, port: int) -> None:
-    """One JSON object a line, no complaint about twistd's cache, and no key."""
+    """Each line is a JSON object, without a complaint about twistd's cache and without a key."""
     assert serves(port)
     messages = [str(line["message"]) for line in lines(simple, "llmproxy")]
     assert any(message.endswith("complete") for message in messages), messages
@@ -194,7 +194,7 @@ def test_the_journal_is_readable(simple: Machine, port: int) -> None:
 
 
 def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) -> None:
-    """Traces are closed to others, and nobody but root knows where the keys lie."""
+    """Traces are closed to others, and only root can read the keys."""
     assert serves(port)
     until(lambda: simple.run("cat /var/log/llmproxy/trace-0.jsonl"), "a trace is written")
     pid = simple.show("llmproxy", "MainPID")
@@ -205,7 +205,7 @@ def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) 
     assert simple.run("stat -c %a /etc/llmproxy/credentials/openai-key").strip() == "600"
 
 
-def test_a_reload_that_goes_well(simple: Machine, port: int) -> None:
+def test_a_reload_of_a_good_file(simple: Machine, port: int) -> None:
     """The same process goes on; the journal says that it read its file."""
     before = simple.show("llmproxy", "MainPID")
     simple.run("systemctl reload llmproxy || { journalctl -u llmproxy -n 20; false; }")
@@ -219,7 +219,7 @@ def test_a_reload_that_goes_well(simple: Machine, port: int) -> None:
 
 
 def test_a_reload_of_a_bad_file_fails_visibly(simple: Machine, port: int) -> None:
-    """`systemctl` says so, the journal says why, and the process goes on as it was."""
+    """`systemctl` fails, the journal has the reason, and the process goes on as it was."""
     before = simple.show("llmproxy", "MainPID")
     good = simple.run(f"cat {CONFIG_PATH}")
     simple.write(CONFIG_PATH, f"{good}\n[limits]\nspeed = 3\n")
@@ -247,7 +247,7 @@ def test_a_reactor_that_is_stuck_is_restarted(simple: Machine, port: int) -> Non
 
 
 def test_a_stop_lets_a_stream_end(simple: Machine, port: int) -> None:
-    """The daemon asks for more time than the unit gives, and `systemctl status` says what for."""
+    """The daemon gets more time than the unit gives, and `systemctl status` has the reason."""
     run = invocation(simple, "llmproxy")
     with begin(port, 120) as stream:
         stopping = simple.start("systemctl stop llmproxy")
@@ -264,7 +264,7 @@ def test_a_stop_lets_a_stream_end(simple: Machine, port: int) -> None:
 
 
 def test_instances_are_restarted_in_turn_under_load(several: Machine, port: int) -> None:
-    """Short calls and streams, none tried again: nobody is refused, and nothing is broken."""
+    """Short calls and streams are served without a retry: none is refused, and none is broken."""
     before = {name: invocation(several, f"llmproxy@{name}") for name in "12"}
     with Load(port, words=60) as load:
         load.wait_more("fresh", 20)
@@ -278,7 +278,7 @@ def test_instances_are_restarted_in_turn_under_load(several: Machine, port: int)
 
 @pytest.mark.parametrize("what", ["'llmproxy@*.service'", "llmproxy.target"])
 def test_a_restart_of_all_keeps_the_port(several: Machine, port: int, what: str) -> None:
-    """Who connects while no instance is there waits in the socket's queue."""
+    """A client that connects while no instance runs waits in the socket's queue."""
     before = {name: invocation(several, f"llmproxy@{name}") for name in "12"}
 
     def all_are_new() -> bool:
@@ -296,8 +296,8 @@ def test_a_restart_of_all_keeps_the_port(several: Machine, port: int, what: str)
     load.assert_whole("fresh")
 
 
-def test_an_instance_that_cannot_start_takes_nothing_with_it(several: Machine, port: int) -> None:
-    """It is tried again for ever; the socket and the other one stay, and a good file heals it."""
+def test_an_instance_that_cannot_start_harms_no_other(several: Machine, port: int) -> None:
+    """It is started again and again until its file is good; socket and other instance stay."""
     good = several.run(f"cat {CONFIG_PATH}")
     several.write(CONFIG_PATH, "speed = 3\n")
     assert "code 0" not in several.run("systemctl restart llmproxy@2; echo code $?")
@@ -310,8 +310,8 @@ def test_an_instance_that_cannot_start_takes_nothing_with_it(several: Machine, p
     assert serves(port)
 
 
-def test_an_end_of_the_target_is_one_of_all(several: Machine, port: int) -> None:
-    """Socket and instances end with it, and nobody listens any more."""
+def test_the_target_stops_everything(several: Machine, port: int) -> None:
+    """Socket and instances stop with the target, and the port is closed."""
     several.run("systemctl stop llmproxy.target")
     units = ("llmproxy.socket", "llmproxy@1", "llmproxy@2")
     until(
@@ -322,8 +322,8 @@ def test_an_end_of_the_target_is_one_of_all(several: Machine, port: int) -> None
         assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
-def test_both_ways_at_once_are_none(several: Machine, demo: Demo, port: int) -> None:
-    """Starting the one stops the other."""
+def test_service_and_target_exclude_each_other(several: Machine, demo: Demo, port: int) -> None:
+    """A start of the one stops the other."""
     listen = f"tcp:{port}:interface=127.0.0.1"
     several.write(CONFIG_PATH, CONFIG.format(listen=listen, folder="llmproxy", url=demo.url))
     several.run("systemctl start llmproxy")

@@ -44,13 +44,13 @@ def analyze(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def complaints(folder: Path, name: str) -> str:
-    """What systemd says about a unit; empty where it has nothing to say."""
+    """Return what systemd says about a unit; empty where it accepts the unit."""
     done = analyze(folder, "verify", "--man=no", str(folder / name))
     return done.stderr if done.returncode == 0 else done.stderr or f"exit {done.returncode}"
 
 
 def exposure(folder: Path, name: str) -> float:
-    """How exposed a service is by systemd's own count, from 0 to 10."""
+    """Return how exposed a service is by systemd's own count, from 0 to 10."""
     done = analyze(folder, "security", "--offline=true", "--no-pager", str(folder / name))
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
@@ -58,32 +58,32 @@ def exposure(folder: Path, name: str) -> float:
 
 
 def values(name: str, key: str) -> list[str]:
-    """The values of a key in a unit, in their order."""
+    """Return the values of a key in a unit, in their order."""
     text = (UNITS / name).read_text()
     return re.findall(rf"^{key}=(.*)$", text, re.MULTILINE)
 
 
 def seconds(text: str) -> int:
-    """A time span of systemd in seconds: ``330s``, ``5m``."""
+    """Return a time span of systemd (``330s``, ``5m``) in seconds."""
     return int(text[:-1]) * {"s": 1, "m": 60}[text[-1]]
 
 
 def test_every_unit_is_tested() -> None:
-    """What lies in the folder is what is named above."""
+    """The folder holds the units that are named above, and no others."""
     assert {path.name for path in UNITS.iterdir()} == {*NAMES, "drop-ins"}
     assert {path.name for path in (UNITS / "drop-ins").iterdir()} == set(DROP_INS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_systemd_has_nothing_to_say_about_a_unit(name: str, tmp_path: Path) -> None:
+def test_systemd_accepts_a_unit(name: str, tmp_path: Path) -> None:
     """Each unit is read without an error and without a warning."""
     assert complaints(tmp_path, name) == ""
 
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("drop_in", DROP_INS)
-def test_nor_about_a_drop_in(service: str, drop_in: str, tmp_path: Path) -> None:
-    """In force, too, where it is commented out."""
+def test_systemd_accepts_a_drop_in(service: str, drop_in: str, tmp_path: Path) -> None:
+    """Its lines are in force for this, also those that are commented out."""
     text = (UNITS / "drop-ins" / drop_in).read_text()
     folder = tmp_path / f"{service}.d"
     folder.mkdir()
@@ -100,7 +100,7 @@ def test_a_misspelt_key_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_is_hardly_exposed(name: str, tmp_path: Path) -> None:
-    """By systemd's own count it stays below the limit that we set."""
+    """Systemd's own count stays below the limit that we set."""
     assert exposure(tmp_path, name) <= MOST_EXPOSURE
 
 
@@ -138,7 +138,7 @@ def test_no_instance_makes_the_socket_of_the_others_block(name: str) -> None:
 
 
 def test_the_services_differ_in_what_they_must() -> None:
-    """The one with a socket is the other one with its instance's name, and nothing else."""
+    """The service with a socket differs from the other one by its instance's name alone."""
 
     def body(name: str) -> list[str]:
         text = (UNITS / name).read_text().partition("[Service]\n")[2].partition("[Install]")[0]
@@ -151,7 +151,7 @@ def test_the_services_differ_in_what_they_must() -> None:
 
 
 def test_every_credential_of_the_sample_has_a_line() -> None:
-    """Whoever begins with the sample finds its keys in the drop-in, whether in force or not."""
+    """An operator who begins with the sample finds each of its keys in the drop-in."""
     sample = (ROOT / "docs" / "llmproxy.toml").read_text()
     wanted = re.findall(r'^(?:# )?(?:credential|certificate|key) = "([^"]+)"', sample, re.MULTILINE)
     text = (UNITS / "drop-ins" / "credentials.conf").read_text()
