@@ -1,4 +1,4 @@
-"""Answers that break, or are not HTTP: told apart, and never taken for whole (design 6 and 7)."""
+"""Responses that break, or are not HTTP, are never taken for whole (design 6 and 7)."""
 
 from __future__ import annotations
 

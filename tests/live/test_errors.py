@@ -6,41 +6,33 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import LiveProxy, Response, live_fixture, post, read_response
 from tests.support.sockets import request
 
-CONFIG = "".join(
-    f"""
-[providers.{name}]
-url = "URL"
-dialect = "{name}"
-[[routes]]
-path = "/{name}"
-providers = ["{name}"]
-models = ["m"]
-"""
-    for name in ("openai", "anthropic", "ollama", "raw")
+live = live_fixture(
+    "".join(
+        provider_table(name, dialect=name) + route_table(f"/{name}", name, 'models = ["m"]')
+        for name in ("openai", "anthropic", "ollama", "raw")
+    )
 )
-
-
-live = live_fixture(CONFIG)
 
 
 def shape_of(got: Response) -> str:
     """Return the dialect whose error shape this is, after checking all of it."""
-    told: dict[str, Any] = got.json()
+    body: dict[str, Any] = got.json()
     (name,) = got.values(b"x-llmproxy-request-id")
-    if told.get("type") == "error":
-        assert set(told) == {"type", "error", "request_id"}
-        assert set(told["error"]) == {"type", "message"}
-        assert told["request_id"] == name.decode()
+    if body.get("type") == "error":
+        assert set(body) == {"type", "error", "request_id"}
+        assert set(body["error"]) == {"type", "message"}
+        assert body["request_id"] == name.decode()
         return "anthropic"
-    assert set(told) == {"error"}
-    if isinstance(told["error"], str):
+    assert set(body) == {"error"}
+    if isinstance(body["error"], str):
         return "ollama"
-    assert set(told["error"]) == {"message", "type", "code", "param"}
+    assert set(body["error"]) == {"message", "type", "code", "param"}
     (reason,) = got.values(b"x-llmproxy-error")
-    assert told["error"]["code"] == reason.decode()
+    assert body["error"]["code"] == reason.decode()
     return "openai"
 
 

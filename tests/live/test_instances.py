@@ -99,7 +99,7 @@ def instances(tmp_path: Path, demo: Demo, shared: socket.socket) -> Iterator[Ins
 
 @pytest.mark.timeout(300)  # each of the two is stopped for as long as its streams last
 def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> None:
-    """Short calls and streams of 30 s, none tried again: all are answered, and whole."""
+    """Short calls and streams of 30 s, none tried again: all are served, and whole."""
     with Load(instances.port, words=20 * LONG_S) as load:
         load.wait_more("fresh", 20)
         ended = [instances.restart(name) for name in ("1", "2")]
@@ -108,8 +108,8 @@ def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> N
     assert sum(one["finished"] for one in ended) > 0
 
 
-def test_who_comes_while_nobody_is_there_waits(instances: Instances) -> None:
-    """The socket's queue outlives all instances; the first that starts serves who stands in it."""
+def test_a_client_waits_while_no_instance_runs(instances: Instances) -> None:
+    """The socket's queue outlives all instances; the first that starts serves the clients in it."""
     for name in ("1", "2"):
         instances.stop(name)
     with connect(instances.port) as early:

@@ -1,4 +1,4 @@
-"""Requests that are not HTTP, or not as it is served here, are refused in words (design 8)."""
+"""Requests that are not HTTP as it is served here are rejected with a reason (design 8)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
-def test_what_is_not_http_is_refused_in_words(live: LiveProxy, case: str) -> None:
+def test_what_is_not_http_is_rejected_with_a_reason(live: LiveProxy, case: str) -> None:
     """A JSON error with a reason; where the framing is in doubt, the connection ends after it."""
     before = live.provider.accepted
     status, sent = (BROKEN | UNFIT)[case]
@@ -73,8 +73,8 @@ def test_what_is_not_http_is_refused_in_words(live: LiveProxy, case: str) -> Non
     assert live.provider.accepted == before
 
 
-def test_no_100_continue_is_sent_to_who_is_refused(live: LiveProxy) -> None:
-    """An unknown key is told so before it uploads anything."""
+def test_no_100_continue_is_sent_before_a_rejection(live: LiveProxy) -> None:
+    """A client with an unknown key reads its 401 before it uploads anything."""
     with live.connect() as client:
         client.sock.settimeout(5)
         lines = ("Expect: 100-continue", "Content-Length: 1000", "x-api-key: wrong")

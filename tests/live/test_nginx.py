@@ -96,7 +96,7 @@ def connect(path: Path) -> Wire:
 def test_each_chunk_passes_nginx_before_the_next_is_sent(
     live: LiveProxy, front: Path, location: str
 ) -> None:
-    """Over HTTP/1.0 and 1.1, and where nginx would buffer, for our header tells it not to."""
+    """Over HTTP/1.0 and 1.1, and where nginx would buffer, as our header turns that off."""
     turn = Turn()
 
     def script(wire: Wire) -> None:

@@ -31,8 +31,8 @@ from tests.support.tls import Authority
 STALL = 2.0
 """Seconds of ``client_stall``.
 
-The kernels tell the sender of what is read in steps of up to 64 KiB; a reader that is to live must
-be some times quicker than one step in this time.
+The kernels report what is read in steps of up to 64 KiB. A reader that is to live must be some
+times quicker than one step in this time.
 """
 
 BOUND = 128 * 1024

@@ -36,14 +36,6 @@ ok = reply(OK)
 
 
 @pytest.fixture
-def collector() -> Iterator[OtlpCollector]:
-    """A collector without TLS."""
-    collector = OtlpCollector()
-    yield collector
-    collector.close()
-
-
-@pytest.fixture
 def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
     """A daemon with every sink, its ledger named by instance, and one known client."""
     trace = (
@@ -56,7 +48,7 @@ def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
 
 
 def ask(live: LiveProxy, *fields: str, count: int = 1) -> None:
-    """Send requests, each of which must be answered as ever."""
+    """Send requests, each of which must be served as ever."""
     for _ in range(count):
         assert live.get(post("/p/v1/chat", STREAM_BODY, *fields)).body == b"ok"
 
@@ -87,8 +79,8 @@ def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector)
     assert [record["session"] for record in records] == ["s-1", "s-1", None]
 
     groups = live.daemon.usage("--by", "client,provider,session", "--since", "1h")["groups"]
-    told = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
-    assert told == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
+    counted = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
+    assert counted == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
     assert {one["unreported"] for one in groups} == {1, 2}
     (session,) = live.daemon.usage("--sessions")["sessions"]
     assert (session["requests"], session["last_trace"]) == (2, records[1]["id"])

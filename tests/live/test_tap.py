@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -32,18 +33,7 @@ CHAT = "v1/chat/completions"
 WORDS = ["Zwölf ", "Boxkämpfer ", "jagen ", "Viktor ", "quer. "]
 TEXT = "".join(WORDS)
 COUNTS = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
-ROUTES = """
-[[routes]]
-path = "/kept"
-providers = ["p"]
-capture = "content"
-
-[[routes]]
-path = "/reported"
-providers = ["p"]
-capture = "content"
-error_event = true
-"""
+KEPT = 'capture = "content"'
 
 
 def said(word: str) -> bytes:
@@ -55,7 +45,13 @@ def said(word: str) -> bytes:
 CHUNKS = [said(word) for word in WORDS]
 
 
-live = live_fixture('ledger = "FOLDER/ledger.db"\n' + ONE_ROUTE + ROUTES, both_links=True)
+live = live_fixture(
+    'ledger = "FOLDER/ledger.db"\n'
+    + ONE_ROUTE
+    + route_table("/kept", "p", KEPT)
+    + route_table("/reported", "p", KEPT, "error_event = true"),
+    both_links=True,
+)
 
 
 def outcome(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -168,7 +164,7 @@ def test_a_drop_after_three_chunks_is_not_complete(live: LiveProxy, route: str, 
 
 
 def test_a_client_that_leaves_has_its_part_in_the_record(live: LiveProxy) -> None:
-    """The provider is let go of; what was said until then is kept, and is not complete."""
+    """The provider is closed; the record keeps the part that came, and is not complete."""
     turn = live.stream(*CHUNKS)
     path = f"/kept/leaves/{CHAT}"
     with live.begin(path) as client:

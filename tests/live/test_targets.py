@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import ONE_ROUTE, LiveProxy, live_fixture
 from tests.support.sockets import request
 
-MORE = """
-[providers.based]
-url = "URL/base/v1"
-dialect = "openai"
-[[routes]]
-path = "/based"
-providers = ["based"]
-[[routes]]
-path = "/keep"
-providers = ["p"]
-strip = false
-[[routes]]
-path = "/based/keep"
-providers = ["based"]
-strip = false
-"""
-
-
-live = live_fixture(ONE_ROUTE + MORE)
+live = live_fixture(
+    ONE_ROUTE
+    + provider_table("based", url="URL/base/v1")
+    + route_table("/based", "based")
+    + route_table("/keep", "p", "strip = false")
+    + route_table("/based/keep", "based", "strip = false")
+)
 
 
 ODD = [

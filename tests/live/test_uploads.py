@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -21,21 +22,10 @@ from tests.support.scripts import LAST, OK, Notes, Turn
 from tests.support.sockets import Wire, chunked, request
 
 OCTETS = "Content-Type: application/octet-stream"
-MODELS = """
-[[routes]]
-path = "/models"
-providers = ["p"]
-models = ["-"]
-[[routes]]
-path = "/small"
-providers = ["p"]
-request_body = "2MiB"
-"""
-
-
 live = live_fixture(
     ONE_ROUTE
-    + MODELS
+    + route_table("/models", "p", 'models = ["-"]')
+    + route_table("/small", "p", 'request_body = "2MiB"')
     + '[limits]\nrequest_memory = "64KiB"\n'  # a body that is held would show
     + client_config("team", "team-key"),
     both_links=True,

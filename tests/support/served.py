@@ -29,12 +29,12 @@ GET = request("GET", "/")
 
 
 class Saying(Resource):
-    """Answers with the address of whoever asks."""
+    """Responds with the address of the client."""
 
     isLeaf = True
 
     def render(self, request: Request) -> int:
-        """Answer."""
+        """Respond."""
         body = str(getattr(request.getClientAddress(), "host", "unix")).encode()
         request.start(200, [(b"content-length", b"%d" % len(body))])
         request.write(body)
@@ -43,7 +43,7 @@ class Saying(Resource):
 
 
 class Served:
-    """A site that tells each caller its address; its clock is turned by the test.
+    """A site that sends each client its address; the test turns its clock.
 
     Args:
         text: the endpoint.
@@ -89,7 +89,7 @@ class Served:
         self.site.cut()
         await self.site.when_empty()
         if self.reactor.timers():
-            await self.pass_time(3)  # for clients that were turned away, until they are dropped
+            await self.pass_time(3)  # for rejected connections, until they are dropped
         assert not self.reactor.timers()
 
     async def run(self, client: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -128,7 +128,7 @@ class Served:
 def knock(port: int) -> tuple[str, bytes]:
     """Connect without a word; return how the connection ended, and what came before.
 
-    Who is turned away without a word may be so while still connecting.
+    A connection that is rejected without a word may be so while still connecting.
     """
     with socket.socket() as sock:
         sock.settimeout(WAIT)
