@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from tests.live.breaks import EVENTS, ROUTES, Sent
 from tests.support.daemon import Daemon, provider_table, route_table
-from tests.support.live_proxy import trace_of, until, write_credential
+from tests.support.keypairs import LISTEN_TLS
+from tests.support.live_proxy import listener_credentials, trace_of, until
 from tests.support.scripts import Turn
 from tests.support.sockets import WAIT, Provider, Script, Wire
 from tests.support.tls import Authority
@@ -78,18 +79,9 @@ class CurlProxy:
             "plain": Provider(self._play),
             "tls": Provider(self._play, tls=authority.server()),
         }
-        key, certificate = authority.key_and_certificate()
-        write_credential(folder, "k.pem", key.read_text())
-        credentials = write_credential(folder, "c.pem", certificate.read_text())
-        self.daemon = Daemon(
-            folder,
-            credentials + "".join(self._config(name) for name in self.providers),
-            proxy="""anonymous = true
-listen_tls = ["tcp:0:interface=127.0.0.1"]
-certificate = "c.pem"
-key = "k.pem"
-""",
-        )
+        config = listener_credentials(folder, authority)
+        config += "".join(self._config(name) for name in self.providers)
+        self.daemon = Daemon(folder, config, proxy=f"anonymous = true\n{LISTEN_TLS}")
 
     def _config(self, name: str) -> str:
         ca = f'ca = "{self.authority.ca_path}"\n' if name == "tls" else ""

@@ -49,7 +49,7 @@ PHASES = {
 live = live_fixture(provider_config("URL", provider="KEYS", route=SHORT), both_links=True)
 
 
-class Breaking:
+class StoppingProvider:
     """A provider's script that stops at ``phase`` in one way.
 
     Attributes:
@@ -98,7 +98,7 @@ def test_a_break_is_called_by_its_name_in_every_phase(
     live: LiveProxy, link: Link, phase: Phase, how: str, request: pytest.FixtureRequest
 ) -> None:
     """The caller gets what came before, no proper end behind it, and the record says why."""
-    script = live.script = Breaking(phase.sent, how)
+    script = live.script = StoppingProvider(phase.sent, how)
     tls = link.context is not None
     reason = expected(phase, how, tls)
     path = "/p/" + request.node.callspec.id.replace(" ", "-")

@@ -22,7 +22,7 @@ from tests.server.test_listen import INHERITED, handed_over, systemds
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.keypairs import LISTEN_TLS, Vault, shown_to
 from tests.support.live_proxy import read_response
-from tests.support.served import GET, Saying
+from tests.support.served import GET, AddressResource
 from tests.support.sockets import Wire, connect
 
 __all__ = ["systemds"]  # a fixture
@@ -56,7 +56,7 @@ class Hall:
     def __init__(self) -> None:
         self.reactor = TurnedReactor()
         self.site, self.admin, self.metrics = (
-            Site(Saying(), self.reactor, self.reactor.seconds) for _ in range(3)
+            Site(AddressResource(), self.reactor, self.reactor.seconds) for _ in range(3)
         )
         self.listeners = Listeners(
             self.reactor, site=self.site, admin=self.admin, metrics=self.metrics, direct=True

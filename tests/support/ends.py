@@ -207,7 +207,7 @@ async def _until_lost(held: TwoEnds) -> AsyncIterator[TwoEnds]:
     assert len(held.end.lost) == 1
 
 
-class Counted:
+class CountedCalls:
     """The reactor's methods by which a transport asks for events, counted.
 
     Args:

@@ -28,7 +28,7 @@ TCP = "tcp:0:interface=127.0.0.1"
 GET = request("GET", "/")
 
 
-class Saying(Resource):
+class AddressResource(Resource):
     """Responds with the address of the client."""
 
     isLeaf = True
@@ -68,7 +68,7 @@ class Served:
     ) -> None:
         self.reactor = TurnedReactor()
         self.site = Site(
-            Saying(),
+            AddressResource(),
             self.reactor,
             self.reactor.seconds,
             timeouts or Timeouts(),

@@ -39,7 +39,7 @@ class _Segment(NamedTuple):
 
 
 @implementer(IHandshakeListener)
-class Caller(Protocol):
+class LifeClient(Protocol):
     """The client of one life.
 
     Args:

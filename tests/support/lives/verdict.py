@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from tests.support.lives.caller import Caller
+from tests.support.lives.caller import LifeClient
 from tests.support.lives.messages import body, content, path
 from tests.support.lives.plan import (
     BROKEN_BODY,
@@ -93,7 +93,7 @@ class LifeVerdict:
 
     def __init__(
         self,
-        caller: Caller,
+        caller: LifeClient,
         records: Records,
         heard: dict[tuple[int, int], int],
         *,

@@ -26,7 +26,7 @@ from llmproxy.config import Config, parse
 from llmproxy.net.transport import raw_transport
 from llmproxy.service import ProxyService
 from tests.support.daemon import provider_table, route_table
-from tests.support.lives.caller import Caller
+from tests.support.lives.caller import LifeClient
 from tests.support.lives.plan import BODY_LIMIT, CURT, IMPATIENT, KEY, PLAIN, STERN, Life
 from tests.support.lives.provider import LivesProvider, Mute, ProviderFactory
 from tests.support.lives.verdict import Record
@@ -59,10 +59,10 @@ class _Once(Factory):
 
     noisy = False
 
-    def __init__(self, protocol: Caller) -> None:
+    def __init__(self, protocol: LifeClient) -> None:
         self._protocol = protocol
 
-    def buildProtocol(self, addr: IAddress | None) -> Caller:
+    def buildProtocol(self, addr: IAddress | None) -> LifeClient:
         """Return it."""
         return self._protocol
 
@@ -78,7 +78,7 @@ class World:
     def __init__(self, folder: Path, lives: Iterable[Life]) -> None:
         self.lives = {life.number: life for life in lives}
         self.provider = LivesProvider(CLOCK, lambda name: self.lives[name[0]].asks[name[1]])
-        self.callers: list[Caller] = []
+        self.callers: list[LifeClient] = []
         self.endless: list[Life] = []
         self.refused = 0
         self.trace_path = folder / "trace.jsonl"
@@ -196,7 +196,7 @@ class World:
         if life.secure:
             endpoint = wrapClientTLS(self._trust, endpoint)
         over: Deferred[None] = Deferred()
-        caller = Caller(life, CLOCK, over.callback)
+        caller = LifeClient(life, CLOCK, over.callback)
         try:
             await endpoint.connect(_Once(caller))
         except ConnectError:
@@ -208,7 +208,7 @@ class World:
         if limit.active():
             limit.cancel()
 
-    def _give_up(self, caller: Caller) -> None:
+    def _give_up(self, caller: LifeClient) -> None:
         self.endless.append(caller.life)
         caller.transport.abortConnection()
 
