@@ -36,7 +36,7 @@ def ask(port: int, sent: bytes) -> Response:
     ],
 )
 def test_health_is_shown(daemon: Daemon, path: str, kind: bytes, body: bytes) -> None:
-    """In a word, never cached, with nothing of Twisted's."""
+    """The response is one word, is never cached, and has no Server field."""
     got = ask(daemon.admin_port, request("GET", path))
     assert (got.status, got.body) == (200, body)
     assert got.values(b"content-type") == [kind]
@@ -48,7 +48,7 @@ def test_health_is_shown(daemon: Daemon, path: str, kind: bytes, body: bytes) ->
     "path", ["/nothing", "/livez/", "/livez/x", "/metrics/x", "/-/pace", "/p/x", "//livez"]
 )
 def test_there_is_nothing_else(daemon: Daemon, path: str) -> None:
-    """404 in JSON, whatever lies on the proxy's own port."""
+    """Every other path is a 404 in JSON, also one that a route of the proxy takes."""
     got = ask(daemon.admin_port, request("GET", path))
     assert got.status == 404
     assert got.values(b"content-type") == [b"application/json"]

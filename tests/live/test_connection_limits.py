@@ -98,7 +98,7 @@ def read_rejection(wire: Wire) -> Response:
 
 
 def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
-    """For each that comes, asking or silent, while those inside are served as before."""
+    """Each further connection gets one, asking or silent; the others are served as before."""
     with running(tmp_path, proxy=f"max_connections = {MOST}") as daemon, ExitStack() as stack:
         inside = [stack.enter_context(connect(daemon.port)) for _ in range(MOST)]
         for wire in inside:
@@ -119,7 +119,7 @@ def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
 
 
 def test_one_that_leaves_makes_room(tmp_path: Path) -> None:
-    """However it leaves, and again and again."""
+    """The place is free again however the connection ends."""
     with running(tmp_path, proxy="max_connections = 2") as daemon, connect(daemon.port) as stays:
         assert ask(stays).body == b"ok"
         for leave in ("close", "reset", "half a request") * 3:
@@ -149,7 +149,7 @@ def test_a_full_proxy_keeps_its_admin_site(tmp_path: Path) -> None:
 
 
 def test_a_full_proxy_does_not_spin(tmp_path: Path) -> None:
-    """Neither while it is full, nor while rejected connections stay open."""
+    """It is quiet while it is full, and while rejected connections stay open."""
     with running(tmp_path, proxy="max_connections = 1") as daemon, ExitStack() as stack:
         inside = stack.enter_context(connect(daemon.port))
         assert ask(inside).body == b"ok"
@@ -329,7 +329,7 @@ def assert_logged_a_little(daemon: Daemon) -> None:
 
 
 def test_without_any_descriptor_it_does_not_spin(tmp_path: Path) -> None:
-    """Also where not even the one is left that is kept back for such a moment, and ever after."""
+    """It is quiet even without the descriptor that is kept in reserve, then and later."""
     with running(tmp_path) as daemon, connect(daemon.port) as kept, ExitStack() as stack:
         assert ask(kept).body == b"ok"
         with cramped(daemon, room=False):

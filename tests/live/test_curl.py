@@ -136,7 +136,7 @@ def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(curls: CurlProxy, 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_response_is_no_error(curls: CurlProxy, name: str) -> None:
-    """Exit 0 for each framing, in each version."""
+    """curl exits with 0 for each framing, in each version."""
     sent = WHOLE[name]
     runs = curls.run_all(f"whole, {name}", sent)
     assert results(runs, sent.content) == dict.fromkeys(
@@ -147,7 +147,7 @@ def test_a_whole_response_is_no_error(curls: CurlProxy, name: str) -> None:
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_an_error_event_is_the_last_that_comes(curls: CurlProxy, name: str) -> None:
-    """Behind all that came, and curl has its error all the same."""
+    """It follows all the content, and curl still reports its error."""
     sent = REPORTED[name]
     runs = curls.run_all(f"reported, {name}", sent)
     for client, run in runs.items():
@@ -163,7 +163,7 @@ def test_an_error_event_is_the_last_that_comes(curls: CurlProxy, name: str) -> N
 
 @pytest.mark.parametrize("name", UNREPORTED)
 def test_no_event_is_put_where_none_can_be(curls: CurlProxy, name: str) -> None:
-    """Nothing but what came, although the route asks for an event."""
+    """Only the content arrives, although the route asks for an event."""
     sent = UNREPORTED[name]
     runs = curls.run_all(f"unreported, {name}", sent)
     assert results(runs, sent.content) == broken(sent)

@@ -53,7 +53,7 @@ def shape_of(got: Response) -> str:
 def test_an_error_has_the_shape_of_the_routes_dialect(
     live: LiveProxy, target: str, shape: str
 ) -> None:
-    """By the route whose path matches, else by the path; before anyone is identified."""
+    """The matching route decides, else the path; the client need not be known."""
     got = live.refuse(post(target, b'{"model":"other"}'))
     assert got.status == 404
     assert shape_of(got) == shape
@@ -63,7 +63,7 @@ def test_an_error_has_the_shape_of_the_routes_dialect(
 
 
 def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None:
-    """Under three names, the same as in the record, with a reason and a type and nothing odd."""
+    """Three fields have the id of the record; beside them are only reason, type and length."""
     got = live.refuse(post("/openai/x", b'{"model":"other"}', "X-Request-Id: mine"))
     record = live.trace(got)
     assert (record["end_reason"], record["error"], record["status"]) == (
@@ -87,7 +87,7 @@ def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None
 
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "get", "X"])
 def test_other_methods_are_not_served(live: LiveProxy, method: str) -> None:
-    """405, and Allow names those that are."""
+    """They get a 405, and Allow names the methods that are served."""
     got = live.refuse(request(method, "/openai/x"))
     assert got.status == 405
     assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]

@@ -226,7 +226,7 @@ def test_a_collector_that_hangs(tmp_path: Path, collector: OtlpCollector) -> Non
 
 
 def test_everything_fails_together(tmp_path: Path, collector: OtlpCollector) -> None:
-    """Taps, files and collector at once: still every byte."""
+    """Taps, files and collector fail at once, and every byte still arrives."""
     collector.status = 500
     mistakes = TAP + FAULTS["third event"]
     with running(tmp_path, mistakes, sinks(tmp_path, collector)) as (daemon, streams):

@@ -156,7 +156,7 @@ def test_a_killed_instance_loses_its_own_streams_alone(instances: Instances) -> 
 
 
 def test_processes_share_a_port_without_systemd(tmp_path: Path, demo: Demo) -> None:
-    """With `reuse_port` both bind it, each serves some, and each writes its own name."""
+    """Two processes bind it with `reuse_port`; each serves some clients and writes its own name."""
     with ExitStack() as stack:
         with socket.socket() as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -90,7 +90,7 @@ def test_a_client_cannot_put_its_own_beside_the_credential(live: LiveProxy) -> N
 
 
 def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
-    """Nothing is made up."""
+    """The provider sees no key at all."""
     received, _ = live.ask(request("GET", "/open/x", show("Authorization")))
     assert received.values(b"authorization") == []
 

@@ -52,7 +52,6 @@ http {{
 }}
 """
 
-
 live = live_fixture()
 
 
@@ -96,7 +95,7 @@ def connect(path: Path) -> Wire:
 def test_each_chunk_passes_nginx_before_the_next_is_sent(
     live: LiveProxy, front: Path, location: str
 ) -> None:
-    """Over HTTP/1.0 and 1.1, and where nginx would buffer, as our header turns that off."""
+    """It passes over HTTP/1.0 and 1.1; our header turns off the buffering of nginx."""
     chunks = [*map(event, range(3)), DONE]
     turn = live.stream(*chunks)
     with begin(connect(front), f"{location}/x") as client:

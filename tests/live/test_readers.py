@@ -117,7 +117,7 @@ def test_a_slow_reader_gets_every_byte(client_path: ClientPath) -> None:
 
 
 def test_stuck_readers_are_cut(client_path: ClientPath) -> None:
-    """After client_stall; until then little is held for each, then nothing, by provider or us."""
+    """client_stall ends them; until then little is held for each, and nothing after that."""
     count = 5
     ended, kind = Notes(), "plain" if client_path.context is None else "tls"
 

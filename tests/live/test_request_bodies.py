@@ -33,7 +33,6 @@ live = live_fixture(
     + client_config("limited", "limited-key", 'models = ["m"]')
 )
 
-
 roomy = live_fixture()
 
 
@@ -58,7 +57,7 @@ def test_a_body_is_exact(live: LiveProxy) -> None:
 
 
 def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: LiveProxy) -> None:
-    """20 MB, held here, that the kernel takes in many pieces."""
+    """The proxy holds 20 MB, which the kernel takes in many pieces."""
     body = json_text(20_000_000)
     received, got = roomy.ask(post("/p/x", body))
     assert received.body == body

@@ -41,7 +41,6 @@ CONFIG = "".join(
     ]
 )
 
-
 live = live_fixture(CONFIG)
 
 
@@ -77,7 +76,7 @@ def model(name: str) -> bytes:
 def test_the_longest_path_wins_then_the_route_that_says_more(
     live: LiveProxy, target: str, host: str, name: str, expected: str
 ) -> None:
-    """Then the order of the file decides."""
+    """Among equals the order of the file decides."""
     sent = post(target, model(name)).replace(b"Host: proxy", f"Host: {host}".encode())
     asked = live.ask(sent)
     assert picked(asked) == expected
@@ -104,7 +103,7 @@ def test_a_request_that_names_no_model_needs_a_route_for_that(live: LiveProxy) -
     ],
 )
 def test_a_path_may_name_the_model(live: LiveProxy, target: str, expected: str) -> None:
-    """As Azure's and Gemini's do."""
+    """The paths of Azure and Gemini do."""
     assert picked(live.ask(request("GET", target))) == expected
 
 

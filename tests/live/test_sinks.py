@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.test_starting import HEAD, assert_refused, start
 from tests.support.collector import OtlpCollector
-from tests.support.daemon import provider_config
 from tests.support.live_proxy import (
     ONE_ROUTE,
     STREAM_BODY,
@@ -98,7 +96,7 @@ def test_records_are_closed_to_others(live: LiveProxy) -> None:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_sighup_opens_the_trace_file_anew(live: LiveProxy, good: bool) -> None:
-    """As logrotate asks, whether or not the configuration is one: nothing is lost."""
+    """No record is lost when logrotate asks for it, even with a bad configuration."""
     daemon = live.daemon
     ask(live, count=3)
     until(lambda: kept(live) == 3, "all are written")
@@ -177,14 +175,3 @@ def test_a_stop_writes_what_waits(tmp_path: Path, collector: OtlpCollector) -> N
         live.script = ok
         ask(live, count=20)
     assert len(live.daemon.traces()) == kept(live) == len(collector.spans()) == 20
-
-
-def test_a_newer_ledger_stops_the_start(tmp_path: Path) -> None:
-    """With one line that says so; it is not touched."""
-    path = tmp_path / "ledger"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA application_id = {0x6C6C6D70}")
-        connection.execute("PRAGMA user_version = 99")
-    config = HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1")
-    ended = start(tmp_path, f'{config}[trace]\nledger = "{path}"\n')
-    assert_refused(ended, "llmproxy cannot start:", "ledger of a newer version (99")

@@ -89,7 +89,7 @@ def test_a_file_that_is_no_configuration_is_refused(
 
 @pytest.mark.parametrize("taken_by", ["proxy", "admin"])
 def test_a_port_that_is_taken_stops_the_start(tmp_path: Path, taken_by: str) -> None:
-    """Exit code 1, and the address in a sentence."""
+    """The exit code is 1, and a sentence has the address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -113,7 +113,7 @@ INHERITED = HEAD.replace("tcp:{proxy}:interface=127.0.0.1", "systemd:domain=INET
 def test_a_socket_that_nobody_handed_over_stops_the_start(
     tmp_path: Path, environ: dict[str, str], words: str
 ) -> None:
-    """In one line that says what is missing."""
+    """One line says what is missing."""
     config = INHERITED.format(admin=0) + provider_config("http://127.0.0.1:1")
     ended = start(tmp_path, config, **environ)
     words_before = (
@@ -124,7 +124,7 @@ def test_a_socket_that_nobody_handed_over_stops_the_start(
 
 
 def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
-    """From what a shell gives to what max_connections may need, without a word."""
+    """It goes from a shell's limit to what max_connections may need, without a log line."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     proxy = "anonymous = true\nmax_connections = 1000"
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -170,7 +170,7 @@ def test_a_bad_credential_stops_the_start(
 
 
 def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
-    """Under bare `twistd -n llmproxy`: time, level, logger and message on each line."""
+    """Each line of `twistd -n llmproxy` has time, level, logger and message."""
     with Provider(reply(OK)) as provider:
         with Daemon(tmp_path, provider_config(provider.url)) as daemon:
             assert daemon.admin("/readyz") == "ready\n"

@@ -77,7 +77,7 @@ def test_a_target_crosses_byte_for_byte(
     ],
 )
 def test_the_route_itself_is_a_target(live: LiveProxy, target: str, sent: str) -> None:
-    """With nothing behind its path, the request goes to the provider's own path."""
+    """A request for the route's own path goes to the provider's own path."""
     received, _ = live.ask(request("GET", target))
     assert received.target == sent.encode()
 
@@ -118,7 +118,7 @@ def test_a_route_is_whole_segments_of_the_raw_path(live: LiveProxy, target: str)
     ],
 )
 def test_dot_segments_are_refused(live: LiveProxy, target: str) -> None:
-    """Encoded or not, they would lead out of the route: 400."""
+    """They get a 400, encoded or not, as they would lead out of the route."""
     got = live.refuse(request("GET", target))
     assert (got.status, got.error) == (400, "bad_path")
 

@@ -41,7 +41,7 @@ def _replying(live: TlsProxy) -> None:
 
 
 def test_an_sdk_streams_over_tls(live: TlsProxy) -> None:
-    """openai's hands out each event before the next one was sent."""
+    """The SDK of OpenAI hands out each event before the next one is sent."""
     turn = live.stream(*EVENTS)
     url = f"https://localhost:{live.daemon.tls_port}/p/v1"
     numbers = []
@@ -62,7 +62,7 @@ def test_an_sdk_streams_over_tls(live: TlsProxy) -> None:
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 @pytest.mark.parametrize("tls", ["1.2", "1.3"])
 def test_curl_prints_tokens_one_by_one(live: TlsProxy, version: str, tls: str) -> None:
-    """Whichever HTTP it would rather speak, in TLS 1.2 and 1.3; and it exits with 0."""
+    """It does so in TLS 1.2 and 1.3, also if it prefers HTTP/2, and exits with 0."""
     turn = live.stream(*EVENTS)
     command = ["curl", "-sSN", "--max-time", str(int(WAIT)), version, "--noproxy", "*"]
     command += ["--cacert", str(live.vault.ca_path), f"--tlsv{tls}", "--tls-max", tls]
@@ -98,7 +98,7 @@ def test_plain_and_tls_stand_beside_each_other(live: TlsProxy) -> None:
 
 @pytest.mark.parametrize("close_notify", [False, True])
 def test_a_client_that_leaves_over_tls_is_noticed(live: TlsProxy, close_notify: bool) -> None:
-    """With TLS's close_notify or without, the provider's work ends while it is silent."""
+    """The provider's work ends while it is silent, with TLS's close_notify or without."""
     ended = live.hold(SSE, chunked(event(0)))
     with live.begin("/p/x") as wire:
         assert wire.read_chunk() == event(0)

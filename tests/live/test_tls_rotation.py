@@ -107,7 +107,7 @@ def test_a_mistake_elsewhere_in_the_file_changes_nothing(own: TlsProxy) -> None:
 
 
 def test_many_sighups_are_survived(own: TlsProxy) -> None:
-    """However they fall together, and also where no file has changed."""
+    """The signals may come together, and no file need have changed."""
     for _ in range(5):
         for _ in range(10):
             hang_up(own.daemon)

@@ -71,7 +71,7 @@ def test_each_piece_reaches_the_provider_before_the_next_is_sent(
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_large_upload_is_exact(live: LiveProxy, framing: str) -> None:
-    """20 MB of any bytes, through memory for 64 KiB."""
+    """20 MB of any bytes cross a memory of 64 KiB."""
     body = os.urandom(20_000_000)
     if framing == "length":
         sent = request("POST", "/p/x", OCTETS, body=body)
@@ -157,7 +157,7 @@ def test_a_100_is_sent_once_the_provider_is_there(live: LiveProxy) -> None:
 
 
 def test_a_chunked_upload_over_the_limit_is_cut(live: LiveProxy) -> None:
-    """413; what the provider got of it does not look whole."""
+    """The client gets a 413, and the provider's part does not look whole."""
     seen = Notes()
 
     def script(wire: Wire) -> None:

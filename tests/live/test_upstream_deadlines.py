@@ -109,8 +109,8 @@ def test_the_idle_clock_stands_still_while_the_client_is_slow(live: LiveProxy) -
     assert record["paused_s"] > 0.9
 
 
-def test_total_ends_a_request_that_is_not_answered(live: LiveProxy) -> None:
-    """504 while the client has nothing, whatever the phase."""
+def test_total_ends_a_request_without_a_response(live: LiveProxy) -> None:
+    """The client gets a 504 as long as it has nothing."""
     ended = live.hold()
     got = live.get(post("/total/x"))
     assert (got.status, got.error) == (504, "upstream_timeout")
@@ -119,7 +119,7 @@ def test_total_ends_a_request_that_is_not_answered(live: LiveProxy) -> None:
 
 
 def test_total_ends_a_stream_that_does_not(live: LiveProxy) -> None:
-    """However busy it is; the body breaks."""
+    """The body breaks, however busy the stream is."""
     ended = Notes()
 
     def script(wire: Wire) -> None:

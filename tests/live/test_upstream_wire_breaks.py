@@ -45,7 +45,6 @@ PHASES = {
     "in a body without framing": Phase(CLOSE + b"one", b"one"),
 }
 
-
 live = live_fixture(provider_config("URL", provider="KEYS", route=SHORT), both_links=True)
 
 

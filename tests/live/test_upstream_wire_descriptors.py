@@ -74,7 +74,7 @@ def _last_refused(daemon: Daemon) -> str:
 
 @pytest.mark.trap("U18")
 def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
-    """Where clients take the last one, a served client gets a 503, until the others leave."""
+    """They take the last descriptor; a served client gets a 503 until they leave."""
     with Provider(serve) as provider, Daemon(tmp_path, provider_config(provider.url)) as daemon:
         with connect(daemon.port) as client:
             assert ask(client)[0] == 200

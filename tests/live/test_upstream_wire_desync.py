@@ -24,7 +24,6 @@ CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
 TRICK = PLAIN + b"Content-Length: 5\r\n\r\ntrick"
 MINE = PLAIN + b"Content-Length: 4\r\nConnection: close\r\n\r\nmine"
 
-
 live = live_fixture(
     ONE_ROUTE + "".join(client_config(name, key) for name, key in KEYS.items()),
     proxy="",

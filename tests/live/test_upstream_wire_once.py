@@ -12,7 +12,6 @@ from tests.support.sockets import Received, Wire, request
 
 KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
-
 live = live_fixture(both_links=True)
 
 

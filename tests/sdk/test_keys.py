@@ -117,7 +117,7 @@ def test_provider_sees_its_own_key_in_place_of_the_callers(
 def test_callers_own_key_crosses_where_the_route_says_so(
     way: Way, directed: DirectedProvider
 ) -> None:
-    """With pass_credential the SDK's key is the provider's; who calls is said in our own field."""
+    """The SDK's key goes to the provider; our own field names the client."""
     base = route(directed.proxy, f"passing-{way.sdk}")
     outcome = way.ask(Question(base=base, key="callers-own-key", headers={"x-llmproxy-key": KEY}))
     assert text_of(way.sdk, outcome.response) == "Hello there"

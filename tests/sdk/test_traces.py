@@ -101,7 +101,7 @@ def test_a_record_with_content_is_what_the_sdk_reports(
 def test_a_record_of_usage_has_the_same_numbers_and_no_content(
     way: Way, question: dict[str, Any], proxy: Daemon
 ) -> None:
-    """Nothing of what was said, asked or called is anywhere in it."""
+    """It has no text, question or tool call."""
     report, record = ask(proxy, way, **question)
     expected = [getattr(report, name) if is_counted(way) else None for name in TOKENS]
     assert tokens_of(record) == tuple(expected)
