@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.collector import OtlpCollector
 from tests.support.demo import Demo
 from tests.support.live_proxy import Link
 from tests.support.tls import Authority
@@ -30,3 +31,11 @@ def demo() -> Iterator[Demo]:
     """The demo provider."""
     with Demo() as demo:
         yield demo
+
+
+@pytest.fixture
+def collector() -> Iterator[OtlpCollector]:
+    """An OpenTelemetry collector without TLS."""
+    collector = OtlpCollector()
+    yield collector
+    collector.close()

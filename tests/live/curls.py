@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.live.breaks import EVENTS, ROUTES, Sent
-from tests.support.daemon import Daemon
-from tests.support.live_proxy import trace_of, until, write_credential
+from tests.support.daemon import Daemon, provider_table, route_table
+from tests.support.keypairs import LISTEN_TLS
+from tests.support.live_proxy import listener_credentials, trace_of, until
 from tests.support.scripts import Turn
 from tests.support.sockets import WAIT, Provider, Script, Wire
 from tests.support.tls import Authority
@@ -37,7 +38,7 @@ CLIENTS = [
 
 
 class CurlResult(NamedTuple):
-    """What curl said: its exit code, the status, how much body came, and whether it is right.
+    """What curl reported: its exit code, the status, how much body came, and whether it is right.
 
     ``wrong`` is the body where it is not what was due, else nothing.
     """
@@ -54,10 +55,10 @@ class CurlRun(NamedTuple):
     code: int
     status: int
     body: bytes
-    told: str
+    complaint: str
     record: dict[str, Any]
 
-    def said(self, due: bytes) -> CurlResult:
+    def result(self, due: bytes) -> CurlResult:
         """Compare the body with what was due, which may be a megabyte."""
         wrong = b"" if self.body == due else self.body[:200] + b" ... " + self.body[-200:]
         return CurlResult(self.code, self.status, len(self.body), wrong)
@@ -78,26 +79,15 @@ class CurlProxy:
             "plain": Provider(self._play),
             "tls": Provider(self._play, tls=authority.server()),
         }
-        key, certificate = authority.key_and_certificate()
-        write_credential(folder, "k.pem", key.read_text())
-        credentials = write_credential(folder, "c.pem", certificate.read_text())
-        self.daemon = Daemon(
-            folder,
-            credentials + "".join(self._config(name) for name in self.providers),
-            proxy="""anonymous = true
-listen_tls = ["tcp:0:interface=127.0.0.1"]
-certificate = "c.pem"
-key = "k.pem"
-""",
-        )
+        config = listener_credentials(folder, authority)
+        config += "".join(self._config(name) for name in self.providers)
+        self.daemon = Daemon(folder, config, proxy=f"anonymous = true\n{LISTEN_TLS}")
 
     def _config(self, name: str) -> str:
         ca = f'ca = "{self.authority.ca_path}"\n' if name == "tls" else ""
-        url = self.providers[name].url
-        config = f'[providers.{name}]\nurl = "{url}"\ndialect = "openai"\n{ca}'
-        for route, keys in ROUTES.items():
-            config += f'[[routes]]\npath = "/{name}/{route}"\nproviders = ["{name}"]\n{keys}\n'
-        return config
+        config = provider_table(name, ca, url=self.providers[name].url)
+        routes = (route_table(f"/{name}/{at}", name, keys) for at, keys in ROUTES.items())
+        return config + "".join(routes)
 
     def _play(self, wire: Wire) -> None:
         name = wire.read_request().target.split(b"/")[1]
@@ -116,7 +106,7 @@ key = "k.pem"
         )
 
     def run(self, client: CurlClient, name: str, route: str, hold: Turn | None = None) -> CurlRun:
-        """CurlRun curl to its end; with ``hold`` it stands still until the request has ended.
+        """Run curl to its end; with ``hold`` it stands still until the request has ended.
 
         Args:
             hold: given once curl stands still, whereupon the script may go on.
@@ -127,14 +117,14 @@ key = "k.pem"
             try:
                 if hold is not None:
                     self._hold(curl, path, output, hold)
-                printed, told = curl.communicate(timeout=2 * WAIT)
+                printed, complaint = curl.communicate(timeout=2 * WAIT)
             finally:
                 curl.kill()
         status, code = map(int, printed.split())
         assert code == curl.returncode
-        assert status, told  # there is a record of what came to a response
+        assert status, complaint  # there is a record of what came to a response
         body = output.read_bytes() if output.exists() else b""
-        return CurlRun(code, status, body, told, trace_of(self.daemon, path=path))
+        return CurlRun(code, status, body, complaint, trace_of(self.daemon, path=path))
 
     def _hold(self, curl: subprocess.Popen[str], path: str, output: Path, hold: Turn) -> None:
         until(lambda: output.exists() and output.read_bytes() == EVENTS, "curl has the beginning")

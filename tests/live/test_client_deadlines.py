@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -31,12 +32,7 @@ request_head = "400ms"
 request_body = "400ms"
 client_idle = "500ms"
 """
-IMPATIENT_ROUTE = """
-[[routes]]
-path = "/stall"
-providers = ["p"]
-timeouts = { client_stall = "500ms" }
-"""
+IMPATIENT_ROUTE = route_table("/stall", "p", 'timeouts = { client_stall = "500ms" }')
 
 live = live_fixture(ONE_ROUTE + TIMEOUTS)
 patient = live_fixture(ONE_ROUTE + IMPATIENT_ROUTE)

@@ -30,7 +30,7 @@ PAUSE = threading.Event()
 
 @contextmanager
 def running(folder: Path, *, proxy: str = "", more: str = "") -> Iterator[Daemon]:
-    """Run a daemon in front of a provider that answers."""
+    """Run a daemon in front of a provider that replies."""
     with (
         Provider(keep_replying) as provider,
         Daemon(
@@ -58,7 +58,7 @@ def clients(daemon: Daemon) -> float:
 
 
 def limited(daemon: Daemon, limit: str) -> float:
-    """Return how many were turned away by a limit."""
+    """Return how many connections a limit has rejected."""
     return daemon.metrics()[f'llmproxy_limited_total{{client="",limit="{limit}"}}']
 
 
@@ -77,7 +77,7 @@ def assert_quiet(daemon: Daemon) -> None:
 
 
 def assert_rejection(got: Response, limit: str) -> None:
-    """Check what somebody is told who is turned away."""
+    """Check the response of a rejected connection."""
     assert got.status == 503
     assert got.values(b"x-llmproxy-error") == [limit.encode()]
     assert got.values(b"retry-after") == [b"1"]
@@ -88,7 +88,7 @@ def assert_rejection(got: Response, limit: str) -> None:
 
 
 def read_rejection(wire: Wire) -> Response:
-    """Return what a connection is told that is turned away, whether it asked or not."""
+    """Return the response of a rejected connection, whether it asked or not."""
     got = read_response(wire)
     assert wire.wait_closed() == "fin"
     return got
@@ -98,7 +98,7 @@ def read_rejection(wire: Wire) -> Response:
 
 
 def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
-    """For each that comes, asking or silent, while those inside are served as before."""
+    """Each further connection gets one, asking or silent; the others are served as before."""
     with running(tmp_path, proxy=f"max_connections = {MOST}") as daemon, ExitStack() as stack:
         inside = [stack.enter_context(connect(daemon.port)) for _ in range(MOST)]
         for wire in inside:
@@ -119,7 +119,7 @@ def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
 
 
 def test_one_that_leaves_makes_room(tmp_path: Path) -> None:
-    """However it leaves, and again and again."""
+    """The place is free again however the connection ends."""
     with running(tmp_path, proxy="max_connections = 2") as daemon, connect(daemon.port) as stays:
         assert ask(stays).body == b"ok"
         for leave in ("close", "reset", "half a request") * 3:
@@ -136,7 +136,7 @@ def test_one_that_leaves_makes_room(tmp_path: Path) -> None:
 
 
 def test_a_full_proxy_keeps_its_admin_site(tmp_path: Path) -> None:
-    """Whoever looks for the reason finds it, however long the proxy is full."""
+    """An operator finds the reason there, however long the proxy is full."""
     with running(tmp_path, proxy="max_connections = 1") as daemon, connect(daemon.port) as inside:
         assert ask(inside).body == b"ok"
         for _ in range(20):
@@ -149,21 +149,21 @@ def test_a_full_proxy_keeps_its_admin_site(tmp_path: Path) -> None:
 
 
 def test_a_full_proxy_does_not_spin(tmp_path: Path) -> None:
-    """Neither while it is full, nor while others stay at the door, nor for each that comes."""
+    """It is quiet while it is full, and while rejected connections stay open."""
     with running(tmp_path, proxy="max_connections = 1") as daemon, ExitStack() as stack:
         inside = stack.enter_context(connect(daemon.port))
         assert ask(inside).body == b"ok"
         assert_quiet(daemon)
         crowd = [stack.enter_context(connect(daemon.port)) for _ in range(80)]
-        until(lambda: limited(daemon, "max_connections") == 80, "all of them were turned away")
+        until(lambda: limited(daemon, "max_connections") == 80, "all of them are rejected")
         assert_quiet(daemon)
         for wire in crowd:
             assert_rejection(read_rejection(wire), "max_connections")
         assert ask(inside).body == b"ok"
 
 
-def test_who_does_not_go_is_dropped(tmp_path: Path) -> None:
-    """After two seconds, although it sends on: no descriptor is held by who is not served."""
+def test_a_rejected_client_that_stays_is_dropped(tmp_path: Path) -> None:
+    """A rejected client that sends on is closed after two seconds, and holds no descriptor."""
     with running(tmp_path, proxy="max_connections = 1") as daemon, connect(daemon.port):
         until(lambda: clients(daemon) == 1, "the first is inside")
         before = len(daemon.descriptors())
@@ -178,7 +178,7 @@ def test_who_does_not_go_is_dropped(tmp_path: Path) -> None:
 
 
 def test_plain_and_tls_are_counted_together(tmp_path: Path) -> None:
-    """One that is turned away on the TLS listener is closed before any handshake."""
+    """A connection that the TLS listener rejects is closed before any handshake."""
     vault = Vault(tmp_path)
     vault.put()
     proxy = f"max_connections = 2\n{LISTEN_TLS}"
@@ -290,7 +290,7 @@ def is_closed(wire: Wire) -> bool:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_without_descriptors_it_goes_on(tmp_path: Path, secure: bool) -> None:
-    """It neither dies nor spins, serves who is inside, and accepts again when there is room."""
+    """It neither dies nor spins, serves its clients, and accepts again when there is room."""
     vault = Vault(tmp_path)
     vault.put()
     with running(tmp_path, proxy=LISTEN_TLS, more=vault.config) as daemon, ExitStack() as stack:
@@ -319,17 +319,17 @@ def test_without_descriptors_it_goes_on(tmp_path: Path, secure: bool) -> None:
                 with connect(port, tls=vault.client() if secure else None) as wire:
                     assert ask(wire).body == b"ok"
         assert ask(kept).body == b"ok"
-    assert_told_once_or_so(daemon)
+    assert_logged_a_little(daemon)
 
 
-def assert_told_once_or_so(daemon: Daemon) -> None:
+def assert_logged_a_little(daemon: Daemon) -> None:
     """Check that the log has something of it, and no more than a few lines for each client."""
     lines = [line for line in daemon.log if "EMFILE" in line["message"]]
     assert 0 < len(lines) < 20 * ROOM
 
 
 def test_without_any_descriptor_it_does_not_spin(tmp_path: Path) -> None:
-    """Also where not even the one is left that is kept back for such a moment, and ever after."""
+    """It is quiet even without the descriptor that is kept in reserve, then and later."""
     with running(tmp_path) as daemon, connect(daemon.port) as kept, ExitStack() as stack:
         assert ask(kept).body == b"ok"
         with cramped(daemon, room=False):
@@ -351,7 +351,7 @@ def test_without_any_descriptor_it_does_not_spin(tmp_path: Path) -> None:
 
 
 def assert_waits_quietly(daemon: Daemon, kept: Wire) -> None:
-    """Check that whoever is not let in costs no time and fills no log, and who is in is served."""
+    """Check that waiting clients cost no time and no log, and that the kept one is served."""
     lines = len(daemon.log)
     assert_quiet(daemon)
     assert ask(kept).body == b"ok"

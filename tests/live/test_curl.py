@@ -46,9 +46,9 @@ def exit_code(sent: Sent, client: CurlClient) -> int:
     return PARTIAL_FILE if sent.tells_by_framing(client.version) else RECEIVE_ERROR
 
 
-def said(runs: dict[CurlClient, CurlRun], due: bytes) -> dict[CurlClient, CurlResult]:
+def results(runs: dict[CurlClient, CurlRun], due: bytes) -> dict[CurlClient, CurlResult]:
     """Return what each curl said, where ``due`` is the body that it should have got."""
-    return {client: run.said(due) for client, run in runs.items()}
+    return {client: run.result(due) for client, run in runs.items()}
 
 
 def broken(sent: Sent) -> dict[CurlClient, CurlResult]:
@@ -64,7 +64,7 @@ def assert_recorded(curls: CurlProxy, runs: dict[CurlClient, CurlRun], reason: s
         assert record["end_reason"] == reason, client
         assert record["is_complete"] is (reason == "complete"), client
         assert (record["status"], record["bytes_out"]) == (run.status, len(run.body)), client
-        assert bool(run.told) == (run.code != FINE), (client, run.told)
+        assert bool(run.complaint) == (run.code != FINE), (client, run.complaint)
     assert_settles(curls.daemon)
 
 
@@ -99,10 +99,10 @@ def test_tokens_are_printed_one_by_one(curls: CurlProxy, client: CurlClient) -> 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_all_that_came_is_there_and_an_error(curls: CurlProxy, name: str) -> None:
-    """Exit 18 where the framing tells, 56 where only a reset can; the record knows why."""
+    """Exit 18 where the framing shows it, 56 where only a reset can; the record knows why."""
     sent = BREAKS[name]
     runs = curls.run_all(f"broken, {name}", sent)
-    assert said(runs, sent.content) == broken(sent)
+    assert results(runs, sent.content) == broken(sent)
     assert_recorded(curls, runs, sent.reason)
 
 
@@ -113,17 +113,17 @@ def test_what_nobody_had_read_when_the_break_came_is_read_later(
     """The request is over and its bytes are in the kernel's queues before curl goes on."""
     sent = HELD[name]
     runs = curls.run_all(f"held, {name}", sent, held=True)
-    assert said(runs, sent.content) == broken(sent)
+    assert results(runs, sent.content) == broken(sent)
     assert_recorded(curls, runs, sent.reason)
 
 
 @pytest.mark.parametrize("name", BARE_FIN)
 def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(curls: CurlProxy, name: str) -> None:
-    """A provider that speaks TLS and says no farewell may have been cut off by anybody."""
+    """A provider that speaks TLS and sends no close_notify may have been cut off by anybody."""
     sent = BARE_FIN[name]
     runs = curls.run_all(f"bare, {name}", sent)
     count = len(sent.content)
-    assert said(runs, sent.content) == {
+    assert results(runs, sent.content) == {
         client: CurlResult(
             FINE if client.provider == "plain" else exit_code(sent, client), 200, count
         )
@@ -136,10 +136,10 @@ def test_a_bare_fin_is_an_end_without_tls_and_a_break_with_it(curls: CurlProxy, 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_response_is_no_error(curls: CurlProxy, name: str) -> None:
-    """Exit 0 for each framing, in each version."""
+    """curl exits with 0 for each framing, in each version."""
     sent = WHOLE[name]
     runs = curls.run_all(f"whole, {name}", sent)
-    assert said(runs, sent.content) == dict.fromkeys(
+    assert results(runs, sent.content) == dict.fromkeys(
         CLIENTS, CurlResult(FINE, 200, len(sent.content))
     )
     assert_recorded(curls, runs, "complete")
@@ -147,31 +147,31 @@ def test_a_whole_response_is_no_error(curls: CurlProxy, name: str) -> None:
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_an_error_event_is_the_last_that_comes(curls: CurlProxy, name: str) -> None:
-    """Behind all that came, and curl has its error all the same."""
+    """It follows all the content, and curl still reports its error."""
     sent = REPORTED[name]
-    runs = curls.run_all(f"told, {name}", sent)
+    runs = curls.run_all(f"reported, {name}", sent)
     for client, run in runs.items():
         assert (run.code, run.status) == (exit_code(sent, client), 200), client
         assert run.body.startswith(sent.content), client
-        told = run.body[len(sent.content) :]
+        added = run.body[len(sent.content) :]
         if sent.kind == "text/event-stream":
-            assert told.startswith(b"data: "), client
-            assert told.endswith(b"\n\n"), client
-        assert json.loads(told.removeprefix(b"data: "))["error"]["code"] == sent.reason, client
+            assert added.startswith(b"data: "), client
+            assert added.endswith(b"\n\n"), client
+        assert json.loads(added.removeprefix(b"data: "))["error"]["code"] == sent.reason, client
     assert_recorded(curls, runs, sent.reason)
 
 
 @pytest.mark.parametrize("name", UNREPORTED)
 def test_no_event_is_put_where_none_can_be(curls: CurlProxy, name: str) -> None:
-    """Nothing but what came, although the route asks for an event."""
+    """Only the content arrives, although the route asks for an event."""
     sent = UNREPORTED[name]
-    runs = curls.run_all(f"untold, {name}", sent)
-    assert said(runs, sent.content) == broken(sent)
+    runs = curls.run_all(f"unreported, {name}", sent)
+    assert results(runs, sent.content) == broken(sent)
     assert_recorded(curls, runs, sent.reason)
 
 
 def test_a_break_before_the_head_is_a_whole_error_body(curls: CurlProxy) -> None:
-    """While nothing has left, curl can be told properly: a 502, and no complaint of the wire."""
+    """While nothing has left, curl can be added properly: a 502, and no complaint of the wire."""
     runs = curls.run_all("headless", Sent("", "fin", b"", b"HTTP/1.1 200 OK\r\nContent-"))
     for client, run in runs.items():
         assert (run.code, run.status) == (FINE, 502), client
@@ -180,10 +180,10 @@ def test_a_break_before_the_head_is_a_whole_error_body(curls: CurlProxy) -> None
 
 
 class TlsEnd(NamedTuple):
-    """What came to a client, whether TLS's farewell (close_notify) did, and how TCP ended."""
+    """What came to a client, whether TLS's close_notify did, and how TCP ended."""
 
     content: bytes
-    farewell: bool
+    close_notify: bool
     end: str
 
 
@@ -221,12 +221,12 @@ def read_tls_end(curls: CurlProxy, path: str) -> TlsEnd:
 
 
 @pytest.mark.parametrize("name", ["small, chunked", "big, close"])
-def test_a_whole_body_without_framing_ends_with_a_farewell(curls: CurlProxy, name: str) -> None:
+def test_a_whole_body_without_framing_ends_with_close_notify(curls: CurlProxy, name: str) -> None:
     """close_notify, then a FIN: by TLS's own words nothing is missing."""
-    curls.scripts["farewell"] = WHOLE[name].play
-    tls_end = read_tls_end(curls, "/plain/relayed/farewell")
+    curls.scripts["proper-end"] = WHOLE[name].play
+    tls_end = read_tls_end(curls, "/plain/relayed/proper-end")
     assert tls_end.content.endswith(WHOLE[name].content)
-    assert (tls_end.farewell, tls_end.end) == (True, "fin")
+    assert (tls_end.close_notify, tls_end.end) == (True, "fin")
 
 
 @pytest.mark.parametrize("provider", ["plain", "tls"])
@@ -242,14 +242,14 @@ def test_a_whole_body_without_framing_ends_with_a_farewell(curls: CurlProxy, nam
         "big, close, reset",
     ],
 )
-def test_a_broken_body_without_framing_ends_without_a_farewell(
+def test_a_broken_body_without_framing_ends_without_close_notify(
     curls: CurlProxy, name: str, provider: str
 ) -> None:
     """All that came, no close_notify behind it, and a RST: neither layer says that it is whole."""
     sent = BREAKS[name]
-    curls.scripts["no-farewell"] = sent.play
-    tls_end = read_tls_end(curls, f"/{provider}/{sent.route}/no-farewell")
+    curls.scripts["no-proper-end"] = sent.play
+    tls_end = read_tls_end(curls, f"/{provider}/{sent.route}/no-proper-end")
     head, _, body = tls_end.content.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
     assert body == sent.content
-    assert (tls_end.farewell, tls_end.end) == (False, "reset")
+    assert (tls_end.close_notify, tls_end.end) == (False, "reset")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.live.test_disconnects import leave
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     Link,
@@ -21,7 +21,7 @@ from tests.support.live_proxy import (
     trace_of,
     until,
 )
-from tests.support.scripts import DONE, KEPT, LAST, SSE, Notes, Turn
+from tests.support.scripts import DONE, KEPT, LAST, SSE, Notes, PacedStream, Turn
 from tests.support.sockets import WAIT, Script, Wire, chunked, connect
 from tests.support.tls_proxy import open_tls_proxy
 
@@ -35,34 +35,11 @@ WHOLE = json.dumps(
     }
 ).encode()
 READ_ON = 'on_disconnect = "drain"\n'
-BRIEF = f'[[routes]]\npath = "/brief"\nproviders = ["p"]\n{READ_ON}drain_for = "400ms"\n'
+BRIEF = route_table("/brief", "p", READ_ON, 'drain_for = "400ms"')
 COUNTED = ("client_gone", "drain", "reported", 3, 5)
 PARTIAL = ("client_gone", "drain", "partial", 3, None)
 
 live = live_fixture(ONE_ROUTE + READ_ON + BRIEF, both_links=True)
-
-
-class CountedStream:
-    """A script that begins a stream and ends it at a turn, with its counts.
-
-    Attributes:
-        turn: lets it end.
-        ended: how each connection ended, once the stream was sent or could not be.
-    """
-
-    def __init__(self, *, endless: bool = False) -> None:
-        self.turn = Turn()
-        self.ended = Notes()
-        self._endless = endless
-
-    def __call__(self, wire: Wire) -> None:
-        """Play."""
-        wire.read_request()
-        wire.send(SSE, chunked(FIRST))
-        if not self._endless:
-            self.turn.take()
-            wire.send(chunked(COUNTS, DONE), LAST)
-        self.ended.put(wire.wait_closed())
 
 
 def begin_stream(daemon: Daemon, path: str) -> Wire:
@@ -92,7 +69,7 @@ def outcome(record: dict[str, Any]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("how", ["fin", "half", "reset"])
 def test_a_stream_is_read_to_its_end(live: LiveProxy, how: str) -> None:
     """The provider sends all of it to nobody; the record has the counts that come last."""
-    script = live.script = CountedStream()
+    script = live.script = PacedStream(FIRST, COUNTS + DONE)
     path = f"/p/end/{how}/{CHAT}"
     with begin_stream(live.daemon, path) as client:
         leave(client, how)
@@ -108,7 +85,7 @@ def test_a_stream_is_read_to_its_end(live: LiveProxy, how: str) -> None:
 
 def test_a_stream_that_lasts_too_long_is_cancelled(live: LiveProxy) -> None:
     """After ``drain_for`` the provider's connection is closed, and the record keeps what came."""
-    script = live.script = CountedStream(endless=True)
+    script = live.script = PacedStream(FIRST)
     path = f"/brief/{CHAT}"
     with begin_stream(live.daemon, path):
         pass
@@ -180,7 +157,7 @@ def test_a_slow_client_that_leaves_lets_the_provider_go_on(live: LiveProxy) -> N
 
 def test_many_at_once_leave_nothing_behind(live: LiveProxy) -> None:
     """A hundred are read on, which is the limit; each of the others is cancelled at once."""
-    script = live.script = CountedStream()
+    script = live.script = PacedStream(FIRST, COUNTS + DONE)
     before = len(live.daemon.traces())
     clients = [begin_stream(live.daemon, f"/p/many/{CHAT}") for _ in range(120)]
     for number, client in enumerate(clients, 1):
@@ -202,7 +179,7 @@ def test_the_end_of_the_process_does_not_wait_for_it(
     tmp_path: Path, link: Link, signals: int
 ) -> None:
     """No client is connected: the provider's connection is closed, and the record is there."""
-    script = CountedStream(endless=True)
+    script = PacedStream(FIRST)
     with (
         link.provider(script) as provider,
         Daemon(tmp_path, link.config(provider, route=READ_ON)) as daemon,
@@ -269,8 +246,7 @@ def test_a_process_that_waits_for_others_reads_on(tmp_path: Path, link: Link, si
 def test_a_client_of_a_tls_listener_leaves(tmp_path: Path) -> None:
     """The same happens behind TLS, where the relay stood still for the client."""
     noted = Notes()
-    more = f'[[routes]]\npath = "/d"\nproviders = ["p"]\n{READ_ON}'
-    with open_tls_proxy(tmp_path, more=more) as live:
+    with open_tls_proxy(tmp_path, more=route_table("/d", "p", READ_ON)) as live:
         live.script = flood(noted)
         with live.begin(f"/d/{CHAT}"):
             live.wait_paused()

@@ -10,6 +10,7 @@ import json
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import LiveProxy, assert_settles, live_fixture, trace_of
 from tests.support.scripts import SSE, event
 from tests.support.sockets import chunked
@@ -18,18 +19,9 @@ NDJSON = SSE.replace(b"text/event-stream", b"application/x-ndjson")
 
 live = live_fixture(
     "".join(
-        f"""
-[providers.{name}]
-url = "URL"
-dialect = "{name}"
-[[routes]]
-path = "/{name}"
-providers = ["{name}"]
-error_event = true
-[[routes]]
-path = "/quiet/{name}"
-providers = ["{name}"]
-"""
+        provider_table(name, dialect=name)
+        + route_table(f"/{name}", name, "error_event = true")
+        + route_table(f"/quiet/{name}", name)
         for name in ("openai", "anthropic", "ollama")
     )
 )

@@ -6,41 +6,33 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import LiveProxy, Response, live_fixture, post, read_response
 from tests.support.sockets import request
 
-CONFIG = "".join(
-    f"""
-[providers.{name}]
-url = "URL"
-dialect = "{name}"
-[[routes]]
-path = "/{name}"
-providers = ["{name}"]
-models = ["m"]
-"""
-    for name in ("openai", "anthropic", "ollama", "raw")
+live = live_fixture(
+    "".join(
+        provider_table(name, dialect=name) + route_table(f"/{name}", name, 'models = ["m"]')
+        for name in ("openai", "anthropic", "ollama", "raw")
+    )
 )
-
-
-live = live_fixture(CONFIG)
 
 
 def shape_of(got: Response) -> str:
     """Return the dialect whose error shape this is, after checking all of it."""
-    told: dict[str, Any] = got.json()
+    body: dict[str, Any] = got.json()
     (name,) = got.values(b"x-llmproxy-request-id")
-    if told.get("type") == "error":
-        assert set(told) == {"type", "error", "request_id"}
-        assert set(told["error"]) == {"type", "message"}
-        assert told["request_id"] == name.decode()
+    if body.get("type") == "error":
+        assert set(body) == {"type", "error", "request_id"}
+        assert set(body["error"]) == {"type", "message"}
+        assert body["request_id"] == name.decode()
         return "anthropic"
-    assert set(told) == {"error"}
-    if isinstance(told["error"], str):
+    assert set(body) == {"error"}
+    if isinstance(body["error"], str):
         return "ollama"
-    assert set(told["error"]) == {"message", "type", "code", "param"}
+    assert set(body["error"]) == {"message", "type", "code", "param"}
     (reason,) = got.values(b"x-llmproxy-error")
-    assert told["error"]["code"] == reason.decode()
+    assert body["error"]["code"] == reason.decode()
     return "openai"
 
 
@@ -61,7 +53,7 @@ def shape_of(got: Response) -> str:
 def test_an_error_has_the_shape_of_the_routes_dialect(
     live: LiveProxy, target: str, shape: str
 ) -> None:
-    """By the route whose path matches, else by the path; before anyone is identified."""
+    """The matching route decides, else the path; the client need not be known."""
     got = live.refuse(post(target, b'{"model":"other"}'))
     assert got.status == 404
     assert shape_of(got) == shape
@@ -71,7 +63,7 @@ def test_an_error_has_the_shape_of_the_routes_dialect(
 
 
 def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None:
-    """Under three names, the same as in the record, with a reason and a type and nothing odd."""
+    """Three fields have the id of the record; beside them are only reason, type and length."""
     got = live.refuse(post("/openai/x", b'{"model":"other"}', "X-Request-Id: mine"))
     record = live.trace(got)
     assert (record["end_reason"], record["error"], record["status"]) == (
@@ -95,7 +87,7 @@ def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None
 
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "get", "X"])
 def test_other_methods_are_not_served(live: LiveProxy, method: str) -> None:
-    """405, and Allow names those that are."""
+    """They get a 405, and Allow names the methods that are served."""
     got = live.refuse(request(method, "/openai/x"))
     assert got.status == 405
     assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]

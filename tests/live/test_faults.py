@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.collector import OtlpCollector
-from tests.support.daemon import ROOT, Daemon
+from tests.support.daemon import ROOT, Daemon, provider_config
 from tests.support.live_proxy import assert_settles, post, until
 from tests.support.records import query
 from tests.support.scripts import DONE, LAST, SSE
@@ -116,10 +116,7 @@ def running(folder: Path, mistakes: str = "", trace: str = "") -> Iterator[tuple
 
     (folder / "sitecustomize.py").write_text(mistakes)
     with Provider(script) as provider, ExitStack() as stack:
-        config = (
-            f'{trace}[providers.p]\nurl = "{provider.url}"\ndialect = "openai"\n'
-            '[[routes]]\npath = "/p"\nproviders = ["p"]\ncapture = "content"\n'
-        )
+        config = trace + provider_config(provider.url, route='capture = "content"')
         environ = {"PYTHONPATH": f"{folder}:{ROOT}"}
         daemon = stack.enter_context(Daemon(folder, config, environ=environ))
         yield daemon, Streams(daemon, stack, go)
@@ -155,14 +152,6 @@ def test_taps_that_do_not_break_tell_nothing(tmp_path: Path) -> None:
 
 
 # -- sinks -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def collector() -> Iterator[OtlpCollector]:
-    """A collector without TLS."""
-    collector = OtlpCollector()
-    yield collector
-    collector.close()
 
 
 def sinks(folder: Path, collector: OtlpCollector) -> str:
@@ -237,7 +226,7 @@ def test_a_collector_that_hangs(tmp_path: Path, collector: OtlpCollector) -> Non
 
 
 def test_everything_fails_together(tmp_path: Path, collector: OtlpCollector) -> None:
-    """Taps, files and collector at once: still every byte."""
+    """Taps, files and collector fail at once, and every byte still arrives."""
     collector.status = 500
     mistakes = TAP + FAULTS["third event"]
     with running(tmp_path, mistakes, sinks(tmp_path, collector)) as (daemon, streams):

@@ -99,7 +99,7 @@ def instances(tmp_path: Path, demo: Demo, shared: socket.socket) -> Iterator[Ins
 
 @pytest.mark.timeout(300)  # each of the two is stopped for as long as its streams last
 def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> None:
-    """Short calls and streams of 30 s, none tried again: all are answered, and whole."""
+    """Short calls and streams of 30 s, none tried again: all are served, and whole."""
     with Load(instances.port, words=20 * LONG_S) as load:
         load.wait_more("fresh", 20)
         ended = [instances.restart(name) for name in ("1", "2")]
@@ -108,8 +108,8 @@ def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> N
     assert sum(one["finished"] for one in ended) > 0
 
 
-def test_who_comes_while_nobody_is_there_waits(instances: Instances) -> None:
-    """The socket's queue outlives all instances; the first that starts serves who stands in it."""
+def test_a_client_waits_while_no_instance_runs(instances: Instances) -> None:
+    """The socket's queue outlives all instances; the first that starts serves the clients in it."""
     for name in ("1", "2"):
         instances.stop(name)
     with connect(instances.port) as early:
@@ -156,7 +156,7 @@ def test_a_killed_instance_loses_its_own_streams_alone(instances: Instances) -> 
 
 
 def test_processes_share_a_port_without_systemd(tmp_path: Path, demo: Demo) -> None:
-    """With `reuse_port` both bind it, each serves some, and each writes its own name."""
+    """Two processes bind it with `reuse_port`; each serves some clients and writes its own name."""
     with ExitStack() as stack:
         with socket.socket() as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

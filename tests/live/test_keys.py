@@ -4,49 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import STREAM_BODY, LiveProxy, client_config, live_fixture, post
 from tests.support.sockets import request
 
 KEY, OTHER, CREDENTIAL = "llmp_team-key", "llmp_other-key", "sk-provider-credential"
 
-CONFIG = """
-[providers.openai]
-url = "URL"
-dialect = "openai"
-credential = "key"
-[providers.anthropic]
-url = "URL"
-dialect = "anthropic"
-credential = "key"
-[providers.custom]
-url = "URL"
-dialect = "openai"
-credential = "key"
-header = "X-Custom-Auth"
-format = "Token {};v=1"
-[providers.open]
-url = "URL"
-dialect = "openai"
-[providers.passing]
-url = "URL"
-dialect = "anthropic"
-pass_credential = true
-[[routes]]
-path = "/openai"
-providers = ["openai"]
-[[routes]]
-path = "/anthropic"
-providers = ["anthropic"]
-[[routes]]
-path = "/custom"
-providers = ["custom"]
-[[routes]]
-path = "/open"
-providers = ["open"]
-[[routes]]
-path = "/passing"
-providers = ["passing"]
-"""
+DIALECTS = ("openai", "anthropic")
+CONFIG = "".join(
+    [
+        *(provider_table(name, 'credential = "key"', dialect=name) for name in DIALECTS),
+        provider_table(
+            "custom", 'credential = "key"', 'header = "X-Custom-Auth"', 'format = "Token {};v=1"'
+        ),
+        provider_table("open"),
+        provider_table("passing", "pass_credential = true", dialect="anthropic"),
+        *(route_table(f"/{name}", name) for name in (*DIALECTS, "custom", "open", "passing")),
+    ]
+)
 
 FIELDS = {
     "x-llmproxy-key": "{}",
@@ -115,7 +90,7 @@ def test_a_client_cannot_put_its_own_beside_the_credential(live: LiveProxy) -> N
 
 
 def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
-    """Nothing is made up."""
+    """The provider sees no key at all."""
     received, _ = live.ask(request("GET", "/open/x", show("Authorization")))
     assert received.values(b"authorization") == []
 

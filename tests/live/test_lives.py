@@ -58,7 +58,7 @@ ENOUGH = 2000
 """Lives among which each of these ends happens many times."""
 
 _SHOWN = 5
-"""Lives that a failure tells of."""
+"""Lives that a failure prints."""
 
 
 def drawn(count: int) -> list[Life]:

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -23,15 +24,8 @@ from tests.support.live_proxy import (
 from tests.support.scripts import SSE, event
 from tests.support.sockets import chunked, connect, request
 
-DEAD = """
-[providers.dead]
-url = "http://127.0.0.1:1"
-dialect = "openai"
-[[routes]]
-path = "/dead"
-name = "nobody"
-providers = ["dead"]
-"""
+DEAD = provider_table("dead", url="http://127.0.0.1:1")
+DEAD += route_table("/dead", "dead", 'name = "nobody"')
 
 
 @pytest.fixture

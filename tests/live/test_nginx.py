@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Daemon
-from tests.support.live_proxy import LiveProxy, is_silent, live_fixture, post, until
-from tests.support.scripts import DONE, LAST, SSE, Turn, event
+from tests.support.live_proxy import LiveProxy, begin, live_fixture, post, read_stepwise, until
+from tests.support.scripts import DONE, LAST, SSE, event
 from tests.support.sockets import WAIT, Wire, chunked
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -51,7 +51,6 @@ http {{
     }}
 }}
 """
-
 
 live = live_fixture()
 
@@ -96,28 +95,11 @@ def connect(path: Path) -> Wire:
 def test_each_chunk_passes_nginx_before_the_next_is_sent(
     live: LiveProxy, front: Path, location: str
 ) -> None:
-    """Over HTTP/1.0 and 1.1, and where nginx would buffer, for our header tells it not to."""
-    turn = Turn()
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(SSE)
-        for number in range(3):
-            turn.take()
-            wire.send(chunked(event(number)))
-        turn.take()
-        wire.send(chunked(DONE), LAST)
-
-    live.script = script
-    with connect(front) as client:
-        client.send(post(f"{location}/x"))
-        client.read_head()
-        for number in range(3):
-            assert is_silent(client)
-            turn.give()
-            assert client.read_chunk() == event(number)
-        turn.give()
-        assert client.read_chunks() == DONE
+    """It passes over HTTP/1.0 and 1.1; our header turns off the buffering of nginx."""
+    chunks = [*map(event, range(3)), DONE]
+    turn = live.stream(*chunks)
+    with begin(connect(front), f"{location}/x") as client:
+        read_stepwise(client, turn, *chunks, b"")
 
 
 @pytest.mark.parametrize("location", ["/old", "/new"])
@@ -135,22 +117,13 @@ def test_a_broken_body_does_not_look_whole_behind_nginx(
     live: LiveProxy, front: Path, framing: str, end: str, location: str
 ) -> None:
     """No last chunk, and no full length, comes out of nginx; all bytes before the break do."""
-    turn = Turn()
     whole = event(0) + event(1)
     head = {
         "chunked": SSE,
         "length": SSE.replace(b"Transfer-Encoding: chunked", b"Content-Length: 1000"),
         "none": SSE.replace(b"Transfer-Encoding: chunked\r\n", b""),
     }[framing]
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(head, chunked(whole) if framing == "chunked" else whole)
-        turn.take()
-        if end == "reset":
-            wire.reset()
-
-    live.script = script
+    turn = live.break_off(end, head, chunked(whole) if framing == "chunked" else whole)
     with connect(front) as client:
         client.send(post(f"{location}/x"))
         _, fields = client.read_head()

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -17,35 +18,18 @@ from tests.support.live_proxy import (
 from tests.support.scripts import LAST, Notes
 from tests.support.sockets import Wire, chunked, request
 
-SHARED = """
-[providers.short]
-url = "URL"
-dialect = "openai"
-timeouts = { pool_idle = "300ms" }
-KEYS
-[providers.none]
-url = "URL"
-dialect = "openai"
-pool = 0
-KEYS
-[providers.pass]
-url = "URL"
-dialect = "openai"
-pass_credential = true
-KEYS
-[[routes]]
-path = "/short"
-providers = ["short"]
-[[routes]]
-path = "/none"
-providers = ["none"]
-[[routes]]
-path = "/pass"
-providers = ["pass"]
-"""
+POOLS = {
+    "short": 'timeouts = { pool_idle = "300ms" }',
+    "none": "pool = 0",
+    "pass": "pass_credential = true",
+}
 
-
-live = live_fixture(ONE_ROUTE + SHARED, both_links=True)
+live = live_fixture(
+    ONE_ROUTE
+    + "".join(provider_table(name, key, "KEYS") for name, key in POOLS.items())
+    + "".join(route_table(f"/{name}", name) for name in POOLS),
+    both_links=True,
+)
 
 
 def idle(live: LiveProxy, provider: str = "p") -> float:

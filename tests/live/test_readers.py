@@ -7,7 +7,6 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,11 +17,11 @@ from tests.support.live_proxy import (
     LiveProxy,
     assert_settles,
     begin,
+    listener_credentials,
     open_live_proxy,
     post,
     trace_of,
     until,
-    write_credential,
 )
 from tests.support.scripts import Notes
 from tests.support.sockets import WAIT, Wire, connect
@@ -31,8 +30,8 @@ from tests.support.tls import Authority
 STALL = 2.0
 """Seconds of ``client_stall``.
 
-The kernels tell the sender of what is read in steps of up to 64 KiB; a reader that is to live must
-be some times quicker than one step in this time.
+The kernels report what is read in steps of up to 64 KiB. A reader that is to live must be some
+times quicker than one step in this time.
 """
 
 BOUND = 128 * 1024
@@ -50,7 +49,7 @@ client_stall = "{STALL:.0f}s"
 """
 
 
-class Entrance(NamedTuple):
+class ClientPath(NamedTuple):
     """A live proxy, and one way for clients to reach it: plainly or by TLS."""
 
     live: LiveProxy
@@ -72,28 +71,24 @@ class Entrance(NamedTuple):
 def live(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[LiveProxy]:
     """One route, reached plainly and by TLS."""
     folder = tmp_path_factory.mktemp("readers")
-    config = ONE_ROUTE + TIMEOUTS + _credentials(folder, authority)
+    config = ONE_ROUTE + TIMEOUTS + listener_credentials(folder, authority)
     proxy = f"anonymous = true\n{LISTEN_TLS}"
     with open_live_proxy(folder, config, proxy=proxy) as live:
         yield live
 
 
-def _credentials(folder: Path, authority: Authority) -> str:
-    key, certificate = authority.key_and_certificate()
-    write_credential(folder, "key", key.read_text())
-    return write_credential(folder, "certificate", certificate.read_text())
-
-
 @pytest.fixture(params=["plain", "tls"])
-def entrance(request: pytest.FixtureRequest, live: LiveProxy, authority: Authority) -> Entrance:
+def client_path(
+    request: pytest.FixtureRequest, live: LiveProxy, authority: Authority
+) -> ClientPath:
     """How the client reaches the proxy."""
-    return Entrance(live, authority.client() if request.param == "tls" else None)
+    return ClientPath(live, authority.client() if request.param == "tls" else None)
 
 
-def test_a_slow_reader_gets_every_byte(entrance: Entrance) -> None:
+def test_a_slow_reader_gets_every_byte(client_path: ClientPath) -> None:
     """Some KiB each 50 ms, for some times client_stall: it lives on, and nothing is lost."""
     body = random.Random(1).randbytes(SIZE)
-    path = f"/p/slow/{'plain' if entrance.context is None else 'tls'}"
+    path = f"/p/slow/{'plain' if client_path.context is None else 'tls'}"
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -102,29 +97,29 @@ def test_a_slow_reader_gets_every_byte(entrance: Entrance) -> None:
         for at in range(0, SIZE, 100_000):
             wire.sock.sendall(view[at : at + 100_000])
 
-    entrance.live.script = script
-    with begin(entrance.connect(), path) as client:
+    client_path.live.script = script
+    with begin(client_path.connect(), path) as client:
         got = bytearray(client.read(len(client.buffer)))
         held = 0.0
         over = time.monotonic() + 4 * STALL
         while time.monotonic() < over:
             got += client.sock.recv(8192)  # and no more: the kernel must not see a fast reader
-            held = max(held, entrance.buffered)
+            held = max(held, client_path.buffered)
             PACE.wait(0.05)
         assert 0 < held <= BOUND, "it was held up, within bounds"
         while len(got) < SIZE:
             got += client.read(min(SIZE - len(got), 100_000))
     assert bytes(got) == body
-    record = trace_of(entrance.live.daemon, path=path)
+    record = trace_of(client_path.live.daemon, path=path)
     assert (record["end_reason"], record["bytes_out"]) == ("complete", SIZE)
     assert record["paused_s"] > STALL
-    assert_settles(entrance.live.daemon)
+    assert_settles(client_path.live.daemon)
 
 
-def test_stuck_readers_are_cut(entrance: Entrance) -> None:
-    """After client_stall; until then little is held for each, then nothing, by provider or us."""
+def test_stuck_readers_are_cut(client_path: ClientPath) -> None:
+    """client_stall ends them; until then little is held for each, and nothing after that."""
     count = 5
-    ended, kind = Notes(), "plain" if entrance.context is None else "tls"
+    ended, kind = Notes(), "plain" if client_path.context is None else "tls"
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -136,25 +131,25 @@ def test_stuck_readers_are_cut(entrance: Entrance) -> None:
             ended.put(time.monotonic())
             raise
 
-    entrance.live.script = script
-    clients = [entrance.connect() for _ in range(count)]
+    client_path.live.script = script
+    clients = [client_path.connect() for _ in range(count)]
     for number, client in enumerate(clients):
         client.send(post(f"/p/stuck/{kind}/{number}"))
         client.read_head()
     stuck = time.monotonic()
     held = 0.0
     while ended.empty():
-        held = max(held, entrance.buffered)
+        held = max(held, client_path.buffered)
         assert held <= count * BOUND
         assert time.monotonic() - stuck < WAIT, "nobody was cut"
     assert held > 0
     cut = [ended.read() for _ in clients]
     assert min(cut) - stuck > STALL / 2
     for number in range(count):
-        record = trace_of(entrance.live.daemon, path=f"/p/stuck/{kind}/{number}")
+        record = trace_of(client_path.live.daemon, path=f"/p/stuck/{kind}/{number}")
         assert (record["end_reason"], record["is_complete"]) == ("client_stalled", False)
-    until(lambda: entrance.buffered == 0, "nothing is held any more")
-    assert_settles(entrance.live.daemon)
+    until(lambda: client_path.buffered == 0, "nothing is held any more")
+    assert_settles(client_path.live.daemon)
     for client in clients:
         assert client.wait_closed() in ("reset", "truncated")
         client.sock.close()

@@ -25,7 +25,6 @@ chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens outpu
 cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
 """
 
-
 live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))
 
 
@@ -71,7 +70,7 @@ def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
 
 
 def test_a_rejected_request_has_a_record_too(live: LiveProxy) -> None:
-    """With what is known of it, and null for the rest."""
+    """The record has what is known of it, and null for the rest."""
     got = live.refuse(request("GET", "/nowhere/x"))
     record = live.trace(got)
     assert list(record) == NAMES.split()
@@ -82,7 +81,7 @@ def test_a_rejected_request_has_a_record_too(live: LiveProxy) -> None:
 
 
 def test_a_client_that_leaves_in_its_own_body_has_a_record(live: LiveProxy) -> None:
-    """Its head was a request already."""
+    """The head alone makes it a request."""
     with live.connect() as client:
         kind = "Content-Type: application/json"
         client.send(request("POST", "/p/half", kind, "Content-Length: 100"), b"{" * 10)

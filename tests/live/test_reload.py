@@ -14,7 +14,7 @@ import pytest
 
 from tests.live.test_starting import HEAD
 from tests.support.daemon import Daemon, environment, provider_config, twistd
-from tests.support.keypairs import Vault
+from tests.support.keypairs import LISTEN_TLS, Vault
 from tests.support.live_proxy import (
     STREAM_BODY,
     LiveProxy,
@@ -41,6 +41,7 @@ from tests.support.reloads import (
 )
 from tests.support.scripts import KEPT, OK, Notes, Turn, event, reply
 from tests.support.sockets import WAIT, Provider, Received, Wire, connect, request
+from tests.support.tls_proxy import EXPIRES
 
 KEY, OTHER_KEY = "key-of-team", "another-key-of-team"
 EVENTS = [*map(event, range(3))]
@@ -136,9 +137,9 @@ def test_a_bad_file_changes_nothing(live: ReloadedProxy, bad: tuple[str, str]) -
         )
         at_first = live.daemon.metrics()[RELOADED_AT]
         write(live.daemon, better)
-        told = fail_to_reload(live.daemon)
-        assert told["problems"]
-        assert told["message"].startswith("reload failed, nothing has changed: ")
+        line = fail_to_reload(live.daemon)
+        assert line["problems"]
+        assert line["message"].startswith("reload failed, nothing has changed: ")
         metrics = live.daemon.metrics()
         assert (metrics[RELOADED], metrics[RELOADED_AT]) == (0, at_first)
         for wire in (kept, live.connect()):
@@ -159,7 +160,7 @@ def test_a_bad_file_changes_nothing(live: ReloadedProxy, bad: tuple[str, str]) -
 
 
 def test_a_rotated_credential_is_used_by_the_next_request(live: ReloadedProxy) -> None:
-    """And by nothing before: a stream goes on, and no connection of the old key is used again."""
+    """A stream goes on, and no connection of the old key is used again."""
     running, turn = live.begin_stream()
     with running:
         seen = live.keep_replying()
@@ -181,14 +182,14 @@ def test_a_rotated_credential_is_used_by_the_next_request(live: ReloadedProxy) -
 
 
 def test_a_revoked_key_is_refused_on_the_same_connection(live: ReloadedProxy) -> None:
-    """Its next request is; what it began goes on; and a new key opens the door."""
+    """Its next request is refused, its stream goes on, and a new key is served."""
     running, turn = live.begin_stream()
     with running, live.connect() as kept:
         live.keep_replying()
         kept.send(GET)
         assert read_response(kept).status == 200
-        told = reload(live.daemon, (digest_line(KEY), digest_line(OTHER_KEY)))
-        assert told["changed"] == ["clients.team"]
+        line = reload(live.daemon, (digest_line(KEY), digest_line(OTHER_KEY)))
+        assert line["changed"] == ["clients.team"]
         kept.send(GET)
         assert read_response(kept).status == 401
         kept.send(request("GET", "/p/x", f"x-api-key: {OTHER_KEY}"))
@@ -200,7 +201,7 @@ def test_a_revoked_key_is_refused_on_the_same_connection(live: ReloadedProxy) ->
 
 
 def test_routes_come_and_go(live: ReloadedProxy) -> None:
-    """New requests find those of the file; a stream on one that is gone runs to its end."""
+    """New requests find the routes of the file; a stream on a removed route runs to its end."""
     running, turn = live.begin_stream()
     with running:
         live.keep_replying()
@@ -213,7 +214,7 @@ def test_routes_come_and_go(live: ReloadedProxy) -> None:
 
 
 def test_a_request_whose_body_comes_keeps_what_it_began_with(live: ReloadedProxy) -> None:
-    """Route, provider, key and limits: whatever a reload takes away meanwhile."""
+    """It keeps route, provider, key and limits, although a reload removes them meanwhile."""
     seen = live.keep_replying()
     whole = post("/p/x", b'{"model":"m"}', BY_KEY)
     with live.connect() as client:
@@ -234,7 +235,7 @@ def test_a_request_whose_body_comes_keeps_what_it_began_with(live: ReloadedProxy
 
 
 def test_a_provider_moves(live: ReloadedProxy) -> None:
-    """A stream goes on with the old one, whose idle connections are closed; new calls follow."""
+    """A stream stays with the old provider, whose idle connections are closed; new calls move."""
     running, turn = live.begin_stream()
     ended = Notes()
 
@@ -255,7 +256,7 @@ def test_a_provider_moves(live: ReloadedProxy) -> None:
 
 
 def test_a_warm_pool_stays_warm(live: ReloadedProxy) -> None:
-    """Where nothing changed that its connections depend on."""
+    """Connections are kept if nothing changed that they depend on."""
     live.keep_replying()
     assert live.status() == 200
     reload(live.daemon, ('path = "/p"', 'path = "/q"'), ('dialect = "openai"', 'dialect = "raw"'))
@@ -285,7 +286,7 @@ def test_via_and_session_field_change(live: ReloadedProxy) -> None:
 
 
 def test_deadlines_change(live: ReloadedProxy) -> None:
-    """Of clients that are idle already, and of providers; a request keeps its own."""
+    """Those of idle clients and of providers do; a running request keeps its own."""
     running, turn = live.begin_stream()
     silent = Turn()
     with running, live.connect() as idle:
@@ -304,7 +305,7 @@ def test_deadlines_change(live: ReloadedProxy) -> None:
 
 
 def test_limits_of_clients_change(live: ReloadedProxy) -> None:
-    """Heads, bodies and connections; whoever is connected stays."""
+    """Those of heads, bodies and connections do; a connected client stays."""
     live.keep_replying()
     long, large = request("GET", "/p/x", BY_KEY, "x-l: " + "x" * 2000), b'{"a":"%b"}' % (b"x" * 99)
     assert [live.status(long), live.status(post("/p/x", large, BY_KEY))] == [200, 200]
@@ -327,7 +328,7 @@ def test_limits_of_clients_change(live: ReloadedProxy) -> None:
 
 
 def test_a_drain_has_the_time_of_the_last_file(live: ReloadedProxy) -> None:
-    """And SIGHUP meanwhile is answered by a word, and changes nothing."""
+    """SIGHUP meanwhile logs a word, and changes nothing."""
     running, turn = live.begin_stream()
     with running:
         reload(live.daemon, ("[proxy]\n", '[proxy]\ndrain_timeout = "3s"\n'))
@@ -345,7 +346,7 @@ def test_a_drain_has_the_time_of_the_last_file(live: ReloadedProxy) -> None:
 
 
 def test_the_loop_waits_for_the_next_start(live: ReloadedProxy) -> None:
-    """The log names it, and the effective configuration shows what is in use."""
+    """The log names the key, and /config shows the value in use."""
     live.keep_replying()
     shown = json.loads(live.daemon.admin("/config"))["proxy"]["tuned_loop"]
     text = live.daemon.config_path.read_text()
@@ -356,8 +357,8 @@ def test_the_loop_waits_for_the_next_start(live: ReloadedProxy) -> None:
             "[proxy]\n", f"[proxy]\ntuned_loop = {other}\n"
         ),
     )
-    told = reload(live.daemon)
-    assert told["message"] == "reloaded; nothing has changed; at the next start: proxy.tuned_loop"
+    line = reload(live.daemon)
+    assert line["message"] == "reloaded; nothing has changed; at the next start: proxy.tuned_loop"
     assert json.loads(live.daemon.admin("/config"))["proxy"]["tuned_loop"] is shown
     assert live.status() == 200
 
@@ -374,7 +375,7 @@ def free_port(host: str) -> int:
 
 
 def get_at(port: int, sent: bytes = GET) -> int:
-    """Return the status of a response of whoever listens there; 0 where nobody does.
+    """Return the status of a response on that port; 0 where nobody listens.
 
     It is -1 where that one closed in the very moment.
     """
@@ -392,7 +393,7 @@ def get_at(port: int, sent: bytes = GET) -> int:
 
 
 def test_listeners_come_and_go(live: ReloadedProxy) -> None:
-    """The one that stays is the same; who is connected to the other one stays connected."""
+    """The listener that stays is the same; clients of the other one stay connected."""
     live.keep_replying()
     port = free_port("127.0.0.1")
     home = '"tcp:0:interface=127.0.0.1"'
@@ -417,68 +418,21 @@ def test_listeners_with_tls_come_and_go(live: ReloadedProxy, tmp_path: Path) -> 
     vault = Vault(tmp_path)
     vault.put()
     port = free_port("127.0.0.1")
-    more = (
-        f'listen_tls = ["tcp:{port}:interface=127.0.0.1"]\n'
-        'certificate = "certificate"\nkey = "key"\n'
-    )
-    expires = "llmproxy_certificate_not_after_timestamp_seconds"
+    more = LISTEN_TLS.replace("tcp:0", f"tcp:{port}")
     reload(live.daemon, ("[proxy]\n", "[proxy]\n" + more))
     with connect(port, tls=vault.client()) as secure:
         secure.send(GET)
         assert read_response(secure).status == 200
-        assert f'{expires}{{certificate="listen_tls"}}' in live.daemon.metrics()
+        assert EXPIRES in live.daemon.metrics()
         reload(live.daemon, (more, ""))
         until(lambda: get_at(port) == 0, "nobody listens")
-        assert f'{expires}{{certificate="listen_tls"}}' not in live.daemon.metrics()
+        assert EXPIRES not in live.daemon.metrics()
         secure.send(GET)
         assert read_response(secure).status == 200
-    reload(live.daemon, ("[proxy]\n", "[proxy]\n" + more))
-    with connect(port, tls=vault.client()) as secure:
-        secure.send(GET)
-        assert read_response(secure).status == 200
-
-
-def test_admin_listeners_move(live: ReloadedProxy) -> None:
-    """Also while they are read from; Prometheus gets one of its own."""
-    port, metrics = free_port("127.0.0.1"), free_port("127.0.0.1")
-    admin = 'listen = "tcp:0:interface=127.0.0.1"\n'
-    moved = (
-        f'listen = "tcp:{port}:interface=127.0.0.1"\n'
-        f'metrics_listen = "tcp:{metrics}:interface=127.0.0.1"\n'
-    )
-    old = live.daemon.admin_port
-    edit(live.daemon, admin, moved)
-    hang_up(live.daemon)
-    live.daemon.wait_log("admin listens on", port=metrics)
-    until(lambda: get_at(old, request("GET", "/livez")) == 0, "the old one is closed")
-    paths = ["/livez", "/config"]
-    assert [get_at(port, request("GET", path)) for path in paths] == [200, 200]
-    assert [get_at(metrics, request("GET", path)) for path in paths] == [200, 404]
-
-
-def test_a_port_can_be_shared_later(live: ReloadedProxy, tmp_path: Path) -> None:
-    """`reuse_port` counts for a port that stays open, so that a second process can join."""
-    live.keep_replying()
-    (tmp_path / "second").mkdir()
-    reload(live.daemon, ("[proxy]\n", "[proxy]\nreuse_port = true\n"))
-    proxy = (
-        f'listen = ["tcp:{live.daemon.port}:interface=127.0.0.1"]\n'
-        "reuse_port = true\nanonymous = true"
-    )
-    second = Daemon(
-        tmp_path / "second", provider_config(live.provider.url), proxy=proxy, instance="2"
-    )
-    with second:
-
-        def both() -> bool:
-            assert live.status() in (200, 401)  # the other one knows no key
-            return bool(live.daemon.traces() and second.traces())
-
-        until(both, "each has served somebody")
 
 
 def test_a_socket_of_systemds_is_left_and_taken_up_again(tmp_path: Path) -> None:
-    """It is the same one, and its queue waits meanwhile."""
+    """It is the same socket, and its queue waits meanwhile."""
     with socket.create_server(("127.0.0.1", 0)) as systemds, Provider(reply(OK)) as peer:
         systemds.setblocking(False)
         port = systemds.getsockname()[1]
@@ -511,7 +465,7 @@ def records_in(path: Path) -> list[str]:
 
 
 def test_records_move_with_the_file(live: ReloadedProxy) -> None:
-    """Each is in one of both files, once: that of a stream where it ended."""
+    """Each record is in one of both files, once; a stream's is in the later one."""
     running, turn = live.begin_stream()
     other = live.daemon.folder / "other.jsonl"
     with running:
@@ -531,7 +485,7 @@ def test_records_move_with_the_file(live: ReloadedProxy) -> None:
 
 
 def test_what_a_stream_captures_is_settled_when_it_begins(live: ReloadedProxy) -> None:
-    """`capture` of the route that it began on."""
+    """The route that it began on decides on `capture`."""
     running, turn = live.begin_stream("/p/v1/chat/completions")
     with running:
         reload(live.daemon, ('path = "/p"', 'path = "/p"\ncapture = "content"'))
@@ -546,7 +500,7 @@ def test_what_a_stream_captures_is_settled_when_it_begins(live: ReloadedProxy) -
 
 
 def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
-    """Whether or not the file is good, what follows is in a file of the old name."""
+    """The following lines are in a file of the old name, whether or not the file is good."""
     config = tmp_path / "llmproxy.toml"
     text = HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1")
     config.write_text(text)
@@ -568,7 +522,7 @@ def test_a_log_file_is_opened_anew(tmp_path: Path) -> None:
 
 
 def test_signals_in_quick_succession_end_with_the_last_file(live: ReloadedProxy) -> None:
-    """However they fall together with changes of the file."""
+    """The last file counts, whenever the signals come."""
     live.keep_replying()
     for number in range(10):
         edit(live.daemon, 'path = "/p', f'path = "/p{number}')

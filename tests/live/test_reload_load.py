@@ -111,7 +111,7 @@ def test_fifty_reloads_under_load_harm_nobody(tmp_path: Path, demo: Demo) -> Non
 
 
 def test_a_storm_of_signals_leaves_nothing(tmp_path: Path) -> None:
-    """However many readings that becomes, threads and files are as many as before."""
+    """The daemon has as many threads and files as before."""
     with Daemon(tmp_path, provider_config("http://127.0.0.1:1")) as daemon:
         reload(daemon)
         before = held(daemon)

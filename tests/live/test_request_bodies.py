@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -21,27 +22,16 @@ from tests.support.scripts import LAST, OK, Turn
 from tests.support.sockets import Wire, chunked, request
 
 KIB = 1024
-LIMITS = """
-[limits]
-request_body = "64KiB"
-request_memory = "256KiB"
-[[routes]]
-path = "/big"
-providers = ["p"]
-request_body = "200KiB"
-[[routes]]
-path = "/small"
-providers = ["p"]
-request_body = "1KiB"
-[[routes]]
-path = "/inside"
-providers = ["p"]
-models = ["m"]
-"""
+LIMITS = '[limits]\nrequest_body = "64KiB"\nrequest_memory = "256KiB"\n'
 
-
-live = live_fixture(ONE_ROUTE + LIMITS + client_config("limited", "limited-key", 'models = ["m"]'))
-
+live = live_fixture(
+    ONE_ROUTE
+    + LIMITS
+    + route_table("/big", "p", 'request_body = "200KiB"')
+    + route_table("/small", "p", 'request_body = "1KiB"')
+    + route_table("/inside", "p", 'models = ["m"]')
+    + client_config("limited", "limited-key", 'models = ["m"]')
+)
 
 roomy = live_fixture()
 
@@ -67,7 +57,7 @@ def test_a_body_is_exact(live: LiveProxy) -> None:
 
 
 def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: LiveProxy) -> None:
-    """20 MB, held here, that the kernel takes in many pieces."""
+    """The proxy holds 20 MB, which the kernel takes in many pieces."""
     body = json_text(20_000_000)
     received, got = roomy.ask(post("/p/x", body))
     assert received.body == body

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import ONE_ROUTE, STREAM_BODY, LiveProxy, live_fixture, post
 from tests.support.scripts import OK, Turn
 from tests.support.sockets import Wire, request
 
-CONFIG = """
-[providers.anthropic]
-url = "URL"
-dialect = "anthropic"
-headers = { anthropic-version = "2023-06-01", X-Default = "d" }
-[providers.ollama]
-url = "URL"
-dialect = "ollama"
-[providers.raw]
-url = "URL"
-dialect = "raw"
-[[routes]]
-path = "/a"
-providers = ["anthropic"]
-[[routes]]
-path = "/o"
-providers = ["ollama"]
-[[routes]]
-path = "/raw"
-providers = ["raw"]
-[[routes]]
-path = "/enc"
-providers = ["p"]
-accept_encoding = "pass"
-"""
+DEFAULTS = 'headers = { anthropic-version = "2023-06-01", X-Default = "d" }'
 
-
-live = live_fixture(ONE_ROUTE + CONFIG, proxy='anonymous = true\nvia = "Hop"')
+live = live_fixture(
+    ONE_ROUTE
+    + provider_table("anthropic", DEFAULTS, dialect="anthropic")
+    + provider_table("ollama", dialect="ollama")
+    + provider_table("raw", dialect="raw")
+    + route_table("/a", "anthropic")
+    + route_table("/o", "ollama")
+    + route_table("/raw", "raw")
+    + route_table("/enc", "p", 'accept_encoding = "pass"'),
+    proxy='anonymous = true\nvia = "Hop"',
+)
 
 
 def test_fields_cross_in_order_with_their_values_unchanged(live: LiveProxy) -> None:
@@ -158,7 +144,7 @@ def test_a_disguised_name_is_refused(live: LiveProxy, name: str) -> None:
 
 
 def test_a_websocket_handshake_is_refused_in_words(live: LiveProxy) -> None:
-    """501, and a sentence; another upgrade is only not offered on."""
+    """501, and a sentence; another upgrade is dropped, and the request served."""
     got = live.refuse(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: websocket"))
     assert got.status == 501
     assert "WebSocket" in got.json()["error"]["message"]
@@ -224,7 +210,7 @@ def test_a_body_is_framed_anew_and_only_once(live: LiveProxy) -> None:
 
 
 def test_an_expectation_is_met_here_and_not_sent_on(live: LiveProxy) -> None:
-    """The client is told to go on before it has sent a byte of its body."""
+    """The client gets a 100 before it has sent a byte of its body."""
     turn = Turn()
     body = b"0123456789"
 

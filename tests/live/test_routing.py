@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import LiveProxy, Response, client_config, live_fixture, post
 from tests.support.sockets import Received, request
 
 
 def provider(name: str, dialect: str = "openai") -> str:
     """Return a provider that marks its requests with its name."""
-    return f"""
-[providers.{name}]
-url = "URL"
-dialect = "{dialect}"
-headers = {{ x-picked = "{name}" }}
-"""
+    return provider_table(name, f'headers = {{ x-picked = "{name}" }}', dialect=dialect)
 
 
 def route(path: str, name: str, more: str = "") -> str:
-    """Return a route to the provider ``name``."""
-    return f"""
-[[routes]]
-path = "{path}"
-name = "{name}"
-providers = ["{name}"]
-{more}
-"""
+    """Return a route of a name to the provider of that name."""
+    return route_table(path, name, f'name = "{name}"', more)
 
 
 CONFIG = "".join(
@@ -50,7 +40,6 @@ CONFIG = "".join(
         client_config("nameless", "nameless-key", 'models = ["-"]'),
     ]
 )
-
 
 live = live_fixture(CONFIG)
 
@@ -87,7 +76,7 @@ def model(name: str) -> bytes:
 def test_the_longest_path_wins_then_the_route_that_says_more(
     live: LiveProxy, target: str, host: str, name: str, expected: str
 ) -> None:
-    """Then the order of the file decides."""
+    """Among equals the order of the file decides."""
     sent = post(target, model(name)).replace(b"Host: proxy", f"Host: {host}".encode())
     asked = live.ask(sent)
     assert picked(asked) == expected
@@ -114,7 +103,7 @@ def test_a_request_that_names_no_model_needs_a_route_for_that(live: LiveProxy) -
     ],
 )
 def test_a_path_may_name_the_model(live: LiveProxy, target: str, expected: str) -> None:
-    """As Azure's and Gemini's do."""
+    """The paths of Azure and Gemini do."""
     assert picked(live.ask(request("GET", target))) == expected
 
 
@@ -142,7 +131,7 @@ def test_a_form_may_name_the_model(live: LiveProxy) -> None:
     ],
 )
 def test_a_body_that_can_be_read_in_two_ways_is_refused(live: LiveProxy, body: bytes) -> None:
-    """400: whoever reads it next must not see another model than we did."""
+    """400: the next reader must not see another model than the proxy did."""
     got = live.refuse(post("/only/x", body))
     assert (got.status, got.error) == (400, "bad_body")
 

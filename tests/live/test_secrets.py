@@ -6,7 +6,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from tests.support.daemon import Daemon, provider_config
+from tests.support.daemon import Daemon, provider_config, provider_table, route_table
 from tests.support.live_proxy import (
     client_config,
     post,
@@ -94,24 +94,13 @@ def test_no_secret_is_shown_anywhere(tmp_path: Path) -> None:
     """Logs, records, pages and the proxy's own errors are searched."""
     credentials = write_credential(tmp_path, "key", "sk-CREDENTIAL-of-the-provider")
     keys = 'credential = "key"\nheaders = { x-secret = "HEADER-default" }\n'
-    more = """
-[providers.dead]
-url = "http://127.0.0.1:1"
-dialect = "openai"
-credential = "key"
-[[routes]]
-path = "/dead"
-providers = ["dead"]
-[providers.pass]
-url = "URL"
-dialect = "openai"
-pass_credential = true
-[[routes]]
-path = "/pass"
-providers = ["pass"]
-[timeouts]
-first_byte = "300ms"
-"""
+    more = (
+        provider_table("dead", 'credential = "key"', url="http://127.0.0.1:1")
+        + route_table("/dead", "dead")
+        + provider_table("pass", "pass_credential = true")
+        + route_table("/pass", "pass")
+        + '[timeouts]\nfirst_byte = "300ms"\n'
+    )
     shown: list[bytes] = []
     errors: list[bytes] = []
     with Provider(script) as provider:

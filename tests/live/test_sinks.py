@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.test_starting import HEAD, assert_refused, start
 from tests.support.collector import OtlpCollector
-from tests.support.daemon import provider_config
 from tests.support.live_proxy import (
     ONE_ROUTE,
     STREAM_BODY,
@@ -36,14 +34,6 @@ ok = reply(OK)
 
 
 @pytest.fixture
-def collector() -> Iterator[OtlpCollector]:
-    """A collector without TLS."""
-    collector = OtlpCollector()
-    yield collector
-    collector.close()
-
-
-@pytest.fixture
 def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
     """A daemon with every sink, its ledger named by instance, and one known client."""
     trace = (
@@ -56,7 +46,7 @@ def live(tmp_path: Path, collector: OtlpCollector) -> Iterator[LiveProxy]:
 
 
 def ask(live: LiveProxy, *fields: str, count: int = 1) -> None:
-    """Send requests, each of which must be answered as ever."""
+    """Send requests, each of which must be served as ever."""
     for _ in range(count):
         assert live.get(post("/p/v1/chat", STREAM_BODY, *fields)).body == b"ok"
 
@@ -87,8 +77,8 @@ def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector)
     assert [record["session"] for record in records] == ["s-1", "s-1", None]
 
     groups = live.daemon.usage("--by", "client,provider,session", "--since", "1h")["groups"]
-    told = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
-    assert told == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
+    counted = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
+    assert counted == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
     assert {one["unreported"] for one in groups} == {1, 2}
     (session,) = live.daemon.usage("--sessions")["sessions"]
     assert (session["requests"], session["last_trace"]) == (2, records[1]["id"])
@@ -106,7 +96,7 @@ def test_records_are_closed_to_others(live: LiveProxy) -> None:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_sighup_opens_the_trace_file_anew(live: LiveProxy, good: bool) -> None:
-    """As logrotate asks, whether or not the configuration is one: nothing is lost."""
+    """No record is lost when logrotate asks for it, even with a bad configuration."""
     daemon = live.daemon
     ask(live, count=3)
     until(lambda: kept(live) == 3, "all are written")
@@ -185,14 +175,3 @@ def test_a_stop_writes_what_waits(tmp_path: Path, collector: OtlpCollector) -> N
         live.script = ok
         ask(live, count=20)
     assert len(live.daemon.traces()) == kept(live) == len(collector.spans()) == 20
-
-
-def test_a_newer_ledger_stops_the_start(tmp_path: Path) -> None:
-    """With one line that says so; it is not touched."""
-    path = tmp_path / "ledger"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA application_id = {0x6C6C6D70}")
-        connection.execute("PRAGMA user_version = 99")
-    config = HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1")
-    ended = start(tmp_path, f'{config}[trace]\nledger = "{path}"\n')
-    assert_refused(ended, "llmproxy cannot start:", "ledger of a newer version (99")

@@ -40,15 +40,15 @@ def start(folder: Path, config: str | None, **environ: str) -> subprocess.Comple
 
 
 def assert_refused(ended: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Check the exit code, and that these words are told, and no traceback.
+    """Check the exit code, and that these words are printed, and no traceback.
 
-    Mistakes in the file are told on standard error; what goes wrong later is a line of the log.
+    Mistakes in the file are printed on standard error; what goes wrong later is a line of the log.
     """
     assert ended.returncode == 1
-    told = ended.stdout + ended.stderr
+    output = ended.stdout + ended.stderr
     for word in words:
-        assert word in told
-    assert "Traceback" not in told
+        assert word in output
+    assert "Traceback" not in output
     assert "listens on" not in ended.stdout
 
 
@@ -72,6 +72,12 @@ def test_every_mistake_in_the_configuration_is_reported(tmp_path: Path) -> None:
         ("this is no TOML", "TOML"),
         ("", "providers"),
         (HEAD.format(proxy="x", admin=0) + provider_config("http://x"), "proxy.listen"),
+        (
+            HEAD.format(proxy=0, admin=0)
+            + provider_config("http://x")
+            + '[trace]\njsonl = "/nowhere/trace.jsonl"\n',
+            "/nowhere/trace.jsonl",
+        ),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(
@@ -83,7 +89,7 @@ def test_a_file_that_is_no_configuration_is_refused(
 
 @pytest.mark.parametrize("taken_by", ["proxy", "admin"])
 def test_a_port_that_is_taken_stops_the_start(tmp_path: Path, taken_by: str) -> None:
-    """Exit code 1, and the address in a sentence."""
+    """The exit code is 1, and a sentence has the address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,16 +113,18 @@ INHERITED = HEAD.replace("tcp:{proxy}:interface=127.0.0.1", "systemd:domain=INET
 def test_a_socket_that_nobody_handed_over_stops_the_start(
     tmp_path: Path, environ: dict[str, str], words: str
 ) -> None:
-    """In one line that says what is missing."""
+    """One line says what is missing."""
     config = INHERITED.format(admin=0) + provider_config("http://127.0.0.1:1")
     ended = start(tmp_path, config, **environ)
-    told = "llmproxy cannot start: systemd:domain=INET:name=proxy: systemd handed over no such"
-    assert_refused(ended, told, words)
+    words_before = (
+        "llmproxy cannot start: systemd:domain=INET:name=proxy: systemd handed over no such"
+    )
+    assert_refused(ended, words_before, words)
     assert (ended.stdout + ended.stderr).count("cannot start") == 1
 
 
 def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
-    """From what a shell gives to what max_connections may need, without a word."""
+    """It goes from a shell's limit to what max_connections may need, without a log line."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     proxy = "anonymous = true\nmax_connections = 1000"
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -131,7 +139,7 @@ def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
     assert not [line for line in daemon.log if "descriptors" in line["message"]]
 
 
-def test_a_limit_of_descriptors_that_is_too_low_is_told(tmp_path: Path) -> None:
+def test_a_limit_of_descriptors_that_is_too_low_is_logged(tmp_path: Path) -> None:
     """The start goes on as far as it may, with a warning."""
     proxy = "anonymous = true\nmax_connections = 10000000"
     with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), proxy=proxy) as daemon:
@@ -140,34 +148,29 @@ def test_a_limit_of_descriptors_that_is_too_low_is_told(tmp_path: Path) -> None:
         assert line["needed"] == 20_000_512
 
 
-def test_a_trace_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
-    """Not the first request shows it, but the start."""
-    more = '[trace]\njsonl = "/nowhere/trace.jsonl"\n'
-    ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider_config("http://x") + more)
-    assert_refused(ended, "llmproxy cannot start", "/nowhere/trace.jsonl")
-
-
-def test_credentials_that_others_can_read_stop_the_start(tmp_path: Path) -> None:
-    """The mode of their directory is part of the configuration."""
-    section = write_credential(tmp_path, "key", "sk-secret")
-    (tmp_path / "credentials").chmod(0o755)
-    provider = provider_config("http://x", provider='credential = "key"')
+@pytest.mark.parametrize(
+    ("name", "value", "mode", "word"),
+    [
+        ("key", "sk-secret", 0o755, "credentials.directory"),
+        ("key", "", 0o700, "providers.p.credential"),
+        ("other", "sk-secret", 0o700, "providers.p.credential"),
+    ],
+    ids=["open to others", "empty", "missing"],
+)
+def test_a_bad_credential_stops_the_start(
+    tmp_path: Path, name: str, value: str, mode: int, word: str
+) -> None:
+    """The mode of the directory counts, too; the error does not repeat the credential."""
+    section = write_credential(tmp_path, "key", value)
+    (tmp_path / "credentials").chmod(mode)
+    provider = provider_config("http://x", provider=f'credential = "{name}"')
     ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider + section)
-    assert_refused(ended, "credentials.directory")
+    assert_refused(ended, word)
     assert "sk-secret" not in ended.stdout + ended.stderr
 
 
-def test_an_empty_credential_stops_the_start(tmp_path: Path) -> None:
-    """So does one that is missing."""
-    for name in ("key", "other"):
-        section = write_credential(tmp_path, "key", "")
-        provider = provider_config("http://x", provider=f'credential = "{name}"')
-        ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider + section)
-        assert_refused(ended, "providers.p.credential")
-
-
 def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
-    """Under bare `twistd -n llmproxy`: time, level, logger and message on each line."""
+    """Each line of `twistd -n llmproxy` has time, level, logger and message."""
     with Provider(reply(OK)) as provider:
         with Daemon(tmp_path, provider_config(provider.url)) as daemon:
             assert daemon.admin("/readyz") == "ready\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -32,18 +33,7 @@ CHAT = "v1/chat/completions"
 WORDS = ["Zwölf ", "Boxkämpfer ", "jagen ", "Viktor ", "quer. "]
 TEXT = "".join(WORDS)
 COUNTS = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
-ROUTES = """
-[[routes]]
-path = "/kept"
-providers = ["p"]
-capture = "content"
-
-[[routes]]
-path = "/reported"
-providers = ["p"]
-capture = "content"
-error_event = true
-"""
+KEPT = 'capture = "content"'
 
 
 def said(word: str) -> bytes:
@@ -54,20 +44,19 @@ def said(word: str) -> bytes:
 
 CHUNKS = [said(word) for word in WORDS]
 
-
-live = live_fixture('ledger = "FOLDER/ledger.db"\n' + ONE_ROUTE + ROUTES, both_links=True)
+live = live_fixture(
+    'ledger = "FOLDER/ledger.db"\n'
+    + ONE_ROUTE
+    + route_table("/kept", "p", KEPT)
+    + route_table("/reported", "p", KEPT, "error_event = true"),
+    both_links=True,
+)
 
 
 def outcome(record: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a record says of a response's end and usage."""
     names = ("end_reason", "is_complete", "usage", "output_tokens", "degraded")
     return tuple(record[name] for name in names)
-
-
-def wait_for_ledger(live: LiveProxy, name: str) -> None:
-    """Wait until the ledger has the request of that id, too."""
-    ledger = live.daemon.folder / "ledger.db"
-    until(lambda: (name,) in query(ledger, "SELECT id FROM traces"), "the ledger has it")
 
 
 # -- five chunks -----------------------------------------------------------------------------------
@@ -87,7 +76,7 @@ def test_the_accumulator_holds_what_five_chunks_said(live: LiveProxy) -> None:
 
 
 def test_each_chunk_is_there_within_ten_milliseconds(live: LiveProxy) -> None:
-    """With a copy of the content kept; of ten streams the quickest counts, as machines are busy."""
+    """The tap keeps a copy meanwhile; the quickest of ten streams counts, as machines are busy."""
     sent: list[float] = []
 
     def script(wire: Wire) -> None:
@@ -117,30 +106,25 @@ def test_each_chunk_is_there_within_ten_milliseconds(live: LiveProxy) -> None:
     assert min(slowest) < 0.01
 
 
-def test_nothing_of_a_text_is_kept_where_usage_is_captured(live: LiveProxy) -> None:
-    """Neither in the trace nor in the ledger, in the log or among the metrics."""
-    words = [f"sekret{number} " for number in range(5)]
-    live.reply(chunked_response(*(said(word) for word in words), COUNTS, DONE))
-    path = f"/p/usage/{CHAT}"
+@pytest.mark.parametrize("route", ["p", "kept"])
+def test_the_trace_file_alone_has_a_text_and_only_where_it_is_captured(
+    live: LiveProxy, route: str
+) -> None:
+    """The ledger, the log and the metrics never have it."""
+    words = [f"secret-of-{route}{number} " for number in range(5)]
+    live.reply(chunked_response(*map(said, words), COUNTS, DONE))
+    path = f"/{route}/usage/{CHAT}"
     live.get(post(path))
     record = trace_of(live.daemon, path=path)
     assert outcome(record) == ("complete", True, "reported", 5, [])
-    wait_for_ledger(live, record["id"])
+    assert record.get("text") == ("".join(words) if route == "kept" else None)
+    ledger = live.daemon.folder / "ledger.db"
+    until(lambda: (record["id"],) in query(ledger, "SELECT id FROM traces"), "the ledger has it")
+    secret = f"secret-of-{route}"
     places = [live.daemon.trace_path, *live.daemon.folder.glob("ledger.db*")]
-    assert [place.name for place in places if b"sekret" in place.read_bytes()] == []
-    assert "sekret" not in json.dumps(live.daemon.log) + live.daemon.admin("/metrics")
-
-
-def test_the_ledger_never_keeps_a_text(live: LiveProxy) -> None:
-    """Where content is captured it is in the trace file alone."""
-    live.reply(chunked_response(said("onlyinthefile"), DONE))
-    path = f"/kept/file/{CHAT}"
-    live.get(post(path))
-    record = trace_of(live.daemon, path=path)
-    assert record["text"] == "onlyinthefile"
-    wait_for_ledger(live, record["id"])
-    for file in live.daemon.folder.glob("ledger.db*"):
-        assert b"onlyinthefile" not in file.read_bytes()
+    found = [place.name for place in places if secret.encode() in place.read_bytes()]
+    assert found == (["trace.jsonl"] if route == "kept" else [])
+    assert secret not in json.dumps(live.daemon.log) + live.daemon.admin("/metrics")
 
 
 @pytest.mark.parametrize("end", ["fin", "reset"])
@@ -168,7 +152,7 @@ def test_a_drop_after_three_chunks_is_not_complete(live: LiveProxy, route: str, 
 
 
 def test_a_client_that_leaves_has_its_part_in_the_record(live: LiveProxy) -> None:
-    """The provider is let go of; what was said until then is kept, and is not complete."""
+    """The provider is closed; the record keeps the part that came, and is not complete."""
     turn = live.stream(*CHUNKS)
     path = f"/kept/leaves/{CHAT}"
     with live.begin(path) as client:

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import ONE_ROUTE, LiveProxy, live_fixture
 from tests.support.sockets import request
 
-MORE = """
-[providers.based]
-url = "URL/base/v1"
-dialect = "openai"
-[[routes]]
-path = "/based"
-providers = ["based"]
-[[routes]]
-path = "/keep"
-providers = ["p"]
-strip = false
-[[routes]]
-path = "/based/keep"
-providers = ["based"]
-strip = false
-"""
-
-
-live = live_fixture(ONE_ROUTE + MORE)
+live = live_fixture(
+    ONE_ROUTE
+    + provider_table("based", url="URL/base/v1")
+    + route_table("/based", "based")
+    + route_table("/keep", "p", "strip = false")
+    + route_table("/based/keep", "based", "strip = false")
+)
 
 
 ODD = [
@@ -88,7 +77,7 @@ def test_a_target_crosses_byte_for_byte(
     ],
 )
 def test_the_route_itself_is_a_target(live: LiveProxy, target: str, sent: str) -> None:
-    """With nothing behind its path, the request goes to the provider's own path."""
+    """A request for the route's own path goes to the provider's own path."""
     received, _ = live.ask(request("GET", target))
     assert received.target == sent.encode()
 
@@ -129,7 +118,7 @@ def test_a_route_is_whole_segments_of_the_raw_path(live: LiveProxy, target: str)
     ],
 )
 def test_dot_segments_are_refused(live: LiveProxy, target: str) -> None:
-    """Encoded or not, they would lead out of the route: 400."""
+    """They get a 400, encoded or not, as they would lead out of the route."""
     got = live.refuse(request("GET", target))
     assert (got.status, got.error) == (400, "bad_path")
 

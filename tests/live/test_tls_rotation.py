@@ -20,12 +20,12 @@ from tests.support.tls_proxy import EVENTS, EXPIRES, TlsProxy, open_tls_proxy, s
 def own(tmp_path: Path) -> Iterator[TlsProxy]:
     """A stand of one test's own."""
     with open_tls_proxy(tmp_path) as live:
-        live.seen()  # it answers, and so it has begun
+        live.seen()  # it serves, and so it has begun
         yield live
 
 
 def test_sighup_shows_the_new_certificate(own: TlsProxy) -> None:
-    """To whoever connects from then on, while a stream goes on unharmed with the old one."""
+    """New connections are shown it, while a stream goes on unharmed with the old one."""
     turn = own.stream(*EVENTS)
     with own.connect() as running:
         turn.give()
@@ -107,7 +107,7 @@ def test_a_mistake_elsewhere_in_the_file_changes_nothing(own: TlsProxy) -> None:
 
 
 def test_many_sighups_are_survived(own: TlsProxy) -> None:
-    """However they fall together, and also where no file has changed."""
+    """The signals may come together, and no file need have changed."""
     for _ in range(5):
         for _ in range(10):
             hang_up(own.daemon)
@@ -119,7 +119,7 @@ def test_many_sighups_are_survived(own: TlsProxy) -> None:
 
 
 def test_a_sighup_during_the_start_is_survived(tmp_path: Path) -> None:
-    """It comes in the same moment in which the listeners are told, or just after."""
+    """It comes in the same moment as the lines of the listeners, or just after."""
     with open_tls_proxy(tmp_path) as live:
         for _ in range(20):
             hang_up(live.daemon)

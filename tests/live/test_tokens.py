@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, provider_table, route_table
 from tests.support.live_proxy import (
     LiveProxy,
     assert_settles,
@@ -24,31 +24,18 @@ from tests.support.live_proxy import (
     until,
 )
 from tests.support.scripts import Turn
-from tests.support.sockets import Script, Wire, request
+from tests.support.sockets import Wire, request
 
 TYPES = ("input", "output", "cache_read", "cache_write", "reasoning")
 NAMED = {"gpt-a", "gpt-b", "claude-b", "gpt-prod"}
-CONFIG = """
-[providers.one]
-url = "URL"
-dialect = "openai"
-[providers.two]
-url = "URL"
-dialect = "anthropic"
-[[routes]]
-path = "/one"
-providers = ["one"]
-models = ["gpt-a", "gpt-*", "*", "-"]
-[routes.override]
-one = { model = "gpt-prod" }
-[[routes]]
-path = "/two"
-providers = ["two"]
-[[routes]]
-path = "/drained"
-providers = ["two"]
-on_disconnect = "drain"
-"""
+CONFIG = (
+    provider_table("one")
+    + provider_table("two", dialect="anthropic")
+    + route_table("/one", "one", 'models = ["gpt-a", "gpt-*", "*", "-"]')
+    + '[routes.override]\none = { model = "gpt-prod" }\n'
+    + route_table("/two", "two")
+    + route_table("/drained", "two", 'on_disconnect = "drain"')
+)
 KEYS = {"team-a": "key-a", "team-b": "key-b", "anonymous": ""}
 ASKED = {
     "one": ("gpt-a", "gpt-b", "gpt-c", "claude-b", "made\nup", None),
@@ -114,16 +101,6 @@ def sse(event: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
 
 
-def giving(reply: bytes) -> Script:
-    """Return a script that answers every request so."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(reply)
-
-    return script
-
-
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[LiveProxy]:
     """Two clients and anybody, two providers, and a ledger."""
@@ -159,7 +136,7 @@ def test_every_place_has_the_same_sums(live: LiveProxy) -> None:
 
     def ask(client: str, provider: str, model: str | None, reply: bytes, session: str) -> None:
         nonlocal sent
-        live.script = giving(reply)
+        live.reply(reply)
         body = {"stream": True} if model is None else {"model": model, "stream": True}
         fields = [f"X-Session-Id: {session}"]
         if KEYS[client]:
@@ -195,12 +172,12 @@ def test_every_place_has_the_same_sums(live: LiveProxy) -> None:
             if count:
                 recorded[record["client"], record["provider"], label, name] += count
     assert recorded == expected
-    told: Counter[tuple[str, ...]] = Counter()
+    reported: Counter[tuple[str, ...]] = Counter()
     for group in live.daemon.usage("--by", "client,provider,model")["groups"]:
         label = group["model"] if group["model"] in NAMED else "other"
         for name, count in by_type(group).items():
-            told[group["client"], group["provider"], label, name] += count or 0
-    assert +told == expected
+            reported[group["client"], group["provider"], label, name] += count or 0
+    assert +reported == expected
     checkpoints: Counter[tuple[str, ...]] = Counter()
     for point in live.daemon.usage("--sessions")["sessions"]:
         for name, count in by_type(point).items():
@@ -236,7 +213,7 @@ def _after_the_client(live: LiveProxy, wire: Wire, asked: Turn) -> None:
 
 def test_a_session_is_named_by_x_session_id(live: LiveProxy) -> None:
     """One that is no printable text is none, and a long one is cut; two clients' are not one."""
-    live.script = giving(whole("two", Used(1, 2)))
+    live.reply(whole("two", Used(1, 2)))
     fields = {
         "/two/a/v1/messages": ("X-SESSION-ID: s", "X-Api-Key: key-a"),
         "/two/b/v1/messages": ("x-session-id: s", "X-Api-Key: key-b"),

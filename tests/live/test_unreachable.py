@@ -66,7 +66,7 @@ def test_a_name_that_does_not_resolve_is_a_502(tmp_path: Path) -> None:
 
 
 def test_a_full_backlog_ends_at_the_connect_timeout(tmp_path: Path) -> None:
-    """504: the kernel of the provider does not even respond."""
+    """The client gets a 504 where the provider's kernel does not respond."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support.daemon import route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -21,21 +22,10 @@ from tests.support.scripts import LAST, OK, Notes, Turn
 from tests.support.sockets import Wire, chunked, request
 
 OCTETS = "Content-Type: application/octet-stream"
-MODELS = """
-[[routes]]
-path = "/models"
-providers = ["p"]
-models = ["-"]
-[[routes]]
-path = "/small"
-providers = ["p"]
-request_body = "2MiB"
-"""
-
-
 live = live_fixture(
     ONE_ROUTE
-    + MODELS
+    + route_table("/models", "p", 'models = ["-"]')
+    + route_table("/small", "p", 'request_body = "2MiB"')
     + '[limits]\nrequest_memory = "64KiB"\n'  # a body that is held would show
     + client_config("team", "team-key"),
     both_links=True,
@@ -81,7 +71,7 @@ def test_each_piece_reaches_the_provider_before_the_next_is_sent(
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_large_upload_is_exact(live: LiveProxy, framing: str) -> None:
-    """20 MB of any bytes, through memory for 64 KiB."""
+    """20 MB of any bytes cross a memory of 64 KiB."""
     body = os.urandom(20_000_000)
     if framing == "length":
         sent = request("POST", "/p/x", OCTETS, body=body)
@@ -167,7 +157,7 @@ def test_a_100_is_sent_once_the_provider_is_there(live: LiveProxy) -> None:
 
 
 def test_a_chunked_upload_over_the_limit_is_cut(live: LiveProxy) -> None:
-    """413; what the provider got of it does not look whole."""
+    """The client gets a 413, and the provider's part does not look whole."""
     seen = Notes()
 
     def script(wire: Wire) -> None:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from tests.support.daemon import provider_table, route_table
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
@@ -21,37 +22,29 @@ from tests.support.sockets import Wire, chunked
 PACE = threading.Event()
 """Never set: a wait for it is a pause."""
 
+DEADLINES = {
+    "first": 'first_byte = "300ms"',
+    "idle": 'idle = "300ms"',
+    "idle-1s": 'idle = "1s"',
+    "total": 'total = "500ms"',
+}
+SLOW = 'timeouts = { first_byte = "100s", idle = "300ms" }'
 
-ROUTES = "".join(
-    f"""
-[[routes]]
-path = "/{name}"
-providers = ["{provider}"]
-timeouts = {{ {timeouts} }}
-"""
-    for name, provider, timeouts in [
-        ("first", "p", 'first_byte = "300ms"'),
-        ("idle", "p", 'idle = "300ms"'),
-        ("idle-1s", "p", 'idle = "1s"'),
-        ("total", "p", 'total = "500ms"'),
-        ("wins", "slow", 'first_byte = "300ms"'),
-    ]
+live = live_fixture(
+    ONE_ROUTE
+    + "".join(
+        route_table(f"/{name}", "p", f"timeouts = {{ {keys} }}") for name, keys in DEADLINES.items()
+    )
+    + provider_table("slow", SLOW, "KEYS", dialect="anthropic")
+    + route_table("/wins", "slow", 'timeouts = { first_byte = "300ms" }'),
+    both_links=True,
 )
-SLOW = """
-[providers.slow]
-url = "URL"
-dialect = "anthropic"
-timeouts = { first_byte = "100s", idle = "300ms" }
-KEYS
-"""
-
-live = live_fixture(ONE_ROUTE + ROUTES + SLOW, both_links=True)
 
 
 @pytest.mark.parametrize("route", ["first", "wins"])
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX-Half: ", b"HTTP/1.1 102 P\r\n\r\n"])
 def test_a_response_that_does_not_begin_is_a_504(live: LiveProxy, sent: bytes, route: str) -> None:
-    """first_byte ends with the whole head, and the client is told that the work may be done."""
+    """first_byte ends with the whole head; the 504 says not to retry, as the work may be done."""
     ended = live.hold(sent)
     got = live.get(post(f"/{route}/x"))
     assert (got.status, got.error) == (504, "upstream_timeout")
@@ -116,8 +109,8 @@ def test_the_idle_clock_stands_still_while_the_client_is_slow(live: LiveProxy) -
     assert record["paused_s"] > 0.9
 
 
-def test_total_ends_a_request_that_is_not_answered(live: LiveProxy) -> None:
-    """504 while the client has nothing, whatever the phase."""
+def test_total_ends_a_request_without_a_response(live: LiveProxy) -> None:
+    """The client gets a 504 as long as it has nothing."""
     ended = live.hold()
     got = live.get(post("/total/x"))
     assert (got.status, got.error) == (504, "upstream_timeout")
@@ -126,7 +119,7 @@ def test_total_ends_a_request_that_is_not_answered(live: LiveProxy) -> None:
 
 
 def test_total_ends_a_stream_that_does_not(live: LiveProxy) -> None:
-    """However busy it is; the body breaks."""
+    """The body breaks, however busy the stream is."""
     ended = Notes()
 
     def script(wire: Wire) -> None:

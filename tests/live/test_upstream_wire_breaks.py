@@ -45,15 +45,14 @@ PHASES = {
     "in a body without framing": Phase(CLOSE + b"one", b"one"),
 }
 
-
 live = live_fixture(provider_config("URL", provider="KEYS", route=SHORT), both_links=True)
 
 
-class Breaking:
+class StoppingProvider:
     """A provider's script that stops at ``phase`` in one way.
 
     Attributes:
-        ended: tells that a stalled connection was closed on us.
+        ended: notes that the proxy closed a stalled connection.
     """
 
     def __init__(self, sent: bytes, how: str) -> None:
@@ -66,8 +65,8 @@ class Breaking:
         wire.send(self._sent)
         if self._how == "stall":
             self.ended.put(wire.wait_closed())
-        elif self._how == "farewell":
-            wire.farewell()
+        elif self._how == "close_notify":
+            wire.close_notify()
         elif self._how == "reset":
             _wait_acknowledged(wire)
             wire.reset()
@@ -86,19 +85,19 @@ def expected(phase: Phase, how: str, tls: bool) -> str:
     """Return why the request must end."""
     if how == "stall":
         return "upstream_timeout" if phase.content is None else "upstream_idle"
-    proper = how == "farewell" or (how == "fin" and not tls)
+    proper = how == "close_notify" or (how == "fin" and not tls)
     if phase.sent.startswith(CLOSE) and proper:
         return "complete"
     return "upstream_broken"
 
 
-@pytest.mark.parametrize("how", ["fin", "farewell", "reset", "stall"])
+@pytest.mark.parametrize("how", ["fin", "close_notify", "reset", "stall"])
 @pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES.keys())
 def test_a_break_is_called_by_its_name_in_every_phase(
     live: LiveProxy, link: Link, phase: Phase, how: str, request: pytest.FixtureRequest
 ) -> None:
     """The caller gets what came before, no proper end behind it, and the record says why."""
-    script = live.script = Breaking(phase.sent, how)
+    script = live.script = StoppingProvider(phase.sent, how)
     tls = link.context is not None
     reason = expected(phase, how, tls)
     path = "/p/" + request.node.callspec.id.replace(" ", "-")

@@ -44,7 +44,7 @@ def assert_alone(daemon: Daemon) -> None:
 
 @pytest.mark.trap("U18")
 def test_a_connection_that_has_no_descriptor_is_a_503(tmp_path: Path, link: Link) -> None:
-    """The caller is told when to come again, and is served when there are descriptors again."""
+    """The caller reads when to come again, and is served once there are descriptors again."""
     with link.provider(serve) as provider:
         config = link.config(provider)
         with Daemon(tmp_path, config) as daemon, connect(daemon.port) as client:
@@ -74,7 +74,7 @@ def _last_refused(daemon: Daemon) -> str:
 
 @pytest.mark.trap("U18")
 def test_a_crowd_of_clients_leaves_the_daemon_standing(tmp_path: Path) -> None:
-    """Where clients take the last one, who is in is told, and all is well when they leave."""
+    """They take the last descriptor; a served client gets a 503 until they leave."""
     with Provider(serve) as provider, Daemon(tmp_path, provider_config(provider.url)) as daemon:
         with connect(daemon.port) as client:
             assert ask(client)[0] == 200

@@ -1,4 +1,4 @@
-"""One caller's poisoned answer, and the next caller's request to the same provider (design 6)."""
+"""One caller's poisoned response, and the next caller's request to the same provider (design 6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
 TRICK = PLAIN + b"Content-Length: 5\r\n\r\ntrick"
 MINE = PLAIN + b"Content-Length: 4\r\nConnection: close\r\n\r\nmine"
 
-
 live = live_fixture(
     ONE_ROUTE + "".join(client_config(name, key) for name, key in KEYS.items()),
     proxy="",
@@ -35,11 +34,11 @@ live = live_fixture(
 class Poisoned:
     """A provider's script whose first connection is poisoned, and each one behind it honest.
 
-    A request on a connection that served another one is answered with ``trick``.
+    A request on a connection that served another one gets ``trick``.
 
     Args:
-        answer: what the poisoned connection says to its first request.
-        behind: what it says later, on its own, once it is told to.
+        response: what the poisoned connection sends to its first request.
+        behind: what it sends later, unasked, at a turn.
 
     Attributes:
         served: the number of the connection and the target, for each request in order.
@@ -61,7 +60,7 @@ class Poisoned:
             return
         wire.send(self._response)
         if self._closes:
-            wire.farewell()
+            wire.close_notify()
             return
         if self._behind:
             self.later.take()

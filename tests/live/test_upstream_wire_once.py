@@ -1,4 +1,4 @@
-"""No request is sent a second time on the quiet: a provider sees each one once (design 6)."""
+"""No request is silently sent a second time: a provider sees each one once (design 6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.support.scripts import Notes, Turn
 from tests.support.sockets import Received, Wire, request
 
 KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
 
 live = live_fixture(both_links=True)
 
@@ -29,14 +28,14 @@ REQUESTS = {
 }
 
 
-class Hanging:
-    """A provider's script: ``/warm`` is answered and the connection kept, and then it ends.
+class EndingProvider:
+    """A provider's script: ``/warm`` gets a response on a kept connection, which then ends.
 
     Each request is noted with the number of its connection.
 
     Args:
-        how: ``fin``, ``farewell`` or ``reset``.
-        read_first: whether one more request is read, and not answered, before the end.
+        how: ``fin``, ``close_notify`` or ``reset``.
+        read_first: whether one more request is read, without a response, before the end.
     """
 
     def __init__(self, how: str, *, read_first: bool) -> None:
@@ -73,8 +72,8 @@ class Hanging:
         return received
 
     def _hang_up(self, wire: Wire) -> None:
-        if self._how == "farewell":
-            wire.farewell()
+        if self._how == "close_notify":
+            wire.close_notify()
         if self._how == "reset":
             wire.reset()
         else:
@@ -86,12 +85,12 @@ class Hanging:
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-@pytest.mark.parametrize("how", ["fin", "farewell", "reset"])
+@pytest.mark.parametrize("how", ["fin", "close_notify", "reset"])
 def test_a_connection_that_its_provider_closed_is_not_written_to(
     live: LiveProxy, how: str, kind: str
 ) -> None:
     """The end arrived while it was idle: the request goes on a fresh one, once and whole."""
-    script = live.script = Hanging(how, read_first=False)
+    script = live.script = EndingProvider(how, read_first=False)
     assert live.get(request("GET", "/p/warm")).body == b"ok"
     script.end.give()
     script.ended.read()
@@ -108,11 +107,11 @@ def test_a_connection_that_its_provider_closed_is_not_written_to(
 @pytest.mark.parametrize("kind", REQUESTS)
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "fresh"])
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_a_request_whose_connection_dies_is_told_and_not_sent_again(
+def test_a_request_whose_connection_dies_is_reported_and_not_sent_again(
     live: LiveProxy, how: str, reused: bool, kind: str
 ) -> None:
     """502, and the provider saw it once: it may have done the work, so SDKs must not repeat it."""
-    script = live.script = Hanging(how, read_first=True)
+    script = live.script = EndingProvider(how, read_first=True)
     if reused:
         assert live.get(request("GET", "/p/warm")).body == b"ok"
     got = live.get(REQUESTS[kind]("/p/x"))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import trustme
 
-from tests.support.daemon import Daemon, provider_config
+from tests.support.daemon import Daemon, provider_config, provider_table, route_table
 from tests.support.live_proxy import assert_settles, post, read_response, trace_of
 from tests.support.scripts import Notes
 from tests.support.sockets import Provider, Wire, connect
@@ -132,16 +132,13 @@ def faulty(
             context = None if fault.context is None else fault.context(authority, folder / "other")
             scripts[name] = FaultyProvider(fault, context)
             provider = stack.enter_context(Provider(scripts[name]))
-            config += f"""
-[providers.p{number}]
-url = "https://localhost:{provider.port}"
-dialect = "openai"
-ca = "{authority.ca_path}"
-timeouts = {{ connect = "{"300ms" if fault.cause == "handshake" else "10s"}" }}
-[[routes]]
-path = "/p/{number}"
-providers = ["p{number}"]
-"""
+            patience = "300ms" if fault.cause == "handshake" else "10s"
+            config += provider_table(
+                f"p{number}",
+                f'ca = "{authority.ca_path}"',
+                f'timeouts = {{ connect = "{patience}" }}',
+                url=f"https://localhost:{provider.port}",
+            ) + route_table(f"/p/{number}", f"p{number}")
         yield FaultyProviders(stack.enter_context(Daemon(folder, config)), scripts)
 
 

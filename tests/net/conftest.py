@@ -12,7 +12,7 @@ from OpenSSL import SSL
 from llmproxy.net.tls import TlsConnector, TlsServer
 from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
-from tests.support.tls_peer import ENGINES, Contexts, Peer
+from tests.support.tls_peer import ENGINES, Contexts, TlsPeer
 
 
 class Open:
@@ -38,9 +38,9 @@ class Open:
         """Return OpenSSL's side of our end."""
         return SSL.Connection(self.ours, transport.socket)
 
-    def peer(self, held: TwoEnds, engine: str = "ssl") -> Peer:
+    def peer(self, held: TwoEnds, engine: str = "ssl") -> TlsPeer:
         """Return who speaks TLS at the other end."""
-        return Peer(held, ENGINES[engine](self.contexts, not self.server))
+        return TlsPeer(held, ENGINES[engine](self.contexts, not self.server))
 
     @asynccontextmanager
     async def handshake_done(

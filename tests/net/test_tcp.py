@@ -21,7 +21,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol
 from zope.interface import implementer
 
 from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
-from tests.support.ends import Counted, End, Pull, Push, TwoEnds, held_client, held_server
+from tests.support.ends import CountedCalls, End, Pull, Push, TwoEnds, held_client, held_server
 from tests.support.fake_transport import turn, until
 
 Open = Callable[..., AbstractAsyncContextManager[TwoEnds]]
@@ -69,7 +69,7 @@ async def test_tls_is_not_begun_in_the_clear(open_end: Open) -> None:
 async def test_each_write_is_at_the_peer_before_the_reactor_turns(open_end: Open) -> None:
     """A write that the kernel takes is one send, and costs no call of the reactor's."""
     async with open_end() as held:
-        counted = Counted(held.transport)
+        counted = CountedCalls(held.transport)
         for word in (b"one", b"two", b"three"):
             held.transport.write(word)
             assert held.pull() == word
@@ -85,7 +85,7 @@ async def test_each_write_is_at_the_peer_before_the_reactor_turns(open_end: Open
 async def test_what_the_kernel_does_not_take_waits_in_order(open_end: Open) -> None:
     """Behind a slow reader everything queues, and each byte comes in its place."""
     async with open_end(small=True) as held:
-        counted = Counted(held.transport)
+        counted = CountedCalls(held.transport)
         sent = _fill(held)
         assert counted.count("addWriter") >= 1
         for index in range(300):

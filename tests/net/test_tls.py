@@ -23,14 +23,14 @@ from zope.interface import directlyProvides
 
 from llmproxy.net.tls import TlsConnector, TlsServer
 from tests.net.conftest import Open
-from tests.support.ends import Counted, End, Pull, Push, listening, reactor
+from tests.support.ends import CountedCalls, End, Pull, Push, listening, reactor
 from tests.support.fake_transport import turn, until
-from tests.support.tls_peer import Contexts, Peer
+from tests.support.tls_peer import Contexts, TlsPeer
 
 BULK = random.Random(7).randbytes(3_000_000)
 
 
-def _fill(peer: Peer) -> bytes:
+def _fill(peer: TlsPeer) -> bytes:
     """Write until something waits; return what was written."""
     written = b""
     while not peer.held.transport._tempDataLen:
@@ -285,7 +285,7 @@ async def test_an_exception_of_the_report_ends_only_that_connection(
 async def test_a_write_is_at_the_peer_before_the_reactor_turns(tls: Open) -> None:
     """One record, at once, and no call of the reactor's."""
     async with tls.handshake_done() as peer:
-        counted = Counted(peer.held.transport)
+        counted = CountedCalls(peer.held.transport)
         for word in (b"one", b"two"):
             peer.heard = b""
             peer.held.transport.write(word)

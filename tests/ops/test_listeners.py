@@ -23,7 +23,7 @@ from tests.server.test_listen import INHERITED, handed_over, systemds
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.keypairs import LISTEN_TLS, Vault, shown_to
 from tests.support.live_proxy import read_response
-from tests.support.served import GET, Saying
+from tests.support.served import GET, AddressHandler
 from tests.support.sockets import Wire, connect
 
 __all__ = ["systemds"]  # a fixture
@@ -57,7 +57,7 @@ class Hall:
     def __init__(self) -> None:
         self.reactor = TurnedReactor()
         self.site, self.admin, self.metrics = (
-            Site(Router(Saying()), self.reactor, self.reactor.seconds, wall=lambda: 0.0)
+            Site(Router(AddressHandler()), self.reactor, self.reactor.seconds, wall=lambda: 0.0)
             for _ in range(3)
         )
         self.listeners = Listeners(

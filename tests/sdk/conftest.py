@@ -11,7 +11,7 @@ import pytest
 
 from tests.sdk.directed_provider import DirectedProvider
 from tests.sdk.sdks import KEY, SDKS
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, provider_table, route_table
 from tests.support.demo import Demo
 from tests.support.live_proxy import client_config
 from tests.support.sockets import Provider
@@ -58,7 +58,7 @@ def proxy(
 ) -> Iterator[Daemon]:
     """A proxy in front of the demo provider; who calls must show a key.
 
-    For each SDK it has a route ``NAME``; ``event-NAME``, which tells a break in an event;
+    For each SDK it has a route ``NAME``; ``event-NAME``, which reports a break in an event;
     ``small-NAME``, which takes 1 KiB; ``kept-NAME``, whose content is recorded; ``drained-NAME``,
     which reads on for a caller that leaves; ``gone-NAME``, whose provider is not there.  On
     ``counted-openai`` every stream is asked for its counts.
@@ -66,13 +66,15 @@ def proxy(
     config = client_config("team", KEY) + client_config("narrow", NARROW_KEY)
     config += f"routes = {list(SDKS)}\nmodels = ['demo-fast']\n"
     for sdk in SDKS:
-        config += _provider(sdk, demo.url, sdk) + _provider(f"gone-{sdk}", closed_url, sdk)
-        config += _route(sdk, sdk) + _route(f"gone-{sdk}", f"gone-{sdk}")
-        config += _route(f"event-{sdk}", sdk) + "error_event = true\n"
-        config += _route(f"kept-{sdk}", sdk) + 'capture = "content"\n'
-        config += _route(f"drained-{sdk}", sdk) + 'on_disconnect = "drain"\n'
-        config += _route(f"small-{sdk}", sdk) + 'request_body = "1KiB"\n'
-    config += _route("counted-openai", "openai") + 'include_usage = "inject"\n'
+        config += provider_table(sdk, url=demo.url, dialect=sdk) + provider_table(
+            f"gone-{sdk}", url=closed_url, dialect=sdk
+        )
+        config += route_table(f"/{sdk}", sdk) + route_table(f"/gone-{sdk}", f"gone-{sdk}")
+        config += route_table(f"/event-{sdk}", sdk) + "error_event = true\n"
+        config += route_table(f"/kept-{sdk}", sdk) + 'capture = "content"\n'
+        config += route_table(f"/drained-{sdk}", sdk) + 'on_disconnect = "drain"\n'
+        config += route_table(f"/small-{sdk}", sdk) + 'request_body = "1KiB"\n'
+    config += route_table("/counted-openai", "openai") + 'include_usage = "inject"\n'
     with Daemon(tmp_path_factory.mktemp("proxy"), config, proxy="") as daemon:
         yield daemon
 
@@ -82,7 +84,7 @@ def open_proxy(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator
     """A proxy for everybody, which holds 16 KiB of request bodies."""
     config = client_config("team", KEY) + '[limits]\nrequest_memory = "16KiB"\n'
     for sdk in SDKS:
-        config += _provider(sdk, demo.url, sdk) + _route(sdk, sdk)
+        config += provider_table(sdk, url=demo.url, dialect=sdk) + route_table(f"/{sdk}", sdk)
     with Daemon(tmp_path_factory.mktemp("open_proxy"), config) as daemon:
         yield daemon
 
@@ -104,11 +106,15 @@ def directed_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Direc
         config = client_config("team", KEY) + f'[credentials]\ndirectory = "{secrets}"\n'
         for sdk in SDKS:
             (secrets / sdk).write_text(f"provider-key-of-{sdk}\n")
-            config += _provider(sdk, url, sdk)
-            config += _provider(f"keyed-{sdk}", url, sdk) + f'credential = "{sdk}"\n'
-            config += _provider(f"passing-{sdk}", url, sdk) + "pass_credential = true\n"
+            config += provider_table(sdk, url=url, dialect=sdk)
+            config += (
+                provider_table(f"keyed-{sdk}", url=url, dialect=sdk) + f'credential = "{sdk}"\n'
+            )
+            config += (
+                provider_table(f"passing-{sdk}", url=url, dialect=sdk) + "pass_credential = true\n"
+            )
             for name in (sdk, f"keyed-{sdk}", f"passing-{sdk}"):
-                config += _route(name, name)
+                config += route_table(f"/{name}", name)
         with Daemon(folder, config, proxy="") as directed.proxy:
             yield directed
 
@@ -119,11 +125,3 @@ def directed(directed_for_all: DirectedProvider) -> Iterator[DirectedProvider]:
     directed_for_all.reset()
     yield directed_for_all
     directed_for_all.reset()
-
-
-def _provider(name: str, url: str, dialect: str) -> str:
-    return f'[providers.{name}]\nurl = "{url}"\ndialect = "{dialect}"\n'
-
-
-def _route(name: str, provider: str) -> str:
-    return f'[[routes]]\npath = "/{name}"\nproviders = ["{provider}"]\n'

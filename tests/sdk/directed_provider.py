@@ -1,4 +1,4 @@
-"""A provider that a test directs: it keeps what arrives, and responds as it is told.
+"""A provider that a test directs: it keeps what arrives, and responds as the test says.
 
 Left alone it gives each dialect's shortest whole response, as the dialect's published shape has it.
 """
@@ -67,7 +67,7 @@ Response = Callable[[Wire, Received], None]
 
 
 class DirectedProvider:
-    """Responds to every request on every connection, as it is told at that moment.
+    """Responds to every request on every connection, as the test says at that moment.
 
     Attributes:
         received: the requests since the last :meth:`reset`, oldest first.

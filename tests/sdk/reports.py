@@ -22,7 +22,7 @@ from tests.sdk.sdks import Question, Way
 class Report:
     """What one response came to, as its SDK has it.
 
-    Counts are the provider's own, under our names; None is what the SDK does not tell.
+    Counts are the provider's own, under our names; None is what the SDK does not have.
 
     Args:
         session: the ``x-session-id`` of the request.

@@ -50,7 +50,7 @@ def turn(directed: DirectedProvider) -> Turn:
 def test_each_event_arrives_before_the_next_is_sent(
     way: Way, turn: Turn, directed: DirectedProvider
 ) -> None:
-    """In lock-step: the provider sends an event only once the SDK has given out the one before."""
+    """The provider sends an event only once the SDK has given out the one before."""
 
     def see(item: Any) -> bool:
         turn.give()
@@ -92,7 +92,7 @@ def test_head_arrives_before_there_is_a_body_async(turn: Turn, directed: Directe
 
 @pytest.mark.parametrize("way", WHOLES, ids=str)
 def test_encoded_response_is_decoded_by_the_sdk(way: Way, directed: DirectedProvider) -> None:
-    """Where no stream is asked for, the SDK's own Accept-Encoding crosses, and gzip comes back."""
+    """The SDK's own Accept-Encoding crosses for a whole response, and gzip comes back."""
 
     def compress(wire: Wire, request: Received) -> None:
         (accepted,) = request.values(b"accept-encoding")

@@ -87,7 +87,7 @@ def test_what_came_with_a_malformed_chunk_still_arrives(
 def test_break_is_reported_in_an_event_where_the_route_says_so(
     way: Way, model: str, reason: str, proxy: Daemon
 ) -> None:
-    """With error_event the SDK raises what it has for errors inside a stream, with our words."""
+    """The SDK raises its error for events inside a stream, with our words."""
     outcome = way.ask(Question(base=route(proxy, f"event-{way.sdk}"), model=model))
     error = outcome.failure
     assert text_of(way.sdk, outcome.objects) == "You said: the"
@@ -105,7 +105,7 @@ def test_break_is_reported_in_an_event_where_the_route_says_so(
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)
 def test_break_of_a_whole_response_gets_no_event(way: Way, proxy: Daemon) -> None:
-    """Where no stream was asked for, error_event adds nothing to a broken JSON document."""
+    """error_event adds nothing to a broken JSON document."""
     outcome = way.ask(Question(base=route(proxy, f"event-{way.sdk}"), model="demo-break"))
     assert_lost(outcome)
     assert outcome.objects == []

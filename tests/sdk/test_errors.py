@@ -244,7 +244,7 @@ def test_provider_that_is_not_there_is_a_bad_gateway(
 
 @pytest.mark.parametrize("sdk", SDKS)
 def test_sdk_does_not_repeat_what_may_have_been_done(sdk: str, directed: DirectedProvider) -> None:
-    """Where a provider took the request and hung up, the SDK's own retries stand back."""
+    """The SDK does not retry where a provider took the request and hung up."""
 
     def hang_up(wire: Wire, request: Received) -> None:
         raise EOFError("the provider ends its connection")

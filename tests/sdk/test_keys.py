@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import anthropic
@@ -35,95 +35,61 @@ def holds(request: Received, secret: str) -> bool:
 # From the caller to the proxy
 
 
-def openai_key(base: str) -> None:
-    """``api_key=`` of the OpenAI SDK: a Bearer."""
-    with openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, **OPTIONS) as client:
-        client.chat.completions.create(**CHAT)
+def fetch() -> str:
+    """Return the key: some programs give the SDK a function in its place."""
+    return KEY
 
 
-def openai_key_from_the_environment(base: str) -> None:
-    """``OPENAI_API_KEY``, as programs are deployed."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OPENAI_API_KEY", KEY)
-        environment.setenv("OPENAI_BASE_URL", f"{base}/v1")
-        with openai.OpenAI(**OPTIONS) as client:
-            client.chat.completions.create(**CHAT)
+async def fetch_async() -> str:
+    """Do the same for an async client."""
+    return KEY
 
 
-def azure_key(base: str) -> None:
-    """The ``api-key`` of the OpenAI SDK's Azure client, whose path names the model."""
-    with openai.AzureOpenAI(
-        base_url=f"{base}/v1", api_key=KEY, api_version="2024-10-21", **OPTIONS
-    ) as client:
-        client.chat.completions.create(**CHAT)
+BEARER = {"Authorization": f"Bearer {KEY}"}
+SHOWN: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "openai, api_key": ("openai", openai.OpenAI, {"api_key": KEY}),
+    "openai, environment": ("openai", openai.OpenAI, {}),
+    "openai, a function": ("openai", openai.OpenAI, {"api_key": fetch}),
+    "openai, async function": ("openai", openai.AsyncOpenAI, {"api_key": fetch_async}),
+    "openai, Azure": ("openai", openai.AzureOpenAI, {"api_key": KEY, "api_version": "2024-10-21"}),
+    "anthropic, api_key": ("anthropic", anthropic.Anthropic, {"api_key": KEY}),
+    "anthropic, auth_token": ("anthropic", anthropic.Anthropic, {"auth_token": KEY}),
+    "anthropic, a header": (
+        "anthropic",
+        anthropic.Anthropic,
+        {"default_headers": {"X-Api-Key": KEY}},
+    ),
+    "ollama, a header": ("ollama", ollama.Client, {"headers": BEARER}),
+    "ollama, environment": ("ollama", ollama.Client, {}),
+}
+"""How a client is made that shows the key: its SDK, its class and its arguments."""
+CALLS = {"openai": "chat.completions.create", "anthropic": "messages.create", "ollama": "chat"}
 
 
-def anthropic_key(base: str) -> None:
-    """``api_key=`` of the Anthropic SDK."""
-    with anthropic.Anthropic(base_url=base, api_key=KEY, **OPTIONS) as client:
-        client.messages.create(**MESSAGE)
-
-
-def anthropic_token(base: str) -> None:
-    """``auth_token=`` of the Anthropic SDK: a Bearer."""
-    with anthropic.Anthropic(base_url=base, auth_token=KEY, **OPTIONS) as client:
-        client.messages.create(**MESSAGE)
-
-
-def anthropic_header(base: str) -> None:
-    """``x-api-key``, as the Anthropic API has it and other clients of it send it."""
-    headers = {"X-Api-Key": KEY}
-    with anthropic.Anthropic(base_url=base, default_headers=headers, **OPTIONS) as client:
-        client.messages.create(**MESSAGE)
-
-
-def ollama_header(base: str) -> None:
-    """A header field of one's own in the Ollama SDK."""
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with ollama.Client(host=base, headers=headers, timeout=WAIT) as client:
-        client.chat(**CHAT)
-
-
-def ollama_key_from_the_environment(base: str) -> None:
-    """``OLLAMA_API_KEY``: a Bearer."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OLLAMA_API_KEY", KEY)
-        with ollama.Client(host=base, timeout=WAIT) as client:
-            client.chat(**CHAT)
-
-
-def openai_async_key_that_is_fetched(base: str) -> None:
-    """A function in place of a key, in the async client of the OpenAI SDK."""
-
-    async def fetch() -> str:
-        return KEY
-
-    async def scene() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=fetch, **OPTIONS) as client:
-            await client.chat.completions.create(**CHAT)
-
-    asyncio.run(scene())
-
-
-SHOWN = [
-    ("openai", openai_key),
-    ("openai", openai_key_from_the_environment),
-    ("openai", openai_async_key_that_is_fetched),
-    ("openai", azure_key),
-    ("anthropic", anthropic_key),
-    ("anthropic", anthropic_token),
-    ("anthropic", anthropic_header),
-    ("ollama", ollama_header),
-    ("ollama", ollama_key_from_the_environment),
-]
-
-
-@pytest.mark.parametrize(("sdk", "show"), SHOWN, ids=[show.__name__ for _, show in SHOWN])
+@pytest.mark.parametrize("how", SHOWN)
 def test_key_is_known_however_the_sdk_shows_it(
-    sdk: str, show: Callable[[str], None], directed: DirectedProvider
+    how: str, directed: DirectedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller is served, and the provider, which needs no key, sees none."""
-    show(route(directed.proxy, sdk))
+    sdk, kind, options = SHOWN[how]
+    if how.endswith("environment"):
+        monkeypatch.setenv(f"{sdk.upper()}_API_KEY", KEY)
+    base = route(directed.proxy, sdk)
+    if sdk == "ollama":
+        client = kind(host=base, timeout=WAIT, **options)
+    else:
+        client = kind(base_url=base + ("/v1" if sdk == "openai" else ""), **OPTIONS, **options)
+    call = attrgetter(CALLS[sdk])(client)
+
+    async def scene() -> None:
+        async with client:
+            await call(**CHAT)
+
+    if kind is openai.AsyncOpenAI:
+        asyncio.run(scene())
+    else:
+        with client:
+            call(**(MESSAGE if sdk == "anthropic" else CHAT))
     (request,) = directed.received
     assert keys_in(request) == {}
     assert not holds(request, KEY)
@@ -151,7 +117,7 @@ def test_provider_sees_its_own_key_in_place_of_the_callers(
 def test_callers_own_key_crosses_where_the_route_says_so(
     way: Way, directed: DirectedProvider
 ) -> None:
-    """With pass_credential the SDK's key is the provider's; who calls is said in our own field."""
+    """The SDK's key goes to the provider; our own field names the client."""
     base = route(directed.proxy, f"passing-{way.sdk}")
     outcome = way.ask(Question(base=base, key="callers-own-key", headers={"x-llmproxy-key": KEY}))
     assert text_of(way.sdk, outcome.response) == "Hello there"

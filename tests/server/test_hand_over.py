@@ -28,7 +28,7 @@ from llmproxy.server.tls import ListenerTls
 from tests.server.test_site import Caller
 from tests.support.fake_transport import ABORTED, FIN, RESET, Collector, until
 from tests.support.keypairs import Vault
-from tests.support.served import Saying, Served, ask, limits
+from tests.support.served import AddressHandler, Served, ask, limits
 from tests.support.sockets import Wire, connect, request
 
 CONNECT = request("CONNECT", "host:443")
@@ -574,4 +574,4 @@ async def test_a_server_can_run_in_it(tmp_path: Path) -> None:
 def served_within() -> Site:
     """Return a site that is reached by no listener."""
     clock = Clock()
-    return Site(Router(Saying()), clock, clock.seconds, wall=clock.seconds)
+    return Site(Router(AddressHandler()), clock, clock.seconds, wall=clock.seconds)

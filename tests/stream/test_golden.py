@@ -30,7 +30,7 @@ from llmproxy.cli.demo.response import Asked, Tool, response
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import EndReason
 from llmproxy.stream.events import ServerSentEvents
-from tests.support.golden import BY_FILE, GOLDEN, RECORDED, Recorded
+from tests.support.golden import BY_FILE, GOLDEN, RECORDED, GoldenStream
 
 every_one = pytest.mark.parametrize("one", RECORDED, ids=lambda one: one.file)
 
@@ -47,20 +47,20 @@ def by_bytes(data: bytes) -> Iterator[bytes]:
 
 
 @every_one
-def test_what_is_in_it_is_found(one: Recorded) -> None:
+def test_what_is_in_it_is_found(one: GoldenStream) -> None:
     """Text, tool calls, usage, names, end and error of each recording are as written down."""
     assert one.read([one.data]) == one.result
 
 
 @every_one
-def test_usage_is_found_without_the_content(one: Recorded) -> None:
+def test_usage_is_found_without_the_content(one: GoldenStream) -> None:
     """With ``capture = "usage"`` all else is the same, and no content is held."""
     assert one.read([one.data], "usage") == one.without_content
 
 
 @every_one
 @pytest.mark.parametrize("capture", ["usage", "content"])
-def test_no_cut_matters(one: Recorded, capture: Any) -> None:
+def test_no_cut_matters(one: GoldenStream, capture: Any) -> None:
     """The result is the same for each of all cuts in two, and byte by byte."""
     expected = one.result if capture == "content" else one.without_content
     for cut in cuts(one.data):
@@ -69,7 +69,7 @@ def test_no_cut_matters(one: Recorded, capture: Any) -> None:
 
 
 @every_one
-def test_no_cut_of_a_compressed_copy_matters(one: Recorded) -> None:
+def test_no_cut_of_a_compressed_copy_matters(one: GoldenStream) -> None:
     """The same through gzip, in two members."""
     half = len(one.data) // 2
     packed = gzip.compress(one.data[:half]) + gzip.compress(one.data[half:])
@@ -79,7 +79,7 @@ def test_no_cut_of_a_compressed_copy_matters(one: Recorded) -> None:
 
 
 @every_one
-def test_each_event_by_itself_through_deflate(one: Recorded) -> None:
+def test_each_event_by_itself_through_deflate(one: GoldenStream) -> None:
     """A server that flushes its compressor after each event is read event by event."""
     packer = zlib.compressobj()
     tap = one.tap(content_encoding=b"deflate")
@@ -107,7 +107,7 @@ def test_every_file_is_read() -> None:
 # --- the recordings are what the providers send ---------------------------------------------------
 
 
-def events(one: Recorded) -> list[Any]:
+def events(one: GoldenStream) -> list[Any]:
     """The decoded events of a recorded stream, by another reader than the tap's."""
     lines = one.data.decode().splitlines()
     data = [line.removeprefix("data: ") for line in lines if line.startswith(("data: ", "{"))]
@@ -194,7 +194,7 @@ TOOLLESS = (Completions, Generate)
     ],
 )
 def test_the_demo_provider_is_read(
-    demo: Streamed, recorded: Recorded, tools: tuple[Tool, ...]
+    demo: Streamed, recorded: GoldenStream, tools: tuple[Tool, ...]
 ) -> None:
     """Its streams and its responses in one piece are counted as it counts them itself."""
     ask = replace(ASK, tools=tools, include_usage=recorded.dialect is Dialect.OPENAI)

@@ -13,10 +13,10 @@ from tests.support.sockets import WAIT
 
 
 class OtlpCollector:
-    """A collector on a real socket, whose answers the test decides.
+    """A collector on a real socket, whose responses the test decides.
 
     Attributes:
-        status: what it answers, and ``body`` with what.
+        status: of its responses, and their ``body``.
         hang: a response waits for this, where it is set.
         requests: path, fields and decoded body of each request.
     """
@@ -45,7 +45,7 @@ class OtlpCollector:
         self._thread.start()
 
     def serve(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        """Take one request, and answer as the test says."""
+        """Take one request, and respond as the test says."""
         body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
         self.requests.append((handler.path, dict(handler.headers), body))
         if self.hang is not None:
@@ -55,7 +55,7 @@ class OtlpCollector:
         handler.wfile.write(self.body)
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(WAIT)

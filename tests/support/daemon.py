@@ -244,17 +244,20 @@ class Daemon:
         return [json.loads(line) for line in whole.splitlines()]
 
 
+def provider_table(name: str, *keys: str, url: str = "URL", dialect: str = "openai") -> str:
+    """Return one provider, with further lines."""
+    lines = (f"[providers.{name}]", f'url = "{url}"', f'dialect = "{dialect}"', *keys)
+    return "\n".join(lines) + "\n"
+
+
+def route_table(path: str, provider: str, *keys: str) -> str:
+    """Return one route, with further lines."""
+    lines = ("[[routes]]", f'path = "{path}"', f'providers = ["{provider}"]', *keys)
+    return "\n".join(lines) + "\n"
+
+
 def provider_config(
     url: str, *, dialect: str = "openai", path: str = "/p", provider: str = "", route: str = ""
 ) -> str:
     """Return one provider and one route to it, with further keys of each."""
-    return f"""
-[providers.p]
-url = "{url}"
-dialect = "{dialect}"
-{provider}
-[[routes]]
-path = "{path}"
-providers = ["p"]
-{route}
-"""
+    return provider_table("p", provider, url=url, dialect=dialect) + route_table(path, "p", route)

@@ -29,7 +29,7 @@ SMALL = 4096
 
 @implementer(IHandshakeListener)
 class End(Protocol):
-    """Our end's protocol: keeps what it is told, and calls the test.
+    """Our end's protocol: keeps what it is called with, and calls the test.
 
     Attributes:
         pieces: what ``dataReceived`` was called with.
@@ -207,7 +207,7 @@ async def _until_lost(held: TwoEnds) -> AsyncIterator[TwoEnds]:
     assert len(held.end.lost) == 1
 
 
-class Counted:
+class CountedCalls:
     """The reactor's methods by which a transport asks for events, counted.
 
     Args:
@@ -229,7 +229,7 @@ class Counted:
 
 
 class Push:
-    """A push producer that notes what it is told."""
+    """A push producer that notes its calls."""
 
     def __init__(self) -> None:
         self.told: list[str] = []

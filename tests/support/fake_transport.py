@@ -37,7 +37,7 @@ class FakeTransport(StringTransport):
         calls: what was asked of it, in order: ``pause``, ``resume``, ``nodelay``, ``half`` (a half
             close), ``lose`` (a close) and ``abort``.
         writes: what was written, one item for each call.
-        counts: it tells how many bytes that was, as the transports of ``wire/`` do.
+        counts: it has how many bytes that was, as the transports of ``net/`` do.
     """
 
     producer: Any
@@ -64,7 +64,7 @@ class FakeTransport(StringTransport):
         protocol.makeConnection(self)
 
     def end(self, reason: Exception) -> None:
-        """End the connection as a TCP transport does: the producer is told first."""
+        """End the connection as a TCP transport does: the producer is stopped first."""
         producer, self.producer = self.producer, None
         self.connected = False
         self.disconnected = True

@@ -22,7 +22,7 @@ CONTENT_TYPES = {
 }
 
 
-class Recorded(NamedTuple):
+class GoldenStream(NamedTuple):
     """A file, the endpoint that sends such, and the result of reading it to its end."""
 
     file: str
@@ -88,24 +88,26 @@ def _usage(input_: int | None, output: int | None = None, **rest: Any) -> Usage:
     return Usage(input_tokens=input_, output_tokens=output, **rest)
 
 
-def _openai(file: str, path: bytes, *what: Any, **rest: Any) -> Recorded:
-    return Recorded(f"openai-{file}", Dialect.OPENAI, path, _result(*what, **rest))
+def _openai(file: str, path: bytes, *what: Any, **rest: Any) -> GoldenStream:
+    return GoldenStream(f"openai-{file}", Dialect.OPENAI, path, _result(*what, **rest))
 
 
-def _chat(file: str, *what: Any, **rest: Any) -> Recorded:
+def _chat(file: str, *what: Any, **rest: Any) -> GoldenStream:
     return _openai(f"chat{file}", b"/v1/chat/completions", *what, **rest)
 
 
-def _responses(file: str, *what: Any, **rest: Any) -> Recorded:
+def _responses(file: str, *what: Any, **rest: Any) -> GoldenStream:
     return _openai(f"responses{file}", b"/v1/responses", *what, **rest)
 
 
-def _anthropic(file: str, *what: Any, **rest: Any) -> Recorded:
-    return Recorded(f"anthropic-{file}", Dialect.ANTHROPIC, b"/v1/messages", _result(*what, **rest))
+def _anthropic(file: str, *what: Any, **rest: Any) -> GoldenStream:
+    return GoldenStream(
+        f"anthropic-{file}", Dialect.ANTHROPIC, b"/v1/messages", _result(*what, **rest)
+    )
 
 
-def _ollama(file: str, path: bytes, *what: Any, **rest: Any) -> Recorded:
-    return Recorded(f"ollama-{file}", Dialect.OLLAMA, path, _result(*what, **rest))
+def _ollama(file: str, path: bytes, *what: Any, **rest: Any) -> GoldenStream:
+    return GoldenStream(f"ollama-{file}", Dialect.OLLAMA, path, _result(*what, **rest))
 
 
 FAILED = EndReason.UPSTREAM_FAILED

@@ -1,4 +1,4 @@
-"""What the kernel holds for this process's TCP connections, read from outside whoever owns them.
+"""What the kernel holds for this process's TCP connections, read from outside their owners.
 
 A test that runs both ends and the program between them in one process sees all their sockets; a
 connection is known by its two ports.
@@ -73,6 +73,11 @@ def _sockets() -> Iterator[socket.socket]:
             yield sock
         else:
             sock.close()
+
+
+def unsent(sock: socket.socket) -> int:
+    """Return the bytes that the peer's kernel has not acknowledged."""
+    return _figure(sock, termios.TIOCOUTQ)
 
 
 def _figure(sock: socket.socket, question: int) -> int:

@@ -23,6 +23,7 @@ from tests.support import scripts
 from tests.support.daemon import Daemon, provider_config
 from tests.support.scripts import LAST, OK, SSE, Notes, Turn
 from tests.support.sockets import WAIT, Provider, Received, Script, Wire, chunked, connect, request
+from tests.support.tls import Authority
 
 STREAM_BODY = b'{"model":"m","stream":true}'
 ONE_ROUTE = provider_config("URL", provider="KEYS")
@@ -342,6 +343,13 @@ def write_credential(folder: Path, name: str, value: str) -> str:
     directory.mkdir(mode=0o700, exist_ok=True)
     (directory / name).write_text(value + "\n")
     return f'[credentials]\ndirectory = "{directory}"\n'
+
+
+def listener_credentials(folder: Path, authority: Authority) -> str:
+    """Write the credentials that ``LISTEN_TLS`` names; return their section."""
+    key, certificate = authority.key_and_certificate()
+    write_credential(folder, "key", key.read_text())
+    return write_credential(folder, "certificate", certificate.read_text())
 
 
 def client_config(name: str, key: str, more: str = "") -> str:

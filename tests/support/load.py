@@ -1,4 +1,4 @@
-"""Callers that do not try again: short calls and streams, one after the other, until told to end.
+"""Callers that do not try again: short calls and streams, one after the other, until the test ends.
 
 They talk to the demo provider behind the proxy.  Whatever goes wrong for one of them, a connection
 that is refused, a response that is broken or an error, is kept; a caller goes on after it.

@@ -49,7 +49,7 @@ def ids_in(path: Path) -> list[int]:
 
 
 def query(path: Path, words: str) -> list[tuple[Any, ...]]:
-    """Return what a ledger answers."""
+    """Return the rows of a query to a ledger."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute(words).fetchall()
 

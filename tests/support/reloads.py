@@ -1,4 +1,4 @@
-"""What an operator does to a running daemon's file, and how the daemon says what came of it."""
+"""What an operator does to a running daemon's file, and how the daemon reports the result."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def write(daemon: Daemon, text: str) -> None:
 
 
 def reload(daemon: Daemon, *edits: tuple[str, str]) -> dict[str, Any]:
-    """Edit the file, send SIGHUP, and wait until it was obeyed; return the line that tells it."""
+    """Edit the file, send SIGHUP, and wait until it was obeyed; return its log line."""
     for old, new in edits:
         edit(daemon, old, new)
-    before = len(_told(daemon, "reloaded; "))
+    before = len(_lines(daemon, "reloaded; "))
     hang_up(daemon)
-    until(lambda: len(_told(daemon, "reloaded; ")) > before, "the file is read again")
-    return _told(daemon, "reloaded; ")[-1]
+    until(lambda: len(_lines(daemon, "reloaded; ")) > before, "the file is read again")
+    return _lines(daemon, "reloaded; ")[-1]
 
 
 def fail_to_reload(daemon: Daemon, *edits: tuple[str, str]) -> dict[str, Any]:
-    """Do the same where it must be refused; return the line that tells why."""
+    """Do the same where it must be refused; return the log line with the reason."""
     for old, new in edits:
         edit(daemon, old, new)
     before = len(failures(daemon))
     hang_up(daemon)
-    until(lambda: len(failures(daemon)) > before, "the failure is told")
+    until(lambda: len(failures(daemon)) > before, "the failure is logged")
     return failures(daemon)[-1]
 
 
 def failures(daemon: Daemon) -> list[dict[str, Any]]:
-    """Return the lines that tell of a reload that failed."""
-    return _told(daemon, "reload failed")
+    """Return the lines of reloads that failed."""
+    return _lines(daemon, "reload failed")
 
 
 def expect_failures(daemon: Daemon, count: int) -> None:
@@ -64,5 +64,5 @@ def expect_failures(daemon: Daemon, count: int) -> None:
         daemon.log.remove(line)
 
 
-def _told(daemon: Daemon, words: str) -> list[dict[str, Any]]:
+def _lines(daemon: Daemon, words: str) -> list[dict[str, Any]]:
     return [line for line in list(daemon.log) if words in line["message"]]

@@ -127,3 +127,30 @@ def break_off(turn: Turn, end: str, *raw: bytes) -> Script:
             wire.reset()
 
     return script
+
+
+class PacedStream:
+    """A script that sends one chunk, and the rest at a turn; it notes how its connection ended.
+
+    Args:
+        first: the content of the first chunk.
+        rest: that of the second; without it the stream does not end.
+
+    Attributes:
+        turn: lets it go on.
+        ended: how each connection ended, once the stream was sent or could not be.
+    """
+
+    def __init__(self, first: bytes, rest: bytes = b"") -> None:
+        self.turn = Turn()
+        self.ended = Notes()
+        self._first, self._rest = first, rest
+
+    def __call__(self, wire: Wire) -> None:
+        """Play."""
+        wire.read_request()
+        wire.send(SSE, chunked(self._first))
+        if self._rest:
+            self.turn.take()
+            wire.send(chunked(self._rest), LAST)
+        self.ended.put(wire.wait_closed())

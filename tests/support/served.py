@@ -34,11 +34,11 @@ def limits(most: int = 0, most_of_one: int = 0, clock: Clock | None = None) -> C
     return ConnectionLimiter(most, most_of_one, clock=(clock or Clock()).seconds, wall=lambda: 1.0)
 
 
-class Saying(Handler):
-    """Answers with the address of whoever asks."""
+class AddressHandler(Handler):
+    """Responds with the address of the client."""
 
     def render(self, request: Request) -> int:
-        """Answer."""
+        """Respond."""
         body = str(getattr(request.getClientAddress(), "host", "unix")).encode()
         request.start(200, [(b"content-length", b"%d" % len(body))])
         request.write(body)
@@ -47,7 +47,7 @@ class Saying(Handler):
 
 
 class Served:
-    """A site that tells each caller its address; its clock is turned by the test.
+    """A site that sends each client its address; the test turns its clock.
 
     Args:
         text: the endpoint.
@@ -74,7 +74,7 @@ class Served:
     ) -> None:
         self.reactor = TurnedReactor()
         self.site = Site(
-            Router(Saying()),
+            Router(AddressHandler()),
             self.reactor,
             self.reactor.seconds,
             timeouts or Timeouts(),

@@ -102,14 +102,14 @@ class Wire:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()  # no shutdown before it: that would send a FIN
 
-    def farewell(self) -> None:
-        """Say TLS's farewell (close_notify); nothing on a plain connection."""
+    def close_notify(self) -> None:
+        """Send TLS's close_notify; nothing on a plain connection."""
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError):  # the peer may close without its own
                 self.sock.unwrap()
 
     def close(self) -> None:
-        """Close: a FIN, without TLS's farewell."""
+        """Close: a FIN, without TLS's close_notify."""
         with contextlib.suppress(OSError):
             # A thread may be blocked in recv; close alone would not wake it.
             if not isinstance(self.sock, ssl.SSLSocket):

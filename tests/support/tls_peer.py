@@ -178,7 +178,7 @@ class OpenSslEngine:
 ENGINES: dict[str, Any] = {"ssl": PythonEngine, "pyOpenSSL": OpenSslEngine}
 
 
-class Peer:
+class TlsPeer:
     """Speaks TLS at the test's end.
 
     Attributes:

@@ -36,7 +36,7 @@ async def test_a_body_without_framing_is_whole_behind_a_proper_end_alone(
         if how.endswith("reset"):
             wire.reset()
         elif how == "tls farewell":
-            wire.farewell()
+            wire.close_notify()
 
     with Provider(script, tls=authority.server() if tls else None) as provider:
         sender = upstream(provider.url, authority.ca_path if tls else None)

@@ -101,7 +101,7 @@ async def test_a_client_that_pipelined_is_seen_to_leave(
 def half_close(wire: Wire) -> None:
     """Say that nothing more will be said: TLS's farewell, or a FIN."""
     if isinstance(wire.sock, ssl.SSLSocket):
-        wire.farewell()
+        wire.close_notify()
     else:
         wire.sock.shutdown(socket.SHUT_WR)
 

@@ -183,7 +183,7 @@ class Resuming:
         wire.send(self._response)
         if self._response is OK:
             if self.hang_up.get(timeout=WAIT) == "farewell":
-                wire.farewell()
+                wire.close_notify()
             return
         wire.wait_closed()
 

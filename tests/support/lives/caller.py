@@ -39,7 +39,7 @@ class _Segment(NamedTuple):
 
 
 @implementer(IHandshakeListener)
-class Caller(Protocol):
+class LifeClient(Protocol):
     """The client of one life.
 
     Args:
@@ -186,7 +186,7 @@ class Caller(Protocol):
         if leave is not None and leave.ask == self._current:
             self._go()
 
-    # -- answers --------------------------------------------------------------------------------
+    # -- responses ------------------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes of responses."""
@@ -275,7 +275,7 @@ class Caller(Protocol):
             self._ask()
 
     def _close(self) -> None:
-        """Send a FIN now: TLS's farewell before it in every other life, what is queued never."""
+        """Send a FIN now: TLS's close_notify before it in every other life, queued bytes never."""
         self._has_closed = True
         if self.life.number % 2 or pending_bytes(self.transport):
             self._shut(socket.SHUT_RDWR)

@@ -134,7 +134,7 @@ def _said(ask: RequestFacts) -> Part:
     """Let a plain connection end only where the response says or shows so.
 
     Its FIN may come behind the response by the kernel's whim, when the proxy uses it again; TLS's
-    farewell comes in one piece with the response.
+    close_notify comes in one piece with the response.
     """
     part = ask.part
     if ask.route in _TLS:

@@ -21,7 +21,7 @@ from tests.support.lives.plan import (
 from tests.support.sockets import chunked
 
 FORGED = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nX-Forged: 1\r\n\r\nforged"
-"""What a provider sends behind a whole response; whoever is given it was given another's."""
+"""What a provider sends behind a whole response; it belongs to no client."""
 
 LAST = b"0\r\n\r\n"
 _BEGUN = 4000

@@ -103,7 +103,7 @@ class RequestFacts(NamedTuple):
         size: bytes of the body.
         cuts: parts of the whole at which sending takes a breath.
         variant: which of several, where there are several.
-        known: it asks an endpoint whose answers are read, so that the tap is on.
+        known: it asks an endpoint whose responses are read, so that the tap is on.
     """
 
     method: str

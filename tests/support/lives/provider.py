@@ -176,7 +176,7 @@ class ProviderConnection(Protocol):
             self._look_for_the_next()
 
     def _look_for_the_next(self) -> None:
-        """Be ready for another request once this one is all there, and answered."""
+        """Be ready for another request once this one is whole and has its response."""
         if self._has_all and self._has_answered:
             self._has_all = self._has_answered = False
             self._name = None

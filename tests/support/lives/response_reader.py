@@ -30,9 +30,9 @@ class ResponseReader:
     """Reads the responses on one connection.
 
     Attributes:
-        answers: one for each request that was announced.
+        responses: one for each request that was announced.
         complaint: what is not HTTP in them; nothing where a response was only cut off.
-        invitations: how many 100 answers came.
+        invitations: how many 100 responses came.
     """
 
     def __init__(self) -> None:

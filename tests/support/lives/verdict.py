@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from tests.support.lives.caller import Caller
+from tests.support.lives.caller import LifeClient
 from tests.support.lives.messages import body, content, path
 from tests.support.lives.plan import (
     BROKEN_BODY,
@@ -93,7 +93,7 @@ class LifeVerdict:
 
     def __init__(
         self,
-        caller: Caller,
+        caller: LifeClient,
         records: Records,
         heard: dict[tuple[int, int], int],
         *,
@@ -141,7 +141,7 @@ class LifeVerdict:
         """ResponseReader what came of a head that is not one, or never became one."""
         if seen.code is None:
             if not self._may_have_left(number) and number < len(self._caller.reader.responses):
-                yield "the client was told nothing"
+                yield "the client got no response"
             return
         record = self._by_id.get(_identity(seen))
         if record is None or (record["status"], record["path"]) != (seen.code, ""):
@@ -160,7 +160,7 @@ class LifeVerdict:
         return self._cut or at_once or leave.ask <= number
 
     def _stuck(self, number: int, seen: Seen) -> bool:
-        """Tell whether the client sent no more in the middle of a request, and was told so."""
+        """Tell whether the client stopped inside a request, and got a response that says so."""
         leave = self._life.leave
         return seen.code == 408 and leave is not None and leave.ask == number
 
@@ -192,14 +192,14 @@ class LifeVerdict:
         part = ask.part
         if seen.code is None:
             if not self._may_have_left(number):
-                yield "the client was told nothing"
+                yield "the client got no response"
             return
         wanted = b"" if ask.method == "HEAD" else content(part, self._life.number, number)
         if b"x-llmproxy-error" in seen.fields:
             yield from self._of_refusal(ask, seen, number, record)
             return
         if ask.flaw:
-            yield f"a request with the flaw {ask.flaw!r} was answered: {seen}"
+            yield f"a request with the flaw {ask.flaw!r} was served: {seen}"
         if seen.code != part.status or part.kind not in (*_ANSWERED, *BROKEN_BODY):
             yield f"another response than the provider's {part.status}: {seen}"
         if not wanted.startswith(seen.body):
@@ -222,13 +222,13 @@ class LifeVerdict:
         if not seen.whole and not self._may_have_left(number):
             yield f"a refusal that is not whole: {seen}"
         if record["error"] != seen.fields[b"x-llmproxy-error"].decode():
-            yield f"the client was told another reason than the record: {seen}"
+            yield f"the client got another reason than the record: {seen}"
         if self._stuck(number, seen):
             return
         if ask.flaw and seen.code != _REFUSALS[ask.flaw]:
             yield f"not the refusal of {ask.flaw!r}: {seen}"
         if not ask.flaw and ask.part.kind in _ANSWERED:
-            yield f"a faultless answer became {seen}"
+            yield f"a faultless response became {seen}"
 
     def _of_record(
         self, ask: RequestFacts, seen: Seen, number: int, record: Record
@@ -238,8 +238,8 @@ class LifeVerdict:
             yield f"ended as {end}, plausible is {self._plausible_ends(ask, seen, number)}"
         if record["is_complete"] != (end == "complete"):
             yield "is_complete does not fit"
-        told = (_identity(seen), seen.code)
-        if seen.code is not None and (record["id"], record["status"]) != told:
+        shown = (_identity(seen), seen.code)
+        if seen.code is not None and (record["id"], record["status"]) != shown:
             yield f"the record is of another response: {seen}"
         if seen.whole and record["bytes_out"] != len(seen.body):
             yield f"{record['bytes_out']} bytes out, {len(seen.body)} were seen"

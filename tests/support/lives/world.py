@@ -25,7 +25,8 @@ from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFrom
 from llmproxy.config import Config, parse
 from llmproxy.net.transport import raw_transport
 from llmproxy.service import ProxyService
-from tests.support.lives.caller import Caller
+from tests.support.daemon import provider_table, route_table
+from tests.support.lives.caller import LifeClient
 from tests.support.lives.plan import BODY_LIMIT, CURT, IMPATIENT, KEY, PLAIN, STERN, Life
 from tests.support.lives.provider import LivesProvider, Mute, ProviderFactory
 from tests.support.lives.verdict import Record
@@ -37,7 +38,7 @@ LONGEST = 40.0
 """Seconds after which a life that is not over never will be."""
 
 SEND_BUFFER = 32768
-"""Bytes that the kernel takes for each client, as the listening sockets are told."""
+"""Bytes that the kernel takes for each client, as the listening sockets say."""
 
 _AT_ONCE = 80
 """Lives that run at the same time; each has four sockets, so it stays far below 1024."""
@@ -58,10 +59,10 @@ class _Once(Factory):
 
     noisy = False
 
-    def __init__(self, protocol: Caller) -> None:
+    def __init__(self, protocol: LifeClient) -> None:
         self._protocol = protocol
 
-    def buildProtocol(self, addr: IAddress | None) -> Caller:
+    def buildProtocol(self, addr: IAddress | None) -> LifeClient:
         """Return it."""
         return self._protocol
 
@@ -77,7 +78,7 @@ class World:
     def __init__(self, folder: Path, lives: Iterable[Life]) -> None:
         self.lives = {life.number: life for life in lives}
         self.provider = LivesProvider(CLOCK, lambda name: self.lives[name[0]].asks[name[1]])
-        self.callers: list[Caller] = []
+        self.callers: list[LifeClient] = []
         self.endless: list[Life] = []
         self.refused = 0
         self.trace_path = folder / "trace.jsonl"
@@ -124,7 +125,7 @@ class World:
             await self.service.stopService()
 
     async def close(self) -> None:
-        """Stop the proxy and its provider, and drop whoever is still connected."""
+        """Stop the proxy and its provider, and drop the connections that are left."""
         await self.stop()
         self._vacant.close()
         for port in self._listening:
@@ -159,18 +160,18 @@ class World:
             jsonl = "{self.trace_path}"
             [clients.c]
             keys = ["sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"]
-            {_provider("plain", f"http://127.0.0.1:{ports['plain']}", "pool = 20")}
-            {_provider("secure", f"https://localhost:{ports['secure']}", f'ca = "{trusted}"')}
-            {_provider("gone", f"http://127.0.0.1:{ports['gone']}")}
-            {_provider("untrusted", f"https://localhost:{ports['secure']}", f'ca = "{stranger}"')}
-            {_provider("mute", f"https://localhost:{ports['mute']}", f'ca = "{trusted}"')}
+            {provider_table("plain", "pool = 20", url=f"http://127.0.0.1:{ports['plain']}")}
+            {provider_table("secure", f'ca = "{trusted}"', url=f"https://localhost:{ports['secure']}")}
+            {provider_table("gone", url=f"http://127.0.0.1:{ports['gone']}")}
+            {provider_table("untrusted", f'ca = "{stranger}"', url=f"https://localhost:{ports['secure']}")}
+            {provider_table("mute", f'ca = "{trusted}"', url=f"https://localhost:{ports['mute']}")}
             {_routes(PLAIN, "")}
             {_routes(IMPATIENT, 'idle = "300ms"')}
             {_routes(CURT, 'first_byte = "500ms"')}
             {_routes(STERN, 'client_stall = "500ms"')}
-            {_route("gone", "gone")}
-            {_route("untrusted", "untrusted")}
-            {_route("mute", "mute", 'timeouts = { connect = "400ms" }')}
+            {route_table("/gone", "gone")}
+            {route_table("/untrusted", "untrusted")}
+            {route_table("/mute", "mute", 'timeouts = { connect = "400ms" }')}
             """,
             environ={},
         )
@@ -195,7 +196,7 @@ class World:
         if life.secure:
             endpoint = wrapClientTLS(self._trust, endpoint)
         over: Deferred[None] = Deferred()
-        caller = Caller(life, CLOCK, over.callback)
+        caller = LifeClient(life, CLOCK, over.callback)
         try:
             await endpoint.connect(_Once(caller))
         except ConnectError:
@@ -207,7 +208,7 @@ class World:
         if limit.active():
             limit.cancel()
 
-    def _give_up(self, caller: Caller) -> None:
+    def _give_up(self, caller: LifeClient) -> None:
         self.endless.append(caller.life)
         caller.transport.abortConnection()
 
@@ -250,15 +251,7 @@ async def open_world(folder: Path, lives: Iterable[Life]) -> AsyncIterator[World
         await world.close()
 
 
-def _provider(name: str, url: str, more: str = "") -> str:
-    return f'[providers.{name}]\nurl = "{url}"\ndialect = "openai"\n{more}\n'
-
-
 def _routes(paths: tuple[str, str], timeouts: str) -> str:
     """Return the sections of two routes, to the provider over TCP and over TLS."""
     more = f'timeouts = {{ {timeouts} }}\non_disconnect = "drain"\ndrain_for = "1s"'
-    return "".join(_route(path, to, more) for path, to in zip(paths, PLAIN, strict=True))
-
-
-def _route(path: str, provider: str, more: str = "") -> str:
-    return f'[[routes]]\npath = "/{path}"\nproviders = ["{provider}"]\n{more}\n'
+    return "".join(route_table(f"/{path}", to, more) for path, to in zip(paths, PLAIN, strict=True))
