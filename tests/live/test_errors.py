@@ -54,17 +54,17 @@ def test_an_error_has_the_shape_of_the_routes_dialect(
     live: LiveProxy, target: str, shape: str
 ) -> None:
     """The matching route decides, else the path; the client need not be known."""
-    got = live.refuse(post(target, b'{"model":"other"}'))
+    got = live.reject(post(target, b'{"model":"other"}'))
     assert got.status == 404
     assert shape_of(got) == shape
-    got = live.refuse(post(target, b"{}", "x-api-key: wrong"))
+    got = live.reject(post(target, b"{}", "x-api-key: wrong"))
     assert got.status == 401
     assert shape_of(got) == shape
 
 
 def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None:
     """Three fields have the id of the record; beside them are only reason, type and length."""
-    got = live.refuse(post("/openai/x", b'{"model":"other"}', "X-Request-Id: mine"))
+    got = live.reject(post("/openai/x", b'{"model":"other"}', "X-Request-Id: mine"))
     record = live.trace(got)
     assert (record["end_reason"], record["error"], record["status"]) == (
         "rejected",
@@ -88,7 +88,7 @@ def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "get", "X"])
 def test_other_methods_are_not_served(live: LiveProxy, method: str) -> None:
     """They get a 405, and Allow names the methods that are served."""
-    got = live.refuse(request(method, "/openai/x"))
+    got = live.reject(request(method, "/openai/x"))
     assert got.status == 405
     assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]
     assert shape_of(got) == "openai"

@@ -140,7 +140,7 @@ def test_a_broken_tap_is_felt_by_no_client(where: str, tmp_path: Path) -> None:
         )
 
 
-def test_taps_that_do_not_break_tell_nothing(tmp_path: Path) -> None:
+def test_taps_that_do_not_break_report_nothing(tmp_path: Path) -> None:
     """The same without a fault: two hundred contents, none mixed up with another's."""
     with running(tmp_path) as (daemon, streams):
         streams.end()

@@ -98,7 +98,7 @@ def instances(tmp_path: Path, demo: Demo, shared: socket.socket) -> Iterator[Ins
 
 
 @pytest.mark.timeout(300)  # each of the two is stopped for as long as its streams last
-def test_a_restart_in_turn_refuses_and_breaks_nothing(instances: Instances) -> None:
+def test_a_restart_in_turn_rejects_and_breaks_nothing(instances: Instances) -> None:
     """Short calls and streams of 30 s, none tried again: all are served, and whole."""
     with Load(instances.port, words=20 * LONG_S) as load:
         load.wait_more("fresh", 20)

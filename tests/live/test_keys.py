@@ -86,7 +86,7 @@ def test_a_client_cannot_put_its_own_beside_the_credential(live: LiveProxy) -> N
     known = show("x-llmproxy-key")
     received, _ = live.ask(request("GET", "/custom/x", known, "x-custom-auth: forged"))
     assert received.values(b"x-custom-auth") == [f"Token {CREDENTIAL};v=1".encode()]
-    assert live.refuse(request("GET", "/custom/x", known, "x_custom_auth: forged")).status == 400
+    assert live.reject(request("GET", "/custom/x", known, "x_custom_auth: forged")).status == 400
 
 
 def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
@@ -109,9 +109,9 @@ def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
         ([show("x-api-key"), show("x-api-key", OTHER)], b"keys_disagree"),
     ],
 )
-def test_who_is_not_known_is_refused(live: LiveProxy, lines: list[str], reason: bytes) -> None:
+def test_an_unknown_client_is_rejected(live: LiveProxy, lines: list[str], reason: bytes) -> None:
     """401: no key, an unknown one, or two that disagree; no word of the key comes back."""
-    got = live.refuse(request("GET", "/openai/x", *lines))
+    got = live.reject(request("GET", "/openai/x", *lines))
     assert got.status == 401
     assert got.values(b"x-llmproxy-error") == [reason]
     assert got.values(b"www-authenticate") == [b"Bearer"]
@@ -120,9 +120,9 @@ def test_who_is_not_known_is_refused(live: LiveProxy, lines: list[str], reason: 
     assert (record["end_reason"], record["client"]) == ("rejected", None)
 
 
-def test_a_wrong_key_is_refused_before_the_body_is_looked_at(live: LiveProxy) -> None:
+def test_a_wrong_key_is_rejected_before_the_body_is_looked_at(live: LiveProxy) -> None:
     """The caller learns nothing about bodies, models or routes behind its path."""
-    got = live.refuse(post("/openai/x", b"{not json", "x-api-key: wrong"))
+    got = live.reject(post("/openai/x", b"{not json", "x-api-key: wrong"))
     assert got.status == 401
 
 
@@ -137,9 +137,9 @@ def test_passing_routes_hand_on_the_callers_own_credential(live: LiveProxy) -> N
     assert received.values(b"x-llmproxy-key") == []
 
 
-def test_a_passed_credential_says_nothing_about_who_calls(live: LiveProxy) -> None:
+def test_a_passed_credential_does_not_name_the_client(live: LiveProxy) -> None:
     """An SDK's field is the provider's affair there: without x-llmproxy-key it is a 401."""
-    got = live.refuse(request("GET", "/passing/x", "x-api-key: own"))
+    got = live.reject(request("GET", "/passing/x", "x-api-key: own"))
     assert got.status == 401
     assert got.json()["type"] == "error"
 
@@ -150,7 +150,7 @@ def test_anonymous_callers_are_served_and_wrong_keys_are_not(open_to_all: LivePr
     assert open_to_all.trace(got)["client"] == "anonymous"
     _, got = open_to_all.ask(request("GET", "/openai/x", show("api-key")))
     assert open_to_all.trace(got)["client"] == "team"
-    assert open_to_all.refuse(request("GET", "/openai/x", "x-api-key: wrong")).status == 401
+    assert open_to_all.reject(request("GET", "/openai/x", "x-api-key: wrong")).status == 401
     received, got = open_to_all.ask(post("/passing/x", STREAM_BODY, "x-api-key: own"))
     assert received.values(b"x-api-key") == [b"own"]
     assert open_to_all.trace(got)["client"] == "anonymous"

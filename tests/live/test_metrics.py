@@ -138,7 +138,7 @@ reactor_lag_seconds build_info
 """
 
 
-def test_both_formats_can_be_parsed_and_tell_the_same_names(live: LiveProxy) -> None:
+def test_both_formats_can_be_parsed_and_have_the_same_names(live: LiveProxy) -> None:
     """OpenMetrics where it is asked for, the text format else; each with help and a type."""
     live.ask(request("GET", "/p/x"))
     kind, text = read(live, "")

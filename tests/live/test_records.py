@@ -71,7 +71,7 @@ def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
 
 def test_a_rejected_request_has_a_record_too(live: LiveProxy) -> None:
     """The record has what is known of it, and null for the rest."""
-    got = live.refuse(request("GET", "/nowhere/x"))
+    got = live.reject(request("GET", "/nowhere/x"))
     record = live.trace(got)
     assert list(record) == NAMES.split()
     ended = (record["end_reason"], record["error"], record["status"])

@@ -181,7 +181,7 @@ def test_a_rotated_credential_is_used_by_the_next_request(live: ReloadedProxy) -
     assert_settles(live.daemon)
 
 
-def test_a_revoked_key_is_refused_on_the_same_connection(live: ReloadedProxy) -> None:
+def test_a_revoked_key_is_rejected_on_the_same_connection(live: ReloadedProxy) -> None:
     """Its next request is refused, its stream goes on, and a new key is served."""
     running, turn = live.begin_stream()
     with running, live.connect() as kept:

@@ -133,7 +133,7 @@ def living() -> Counter[str]:
 
 
 @ensureDeferred
-async def test_what_is_replaced_is_let_go_of(tmp_path: Path) -> None:
+async def test_a_replaced_configuration_is_freed(tmp_path: Path) -> None:
     """No object, timer or secret of an old configuration stays behind."""
     clock: Any = reactor
     with Provider(keep_replying) as provider:

@@ -82,7 +82,7 @@ def test_the_limit_itself_passes_and_a_byte_more_does_not(
 
     received, _ = live.ask(sent(size))
     assert len(received.body) == size
-    got = live.refuse(sent(size + 1))
+    got = live.reject(sent(size + 1))
     assert (got.status, got.error) == (413, "body_too_large")
     assert got.json()["error"]["code"] == "body_too_large"
     assert_settles(live.daemon)
@@ -90,7 +90,7 @@ def test_the_limit_itself_passes_and_a_byte_more_does_not(
 
 @pytest.mark.parametrize("kind", [JSON, OCTETS])
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_refusal_can_be_read_although_the_upload_goes_on(
+def test_a_rejection_can_be_read_although_the_upload_goes_on(
     live: LiveProxy, framing: str, kind: str
 ) -> None:
     """A client that sends 8 MB before it reads finds the 413, and no reset in its place."""
@@ -109,7 +109,7 @@ def test_a_refusal_can_be_read_although_the_upload_goes_on(
         assert client.buffer == b""
 
 
-def test_a_refused_upload_without_end_is_not_read_for_ever(live: LiveProxy) -> None:
+def test_a_rejected_upload_without_end_is_not_read_for_ever(live: LiveProxy) -> None:
     """The refusal is given at once, and the connection is closed a little later."""
     with live.connect() as client:
         client.send(request("POST", "/p/x", OCTETS, "Content-Length: 1000000000"))
@@ -136,7 +136,7 @@ def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
         client.send(request("POST", "/p/x", JSON, f"Content-Length: {size}"), body[:-1])
 
     until(lambda: live.gauge("request_bytes_held") == count * (size - 1), "all bodies are held")
-    got = live.refuse(post("/p/x", body))
+    got = live.reject(post("/p/x", body))
     assert (got.status, got.error) == (503, "memory_full")
     assert [int(value) > 0 for value in got.values(b"retry-after")] == [True]
     live.reply(OK)
@@ -173,13 +173,13 @@ def test_a_body_is_dropped_once_the_response_began(live: LiveProxy) -> None:
         assert client.read(2) == b"ok"
 
 
-def test_an_encoded_body_is_refused_where_the_model_decides(live: LiveProxy) -> None:
+def test_an_encoded_body_is_rejected_where_the_model_decides(live: LiveProxy) -> None:
     """415 where the route or the client is bound to models; elsewhere it crosses unread."""
     encoded = ("Content-Encoding: gzip",)
-    got = live.refuse(post("/inside/x", b"\x1f\x8b...", *encoded))
+    got = live.reject(post("/inside/x", b"\x1f\x8b...", *encoded))
     assert (got.status, got.error) == (415, "encoded_body")
     limited = (*encoded, "x-llmproxy-key: limited-key")
-    assert live.refuse(post("/p/x", b"\x1f\x8b...", *limited)).status == 415
+    assert live.reject(post("/p/x", b"\x1f\x8b...", *limited)).status == 415
     received, _ = live.ask(post("/p/x", b"\x1f\x8b...", *encoded))
     assert received.body == b"\x1f\x8b..."
     assert received.values(b"content-encoding") == [b"gzip"]

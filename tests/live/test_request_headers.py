@@ -114,12 +114,12 @@ def test_every_connection_line_nominates_fields_that_stay_here(live: LiveProxy) 
     assert names == [b"host", b"x-three", b"x-kept", b"via", b"x-request-id"]
 
 
-def test_via_is_appended_to_and_a_loop_is_refused(live: LiveProxy) -> None:
+def test_via_is_appended_to_and_a_loop_is_rejected(live: LiveProxy) -> None:
     """Earlier hops stay in order before ours; a request that has our name came here before."""
     got, _ = live.ask(request("GET", "/p/x", "Via: 1.0 first, 1.1 second", "Via: 2 hopper"))
     assert b", ".join(got.values(b"via")) == b"1.0 first, 1.1 second, 2 hopper, 1.1 Hop"
     for value in ("1.1 hop", "1.0 first, 1.1 HOP (comment)", "HTTP/1.1 Hop, 1.1 last"):
-        refused = live.refuse(request("GET", "/p/x", f"Via: {value}"))
+        refused = live.reject(request("GET", "/p/x", f"Via: {value}"))
         assert (refused.status, refused.error) == (508, "loop")
 
 
@@ -136,16 +136,16 @@ def test_a_request_id_of_the_clients_is_kept(live: LiveProxy) -> None:
     "name",
     ["x_api_key", "X_Forwarded_For", "x_llmproxy_key", "Transfer_Encoding", "api_key", "proxy_x"],
 )
-def test_a_disguised_name_is_refused(live: LiveProxy, name: str) -> None:
+def test_a_disguised_name_is_rejected(live: LiveProxy, name: str) -> None:
     """A server that takes `_` for `-` must not see what was dropped."""
-    got = live.refuse(request("GET", "/p/x", f"{name}: secret-value"))
+    got = live.reject(request("GET", "/p/x", f"{name}: secret-value"))
     assert (got.status, got.error) == (400, "bad_header")
     assert b"secret-value" not in got.body
 
 
-def test_a_websocket_handshake_is_refused_in_words(live: LiveProxy) -> None:
+def test_a_websocket_handshake_is_rejected_with_a_reason(live: LiveProxy) -> None:
     """501, and a sentence; another upgrade is dropped, and the request served."""
-    got = live.refuse(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: websocket"))
+    got = live.reject(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: websocket"))
     assert got.status == 501
     assert "WebSocket" in got.json()["error"]["message"]
     received, got = live.ask(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: h2c"))

@@ -130,9 +130,9 @@ def test_a_form_may_name_the_model(live: LiveProxy) -> None:
         b"\xef\xbb\xbf{}",
     ],
 )
-def test_a_body_that_can_be_read_in_two_ways_is_refused(live: LiveProxy, body: bytes) -> None:
+def test_a_body_that_can_be_read_in_two_ways_is_rejected(live: LiveProxy, body: bytes) -> None:
     """400: the next reader must not see another model than the proxy did."""
-    got = live.refuse(post("/only/x", body))
+    got = live.reject(post("/only/x", body))
     assert (got.status, got.error) == (400, "bad_body")
 
 
@@ -169,6 +169,6 @@ def test_a_client_may_use_its_routes_and_models_alone(
 ) -> None:
     """403, whichever of body and path names the model that is not allowed."""
     sent = post(target, body, f"x-llmproxy-key: {key}")
-    got = live.ask(sent)[1] if status == 200 else live.refuse(sent)
+    got = live.ask(sent)[1] if status == 200 else live.reject(sent)
     assert got.status == status
     assert got.values(b"x-llmproxy-error") == reason

@@ -80,7 +80,7 @@ def test_every_mistake_in_the_configuration_is_reported(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(
+def test_a_file_that_is_no_configuration_is_rejected(
     tmp_path: Path, config: str | None, word: str
 ) -> None:
     """Exit code 1 and a word; a missing file is named."""
@@ -110,7 +110,7 @@ INHERITED = HEAD.replace("tcp:{proxy}:interface=127.0.0.1", "systemd:domain=INET
         ({"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "proxy"}, "LISTEN_PID"),
     ],
 )
-def test_a_socket_that_nobody_handed_over_stops_the_start(
+def test_a_socket_that_systemd_did_not_pass_stops_the_start(
     tmp_path: Path, environ: dict[str, str], words: str
 ) -> None:
     """One line says what is missing."""

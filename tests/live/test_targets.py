@@ -93,7 +93,7 @@ def test_a_method_crosses_as_it_is(live: LiveProxy, method: str) -> None:
 @pytest.mark.parametrize("target", ["/pp/x", "/P/x", "/%70/x", "/", "/keepsake", "//p/x"])
 def test_a_route_is_whole_segments_of_the_raw_path(live: LiveProxy, target: str) -> None:
     """What only resembles a route's path is no route: 404."""
-    got = live.refuse(request("GET", target))
+    got = live.reject(request("GET", target))
     assert (got.status, got.error) == (404, "no_route")
 
 
@@ -117,9 +117,9 @@ def test_a_route_is_whole_segments_of_the_raw_path(live: LiveProxy, target: str)
         "/p/..\\x",
     ],
 )
-def test_dot_segments_are_refused(live: LiveProxy, target: str) -> None:
+def test_dot_segments_are_rejected(live: LiveProxy, target: str) -> None:
     """They get a 400, encoded or not, as they would lead out of the route."""
-    got = live.refuse(request("GET", target))
+    got = live.reject(request("GET", target))
     assert (got.status, got.error) == (400, "bad_path")
 
 

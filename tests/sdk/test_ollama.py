@@ -34,23 +34,17 @@ def direct(demo: Demo) -> Iterator[ollama.Client]:
         yield client
 
 
-def test_models_are_the_same(client: ollama.Client, direct: ollama.Client) -> None:
-    """The tags are those of the provider."""
-    models = client.list().models
-    assert models == direct.list().models
-    assert "demo-slow" in [model.model for model in models]
-
-
-def test_async_models_are_the_same(proxy: Daemon, direct: ollama.Client) -> None:
-    """The async client's tags are those of the provider."""
+def test_models_are_the_same(client: ollama.Client, direct: ollama.Client, proxy: Daemon) -> None:
+    """The tags are those of the provider, for the async client, too."""
 
     async def scene() -> Any:
-        async with ollama.AsyncClient(
-            host=route(proxy, "ollama"), headers=HEADERS, timeout=WAIT
-        ) as client:
+        base = route(proxy, "ollama")
+        async with ollama.AsyncClient(host=base, headers=HEADERS, timeout=WAIT) as client:
             return await client.list()
 
-    assert asyncio.run(scene()) == direct.list()
+    tags = client.list()
+    assert tags == direct.list() == asyncio.run(scene())
+    assert "demo-slow" in [model.model for model in tags.models]
 
 
 def test_counts_stand_in_the_last_line(client: ollama.Client) -> None:

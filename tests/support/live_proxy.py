@@ -249,7 +249,7 @@ class LiveProxy:
         assert not seen.empty(), f"the provider was not asked: {got}"
         return seen.read(), got
 
-    def refuse(self, sent: bytes) -> Response:
+    def reject(self, sent: bytes) -> Response:
         """Send one request that must not reach the provider; return what the client got."""
         before = self.provider.accepted
         got = self.get(sent)
