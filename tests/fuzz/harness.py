@@ -1,7 +1,7 @@
 """What must hold for any bytes at all, as functions for a fuzzer to call.
 
 The first two bytes of an input say how it is read, the others are what comes in.  No exception may
-leave a reader but by its documented way; what it keeps is bounded; where the reads are cut and what
+leave a reader but by its documented way; what it keeps is bounded; how the input is split and what
 follows a message change nothing; what is read, h11 and llhttp read alike.
 """
 
@@ -42,19 +42,19 @@ def must(holds: object, what: str) -> None:
 
 
 def cut_places(control: int, size: int) -> tuple[int, ...]:
-    """Return where the reads are cut: anywhere once, or everywhere."""
+    """Return where the input is split: at any one point, or at every point."""
     return tuple(range(1, size)) if control % 16 == 0 else (control * size // 256,)
 
 
 def watch_connection(connection: Connection) -> None:
-    """Look that a response's reader keeps no more than it may."""
+    """Check that a response's reader keeps no more than it may."""
     if not connection.aborted:
         must(len(connection._buffer) <= MAX_HEAD + _CRLFCR, "a head is bounded")
     _watch_reader(getattr(connection, "_reader", None))
 
 
 def watch_channel(channel: ClientConnection) -> None:
-    """Look that a request's reader keeps no more than it may."""
+    """Check that a request's reader keeps no more than it may."""
     if not channel._discarding:
         must(len(channel._buffer) <= MAX_HEAD + _CRLFCR, "what is not read yet is bounded")
     _watch_reader(channel._reader)
