@@ -365,6 +365,22 @@ def test_tool_result_is_answered_with_a_text() -> None:
     assert document["content"][0]["text"].startswith("You said: Please use the tool for Oslo. ")
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "reason"),
+    [
+        (CHATS[0], {"max_tokens": 3}, b'"finish_reason":"length"'),
+        (CHATS[1], {"max_tokens": 3}, b'"stop_reason":"max_tokens"'),
+        (CHATS[2], {"options": {"num_predict": 3}}, b'"done_reason":"length"'),
+    ],
+)
+def test_limit_of_tokens_ends_the_text(path: str, asked: dict[str, Any], reason: bytes) -> None:
+    """The response has so many tokens, and says why it ended."""
+    written = b"".join(Wire().events(path, **asked))
+    assert b" the" in written
+    assert b"quick" not in written
+    assert reason in written
+
+
 # --- configuration and commands ------------------------------------------------------------------
 
 
