@@ -118,7 +118,7 @@ def test_paused_flow_stands_still(model: str) -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
-    """The client's leaving forgets what was due."""
+    """When the client leaves, no event is due any more."""
     wire = Wire()
     wire.ask(path, "demo-slow", stream=stream)
     wire.turn(0.5)
@@ -191,7 +191,7 @@ def test_tool_call_is_broken_before_its_ending() -> None:
 
 
 def test_connection_is_used_again_after_a_proper_end() -> None:
-    """A second request on the same connection is answered too."""
+    """A second request on the same connection gets its response too."""
     wire = Wire()
     for _ in range(2):
         wire.ask(CHATS[0], "demo-fast")
@@ -351,8 +351,8 @@ def test_tool_is_called_when_asked_for_or_forced(said: str, choice: object, call
     assert ("tool_calls" in document["choices"][0]["message"]) == called
 
 
-def test_tool_result_is_answered_with_a_text() -> None:
-    """Once the tool has answered, the conversation goes on with what the user had said."""
+def test_tool_result_is_followed_by_a_text() -> None:
+    """After the tool's result the conversation goes on with the user's text."""
     call = [{"type": "tool_use", "id": "toolu_1", "name": "weather"}]
     result = [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "4 degrees"}]
     messages = [

@@ -41,7 +41,7 @@ def must(holds: object, what: str) -> None:
         raise Broken(what)
 
 
-def cut_places(control: int, size: int) -> tuple[int, ...]:
+def split_places(control: int, size: int) -> tuple[int, ...]:
     """Return where the input is split: at any one point, or at every point."""
     return tuple(range(1, size)) if control % 16 == 0 else (control * size // 256,)
 
@@ -85,9 +85,9 @@ def response(data: bytes) -> None:
     ours = our_response(wire, method, max_head=MAX_HEAD)
     must(not (ours.keep and ours.leftover), "nothing is kept for the next response")
     _framed_once(ours)
-    cuts = cut_places(control[1], len(wire))
-    cut = our_response(wire, method, cuts=cuts, max_head=MAX_HEAD, watch=watch_connection)
-    _same(cut, ours, "a cut changes nothing")
+    splits = split_places(control[1], len(wire))
+    split = our_response(wire, method, splits=splits, max_head=MAX_HEAD, watch=watch_connection)
+    _same(split, ours, "a split changes nothing")
     if not ours.whole:
         return
     if ours.leftover or ours.keep:
@@ -108,9 +108,9 @@ def request(data: bytes) -> None:
     control, wire = data[:2].ljust(2, b"\0"), data[2:]
     ours = our_request(wire, max_head=MAX_HEAD, watch=watch_channel)
     _framed_once(ours)
-    cuts = cut_places(control[1], len(wire))
-    cut = our_request(wire, cuts=cuts, max_head=MAX_HEAD, watch=watch_channel)
-    _same(cut, ours, "a cut changes nothing")
+    splits = split_places(control[1], len(wire))
+    split = our_request(wire, splits=splits, max_head=MAX_HEAD, watch=watch_channel)
+    _same(split, ours, "a split changes nothing")
     if not ours.whole or len(wire) > MAX_HEAD:
         return
     end = len(wire) - len(ours.leftover)
