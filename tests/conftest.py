@@ -36,7 +36,7 @@ SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
 
 SHRINKING_S = 20
 """Seconds for which Hypothesis makes a failing example smaller: its own five minutes, which no
-setting changes, end behind the timeout, and then no example is told at all."""
+setting changes, end behind the timeout, and then no example is shown at all."""
 
 hypothesis_engine.MAX_SHRINKING_SECONDS = SHRINKING_S
 # A time limit for one example would measure what else the machine does; the test's timeout stays.
@@ -104,10 +104,10 @@ class LoggedFailures:
     def report(self) -> str:
         """One paragraph for each event that is left; empty if there is none."""
         gc.collect()
-        return "\n".join(_told(event) for event in self._events)
+        return "\n".join(_text(event) for event in self._events)
 
 
-def _told(event: LogEvent) -> str:
+def _text(event: LogEvent) -> str:
     if "log_failure" in event:
         failure: Failure = event["log_failure"]
         return f"{event.get('log_format') or 'failure'}\n{failure.getTraceback()}"

@@ -118,7 +118,7 @@ def test_paused_flow_stands_still(model: str) -> None:
 @pytest.mark.parametrize("path", STREAM_ENDS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_leaving_cancels_the_flow(path: str, stream: bool) -> None:
-    """The client's leaving forgets what was due."""
+    """When the client leaves, no event is due any more."""
     wire = DemoConnection()
     wire.ask(path, "demo-slow", stream=stream)
     wire.turn(0.5)
@@ -191,7 +191,7 @@ def test_tool_call_is_broken_before_its_ending() -> None:
 
 
 def test_connection_is_used_again_after_a_proper_end() -> None:
-    """A second request on the same connection is answered too."""
+    """A second request on the same connection gets its response too."""
     wire = DemoConnection()
     for _ in range(2):
         wire.ask(CHATS[0], "demo-fast")
@@ -353,8 +353,8 @@ def test_tool_is_called_when_asked_for_or_forced(said: str, choice: object, call
     assert ("tool_calls" in document["choices"][0]["message"]) == called
 
 
-def test_tool_result_is_answered_with_a_text() -> None:
-    """Once the tool has answered, the conversation goes on with what the user had said."""
+def test_tool_result_is_followed_by_a_text() -> None:
+    """After the tool's result the conversation goes on with the user's text."""
     call = [{"type": "tool_use", "id": "toolu_1", "name": "weather"}]
     result = [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "4 degrees"}]
     messages = [
@@ -375,7 +375,7 @@ def test_tool_result_is_answered_with_a_text() -> None:
         (CHATS[2], {"options": {"num_predict": 3}}, b'"done_reason":"length"'),
     ],
 )
-def test_limit_of_tokens_cuts_the_text(path: str, asked: dict[str, Any], reason: bytes) -> None:
+def test_limit_of_tokens_ends_the_text(path: str, asked: dict[str, Any], reason: bytes) -> None:
     """The response has so many tokens, and says why it ended."""
     written = b"".join(DemoConnection().events(path, **asked))
     assert b" the" in written

@@ -215,7 +215,7 @@ def test_response_repeats_what_was_asked() -> None:
     assert document["usage"]["input_tokens"] == 6
 
 
-def test_output_of_a_function_is_answered_with_a_text() -> None:
+def test_output_of_a_function_is_followed_by_a_text() -> None:
     """Items that are no messages are passed over for what the user had said."""
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "use the tool"}]},
@@ -230,7 +230,7 @@ def test_output_of_a_function_is_answered_with_a_text() -> None:
 
 
 def test_embedding_is_of_the_text_alone() -> None:
-    """Each text has a vector of length 1, the same whoever asks and in whatever company."""
+    """Each text has one vector of length 1, at every endpoint and beside any other texts."""
     document = DemoConnection().whole("/v1/embeddings", input=["a", "b c", "a"])
     first, other, again = (entry["embedding"] for entry in document["data"])
     assert first == again != other
@@ -244,7 +244,7 @@ def test_embedding_is_of_the_text_alone() -> None:
 
 
 def test_embedding_as_base64_has_the_same_numbers() -> None:
-    """What SDKs ask for is the numbers as little-endian 32-bit floats, bit by bit."""
+    """SDKs ask for the numbers as little-endian 32-bit floats, with the same bits."""
     asked: Any = {"input": SAID, "dimensions": 3}
     (plain,) = DemoConnection().whole("/v1/embeddings", **asked)["data"]
     (packed,) = DemoConnection().whole("/v1/embeddings", encoding_format="base64", **asked)["data"]
@@ -448,8 +448,8 @@ def test_refusal_is_a_status_at_every_endpoint(
 
 
 @pytest.mark.parametrize("path", WHOLE_ONLY)
-def test_what_cannot_stream_answers_whole(path: str) -> None:
-    """Asked for a stream, such an endpoint gives its document all the same."""
+def test_an_endpoint_that_cannot_stream_responds_in_one_piece(path: str) -> None:
+    """Asked for a stream, such an endpoint sends its document all the same."""
     wire = DemoConnection()
     wire.ask(path, "demo-fast", stream=True)
     wire.clock.advance(0)
@@ -478,7 +478,7 @@ def test_what_cannot_stream_answers_whole(path: str) -> None:
         ("/api/embed", {"input": {}}),
     ],
 )
-def test_what_cannot_be_read_is_a_400(path: str, body: dict[str, Any]) -> None:
+def test_a_request_that_cannot_be_read_is_a_400(path: str, body: dict[str, Any]) -> None:
     """A missing or misshapen field is refused, as is a model that is not named."""
     for asked in ({"model": "demo-fast", **body}, {**ASKED[path], "model": 7}):
         wire = DemoConnection()

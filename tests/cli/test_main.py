@@ -32,25 +32,25 @@ providers = ["p"]
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def config_file(tmp_path: Path) -> Path:
     """A configuration file that can be used."""
     path = tmp_path / "a.toml"
     path.write_text(GOOD)
     return path
 
 
-def test_check_of_a_good_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_good_file(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that can be used is one line of stdout and the code 0."""
-    assert main(["check", str(file)]) == 0
+    assert main(["check", str(config_file)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{file}: ok: 2 routes, 1 provider, 0 clients\n"
+    assert captured.out == f"{config_file}: ok: 2 routes, 1 provider, 0 clients\n"
     assert captured.err == ""
 
 
-def test_check_of_a_bad_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_bad_file(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every problem is a line of stderr, and the code is 1."""
-    file.write_text(GOOD.replace("https", "ftp").replace('"/b"', '"/b/"'))
-    assert main(["check", str(file)]) == 1
+    config_file.write_text(GOOD.replace("https", "ftp").replace('"/b"', '"/b/"'))
+    assert main(["check", str(config_file)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second = captured.err.splitlines()
@@ -58,13 +58,13 @@ def test_check_of_a_bad_file(file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert second.startswith("routes[1].path: expected")
 
 
-def test_check_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_as_json(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A program reads whether the file can be used, and every problem, from stdout."""
-    assert main(["check", str(file), "--json"]) == 0
+    assert main(["check", str(config_file), "--json"]) == 0
     counts = {"routes": 2, "providers": 1, "clients": 0}
     assert json.loads(capsys.readouterr().out) == {"ok": True, "problems": [], **counts}
-    file.write_text(GOOD + "nothing = 1")
-    assert main(["check", str(file), "--json"]) == 1
+    config_file.write_text(GOOD + "nothing = 1")
+    assert main(["check", str(config_file), "--json"]) == 1
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert (report["ok"], len(report["problems"]), captured.err) == (False, 1, "")
@@ -76,27 +76,30 @@ def test_check_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "expected a file to read" in capsys.readouterr().err
 
 
-def test_check_for_an_instance(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_for_an_instance(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is checked for the instance that is named."""
-    assert main(["check", str(file), "--instance", "7"]) == 0
-    assert main(["check", str(file), "--instance", "x"]) == 0
-    file.write_text(GOOD.replace("tcp:808{instance}", "tcp:{instnace}"))
-    assert main(["check", str(file), "--instance", "7"]) == 1
+    assert main(["check", str(config_file), "--instance", "7"]) == 0
+    assert main(["check", str(config_file), "--instance", "x"]) == 0
+    config_file.write_text(GOOD.replace("tcp:808{instance}", "tcp:{instnace}"))
+    assert main(["check", str(config_file), "--instance", "7"]) == 1
     assert "proxy.listen[0]" in capsys.readouterr().err
 
 
 def test_check_reads_credentials_from_the_environment(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """$CREDENTIALS_DIRECTORY is that of the command's own environment."""
-    file.write_text(GOOD.replace('"openai"', '"openai"\ncredential = "key"'))
+    config_file.write_text(GOOD.replace('"openai"', '"openai"\ncredential = "key"'))
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    assert main(["check", str(file)]) == 1
+    assert main(["check", str(config_file)]) == 1
     vault = tmp_path / "vault"
     vault.mkdir(mode=0o700)
     (vault / "key").write_text("secret")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(vault))
-    assert main(["check", str(file)]) == 0
+    assert main(["check", str(config_file)]) == 0
     assert "secret" not in "".join(capsys.readouterr())
 
 

@@ -29,7 +29,7 @@ def fill(path: Path, *traces: Trace) -> str:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> str:
+def ledger(tmp_path: Path) -> str:
     """A ledger with three requests."""
     reported: dict[str, Any] = {"usage": "reported", "is_complete": True}
     return fill(
@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def configured(tmp_path: Path) -> Path:
+def config_file(tmp_path: Path) -> Path:
     """A configuration file whose ledger has the instance in its name; nothing else is whole."""
     path = tmp_path / "llmproxy.toml"
     path.write_text(
@@ -51,7 +51,7 @@ def configured(tmp_path: Path) -> Path:
     return path
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Return what a command that goes well prints."""
     assert main(["usage", *arguments]) == 0
     captured = capsys.readouterr()
@@ -59,9 +59,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
-def read(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+def json_report(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     """Return the JSON that it prints."""
-    return json.loads(run(capsys, *arguments, "--json"))
+    return json.loads(printed(capsys, *arguments, "--json"))
 
 
 def rows(text: str) -> list[list[str]]:
@@ -70,9 +70,9 @@ def rows(text: str) -> list[list[str]]:
     return [words for words in lines if words and words[0].isascii()]
 
 
-def test_a_table(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows are by client and model, with a total; an unknown count is empty, and zero is zero."""
-    text = run(capsys, file)
+    text = printed(capsys, ledger)
     head, *body = rows(text)
     assert " ".join(head) == (
         "client model requests complete unreported input output cache read cache write reasoning"
@@ -85,9 +85,9 @@ def test_a_table(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in text
 
 
-def test_json_report(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_report(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A program reads groups and total; unknown is null."""
-    report = read(capsys, file, "--by", "day,client")
+    report = json_report(capsys, ledger, "--by", "day,client")
     assert report["by"] == ["day", "client"]
     assert report["groups"][0] == {
         "day": "2026-11-01",
@@ -123,69 +123,71 @@ def test_json_report(file: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_report_since_a_time(
     since: str,
     count: int,
-    file: str,
+    ledger: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A duration, a day or a moment limits the report; days begin in UTC."""
     monkeypatch.setattr(usage.time, "time", lambda: NOW)  # type: ignore[attr-defined]  # its import
-    assert read(capsys, file, "--since", since)["total"]["requests"] == count
+    assert json_report(capsys, ledger, "--since", since)["total"]["requests"] == count
 
 
-def test_a_report_of_sessions(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_sessions(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The checkpoint of each session, as a table and for programs."""
-    _, row = rows(run(capsys, file, "--sessions"))
+    _, row = rows(printed(capsys, ledger, "--sessions"))
     assert row[:2] == ["s", "a"]
     assert row[2:4] == ["2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z"]
     assert row[4:] == ["2", "2", "1", "1", "1,000"]
-    (session,) = read(capsys, file, "--sessions")["sessions"]
+    (session,) = json_report(capsys, ledger, "--sessions")["sessions"]
     assert (session["session"], session["client"], session["last_trace"]) == ("s", "a", "2")
     assert (session["requests"], session["complete"], session["incomplete"]) == (2, 1, 1)
-    assert read(capsys, file, "--sessions", "--since", "2026-11-03") == {"sessions": []}
+    assert json_report(capsys, ledger, "--sessions", "--since", "2026-11-03") == {"sessions": []}
 
 
 def test_every_instance_is_counted(
-    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The ledger's name stands for the files of all instances; nothing else in the file is read."""
     for name in ("0", "west.1", "-"):
         fill(tmp_path / f"led[ge]r-{name}.db", trace(1, instance=name))
     for name in ("ledger-0.db", "led[ge]r-a b.db", "led[ge]r-0.db-wal", "led[ge]r-.db"):
         (tmp_path / name).write_text("no ledger")
-    report = read(capsys, "--config", str(configured), "--by", "instance")
+    report = json_report(capsys, "--config", str(config_file), "--by", "instance")
     assert [group["instance"] for group in report["groups"]] == ["-", "0", "west.1"]
 
 
 def test_the_files_of_the_write_ahead_log_are_no_ledgers(
-    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A name that ends with the instance fits the files of the write-ahead log, too."""
-    configured.write_text(f'[trace]\nledger = "{tmp_path}/{{instance}}/ledger-{{instance}}"\n')
+    config_file.write_text(f'[trace]\nledger = "{tmp_path}/{{instance}}/ledger-{{instance}}"\n')
     for name in ("0", "1", "x"):
         (tmp_path / name).mkdir()
     for name in ("0", "1"):
         fill(tmp_path / name / f"ledger-{name}", trace(1))
         (tmp_path / name / f"ledger-{name}-wal").touch()
     (tmp_path / "x" / "ledger-y").write_text("of no instance: its two names differ")
-    assert read(capsys, "--config", str(configured))["total"]["requests"] == 2
+    assert json_report(capsys, "--config", str(config_file))["total"]["requests"] == 2
 
 
 def test_one_name_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A ledger without an instance in its name is that one file."""
     config = tmp_path / "c.toml"
     config.write_text(f'[trace]\nledger = "{fill(tmp_path / "ledger", trace(1))}"\n')
-    assert read(capsys, "--config", str(config))["total"]["requests"] == 1
+    assert json_report(capsys, "--config", str(config))["total"]["requests"] == 1
 
 
-def test_files_as_arguments(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_as_arguments(
+    ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Several ledgers are added up, and no configuration is needed."""
     other = fill(tmp_path / "other", trace(9, client="a", model="m"))
-    report = read(capsys, file, other, "--config", "/none", "--by", "client")
+    report = json_report(capsys, ledger, other, "--config", "/none", "--by", "client")
     assert [group["requests"] for group in report["groups"]] == [3, 1]
 
 
 def test_a_ledger_that_cannot_be_read_is_reported(
-    file: str, configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ledger: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command prints one line to stderr and no half of a table, and ends with the code 1."""
     (tmp_path / "text").write_text("text" * 1000)
@@ -196,11 +198,11 @@ def test_a_ledger_that_cannot_be_read_is_reported(
     bare.write_text('[trace]\njsonl = "/t"\n')
     wrong.write_text('[trace]\nledger = "relative"\n')
     for arguments, words in (
-        ([file, str(tmp_path / "none")], "none: there is no such file"),
-        ([file, str(tmp_path / "text")], "text: file is not a database"),
-        ([newer, file], "newer: a ledger of a newer version"),
+        ([ledger, str(tmp_path / "none")], "none: there is no such file"),
+        ([ledger, str(tmp_path / "text")], "text: file is not a database"),
+        ([newer, ledger], "newer: a ledger of a newer version"),
         (["--config", str(bare)], "no ledger is configured ([trace] ledger)"),
-        (["--config", str(configured)], "there is no such file, of any instance"),
+        (["--config", str(config_file)], "there is no such file, of any instance"),
         (["--config", str(wrong)], "trace.ledger: expected an absolute path"),
         (["--config", "/none.toml"], "/none.toml: expected a file to read"),
     ):
@@ -215,26 +217,26 @@ def test_callers_words_do_nothing_to_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Control characters and rich's markup are shown as plain text."""
-    file = fill(tmp_path / "ledger", trace(1, model="\x1b[2J[bold]m\n\N{SNOWMAN}"))
-    (row,) = [words for words in rows(run(capsys, file)) if words[0] == "-"]
+    path = fill(tmp_path / "ledger", trace(1, model="\x1b[2J[bold]m\n\N{SNOWMAN}"))
+    (row,) = [words for words in rows(printed(capsys, path)) if words[0] == "-"]
     assert row[1] == "\\x1b[2J[bold]m\\n\N{SNOWMAN}"
-    assert read(capsys, file)["groups"][0]["model"] == "\x1b[2J[bold]m\n\N{SNOWMAN}"
+    assert json_report(capsys, path)["groups"][0]["model"] == "\x1b[2J[bold]m\n\N{SNOWMAN}"
 
 
 def test_a_pipe_gets_whole_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A long word is not cut, wrapped or padded to a terminal's width."""
     word = "m" * 500
-    file = fill(tmp_path / "ledger", trace(1, model=word))
-    assert word in run(capsys, file)
+    path = fill(tmp_path / "ledger", trace(1, model=word))
+    assert word in printed(capsys, path)
 
 
 def test_a_terminal_gets_its_own_width(
-    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ledger: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal a table fits the window."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
-    lines = re.sub(r"\x1b\[[0-9]*m", "", run(capsys, file)).splitlines()
+    lines = re.sub(r"\x1b\[[0-9]*m", "", printed(capsys, ledger)).splitlines()
     assert {len(line) for line in lines} == {100}

@@ -32,7 +32,7 @@ from tests.support.configs import (
     KEYS_LINE,
     SECRET,
     accepted,
-    refused,
+    problems_of,
     toml,
     with_credential,
 )
@@ -277,7 +277,7 @@ def test_a_whole_trace() -> None:
 
 def test_a_session_is_not_named_by_the_key_of_a_provider() -> None:
     """The field that carries a credential is not recorded, whatever it is called."""
-    (problem,) = refused({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
+    (problem,) = problems_of({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
     assert problem.startswith("trace.session_header: expected a header that carries no key")
 
 
@@ -356,7 +356,7 @@ def test_the_path_names_the_route(path: str, name: str | None) -> None:
     """A route's name is its path without the first slash, where that makes a name."""
     changes = {"routes[0].path": json.dumps(path)}
     if name is None:
-        (problem,) = refused(changes)
+        (problem,) = problems_of(changes)
         assert problem.startswith("routes[0].name: expected this key")
     else:
         assert accepted(changes).routes[0].name == name

@@ -15,7 +15,7 @@ from tests.support.configs import (
     KEYS_LINE,
     SECRET,
     accepted,
-    refused,
+    problems_of,
     with_credential,
 )
 
@@ -48,7 +48,7 @@ def test_one_line_end_is_cut(directory: Path, end: str) -> None:
 def test_content_of_a_credential_file(directory: Path, content: bytes, words: str) -> None:
     """What cannot be a header's value is no credential, and is not shown."""
     (directory / "key").write_bytes(content)
-    (problem,) = refused(with_credential(directory))
+    (problem,) = problems_of(with_credential(directory))
     assert problem.startswith("providers.p.credential: expected a credential file")
     assert words in problem
     assert "got" not in problem
@@ -78,7 +78,9 @@ def test_a_name_of_no_credential_file(directory: Path, name: str | int, words: s
     """
     (directory / ".hidden").mkdir()
     os.mkfifo(directory / "pipe")
-    (problem,) = refused(with_credential(directory, **{"providers.p.credential": json.dumps(name)}))
+    (problem,) = problems_of(
+        with_credential(directory, **{"providers.p.credential": json.dumps(name)})
+    )
     assert problem.startswith(f"providers.p.credential: expected {words}")
     assert "got" not in problem
     assert SECRET not in problem
@@ -97,7 +99,7 @@ def test_no_place_for_credentials() -> None:
         "providers.p.credential": '"key"',
         "providers.q": '{ url = "https://q", dialect = "raw", credential = "key" }',
     }
-    (problem,) = refused(changes)
+    (problem,) = problems_of(changes)
     assert problem.startswith("credentials.directory: expected a directory")
     assert "$CREDENTIALS_DIRECTORY is not set either" in problem
 
@@ -112,9 +114,9 @@ def test_a_directory_open_to_others(directory: Path, place: str, mode: int) -> N
         "providers.q": '{ url = "https://q", dialect = "raw", credential = "missing" }',
     }
     if place.startswith("$"):
-        (problem,) = refused(changes, CREDENTIALS_DIRECTORY=str(directory))
+        (problem,) = problems_of(changes, CREDENTIALS_DIRECTORY=str(directory))
     else:
-        (problem,) = refused(with_credential(directory, **changes))
+        (problem,) = problems_of(with_credential(directory, **changes))
     assert problem.startswith(f"{place}: expected a directory closed to others")
     assert str(directory) in problem
 
@@ -133,7 +135,7 @@ def test_a_directory_open_to_a_group(directory: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "getgroups", lambda: [group])
     accepted(with_credential(directory))
     monkeypatch.setattr(os, "getgroups", lambda: [group + 2])
-    (problem,) = refused(with_credential(directory))
+    (problem,) = problems_of(with_credential(directory))
     assert problem.startswith("credentials.directory: expected a directory closed to a group")
     accepted({"providers.p.credential": '"key"'}, CREDENTIALS_DIRECTORY=str(directory))
 
@@ -142,14 +144,14 @@ def test_a_directory_open_to_a_group(directory: Path, monkeypatch: pytest.Monkey
 def test_a_directory_that_is_none(tmp_path: Path, name: str, words: str) -> None:
     """A directory that is named is checked although no provider has a credential."""
     (tmp_path / "file").touch()
-    (problem,) = refused({"credentials.directory": json.dumps(str(tmp_path / name))})
+    (problem,) = problems_of({"credentials.directory": json.dumps(str(tmp_path / name))})
     assert problem.startswith("credentials.directory: expected a directory")
     assert words in problem
 
 
 def test_two_credentials(directory: Path) -> None:
     """A provider's own key and the caller's key cannot both be sent."""
-    (problem,) = refused(with_credential(directory, **{"providers.p.pass_credential": "true"}))
+    (problem,) = problems_of(with_credential(directory, **{"providers.p.pass_credential": "true"}))
     assert problem.startswith("providers.p.pass_credential: expected either this or `credential`")
     assert accepted({"providers.p.pass_credential": "true"}).providers["p"].pass_credential
 
@@ -202,7 +204,7 @@ def test_a_secret_in_the_wrong_place_is_not_shown(directory: Path, key: str, val
         "credentials.directory": json.dumps(str(directory)),
         key: value,
     }
-    shown = "\n".join(refused(changes)).lower()
+    shown = "\n".join(problems_of(changes)).lower()
     assert key.split(".", 1)[0] in shown
     assert SECRET not in shown
     assert DIGEST not in shown
@@ -210,6 +212,6 @@ def test_a_secret_in_the_wrong_place_is_not_shown(directory: Path, key: str, val
 
 def test_the_problem_of_a_wrong_key_names_the_command() -> None:
     """An operator who wrote the key itself reads which command prints its line."""
-    (problem,) = refused({"clients.team-a.keys": '["llmp_x"]'})
+    (problem,) = problems_of({"clients.team-a.keys": '["llmp_x"]'})
     assert problem.startswith('clients.team-a.keys[0]: expected "sha256:" and 64 lower-case')
     assert "`llmproxy keys new team-a`" in problem

@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 from trustme import KeyType
 
 from llmproxy.config import Keypair, Secret
-from tests.support.configs import accepted, refused
+from tests.support.configs import accepted, problems_of
 from tests.support.keypairs import Issued, Vault
 
 WHICH = ["certificate", "key"]
@@ -55,7 +55,7 @@ def changes(vault: Vault, **proxy: str | None) -> dict[str, str | None]:
 
 def problem(changed: Mapping[str, str | None], key: str) -> str:
     """Return the one problem of a refused file, which is ``key``'s and shows nothing secret."""
-    (found,) = refused(changed)
+    (found,) = problems_of(changed)
     assert found.startswith(f"{key}: "), found
     assert not PEM_LINE.search(found)
     assert "\n" not in found
@@ -130,7 +130,7 @@ def test_files_as_tools_write_them(
 @pytest.mark.parametrize("missing", [["certificate"], ["key"], WHICH])
 def test_a_tls_listener_needs_both(vault: Vault, missing: list[str]) -> None:
     """A missing certificate and a missing key are both reported."""
-    assert refused(changes(vault, **dict.fromkeys(missing))) == tuple(
+    assert problems_of(changes(vault, **dict.fromkeys(missing))) == tuple(
         f"proxy.{name}: expected this key, but it is missing" for name in missing
     )
 
@@ -238,7 +238,7 @@ def test_a_key_with_which_no_handshake_could_succeed(vault: Vault, kind: str) ->
         certificate, key = self_signed(dsa.generate_private_key(2048))
     vault.write("certificate", certificate)
     vault.write("key", key)
-    (words,) = refused(changes(vault))
+    (words,) = problems_of(changes(vault))
     assert words.startswith(("proxy.key: ", "proxy.certificate: "))
     assert not PEM_LINE.search(words)
 

@@ -10,7 +10,7 @@ import pytest
 from llmproxy.config import ConfigError, parse
 from llmproxy.config.schema import Section
 from llmproxy.config.settings import ROOT, SECTIONS
-from tests.support.configs import DIGEST, KEYS_LINE, accepted, refused
+from tests.support.configs import DIGEST, KEYS_LINE, accepted, problems_of
 
 # --- one mistake, one problem ---------------------------------------------------------------------
 
@@ -33,10 +33,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("proxy.drain_timeout", '"off"', "", "cannot be off"),
     ("proxy.drain_timeout", "10", "", 'write "10s", got 10'),
     ("proxy.max_connections", "0", "", "a whole number from 1 to 10000000, got 0"),
-    ("proxy.max_connections", "-1", "", "a whole number from 1"),
     ("proxy.max_connections", "10000001", "", "to 10000000, got 10000001"),
     ("proxy.max_connections", '"20000"', "", "a whole number"),
-    ("proxy.max_connections", '"off"', "", "a whole number"),
     ("proxy.max_connections", "true", "", "a whole number"),
     ("proxy.via", '"a b"', "", "a token"),
     ("proxy.via", '""', "", "a token"),
@@ -62,8 +60,6 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("limits.request_head", '"0"', "", "a size above zero"),
     ("limits.response_head", '"0B"', "", "a size above zero"),
     ("limits.connections_per_address", "-1", "", "a whole number from 0 to 10000000, got -1"),
-    ("limits.connections_per_address", '"off"', "", "a whole number"),
-    ("limits.connections_per_address", '"1KiB"', "", "a whole number"),
     ("trace.jsonl", '"trace.jsonl"', "", "an absolute path"),
     ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
     ("trace.ledger", '"ledger"', "", "an absolute path"),
@@ -119,11 +115,9 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.ca", '"/no/such.pem"', "", "a PEM file of certificates (No such file"),
     ("providers.p.ca", '"/dev/null"', "", "a PEM file of certificates"),
     ("providers.p.pool", "-1", "", "a whole number from 0 to 1000000, got -1"),
-    ("providers.p.pool", "true", "", "a whole number"),
     ("providers.p.pool", "1.0", "", "a whole number"),
     ("providers.p.pool", "0x" + "f" * 5000, "", "got a number"),
     ("providers.p.timeouts", '"1s"', "", "expected a table"),
-    ("providers.p.timeouts", "{ idle = 1 }", ".idle", 'write "1s"'),
     ("providers.p.timeouts", '{ client_idle = "1s" }', ".client_idle", "only be set in [timeouts]"),
     ("providers.p.timeouts", '{ request_head = "1s" }', ".request_head", "only be set in"),
     ("routes[0].path", '"a"', "", 'begins with "/"'),
@@ -193,7 +187,7 @@ WRONG: list[tuple[str, str, str, str]] = [
 @pytest.mark.parametrize(("key", "value", "below", "words"), WRONG)
 def test_one_mistake_is_one_problem(key: str, value: str, below: str, words: str) -> None:
     """A mistake is reported once, with its key's path and what is expected."""
-    problems = refused({key: value})
+    problems = problems_of({key: value})
     (problem,) = [one for one in problems if not one.startswith("clients: expected at least")]
     assert problem.startswith(f"{key}{below}: ")
     assert words in problem
@@ -218,7 +212,7 @@ def test_headers_that_no_operator_may_set(name: str) -> None:
         "providers.p.headers": f'{{ {name} = "a" }}',
         "trace.session_header": f'"{name}"',
     }
-    assert refused(changes) == (
+    assert problems_of(changes) == (
         f'providers.p.header: {words}, got "{name}"',
         f"providers.p.headers.{name}: {words}",
         f'trace.session_header: {words}, got "{name}"',
@@ -230,7 +224,7 @@ def test_headers_that_carry_a_key(name: str) -> None:
     """Such a header is for a credential: it is neither added to requests nor recorded."""
     assert accepted({"providers.p.header": f'"{name}"'}).providers["p"].header == name.lower()
     changes = {"providers.p.dialect": '"raw"', "providers.p.header": '"x-other"'}
-    added, recorded = refused(
+    added, recorded = problems_of(
         {
             **changes,
             "providers.p.headers": f'{{ {name} = "a" }}',
@@ -263,7 +257,7 @@ def test_what_is_not_built_is_refused(key: str) -> None:
     changes = {key: "1"}
     if key.startswith("clients.c."):
         changes["clients.c.keys"] = KEYS_LINE
-    assert refused(changes) == (f"{key}: is not built yet in this version",)
+    assert problems_of(changes) == (f"{key}: is not built yet in this version",)
 
 
 def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
@@ -276,14 +270,14 @@ def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
 )
 def test_needed_keys(key: str) -> None:
     """A key without a default must be there."""
-    assert refused({key: None}) == (f"{key}: expected this key, but it is missing",)
+    assert problems_of({key: None}) == (f"{key}: expected this key, but it is missing",)
 
 
 @pytest.mark.parametrize("name", ["-a", ".a", "a b", "a/b", "a" * 65, "ä", ""])
 def test_names_of_providers(name: str) -> None:
     """A provider's name must do as a label."""
     key = f"providers.{json.dumps(name)}"
-    problems = refused({f"{key}.url": '"https://a"', f"{key}.dialect": '"raw"'})
+    problems = problems_of({f"{key}.url": '"https://a"', f"{key}.dialect": '"raw"'})
     assert len(problems) == 1
     assert problems[0].startswith("providers.")
     assert "a name of up to 64 letters" in problems[0]
@@ -305,7 +299,7 @@ def test_nothing_but_anonymous() -> None:
 @pytest.mark.parametrize("anonymous", ["false", None])
 def test_an_open_listener_is_asked_for(anonymous: str | None) -> None:
     """Without clients a start needs the operator's word that everybody may call."""
-    (problem,) = refused({"proxy.anonymous": anonymous})
+    (problem,) = problems_of({"proxy.anonymous": anonymous})
     assert problem.startswith("clients: expected at least one [clients.NAME]")
     assert "proxy.anonymous = true for an open listener without clients" in problem
 
@@ -319,7 +313,7 @@ def test_routes_as_a_table() -> None:
 def test_one_path_twice_needs_names() -> None:
     """Of two routes with one path the second is asked for a name of its own."""
     changes = {"routes[1].path": '"/a"', "routes[1].providers": '["p"]'}
-    (problem,) = refused(changes)
+    (problem,) = problems_of(changes)
     assert problem.startswith("routes[1].name: expected a name of its own: set `name`")
     assert 'routes[0] is called "a" already' in problem
     named = accepted({**changes, "routes[1].name": '"b"', "routes[1].models": '["m"]'})
@@ -328,7 +322,7 @@ def test_one_path_twice_needs_names() -> None:
 
 def test_a_bad_route_does_not_make_a_client_wrong() -> None:
     """Where the name of a route is not known, the routes of clients are not judged."""
-    problems = refused(
+    problems = problems_of(
         {"routes[0].path": '"a"', "clients.c": f'{{ keys = {KEYS_LINE}, routes = ["a"] }}'}
     )
     assert [one.split(":")[0] for one in problems] == ["routes[0].path"]
@@ -336,7 +330,7 @@ def test_a_bad_route_does_not_make_a_client_wrong() -> None:
 
 def test_a_bad_provider_does_not_make_a_route_wrong() -> None:
     """A provider with a mistake is still there for the routes that name it."""
-    problems = refused({"providers.p.dialect": "1"})
+    problems = problems_of({"providers.p.dialect": "1"})
     assert [one.split(":")[0] for one in problems] == ["providers.p.dialect"]
 
 
@@ -347,7 +341,7 @@ def test_one_key_twice(second: str) -> None:
     changes = {"clients.a.keys": both if second == "a" else KEYS_LINE}
     if second == "b":
         changes["clients.b.keys"] = KEYS_LINE
-    (problem,) = refused(changes)
+    (problem,) = problems_of(changes)
     assert problem.startswith(f"clients.{second}.keys: expected a key of its own")
     assert "clients.a.keys already" in problem
     assert DIGEST not in problem
@@ -405,7 +399,7 @@ def test_the_order_of_problems() -> None:
     """Problems are in the order of the sections, and of the keys as they are read."""
     sections = re.findall(r"^    (\S+) ((?:.+\n)(?: {8}.+\n)*)", ORDER, re.MULTILINE)
     keys = [f"{path}.{key}" for path, names in sections for key in re.findall(r"\w+", names)]
-    problems = refused(dict.fromkeys(keys, "2020-01-01"))
+    problems = problems_of(dict.fromkeys(keys, "2020-01-01"))
     assert [one.split(":")[0] for one in problems] == keys
 
 
@@ -423,4 +417,4 @@ def test_the_order_of_problems() -> None:
 def test_the_keys_of_a_section_are_listed(place: str, section: Section) -> None:
     """A key that is like none of its section gets the list of them all."""
     names = ", ".join(section.names)
-    assert f"{place}zzz: unknown key; expected one of {names}" in refused({f"{place}zzz": "1"})
+    assert f"{place}zzz: unknown key; expected one of {names}" in problems_of({f"{place}zzz": "1"})

@@ -34,14 +34,14 @@ def our_response(
     wire: bytes,
     method: bytes = b"GET",
     *,
-    cuts: tuple[int, ...] = (),
+    splits: tuple[int, ...] = (),
     max_head: int = ENOUGH,
     watch: Callable[[Connection], None] = lambda _: None,
 ) -> Verdict:
     """Read a response that a FIN follows, as the upstream side does.
 
     Args:
-        cuts: where one read ends and the next begins.
+        splits: where one read ends and the next begins.
         max_head: most bytes of the head.
         watch: called after each read.
     """
@@ -52,13 +52,13 @@ def our_response(
     transport, collector, outcome = FakeTransport(), Collector(), list[Any]()
     transport.connect(connection)
 
-    def answered(response: Response) -> None:
+    def responded(response: Response) -> None:
         outcome.append(response)
         response.deliverBody(collector)
 
     waiting = connection.send(method, b"", None)
-    waiting.addCallbacks(answered, lambda failure: outcome.append(failure.value))
-    for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
+    waiting.addCallbacks(responded, lambda failure: outcome.append(failure.value))
+    for start, end in zip((0, *splits), (*splits, len(wire)), strict=True):
         connection.dataReceived(wire[start:end])
         watch(connection)
     keep = bool(idle) and not transport.count("abort")
@@ -234,7 +234,7 @@ class _Keeps(Handler):
 def our_request(
     wire: bytes,
     *,
-    cuts: tuple[int, ...] = (),
+    splits: tuple[int, ...] = (),
     max_head: int = ENOUGH,
     watch: Callable[[ClientConnection], None] = lambda _: None,
 ) -> Verdict:
@@ -245,7 +245,7 @@ def our_request(
     channel = site.buildProtocol(None)
     assert isinstance(channel, ClientConnection)
     transport.connect(channel)
-    for start, end in zip((0, *cuts), (*cuts, len(wire)), strict=True):
+    for start, end in zip((0, *splits), (*splits, len(wire)), strict=True):
         channel.dataReceived(wire[start:end])
         watch(channel)
     left, keep, response = channel._buffer, bool(channel.persistent), transport.value()

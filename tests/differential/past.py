@@ -23,6 +23,12 @@ _OK = b"HTTP/1.1 200 OK\r\n"
 _POST = b"POST / HTTP/1.1\r\nHost: h\r\n"
 _CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
+_TRAILER = "framing fields may stand in a trailer section"
+_EMPTY = "empty members of Transfer-Encoding are overlooked"
+_SPACE = "white space may stand behind the size of a chunk"
+_IN_A_TRAILER = _CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n"
+_BEHIND_A_SIZE = _CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n"
+
 RESPONSES = [
     Past(
         "the coding of a response without body is not judged",
@@ -34,37 +40,13 @@ RESPONSES = [
         b"GET",
         b"HTTP/1.1 100 X\r\nContent-Length: 5, 5\r\n\r\n" + _OK + b"Content-Length: 0\r\n\r\n",
     ),
-    Past(
-        "framing fields may stand in a trailer section",
-        b"GET",
-        _OK + _CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
-    ),
-    Past(
-        "empty members of Transfer-Encoding are overlooked",
-        b"GET",
-        _OK + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n",
-    ),
-    Past(
-        "white space may stand behind the size of a chunk",
-        b"GET",
-        _OK + _CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n",
-    ),
+    Past(_TRAILER, b"GET", _OK + _IN_A_TRAILER),
+    Past(_EMPTY, b"GET", _OK + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n"),
+    Past(_SPACE, b"GET", _OK + _BEHIND_A_SIZE),
 ]
 
 REQUESTS = [
-    Past(
-        "framing fields may stand in a trailer section",
-        b"POST",
-        _POST + _CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
-    ),
-    Past(
-        "empty members of Transfer-Encoding are overlooked",
-        b"POST",
-        _POST + b"Transfer-Encoding: chunked,\r\n\r\n0\r\n\r\n",
-    ),
-    Past(
-        "white space may stand behind the size of a chunk",
-        b"POST",
-        _POST + _CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n",
-    ),
+    Past(_TRAILER, b"POST", _POST + _IN_A_TRAILER),
+    Past(_EMPTY, b"POST", _POST + b"Transfer-Encoding: chunked,\r\n\r\n0\r\n\r\n"),
+    Past(_SPACE, b"POST", _POST + _BEHIND_A_SIZE),
 ]

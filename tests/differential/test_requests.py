@@ -48,8 +48,8 @@ def test_requests_of_real_clients_may_be_split_at_any_point(recorded: Recorded) 
     whole = our_request(wire)
 
     for at in range(1, len(wire)):
-        assert our_request(wire, cuts=(at,)) == whole
-    assert our_request(wire, cuts=tuple(range(1, len(wire)))) == whole
+        assert our_request(wire, splits=(at,)) == whole
+    assert our_request(wire, splits=tuple(range(1, len(wire)))) == whole
 
 
 def test_there_are_requests_of_every_kind() -> None:
@@ -70,7 +70,7 @@ def test_valid_requests_are_read_as_they_were_written(message: Message) -> None:
     ours = our_request(wire)
 
     assert (ours.ending, ours.body, ours.leftover) == (Ending.WHOLE, message.body, message.extra)
-    assert our_request(wire, cuts=(len(wire) // 2, len(wire) - 1)) == ours
+    assert our_request(wire, splits=(len(wire) // 2, len(wire) - 1)) == ours
     assert faults(wire) == []
 
 

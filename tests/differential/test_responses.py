@@ -50,8 +50,8 @@ def test_responses_of_real_servers_may_be_split_at_any_point(recorded: Recorded)
     whole = our_response(wire, method)
 
     for at in range(1, len(wire)):
-        assert our_response(wire, method, cuts=(at,)) == whole
-    assert our_response(wire, method, cuts=tuple(range(1, len(wire)))) == whole
+        assert our_response(wire, method, splits=(at,)) == whole
+    assert our_response(wire, method, splits=tuple(range(1, len(wire)))) == whole
 
 
 def test_there_are_responses_of_every_kind() -> None:
@@ -75,8 +75,8 @@ def test_valid_responses_are_read_as_they_were_written(message: Message) -> None
 
     assert (ours.ending, ours.body, ours.leftover) == (Ending.WHOLE, message.body, message.extra)
     assert not (ours.keep and message.extra)
-    cut = our_response(wire, message.method, cuts=(len(wire) // 2, len(wire) - 1))
-    assert cut._replace(leftover=message.extra) == ours  # it is that of the last read alone
+    split = our_response(wire, message.method, splits=(len(wire) // 2, len(wire) - 1))
+    assert split._replace(leftover=message.extra) == ours  # it is that of the last read alone
     assert faults(message.method, wire) == []
 
 

@@ -1,7 +1,7 @@
 """What must hold for any bytes at all, as functions for a fuzzer to call.
 
 The first two bytes of an input say how it is read, the others are what comes in.  No exception may
-leave a reader but by its documented way; what it keeps is bounded; where the reads are cut and what
+leave a reader but by its documented way; what it keeps is bounded; how the input is split and what
 follows a message change nothing; what is read, h11 and llhttp read alike.
 """
 
@@ -41,20 +41,20 @@ def must(holds: object, what: str) -> None:
         raise Broken(what)
 
 
-def cut_places(control: int, size: int) -> tuple[int, ...]:
-    """Return where the reads are cut: anywhere once, or everywhere."""
+def split_places(control: int, size: int) -> tuple[int, ...]:
+    """Return where the input is split: at any one point, or at every point."""
     return tuple(range(1, size)) if control % 16 == 0 else (control * size // 256,)
 
 
 def watch_connection(connection: Connection) -> None:
-    """Look that a response's reader keeps no more than it may."""
+    """Check that a response's reader keeps no more than it may."""
     if not connection.aborted:
         must(len(connection._buffer) <= MAX_HEAD + _CRLFCR, "a head is bounded")
     _watch_reader(getattr(connection, "_reader", None))
 
 
 def watch_channel(channel: ClientConnection) -> None:
-    """Look that a request's reader keeps no more than it may."""
+    """Check that a request's reader keeps no more than it may."""
     if not channel._discarding:
         must(len(channel._buffer) <= MAX_HEAD + _CRLFCR, "what is not read yet is bounded")
     _watch_reader(channel._reader)
@@ -85,9 +85,9 @@ def response(data: bytes) -> None:
     ours = our_response(wire, method, max_head=MAX_HEAD)
     must(not (ours.keep and ours.leftover), "nothing is kept for the next response")
     _framed_once(ours)
-    cuts = cut_places(control[1], len(wire))
-    cut = our_response(wire, method, cuts=cuts, max_head=MAX_HEAD, watch=watch_connection)
-    _same(cut, ours, "a cut changes nothing")
+    splits = split_places(control[1], len(wire))
+    split = our_response(wire, method, splits=splits, max_head=MAX_HEAD, watch=watch_connection)
+    _same(split, ours, "a split changes nothing")
     if not ours.whole:
         return
     if ours.leftover or ours.keep:
@@ -108,9 +108,9 @@ def request(data: bytes) -> None:
     control, wire = data[:2].ljust(2, b"\0"), data[2:]
     ours = our_request(wire, max_head=MAX_HEAD, watch=watch_channel)
     _framed_once(ours)
-    cuts = cut_places(control[1], len(wire))
-    cut = our_request(wire, cuts=cuts, max_head=MAX_HEAD, watch=watch_channel)
-    _same(cut, ours, "a cut changes nothing")
+    splits = split_places(control[1], len(wire))
+    split = our_request(wire, splits=splits, max_head=MAX_HEAD, watch=watch_channel)
+    _same(split, ours, "a split changes nothing")
     if not ours.whole or len(wire) > MAX_HEAD:
         return
     end = len(wire) - len(ours.leftover)

@@ -105,15 +105,15 @@ def test_keys_that_disagree_are_refused(second: bytes) -> None:
     assert (error.status, error.reason) == (401, "keys_disagree")
 
 
-def test_whoever_shows_no_key_may_be_anonymous() -> None:
-    """Where that is configured; whoever shows a key is who it says."""
+def test_a_request_without_a_key_may_be_anonymous() -> None:
+    """The configuration may allow this; a key still identifies its client."""
     assert identify([], anonymous=True) == ANONYMOUS.name == "anonymous"
     assert identify([(b"x-api-key", b"key-b")], anonymous=True) == "b"
 
 
 @pytest.mark.parametrize("name", KEY_FIELDS)
 def test_with_pass_credential_the_sdks_fields_are_the_providers(name: bytes) -> None:
-    """They say nothing of who calls, right or wrong; only our own field does."""
+    """Only our own field identifies the client; the others are forwarded unread."""
     fields = [(name, b"sk-provider")]
     assert identify([*fields, (b"x-llmproxy-key", b"key-a")], pass_credential=True) == "a"
     assert identify(fields, pass_credential=True, anonymous=True) == "anonymous"
@@ -133,7 +133,7 @@ def test_no_key_is_repeated() -> None:
 @pytest.mark.parametrize("name", KEY_FIELDS)
 @pytest.mark.parametrize("own", [[], [(b"x-llmproxy-key", b"key-b")]], ids=["anonymous", "known"])
 def test_a_clients_key_never_crosses_as_the_providers(name: bytes, own: Fields) -> None:
-    """Where the SDK's fields are sent on, a key of ours in one of them is refused."""
+    """Where the SDK's fields are forwarded, a key of ours in one of them is refused."""
     value = b"Bearer key-b" if name == b"authorization" else b"key-b"
     refused = refusal([*own, (name, value)], pass_credential=True, anonymous=True)
 

@@ -50,7 +50,7 @@ def accepted(changes: Mapping[str, str | None], **environ: str) -> Config:
     return parse(toml(changes), environ=environ)
 
 
-def refused(changes: Mapping[str, str | None], **environ: str) -> tuple[str, ...]:
+def problems_of(changes: Mapping[str, str | None], **environ: str) -> tuple[str, ...]:
     """Return the problems of a refused file."""
     with pytest.raises(ConfigError) as caught:
         parse(toml(changes), environ=environ)
