@@ -2,7 +2,7 @@
 
 ``Deferred.fromCoroutine`` does the same, with a copy of the context variables, a Deferred of its
 own and some bookkeeping for a coroutine that awaits that.  Nothing awaits a request, and these
-three cost a twentieth of one (ADR-0011).  What the coroutine is for is not known here.
+three cost a twentieth of one (docs/performance.rst).  What the coroutine is for is not known here.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class DirectTransport(tcp.Connection):
     """
 
     # What every write looks at.  Twisted's own marks, and attributes in the dictionary of an
-    # instance with some forty of them, are slower to find (ADR-0011).
+    # instance with some forty of them, are slower to find (docs/performance.rst).
     __slots__ = ("_is_pulled", "_may_wait", "_send", "protocol", "socket", "written")
     drained: Callable[[], object] | None = None
     _reads: bool = False

@@ -97,7 +97,7 @@ _log = Logger()
 class Phase:
     """Where a connection stands; the table above says what each means.
 
-    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request (ADR-0011).
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request.
     """
 
     HANDSHAKE: Final = "handshake"
@@ -123,7 +123,7 @@ class ClientConnection(http.HTTPChannel):
         address: the client's, where it is known.
     """
 
-    __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request (ADR-0011)
+    __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request
         *("_aborted", "_advancing", "_buffer", "_discarding", "_invited", "_lingering", "_look_at"),
         *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_socket"),
         *(

@@ -57,7 +57,7 @@ class Request(server.Request):
         ended: nothing will be written any more.
     """
 
-    __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request (ADR-0011)
+    __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request
         *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
         *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "kept"),
         *("refusal", "sent"),

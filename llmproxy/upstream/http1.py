@@ -46,7 +46,8 @@ _DONE = Failure(ResponseDone())
 class State:
     """Where a connection stands.
 
-    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request (ADR-0011).
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, 2 µs of a request
+    (docs/performance.rst).
     """
 
     IDLE: Final = "idle"
@@ -67,7 +68,7 @@ class Connection(Protocol):
         secure: whether a TLS handshake comes before the first request.
     """
 
-    __slots__ = (  # more attributes than the dictionaries of instances share (ADR-0011)
+    __slots__ = (  # more attributes than the dictionaries of instances share (docs/performance.rst)
         *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
         *("_lost_early", "_max_head", "_method", "_paused", "_persistent", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "pool_key", "ready"),
