@@ -1,7 +1,7 @@
 """What the demo provider's dialects and their endpoints promise, and how they write.
 
-An endpoint stands between the wire and ``answer.py``: it reads a decoded body into an
-:class:`~.answer.RequestFacts` and spells an :class:`~.answer.Response`; its dialect has what all
+An endpoint stands between the wire and ``response.py``: it reads a decoded body into a
+:class:`~.response.Asked` and spells a :class:`~.response.Response`; its dialect has what all
 endpoints of one provider share.  The shapes are those of the providers' published APIs, and are
 written down here a second time on purpose: the demo provider must not share them with the proxy
 that it stands behind.

@@ -1,6 +1,6 @@
 """What the demo provider says: its models, and the words and counts of a response.
 
-A dialect reads a request into an :class:`RequestFacts`; :func:`answer` turns it into an
+A dialect reads a request into an :class:`Asked`; :func:`response` turns it into a
 :class:`Response`, which the dialect then spells in its own way.  A response depends on the request
 alone: the same question gets the same words and the same counts, streamed or not, in every dialect.
 
