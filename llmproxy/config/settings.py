@@ -78,59 +78,62 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 
     listen: Annotated[tuple[str, ...], Key(ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
     """Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
-    ``unix:``, ``systemd:`` (a socket that systemd opened) and ``haproxy:`` before any of them
-    (PROXY protocol). The check looks at their shape; the start shows whether an address is free.
-    The array may be empty if there is a ``listen_tls``. Up to 4096 connections wait to be accepted,
-    or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint sets another number.
-    The kernel probes a connection after 30 s of silence, and ends it if the caller has vanished
-    (TCP keepalive)."""
+    ``unix:`` and ``systemd:`` (a socket that systemd opened). ``haproxy:`` can stand before any of
+    them (PROXY protocol). The check looks at the shape of an endpoint only; the start shows whether
+    the address is free. The array may be empty if there is a ``listen_tls``. Up to 4096 connections
+    wait to be accepted, or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint
+    sets another number. The kernel probes a connection after 30 s of silence, and ends it if the
+    caller has vanished (TCP keepalive)."""
 
     listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
     """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see
-    `TLS towards callers`_. All but ``ssl:`` and ``tls:``, which end TLS themselves. With
-    ``haproxy:`` the balancer's header comes before TLS."""
+    `TLS towards callers`_. Every kind of endpoint is allowed except ``ssl:`` and ``tls:``, which
+    end TLS themselves. With ``haproxy:`` the balancer's header comes before TLS."""
 
     reuse_port: Annotated[bool, Key(BOOLEAN)] = False
     """Whether other processes may bind the same ``tcp:`` and ``tcp6:`` addresses
-    (``SO_REUSEPORT``), so that one process for each core serves them, without systemd; the kernel
-    spreads new connections over the processes. Every process needs its own ``--instance``, and
-    ``{instance}`` in the admin listener and in the file names of ``[trace]``. If two daemons take
-    the same port by mistake, the start does not report it. See `operations.rst <operations.rst>`_
-    for what a restart means then."""
+    (``SO_REUSEPORT``). Then one process for each core can serve them, without systemd, and the
+    kernel spreads new connections over the processes. Every process needs its own ``--instance``.
+    The admin listener and the file names of ``[trace]`` need ``{instance}``. If two daemons take
+    the same port by mistake, the start does not report it. `operations.rst <operations.rst>`_ says
+    what a restart then means."""
 
     keypair: Annotated[
         Keypair | None,
         Key(CERTIFICATE, "certificate", stated="needed with ``listen_tls``"),
         Key(PRIVATE_KEY, "key", stated="needed with ``listen_tls``"),
     ] = None
-    """Bare name of a credential file in PEM: the certificate first, then the certificates that lead
-    to its root, and nothing else. Without ``listen_tls`` this key is an error, and so is ``key``.
+    """Bare name of a credential file in PEM. The file holds the certificate first, then the
+    certificates that lead to its root, and nothing else. Without ``listen_tls`` this key is an
+    error, and so is ``key``.
 
-    Bare name of a credential file: the private key of ``certificate`` in PEM, without a passphrase.
-    It is an elliptic one, or an RSA key of 2048 bits or more."""
+    Bare name of a credential file in PEM: the private key of ``certificate``, without a passphrase.
+    It is an elliptic key, or an RSA key of 2048 bits or more."""
 
     anonymous: Annotated[bool, Key(BOOLEAN)] = False
-    """Whether a caller without a key is served, as the client ``anonymous``. A wrong key is refused
-    either way. Without this key and without any ``[clients.NAME]`` nothing starts."""
+    """Whether the proxy serves a caller without a key, as the client ``anonymous``. A wrong key is
+    refused in both cases. If this key is ``false`` and there is no ``[clients.NAME]``, the daemon
+    does not start."""
 
     drain_timeout: Annotated[float, Key(DURATION)] = 300.0
-    """How long running responses may go on after a SIGTERM. Then they are cut."""
+    """How long running responses may go on after a SIGTERM. Then the proxy cuts them."""
 
     max_connections: Annotated[int, Key(whole_number(1, 10_000_000))] = 20000
-    """Callers' connections at once, on all listeners together; see `Too many connections`_. Each
-    connection may need two descriptors, one for the caller and one for the provider. The start
-    raises the process's limit to twice as many and 512 more, as far as the hard limit
-    (``LimitNOFILE`` of the unit) allows; the log warns if that is less."""
+    """Most connections of callers at once, on all listeners together; see `Too many connections`_.
+    Each connection may need two descriptors: one for the caller and one for the provider. The start
+    and each reload raise the process's limit of descriptors to twice this number and 512 more, as
+    far as the hard limit (``LimitNOFILE`` of the unit) allows. If the hard limit is too low, the
+    log warns."""
 
     tuned_loop: Annotated[bool, Key(BOOLEAN)] = True
-    """If the reactor is Twisted's epoll reactor: a quicker loop, transports that send at once, and
-    TLS straight on the socket. ``false`` leaves Twisted's own in place, should one of these be at
-    fault."""
+    """If Twisted's epoll reactor runs, ``true`` gives it a quicker loop, transports that send at
+    once, and TLS straight on the socket. ``false`` keeps Twisted's own parts, in case one of the
+    tuned parts has a fault."""
 
     via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
-    """The proxy's pseudonym in the ``Via`` header, a token. A request that carries the pseudonym
-    already has come back to the proxy, and is answered with 508. Daemons that call one another must
-    not share a pseudonym."""
+    """The proxy's pseudonym in the ``Via`` header, a token. If a request already carries the
+    pseudonym, the request has come back to the proxy, and the proxy responds with 508. Daemons that
+    call one another must not share a pseudonym."""
 
 
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,8 +143,8 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """Endpoint of the admin site."""
 
     metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
-    """Endpoint for ``/metrics``, ``/livez`` and ``/readyz`` alone, for a Prometheus on another
-    host."""
+    """Endpoint that serves only ``/metrics``, ``/livez`` and ``/readyz``, for a Prometheus on
+    another host."""
 
 
 class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,10 +154,10 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
         str | None, Key(value(absolute_path), stated="default: ``$CREDENTIALS_DIRECTORY``")
     ] = None
     """Absolute path of the directory that holds the credential files. The directory must be closed
-    to others, and to a group that is not one of the process's own, or the start is refused. Without
-    this key the files are looked for in ``$CREDENTIALS_DIRECTORY``, which systemd fills at the
-    start (``LoadCredential=``). Of that directory only the permissions of others are checked, as
-    systemd may open it to the service by an access control list."""
+    to others, and to a group that is not one of the process's own. Otherwise the configuration is
+    refused. Without this key the files are in ``$CREDENTIALS_DIRECTORY``, which systemd fills at
+    the start (``LoadCredential=``). Of that directory only the permissions of others are checked,
+    because systemd may open the directory to the service by an access control list."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,33 +167,33 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Name lookup, TCP and TLS to the provider together."""
 
     first_byte: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 600.0
-    """From the request's last byte to the whole head of the response. A response that is no stream
-    is silent until it is done."""
+    """From the last byte of the request to the whole head of the response. A provider that does not
+    stream a response sends nothing until the response is done."""
 
     idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 300.0
-    """Silence of the provider inside a response. The clock stands still while the caller is
-    slow."""
+    """Silence of the provider inside a response. While the caller is slow, the clock stands
+    still."""
 
     total: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = None
-    """The whole request. This deadline cuts long streams."""
+    """The whole request. This deadline also cuts long streams."""
 
     client_stall: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 60.0
-    """The caller takes no byte although there is something to take. Kernels take in steps: a caller
-    that reads less than some 200 KB in this time may be cut, too."""
+    """How long the caller may take no byte although bytes wait for the caller. Kernels take bytes
+    in steps: a caller that reads less than some 200 KB in this time may be cut, too."""
 
     request_head: Annotated[float | None, Key(DURATION_OR_OFF)] = 10.0
-    """The head of a request, from its first byte to its last. A TLS handshake before it has as long
-    again."""
+    """The head of a request, from its first byte to its last. A TLS handshake before the head has
+    the same time again."""
 
     request_body: Annotated[float | None, Key(DURATION_OR_OFF)] = 60.0
-    """The body of a request, with one second more for each 64 KiB that came."""
+    """The body of a request. Each 64 KiB that came adds one second."""
 
     client_idle: Annotated[float | None, Key(DURATION_OR_OFF)] = 75.0
     """A caller's connection between two requests."""
 
     pool_idle: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_PROVIDERS)] = 60.0
-    """A connection to a provider between two requests. The provider's own ``Keep-Alive`` hint
-    shortens it."""
+    """A connection to a provider between two requests. If the provider's own ``Keep-Alive`` hint is
+    shorter, the hint counts."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,36 +203,37 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The head of a request."""
 
     request_body: Annotated[int, Key(SIZE)] = 32 * 1024**2
-    """The body of a request; ``"0"`` refuses every body. A route may set its own."""
+    """The body of a request. ``"0"`` refuses every body. A route may set a limit of its own."""
 
     request_memory: Annotated[int, Key(SIZE)] = 256 * 1024**2
-    """All request bodies that are held at once. Beyond this limit requests are answered with 503
-    and ``retry-after``."""
+    """All request bodies that are held at once. Beyond this limit the proxy responds to requests
+    with 503 and ``retry-after``."""
 
     response_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 64 * 1024
     """The head of a provider's response."""
 
     accumulate: Annotated[int, Key(SIZE)] = 1024**2
     """What is kept of the text and the tool calls of one response, on routes with
-    ``capture = "content"``. The text is cut on a character boundary; more text than that is only
-    counted. ``"0"`` keeps nothing."""
+    ``capture = "content"``. The text is cut on a character boundary; the rest is only counted.
+    ``"0"`` keeps nothing."""
 
     event: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 1024**2
-    """The longest event of a stream that is read for tokens, text and end marker. A longer event
-    reaches the caller as any other, but is left out of the record, which then says ``overlong``. Of
-    a longer response in one piece the usage is found nevertheless if it stands at the beginning or
-    the end, as it does, but no content."""
+    """The longest event of a stream that the proxy reads for tokens, text and end marker. A longer
+    event reaches the caller like any other event, but the record leaves it out and says
+    ``overlong``. If a response in one piece is longer, its usage is still found if the usage stands
+    at the beginning or the end, as is usual; its content is not recorded."""
 
     connections_per_address: Annotated[int, Key(whole_number(0, 10_000_000))] = 0
-    """Callers' connections at once from one address; ``0`` is no limit. See
-    `Too many connections`_. Behind ``haproxy:`` the address is that of the PROXY header. There a
-    connection counts from the beginning of its first request on, which is then answered with the
-    503, over TLS too. If the header names no address (``UNKNOWN``), the address is the balancer's.
-    Callers on a Unix socket have no address, and are not counted."""
+    """Most connections of callers at once from one address; ``0`` is no limit. See
+    `Too many connections`_. Callers on a Unix socket have no address, and are not counted. Behind
+    ``haproxy:`` the address is that of the PROXY header. There a connection counts from the
+    beginning of its first request on, and a rejected connection gets the 503 as the response to
+    this request, over TLS too. If the header names no address (``UNKNOWN``), the address is the
+    balancer's."""
 
     drains: Annotated[int, Key(whole_number(0, 1_000_000))] = 100
-    """How many responses are read on at once after their clients have left, on routes with
-    ``on_disconnect = "drain"``; ``0`` reads none on."""
+    """How many detached streams there may be at once: responses that the proxy reads on after their
+    clients have left, on routes with ``on_disconnect = "drain"``. ``0`` allows none."""
 
 
 PROVIDER_TIMEOUTS = Section.part_of(Timeouts, "providers.*.timeouts")
@@ -246,15 +250,15 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     name: str
 
     url: Annotated[Url, Key(URL)]
-    """An ``http://`` or ``https://`` URL with a host, and a port and a path if need be. The path is
-    joined before the request's own. User, password, query and fragment are refused."""
+    """An ``http://`` or ``https://`` URL with a host. A port and a path are optional. The path is
+    put before the path of the request. User, password, query and fragment are refused."""
 
     dialect: Annotated[Dialect, Key(DIALECT)]
-    """The shape that the provider speaks."""
+    """The API that the provider speaks."""
 
     credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
-    """Bare name of the credential file whose content is sent. A provider without this key gets no
-    credential."""
+    """Bare name of the credential file whose content the proxy sends to the provider. Without this
+    key the provider gets no credential of the proxy."""
 
     header: Annotated[
         str,
@@ -264,8 +268,8 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
             '``"authorization"`` for all others',
         ),
     ] = "authorization"
-    """The header that carries the credential. It may be none that the proxy or HTTP's framing
-    owns."""
+    """The header that carries the credential. It may not be a header that the proxy or HTTP's
+    framing owns."""
 
     format: Annotated[
         str,
@@ -274,24 +278,26 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
             stated='default ``"{}"`` for the dialect ``anthropic``, ``"Bearer {}"`` for all others',
         ),
     ] = "Bearer {}"
-    """The value of that header; ``{}`` stands for the credential, and stands there exactly once.
-    The default follows the dialect and not ``header``: ``header = "api-key"`` mostly needs
-    ``format = "{}"`` beside it."""
+    """The value of ``header``. ``{}`` stands for the credential, exactly once. The default follows
+    ``dialect`` and not ``header``: ``header = "api-key"`` mostly needs ``format = "{}"`` beside
+    it."""
 
     pass_credential: Annotated[bool, Key(BOOLEAN)] = False
-    """Whether the caller's own ``Authorization`` or ``x-api-key`` crosses. Callers then show their
-    key to the proxy in ``x-llmproxy-key``, or are anonymous. Not together with ``credential``."""
+    """Whether the caller's own key is forwarded to the provider, in ``Authorization``,
+    ``x-api-key``, ``api-key`` or ``x-goog-api-key``. Callers then show their key for the proxy in
+    ``x-llmproxy-key``, or are anonymous. Not together with ``credential``."""
 
     headers: Annotated[tuple[tuple[str, str], ...], Key(HEADERS)] = ()
-    """Headers that are added if the caller sent none of that name, such as
-    ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here."""
+    """Headers that the proxy adds to a request if the caller sent none of that name, such as
+    ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here, and so is
+    a header that the proxy or HTTP's framing owns."""
 
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
-    """Absolute path of a PEM file: the certificates that are trusted for this provider, and no
+    """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
     others."""
 
     pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
-    """Idle connections that are kept."""
+    """Most idle connections that are kept."""
 
     timeouts: Annotated[dict[str, float | None], Key(part(PROVIDER_TIMEOUTS))] = {}
     """This provider's own deadlines, as named below."""
@@ -301,7 +307,7 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
     """What a route changes for one of its candidates."""
 
     model: Annotated[str | None, Key(value(text), stated="default: the caller's")] = None
-    """The model that the provider is asked for in place of the caller's."""
+    """The model that the proxy asks the provider for, in place of the caller's."""
 
 
 OVERRIDE = Section.of(Override, "weight")
@@ -315,9 +321,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     path: Annotated[str, Key(value(route_path))]
-    """Prefix of the request's path, by whole segments: ``"/openai"`` fits ``/openai/v1`` and not
-    ``/openai2``. It has no trailing slash but for ``"/"``, and no empty, ``.`` or ``..`` segment.
-    ``"/-"`` is the proxy's own."""
+    """Prefix of the request's path, by whole segments: ``"/openai"`` matches ``/openai/v1`` and not
+    ``/openai2``. The path has no trailing slash, except ``"/"`` itself. It has no empty, ``.`` or
+    ``..`` segment. ``"/-"``, and all below it, is the proxy's own."""
 
     name: Annotated[
         str,
@@ -326,21 +332,23 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
             stated='default: the path without its first slash, ``"root"`` for ``"/"``',
         ),
     ]
-    """The name in clients' lists, traces and metrics. Two routes with one path need it."""
+    """The route's name in clients' lists, traces and metrics. If two routes have the same path, one
+    of them needs this key. If the path does not make a valid name, the route needs this key,
+    too."""
 
     providers: Annotated[tuple[str, ...], Key(PROVIDERS)]
-    """The provider that responds. It is an array of one: more than one candidate is not built yet
+    """The provider that responds. The array has one item: more than one candidate is not built yet
     in this version."""
 
     hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, stated="default: any")] = None
-    """Only for requests to these hosts. They are given without a port, IPv6 addresses in
-    brackets."""
+    """The route takes only requests to these hosts. Hosts are given without a port, and IPv6
+    addresses in brackets."""
 
     models: Annotated[tuple[str, ...] | None, Key(MODELS, stated="default: any")] = None
-    """Only for requests that name one of these models."""
+    """The route takes only requests that name one of these models."""
 
     strip: Annotated[bool, Key(BOOLEAN)] = True
-    """Whether ``path`` is cut off before the request is sent."""
+    """Whether the proxy cuts ``path`` off before it sends the request."""
 
     override: Annotated[dict[str, Override], Key(by_name(Override, OVERRIDE, candidate))] = {}
     """What is changed for a provider of this route, as named below."""
@@ -349,41 +357,43 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """This route's own deadlines, as named below."""
 
     accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
-    """What a request for a stream says of compression: ``"identity"`` asks for none, ``"pass"``
-    forwards what the caller said. Responses in brotli or zstd are read for their usage if the extra
-    ``codings`` is installed (``pip install llmproxy[codings]``); gzip and deflate always are."""
+    """Which compression a request for a stream asks the provider for: ``"identity"`` asks for none,
+    ``"pass"`` forwards what the caller asked for. Gzip and deflate responses are always read for
+    their usage. Responses in brotli or zstd are read if the extra ``codings`` is installed
+    (``pip install llmproxy[codings]``)."""
 
     include_usage: Annotated[IncludeUsage, Key(word_of(IncludeUsage))] = "as-asked"
-    """Whether a stream of OpenAI's chat completions or completions reports its token counts:
-    ``"as-asked"`` if the caller asked for them; ``"inject"`` always, by
-    ``"stream_options":{"include_usage":true}`` in the body that is sent. The client then sees one
-    more event, before ``[DONE]``, with ``usage`` and an empty ``choices``, and ``"usage":null`` in
-    the others; a program that takes the first choice of every event without looking breaks.
-    Everything else of the body crosses byte for byte. ``include_usage`` stays as it is if the
-    caller set it, to ``false`` too, and so does a body in which the option is misshapen or stands
-    twice. Other endpoints and dialects report their counts anyway, and nothing is added to their
-    requests."""
+    """Whether a stream of OpenAI's chat completions or completions reports its token counts.
+    ``"as-asked"``: if the caller asked for them. ``"inject"``: always, because the proxy puts
+    ``"stream_options":{"include_usage":true}`` into the body that it sends. With ``"inject"`` the
+    client sees one more event, before ``[DONE]``, with ``usage`` and an empty ``choices``, and sees
+    ``"usage":null`` in the other events. A program that takes the first choice of every event
+    without looking breaks. All the rest of the body is forwarded byte for byte. If the caller set
+    ``include_usage``, to ``false`` too, its value stays. If the option is misshapen or stands
+    twice, the body stays as it is. Other endpoints and dialects report their counts anyway, and the
+    proxy adds nothing to their requests."""
 
     on_disconnect: Annotated[OnDisconnect, Key(word_of(OnDisconnect))] = "cancel"
-    """What becomes of a response whose client leaves. ``"cancel"`` drops the provider's connection
-    at once. ``"drain"`` reads on, so that the record has the token counts, which come last: for
-    ``drain_for`` at most, and for at most ``limits.drains`` responses at once; beyond these the
-    response is cancelled. Only responses whose tokens are understood are read on. The provider goes
-    on working meanwhile, and bills it. The record's ``on_disconnect`` says which of the two it
-    was."""
+    """What the proxy does with a response if its client leaves. ``"cancel"`` closes the provider's
+    connection at once. ``"drain"`` reads the response on, so that the record has the token counts,
+    which come last. The proxy reads on for ``drain_for`` at most, and reads at most
+    ``limits.drains`` responses on at once; the proxy cancels a response beyond these bounds. A
+    response is read on only if the proxy understands its tokens and if the provider has the whole
+    request. Meanwhile the provider goes on working, and bills the work. The record's
+    ``on_disconnect`` says which of the two happened."""
 
     drain_for: Annotated[float, Key(DURATION)] = 30.0
-    """How long such a response is read on."""
+    """How long a response is read on after its client left, with ``on_disconnect = "drain"``."""
 
     error_event: Annotated[bool, Key(BOOLEAN)] = False
-    """Whether a stream that breaks ends with one error event in the provider's dialect."""
+    """Whether the proxy ends a broken stream with one error event in the provider's dialect."""
 
     capture: Annotated[Capture, Key(word_of(Capture))] = "usage"
-    """What the record of a request keeps of the response: ``"usage"`` the tokens, ``"content"`` the
-    text and the tool calls too, up to ``limits.accumulate``."""
+    """What the record of a request keeps of the response. ``"usage"`` keeps the tokens.
+    ``"content"`` also keeps the text and the tool calls, up to ``limits.accumulate``."""
 
     request_body: Annotated[int | None, Key(SIZE, stated="default: that of ``[limits]``")] = None
-    """The body of a request on this route."""
+    """The largest body of a request on this route."""
 
 
 class Client(msgspec.Struct, frozen=True, kw_only=True):
@@ -392,12 +402,12 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     name: str
 
     keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
-    """The keys that the client may show, each as ``"sha256:"`` and the 64 lower-case hex digits of
-    its SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first line and this line
-    on its second. No two clients share a key."""
+    """The keys that the client may show. Each item is ``"sha256:"`` and the 64 lower-case hex
+    digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
+    line, and this line of the file on its second. No two clients share a key."""
 
     routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
-    """The names of the routes that the client may use; ``"*"`` is all of them."""
+    """The names of the routes that the client may use. ``"*"`` is all routes."""
 
     models: Annotated[tuple[str, ...], Key(MODELS)] = ("*",)
     """The models that the client may ask for."""
@@ -416,25 +426,28 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     jsonl: Annotated[str | None, Key(FILE)] = None
-    """Absolute path of a file that gets one line of JSON for each request. SIGHUP opens it anew,
+    """Absolute path of a file that gets one line of JSON for each request. SIGHUP reopens the file,
     for logrotate."""
 
     ledger: Annotated[str | None, Key(FILE)] = None
-    """Absolute path of an SQLite file that keeps each request, and the totals of each session:
-    ``llmproxy usage`` reads it. Instances must not share one: put ``{instance}`` into the name."""
+    """Absolute path of an SQLite file that keeps each request, and the totals of each session.
+    ``llmproxy usage`` reads the file. Instances must not share a file: put ``{instance}`` into the
+    name."""
 
     keep: Annotated[float | None, Key(DURATION_OR_OFF)] = 30 * 86400.0
-    """How long the ledger keeps a request, and a session after its last request; ``"off"`` is for
-    ever. Without ``ledger`` this key is an error."""
+    """How long the ledger keeps a request, and how long it keeps a session after the session's last
+    request. ``"off"`` keeps them for ever. Without ``ledger`` this key is an error."""
 
     otlp: Annotated[Url | None, Key(URL)] = None
     """An ``http://`` or ``https://`` URL of an OpenTelemetry collector, such as
-    ``"http://127.0.0.1:4318"``: each request becomes a span, sent in JSON to ``/v1/traces`` below
-    it. With ``https`` the collector's certificate must be one that the system trusts."""
+    ``"http://127.0.0.1:4318"``. Each request becomes a span, which the proxy sends in JSON to
+    ``/v1/traces`` below this URL. With ``https`` the system must trust the collector's
+    certificate."""
 
     session_header: Annotated[str, Key(value(session_header))] = "x-session-id"
-    """The header in which callers name their session: up to 256 printable characters are recorded.
-    It may be none that carries a key."""
+    """The header in which callers name their session. Up to 256 printable characters are recorded.
+    The header may not be one that carries a key, nor ``cookie``, nor one that the proxy or HTTP's
+    framing owns."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
