@@ -115,7 +115,7 @@ class ConnectionLimiter:
         if now >= self._silent_until.get(limit, now):
             self._silent_until[limit] = now + _SILENCE
             _log.warn(
-                "clients are turned away: {limit}",
+                "connections are rejected: {limit}",
                 limit=limit,
                 address=address,
                 connections=self._inside,

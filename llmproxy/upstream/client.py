@@ -100,7 +100,7 @@ class PreparedUrl(EncodedURL):
 
 
 _NO_HEADERS = Headers()
-"""An order brings its own; treq would make an empty table for each."""
+"""An outgoing request brings its own; treq would make an empty table for each."""
 
 
 def _as_it_is(body: Any) -> Any:
@@ -119,8 +119,12 @@ class ConnectionKey(NamedTuple):
     Attributes:
         origin: where the provider is reached.
         authority: the certificates in the file that its ``ca`` names.
+        credential: the field that carries the provider's credential, or None.
+        pass_credential: the callers' own credentials cross instead.
+        pool: idle connections that are kept at most.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
+        direct: connections have the transports of ``net/``; else Twisted's own.
     """
 
     origin: str

@@ -113,9 +113,9 @@ def test_beyond_max_connections_there_is_a_503(tmp_path: Path) -> None:
         assert clients(daemon) == MOST
         for wire in inside:
             assert ask(wire).body == b"ok"
-        line = daemon.wait_log("clients are turned away", limit="max_connections")
+        line = daemon.wait_log("connections are rejected", limit="max_connections")
         assert (line["level"], line["address"], line["connections"]) == ("warn", "127.0.0.1", MOST)
-        assert len([line for line in daemon.log if "turned away" in line["message"]]) == 1
+        assert len([line for line in daemon.log if "are rejected" in line["message"]]) == 1
 
 
 def test_one_that_leaves_makes_room(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_each_address_has_its_own_limit(tmp_path: Path) -> None:
         until(lambda: clients(daemon) == 5, "it is gone")
         with connect_from("127.0.0.3", daemon.port) as again:
             assert ask(again).body == b"ok"
-        line = daemon.wait_log("clients are turned away", limit="connections_per_address")
+        line = daemon.wait_log("connections are rejected", limit="connections_per_address")
         assert line["address"] == "127.0.0.2"
 
 
