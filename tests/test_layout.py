@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The rooms, in the order in which a request meets them: a folder, or a single module.  An import
-# stays in its room or goes down this list, never back.  Inside a room no order is prescribed.
+# The rooms, from the outside to the inside: a folder, or a single module.  An import stays in its
+# room or goes down this list, never back.  Inside a room no order is prescribed.
 ORDER = (
     "llmproxy",
     "llmproxy.cli",
