@@ -450,7 +450,8 @@ def test_no_python_code_runs_per_byte_or_bracket(head: bytes, unit: bytes, tail:
 
 def test_no_python_code_runs_per_member_of_a_usual_body() -> None:
     """What SDKs send is read in one pass of C code, however many members it has."""
-    small, large = (b'{"model":"m",' + b'"a":0,' * count + b'"b":1}' for count in (20, 2000))
+    head = b'{"model":"m","stream":true,"messages":[{"content":"say \\"hi\\""}],'
+    small, large = (head + b'"a":0,' * count + b'"b":1}' for count in (20, 2000))
 
     assert _calls(lambda: inspect_json(large)) == _calls(lambda: inspect_json(small)) < 100
 
