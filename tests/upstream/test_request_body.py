@@ -15,7 +15,7 @@ from llmproxy.errors import EndReason, ProxyError
 from llmproxy.upstream.request_body import HeldBody
 from tests.support.fake_transport import FakeTransport, until
 from tests.support.kernel import held
-from tests.support.sockets import Provider, Wire
+from tests.support.sockets import WAIT, Provider, Wire
 from tests.upstream.one_provider import (
     EagerBody,
     PlayedBody,
@@ -109,7 +109,7 @@ async def test_a_provider_that_does_not_read_pauses_the_body() -> None:
     go_on = queue.Queue[None]()
 
     def script(wire: Wire) -> None:
-        go_on.get()
+        go_on.get(timeout=WAIT)
 
     async with upstream_of(Provider(script, receive_buffer=65536)) as (provider, upstream):
         body = EagerBody()
@@ -125,26 +125,36 @@ async def test_a_provider_that_does_not_read_pauses_the_body() -> None:
 
 @ensureDeferred
 async def test_a_provider_that_takes_no_more_of_a_body_is_given_up() -> None:
-    """A body that stands still is under the deadline of the first byte."""
-    go_on = queue.Queue[None]()
+    """A body that stands still is under the deadline of the first byte; one that moves is not."""
+    more: queue.Queue[int] = queue.Queue()
 
     def script(wire: Wire) -> None:
         wire.read_head()
-        go_on.get()
+        while size := more.get(timeout=WAIT):
+            wire.read(size)
 
-    async with upstream_of(Provider(script, receive_buffer=4096)) as (_, upstream):
+    async with upstream_of(Provider(script, receive_buffer=4096)) as (provider, upstream):
         body = EagerBody()
         request = upstream.send("POST", b"/", [], body, timeouts=Timeouts(first_byte=10.0))
         await until(lambda: body.is_paused)
+
+        def taken() -> int:
+            ours = held(peer=provider.port)
+            return ours.written - ours.unsent
 
         def is_late() -> bool:
             upstream.clock.advance(10.1)
             return request.called
 
+        assert not is_late()
+        before = taken()
+        more.put(500_000)
+        await until(lambda: taken() > before)
+        assert not is_late()
         await until(is_late)
         error = await failure_of(request)
         await until(lambda: "stop" in body.calls)
-        go_on.put(None)
+        more.put(0)
     assert (error.end, error.cause) == (EndReason.UPSTREAM_TIMEOUT, "request")
     assert error.may_have_run
 

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet import reactor
-from twisted.internet.endpoints import HostnameEndpoint
 
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason
-from llmproxy.upstream.dialer import Dial
 from llmproxy.upstream.resolver import KEPT, Resolver
 from tests.support.fake_transport import until
 from tests.upstream.one_provider import (
@@ -96,18 +94,24 @@ async def test_a_hanging_name_delays_no_other_provider() -> None:
     await until(lambda: not [one for one in threading.enumerate() if one.name == "name"])
 
 
-def dials() -> int:
-    """Return how many dials there are, and endpoints, which wait for addresses."""
-    gc.collect()
-    return sum(isinstance(one, Dial | HostnameEndpoint) for one in gc.get_objects())
+class WatchedResolver(Resolver):
+    """A resolver that keeps a weak reference to whatever waits for its addresses."""
+
+    receivers: list[weakref.ref[Any]]
+
+    def resolveHostName(self, *args: Any, **kwargs: Any) -> Any:
+        self.receivers.append(weakref.ref(args[0]))
+        return super().resolveHostName(*args, **kwargs)
 
 
 @ensureDeferred
 async def test_cancelled_requests_are_not_kept_by_a_name_that_hangs() -> None:
     """However long a lookup takes, a request that was cancelled is forgotten before its end."""
-    pool = OneProviderPool(named("hangs.example"))
-    pool.lookup.hangs = lambda name: True
-    before = dials()
+    lookup = Lookup()
+    lookup.hangs = lambda name: True
+    resolver = WatchedResolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
+    resolver.receivers = []
+    pool = OneProviderPool(named("hangs.example"), resolver=resolver)
     cancelled: list[weakref.ref[Any]] = []
     for _ in range(5):
         request = pool.send(timeouts=Timeouts())
@@ -116,8 +120,9 @@ async def test_cancelled_requests_are_not_kept_by_a_name_that_hangs() -> None:
         request.cancel()
         del request
     gc.collect()
-    assert [ref for ref in cancelled if ref() is not None] == []
-    assert dials() == before
+    assert len(resolver.receivers) == 5
+    assert [ref for ref in cancelled + resolver.receivers if ref() is not None] == []
+    lookup.over.set()
     await pool.close()
 
 
