@@ -1,4 +1,4 @@
-"""How a process shuts down: refuse, wait, cut, and say how many."""
+"""How a process shuts down: it refuses, waits, aborts, and reports how many requests."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GET = request("GET", "/")
 POST = request("POST", "/", body=b"{}")
 
 
-class Waits(Handler):
-    """Counts what it serves, and answers when the test says so."""
+class WaitingHandler(Handler):
+    """Counts the requests that it serves, and responds when the test says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Waits(Handler):
         return NOT_DONE_YET
 
     def response(self) -> None:
-        """Answer the oldest request."""
+        """Respond to the oldest request."""
         request = next(iter(self.running))
         del self.running[request]
         request.start(200, [(b"content-length", b"0")])
@@ -49,7 +49,7 @@ class DrainedSite:
 
     def __init__(self, idle: int = 0, busy: int = 0) -> None:
         self.clock = Clock()
-        self.resource = Waits()
+        self.resource = WaitingHandler()
         self.site = Site(
             Router(self.resource),
             self.clock,
@@ -64,7 +64,7 @@ class DrainedSite:
             if number >= idle:
                 channel.dataReceived(GET)
         self.drain = Drain(self.site, self.clock, 30.0)
-        self.rested: list[float] = []
+        self.ended: list[float] = []
 
     def connect(self) -> Any:
         """Connect a client and return our end."""
@@ -76,7 +76,7 @@ class DrainedSite:
 
     def begin(self) -> None:
         """Begin to drain."""
-        self.drain.begin().addCallback(lambda _: self.rested.append(self.clock.seconds()))
+        self.drain.begin().addCallback(lambda _: self.ended.append(self.clock.seconds()))
 
     def pass_time(self, seconds: float) -> None:
         """Turn the clock; a connection that we closed is gone a moment later."""
@@ -87,14 +87,14 @@ class DrainedSite:
                     self.transports.remove(transport)
                     transport.end(ABORTED if transport.count("abort") else FIN)
 
+    def assert_over(self, logged: list[LogEvent], *, finished: int, cut: int) -> None:
+        """The last line reports these numbers of requests, and no timer stays."""
+        assert formatEvent(logged[-1]).startswith("drained: ")
+        assert (logged[-1]["finished"], logged[-1]["cut"]) == (finished, cut)
+        assert not self.clock.getDelayedCalls()
 
-def told(logged: list[LogEvent]) -> tuple[int, int]:
-    """Return how many the last line says have finished and were cut."""
-    assert formatEvent(logged[-1]).startswith("drained: ")
-    return logged[-1]["finished"], logged[-1]["cut"]
 
-
-def test_without_clients_it_is_over_at_once(logged: list[LogEvent]) -> None:
+def test_without_clients_a_drain_is_over_at_once(logged: list[LogEvent]) -> None:
     """There is nothing to wait for, and no timer stays."""
     drained = DrainedSite()
     begun = [drained.drain.begun]
@@ -102,72 +102,67 @@ def test_without_clients_it_is_over_at_once(logged: list[LogEvent]) -> None:
     begun.append(drained.drain.begun)
 
     assert begun == [False, True]
-    assert drained.rested == [0.0]
-    assert told(logged) == (0, 0)
-    assert not drained.clock.getDelayedCalls()
+    assert drained.ended == [0.0]
+    drained.assert_over(logged, finished=0, cut=0)
 
 
-def test_idle_clients_are_sent_away(logged: list[LogEvent]) -> None:
-    """After a short grace, and they are no requests that finished."""
+def test_idle_clients_are_disconnected(logged: list[LogEvent]) -> None:
+    """After a short grace, and they do not count as requests."""
     drained = DrainedSite(idle=3)
     drained.begin()
     drained.pass_time(5)
 
-    assert drained.rested
-    assert drained.rested[0] <= 3
-    assert told(logged) == (0, 0)
-    assert not drained.clock.getDelayedCalls()
+    assert drained.ended
+    assert drained.ended[0] <= 3
+    drained.assert_over(logged, finished=0, cut=0)
 
 
 def test_running_responses_go_on(logged: list[LogEvent]) -> None:
-    """It is over when the last of them is, long before the deadline if so."""
+    """A drain is over with the last of them, which may be long before the deadline."""
     drained = DrainedSite(idle=1, busy=2)
     drained.begin()
     assert "2 requests" in formatEvent(logged[-1])
     drained.pass_time(10)
     drained.resource.response()
     drained.pass_time(10)
-    assert not drained.rested
+    assert not drained.ended
     drained.resource.response()
     drained.pass_time(1)
 
-    assert drained.rested == [20.5]
-    assert told(logged) == (2, 0)
-    assert not drained.clock.getDelayedCalls()
+    assert drained.ended == [20.5]
+    drained.assert_over(logged, finished=2, cut=0)
 
 
-def test_what_takes_too_long_is_cut(logged: list[LogEvent]) -> None:
-    """At the deadline the rest is dropped, and the last line says how many."""
+def test_a_request_that_takes_too_long_is_aborted(logged: list[LogEvent]) -> None:
+    """At the deadline the rest is aborted, and the last line reports how many."""
     drained = DrainedSite(busy=3)
     drained.begin()
     drained.resource.response()
     drained.pass_time(29)
-    assert not drained.rested
+    assert not drained.ended
     drained.pass_time(2)
 
-    assert drained.rested == [30.0]
-    assert told(logged) == (1, 2)
+    assert drained.ended == [30.0]
+    drained.assert_over(logged, finished=1, cut=2)
     assert not drained.resource.running
-    assert not drained.clock.getDelayedCalls()
 
 
-def test_it_can_be_cut_short(logged: list[LogEvent]) -> None:
-    """A second signal drops what is left at once."""
+def test_a_drain_can_be_cut_short(logged: list[LogEvent]) -> None:
+    """A second signal aborts the remaining requests at once."""
     drained = DrainedSite(idle=1, busy=2)
     drained.begin()
     drained.pass_time(0.5)
     drained.drain.cut()
     drained.pass_time(0.5)
 
-    assert drained.rested == [1.0]
-    assert told(logged) == (0, 2)
+    assert drained.ended == [1.0]
+    drained.assert_over(logged, finished=0, cut=2)
     drained.pass_time(60)
-    assert drained.rested == [1.0]
-    assert not drained.clock.getDelayedCalls()
+    assert drained.ended == [1.0]
 
 
 def test_a_request_that_comes_in_a_drain_counts_too(logged: list[LogEvent]) -> None:
-    """Whoever was served or cut is told of, also if it came after the beginning."""
+    """It is reported as served or aborted, also if it came after the beginning."""
     drained = DrainedSite(busy=1)
     late = [drained.connect(), drained.connect()]
     for channel in late:
@@ -179,23 +174,24 @@ def test_a_request_that_comes_in_a_drain_counts_too(logged: list[LogEvent]) -> N
     drained.resource.response()
     drained.pass_time(31)
 
-    assert told(logged) == (2, 1)
+    drained.assert_over(logged, finished=2, cut=1)
 
 
-def test_a_client_that_leaves_by_itself_is_waited_for_no_more(logged: list[LogEvent]) -> None:
-    """It was not cut."""
+def test_a_drain_does_not_wait_for_a_client_that_has_left(logged: list[LogEvent]) -> None:
+    """Its request is not reported as aborted."""
     drained = DrainedSite(busy=1)
     drained.begin()
     drained.transports.pop().end(FIN)
 
-    assert drained.rested == [0.0]
-    assert told(logged)[1] == 0
-    assert not drained.clock.getDelayedCalls()
+    assert drained.ended == [0.0]
+    drained.assert_over(logged, finished=1, cut=0)
 
 
 @pytest.mark.parametrize("how", ["deadline", "second signal"])
-def test_a_body_that_is_still_coming_is_cut_and_counted(logged: list[LogEvent], how: str) -> None:
-    """A request that nobody serves yet is one all the same, for whoever sent it."""
+def test_a_request_whose_body_is_still_coming_is_aborted_and_counted(
+    logged: list[LogEvent], how: str
+) -> None:
+    """A request that is not served yet counts all the same."""
     drained = DrainedSite(busy=1)
     drained.connect().dataReceived(POST[:-1])
     drained.begin()
@@ -208,27 +204,26 @@ def test_a_body_that_is_still_coming_is_cut_and_counted(logged: list[LogEvent], 
         drained.drain.cut()
     drained.pass_time(30)
 
-    assert told(logged) == (1, 1)
-    assert not drained.clock.getDelayedCalls()
+    drained.assert_over(logged, finished=1, cut=1)
 
 
-def test_a_body_that_comes_in_time_is_served(logged: list[LogEvent]) -> None:
-    """A drain waits for it as for any other."""
+def test_a_request_whose_body_comes_in_time_is_served(logged: list[LogEvent]) -> None:
+    """A drain waits for it as for any other request."""
     drained = DrainedSite()
     channel = drained.connect()
     channel.dataReceived(POST[:-1])
     drained.begin()
     drained.pass_time(5)
-    assert not drained.rested
+    assert not drained.ended
     channel.dataReceived(POST[-1:])
     drained.resource.response()
     drained.pass_time(1)
 
-    assert told(logged) == (1, 0)
+    drained.assert_over(logged, finished=1, cut=0)
 
 
-def test_what_is_left_can_be_seen(logged: list[LogEvent]) -> None:
-    """How many requests, and for how long; nothing while nothing is drained."""
+def test_the_remaining_requests_can_be_seen(logged: list[LogEvent]) -> None:
+    """How many requests remain, and how much time; nothing before and after a drain."""
     drained = DrainedSite(idle=1, busy=2)
     seen = [(drained.drain.remaining, drained.drain.remaining_s)]
     drained.begin()

@@ -45,13 +45,13 @@ providers = ["p"]
 
 @pytest.fixture
 def vault(tmp_path: Path) -> Vault:
-    """Certificates for a listener, and who trusts them."""
+    """Certificates for a listener, and their authority."""
     vault = Vault(tmp_path)
     vault.put()
     return vault
 
 
-class Hall:
+class ListeningSites:
     """Listeners, and the sites that are reached by them."""
 
     def __init__(self) -> None:
@@ -92,17 +92,17 @@ class Hall:
 
 
 @asynccontextmanager
-async def opened() -> AsyncIterator[Hall]:
-    """A hall, which is left closed."""
-    hall = Hall()
+async def opened() -> AsyncIterator[ListeningSites]:
+    """Sites without a listener, which are closed behind the test."""
+    sites = ListeningSites()
     try:
-        yield hall
+        yield sites
     finally:
-        await hall.close()
+        await sites.close()
 
 
 def ask(port: Any) -> bytes:
-    """Ask whoever listens at a port of Twisted's."""
+    """Send a request to a port of Twisted's; return the body of the response."""
     where = port.getHost()
     with socket.create_connection((where.host, where.port), 20) as sock:
         wire = Wire(sock)
@@ -111,46 +111,46 @@ def ask(port: Any) -> bytes:
 
 
 def refuses(where: Any) -> bool:
-    """Tell whether nobody listens at an address."""
+    """Return whether an address refuses connections."""
     with socket.socket() as probe:
         return probe.connect_ex((where.host, where.port)) != 0
 
 
 @ensureDeferred
-async def test_what_stays_in_the_file_stays_open() -> None:
+async def test_a_listener_that_stays_in_the_file_stays_open() -> None:
     """The very same sockets, also of the admin site, in whatever order they are named."""
-    async with opened() as hall:
-        one, two = hall.follow(HOME, OTHER)
-        admin = list(hall.listeners.admin)
+    async with opened() as sites:
+        one, two = sites.follow(HOME, OTHER)
+        admin = list(sites.listeners.admin)
         sockets = [port.socket for port in (one, two, *admin)]
-        assert hall.follow(OTHER, HOME) == [two, one]
-        assert hall.listeners.admin == admin
+        assert sites.follow(OTHER, HOME) == [two, one]
+        assert sites.listeners.admin == admin
         assert [port.socket for port in (one, two, *admin)] == sockets
         assert await deferToThread(ask, one) == b"127.0.0.1"
 
 
 @ensureDeferred
-async def test_the_same_words_twice_are_two_ports() -> None:
+async def test_the_same_address_twice_is_two_ports() -> None:
     """One of them stays where one is left, and a third is a new one."""
-    async with opened() as hall:
-        one, two = hall.follow(HOME, HOME)
+    async with opened() as sites:
+        one, two = sites.follow(HOME, HOME)
         assert one is not two
-        assert hall.follow(HOME) == [one]
-        again = hall.follow(HOME, HOME, HOME)
+        assert sites.follow(HOME) == [one]
+        again = sites.follow(HOME, HOME, HOME)
         assert again[0] is one
         assert len(set(again)) == 3
 
 
 @ensureDeferred
 async def test_a_listener_comes_and_goes(logged: Listening) -> None:
-    """It is told of both; whoever has connected stays connected."""
-    async with opened() as hall:
-        (home,) = hall.follow(HOME)
-        hall.listeners.report()
-        _, other = hall.follow(HOME, OTHER)
+    """Both are logged, and a client that is connected stays connected."""
+    async with opened() as sites:
+        (home,) = sites.follow(HOME)
+        sites.listeners.report()
+        _, other = sites.follow(HOME, OTHER)
         before = len(logged)
-        hall.listeners.report()
-        hall.listeners.report()
+        sites.listeners.report()
+        sites.listeners.report()
         where = other.getHost()
         assert [formatEvent(event) for event in logged[before:]] == [f"proxy listens on {where}"]
         assert await deferToThread(ask, other) == b"127.0.0.1"
@@ -158,58 +158,58 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
             lambda: Wire(socket.create_connection((where.host, where.port), 20))
         )
         with wire:
-            await until(lambda: len(hall.site.connections) == 1)
-            assert hall.follow(HOME) == [home]
+            await until(lambda: len(sites.site.connections) == 1)
+            assert sites.follow(HOME) == [home]
             assert formatEvent(logged[-1]) == f"proxy listens no more on {where}"
             await until(lambda: refuses(where))
             wire.send(GET)
             assert (await deferToThread(read_response, wire)).body == b"127.0.0.1"
-        await until(lambda: not hall.site.connections)
+        await until(lambda: not sites.site.connections)
 
 
 @ensureDeferred
-async def test_who_waits_at_a_port_that_closes_is_served() -> None:
-    """It had connected before: the kernel would reset it."""
-    async with opened() as hall:
-        _, other = hall.follow(HOME, OTHER)
+async def test_a_client_in_the_queue_of_a_closing_port_is_served() -> None:
+    """It was connected before the port closed, and the kernel would reset it."""
+    async with opened() as sites:
+        _, other = sites.follow(HOME, OTHER)
         where = other.getHost()
         early = Wire(socket.create_connection((where.host, where.port), 20))  # no turn until ...
-        hall.follow(HOME)  # ... here
+        sites.follow(HOME)  # ... here
         with early:
             early.send(GET)
             assert (await deferToThread(read_response, early)).body == b"127.0.0.1"
-        await until(lambda: not hall.site.connections)
+        await until(lambda: not sites.site.connections)
 
 
 @pytest.mark.parametrize("admin", ["", 'metrics_listen = "{taken}"'])
 @ensureDeferred
 async def test_an_address_that_is_taken_changes_nothing(admin: str) -> None:
-    """What was opened before it is closed again, and what was open is open."""
+    """New listeners are closed again, and the open ones stay open."""
     with socket.create_server(("127.0.0.4", 0)) as taker:
         taken = f"tcp:{taker.getsockname()[1]}:interface=127.0.0.4"
         wanted = [OTHER] if admin else [OTHER, taken]
-        async with opened() as hall:
-            (home,) = hall.follow(HOME)
-            names = set(hall.reactor.getReaders())
+        async with opened() as sites:
+            (home,) = sites.follow(HOME)
+            names = set(sites.reactor.getReaders())
             with pytest.raises(OSError, match=f"^{taken}: "):
-                hall.prepare(*wanted, admin=admin.format(taken=taken))
+                sites.prepare(*wanted, admin=admin.format(taken=taken))
             await turn()
-            assert set(hall.reactor.getReaders()) == names
-            assert hall.listeners.proxy == [home]
+            assert set(sites.reactor.getReaders()) == names
+            assert sites.listeners.proxy == [home]
             assert await deferToThread(ask, home) == b"127.0.0.1"
 
 
 @ensureDeferred
-async def test_what_was_opened_for_nothing_is_closed() -> None:
-    """What was open before stays."""
-    async with opened() as hall:
-        (home,) = hall.follow(HOME)
-        _, listeners = hall.prepare(HOME, OTHER)
+async def test_abandoned_listeners_are_closed() -> None:
+    """Listeners that were open before stay open."""
+    async with opened() as sites:
+        (home,) = sites.follow(HOME)
+        _, listeners = sites.prepare(HOME, OTHER)
         (new,) = (
             port for _, port in listeners if port is not home and "0.2" in str(port.getHost())
         )
         where = new.getHost()
-        hall.listeners.abandon(listeners)
+        sites.listeners.abandon(listeners)
         await until(lambda: refuses(where))
         assert await deferToThread(ask, home) == b"127.0.0.1"
 
@@ -217,51 +217,51 @@ async def test_what_was_opened_for_nothing_is_closed() -> None:
 @ensureDeferred
 async def test_admin_listeners_move_like_others() -> None:
     """One for metrics alone comes and goes; the admin site's own stays meanwhile."""
-    async with opened() as hall:
-        hall.follow(HOME)
-        (admin,) = hall.listeners.admin
-        hall.follow(HOME, admin='metrics_listen = "tcp:0:interface=127.0.0.3"')
-        assert hall.listeners.admin[0] is admin
-        metrics = hall.listeners.admin[1]
-        assert metrics.factory is hall.metrics
-        hall.follow(HOME)
-        assert hall.listeners.admin == [admin]
+    async with opened() as sites:
+        sites.follow(HOME)
+        (admin,) = sites.listeners.admin
+        sites.follow(HOME, admin='metrics_listen = "tcp:0:interface=127.0.0.3"')
+        assert sites.listeners.admin[0] is admin
+        metrics = sites.listeners.admin[1]
+        assert metrics.factory is sites.metrics
+        sites.follow(HOME)
+        assert sites.listeners.admin == [admin]
 
 
 @ensureDeferred
 async def test_a_listener_with_tls_comes_and_goes(vault: Vault) -> None:
-    """It stays while there is the same TLS for it, whatever that shows."""
-    async with opened() as hall:
+    """It stays while there is TLS for it, whatever certificate that shows."""
+    async with opened() as sites:
         first = vault.put()
-        hall.tls = ListenerTls(first.keypair())
-        _, secure = hall.follow(HOME, vault=vault)
+        sites.tls = ListenerTls(first.keypair())
+        _, secure = sites.follow(HOME, vault=vault)
         second = vault.issue()
-        hall.tls.show(ListenerTls(second.keypair()))
-        assert hall.follow(HOME, vault=vault)[1] is secure
+        sites.tls.show(ListenerTls(second.keypair()))
+        assert sites.follow(HOME, vault=vault)[1] is secure
 
         def seen() -> bytes | None:
             with connect(secure.getHost().port, tls=vault.client()) as wire:
                 return shown_to(wire)
 
         assert await deferToThread(seen) == second.der
-        where, hall.tls = secure.getHost(), None
-        assert len(hall.follow(HOME)) == 1
+        where, sites.tls = secure.getHost(), None
+        assert len(sites.follow(HOME)) == 1
         await until(lambda: refuses(where))
-        await until(lambda: not hall.site.connections)
+        await until(lambda: not sites.site.connections)
 
 
 @ensureDeferred
 async def test_an_open_port_can_be_shared_from_now_on() -> None:
-    """`reuse_port` counts for what is open, too; without it the address is taken."""
-    async with opened() as hall, opened() as second:
-        (port,) = hall.follow(HOME)
+    """`reuse_port` counts for open ports, too; without it the address is taken."""
+    async with opened() as sites, opened() as second:
+        (port,) = sites.follow(HOME)
         same = f"tcp:{port.getHost().port}:interface=127.0.0.1"
         with pytest.raises(OSError, match="in use"):
             second.prepare(same, more="reuse_port = true")
-        assert hall.follow(HOME, more="reuse_port = true") == [port]
+        assert sites.follow(HOME, more="reuse_port = true") == [port]
         (other,) = second.follow(same, more="reuse_port = true")
         assert other.getHost() == port.getHost()
-        assert hall.follow(HOME) == [port]
+        assert sites.follow(HOME) == [port]
         assert port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
 
 
@@ -270,21 +270,21 @@ async def test_an_open_port_can_be_shared_from_now_on() -> None:
 
 @pytest.mark.parametrize("below", ["", "haproxy:"])
 @ensureDeferred
-async def test_what_systemd_handed_over_can_be_come_back_to(
+async def test_a_socket_of_systemd_can_be_listened_on_again(
     monkeypatch: pytest.MonkeyPatch, systemds: socket.socket, below: str
 ) -> None:
-    """Left, taken up again, and read in another way: it is always that socket."""
+    """Left, listened on again, or read in another way: it is always that socket."""
     handed_over(monkeypatch, systemds)
     where = systemds.getsockname()
-    async with opened() as hall:
-        (first,) = hall.follow(INHERITED)
+    async with opened() as sites:
+        (first,) = sites.follow(INHERITED)
         number = first.given
-        hall.follow(HOME)
+        sites.follow(HOME)
         await turn()
         # Whatever is opened meanwhile does not get the number that systemd's socket has.
         with socket.socket() as other:
             assert other.fileno() != number
-            (again,) = hall.follow(below + INHERITED)
+            (again,) = sites.follow(below + INHERITED)
         assert again is not first
         assert again.socket.getsockname() == where
         if not below:
@@ -292,17 +292,17 @@ async def test_what_systemd_handed_over_can_be_come_back_to(
 
 
 @ensureDeferred
-async def test_the_end_lets_go_of_what_systemd_handed_over(
+async def test_a_shutdown_closes_the_sockets_of_systemd(
     monkeypatch: pytest.MonkeyPatch, systemds: socket.socket
 ) -> None:
-    """Also of what a reload had left: when systemd closes its own, nobody waits for nothing."""
+    """Also those that a reload had left: no client waits in a queue without a server."""
     handed_over(monkeypatch, systemds)
     where = systemds.getsockname()
-    async with opened() as hall:
-        hall.follow(INHERITED)
-        hall.follow(HOME)
-        await hall.listeners.close_proxy()
+    async with opened() as sites:
+        sites.follow(INHERITED)
+        sites.follow(HOME)
+        await sites.listeners.close_proxy()
         systemds.close()
         with socket.socket() as probe, suppress(ConnectionRefusedError):
             probe.connect(where)
-            pytest.fail("somebody listens")
+            pytest.fail("the address accepts connections")

@@ -1,4 +1,4 @@
-"""What the service manager hears: at which moment, in which words, and through which socket."""
+"""What the service manager is sent, when, in which words, and through which socket."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PID = 4711
 
 
 class Manager:
-    """The manager's end of the socket, and one process's word for it.
+    """The manager's end of the socket, and the process's end.
 
     Args:
         address: as ``NOTIFY_SOCKET`` writes it.
@@ -39,7 +39,7 @@ class Manager:
             pid=PID,
         )
 
-    def heard(self) -> list[str]:
+    def received(self) -> list[str]:
         """Return what came since the last look."""
         messages = []
         while True:
@@ -69,92 +69,92 @@ def manager(address: str) -> Iterator[Manager]:
     manager.close()
 
 
-def test_it_is_ready_with_its_status(manager: Manager) -> None:
-    """Before that it has not said a word."""
-    assert manager.heard() == []
+def test_readiness_has_a_status(manager: Manager) -> None:
+    """Nothing is sent before it."""
+    assert manager.received() == []
     manager.notify.ready()
-    assert manager.heard() == ["READY=1\nSTATUS=fine"]
+    assert manager.received() == ["READY=1\nSTATUS=fine"]
 
 
 def test_an_abstract_socket(tmp_path: Path) -> None:
     """A name behind an @ is one without a file."""
     manager = Manager(f"@{tmp_path}/abstract")
     manager.notify.ready()
-    assert manager.heard() == ["READY=1\nSTATUS=fine"]
+    assert manager.received() == ["READY=1\nSTATUS=fine"]
     manager.close()
 
 
-def test_a_status_is_told_when_it_has_changed(manager: Manager) -> None:
+def test_a_status_is_sent_when_it_has_changed(manager: Manager) -> None:
     """The same line is not sent again and again."""
     manager.notify.ready()
-    manager.heard()
+    manager.received()
     manager.clock.pump([1.0] * 60)
-    assert manager.heard() == []
+    assert manager.received() == []
     manager.status = "better"
     manager.clock.pump([1.0] * 60)
-    assert manager.heard() == ["STATUS=better"]
+    assert manager.received() == ["STATUS=better"]
 
 
 def test_a_reload_has_a_beginning_and_an_end(manager: Manager) -> None:
-    """The beginning says when it was, in the manager's own clock."""
+    """The beginning carries its time, by the manager's own clock."""
     manager.notify.ready()
-    manager.heard()
+    manager.received()
     with manager.notify.reloading():
-        assert manager.heard() == ["RELOADING=1\nMONOTONIC_USEC=12500000"]
+        assert manager.received() == ["RELOADING=1\nMONOTONIC_USEC=12500000"]
         manager.status = "reloaded"
-    assert manager.heard() == ["READY=1\nSTATUS=reloaded"]
+    assert manager.received() == ["READY=1\nSTATUS=reloaded"]
 
 
-def test_a_reload_that_the_end_overtakes_makes_nothing_ready(manager: Manager) -> None:
-    """Who shuts down does not become ready again."""
+def test_a_reload_that_a_shutdown_overtakes_makes_nothing_ready(manager: Manager) -> None:
+    """A process that shuts down does not become ready again."""
     manager.notify.ready()
     with manager.notify.reloading():
-        manager.heard()
+        manager.received()
         manager.notify.stopping()
-        manager.heard()
-    assert manager.heard() == []
+        manager.received()
+    assert manager.received() == []
 
 
 def test_a_reload_that_fails_ends_too(manager: Manager) -> None:
-    """A manager that waits for the end would take the process for stuck."""
+    """A manager that waits for the end would believe that the process is stuck."""
     manager.notify.ready()
     with pytest.raises(RuntimeError), manager.notify.reloading():
         raise RuntimeError
-    assert manager.heard()[-1] == "READY=1\nSTATUS=fine"
+    assert manager.received()[-1] == "READY=1\nSTATUS=fine"
 
 
-def test_a_stop_says_how_it_goes_and_asks_for_time(manager: Manager) -> None:
-    """Each second, so that a long drain is not taken for a stop that hangs."""
+def test_a_shutdown_reports_its_progress_and_extends_its_time(manager: Manager) -> None:
+    """Each second, so that a long drain does not look like a shutdown that hangs."""
     manager.notify.ready()
-    manager.heard()
+    manager.received()
     manager.status = "3 left"
     manager.notify.stopping()
-    first, second = manager.heard()
+    first, second = manager.received()
     assert first == "STOPPING=1"
     assert second == "EXTEND_TIMEOUT_USEC=15000000\nSTATUS=3 left"
     manager.clock.pump([1.0] * 10)
-    assert manager.heard() == [second] * 10
+    assert manager.received() == [second] * 10
     manager.status = "none left"
     manager.notify.close()
-    assert manager.heard() == ["STATUS=none left"]
+    assert manager.received() == ["STATUS=none left"]
 
 
 @pytest.mark.parametrize("environ", [{}, {"WATCHDOG_PID": str(PID)}])
-def test_the_watchdog_is_answered_twice_as_often_as_it_asks(
+def test_the_watchdog_gets_two_messages_in_each_interval(
     address: str, environ: dict[str, str]
 ) -> None:
-    """From the reactor: one that does not turn does not answer."""
+    """They are sent by the reactor, and so stop when it does not turn."""
     manager = Manager(address, WATCHDOG_USEC="3000000", **environ)
     manager.notify.ready()
-    assert manager.heard()[1:] == ["WATCHDOG=1"]
+    assert manager.received()[1:] == ["WATCHDOG=1"]
     manager.clock.advance(1.4)
-    assert manager.heard() == []
+    assert manager.received() == []
     manager.clock.pump([0.2] * 23)
-    assert manager.heard() == ["WATCHDOG=1"] * 4
+    assert manager.received() == ["WATCHDOG=1"] * 4
     manager.notify.stopping()
-    manager.heard()
+    manager.received()
     manager.clock.advance(1.5)
-    assert "WATCHDOG=1" in manager.heard()
+    assert "WATCHDOG=1" in manager.received()
     manager.close()
 
 
@@ -167,20 +167,20 @@ def test_the_watchdog_is_answered_twice_as_often_as_it_asks(
         {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"},
     ],
 )
-def test_a_watchdog_for_nobody_or_for_another_is_not_answered(
+def test_a_watchdog_of_no_process_or_of_another_gets_no_message(
     address: str, environ: dict[str, str]
 ) -> None:
-    """A process that inherited the variables must not speak for the one that they are for."""
+    """A process that inherited the variables must not speak for the process that they name."""
     manager = Manager(address, **environ)
     manager.notify.ready()
     manager.clock.pump([1.0] * 10)
-    assert not any("WATCHDOG" in message for message in manager.heard())
+    assert not any("WATCHDOG" in message for message in manager.received())
     manager.close()
 
 
 @pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "nowhere"}])
 def test_without_a_manager_nothing_is_done(environ: dict[str, str]) -> None:
-    """No socket is opened, and no appointment made."""
+    """No socket is opened, and no timer is set."""
     clock = Clock()
     notify = Notify(
         {**environ, "WATCHDOG_USEC": "1000"}, clock, clock.seconds, lambda: "fine", pid=PID
@@ -196,24 +196,24 @@ def test_without_a_manager_nothing_is_done(environ: dict[str, str]) -> None:
 
 
 def test_a_manager_that_is_gone_is_reported_once(manager: Manager, logged: Listening) -> None:
-    """The process goes on without it, and says it again only after it was there again."""
+    """The process goes on without it, and reports it again only after it was reached again."""
     manager.notify.ready()
     manager.socket.close()
     for status in ("a", "b", "c"):
         manager.status = status
         manager.clock.advance(5)
-    told: list[LogEvent] = [e for e in logged if "cannot be reached" in formatEvent(e)]
-    assert len(told) == 1
+    reports: list[LogEvent] = [e for e in logged if "cannot be reached" in formatEvent(e)]
+    assert len(reports) == 1
 
 
-def test_a_manager_that_takes_nothing_holds_nothing_up(manager: Manager) -> None:
-    """A full queue costs messages that say how it goes, and no time."""
+def test_a_manager_that_reads_nothing_delays_nothing(manager: Manager) -> None:
+    """A full queue costs some status messages, and no time."""
     manager.notify.ready()
     for number in range(2000):
         manager.status = str(number)
         manager.clock.advance(5)
-    heard = manager.heard()
-    assert 1 < len(heard) < 2000
+    received = manager.received()
+    assert 1 < len(received) < 2000
     manager.status = "again"
     manager.clock.advance(5)
-    assert manager.heard() == ["STATUS=again"]
+    assert manager.received() == ["STATUS=again"]

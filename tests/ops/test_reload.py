@@ -1,4 +1,4 @@
-"""A reload by itself: what is read, made, used or let go of, and what is said of it."""
+"""A reload by itself: what is read, made, used or abandoned, and what is reported."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ providers = ["a"]
 
 
 def config(text: str = "") -> Config:
-    """A configuration, with more than the least."""
+    """Return a configuration, with more than the least."""
     return parse(BASE + text, environ={})
 
 
 class Setup:
-    """Stands in for what follows the file; what is prepared is the configuration itself."""
+    """Stands in for the setup that follows the file; it prepares the configuration itself."""
 
     def __init__(self) -> None:
         self.config = config()
@@ -60,12 +60,12 @@ class Setup:
         self.config = prepared
 
     def abandon(self, prepared: Config) -> None:
-        """Let it go."""
+        """Note it."""
         self.abandoned.append(prepared)
 
 
-class Desk:
-    """An operator's desk: the file, SIGHUP, and the thread, which the test lets run.
+class PlayedReload:
+    """A reload whose file, signals and thread are the test's.
 
     Attributes:
         file: what reading it returns or raises.
@@ -84,8 +84,8 @@ class Desk:
             aside=self._aside,
             wall=lambda: self.time,
             reopen=lambda: self.events.append("reopened"),
-            reporting=self._telling,
-            report=lambda: self.events.append("told"),
+            reporting=self._reporting,
+            report=lambda: self.events.append("reported"),
         )
 
     def run(self, most: int = 10) -> int:
@@ -114,158 +114,164 @@ class Desk:
         return done
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
         self.events.append("reloading")
         yield
         self.events.append("ready")
 
 
 @pytest.fixture
-def desk() -> Desk:
-    """A desk at which nothing has been done."""
-    return Desk()
+def played() -> PlayedReload:
+    """A reload that has not begun."""
+    return PlayedReload()
 
 
-def test_a_start_counts_as_a_success(desk: Desk) -> None:
+def test_a_start_counts_as_a_success(played: PlayedReload) -> None:
     """There was a file that could be read."""
-    assert (desk.reload.succeeded, desk.reload.succeeded_at) == (True, 100.0)
+    assert (played.reload.succeeded, played.reload.succeeded_at) == (True, 100.0)
 
 
-def test_a_good_file_is_used(desk: Desk, logged: Listening) -> None:
-    """In order: files are opened anew, the file is read aside, and the manager hears of it."""
-    desk.time = 200.0
-    desk.reload()
-    assert desk.events == ["reopened", "reloading"]
-    desk.run()
-    assert desk.setup.config is desk.file
-    assert desk.events == ["reopened", "reloading", "read", "told", "ready"]
-    assert (desk.reload.succeeded, desk.reload.succeeded_at) == (True, 200.0)
+def test_a_good_file_is_used(played: PlayedReload, logged: Listening) -> None:
+    """In order: logs are reopened, the file is read on a thread, and the manager is notified."""
+    played.time = 200.0
+    played.reload()
+    assert played.events == ["reopened", "reloading"]
+    played.run()
+    assert played.setup.config is played.file
+    assert played.events == ["reopened", "reloading", "read", "reported", "ready"]
+    assert (played.reload.succeeded, played.reload.succeeded_at) == (True, 200.0)
     assert formatEvent(logged[-1]) == "reloaded; changed: clients.x"
-    assert desk.setup.abandoned == []
+    assert played.setup.abandoned == []
 
 
-def test_the_same_file_changes_nothing(desk: Desk, logged: Listening) -> None:
-    """And the log says so."""
-    desk.file = config()
-    desk.reload()
-    desk.run()
+def test_the_same_file_changes_nothing(played: PlayedReload, logged: Listening) -> None:
+    """The log says that nothing has changed."""
+    played.file = config()
+    played.reload()
+    played.run()
     assert formatEvent(logged[-1]) == "reloaded; nothing has changed"
 
 
 @pytest.mark.parametrize("where", ["file", "made", "used"])
-def test_what_fails_changes_nothing(desk: Desk, logged: Listening, where: str) -> None:
-    """Wherever it does; the next one that goes well makes it good."""
-    before, good = desk.setup.config, desk.file
+def test_a_reload_that_fails_changes_nothing(
+    played: PlayedReload, logged: Listening, where: str
+) -> None:
+    """In every step; the next good file is used."""
+    before, good = played.setup.config, played.file
     if where == "file":
-        desk.file = ConfigError(["a.b: expected c", "d: unknown key"])
+        played.file = ConfigError(["a.b: expected c", "d: unknown key"])
         problems = ["a.b: expected c", "d: unknown key"]
     elif where == "made":
-        desk.setup.why_not_made, problems = OSError("no such file"), ["no such file"]
+        played.setup.why_not_made, problems = OSError("no such file"), ["no such file"]
     else:
-        desk.setup.why_not_used, problems = ValueError("no endpoint"), ["no endpoint"]
-    desk.time = 200.0
-    desk.reload()
-    desk.run()
-    assert desk.setup.config is before
-    assert (desk.reload.succeeded, desk.reload.succeeded_at) == (False, 100.0)
+        played.setup.why_not_used, problems = ValueError("no endpoint"), ["no endpoint"]
+    played.time = 200.0
+    played.reload()
+    played.run()
+    assert played.setup.config is before
+    assert (played.reload.succeeded, played.reload.succeeded_at) == (False, 100.0)
     assert logged[-1]["log_level"] is LogLevel.error
     assert logged[-1]["problems"] == problems
     assert formatEvent(logged[-1]).endswith(f"nothing has changed: {'; '.join(problems)}")
-    assert desk.events[-1] == "ready"
+    assert played.events[-1] == "ready"
 
-    desk.file, desk.setup.why_not_made, desk.setup.why_not_used = good, None, None
-    desk.reload()
-    desk.run()
-    assert (desk.reload.succeeded, desk.reload.succeeded_at) == (True, 200.0)
-    assert desk.setup.config is good
+    played.file, played.setup.why_not_made, played.setup.why_not_used = good, None, None
+    played.reload()
+    played.run()
+    assert (played.reload.succeeded, played.reload.succeeded_at) == (True, 200.0)
+    assert played.setup.config is good
 
 
-def test_an_error_of_ours_is_one_too(desk: Desk, logged_failures: LoggedFailures) -> None:
-    """It is logged with its traceback, and the next reload is not held up."""
-    desk.setup.why_not_made = KeyError("ours")
-    desk.reload()
-    desk.run()
+def test_an_error_of_ours_fails_a_reload_too(
+    played: PlayedReload, logged_failures: LoggedFailures
+) -> None:
+    """It is logged with its traceback, and the next reload is done."""
+    played.setup.why_not_made = KeyError("ours")
+    played.reload()
+    played.run()
     (failure,) = logged_failures.flush(KeyError)
     assert "ours" in failure.getErrorMessage()
-    assert not desk.reload.succeeded
-    desk.setup.why_not_made = None
-    desk.reload()
-    desk.run()
-    assert desk.reload.succeeded
+    assert not played.reload.succeeded
+    played.setup.why_not_made = None
+    played.reload()
+    played.run()
+    assert played.reload.succeeded
 
 
-def test_calls_in_quick_succession_are_two_readings(desk: Desk) -> None:
-    """However many come while the first is read: the second one sees what they all meant."""
-    first = desk.file
+def test_calls_in_quick_succession_are_two_readings(played: PlayedReload) -> None:
+    """However many signals come during the first reading, one more reading serves them all."""
+    first = played.file
     for _ in range(5):
-        desk.reload()
-    assert desk.events.count("reopened") == 5
-    assert desk.run(1) == 1
-    assert desk.setup.config is first
-    desk.file = config("[limits]\ndrains = 7")
-    assert desk.run() == 1
-    assert desk.setup.config is desk.file
-    assert [desk.events.count(event) for event in ("reloading", "read", "ready")] == [1, 2, 1]
+        played.reload()
+    assert played.events.count("reopened") == 5
+    assert played.run(1) == 1
+    assert played.setup.config is first
+    played.file = config("[limits]\ndrains = 7")
+    assert played.run() == 1
+    assert played.setup.config is played.file
+    assert [played.events.count(event) for event in ("reloading", "read", "ready")] == [1, 2, 1]
 
 
-def test_a_call_during_the_use_is_answered(desk: Desk) -> None:
-    """A signal that comes between two readings is none that was lost."""
-    desk.reload()
-    desk.run()
-    desk.file = config("[limits]\ndrains = 7")
-    desk.reload()
-    desk.run()
-    assert desk.setup.config.limits.drains == 7
+def test_a_reload_may_follow_another(played: PlayedReload) -> None:
+    """A signal behind a finished reload begins another one."""
+    played.reload()
+    played.run()
+    played.file = config("[limits]\ndrains = 7")
+    played.reload()
+    played.run()
+    assert played.setup.config.limits.drains == 7
 
 
-def test_at_rest_nothing_is_read(desk: Desk, logged: Listening) -> None:
-    """Files are opened anew all the same; and it is said."""
-    desk.reload.end()
-    desk.reload()
-    assert desk.run() == 0
-    assert desk.events == ["reopened"]
+def test_a_process_that_shuts_down_reads_no_file(played: PlayedReload, logged: Listening) -> None:
+    """Logs are reopened all the same, and the log says that there is no reload."""
+    played.reload.end()
+    played.reload()
+    assert played.run() == 0
+    assert played.events == ["reopened"]
     assert formatEvent(logged[-1]) == "no reload: the process shuts down"
-    assert desk.reload.succeeded
+    assert played.reload.succeeded
 
 
-def test_what_is_made_when_the_rest_begins_is_let_go_of(desk: Desk, logged: Listening) -> None:
-    """It is not used any more, and that is no failure."""
-    before = desk.setup.config
-    desk.reload()
-    desk.reload()
-    desk.reload.end()
-    assert desk.run() == 1
-    assert desk.setup.config is before
-    assert desk.setup.abandoned == [desk.file]
+def test_a_setup_that_a_shutdown_overtakes_is_abandoned(
+    played: PlayedReload, logged: Listening
+) -> None:
+    """The setup is not used, and that is no failure."""
+    before = played.setup.config
+    played.reload()
+    played.reload()
+    played.reload.end()
+    assert played.run() == 1
+    assert played.setup.config is before
+    assert played.setup.abandoned == [played.file]
     assert formatEvent(logged[-1]) == "no reload: the process shuts down"
-    assert desk.events[-1] == "ready"
+    assert played.events[-1] == "ready"
 
 
-def test_the_loop_stays_what_it_is(desk: Desk, logged: Listening) -> None:
-    """What the file says of it waits for the next start; the rest takes effect."""
-    desk.file = parse(BASE.replace('"us"', '"them"\ntuned_loop = false'), environ={})
-    desk.reload()
-    desk.run()
-    assert desk.setup.config.proxy.tuned_loop
-    assert desk.setup.config.proxy.via == "them"
+def test_a_running_loop_is_kept(played: PlayedReload, logged: Listening) -> None:
+    """A change of the loop waits for the next start; every other change takes effect."""
+    played.file = parse(BASE.replace('"us"', '"them"\ntuned_loop = false'), environ={})
+    played.reload()
+    played.run()
+    assert played.setup.config.proxy.tuned_loop
+    assert played.setup.config.proxy.via == "them"
     assert formatEvent(logged[-1]) == (
         "reloaded; changed: proxy; at the next start: proxy.tuned_loop"
     )
-    desk.file = config()
-    desk.reload()
-    desk.run()
+    played.file = config()
+    played.reload()
+    played.run()
     assert formatEvent(logged[-1]) == "reloaded; changed: proxy"
 
 
-def test_what_can_change_is_left_alone() -> None:
-    """The file's own configuration is used where nothing waits."""
+def test_a_configuration_that_can_be_used_whole_is_used_as_it_is() -> None:
+    """The file's own configuration is used where no change waits."""
     new = config("[limits]\ndrains = 7")
     assert settled(new, config()) == (new, [])
     assert settled(new, config())[0] is new
 
 
 def test_changes_are_named() -> None:
-    """By table, and those with names by these: what is new, what is other, what is gone."""
+    """By table, or by name where a table has names: whatever is new, changed or gone."""
     more = (
         '[providers.b]\nurl = "http://b.example"\ndialect = "raw"\n'
         '[[routes]]\npath = "/b"\nproviders = ["b"]\n[timeouts]\nconnect = "1s"\n'
@@ -278,8 +284,8 @@ def test_changes_are_named() -> None:
 
 
 @ensureDeferred
-async def test_what_blocks_is_called_on_another_thread() -> None:
-    """One that keeps nobody from ending; what it returns or raises comes back here."""
+async def test_a_blocking_call_is_made_on_another_thread() -> None:
+    """On a daemon thread; its result or its exception comes back here."""
     seen: list[threading.Thread] = []
 
     def job() -> str:

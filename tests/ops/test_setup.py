@@ -1,4 +1,4 @@
-"""The limit of descriptors: raised as far as that is needed and allowed, or told."""
+"""The limit of descriptors: raised as far as needed and allowed, or reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[Limits]
     return begin
 
 
-def test_two_for_each_connection() -> None:
+def test_each_connection_needs_two_descriptors() -> None:
     """One for the client, one for the provider, and some for all else."""
     assert needed(1000) == 2000 + RESERVE
 
@@ -46,7 +46,7 @@ def test_two_for_each_connection() -> None:
         (2511, 2512, 2512),
     ],
 )
-def test_it_is_raised_as_far_as_allowed(
+def test_the_limit_is_raised_as_far_as_allowed(
     limits: Callable[[int, int], list[Limits]], soft: int, hard: int, raised: int
 ) -> None:
     """The soft limit rises to what is needed; the hard one is left alone."""
@@ -59,20 +59,20 @@ def test_it_is_raised_as_far_as_allowed(
     ("soft", "hard"),
     [(2512, 2512), (5000, 9000), (resource.RLIM_INFINITY, resource.RLIM_INFINITY), (100, 100)],
 )
-def test_it_is_left_where_nothing_can_be_gained(
+def test_the_limit_is_kept_where_nothing_can_be_gained(
     limits: Callable[[int, int], list[Limits]], soft: int, hard: int
 ) -> None:
-    """It is high enough already, or the hard limit allows no more; it never sinks."""
+    """The soft limit is high enough, or the hard one allows no more; it is never lowered."""
     now = limits(soft, hard)
     raise_limit(1000)
     assert now == [(soft, hard)]
 
 
 @pytest.mark.parametrize(("hard", "warned"), [(2511, True), (2512, False)])
-def test_too_low_a_hard_limit_is_told(
+def test_too_low_a_hard_limit_is_reported(
     limits: Callable[[int, int], list[Limits]], logged: Listening, hard: int, warned: bool
 ) -> None:
-    """With both numbers, and what an operator can do."""
+    """With both numbers, and a remedy for the operator."""
     limits(1024, hard)
     raise_limit(1000)
     lines = [formatEvent(event) for event in logged]
@@ -89,7 +89,7 @@ def test_too_low_a_hard_limit_is_told(
 def test_a_limit_that_cannot_be_raised_is_an_error(
     limits: Callable[[int, int], list[Limits]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Something forbids what the hard limit would allow."""
+    """The system refuses a value that the hard limit would allow."""
     limits(1024, 9000)
 
     def refuse(which: int, limits: Limits) -> None:

@@ -1,4 +1,4 @@
-"""A client that asks in a way that it should not, and what it is told."""
+"""A client whose requests are not as they should be, and the responses that it gets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.sockets import Wire, connect
 from tests.traps.endings import read_ending
 
 
-class Told(NamedTuple):
+class ClientResponse(NamedTuple):
     """A response, or that there was none.
 
     Attributes:
@@ -18,7 +18,7 @@ class Told(NamedTuple):
         fields: its header fields, names in lower case.
         body: its body; where it is the last response, everything that came behind its head.
         how: the connection's end as :class:`~tests.traps.endings.Ending` has it; ``open`` where the
-            answer is not the last.
+            response is not the last.
     """
 
     status: int | None
@@ -38,18 +38,18 @@ class Told(NamedTuple):
         return str(said["error"]["message"])
 
 
-NOTHING = Told(None, [], b"", "open")
+NOTHING = ClientResponse(None, [], b"", "open")
 
 
-def ask(port: int, seconds: float, *pieces: bytes) -> Told:
+def ask(port: int, seconds: float, *pieces: bytes) -> ClientResponse:
     """Send bytes in one piece; return the first response, waiting for so many seconds."""
     with connect(port) as wire:
-        with suppress(ConnectionError):  # whoever refuses without a word may do it while we speak
+        with suppress(ConnectionError):  # a server may refuse while we are still sending
             wire.send(*pieces)
-        return read_told(wire, seconds)
+        return read_response(wire, seconds)
 
 
-def read_told(wire: Wire, seconds: float) -> Told:
+def read_response(wire: Wire, seconds: float) -> ClientResponse:
     """Read one response, and the end of the connection where the response announces it."""
     wire.sock.settimeout(seconds)
     try:
@@ -60,5 +60,5 @@ def read_told(wire: Wire, seconds: float) -> Told:
     framed = {name for name, _ in fields} & {b"content-length", b"transfer-encoding"}
     if status >= 200 and ((b"connection", b"close") in fields or not framed):
         ending = read_ending(wire, seconds)
-        return Told(status, fields, ending.raw, ending.how)
-    return Told(status, fields, wire.read_body(fields), "open")
+        return ClientResponse(status, fields, ending.raw, ending.how)
+    return ClientResponse(status, fields, wire.read_body(fields), "open")

@@ -1,11 +1,11 @@
-"""What comes of one request, told without exceptions, because each cast has its own."""
+"""What comes of one request, without exceptions, because ours and the stock parts differ."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any, NamedTuple
 
-from tests.support.sockets import Wire
+from tests.support.sockets import Received, Wire
 from tests.traps.parts import Body, Call
 from tests.traps.waits import ended, until, within
 
@@ -20,8 +20,8 @@ class Outcome(NamedTuple):
     Attributes:
         code: the response's status, or None where there was no response.
         data: its body.
-        whole: whether that was whole; None where neither its end nor its break was told.
-        error: why there was no response; ``TimeoutError`` where nothing was told at all.
+        whole: whether that was whole; None where it neither ended nor broke in time.
+        error: why there was no response; ``TimeoutError`` where there was neither in time.
     """
 
     code: int | None
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether the request failed by itself, and not because nobody waited any longer."""
+        """Whether the request failed by itself, and not because the test waited no longer."""
         return self.error is not None and not isinstance(self.error, TimeoutError)
 
 
@@ -47,8 +47,22 @@ async def outcome(call: Call, seconds: float) -> Outcome:
     return Outcome(reply.code, body.data, whole, None)
 
 
+class Responding:
+    """A provider's script that gives every request the same response, and keeps the requests."""
+
+    def __init__(self, response: bytes = OK) -> None:
+        self._response = response
+        self.requests: list[Received] = []
+
+    def __call__(self, wire: Wire) -> None:
+        """Serve one connection."""
+        while True:
+            self.requests.append(wire.read_request())
+            wire.send(self._response)
+
+
 class FirstThenSecond:
-    """A provider's script: ``/first`` gets one response, ``/second`` tells whose connection it is.
+    """A provider's script: the response to ``/second`` shows on which connection it came.
 
     On a connection of its own the second request gets ``mine``; where the first one was on that
     connection already, it gets ``trick``.
@@ -108,6 +122,6 @@ def reads_until_closed(wire: Wire) -> int:
     return count
 
 
-def is_told(error: Any, word: str) -> bool:
-    """Tell whether an error speaks of something, to whoever reads it."""
+def names(error: Any, word: str) -> bool:
+    """Return whether the text of an error holds a word."""
     return word in f"{error} {getattr(error, 'detail', '')} {getattr(error, 'reason', '')}".lower()

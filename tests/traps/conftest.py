@@ -24,9 +24,11 @@ from tests.support.kernel import held
 from tests.support.tls import Authority
 from tests.traps.parts import (
     OurSender,
+    Ports,
     Sender,
     StockPump,
     StockSender,
+    Upstream,
     our_config,
 )
 from tests.traps.resources import Serving
@@ -38,6 +40,8 @@ TOWARDS_CLIENTS = ("request_head", "request_body", "client_stall")
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Write the row that a test is for into the report, for ``test_stock.py``."""
+    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
+    item.add_marker(pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning"))
     for mark in item.iter_markers("trap"):
         item.user_properties.append(("trap", mark.args[0]))
 
@@ -73,7 +77,7 @@ def cleanups() -> Iterator[list[Cleanup]]:
 
 
 @pytest.fixture
-def upstream(stock: bool, cleanups: list[Cleanup]) -> Callable[..., Sender]:
+def upstream(stock: bool, cleanups: list[Cleanup]) -> Upstream:
     """``upstream(url, ca=None, …)``: what sends requests to the provider at ``url``.
 
     ``connect`` is how long that may take to connect, in seconds; ``pool_idle`` how long it keeps
@@ -102,7 +106,7 @@ def upstream(stock: bool, cleanups: list[Cleanup]) -> Callable[..., Sender]:
 
 
 @pytest.fixture
-def front(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callable[..., int]:
+def front(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Ports:
     """``front(resource, tls=False, …)``: listens, serves ``resource`` and returns the port.
 
     ``client_deadline`` is how long a head, a body and a client that takes nothing may last, in
@@ -130,7 +134,7 @@ def front(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callabl
 
 
 @pytest.fixture
-def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Callable[..., int]:
+def proxy(stock: bool, authority: Authority, cleanups: list[Cleanup]) -> Ports:
     """``proxy(url, …)``: a whole proxy in front of ``url``, under ``/p``; returns its port.
 
     ``ca`` is whom it trusts, ``tls`` ends TLS on its listener, ``send_buffer`` is the kernel's for

@@ -1,4 +1,4 @@
-"""Reading a response to its end, and saying how it ended."""
+"""ClientResponse a response to its end, and saying how it ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ending(NamedTuple):
 
     Attributes:
         raw: the bytes.
-        how: ``fin`` (with TLS's farewell where there is TLS), ``truncated`` (without it),
+        how: ``fin`` (with close_notify where there is TLS), ``truncated`` (without it),
             ``reset``, or ``open`` where the connection stood still.
     """
 

@@ -1,4 +1,4 @@
-"""Two casts for one play: our parts, and Twisted's and treq's own as they come.
+"""Our parts, and in their place Twisted's and treq's own, the stock parts.
 
 Every scenario of this folder asks for its parts through the fixtures of ``conftest.py`` and cannot
 tell which it got.  The stock parts are what a developer would write who has read the manuals and
@@ -10,9 +10,10 @@ parts step around the others, so that what fails is what the scenario is about.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, succeed
@@ -32,8 +33,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Config, parse
-from llmproxy.upstream.client import Upstream
-from llmproxy.upstream.response import Response
+from llmproxy.upstream import client
 from tests.support.daemon import UNTUNED
 
 Fields = list[tuple[bytes, bytes]]
@@ -75,35 +75,71 @@ class Body(TwistedProtocol):
         self.ended.callback(reason.check(ResponseDone) is not None)
 
 
-class Reply(Protocol):
-    """A response whose head is in."""
+class Reply:
+    """A response whose head is in.
 
-    @property
-    def code(self) -> int:
-        """The status."""
+    Attributes:
+        response: what the HTTP client made of it.
+        body: what its body is delivered to.
+    """
+
+    def __init__(self, response: Any) -> None:
+        self.response = response
+        self.code: int = response.code
+        self.body: TwistedProtocol | None = None
 
     @property
     def fields(self) -> Fields:
         """The header fields, names in lower case."""
+        raise NotImplementedError
 
     def deliver(self, body: TwistedProtocol) -> None:
         """Ask for the body."""
+        self.body = body
+        self._deliver(body)
+
+    def _deliver(self, body: TwistedProtocol) -> None:
+        raise NotImplementedError
 
 
-class Call(Protocol):
-    """One request under way."""
+class Call:
+    """One request under way.
 
-    head: Deferred[Any]
-    """Fires with the :class:`Reply`."""
+    Attributes:
+        head: fires with the :class:`Reply`.
+    """
+
+    def __init__(self, asked: Deferred[Any], reply: type[Reply]) -> None:
+        self._asked = asked
+        self._make_reply = reply
+        self._reply: Reply | None = None
+        self.head: Deferred[Any] = asked.addCallback(self._came)
+
+    def _came(self, response: Any) -> Reply:
+        self._reply = self._make_reply(response)
+        return self._reply
 
     def cancel(self) -> None:
         """Give up by the hold on the request itself, in whatever phase it is."""
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Give up by the hold on the connection that the body comes from."""
+        raise NotImplementedError
 
 
-class Sender(Protocol):
+class Order(NamedTuple):
+    """What is to be sent: the arguments of :meth:`Sender.send`."""
+
+    method: str
+    target: str
+    fields: Fields
+    body: bytes
+    tenant: str
+    treq: dict[str, Any]
+
+
+class Sender:
     """Sends requests to one provider."""
 
     def send(
@@ -123,79 +159,68 @@ class Sender(Protocol):
             tenant: whose credential goes with it.
             treq: what the stock part passes on to ``HTTPClient.request``.
         """
+        return self._send(Order(method, target, fields, body, tenant, treq))
+
+    def _send(self, order: Order) -> Call:
+        raise NotImplementedError
 
     def close(self) -> Deferred[Any]:
         """Close what is idle."""
+        raise NotImplementedError
 
+
+Upstream = Callable[..., Sender]
+"""The fixture that makes senders."""
+
+Ports = Callable[..., int]
+"""A fixture that listens and returns the port."""
 
 # -- ours -----------------------------------------------------------------------------------
 
 
-class OurReply:
+class OurReply(Reply):
     """Our response."""
 
-    def __init__(self, answer: Response) -> None:
-        self.answer = answer
-        self.code = answer.code
-        self.fields: Fields = answer.fields
+    @property
+    def fields(self) -> Fields:
+        """The header fields."""
+        return cast(Fields, self.response.fields)
 
-    def deliver(self, body: TwistedProtocol) -> None:
-        """Ask for the body."""
-        self.answer.deliverBody(cast(Any, body))
+    def _deliver(self, body: TwistedProtocol) -> None:
+        self.response.deliverBody(body)
 
 
-class OurCall:
+class OurCall(Call):
     """Our request: before the head its Deferred is the hold, after it the response."""
-
-    def __init__(self, asked: Deferred[Response]) -> None:
-        self._asked = asked
-        self._reply: OurReply | None = None
-        self.head: Deferred[Any] = asked.addCallback(self._came)
-
-    def _came(self, answer: Response) -> OurReply:
-        self._reply = OurReply(answer)
-        return self._reply
 
     def cancel(self) -> None:
         """Give up."""
         if self._reply is None:
             self._asked.cancel()
         else:
-            self._reply.answer.abort()
+            self._reply.response.abort()
 
     drop = cancel
 
 
-class OurSender:
+class OurSender(Sender):
     """Our upstream side, with one provider."""
 
     def __init__(self, reactor: Any, config: Config) -> None:
         self._config = config
-        self._upstream = Upstream(reactor, time.monotonic, config)
+        self._upstream = client.Upstream(reactor, time.monotonic, config)
 
-    def send(
-        self,
-        method: str,
-        target: str,
-        fields: Fields,
-        *,
-        body: bytes = b"",
-        tenant: str = "a",
-        **treq: Any,
-    ) -> OurCall:
-        """Send a request."""
-        provider = self._config.providers["p"]
-        return OurCall(
-            self._upstream.send(
-                provider,
-                method,
-                target.encode("latin-1"),
-                fields,
-                body,
-                credential=tenant.encode(),
-                timeouts=self._config.timeouts,
-            )
+    def _send(self, order: Order) -> Call:
+        asked = self._upstream.send(
+            self._config.providers["p"],
+            order.method,
+            order.target.encode("latin-1"),
+            order.fields,
+            order.body,
+            credential=order.tenant.encode(),
+            timeouts=self._config.timeouts,
         )
+        return OurCall(asked, OurReply)
 
     def close(self) -> Deferred[Any]:
         """Close everything."""
@@ -210,7 +235,7 @@ def our_config(
     listen: str = "tcp:0:interface=127.0.0.1",
     more: str = "",
 ) -> Config:
-    """Return a configuration with the provider ``p`` behind ``/p``, open to whoever comes."""
+    """Return a configuration with the provider ``p`` behind ``/p``, open to every client."""
     trust = "" if ca is None else f'ca = "{ca}"'
     return parse(
         f"""
@@ -237,13 +262,8 @@ def our_config(
 # -- stock ----------------------------------------------------------------------------------
 
 
-class StockReply:
+class StockReply(Reply):
     """treq's response."""
-
-    def __init__(self, response: Any) -> None:
-        self.response = response
-        self.code: int = response.code
-        self.body: TwistedProtocol | None = None
 
     @property
     def fields(self) -> Fields:
@@ -251,23 +271,12 @@ class StockReply:
         pairs = self.response.headers.getAllRawHeaders()
         return [(name.lower(), value) for name, values in pairs for value in values]
 
-    def deliver(self, body: TwistedProtocol) -> None:
-        """Ask for the body."""
-        self.body = body
+    def _deliver(self, body: TwistedProtocol) -> None:
         self.response.original.deliverBody(body)
 
 
-class StockCall:
+class StockCall(Call):
     """treq's request: its Deferred, and later the transport that the body's protocol is given."""
-
-    def __init__(self, asked: Deferred[Any]) -> None:
-        self._asked = asked
-        self._reply: StockReply | None = None
-        self.head: Deferred[Any] = asked.addCallback(self._came)
-
-    def _came(self, response: Any) -> StockReply:
-        self._reply = StockReply(response)
-        return self._reply
 
     def cancel(self) -> None:
         """Cancel the Deferred."""
@@ -281,7 +290,7 @@ class StockCall:
         getattr(transport, "abortConnection", transport.loseConnection)()
 
 
-class StockSender:
+class StockSender(Sender):
     """treq over Twisted's agent and pool."""
 
     def __init__(
@@ -291,23 +300,15 @@ class StockSender:
         self._pool = HTTPConnectionPool(reactor)
         self._client = stock_client(reactor, self._pool, ca, connect)
 
-    def send(
-        self,
-        method: str,
-        target: str,
-        fields: Fields,
-        *,
-        body: bytes = b"",
-        tenant: str = "a",
-        **treq: Any,
-    ) -> StockCall:
-        """Send a request."""
+    def _send(self, order: Order) -> Call:
         headers = Headers()
-        for name, value in fields:
+        for name, value in order.fields:
             headers.addRawHeader(name, value)
-        options = {"unbuffered": True, "data": BytesIO(body) if body else None, **treq}
-        url = self._url + target
-        return StockCall(cast(Any, self._client.request(method, url, headers=headers, **options)))
+        data = BytesIO(order.body) if order.body else None
+        options = {"unbuffered": True, "data": data, **order.treq}
+        url = self._url + order.target
+        asked: Any = self._client.request(order.method, url, headers=headers, **options)
+        return StockCall(asked, StockReply)
 
     def close(self) -> Deferred[Any]:
         """Close what is idle."""

@@ -1,4 +1,4 @@
-"""The applications that both casts' sites serve."""
+"""The Resources that our site and Twisted's own serve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmproxy.server.handler import Handler
 
 
 class Saying(Resource):
-    """Answers with what ``say`` does to the request."""
+    """Responds with what ``say`` does to the request."""
 
     isLeaf = True
 
@@ -21,13 +21,13 @@ class Saying(Resource):
         self._say = say
 
     def render_GET(self, request: Any) -> int:
-        """Answer."""
+        """Respond."""
         self._say(request)
         return NOT_DONE_YET
 
 
 class Counting(Resource):
-    """Answers whatever reaches it.
+    """Responds to whatever reaches it.
 
     Attributes:
         rendered: how many requests did.
@@ -40,7 +40,7 @@ class Counting(Resource):
         self.rendered = 0
 
     def render(self, request: Any) -> bytes:
-        """Answer."""
+        """Respond."""
         self.rendered += 1
         return b"ok"
 
@@ -57,5 +57,5 @@ class Serving(Handler):
         return 1024
 
     def render(self, request: Any) -> Any:
-        """Let the resource answer."""
+        """Let the resource respond."""
         return self._resource.render(request)

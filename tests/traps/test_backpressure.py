@@ -1,10 +1,8 @@
-"""Who holds the bytes while a client does not read."""
+"""Where the bytes are while a client does not read."""
 
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Callable
 
 import pytest
 from pytest_twisted import ensureDeferred
@@ -12,12 +10,9 @@ from pytest_twisted import ensureDeferred
 from tests.support.kernel import held
 from tests.support.sockets import WAIT, Provider, Wire, connect, request
 from tests.support.tls import Authority
-from tests.traps.waits import happens, thread
-
-pytestmark = pytest.mark.filterwarnings(
-    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
-    "ignore:Passing pyOpenSSL:DeprecationWarning"
-)
+from tests.traps.calls import Step
+from tests.traps.parts import Ports
+from tests.traps.waits import thread
 
 BUFFER = 8192
 """Every kernel buffer's size in bytes, where it can be said; Linux gives twice as much."""
@@ -35,17 +30,17 @@ STILL = 0.75
 
 
 class Pouring:
-    """A provider's script that sends a body as fast as it is taken, and tells when nobody does.
+    """A provider's script that sends a body as fast as it is taken, and notes when none is taken.
 
     Attributes:
         taken: bytes that the kernel, and before it TLS, took from the script.
-        stood: set when no byte was taken for a while, or when there is none left.
+        stood: given when no byte was taken for a while, or when there is none left.
     """
 
     def __init__(self) -> None:
         self.content = b"".join(b"%07d\n" % place for place in range(TOTAL // 8))
         self.taken = 0
-        self.stood = threading.Event()
+        self.stood = Step()
 
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
@@ -57,12 +52,12 @@ class Pouring:
             try:
                 count = wire.sock.send(left[:65536])
             except TimeoutError:
-                self.stood.set()
+                self.stood.give()
                 wire.sock.settimeout(WAIT)
             else:
                 self.taken += count
                 left = left[count:]
-        self.stood.set()
+        self.stood.give()
 
 
 def read_all(wire: Wire) -> bytes:
@@ -84,7 +79,7 @@ def read_all(wire: Wire) -> bytes:
 @pytest.mark.parametrize("above", [False, True], ids=["plain provider", "tls provider"])
 @ensureDeferred
 async def test_a_client_that_stops_reading_stops_the_provider(
-    proxy: Callable[..., int], authority: Authority, above: bool, below: bool
+    proxy: Ports, authority: Authority, above: bool, below: bool
 ) -> None:
     """What the proxy took and could not forward stays bounded; reading again, all of it comes."""
     pouring = Pouring()
@@ -96,7 +91,7 @@ async def test_a_client_that_stops_reading_stops_the_provider(
         with wire:
             wire.send(request("GET", "/p/x"))
             await thread(wire.read_head)
-            assert await happens(pouring.stood, WAIT)
+            assert await pouring.stood.happens(WAIT)
             arrived = held(peer=provider.port)
             taken = arrived.received - arrived.unread
             given = held(local=port).written

@@ -1,4 +1,4 @@
-"""Deadlines over every phase, descriptors that run out, and names that are slow to be found."""
+"""Deadlines over every phase, descriptors that run out, and lookups that are slow."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from llmproxy.upstream import client
 from llmproxy.upstream.resolver import Resolver
 from tests.support.sockets import Provider, Wire, connect, request
 from tests.support.tls import Authority
-from tests.traps.calls import OK, Outcome, Step, is_told, outcome
+from tests.traps.calls import Outcome, Responding, Step, names, outcome
 from tests.traps.endings import Ending, read_ending
-from tests.traps.parts import Sender
+from tests.traps.parts import Ports, Upstream
 from tests.traps.waits import thread, until
 
-Upstream = Callable[..., Sender]
 ANY: Any = reactor
 
 
@@ -34,7 +33,7 @@ ANY: Any = reactor
 async def test_the_handshake_is_within_the_time_to_connect(
     upstream: Upstream, authority: Authority, patience: float
 ) -> None:
-    """A provider that accepts and never answers the ClientHello is given up, and let go of."""
+    """A provider that accepts and never responds to the ClientHello is given up, and let go of."""
     closed = Step()
 
     def script(wire: Wire) -> None:
@@ -45,7 +44,7 @@ async def test_the_handshake_is_within_the_time_to_connect(
     with Provider(script) as provider:
         sender = upstream(f"https://localhost:{provider.port}", authority.ca_path, connect=0.2)
         result = await outcome(sender.send("GET", "/x", []), patience)
-        assert result.refused, "nobody gave up"
+        assert result.refused, "the provider is not given up"
         assert await closed.happens(patience), "the connection is kept"
 
 
@@ -61,7 +60,7 @@ def silent(*pieces: bytes) -> Callable[[Wire], None]:
 
 
 def drip(wire: Wire) -> None:
-    """Answer with a body that never ends: a byte each time that nobody could call silent."""
+    """Respond with a body that never ends, a byte at a time, and is never silent."""
     wire.read_request()
     wire.send(b"HTTP/1.1 200 OK\r\n\r\n")
     tick = threading.Event()
@@ -87,7 +86,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
 )
 @ensureDeferred
 async def test_every_later_phase_has_its_deadline(
-    proxy: Callable[..., int],
+    proxy: Ports,
     patience: float,
     deadline: str,
     script: Callable[[Wire], None],
@@ -103,7 +102,7 @@ async def test_every_later_phase_has_its_deadline(
 
     with Provider(script) as provider:
         ending = await thread(ask, proxy(provider.url, deadlines=f'{deadline} = "200ms"'))
-    assert ending.how != "open", "nobody gave up"
+    assert ending.how != "open", "the provider is not given up"
     assert ending.raw[9:12] == status
     assert not ending.raw.endswith(b"0\r\n\r\n")
 
@@ -133,16 +132,11 @@ def no_descriptor_left() -> Iterator[None]:
 @pytest.mark.trap("U18")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 @ensureDeferred
-async def test_being_out_of_descriptors_is_called_by_its_name(
+async def test_being_out_of_descriptors_is_reported(
     upstream: Upstream, patience: float, host: str, logged_failures: Any
 ) -> None:
     """It is no failed lookup, nothing goes unhandled, and the next request is served."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(OK)
-
-    provider = Provider(script)
+    provider = Provider(Responding())
     sender = upstream(f"http://{host}:{provider.port}")
     with no_descriptor_left():
         failed = await outcome(sender.send("GET", "/x", []), patience)
@@ -150,14 +144,14 @@ async def test_being_out_of_descriptors_is_called_by_its_name(
     with provider:  # only now: its thread needs descriptors, too
         served = await outcome(sender.send("GET", "/x", []), patience)
     assert not isinstance(failed.error, DNSLookupError)
-    assert is_told(failed.error, "descriptors")
+    assert names(failed.error, "descriptors")
     assert unhandled == []
     assert served.data == b"ok"
 
 
 @contextmanager
 def resolving(monkeypatch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any]) -> Iterator[None]:
-    """Let both casts look names up in this way."""
+    """Let our parts and stock parts look names up in this way."""
     monkeypatch.setattr(client, "Resolver", partial(Resolver, getaddrinfo=getaddrinfo))
     stock = GAIResolver(ANY, getaddrinfo=getaddrinfo)
     before = ANY.installNameResolver(stock)
@@ -178,7 +172,7 @@ def slow_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     def getaddrinfo(host: str, port: int, *_: Any) -> list[Any]:
         if host == HANGING:
             over.wait(20)
-            raise socket.gaierror(socket.EAI_AGAIN, "nobody answered")
+            raise socket.gaierror(socket.EAI_AGAIN, "no response")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     with resolving(monkeypatch, getaddrinfo):
@@ -199,17 +193,10 @@ async def test_a_name_that_hangs_delays_no_other_provider(
 
     The row was only read in the source; with a resolver that hangs it shows in this process, too.
     """
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(OK)
-
     results: list[Outcome] = []
-    with Provider(script) as provider:
-        slow, quick = (
-            upstream(f"http://{HANGING}:1"),
-            upstream(f"http://other.test:{provider.port}"),
-        )
+    with Provider(Responding()) as provider:
+        slow = upstream(f"http://{HANGING}:1")
+        quick = upstream(f"http://other.test:{provider.port}")
         calls = [slow.send("GET", "/x", []) for _ in range(CALLS)]
         threads = threading.active_count()
         served = await outcome(quick.send("GET", "/x", []), patience)
@@ -233,11 +220,8 @@ async def test_a_name_is_not_looked_up_for_every_request(
         lookups.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-
-    with resolving(monkeypatch, getaddrinfo), Provider(script) as provider:
+    closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    with resolving(monkeypatch, getaddrinfo), Provider(Responding(closing)) as provider:
         sender = upstream(f"http://other.test:{provider.port}")
         for _ in range(3):
             assert (await outcome(sender.send("GET", "/x", []), patience)).code == 200

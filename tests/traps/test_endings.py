@@ -1,9 +1,8 @@
-"""How a response that broke reaches a client that is slow to read it."""
+"""How a broken response reaches a client that is slow to read it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 from pytest_twisted import ensureDeferred
@@ -12,12 +11,8 @@ from tests.support.kernel import held
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
 from tests.support.tls import Authority
 from tests.traps.endings import Ending, read_ending
+from tests.traps.parts import Ports
 from tests.traps.waits import thread, until
-
-pytestmark = pytest.mark.filterwarnings(
-    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
-    "ignore:Passing pyOpenSSL:DeprecationWarning"
-)
 
 SMALL = 4096
 """A kernel buffer in bytes; Linux gives twice as much, and bookkeeping takes part of it."""
@@ -29,7 +24,7 @@ PIECE = 8192
 
 
 def content_of(size: int) -> bytes:
-    """Return bytes in which every place can be told from every other."""
+    """Return bytes in which no place is like another."""
     return b"".join(b"%07d\n" % place for place in range(size // 8))
 
 
@@ -73,7 +68,7 @@ class Breaking:
 )
 @ensureDeferred
 async def test_what_came_before_a_break_reaches_a_slow_client(
-    proxy: Callable[..., int],
+    proxy: Ports,
     authority: Authority,
     patience: float,
     tls: bool,
@@ -83,7 +78,7 @@ async def test_what_came_before_a_break_reaches_a_slow_client(
 ) -> None:
     """A client that reads only after the break gets every byte before it, and no proper end.
 
-    In HTTP/1.1 the missing last chunk tells, behind a clean close; in HTTP/1.0 only a reset can.
+    In HTTP/1.1 the missing last chunk shows it, behind a clean close; in HTTP/1.0 only a reset can.
     """
     content = content_of(size)
     with Provider(Breaking(content, reset=reset)) as provider:

@@ -1,9 +1,7 @@
-"""What the listener's HTTP does with a Resource's answer, and with what nobody asked it to say."""
+"""What the listener's HTTP does with a Resource's response, and what it must not add."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +13,14 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from tests.conftest import LoggedFailures
-from tests.support.sockets import Provider, Wire, connect, request
+from tests.support.sockets import Provider, connect, request
 from tests.support.tls import Authority
+from tests.traps.calls import Responding, Step
 from tests.traps.endings import Ending, read_ending
+from tests.traps.parts import Ports
 from tests.traps.resources import Saying
-from tests.traps.waits import happens, thread
+from tests.traps.waits import thread
 
-pytestmark = pytest.mark.filterwarnings(
-    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
-    "ignore:Passing pyOpenSSL:DeprecationWarning"
-)
-
-Front = Callable[..., int]
 Head = tuple[bytes, list[tuple[bytes, bytes]]]
 
 
@@ -41,8 +35,8 @@ GET = request("GET", "/x")
 
 
 @ensureDeferred
-async def test_a_response_is_served(front: Front) -> None:
-    """Both casts can play: a Resource's answer reaches a client; its connection is used again."""
+async def test_a_response_is_served(front: Ports) -> None:
+    """A Resource's response reaches a client, whose connection is used again."""
 
     def say(request: Any) -> None:
         request.setHeader(b"content-length", b"2")
@@ -64,7 +58,7 @@ async def test_a_response_is_served(front: Front) -> None:
 @pytest.mark.parametrize("body", [b"short", b"much too long"], ids=["short", "long"])
 @ensureDeferred
 async def test_a_body_that_does_not_keep_its_length_is_the_last_on_its_connection(
-    front: Front, patience: float, body: bytes
+    front: Ports, patience: float, body: bytes
 ) -> None:
     """Nothing follows a body of the wrong length that could be read as part of it."""
 
@@ -83,7 +77,7 @@ async def test_a_body_that_does_not_keep_its_length_is_the_last_on_its_connectio
 @pytest.mark.parametrize("late", [False, True], ids=["rendering", "a turn later"])
 @ensureDeferred
 async def test_an_exception_in_a_stream_breaks_it_off(
-    front: Front, patience: float, logged_failures: LoggedFailures, late: bool
+    front: Ports, patience: float, logged_failures: LoggedFailures, late: bool
 ) -> None:
     """The client gets what was written and no end: no page, no last chunk."""
 
@@ -120,11 +114,11 @@ class Idler:
 @pytest.mark.trap("C12")
 @ensureDeferred
 async def test_a_response_may_be_ended_after_its_client_has_left(
-    front: Front, patience: float
+    front: Ports, patience: float
 ) -> None:
     """Writing, unregistering and finishing behind the disconnect do nothing, and raise nothing."""
     raised: list[str] = []
-    tried = threading.Event()
+    tried = Step()
 
     def go_on(_: Failure, request: Any) -> None:
         for step in (lambda: request.write(b"2"), request.unregisterProducer, request.finish):
@@ -132,7 +126,7 @@ async def test_a_response_may_be_ended_after_its_client_has_left(
                 step()
             except Exception as error:
                 raised.append(type(error).__name__)
-        tried.set()
+        tried.give()
 
     def say(request: Any) -> None:
         request.notifyFinish().addErrback(go_on, request)
@@ -146,14 +140,14 @@ async def test_a_response_may_be_ended_after_its_client_has_left(
         wire.reset()
 
     await thread(leave, front(Saying(say)))
-    assert await happens(tried, patience)
+    assert await tried.happens(patience)
     assert raised == []
 
 
 @pytest.mark.trap("C12")
 @ensureDeferred
 async def test_finishing_unregisters_the_producer(
-    front: Front, patience: float, logged_failures: LoggedFailures
+    front: Ports, patience: float, logged_failures: LoggedFailures
 ) -> None:
     """A response that ends with its producer registered is no failure; the next one is served."""
 
@@ -180,8 +174,8 @@ async def test_finishing_unregisters_the_producer(
 @pytest.mark.parametrize("whole_proxy", [False, True], ids=["site", "proxy"])
 @ensureDeferred
 async def test_http_2_is_not_offered(
-    front: Front,
-    proxy: Callable[..., int],
+    front: Ports,
+    proxy: Ports,
     authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
     whole_proxy: bool,
@@ -212,18 +206,9 @@ def log_events() -> Any:
     globalLogPublisher.removeObserver(events.append)  # type: ignore[arg-type]  # see above
 
 
-def answer_ok(wire: Wire) -> None:
-    """Answer every request, with nothing that a provider need not say."""
-    while True:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-
-
 @pytest.mark.trap("C18")
 @ensureDeferred
-async def test_the_log_holds_no_query_and_no_key(
-    proxy: Callable[..., int], log_events: list[LogEvent]
-) -> None:
+async def test_the_log_holds_no_query_and_no_key(proxy: Ports, log_events: list[LogEvent]) -> None:
     """One request is one access line, and what may be a secret in it stands nowhere in the log."""
 
     def call(port: int) -> None:
@@ -232,7 +217,7 @@ async def test_the_log_holds_no_query_and_no_key(
             wire.send(request("GET", "/p/v1/x?key=sk-query&n=1", *fields))
             wire.read_body(wire.read_head()[1])
 
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         await thread(call, proxy(provider.url))
     texts = [f"{formatEvent(event)} {event}" for event in log_events]
     assert [text for text in texts if "sk-" in text or "n=1" in text] == []
@@ -242,7 +227,7 @@ async def test_the_log_holds_no_query_and_no_key(
 @pytest.mark.trap("C18")
 @ensureDeferred
 async def test_the_site_writes_no_access_line(
-    front: Front, patience: float, log_events: list[LogEvent]
+    front: Ports, patience: float, log_events: list[LogEvent]
 ) -> None:
     """A request that a Resource serves leaves no trace of its target in the log."""
     port = front(Saying(lambda request: request.finish()))
@@ -258,9 +243,9 @@ def names(head: Head) -> set[bytes]:
 @pytest.mark.trap("C19")
 @ensureDeferred
 async def test_a_resource_s_response_gets_no_server_and_no_type(
-    front: Front, patience: float
+    front: Ports, patience: float
 ) -> None:
-    """What the Resource did not say is not said for it."""
+    """A field that the Resource did not set is not added."""
 
     def say(request: Any) -> None:
         request.write(b"ok")
@@ -274,11 +259,11 @@ async def test_a_resource_s_response_gets_no_server_and_no_type(
 @pytest.mark.trap("C19")
 @ensureDeferred
 async def test_a_provider_s_response_gets_no_server_and_no_type(
-    proxy: Callable[..., int], patience: float
+    proxy: Ports, patience: float
 ) -> None:
     """A response without a ``Server`` and a type keeps having none."""
     closing = request("GET", "/p/x", "Connection: close")
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         head, ending = await thread(ask, proxy(provider.url), patience, closing)
     assert names(head).isdisjoint((b"server", b"content-type"))
     assert ending.raw == b"ok"
@@ -297,10 +282,10 @@ async def test_a_provider_s_response_gets_no_server_and_no_type(
 )
 @ensureDeferred
 async def test_an_error_is_json_and_names_no_server(
-    proxy: Callable[..., int], patience: float, sent: bytes
+    proxy: Ports, patience: float, sent: bytes
 ) -> None:
-    """Whatever is refused is refused in JSON, without a page and without the server's name."""
-    with Provider(answer_ok) as gone:
+    """A request is refused in JSON, without a page and without the server's name."""
+    with Provider(Responding()) as gone:
         pass
     head, ending = await thread(ask, proxy(gone.url), patience, sent)
     assert head[0].split(b" ")[1] in (b"400", b"404", b"405", b"502")
@@ -312,7 +297,7 @@ async def test_an_error_is_json_and_names_no_server(
 @pytest.mark.trap("C19")
 @ensureDeferred
 async def test_a_failing_resource_gives_no_page(
-    front: Front, patience: float, logged_failures: LoggedFailures
+    front: Ports, patience: float, logged_failures: LoggedFailures
 ) -> None:
     """An exception before the first byte is a 500 without HTML."""
 

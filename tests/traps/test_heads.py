@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
 
 import pytest
 from pytest_twisted import ensureDeferred
 
 from tests.support.sockets import Provider, Wire, connect, request
-from tests.traps.calls import OK, outcome
-from tests.traps.parts import Sender
+from tests.traps.asking import ask
+from tests.traps.calls import OK, Responding, outcome
+from tests.traps.parts import Ports, Upstream
 from tests.traps.waits import thread
 
-Upstream = Callable[..., Sender]
 PLAIN = b"HTTP/1.1 200 OK\r\n"
 END = b"Content-Length: 2\r\n\r\nok"
 PIECE = 1 << 16
@@ -106,13 +106,7 @@ async def test_a_malformed_head_is_refused(
     upstream: Upstream, patience: float, response: bytes
 ) -> None:
     """It is a bad upstream, whatever could be read into it, and not used again."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(response)
-        wire.wait_closed()
-
-    with Provider(script) as provider:
+    with Provider(Responding(response)) as provider:
         result = await outcome(upstream(provider.url).send("GET", "/x", []), patience)
     assert result.refused
 
@@ -120,24 +114,17 @@ async def test_a_malformed_head_is_refused(
 @pytest.mark.trap("U13")
 @pytest.mark.parametrize("name", ["CR in the phrase", "NUL in a value", "CR in a value", "bare LF"])
 @ensureDeferred
-async def test_nothing_of_a_malformed_head_reaches_the_caller(
-    proxy: Callable[..., int], name: str
-) -> None:
+async def test_nothing_of_a_malformed_head_reaches_the_client(proxy: Ports, name: str) -> None:
     """A 502 of our own, and neither the phrase nor a value in it."""
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(BAD[name])
-        wire.wait_closed()
-
-    def ask(port: int) -> bytes:
+    def everything(port: int) -> bytes:
         with connect(port) as wire:
             wire.send(request("GET", "/p/x", "Connection: close"))
             wire.wait_closed()
             return wire.buffer
 
-    with Provider(script) as provider:
-        got = await thread(ask, proxy(provider.url))
+    with Provider(Responding(BAD[name])) as provider:
+        got = await thread(everything, proxy(provider.url))
     assert got.startswith(b"HTTP/1.1 502 ")
     assert b"sec" not in got
     assert b"\0" not in got
@@ -145,20 +132,16 @@ async def test_nothing_of_a_malformed_head_reaches_the_caller(
 
 @pytest.mark.trap("U13")
 @ensureDeferred
-async def test_the_provider_s_phrase_is_never_handed_on(proxy: Callable[..., int]) -> None:
-    """The status crosses, the words behind it do not."""
+async def test_the_phrase_of_a_provider_is_not_forwarded(proxy: Ports) -> None:
+    """The status crosses, and the words behind it do not."""
 
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 299 Sesame\r\n" + END)
-
-    def ask(port: int) -> bytes:
+    def first_line(port: int) -> bytes:
         with connect(port) as wire:
             wire.send(request("GET", "/p/x"))
             return wire.read_head()[0]
 
-    with Provider(script) as provider:
-        first = await thread(ask, proxy(provider.url))
+    with Provider(Responding(b"HTTP/1.1 299 Sesame\r\n" + END)) as provider:
+        first = await thread(first_line, proxy(provider.url))
     assert first.startswith(b"HTTP/1.1 299")
     assert b"Sesame" not in first
 
@@ -169,10 +152,10 @@ INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
 @pytest.mark.trap("U14")
 @pytest.mark.parametrize("apart", [True, False], ids=["one by one", "together"])
 @ensureDeferred
-async def test_interim_answers_without_end_are_refused(
+async def test_interim_responses_without_end_are_refused(
     upstream: Upstream, patience: float, apart: bool
 ) -> None:
-    """A provider that says ``wait`` for ever is given up, and its connection closed."""
+    """A provider that sends 1xx responses for ever is given up, and its connection closed."""
     pieces = repeat(INTERIM, 2000) if apart else repeat(INTERIM * 1000, 20)
     flood = Flood(b"", pieces, OK)
     with Provider(flood) as provider:
@@ -182,7 +165,7 @@ async def test_interim_answers_without_end_are_refused(
 
 @pytest.mark.trap("U14")
 @ensureDeferred
-async def test_a_few_interim_answers_are_passed_over(upstream: Upstream, patience: float) -> None:
+async def test_a_few_interim_responses_are_skipped(upstream: Upstream, patience: float) -> None:
     """As many as honest servers send are no response, and no harm."""
     flood = Flood(b"HTTP/1.1 100 Continue\r\n\r\n", repeat(INTERIM, 3), OK)
     with Provider(flood) as provider:
@@ -194,21 +177,11 @@ async def test_a_few_interim_answers_are_passed_over(upstream: Upstream, patienc
 
 @pytest.mark.trap("U14")
 @ensureDeferred
-async def test_a_protocol_switch_that_nobody_asked_for_is_refused(
-    proxy: Callable[..., int],
+async def test_a_protocol_switch_without_a_request_for_it_is_refused(
+    proxy: Ports, patience: float
 ) -> None:
-    """The caller gets a 502 of ours and no 101, whatever comes behind that."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
-        wire.send(OK)
-        wire.wait_closed()
-
-    def ask(port: int) -> bytes:
-        with connect(port) as wire:
-            wire.send(request("GET", "/p/x"))
-            return wire.read_head()[0]
-
-    with Provider(script) as provider:
-        assert (await thread(ask, proxy(provider.url))).startswith(b"HTTP/1.1 502 ")
+    """The client gets a 502 of ours and no 101, whatever comes behind that."""
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    with Provider(Responding(switch + OK)) as provider:
+        got = await thread(ask, proxy(provider.url), patience, request("GET", "/p/x"))
+    assert got.status == 502

@@ -1,21 +1,19 @@
-"""Request bodies on their way in: who may send one, how much of it, and where it lies meanwhile."""
+"""Request bodies on their way in: which are refused, how large they may be, and where they lie."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 
 import pytest
 from pytest_twisted import ensureDeferred
 
 from tests.support.kernel import held
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
-from tests.traps.asking import Told, ask, read_told
-from tests.traps.calls import OK, Step
+from tests.traps.asking import ClientResponse, ask, read_response
+from tests.traps.calls import OK, Responding, Step
+from tests.traps.parts import Ports
 from tests.traps.waits import thread, until
-
-Ports = Callable[..., int]
 
 JSON = "Content-Type: application/json"
 OPAQUE = "Content-Type: application/octet-stream"
@@ -23,29 +21,22 @@ EXPECT = "Expect: 100-continue"
 LAST = b"0\r\n\r\n"
 
 
-def answer_ok(wire: Wire) -> None:
-    """A provider's script: answer every request, once it is whole."""
-    while True:
-        wire.read_request()
-        wire.send(OK)
-
-
 # -- C6 -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [JSON, OPAQUE], ids=["held", "streamed"])
 @ensureDeferred
-async def test_who_may_send_a_body_is_asked_for_it(proxy: Ports, kind: str) -> None:
+async def test_a_client_that_may_send_a_body_gets_100_continue(proxy: Ports, kind: str) -> None:
     """``100 Continue`` comes before the body, and the response behind it."""
 
-    def invited(port: int) -> list[Told]:
+    def invited(port: int) -> list[ClientResponse]:
         with connect(port) as wire:
             wire.send(request("POST", "/p/x", kind, EXPECT, "Content-Length: 2"))
-            first = read_told(wire, WAIT)
+            first = read_response(wire, WAIT)
             wire.send(b"{}")
-            return [first, read_told(wire, WAIT)]
+            return [first, read_response(wire, WAIT)]
 
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         first, second = await thread(invited, proxy(provider.url))
     assert first.status == 100
     assert (second.status, second.body) == (200, b"ok")
@@ -66,15 +57,15 @@ async def test_who_may_send_a_body_is_asked_for_it(proxy: Ports, kind: str) -> N
     ids=["key", "key, chunked", "key, streamed", "size", "size, streamed", "route", "path"],
 )
 @ensureDeferred
-async def test_who_is_refused_is_not_asked_for_a_body(
+async def test_a_client_that_is_refused_gets_no_100_continue(
     proxy: Ports, patience: float, target: str, fields: list[str], status: int
 ) -> None:
-    """The refusal is the first thing that a client reads which waits for ``100 Continue``."""
-    with Provider(answer_ok) as provider:
+    """The first response to a client that waits for ``100 Continue`` is the refusal."""
+    with Provider(Responding()) as provider:
         port = proxy(provider.url, body_limit=1024)
-        told = await thread(ask, port, patience, request("POST", target, EXPECT, *fields))
-    assert (told.status, provider.accepted) == (status, 0)
-    assert told.message
+        got = await thread(ask, port, patience, request("POST", target, EXPECT, *fields))
+    assert (got.status, provider.accepted) == (status, 0)
+    assert got.message
 
 
 @pytest.mark.trap("C6")
@@ -89,11 +80,11 @@ async def test_an_expectation_that_cannot_be_met_is_refused(
     proxy: Ports, patience: float, fields: list[str], body: bytes
 ) -> None:
     """417, whether there is no body or all of it came along, and nothing reaches the provider."""
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         sent = request("POST", "/p/x", JSON, *fields, body=body)
-        told = await thread(ask, proxy(provider.url), patience, sent)
-    assert (told.status, provider.accepted) == (417, 0)
-    assert told.message
+        got = await thread(ask, proxy(provider.url), patience, sent)
+    assert (got.status, provider.accepted) == (417, 0)
+    assert got.message
 
 
 # -- C7 -------------------------------------------------------------------------------------
@@ -110,12 +101,12 @@ async def test_a_body_over_the_limit_is_refused_before_its_end(
     proxy: Ports, patience: float, framing: str, body: bytes
 ) -> None:
     """413 as soon as it is known, from the head or from the first byte too many."""
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         port = proxy(provider.url, body_limit=1024)
-        told = await thread(ask, port, patience, request("POST", "/p/x", JSON, framing), body)
-    assert (told.status, provider.accepted) == (413, 0)
-    assert told.message
-    assert told.how == "fin"
+        got = await thread(ask, port, patience, request("POST", "/p/x", JSON, framing), body)
+    assert (got.status, provider.accepted) == (413, 0)
+    assert got.message
+    assert got.how == "fin"
 
 
 def open_files() -> set[tuple[int, int]]:
@@ -152,7 +143,7 @@ async def test_a_body_lies_in_no_file_meanwhile(
         arrived = held(local=port)
         return arrived.received == len(start) and not arrived.unread
 
-    with Provider(answer_ok) as provider:
+    with Provider(Responding()) as provider:
         port = proxy(provider.url)
         before = open_files()
         with await thread(connect, port) as wire:
@@ -160,8 +151,8 @@ async def test_a_body_lies_in_no_file_meanwhile(
             assert await until(lambda: is_read(port), patience)
             meanwhile = open_files()
             wire.send(end)
-            told = await thread(read_told, wire, patience)
-    assert (told.status, told.body) == (200, b"ok")
+            got = await thread(read_response, wire, patience)
+    assert (got.status, got.body) == (200, b"ok")
     assert meanwhile - before == set()
 
 
@@ -183,6 +174,6 @@ async def test_a_request_whose_body_streams_starts_with_its_head(
         wire.send(request("POST", "/p/x", OPAQUE, "Transfer-Encoding: chunked"))
         early = await begun.happens(patience)
         wire.send(chunked(b"body"), LAST)
-        told = await thread(read_told, wire, patience)
-    assert (told.status, bodies) == (200, [b"body"])
+        got = await thread(read_response, wire, patience)
+    assert (got.status, bodies) == (200, [b"body"])
     assert early

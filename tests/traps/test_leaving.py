@@ -1,4 +1,4 @@
-"""Clients that leave in the middle of a response, in ways that are easy not to see."""
+"""Clients that leave in the middle of a response, in ways that are easily missed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, reques
 from tests.support.tls import Authority
 from tests.traps.calls import Step
 from tests.traps.endings import read_ending
+from tests.traps.parts import Ports
 from tests.traps.resources import Saying
 from tests.traps.waits import thread, until
-
-pytestmark = pytest.mark.filterwarnings(
-    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
-    "ignore:Passing pyOpenSSL:DeprecationWarning"
-)
-
-Ports = Callable[..., int]
 
 GET = request("GET", "/p/x")
 PIECE = b"data: 1\n\n"
@@ -62,7 +56,7 @@ LEAVE: dict[str, Callable[[Wire], None]] = {"closes": Wire.close, "resets": Wire
 
 @pytest.mark.parametrize("how", LEAVE)
 @ensureDeferred
-async def test_a_client_that_leaves_is_seen_to_leave(proxy: Ports, how: str) -> None:
+async def test_a_client_that_leaves_is_noticed(proxy: Ports, how: str) -> None:
     """Its provider is let go of."""
     streaming = Streaming()
     with Provider(streaming) as provider, await thread(connect, proxy(provider.url)) as wire:
@@ -75,7 +69,7 @@ async def test_a_client_that_leaves_is_seen_to_leave(proxy: Ports, how: str) -> 
 @pytest.mark.trap("C9")
 @pytest.mark.parametrize(("how", "behind"), [("closes", 100 << 10), ("resets", 20 << 10)])
 @ensureDeferred
-async def test_a_client_that_pipelined_is_seen_to_leave(
+async def test_a_client_that_pipelined_and_leaves_is_noticed(
     proxy: Ports, patience: float, how: str, behind: int
 ) -> None:
     """However much it sent behind its running request, its provider is let go of."""
@@ -99,7 +93,7 @@ async def test_a_client_that_pipelined_is_seen_to_leave(
 
 
 def half_close(wire: Wire) -> None:
-    """Say that nothing more will be said: TLS's farewell, or a FIN."""
+    """Close the sending half: TLS's close_notify, or a FIN."""
     if isinstance(wire.sock, ssl.SSLSocket):
         wire.close_notify()
     else:

@@ -6,7 +6,6 @@ import gzip
 import http.cookiejar
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import hyperlink
@@ -14,26 +13,11 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.web import client
 
-from tests.support.sockets import Provider, Received, Wire, connect, request
-from tests.traps.parts import Body, Fields, Sender
+from tests.support.sockets import Provider, Wire, request
+from tests.traps.asking import ask
+from tests.traps.calls import OK, Responding
+from tests.traps.parts import Body, Fields, Ports, Sender, Upstream
 from tests.traps.waits import ended, thread, within
-
-Upstream = Callable[..., Sender]
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-class Answering:
-    """A provider's script that gives every request the same response, and keeps the requests."""
-
-    def __init__(self, response: bytes) -> None:
-        self._response = response
-        self.requests: list[Received] = []
-
-    def __call__(self, wire: Wire) -> None:
-        """Serve one connection."""
-        while True:
-            self.requests.append(wire.read_request())
-            wire.send(self._response)
 
 
 async def roundtrip(
@@ -49,12 +33,12 @@ async def roundtrip(
 
 @ensureDeferred
 async def test_a_response_crosses(upstream: Upstream, patience: float) -> None:
-    """Both casts can play: a plain request gets its whole response."""
-    answering = Answering(OK)
-    with Provider(answering) as provider:
+    """A plain request gets its whole response, from our parts and from stock parts."""
+    responding = Responding(OK)
+    with Provider(responding) as provider:
         reply, data, whole = await roundtrip(upstream(provider.url), "GET", "/x", [], patience)
     assert (reply.code, data, whole) == (200, b"ok", True)
-    assert [one.target for one in answering.requests] == [b"/x"]
+    assert [one.target for one in responding.requests] == [b"/x"]
 
 
 @pytest.mark.trap("U4")
@@ -62,17 +46,17 @@ async def test_a_response_crosses(upstream: Upstream, patience: float) -> None:
 async def test_a_cookie_set_for_one_tenant_is_not_sent_for_another(
     upstream: Upstream, patience: float
 ) -> None:
-    """The first tenant is handed its ``Set-Cookie``; the second one's request carries no cookie."""
-    answering = Answering(
+    """The first tenant gets its ``Set-Cookie``; the second tenant's request has no cookie."""
+    responding = Responding(
         b"HTTP/1.1 200 OK\r\nSet-Cookie: sid=a; Path=/\r\nContent-Length: 0\r\n\r\n"
     )
-    with Provider(answering) as provider:
+    with Provider(responding) as provider:
         sender = upstream(provider.url)
         reply, _, _ = await roundtrip(sender, "GET", "/x", [], patience, tenant="a")
         await roundtrip(sender, "GET", "/x", [], patience, tenant="b")
         await roundtrip(sender, "GET", "/x", [(b"cookie", b"own=b")], patience, tenant="b")
     assert (b"set-cookie", b"sid=a; Path=/") in reply.fields
-    cookies = [one.values(b"cookie") for one in answering.requests]
+    cookies = [one.values(b"cookie") for one in responding.requests]
     assert cookies == [[], [], [b"own=b"]]
 
 
@@ -81,29 +65,31 @@ async def test_a_cookie_set_for_one_tenant_is_not_sent_for_another(
     "accepted", [[], [b"identity"], [b"br;q=1.0, *;q=0"]], ids=["none", "identity", "list"]
 )
 @ensureDeferred
-async def test_what_the_caller_accepts_is_what_the_provider_is_asked_for(
+async def test_the_accepted_encodings_of_a_client_reach_the_provider(
     upstream: Upstream, patience: float, accepted: list[bytes]
 ) -> None:
     """``Accept-Encoding`` crosses as it came, and none is made up."""
-    answering = Answering(OK)
+    responding = Responding(OK)
     fields = [(b"accept-encoding", value) for value in accepted]
-    with Provider(answering) as provider:
+    with Provider(responding) as provider:
         await roundtrip(upstream(provider.url), "GET", "/x", fields, patience)
-    assert answering.requests[0].values(b"accept-encoding") == accepted
+    assert responding.requests[0].values(b"accept-encoding") == accepted
 
 
 PACKED = gzip.compress(b"data: token\n\n" * 100)
 
 
 @pytest.mark.trap("U5")
-@pytest.mark.parametrize("sent", [PACKED, PACKED[:10], PACKED[:-8]], ids=["whole", "head", "cut"])
+@pytest.mark.parametrize(
+    "sent", [PACKED, PACKED[:10], PACKED[:-8]], ids=["whole", "head", "truncated"]
+)
 @ensureDeferred
 async def test_an_encoded_body_crosses_byte_for_byte(
     upstream: Upstream, patience: float, sent: bytes
 ) -> None:
-    """The bytes and their ``Content-Encoding`` are the provider's, also where the gzip is cut."""
+    """Bytes and ``Content-Encoding`` are the provider's, also where the gzip is truncated."""
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(sent)
-    with Provider(Answering(head + sent)) as provider:
+    with Provider(Responding(head + sent)) as provider:
         reply, data, whole = await roundtrip(upstream(provider.url), "GET", "/x", [], patience)
     assert data == sent
     assert (b"content-encoding", b"gzip") in reply.fields
@@ -113,15 +99,15 @@ async def test_an_encoded_body_crosses_byte_for_byte(
 @pytest.mark.trap("U6")
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @ensureDeferred
-async def test_a_redirect_is_handed_on_and_not_followed(
+async def test_a_redirect_is_forwarded_and_not_followed(
     upstream: Upstream, patience: float, status: int
 ) -> None:
-    """The caller gets the redirect, and the place that it points to never sees the credential."""
-    elsewhere = Answering(OK)
+    """The client gets the redirect; the place in its ``Location`` never sees the credential."""
+    elsewhere = Responding(OK)
     with Provider(elsewhere) as other:
         place = b"Location: %b/elsewhere\r\n" % other.url.encode()
         response = b"HTTP/1.1 %d Go\r\n%bContent-Length: 0\r\n\r\n" % (status, place)
-        with Provider(Answering(response)) as provider:
+        with Provider(Responding(response)) as provider:
             reply, _, _ = await roundtrip(
                 upstream(provider.url), "GET", "/x", [(b"x-api-key", b"secret")], patience
             )
@@ -136,7 +122,7 @@ async def test_a_redirect_is_handed_on_and_not_followed(
 async def test_a_request_that_died_with_its_connection_is_not_sent_again(
     upstream: Upstream, patience: float, method: str
 ) -> None:
-    """A provider that reads a request on a kept connection and hangs up sees that request once."""
+    """A provider that reads a request on a kept connection and closes sees that request once."""
     targets: list[bytes] = []
 
     def script(wire: Wire) -> None:
@@ -175,30 +161,24 @@ async def test_a_target_crosses_the_client_byte_for_byte(
     upstream: Upstream, patience: float, target: str
 ) -> None:
     """Path and query reach the provider as they were given to the HTTP client."""
-    answering = Answering(OK)
-    with Provider(answering) as provider:
+    responding = Responding(OK)
+    with Provider(responding) as provider:
         await roundtrip(upstream(provider.url), "GET", target, [], patience)
-    assert answering.requests[0].target == target.encode()
+    assert responding.requests[0].target == target.encode()
 
 
 @pytest.mark.trap("U22")
 @pytest.mark.parametrize("target", TARGETS)
 @ensureDeferred
 async def test_a_target_crosses_the_proxy_byte_for_byte(
-    proxy: Callable[..., int], target: str
+    proxy: Ports, patience: float, target: str
 ) -> None:
-    """Path and query reach the provider as the caller wrote them on the wire."""
-    answering = Answering(OK)
-
-    def ask(port: int) -> None:
-        with connect(port) as wire:
-            wire.send(request("GET", "/p" + target))
-            _, fields = wire.read_head()
-            assert wire.read_body(fields) == b"ok"
-
-    with Provider(answering) as provider:
-        await thread(ask, proxy(provider.url))
-    assert answering.requests[0].target == target.encode()
+    """Path and query reach the provider as the client wrote them on the wire."""
+    responding = Responding(OK)
+    with Provider(responding) as provider:
+        sent = request("GET", "/p" + target)
+        assert (await thread(ask, proxy(provider.url), patience, sent)).body == b"ok"
+    assert responding.requests[0].target == target.encode()
 
 
 REQUESTS = 20
@@ -228,7 +208,7 @@ async def test_a_request_makes_no_url_and_no_cookie_and_no_decoder(
     count(http.cookiejar.CookieJar, "extract_cookies")
     count(client.GzipDecoder, "__init__")
     response = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
-    with Provider(Answering(response)) as provider:
+    with Provider(Responding(response)) as provider:
         sender = upstream(provider.url)
         await roundtrip(sender, "GET", "/warm", [], patience)
         calls.clear()
@@ -246,9 +226,9 @@ def splits() -> int:
 
 @pytest.mark.trap("U21")
 @ensureDeferred
-async def test_no_caller_s_target_is_parsed(upstream: Upstream, patience: float) -> None:
+async def test_no_target_is_parsed(upstream: Upstream, patience: float) -> None:
     """Twenty different targets make the standard library split no URL that it has not split yet."""
-    with Provider(Answering(OK)) as provider:
+    with Provider(Responding(OK)) as provider:
         sender = upstream(provider.url)
         await roundtrip(sender, "GET", "/warm", [], patience)
         before = splits()

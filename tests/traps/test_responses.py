@@ -1,11 +1,10 @@
-"""What holds a response's body: memory, a deadline, and a connection that must let go."""
+"""What a response's body takes: memory, time, and a connection that must be let go of."""
 
 from __future__ import annotations
 
 import ssl
 import threading
 import tracemalloc
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -13,10 +12,10 @@ from pytest_twisted import ensureDeferred
 
 from tests.support.sockets import Provider, Wire, chunked, connect, request
 from tests.support.tls import Authority
-from tests.traps.parts import Body, Sender
-from tests.traps.waits import ended, happens, thread, within
+from tests.traps.calls import Responding, Step
+from tests.traps.parts import Body, Call, Ports, Sender, Upstream
+from tests.traps.waits import ended, thread, within
 
-Upstream = Callable[..., Sender]
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
@@ -26,18 +25,18 @@ class Endless:
     """A provider's script that streams until its connection is closed on it.
 
     Args:
-        answer: what it begins with.
+        response: the head that it begins with.
         pace: seconds between two pieces, or None for silence behind the first.
 
     Attributes:
-        left: set once the proxy's side has closed.
+        left: given once the proxy's side has closed.
     """
 
     def __init__(self, response: bytes = CHUNKED, *, pace: float | None = 0.002) -> None:
         self._response = response
         self._pace = pace
         self._over = threading.Event()
-        self.left = threading.Event()
+        self.left = Step()
 
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
@@ -49,11 +48,21 @@ class Endless:
             while self._pace is None and wire.receive():
                 pass
         if not self._over.is_set():
-            self.left.set()
+            self.left.give()
 
     def stop(self) -> None:
-        """Let the script end although nobody has closed."""
+        """Let the script end although its connection is open."""
         self._over.set()
+
+
+async def begun(sender: Sender, seconds: float, *, read: bool = True) -> tuple[Call, Body]:
+    """Begin a stream, and wait for its head, or for its first piece where it is read."""
+    call, body = sender.send("GET", "/x", []), Body()
+    reply = await within(seconds, call.head)
+    if read:
+        reply.deliver(body)
+        await within(seconds, body.flowing)
+    return call, body
 
 
 @pytest.mark.trap("U7")
@@ -69,7 +78,7 @@ async def test_nothing_of_a_body_is_kept(upstream: Upstream, patience: float) ->
             wire.send(piece)
 
     with Provider(script) as provider:
-        # What treq does where it is not told otherwise is the row's subject.
+        # What treq does by default is the row's subject.
         call = upstream(provider.url).send("GET", "/x", [], unbuffered=False)
         reply = await within(patience, call.head)
         body = Body(keep=False)
@@ -93,14 +102,9 @@ async def test_cancelling_after_the_head_closes_the_connection(
     """Giving up a request whose head is in ends its stream at the provider."""
     endless = Endless()
     with Provider(endless) as provider:
-        call = upstream(provider.url).send("GET", "/x", [])
-        reply = await within(patience, call.head)
-        body = Body()
-        if asked_for_body:
-            reply.deliver(body)
-            await within(patience, body.flowing)
+        call, body = await begun(upstream(provider.url), patience, read=asked_for_body)
         call.cancel()
-        assert await happens(endless.left, patience), "the provider streams on"
+        assert await endless.left.happens(patience), "the provider streams on"
         endless.stop()
     if asked_for_body:
         assert await ended(body.ended, patience) is False
@@ -109,7 +113,7 @@ async def test_cancelling_after_the_head_closes_the_connection(
 @pytest.mark.trap("U8")
 @ensureDeferred
 async def test_a_provider_that_falls_silent_in_its_body_is_given_up(
-    proxy: Callable[..., int], patience: float
+    proxy: Ports, patience: float
 ) -> None:
     """The deadline holds behind the head too: both sides are closed, and not as if whole."""
     endless = Endless(pace=None)
@@ -126,19 +130,19 @@ async def test_a_provider_that_falls_silent_in_its_body_is_given_up(
                 return first
             except TimeoutError:
                 return b"silence"
-        return b"a whole answer"
+        return b"a whole response"
 
     with Provider(endless) as provider:
         assert await thread(ask, proxy(provider.url, silence=0.3)) == b"data: 1\n\n"
-        assert await happens(endless.left, patience), "the provider's connection is kept"
+        assert await endless.left.happens(patience), "the provider's connection is kept"
 
 
 @pytest.mark.trap("U8")
 @ensureDeferred
-async def test_a_caller_that_leaves_in_the_body_ends_the_provider_s_stream(
-    proxy: Callable[..., int], patience: float
+async def test_a_client_that_leaves_in_the_body_ends_the_stream_of_the_provider(
+    proxy: Ports, patience: float
 ) -> None:
-    """The caller resets its connection in the middle; the provider's is closed."""
+    """The client resets its connection in the middle; the provider's is closed."""
     endless = Endless()
 
     def leave(port: int) -> None:
@@ -150,43 +154,23 @@ async def test_a_caller_that_leaves_in_the_body_ends_the_provider_s_stream(
 
     with Provider(endless) as provider:
         await thread(leave, proxy(provider.url))
-        assert await happens(endless.left, patience), "the provider streams on"
+        assert await endless.left.happens(patience), "the provider streams on"
         endless.stop()
 
 
 @pytest.mark.trap("U9")
+@pytest.mark.parametrize("times", [1, 2])
 @ensureDeferred
 async def test_dropping_a_tls_stream_stops_the_provider_at_once(
-    upstream: Upstream, authority: Authority, patience: float
+    upstream: Upstream, authority: Authority, patience: float, times: int
 ) -> None:
-    """The provider cannot stream on into a connection that nobody wants, TLS or not."""
+    """The provider cannot stream on, and a second drop changes nothing and raises nothing."""
     endless = Endless()
     with Provider(endless, tls=authority.server()) as provider:
-        call = upstream(provider.url, authority.ca_path).send("GET", "/x", [])
-        reply = await within(patience, call.head)
-        body = Body()
-        reply.deliver(body)
-        await within(patience, body.flowing)
-        call.drop()
-        assert await happens(endless.left, patience), "the provider streams on"
-        endless.stop()
-
-
-@pytest.mark.trap("U9")
-@ensureDeferred
-async def test_a_tls_stream_may_be_dropped_twice(
-    upstream: Upstream, authority: Authority, patience: float
-) -> None:
-    """The second time changes nothing and raises nothing, before and behind the end."""
-    endless = Endless()
-    with Provider(endless, tls=authority.server()) as provider:
-        call = upstream(provider.url, authority.ca_path).send("GET", "/x", [])
-        reply = await within(patience, call.head)
-        body = Body()
-        reply.deliver(body)
-        await within(patience, body.flowing)
-        call.drop()
-        call.drop()
+        call, body = await begun(upstream(provider.url, authority.ca_path), patience)
+        for _ in range(times):
+            call.drop()
+        assert await endless.left.happens(patience), "the provider streams on"
         assert await ended(body.ended, patience) is False
         call.drop()
         endless.stop()
@@ -194,29 +178,23 @@ async def test_a_tls_stream_may_be_dropped_twice(
 
 @pytest.mark.trap("U10")
 @ensureDeferred
-async def test_a_response_that_nobody_reads_lets_go_of_its_connection(
+async def test_a_response_that_is_not_read_lets_go_of_its_connection(
     upstream: Upstream, patience: float
 ) -> None:
     """A request that is given up with its head in and its body unasked for leaves no socket."""
     endless = Endless(pace=None)
     with Provider(endless) as provider:
-        call = upstream(provider.url).send("GET", "/x", [])
-        await within(patience, call.head)
+        call, _ = await begun(upstream(provider.url), patience, read=False)
         call.cancel()
-        assert await happens(endless.left, patience), "the provider's connection is kept"
+        assert await endless.left.happens(patience), "the provider's connection is kept"
 
 
 @pytest.mark.trap("U10")
 @ensureDeferred
-async def test_refusals_leave_no_connections_behind(proxy: Callable[..., int]) -> None:
+async def test_refusals_leave_no_connections_behind(proxy: Ports) -> None:
     """Five requests that the provider refuses, one after the other, take one connection in all."""
     # More than comes in with the head: else there would be nothing left to be asked for.
     refusal = b"HTTP/1.1 500 No\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300000
-
-    def script(wire: Wire) -> None:
-        while True:
-            wire.read_request()
-            wire.send(refusal)
 
     def ask(port: int) -> set[bytes]:
         firsts = set()
@@ -228,7 +206,7 @@ async def test_refusals_leave_no_connections_behind(proxy: Callable[..., int]) -
                 firsts.add(first[:10])
         return firsts
 
-    with Provider(script) as provider:
+    with Provider(Responding(refusal)) as provider:
         firsts = await thread(ask, proxy(provider.url))
         accepted = provider.accepted
     assert firsts == {b"HTTP/1.1 5"}

@@ -1,20 +1,25 @@
-"""Which connection the next request goes on, and whose response it gets."""
+"""Which connection the next request goes on, and which response it gets."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 from pytest_twisted import ensureDeferred
 
 from tests.support.sockets import Provider, Wire
-from tests.traps.calls import MINE, OK, TRICK, FirstThenSecond, Step, outcome
-from tests.traps.parts import Sender
+from tests.traps.calls import MINE, OK, TRICK, FirstThenSecond, Outcome, Step, outcome
+from tests.traps.parts import Sender, Upstream
 from tests.traps.waits import until
 
-Upstream = Callable[..., Sender]
 PLAIN = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+
+
+async def first_and_second(
+    sender: Sender, seconds: float, method: str = "GET"
+) -> tuple[Outcome, Outcome]:
+    """Send a request to ``/first``, and then one to ``/second``."""
+    first = await outcome(sender.send(method, "/first", []), seconds)
+    return first, await outcome(sender.send("GET", "/second", []), seconds)
 
 
 @pytest.mark.trap("U1")
@@ -45,12 +50,10 @@ CHUNKED = PLAIN + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
 async def test_a_connection_with_bytes_behind_its_response_is_not_used_again(
     upstream: Upstream, patience: float, method: str, first: bytes
 ) -> None:
-    """The next caller's request goes on a connection of its own and gets its own response."""
+    """The next request goes on a connection of its own and gets its own response."""
     script = FirstThenSecond(first)
     with Provider(script) as provider:
-        sender = upstream(provider.url)
-        poisoned = await outcome(sender.send(method, "/first", []), patience)
-        second = await outcome(sender.send("GET", "/second", []), patience)
+        poisoned, second = await first_and_second(upstream(provider.url), patience, method)
         accepted = provider.accepted
     assert poisoned.error is None
     assert second.data == b"mine"
@@ -82,15 +85,13 @@ async def test_tenants_do_not_share_a_connection(upstream: Upstream, patience: f
     ids=["capital", "list", "second line", "1.0"],
 )
 @ensureDeferred
-async def test_a_connection_that_the_provider_gives_up_is_not_used_again(
+async def test_a_connection_that_the_provider_closes_is_not_used_again(
     upstream: Upstream, patience: float, head: bytes
 ) -> None:
     """``Connection`` is a list without case, and HTTP/1.0 without it means close."""
     script = FirstThenSecond(head + b"Content-Length: 2\r\n\r\nok")
     with Provider(script) as provider:
-        sender = upstream(provider.url)
-        first = await outcome(sender.send("GET", "/first", []), patience)
-        second = await outcome(sender.send("GET", "/second", []), patience)
+        first, second = await first_and_second(upstream(provider.url), patience)
         accepted = provider.accepted
     assert (first.data, first.whole) == (b"ok", True)
     assert (second.data, accepted) == (b"mine", 2)
@@ -112,12 +113,10 @@ async def test_a_connection_that_the_provider_gives_up_is_not_used_again(
 async def test_a_response_that_is_framed_twice_is_refused(
     upstream: Upstream, patience: float, framing: bytes
 ) -> None:
-    """It is a bad upstream, and its connection serves nobody else."""
+    """It is a bad upstream, and its connection serves no other request."""
     script = FirstThenSecond(PLAIN + framing)
     with Provider(script) as provider:
-        sender = upstream(provider.url)
-        first = await outcome(sender.send("GET", "/first", []), patience)
-        second = await outcome(sender.send("GET", "/second", []), patience)
+        first, second = await first_and_second(upstream(provider.url), patience)
     assert first.refused
     assert second.data == b"mine"
 
@@ -154,16 +153,14 @@ async def test_as_many_connections_are_kept_as_the_pool_is_wide(
 @pytest.mark.trap("U19")
 @pytest.mark.parametrize("hint", [b"timeout=1", b"max=9, timeout=1", b"Timeout = 0"])
 @ensureDeferred
-async def test_the_provider_s_own_idle_limit_is_kept_to(
+async def test_the_idle_limit_of_a_provider_is_kept_to(
     upstream: Upstream, patience: float, hint: bytes
 ) -> None:
     """A connection that the provider is about to close is not used for one more request."""
     response = PLAIN + b"Keep-Alive: %b\r\nContent-Length: 2\r\n\r\nok" % hint
     script = FirstThenSecond(response)
     with Provider(script) as provider:
-        sender = upstream(provider.url)
-        await outcome(sender.send("GET", "/first", []), patience)
-        second = await outcome(sender.send("GET", "/second", []), patience)
+        _, second = await first_and_second(upstream(provider.url), patience)
     assert second.data == b"mine"
 
 

@@ -1,9 +1,8 @@
-"""Clients that take their time: deadlines that a byte now and then does not push back."""
+"""Slow clients: deadlines that a byte now and then does not push back."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,24 +10,23 @@ import pytest
 from pytest_twisted import ensureDeferred
 
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
-from tests.traps.asking import Told, ask, read_told
+from tests.traps.asking import ClientResponse, ask, read_response
 from tests.traps.calls import Step
+from tests.traps.parts import Ports
 from tests.traps.resources import Counting, Saying
 from tests.traps.waits import thread
-
-Ports = Callable[..., int]
 
 DEADLINE = 0.3
 """Seconds that a client is given."""
 
 PACE = 0.03
-"""Seconds between two pieces, so that nobody could call the client silent."""
+"""Seconds between two pieces, so that the client is never silent."""
 
 GET = request("GET", "/x")
 
 
-def trickle(port: int, seconds: float, start: bytes, piece: bytes) -> Told | None:
-    """Send ``start`` and then the same piece again and again; return what that is answered.
+def trickle(port: int, seconds: float, start: bytes, piece: bytes) -> ClientResponse | None:
+    """Send ``start`` and then the same piece again and again; return the response.
 
     After so many seconds without a response or an end, that is None.
     """
@@ -44,11 +42,11 @@ def trickle(port: int, seconds: float, start: bytes, piece: bytes) -> Told | Non
                 with suppress(TimeoutError):
                     if not wire.receive():
                         break
-        return read_told(wire, seconds)
+        return read_response(wire, seconds)
 
 
 @ensureDeferred
-async def test_who_asks_in_time_is_served(front: Ports) -> None:
+async def test_a_client_in_time_is_served(front: Ports) -> None:
     """A deadline is no hindrance to a client that is quicker."""
     port = front(Counting(), client_deadline=WAIT / 2)
     assert (await thread(ask, port, WAIT, GET)).status == 200
@@ -61,11 +59,11 @@ async def test_a_head_that_comes_byte_by_byte_has_an_end(front: Ports, patience:
     counting = Counting()
     port = front(counting, client_deadline=DEADLINE)
     start = b"GET /x HTTP/1.1\r\nHost: proxy\r\nX-Long: "
-    told = await thread(trickle, port, patience, start, b"x")
-    assert told is not None, "it is waited for"
-    assert (told.status, counting.rendered) == (408, 0)
-    assert told.message
-    assert told.how == "fin"
+    got = await thread(trickle, port, patience, start, b"x")
+    assert got is not None, "it is waited for"
+    assert (got.status, counting.rendered) == (408, 0)
+    assert got.message
+    assert got.how == "fin"
 
 
 @pytest.mark.trap("C8")
@@ -89,11 +87,11 @@ async def test_a_body_that_comes_byte_by_byte_has_an_end(
     with Provider(script) as provider:
         port = proxy(provider.url, client_deadline=DEADLINE)
         start = request("POST", "/p/x", *fields)
-        told = await thread(trickle, port, patience, start, piece)
-    assert told is not None, "it is waited for"
-    assert told.status == 408
-    assert told.message
-    assert told.how == "fin"
+        got = await thread(trickle, port, patience, start, piece)
+    assert got is not None, "it is waited for"
+    assert got.status == 408
+    assert got.message
+    assert got.how == "fin"
 
 
 MORE_THAN_THE_KERNEL_TAKES = 8 << 20
@@ -101,8 +99,8 @@ MORE_THAN_THE_KERNEL_TAKES = 8 << 20
 
 @pytest.mark.trap("C8")
 @ensureDeferred
-async def test_a_reader_that_takes_nothing_is_cut(front: Ports, patience: float) -> None:
-    """While its response is under way, too: the Resource learns that it is gone."""
+async def test_a_client_that_reads_nothing_is_disconnected(front: Ports, patience: float) -> None:
+    """While its response is under way, too: the Resource learns that its client is gone."""
     gone = Step()
 
     def say(request: Any) -> None:
@@ -112,5 +110,5 @@ async def test_a_reader_that_takes_nothing_is_cut(front: Ports, patience: float)
     port = front(Saying(say), client_deadline=DEADLINE)
     with await thread(connect, port, receive_buffer=4096) as wire:
         wire.send(GET)
-        cut = await gone.happens(patience)
-    assert cut
+        disconnected = await gone.happens(patience)
+    assert disconnected

@@ -1,20 +1,17 @@
-"""Requests that are not quite HTTP are refused in words, and reach nobody behind the listener."""
+"""Requests that are not quite HTTP are refused with a reason, and reach no Resource."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 from pytest_twisted import ensureDeferred
 
 from tests.conftest import LoggedFailures
-from tests.support.sockets import WAIT, Provider, Wire, connect, request
-from tests.traps.asking import ask, read_told
-from tests.traps.calls import OK
+from tests.support.sockets import WAIT, Provider, connect, request
+from tests.traps.asking import ask, read_response
+from tests.traps.calls import Responding
+from tests.traps.parts import Ports
 from tests.traps.resources import Counting
 from tests.traps.waits import thread
-
-Ports = Callable[..., int]
 
 GET = request("GET", "/x")
 NEXT = request("GET", "/next")
@@ -23,13 +20,6 @@ NEXT = request("GET", "/next")
 def head(*lines: bytes) -> bytes:
     """Return a request's head with these lines."""
     return b"\r\n".join([*lines, b"", b""])
-
-
-def answer_ok(wire: Wire) -> None:
-    """A provider's script: answer every request."""
-    while True:
-        wire.read_request()
-        wire.send(OK)
 
 
 @pytest.mark.parametrize(
@@ -44,20 +34,20 @@ def answer_ok(wire: Wire) -> None:
     ids=["1.1", "1.0", "1.0 without Host", "odd, and sound", "a body"],
 )
 @ensureDeferred
-async def test_what_is_sound_is_served(front: Ports, sent: bytes) -> None:
-    """Strictness is not deafness: what HTTP allows reaches the Resource."""
+async def test_a_sound_request_is_served(front: Ports, sent: bytes) -> None:
+    """Whatever HTTP allows reaches the Resource."""
     counting = Counting()
-    told = await thread(ask, front(counting), WAIT, sent)
-    assert (told.status, counting.rendered) == (200, 1)
+    got = await thread(ask, front(counting), WAIT, sent)
+    assert (got.status, counting.rendered) == (200, 1)
 
 
 async def assert_refused(front: Ports, patience: float, sent: bytes) -> None:
     """Check that bytes are refused, that the connection ends, and that nothing was served on it."""
     counting = Counting()
-    told = await thread(ask, front(counting), patience, sent, NEXT)
-    assert (told.status, counting.rendered) == (400, 0)
-    assert told.message
-    assert told.how == "fin"
+    got = await thread(ask, front(counting), patience, sent, NEXT)
+    assert (got.status, counting.rendered) == (400, 0)
+    assert got.message
+    assert got.how == "fin"
 
 
 # -- C1 -------------------------------------------------------------------------------------
@@ -73,7 +63,7 @@ async def assert_refused(front: Ports, patience: float, sent: bytes) -> None:
 async def test_there_is_one_host_that_is_one(
     front: Ports, patience: float, hosts: list[bytes]
 ) -> None:
-    """Whoever says none, two, or something else than a host has not said where it wants to go."""
+    """A request with no Host, two, or one that is no host is refused."""
     lines = [b"Host: " + host for host in hosts]
     await assert_refused(front, patience, head(b"GET /x HTTP/1.1", *lines))
 
@@ -82,7 +72,7 @@ async def test_there_is_one_host_that_is_one(
 @pytest.mark.parametrize("byte", [0x7F, 0x80, 0x9F, 0xA0, 0xB0], ids=hex)
 @ensureDeferred
 async def test_a_target_is_printable_ascii(front: Ports, patience: float, byte: int) -> None:
-    """DEL and what lies above ASCII belong into no target."""
+    """DEL and bytes above ASCII belong into no target."""
     first = b"GET /x%c HTTP/1.1" % byte
     await assert_refused(front, patience, head(first, b"Host: proxy"))
 
@@ -95,11 +85,11 @@ async def test_a_target_is_printable_ascii(front: Ports, patience: float, byte: 
 )
 @ensureDeferred
 async def test_a_target_is_a_path(proxy: Ports, patience: float, target: str) -> None:
-    """What is no path, or names a host that is none or is not the one in ``Host``, goes nowhere."""
-    with Provider(answer_ok) as provider:
-        told = await thread(ask, proxy(provider.url), patience, request("GET", target))
-    assert (told.status, provider.accepted) == (400, 0)
-    assert told.message
+    """A target that is no path, or whose host is none or not the one in ``Host``, is refused."""
+    with Provider(Responding()) as provider:
+        got = await thread(ask, proxy(provider.url), patience, request("GET", target))
+    assert (got.status, provider.accepted) == (400, 0)
+    assert got.message
 
 
 # -- C2 -------------------------------------------------------------------------------------
@@ -161,10 +151,10 @@ async def test_no_field_is_disguised_as_one_that_the_proxy_owns(
     proxy: Ports, patience: float, field: str
 ) -> None:
     """A provider behind a gateway that takes ``_`` for ``-`` would read it as the real one."""
-    with Provider(answer_ok) as provider:
-        told = await thread(ask, proxy(provider.url), patience, request("GET", "/p/x", field))
-    assert (told.status, provider.accepted) == (400, 0)
-    assert told.message
+    with Provider(Responding()) as provider:
+        got = await thread(ask, proxy(provider.url), patience, request("GET", "/p/x", field))
+    assert (got.status, provider.accepted) == (400, 0)
+    assert got.message
 
 
 # -- C3 -------------------------------------------------------------------------------------
@@ -175,13 +165,13 @@ async def test_no_field_is_disguised_as_one_that_the_proxy_owns(
 async def test_an_endless_length_is_refused(
     front: Ports, patience: float, logged_failures: LoggedFailures
 ) -> None:
-    """A ``Content-Length`` of 5,000 digits is answered, and is no failure of the program's."""
+    """A ``Content-Length`` of 5,000 digits is a 400, and no failure of the program."""
     counting = Counting()
     sent = request("POST", "/x", "Content-Length: " + "9" * 5000)
-    told = await thread(ask, front(counting), patience, sent)
+    got = await thread(ask, front(counting), patience, sent)
     failures = logged_failures.flush()
-    assert (told.status, counting.rendered) == (400, 0)
-    assert told.message
+    assert (got.status, counting.rendered) == (400, 0)
+    assert got.message
     assert failures == []
 
 
@@ -206,15 +196,15 @@ async def test_close_is_honoured_wherever_it_stands(
 ) -> None:
     """``Connection`` is one list over all its lines: the response is the connection's last."""
 
-    def count_answers(port: int) -> tuple[int, str]:
+    def count_responses(port: int) -> tuple[int, str]:
         with connect(port) as wire:
             wire.send(request("GET", "/x", *fields), NEXT)
-            responses = [read_told(wire, patience)]
+            responses = [read_response(wire, patience)]
             if responses[0].how == "open":
-                responses.append(read_told(wire, patience))
-            return [told.status for told in responses].count(200), responses[-1].how
+                responses.append(read_response(wire, patience))
+            return [got.status for got in responses].count(200), responses[-1].how
 
-    assert await thread(count_answers, front(Counting())) == (1, "fin")
+    assert await thread(count_responses, front(Counting())) == (1, "fin")
 
 
 # -- C5 -------------------------------------------------------------------------------------
@@ -234,8 +224,8 @@ async def test_close_is_honoured_wherever_it_stands(
     ids=["nonsense", "two targets", "no colon", "bad name", "NUL", "two lengths"],
 )
 @ensureDeferred
-async def test_a_refusal_says_why(front: Ports, patience: float, sent: bytes) -> None:
-    """What is not HTTP is a 400 with a sentence in JSON, and the end of the connection."""
+async def test_a_refusal_has_its_reason(front: Ports, patience: float, sent: bytes) -> None:
+    """A request that is not HTTP is a 400 with a sentence in JSON, and ends the connection."""
     await assert_refused(front, patience, sent)
 
 
@@ -253,12 +243,12 @@ LONG = "x" * (64 << 10)
     ids=["target", "field", "line without end"],
 )
 @ensureDeferred
-async def test_a_line_that_is_too_long_is_answered(
+async def test_a_line_that_is_too_long_is_refused(
     front: Ports, patience: float, sent: bytes, status: int
 ) -> None:
     """The response says what was too long, and can be read: a clean close comes behind it."""
     counting = Counting()
-    told = await thread(ask, front(counting), patience, sent)
-    assert (told.status, counting.rendered) == (status, 0)
-    assert told.message
-    assert told.how == "fin"
+    got = await thread(ask, front(counting), patience, sent)
+    assert (got.status, counting.rendered) == (status, 0)
+    assert got.message
+    assert got.how == "fin"

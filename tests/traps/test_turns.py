@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,19 +11,13 @@ from twisted.internet.defer import Deferred
 from tests.support.sockets import WAIT, Provider, Wire, chunked, connect, request
 from tests.support.tls import Authority
 from tests.traps.calls import Step
+from tests.traps.parts import Ports
 from tests.traps.resources import Saying
 from tests.traps.waits import thread
 
-pytestmark = pytest.mark.filterwarnings(
-    # Twisted's own endpoints hand pyOpenSSL what it will not take for ever.
-    "ignore:Passing pyOpenSSL:DeprecationWarning"
-)
-
-Ports = Callable[..., int]
-
 
 class Reader:
-    """A client that reads a response chunk by chunk over TLS, and tells when it has the first.
+    """A client that reads a response chunk by chunk over TLS, and notes when it has the first.
 
     Args:
         authority: whom it trusts.
@@ -49,9 +42,7 @@ class Reader:
 
 @pytest.mark.trap("C17")
 @ensureDeferred
-async def test_a_write_does_not_wait_for_the_next_turn_s(
-    front: Ports, authority: Authority
-) -> None:
+async def test_a_write_does_not_wait_for_the_next_turn(front: Ports, authority: Authority) -> None:
     """Only writes of one turn may be joined: the first is read before the second is written."""
     reader = Reader(authority)
     early: list[bool] = []
@@ -72,7 +63,7 @@ async def test_a_write_does_not_wait_for_the_next_turn_s(
 
 @pytest.mark.trap("C17")
 @ensureDeferred
-async def test_a_provider_s_piece_does_not_wait_for_the_next(
+async def test_a_piece_of_a_provider_does_not_wait_for_the_next(
     proxy: Ports, authority: Authority
 ) -> None:
     """The same through the whole proxy: the second piece is sent once the client has the first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +15,7 @@ T = TypeVar("T")
 
 _CLOCK: Any = reactor
 _POLL = 0.005
-"""Seconds between two looks at something that tells nobody when it changes."""
+"""Seconds between two looks at something that changes without a notice."""
 
 
 def thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
@@ -27,11 +26,6 @@ def thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[
 def within(seconds: float, awaited: Deferred[T]) -> Deferred[T]:
     """Wait for at most so many seconds; then ``TimeoutError``."""
     return awaited.addTimeout(seconds, _CLOCK)
-
-
-async def happens(event: threading.Event, seconds: float) -> bool:
-    """Wait for an event of a thread's; return whether it came in time."""
-    return await thread(event.wait, seconds)
 
 
 async def until(predicate: Callable[[], Any], seconds: float = 2.0) -> bool:

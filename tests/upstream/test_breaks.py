@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import Clock
+from twisted.internet.defer import Deferred
+from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 
-from llmproxy.config import Provider, Timeouts, Url
+from llmproxy.config import Provider as ProviderConfig
+from llmproxy.config import Timeouts, Url
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.stream.relay import Batch, Relay
-from llmproxy.upstream.dialer import Dial
-from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
 from llmproxy.upstream.resolver import Resolver
 from llmproxy.upstream.response import Response
@@ -61,32 +61,6 @@ SHAPES = {
 }
 
 
-class Connected:
-    """Stands for the connector: a connection on a transport that the test plays."""
-
-    secure = False
-
-    def __init__(self, pool: ProviderPool) -> None:
-        self._agent = pool
-        self.transport = FakeTransport()
-
-    def connect(self, credential: bytes) -> Dial:
-        """Be connected at once."""
-        connection = Connection(
-            max_head=4096,
-            became_idle=self._agent._put,
-            closed=self._agent._forget,
-            secure=False,
-        )
-        self.transport.connect(connection)
-        attempt = Dial()
-        attempt.connected = succeed(connection)
-        return attempt
-
-    def remember(self, connection: Connection) -> None:
-        """There is no session."""
-
-
 class Sink:
     """Takes what the relay forwards."""
 
@@ -111,30 +85,30 @@ class Sink:
         call()
 
 
-class Play:
-    """One request through an pool and a relay, with deadlines and a clock that is turned."""
+class RelayedRequest:
+    """One request through a pool and a relay, in memory, with deadlines and a turned clock."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.clock = MemoryReactorClock()
         url = Url(scheme="http", host="127.0.0.1", port=1)
-        provider = Provider(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
         self.pool = ProviderPool(
             self.clock,
             self.clock.seconds,
-            provider,
+            ProviderConfig(name="p", url=url, dialect=Dialect.RAW),
             resolver=Resolver(self.clock, self.clock.seconds),
             pool_idle=None,
             max_head=4096,
+            direct=False,
         )
-        connected = Connected(self.pool)
-        self.pool._dialer = connected  # type: ignore[assignment]  # a stand-in
-        self.transport = connected.transport
         self.sink = Sink()
         self.end: EndReason | None = None
         timeouts = Timeouts(connect=1.0, first_byte=30.0)
         outgoing = OutgoingRequest(self.pool, b"/", [], b"", timeouts)
         asked: Deferred[Any] = outgoing.request(b"GET", b"", None, None)
         asked.addCallback(self._relay).addCallbacks(self._whole, self._broken)
+        self.transport = FakeTransport()
+        factory: Any = self.clock.tcpClients[0][2]
+        self.transport.connect(factory.buildProtocol(None))
 
     def _relay(self, response: Response) -> Deferred[None]:
         relay = Relay(
@@ -164,7 +138,7 @@ class Play:
             self.transport.protocol.dataReceived(read)
 
     def finish(self, how: str) -> None:
-        """Break off by ``fin`` or ``reset``, or ``stall`` for longer than anybody waits."""
+        """Break off by ``fin`` or ``reset``, or ``stall`` for longer than any deadline."""
         if how == "stall":
             self.clock.advance(31)
         elif self.transport.connected:
@@ -196,44 +170,44 @@ def expected(shape: Shape, offset: int, how: str) -> EndReason:
 @pytest.mark.parametrize("bytewise", [False, True], ids=["one read", "byte by byte"])
 @pytest.mark.parametrize("how", ["fin", "reset", "stall"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_break_at_any_offset_is_called_by_its_name(
-    shape: Shape, how: str, bytewise: bool
-) -> None:
+def test_a_break_at_any_offset_has_its_reason(shape: Shape, how: str, bytewise: bool) -> None:
     """Around the head, in sizes, data, line ends and trailer: one reason for each."""
     for offset in range(len(shape.wire) + 1):
-        play = Play()
+        request = RelayedRequest()
         sent = shape.wire[:offset]
-        play.feed(*([bytes([byte]) for byte in sent] if bytewise else [sent] if sent else []))
-        play.finish(how)
-        assert play.end is expected(shape, offset, how), sent
-        assert shape.body.startswith(play.sink.data)
-        if play.end is EndReason.COMPLETE:
-            assert play.sink.data == (shape.body if not shape.until_close else sent[shape.head :])
+        request.feed(*([bytes([byte]) for byte in sent] if bytewise else [sent] if sent else []))
+        request.finish(how)
+        assert request.end is expected(shape, offset, how), sent
+        assert shape.body.startswith(request.sink.data)
+        if request.end is EndReason.COMPLETE:
+            assert request.sink.data == (
+                shape.body if not shape.until_close else sent[shape.head :]
+            )
             if not shape.until_close:
-                play.pool.close()
-        play.assert_nothing_left()
+                request.pool.close()
+        request.assert_nothing_left()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_response_may_be_cut_at_any_two_offsets(shape: Shape) -> None:
-    """However the wire cuts head and framing, in three reads, body and end are the same."""
+def test_a_response_may_be_split_at_any_two_points(shape: Shape) -> None:
+    """However head and framing are split into three reads, body and end are the same."""
     size = len(shape.wire)
     for first in range(size):
         for second in range(first, size, 1 if size < 90 else 7):
-            play = Play()
+            request = RelayedRequest()
             reads = shape.wire[:first], shape.wire[first:second], shape.wire[second:]
-            play.feed(*(read for read in reads if read))
+            request.feed(*(read for read in reads if read))
             if shape.until_close:
-                play.finish("fin")
-            assert (play.end, play.sink.data) == (EndReason.COMPLETE, shape.body)
+                request.finish("fin")
+            assert (request.end, request.sink.data) == (EndReason.COMPLETE, shape.body)
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_a_whole_response_does_not_mind_how_its_connection_ends(how: str) -> None:
-    """What ends behind the last byte ends an idle connection, and no request."""
-    play = Play()
-    play.feed(SHAPES["chunked"].wire)
-    assert play.pool.counts()["idle"] == 1
-    play.finish(how)
-    assert play.end is EndReason.COMPLETE
-    play.assert_nothing_left()
+def test_the_connections_end_changes_nothing_of_a_whole_response(how: str) -> None:
+    """An end behind the last byte is the end of an idle connection, and of no request."""
+    request = RelayedRequest()
+    request.feed(SHAPES["chunked"].wire)
+    assert request.pool.counts()["idle"] == 1
+    request.finish(how)
+    assert request.end is EndReason.COMPLETE
+    request.assert_nothing_left()

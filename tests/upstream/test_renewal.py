@@ -3,74 +3,26 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
 
-from llmproxy.config import Config, Limits, Secret, Timeouts, Url
+from llmproxy.config import Limits, Secret, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.upstream.client import Upstream, connection_key
-from llmproxy.upstream.response import Response
-from tests.support.fake_transport import Collector, TurnedReactor, turn, until
-from tests.support.sockets import Provider, Wire
+from llmproxy.upstream.client import connection_key
+from llmproxy.upstream.pool import ProviderPool
+from tests.support.fake_transport import turn, until
 from tests.support.tls import Authority
-
-OFF = Timeouts(connect=None, first_byte=None)
-WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-def response(wire: Wire) -> None:
-    """A provider's script: answer until the client's end."""
-    while True:
-        wire.read_request()
-        wire.send(WHOLE)
-
-
-class Rig:
-    """An upstream that is made anew for each configuration, and its one provider ``p``."""
-
-    def __init__(self, peer: Provider) -> None:
-        url = Url(scheme="http", host="127.0.0.1", port=peer.port)
-        self.reactor = TurnedReactor()
-        self.config = config(ProviderConfig(name="p", url=url, dialect=Dialect.RAW))
-        self.upstream = Upstream(self.reactor, self.reactor.seconds, self.config)
-
-    def follow(self, config: Config) -> Upstream:
-        """Take up another configuration; return what there was before."""
-        before = self.upstream
-        self.upstream = Upstream(self.reactor, self.reactor.seconds, config, before=before)
-        self.upstream.take_over(before)
-        self.config = config
-        return before
-
-    async def send(self, upstream: Upstream | None = None) -> Response:
-        """Send one request; return the head of its response."""
-        return await (upstream or self.upstream).send(
-            self.config.providers["p"], "GET", b"/", [], b"", credential=b"", timeouts=OFF
-        )
-
-    async def fetch(self, upstream: Upstream | None = None) -> bytes:
-        """Send one request; return the body of its response."""
-        return await read(await self.send(upstream))
-
-    def count(self, state: str) -> int:
-        """Return how many connections to ``p`` there are in this state."""
-        return self.upstream.counts().get(("p", state), 0)
-
-    async def rest(self) -> None:
-        """Close what is open; nothing may be left."""
-        self.upstream.close()
-        await until(lambda: not any(self.upstream.counts().values()))
-        assert not self.reactor.timers()
-
-
-def config(*providers: ProviderConfig, **parts: Any) -> Config:
-    """Return a configuration of these providers."""
-    return Config(providers={one.name: one for one in providers}, **parts)
+from tests.upstream.one_provider import (
+    RespondingProvider,
+    config_of,
+    read,
+    upstream_of,
+    url_of,
+)
 
 
 def changed(provider: ProviderConfig, **fields: Any) -> ProviderConfig:
@@ -79,18 +31,10 @@ def changed(provider: ProviderConfig, **fields: Any) -> ProviderConfig:
     return ProviderConfig(**{**values, **fields})
 
 
-async def read(response: Response) -> bytes:
-    """Read a response's body."""
-    collector = Collector()
-    response.deliverBody(collector)
-    await collector.ended
-    return collector.body
-
-
 SAME = {
     "default headers": {"headers": (("x-a", "b"),)},
     "deadlines of requests": {"timeouts": {"idle": 1.0, "connect": 2.0}},
-    "a path before the request's": {"url_path": "/v2"},
+    "a path before the request's": {"url": "/v2"},
     "another dialect": {"dialect": Dialect.OPENAI},
 }
 OTHER = {
@@ -105,94 +49,82 @@ OTHER = {
 @pytest.mark.parametrize("fields", SAME.values(), ids=SAME)
 @ensureDeferred
 async def test_a_provider_keeps_its_pool(fields: dict[str, Any]) -> None:
-    """Where nothing has changed that connections depend on: the next request takes a warm one."""
-    with Provider(response) as peer:
-        rig = Rig(peer)
-        assert await rig.fetch() == b"ok"
-        provider = rig.config.providers["p"]
-        fields = dict(fields)
-        if path := fields.pop("url_path", ""):
-            fields["url"] = Url(scheme="http", host="127.0.0.1", port=peer.port, path=path)
-        rig.follow(config(changed(provider, **fields)))
-        assert rig.count("idle") == 1
-        assert await rig.fetch() == b"ok"
-        assert peer.accepted == 1
-        await rig.rest()
+    """Where nothing has changed that connections depend on, the next request takes a warm one."""
+    async with upstream_of(RespondingProvider()) as (provider, upstream):
+        await upstream.fetch()
+        if path := fields.get("url"):
+            fields = {"url": Url(scheme="http", host="127.0.0.1", port=provider.port, path=path)}
+        upstream.follow(changed(upstream.provider, **fields))
+        assert upstream.count("idle") == 1
+        await upstream.fetch()
+        assert provider.accepted == 1
 
 
 @pytest.mark.parametrize("fields", OTHER.values(), ids=OTHER)
 @ensureDeferred
 async def test_a_provider_that_is_another_begins_anew(fields: dict[str, Any]) -> None:
-    """What is idle is closed at once, and what runs goes on to its end, and is not kept."""
-    with Provider(response) as peer:
-        rig = Rig(peer)
-        running = await rig.send()
-        idle = await rig.send()
-        assert await read(idle) == b"ok"
-        rig.follow(config(changed(rig.config.providers["p"], **fields)))
-        await until(lambda: rig.count("idle") == 0)
-        assert rig.count("active") == 1
-        assert await rig.fetch() == b"ok"
-        assert peer.accepted == 3
+    """An idle connection is closed at once; a busy one serves its response, and is not kept."""
+    async with upstream_of(RespondingProvider()) as (provider, upstream):
+        running = await upstream.send()
+        await upstream.fetch()
+        upstream.follow(changed(upstream.provider, **fields))
+        await until(lambda: upstream.count("idle") == 0)
+        assert upstream.count("active") == 1
+        await upstream.fetch()
+        assert provider.accepted == 3
         assert await read(running) == b"ok"
-        await until(lambda: rig.count("active") == 0)
-        assert rig.count("idle") == 1
-        await rig.rest()
+        await until(lambda: upstream.count("active") == 0)
+        assert upstream.count("idle") == 1
 
 
 @ensureDeferred
 async def test_a_provider_that_moves_is_followed() -> None:
     """New requests go to the new place; a request that began before still finds the old one."""
-    with Provider(response) as old, Provider(response) as new:
-        rig = Rig(old)
-        provider = rig.config.providers["p"]
-        url = Url(scheme="http", host="127.0.0.1", port=new.port)
-        before = rig.follow(config(changed(provider, url=url)))
-        assert await rig.fetch() == b"ok"
-        assert (old.accepted, new.accepted) == (0, 1)
-        assert await rig.fetch(before) == b"ok"
-        assert (old.accepted, new.accepted) == (1, 1)
-        await until(lambda: rig.count("active") == 0)
-        assert rig.count("idle") == 1
-        await rig.rest()
+    async with upstream_of(RespondingProvider()) as (old, upstream):
+        with RespondingProvider() as new:
+            before = upstream.follow(changed(upstream.provider, url=url_of(new)))
+            await upstream.fetch()
+            assert (old.accepted, new.accepted) == (0, 1)
+            await upstream.fetch(through=before)
+            assert (old.accepted, new.accepted) == (1, 1)
+            await until(lambda: upstream.count("active") == 0)
+            assert upstream.count("idle") == 1
 
 
 @ensureDeferred
 async def test_a_provider_that_is_gone_is_counted_to_its_end() -> None:
     """Its running responses are connections as long as they last, and end with the process."""
-    with Provider(response) as peer:
-        rig = Rig(peer)
-        first, second = await rig.send(), await rig.send()
-        rig.follow(config())
-        rig.follow(config())
-        assert rig.count("active") == 2
+    async with upstream_of(RespondingProvider()) as (_, upstream):
+        first, second = await upstream.send(), await upstream.send()
+        upstream.follow()
+        upstream.follow()
+        assert upstream.count("active") == 2
         assert await read(first) == b"ok"
-        await until(lambda: rig.count("active") == 1)
-        rig.upstream.close()
-        await until(lambda: rig.count("active") == 0)
+        await until(lambda: upstream.count("active") == 1)
+        upstream.upstream.close()
+        await until(lambda: upstream.count("active") == 0)
         second.abort()
-        await rig.rest()
+
+
+def pools() -> int:
+    """Return how many pools there are."""
+    gc.collect()
+    return sum(isinstance(one, ProviderPool) for one in gc.get_objects())
 
 
 @ensureDeferred
 async def test_what_is_replaced_is_let_go_of() -> None:
     """No trace of the old pool stays once nothing runs on it, nor of its credential."""
-    with Provider(response) as peer:
-        rig = Rig(peer)
-        assert await rig.fetch() == b"ok"
+    before = pools()
+    async with upstream_of(RespondingProvider()) as (_, upstream):
         secret = Secret("old")
-        provider = changed(rig.config.providers["p"], credential=secret)
-        rig.follow(config(provider))
-        assert await rig.fetch() == b"ok"
-        pool = weakref.ref(rig.upstream._reached["p"].pool)
-        rig.follow(config(changed(provider, credential=Secret("new"))))
-        await until(lambda: not any(rig.upstream.counts().values()))
+        upstream.follow(changed(upstream.provider, credential=secret))
+        await upstream.fetch()
+        upstream.follow(changed(upstream.provider, credential=Secret("new")))
+        await until(lambda: not any(upstream.counts().values()))
         await turn()
-        gc.collect()
-        assert pool() is None
-        del provider
+        assert pools() == before + 1
         assert [one for one in gc.get_referrers(secret) if isinstance(one, ProviderConfig)] == []
-        await rig.rest()
 
 
 def test_an_authority_is_known_by_its_content(tmp_path: Path) -> None:
@@ -201,18 +133,18 @@ def test_an_authority_is_known_by_its_content(tmp_path: Path) -> None:
     authority, other = Authority(tmp_path), Authority(tmp_path / "other")
     url = Url(scheme="https", host="localhost", port=1)
     provider = ProviderConfig(name="p", url=url, dialect=Dialect.RAW, ca=str(authority.ca_path))
-    before = connection_key(provider, config(provider))
-    assert connection_key(provider, config(provider)) == before
+    before = connection_key(provider, config_of(provider))
+    assert connection_key(provider, config_of(provider)) == before
     authority.ca_path.write_bytes(other.ca_path.read_bytes())
-    assert connection_key(provider, config(provider)) != before
+    assert connection_key(provider, config_of(provider)) != before
 
 
 def test_limits_of_responses_count_too() -> None:
-    """What a connection was made with is what it goes by."""
+    """A limit or a deadline of connections makes another key, and one of requests the same key."""
     provider = ProviderConfig(
         name="p", url=Url(scheme="http", host="a", port=1), dialect=Dialect.RAW
     )
-    before = connection_key(provider, config(provider))
-    assert connection_key(provider, config(provider, limits=Limits(response_head=1))) != before
-    assert connection_key(provider, config(provider, limits=Limits(request_head=1))) == before
-    assert connection_key(provider, config(provider, timeouts=Timeouts(pool_idle=1.0))) != before
+    before = connection_key(provider, config_of(provider))
+    assert connection_key(provider, config_of(provider, limits=Limits(response_head=1))) != before
+    assert connection_key(provider, config_of(provider, limits=Limits(request_head=1))) == before
+    assert connection_key(provider, config_of(provider, timeouts=Timeouts(pool_idle=1.0))) != before

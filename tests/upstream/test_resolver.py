@@ -1,4 +1,4 @@
-"""Names that hang, fail or cannot be looked up at all: who waits, and what is left."""
+"""The lookup of a provider's name: shared and kept, or one that hangs, fails or cannot begin."""
 
 from __future__ import annotations
 
@@ -9,108 +9,124 @@ import weakref
 from typing import Any
 
 import pytest
-import pytest_twisted
+from pytest_twisted import ensureDeferred
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
 
-from llmproxy.config import Provider as ProviderConfig
 from llmproxy.config import Timeouts, Url
-from llmproxy.errors import EndReason, ProxyError
-from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
-from llmproxy.upstream.resolver import Resolver
-from tests.support.fake_transport import Collector, until
-from tests.support.sockets import WAIT, Provider, Wire
+from llmproxy.errors import EndReason
+from llmproxy.upstream.resolver import KEPT, Resolver
+from tests.support.fake_transport import until
+from tests.upstream.one_provider import (
+    Lookup,
+    OneProviderPool,
+    RespondingProvider,
+    failure_of,
+    pool_of,
+    url_of,
+)
 
 CLOCK: Any = reactor
 
 
-def agent_for(resolver: Resolver, port: int, host: str = "p.example") -> ProviderPool:
-    """Return an agent for a provider that is reached by its name."""
-    url = Url(scheme="http", host=host, port=port)
-    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
-    return ProviderPool(
-        CLOCK, CLOCK.seconds, provider, resolver=resolver, pool_idle=None, max_head=4096
-    )
+def named(name: str) -> Url:
+    """Return a URL with this name, at which nothing listens."""
+    return Url(scheme="http", host=name, port=1)
 
 
-def ask(agent: ProviderPool) -> Deferred[Any]:
-    """Send a request."""
-    outgoing = OutgoingRequest(agent, b"/", [], b"", Timeouts(connect=2.0, first_byte=5.0))
-    return outgoing.request(b"GET", b"", None, None)
+@ensureDeferred
+async def test_a_name_is_looked_up_once_for_all_who_wait() -> None:
+    """Requests share a lookup and, for a while, the addresses that it found."""
+    provider = RespondingProvider()
+    async with pool_of(provider, url_of(provider, "p.example"), size=0) as (_, pool):
+        for response in [pool.send(), pool.send()]:
+            (await response).abort()
+        pool.clock.advance(KEPT - 0.1)
+        await pool.fetch()
+        assert pool.lookup.names == ["p.example"]
+        pool.clock.advance(0.2)
+        await pool.fetch()
+        assert pool.lookup.names == ["p.example"] * 2
 
 
-def response(wire: Wire) -> None:
-    """Answer one request."""
-    wire.read_request()
-    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+@ensureDeferred
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_an_unknown_name_is_unreachable(scheme: str) -> None:
+    """A name without an address makes the provider unreachable; the client gets no name."""
+    pool = OneProviderPool(Url(scheme=scheme, host="secret.example", port=1))
+    pool.lookup.error = socket.gaierror(socket.EAI_NONAME, "who is that?")
+    error = await failure_of(pool.send())
+
+    assert (error.end, error.may_have_run) == (EndReason.UPSTREAM_UNREACHABLE, False)
+    assert "secret.example" in error.detail
+    assert "who is that?" in error.detail
+    assert "secret.example" not in error.message
+    pool.assert_counts()
 
 
-class Lookup:
-    """A ``getaddrinfo`` that finds everything on loopback, but for what hangs."""
-
-    def __init__(self) -> None:
-        self.over = threading.Event()
-        self.asked: list[str] = []
-
-    def __call__(self, host: str, *_: Any) -> list[Any]:
-        self.asked.append(host)
-        if host.startswith("hangs"):
-            self.over.wait(WAIT)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+@ensureDeferred
+async def test_a_failed_lookup_is_not_kept() -> None:
+    """The next request looks the name up again, and is served where the name is known by then."""
+    provider = RespondingProvider()
+    async with pool_of(provider, url_of(provider, "p.example")) as (_, pool):
+        pool.lookup.error = socket.gaierror(socket.EAI_AGAIN, "later")
+        await failure_of(pool.send())
+        pool.lookup.error = None
+        assert await pool.fetch() == b"ok"
 
 
-async def fetched(agent: ProviderPool) -> bytes:
-    """Send a request, take its body, and close everything."""
-    body = Collector()
-    (await ask(agent)).deliverBody(body)
-    await body.ended
-    agent.close()
-    await until(lambda: not any(agent.counts().values()))
-    return body.body
-
-
-@pytest_twisted.ensureDeferred
+@ensureDeferred
 async def test_a_hanging_name_delays_no_other_provider() -> None:
     """Twenty names hang at once; the provider whose name is found is asked meanwhile."""
     lookup = Lookup()
+    lookup.hangs = lambda name: name.startswith("hangs")
     resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
-    hanging = [agent_for(resolver, 1, f"hangs{number}.example") for number in range(20)]
-    asked = [ask(agent) for agent in hanging]
-    with Provider(response) as provider:
-        assert await fetched(agent_for(resolver, provider.port)) == b"ok"
-    for request, agent in zip(asked, hanging, strict=True):
+    hanging = [OneProviderPool(named(f"hangs{n}.example"), resolver=resolver) for n in range(20)]
+    requests = [pool.send() for pool in hanging]
+    provider = RespondingProvider()
+    url = url_of(provider, "p.example")
+    async with pool_of(provider, url, resolver=resolver) as (_, pool):
+        assert await pool.fetch() == b"ok"
+    for request, pool in zip(requests, hanging, strict=True):
         assert not request.called
         request.addErrback(lambda failure: None)
-        agent.close()
+        await pool.close()
     lookup.over.set()
-    await until(lambda: not [one for one in threading.enumerate() if one.name.startswith("name-")])
+    await until(lambda: not [one for one in threading.enumerate() if one.name == "name"])
 
 
-@pytest_twisted.ensureDeferred
-async def test_requests_that_left_are_not_kept_by_a_name_that_hangs() -> None:
-    """However long a lookup takes, whoever gave up on it is forgotten before it ends."""
+class WatchedResolver(Resolver):
+    """A resolver that keeps a weak reference to whatever waits for its addresses."""
+
+    receivers: list[weakref.ref[Any]]
+
+    def resolveHostName(self, *args: Any, **kwargs: Any) -> Any:
+        self.receivers.append(weakref.ref(args[0]))
+        return super().resolveHostName(*args, **kwargs)
+
+
+@ensureDeferred
+async def test_cancelled_requests_are_not_kept_by_a_name_that_hangs() -> None:
+    """However long a lookup takes, a request that was cancelled is forgotten before its end."""
     lookup = Lookup()
-    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
-    agent = agent_for(resolver, 1, "hangs.example")
-    gone: list[weakref.ref[Any]] = []
+    lookup.hangs = lambda name: True
+    resolver = WatchedResolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
+    resolver.receivers = []
+    pool = OneProviderPool(named("hangs.example"), resolver=resolver)
+    cancelled: list[weakref.ref[Any]] = []
     for _ in range(5):
-        outgoing = OutgoingRequest(agent, b"/", [], b"", Timeouts())
-        request: Any = outgoing.request(b"GET", b"", None, None)
-        (attempt,) = agent._connecting
-        gone.append(weakref.ref(attempt))
+        request = pool.send(timeouts=Timeouts())
+        cancelled.append(weakref.ref(request))
         request.addErrback(lambda failure: None)
         request.cancel()
-        del outgoing, request, attempt
+        del request
     gc.collect()
-    left = [ref for ref in gone if ref() is not None]
-    waiting = sum(len(some) for some in resolver._waiting.values())
+    assert len(resolver.receivers) == 5
+    assert [ref for ref in cancelled + resolver.receivers if ref() is not None] == []
     lookup.over.set()
-    await until(lambda: not resolver._waiting)
-    assert left == []
-    assert waiting == 0
+    await pool.close()
 
 
-@pytest_twisted.ensureDeferred
+@ensureDeferred
 async def test_a_lookup_that_cannot_begin_fails_its_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,13 +135,11 @@ async def test_a_lookup_that_cannot_begin_fails_its_request_alone(
     def no_more(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=Lookup())
-    with Provider(response) as provider:
-        agent = agent_for(resolver, provider.port)
+    provider = RespondingProvider()
+    async with pool_of(provider, url_of(provider, "p.example")) as (_, pool):
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more)
-            failed = ask(agent)
-        with pytest.raises(ProxyError) as caught:
-            await failed
-        assert caught.value.end in (EndReason.UPSTREAM_UNREACHABLE, EndReason.REJECTED)
-        assert await fetched(agent) == b"ok"
+            failed = pool.send()
+        error = await failure_of(failed)
+        assert error.end in (EndReason.UPSTREAM_UNREACHABLE, EndReason.REJECTED)
+        assert await pool.fetch() == b"ok"

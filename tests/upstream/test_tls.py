@@ -1,120 +1,53 @@
-"""TLS towards a provider: what is offered, what is taken up again, and what the kernel watches."""
+"""TLS towards a provider: what is offered, verified and resumed, and what the kernel watches."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import ssl
 import warnings
-from collections.abc import Callable
-from typing import Any
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
-import pytest_twisted
-from twisted.internet import reactor
+from pytest_twisted import ensureDeferred
 
-from llmproxy.config import Provider as ProviderConfig
-from llmproxy.config import Timeouts, Url
-from llmproxy.errors import EndReason, ProxyError
+from llmproxy.errors import EndReason
 from llmproxy.net.transport import raw_transport
-from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
-from llmproxy.upstream.resolver import Resolver
-from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, until
 from tests.support.sockets import WAIT, Provider, Wire
 from tests.support.tls import Authority
 from tests.upstream.hello import Hello, read_hello
+from tests.upstream.one_provider import (
+    OK,
+    RespondingProvider,
+    failure_of,
+    plain,
+    pool_of,
+    url_of,
+)
 
-CLOCK: Any = reactor
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-CLOSING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """The authority that providers' certificates come from."""
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-class Rig:
-    """An agent, and what its requests come to."""
-
-    def __init__(
-        self,
-        port: int,
-        authority: Authority,
-        host: str = "localhost",
-        *,
-        pool_idle: float | None = None,
-    ) -> None:
-        self.agent = ProviderPool(
-            CLOCK,
-            CLOCK.seconds,
-            ProviderConfig(
-                name="p",
-                url=Url(scheme="https", host=host, port=port),
-                dialect="raw",  # type: ignore[arg-type]  # text will do
-                ca=str(authority.ca_path),
-            ),
-            resolver=Resolver(CLOCK, CLOCK.seconds),
-            pool_idle=pool_idle,
-            max_head=4096,
-        )
-
-    async def ask(self, credential: bytes = b"") -> Response:
-        """Send a request and return its head."""
-        timeouts = Timeouts(connect=10.0, first_byte=10.0)
-        outgoing = OutgoingRequest(self.agent, b"/", [], credential, timeouts)
-        response: Any = await outgoing.request(b"GET", b"", None, None)
-        assert isinstance(response, Response)
-        return response
-
-    async def fetch(self, credential: bytes = b"") -> Collector:
-        """Send a request and take its body."""
-        body = Collector()
-        (await self.ask(credential)).deliverBody(body)
-        await body.ended
-        assert body.body == b"ok"
-        return body
-
-    async def rest(self) -> None:
-        """Close everything."""
-        self.agent.close()
-        await until(lambda: not any(self.agent.counts().values()))
+CLOSING = plain(b"ok", b"Connection: close")
 
 
-# --- what is offered ------------------------------------------------------------------------------
+# --- what is offered and verified -----------------------------------------------------------------
 
 
-async def hello_to(host: str, authority: Authority) -> Hello:
-    """Return what a provider that is called ``host`` is offered; it hangs up then."""
+@pytest.mark.parametrize(
+    ("host", "name"), [("localhost", b"localhost"), ("127.0.0.1", None)], ids=["name", "address"]
+)
+@ensureDeferred
+async def test_a_provider_is_offered_http_1_1_by_its_name(host: str, name: bytes | None) -> None:
+    """SNI with the URL's host, where it is a name (RFC 6066), ALPN, and TLS 1.2 and 1.3 alone."""
     seen: queue.Queue[bytes] = queue.Queue()
-
-    def script(wire: Wire) -> None:
-        seen.put(wire.receive())
-
-    with Provider(script) as provider:
-        rig = Rig(provider.port, authority, host)
-        with pytest.raises(ProxyError) as caught:
-            await rig.ask()
-        await rig.rest()
-    assert (caught.value.end, caught.value.cause) == (EndReason.UPSTREAM_TLS, "protocol")
-    assert not caught.value.may_have_run
-    return read_hello(seen.get(timeout=WAIT))
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_provider_is_told_its_name_and_offered_http_1_1_alone(authority: Authority) -> None:
-    """SNI with the URL's host, ALPN with one protocol, TLS 1.2 and 1.3."""
-    assert await hello_to("localhost", authority) == Hello(
-        b"localhost", [b"http/1.1"], {0x0303, 0x0304}
-    )
-
-
-@pytest_twisted.ensureDeferred
-async def test_an_address_is_no_name(authority: Authority) -> None:
-    """SNI holds names alone (RFC 6066, section 3)."""
-    assert (await hello_to("127.0.0.1", authority)).name is None
+    provider = Provider(lambda wire: seen.put(wire.receive()))
+    async with pool_of(provider, url_of(provider, host, "https")) as (_, pool):
+        error = await failure_of(pool.send())
+    assert (error.end, error.cause) == (EndReason.UPSTREAM_TLS, "protocol")
+    assert not error.may_have_run
+    offered = read_hello(seen.get(timeout=WAIT))
+    assert offered == Hello(name, [b"http/1.1"], {0x0303, 0x0304})
 
 
 def limited(authority: Authority, version: ssl.TLSVersion) -> ssl.SSLContext:
@@ -128,47 +61,61 @@ def limited(authority: Authority, version: ssl.TLSVersion) -> ssl.SSLContext:
     return context
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-@pytest_twisted.ensureDeferred
-async def test_a_current_version_is_spoken(authority: Authority, version: ssl.TLSVersion) -> None:
-    """A provider that speaks one of the two is asked in it."""
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("authority", "unknown_authority"),
+        ("name", "wrong_name"),
+        ("plain", "protocol"),
+        ("expired", "expired"),
+        ("old version", "protocol"),
+    ],
+)
+@ensureDeferred
+async def test_a_provider_that_cannot_be_trusted_gets_no_request(
+    fault: str, cause: str, authority: Authority, tmp_path: Path
+) -> None:
+    """A wrong authority, name, time or version, or no TLS, is a failure before a byte is sent."""
+    contexts = {
+        "authority": lambda: Authority(tmp_path).server(),
+        "name": lambda: authority.server("else.where"),
+        "expired": lambda: authority.server(not_after=datetime(2001, 1, 1, tzinfo=UTC)),
+        "old version": lambda: limited(authority, ssl.TLSVersion.TLSv1_1),
+    }
+    requests: queue.Queue[bytes] = queue.Queue()
 
     def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(OK)
-        wire.wait_closed()
+        if fault == "plain":
+            wire.send(b"HTTP/1.1 400 Speak plainly\r\n\r\n")
+        else:
+            requests.put(wire.receive())
 
-    with Provider(script, tls=limited(authority, version)) as provider:
-        rig = Rig(provider.port, authority)
-        await rig.fetch()
-        await rig.rest()
-
-
-@pytest_twisted.ensureDeferred
-async def test_an_old_version_is_not_spoken(authority: Authority) -> None:
-    """A provider that knows nothing newer than TLS 1.1 is not asked."""
-    context = limited(authority, ssl.TLSVersion.TLSv1_1)
-    failures: queue.Queue[str] = queue.Queue()
-
-    def script(wire: Wire) -> None:
-        with pytest.raises(ssl.SSLError) as caught:
-            context.wrap_socket(wire.sock, server_side=True)
-        failures.put(str(caught.value))
-
-    with Provider(script) as provider:
-        rig = Rig(provider.port, authority)
-        with pytest.raises(ProxyError) as refused:
-            await rig.ask()
-        await rig.rest()
-    assert refused.value.cause == "protocol"
-    assert failures.get(timeout=WAIT)
+    provider = Provider(script, tls=None if fault == "plain" else contexts[fault]())
+    url = url_of(provider, "localhost", "https")
+    with contextlib.suppress(ssl.SSLError):  # which the provider's side of the handshake is
+        async with pool_of(provider, url, ca=authority.ca_path) as (_, pool):
+            error = await failure_of(pool.send())
+    assert not any(requests.queue)
+    assert (error.status, error.end) == (502, EndReason.UPSTREAM_TLS)
+    assert (error.cause, error.may_have_run) == (cause, False)
 
 
-# --- what is taken up again -----------------------------------------------------------------------
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+@ensureDeferred
+async def test_a_certificate_may_be_for_a_name_or_an_address(
+    host: str, authority: Authority
+) -> None:
+    """A certificate for the URL's host is accepted."""
+    provider = RespondingProvider(tls=authority.server(host))
+    async with pool_of(provider, url_of(provider, host), ca=authority.ca_path) as (_, pool):
+        assert await pool.fetch() == b"ok"
+
+
+# --- what is resumed ------------------------------------------------------------------------------
 
 
 class Resuming:
-    """A provider's script that tells for each connection whether its session was an older one."""
+    """A provider's script that notes for each connection whether it resumed a session."""
 
     def __init__(self, response: bytes = OK) -> None:
         self._response = response
@@ -182,7 +129,7 @@ class Resuming:
         self.resumed.append(bool(wire.sock.session_reused))
         wire.send(self._response)
         if self._response is OK:
-            if self.hang_up.get(timeout=WAIT) == "farewell":
+            if self.hang_up.get(timeout=WAIT) == "close_notify":
                 wire.close_notify()
             return
         wire.wait_closed()
@@ -192,54 +139,54 @@ VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=["1.2", "1.3"])
-@pytest.mark.parametrize("first", ["stays", "farewell", "expires"])
-@pytest_twisted.ensureDeferred
-async def test_the_next_connection_takes_the_session_up_again(
+@pytest.mark.parametrize("first", ["stays", "close_notify", "expires"])
+@ensureDeferred
+async def test_the_next_connection_resumes_the_session(
     authority: Authority, version: ssl.TLSVersion, first: str
 ) -> None:
     """Whether the connection that began the session is idle, or was closed by either side."""
     script = Resuming()
-    with Provider(script, tls=limited(authority, version)) as provider:
-        rig = Rig(provider.port, authority, pool_idle=0.05 if first == "expires" else None)
-        await rig.fetch(b"a")
-        if first == "farewell":
+    provider = Provider(script, tls=limited(authority, version))
+    async with pool_of(provider, ca=authority.ca_path) as (_, pool):
+        await pool.fetch(credential=b"a")
+        if first == "close_notify":
             script.hang_up.put(first)
+        elif first == "expires":
+            await until(lambda: pool.counts()["idle"])  # behind a TLS layer it takes a turn
+            pool.clock.advance(61)
         if first != "stays":
-            await until(lambda: not any(rig.agent.counts().values()))
-        await rig.fetch(b"b")
+            await until(lambda: not any(pool.counts().values()))
+        await pool.fetch(credential=b"b")
         for _ in range(2):
             script.hang_up.put("fin")
-        await rig.rest()
     assert script.resumed == [False, True]
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_session_is_taken_up_again_where_no_connection_is_kept(
+@ensureDeferred
+async def test_a_session_is_resumed_where_no_connection_is_kept(
     authority: Authority,
 ) -> None:
     """A provider that closes behind each response saves the handshake no less."""
     script = Resuming(CLOSING)
-    with Provider(script, tls=authority.server()) as provider:
-        rig = Rig(provider.port, authority)
-        await rig.fetch()
-        await rig.fetch()
-        await rig.rest()
+    provider = Provider(script, tls=authority.server())
+    async with pool_of(provider, ca=authority.ca_path) as (_, pool):
+        await pool.fetch()
+        await pool.fetch()
     assert script.resumed == [False, True]
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_session_outlives_a_connection_that_we_cut(authority: Authority) -> None:
+@ensureDeferred
+async def test_a_session_outlives_a_connection_that_we_abort(authority: Authority) -> None:
     """A caller that leaves in the middle of its response does not cost the next one a handshake."""
     script = Resuming()
-    with Provider(script, tls=authority.server()) as provider:
-        rig = Rig(provider.port, authority)
-        await rig.fetch(b"a")
-        (await rig.ask(b"b")).abort()
-        await until(lambda: not rig.agent.counts()["active"])
-        await rig.fetch(b"c")
+    provider = Provider(script, tls=authority.server())
+    async with pool_of(provider, ca=authority.ca_path) as (_, pool):
+        await pool.fetch(credential=b"a")
+        (await pool.send(credential=b"b")).abort()
+        await until(lambda: not pool.counts()["active"])
+        await pool.fetch(credential=b"c")
         for _ in range(3):
             script.hang_up.put("fin")
-        await rig.rest()
     assert script.resumed == [False, True, True]
 
 
@@ -247,41 +194,18 @@ async def test_a_session_outlives_a_connection_that_we_cut(authority: Authority)
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@pytest_twisted.ensureDeferred
-async def test_a_vanished_provider_is_noticed_by_the_kernel(
-    authority: Authority, tls: bool
-) -> None:
-    """Keepalive probes and a bound on what stays unacknowledged, on every upstream socket."""
-
-    def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(OK)
-        wire.wait_closed()
-
-    with Provider(script, tls=authority.server() if tls else None) as provider:
-        rig = Rig(provider.port, authority)
-        if not tls:
-            rig.agent = plain_agent(provider.port)
-        body = await rig.fetch()
-        option = reading(raw_transport(body.transport).socket)
+@ensureDeferred
+async def test_an_upstream_socket_has_its_options(authority: Authority, tls: bool) -> None:
+    """Small writes leave at once, and the kernel notices a provider that has vanished."""
+    provider = RespondingProvider(tls=authority.server() if tls else None)
+    async with pool_of(provider, ca=authority.ca_path) as (_, pool):
+        body = Collector()
+        (await pool.send()).deliverBody(body)
+        option = raw_transport(body.transport).socket.getsockopt
+        assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert 0 < option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert 0 < option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 30
         assert 0 < option(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= 5
         assert 0 < option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 120_000
-        await rig.rest()
-
-
-def reading(handle: socket.socket) -> Callable[[int, int], int]:
-    """Return what reads a number from the socket's options."""
-    return lambda level, name: handle.getsockopt(level, name)
-
-
-def plain_agent(port: int) -> ProviderPool:
-    """Return an agent without TLS."""
-    url = Url(scheme="http", host="localhost", port=port)
-    provider = ProviderConfig(name="p", url=url, dialect="raw")  # type: ignore[arg-type]  # text will do
-    resolver = Resolver(CLOCK, CLOCK.seconds)
-    return ProviderPool(
-        CLOCK, CLOCK.seconds, provider, resolver=resolver, pool_idle=None, max_head=4096
-    )
+        await body.ended
