@@ -50,9 +50,15 @@ class Attempts:
             ProxyError: no connection, no head in time, or a head that is not HTTP.
             Exception: the request was cancelled; the exchange knows why.
         """
-        trace, name = exchange.trace, candidate.provider.name
+        request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         body = _body(exchange, match, candidate, facts)
-        fields = self._fields(exchange, match, candidate)
+        fields = candidate.rewriter.for_provider(
+            request.fields,
+            via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
+            request_id=trace.id.encode("ascii"),
+            streams=bool(trace.stream),
+            identity=match.route.accept_encoding == "identity",
+        )
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
         outcome: str = "ok"
@@ -60,13 +66,11 @@ class Attempts:
         try:
             exchange.response = await self._upstream.send(
                 candidate.provider,
-                exchange.request.method.decode("ascii"),
+                request.method.decode("ascii"),
                 match.target(candidate),
                 fields,
                 body,
-                credential=pool_key(
-                    candidate.provider, candidate.credential, exchange.request.fields
-                ),
+                credential=pool_key(candidate.provider, candidate.credential, request.fields),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
@@ -84,19 +88,6 @@ class Attempts:
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return exchange.response
-
-    def _fields(
-        self, exchange: Exchange, match: RouteMatch, candidate: Candidate
-    ) -> list[tuple[bytes, bytes]]:
-        """Return the header fields that the provider gets, without ``Host`` and framing."""
-        request = exchange.request
-        return candidate.rewriter.for_provider(
-            request.fields,
-            via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
-            request_id=exchange.trace.id.encode("ascii"),
-            streams=bool(exchange.trace.stream),
-            identity=match.route.accept_encoding == "identity",
-        )
 
 
 def _body(

@@ -93,15 +93,15 @@ class Gateway(Handler):
     def holds_body(self, request: Request) -> bool:
         """Return whether the body must be whole before the request is served, or else streams."""
         kind = request.first.get(b"content-type")
-        return is_held(kind, _place(request).needs_model)
+        return is_held(kind, request.kept.needs_model)
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
-        return early_refusal(request, _place(request), self._rules)
+        return early_refusal(request, request.kept, self._rules)
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
-        place = _place(request)
+        place: PathMatch = request.kept
         exchange = self._recorder.begin(request)
 
         def client_left(why: ClientGone) -> None:
@@ -238,12 +238,6 @@ class Gateway(Handler):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
-
-
-def _place(request: Request) -> PathMatch:
-    """Return what there is at the request's path and host; its head found it."""
-    place: PathMatch = request.kept
-    return place
 
 
 def _end_failed(failure: Failure) -> None:

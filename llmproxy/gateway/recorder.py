@@ -7,7 +7,7 @@ and a head that is not HTTP.  This module knows no provider and no socket.
 
 from __future__ import annotations
 
-import os
+import random
 from collections.abc import Callable, Collection
 
 from twisted.logger import Logger
@@ -21,6 +21,9 @@ from llmproxy.server.error_response import bare_response
 from llmproxy.server.request import Request
 
 _log = Logger(namespace=ACCESS)
+
+_ids = random.Random()
+"""Ids are to be unique, not secret; it is seeded by the system, and asks it for nothing more."""
 
 
 def log_access(trace: Trace, cause: str | None, detail: str | None) -> None:
@@ -147,7 +150,7 @@ def new_trace(request: Request, session_header: bytes, *, time: float, instance:
 
 
 def _new_id() -> str:
-    return os.urandom(12).hex()
+    return f"{_ids.getrandbits(96):024x}"
 
 
 def _path(path: bytes) -> str:
