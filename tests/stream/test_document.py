@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.stream.document import Document
+from tests.stream.splits import drawn_split
 
 USAGE = {"prompt_tokens": 1, "details": {"z": [1, 2, '"],}']}}
 BEFORE: dict[str, Any] = {"id": "i", 'mo"de:l': "m", "fingerprint": {"a": ',"b":'}}
@@ -110,9 +111,8 @@ VALUES = st.recursive(
 def test_no_member_is_made_up(members: dict[str, Any], data: st.DataObject) -> None:
     """The members that are found were there, in their order, whatever the chunks."""
     body = json.dumps(members, ensure_ascii=data.draw(st.booleans())).encode()
-    at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
     limit = data.draw(st.integers(1, len(body)))
-    found, _ = read((body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)), limit)
+    found, _ = read(drawn_split(data, body), limit)
     if found != b"{":
         assert found is not None
         kept = json.loads(found)

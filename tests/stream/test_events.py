@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.stream.events import Blocks, Event, Framing, Lines, ServerSentEvents
+from tests.stream.splits import drawn_split, every_split
 
 Make = Callable[[int, Callable[[], None]], Framing]
 MAKERS: list[Make] = [ServerSentEvents, Lines]
@@ -84,10 +85,8 @@ def slowly(body: bytes) -> list[Event]:
 )
 def test_server_sent_events_follow_the_standard(body: bytes, events: list[Event]) -> None:
     """Line ends, marks, comments, fields and blank lines are read, split at any point."""
-    assert sse([body]) == events
-    assert sse(body[at : at + 1] for at in range(len(body))) == events
-    for at in range(len(body)):
-        assert sse([body[:at], body[at:]]) == events
+    for chunks in every_split(body):
+        assert sse(chunks) == events
 
 
 PIECES = st.sampled_from(
@@ -99,9 +98,7 @@ PIECES = st.sampled_from(
 def test_any_lines_follow_the_standard(pieces: list[bytes], data: st.DataObject) -> None:
     """A plain reader of the whole finds the same events."""
     body = b"".join(pieces)
-    at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
-    chunks = [body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)]
-    assert sse(chunks) == slowly(body)
+    assert sse(drawn_split(data, body)) == slowly(body)
 
 
 def test_whole_events_are_read_like_one_piece() -> None:
@@ -124,8 +121,8 @@ def test_whole_events_are_read_like_one_piece() -> None:
 )
 def test_each_line_is_an_event(body: bytes, lines: list[bytes]) -> None:
     """The last line needs no end, and a blank line is no event."""
-    for at in range(len(body) + 1):
-        events, _ = read(Lines, [body[:at], body[at:]], 1000)
+    for chunks in every_split(body):
+        events, _ = read(Lines, chunks, 1000)
         assert [data.strip() for _, data in events] == lines
 
 
@@ -145,12 +142,11 @@ def test_an_overlong_event_is_left_out(make: Make, body: bytes, kept: bytes) -> 
     """One byte over the limit, the event is dropped and reported; the next one is read."""
     for size, overlong in ((94, 0), (95, 1), (300, 1)):
         whole = body % (b"x" * size)
-        for at in range(len(whole) + 1):
-            events, reported = read(make, [whole[:at], whole[at:]], 100)
+        for chunks in every_split(whole):
+            events, reported = read(make, chunks, 100)
             assert reported == overlong
             assert [data.strip() for _, data in events][-1] == kept
             assert len(events) == 2 - overlong
-        assert read(make, (whole[at : at + 1] for at in range(len(whole))), 100)[1] == overlong
 
 
 class Counted(bytearray):

@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,20 +30,10 @@ from llmproxy.cli.demo.response import Asked, Tool, response
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import EndReason
 from llmproxy.stream.events import ServerSentEvents
+from tests.stream.splits import drawn_split, every_split
 from tests.support.golden import BY_FILE, GOLDEN, RECORDED, GoldenStream
 
 every_one = pytest.mark.parametrize("one", RECORDED, ids=lambda one: one.file)
-
-
-def halves(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Split bytes in two at every point, with empty halves, too."""
-    for at in range(len(data) + 1):
-        yield data[:at], data[at:]
-
-
-def by_bytes(data: bytes) -> Iterator[bytes]:
-    """Split bytes into single ones."""
-    return (data[at : at + 1] for at in range(len(data)))
 
 
 @every_one
@@ -58,9 +48,8 @@ def test_a_recording_is_read(one: GoldenStream) -> None:
 def test_a_recording_may_be_split_at_any_point(one: GoldenStream, capture: Any) -> None:
     """The result is the same for all halves, and byte by byte."""
     expected = one.result if capture == "content" else one.without_content
-    for split in halves(one.data):
-        assert one.read(split, capture) == expected
-    assert one.read(by_bytes(one.data), capture) == expected
+    for chunks in every_split(one.data):
+        assert one.read(chunks, capture) == expected
 
 
 @every_one
@@ -68,9 +57,9 @@ def test_a_compressed_recording_may_be_split_at_any_point(one: GoldenStream) -> 
     """The gzip copy has two members."""
     half = len(one.data) // 2
     packed = gzip.compress(one.data[:half]) + gzip.compress(one.data[half:])
-    for split in halves(packed):
-        assert one.read(split, "usage", content_encoding=b"gzip") == one.without_content
-    assert one.read(by_bytes(packed), content_encoding=b"gzip") == one.result
+    for chunks in every_split(packed):
+        assert one.read(chunks, "usage", content_encoding=b"gzip") == one.without_content
+    assert one.read([packed], content_encoding=b"gzip") == one.result
 
 
 @every_one
@@ -88,8 +77,7 @@ def test_a_recording_is_read_line_by_line_through_deflate(one: GoldenStream) -> 
 def test_a_recording_may_be_split_many_times(data: st.DataObject) -> None:
     """The result does not depend on the chunks."""
     one = data.draw(st.sampled_from(RECORDED))
-    at = sorted(data.draw(st.lists(st.integers(0, len(one.data)), max_size=12)))
-    chunks = [one.data[a:b] for a, b in zip([0, *at], [*at, len(one.data)], strict=True)]
+    chunks = drawn_split(data, one.data)
     assert one.read(chunks) == one.result
     assert one.read(chunks, "usage") == one.without_content
 

@@ -183,7 +183,6 @@ def test_chunks_bytes_and_times_are_counted() -> None:
     assert (statistics.first_at, statistics.last_at) == (1007.0, 1012.0)
     assert (statistics.longest_gap, pump.gaps) == (2.0, [2.0, 2.0, 1.0])
     assert (relay.paused_s, relay.is_paused) == (0.0, False)
-    relay.connectionLost(WHOLE)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))
@@ -224,7 +223,6 @@ def test_a_full_sink_pauses_the_source() -> None:
     for _ in range(2):
         pump.sink.producer.resumeProducing()
     assert (calls, pump.relay.is_paused) == (["pause", "resume"], False)
-    pump.relay.connectionLost(WHOLE)
 
 
 @pytest.mark.parametrize("at", ["registration", "first chunk"])
@@ -243,7 +241,6 @@ def test_a_sink_that_is_full_within_start_is_not_fed(at: str) -> None:
     pump.sink.producer.resumeProducing()
     assert not pump.source.transport.is_paused()
     assert pump.relay.paused_s == 99.0
-    pump.relay.connectionLost(WHOLE)
 
 
 def test_a_chunk_in_flight_at_a_pause_is_forwarded() -> None:
@@ -253,7 +250,6 @@ def test_a_chunk_in_flight_at_a_pause_is_forwarded() -> None:
     pump.feed(b"late")
 
     assert pump.sink.chunks == [b"late"]
-    pump.relay.connectionLost(WHOLE)
 
 
 def test_pauses_are_summed_up_and_are_no_gaps() -> None:
@@ -316,7 +312,6 @@ def test_chunks_do_not_touch_the_timer() -> None:
     pump.feed(*[b"x"] * 100, after=0.1)
 
     assert pump.clock.getDelayedCalls() == [timer]
-    pump.relay.connectionLost(WHOLE)
 
 
 @pytest.mark.parametrize("before", [0, 1, 15, 29])
