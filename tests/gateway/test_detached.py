@@ -152,29 +152,21 @@ def test_a_head_without_usage_ends_the_waiting(
     assert end_of(played.trace()) == ("client_gone", "drain", "none", None)
 
 
+HALF = ("X-Api-Key: key", "Content-Type: application/octet-stream", "Content-Length: 9")
 CANCELLED: dict[str, Callable[[PlayedGateway], object]] = {
     "a route that cancels": lambda played: None,
     "an endpoint that is not known": lambda played: played.call(target="/p/v1/files"),
     "a GET": lambda played: played.call("GET", CHAT, body=b""),
     "a request that is not sent yet": lambda played: setattr(played.upstream, "begins", False),
-    "half a request": lambda played: played.send(
-        request(
-            "POST",
-            CHAT,
-            "X-Api-Key: key",
-            "Content-Type: application/octet-stream",
-            "Content-Length: 9",
-        )
-    ),
+    "half a request": lambda played: played.send(request("POST", CHAT, *HALF)),
 }
 
 
-@pytest.mark.parametrize("what", CANCELLED)
-def test_a_request_without_usage_is_cancelled(what: str) -> None:
+@pytest.mark.parametrize("case", CANCELLED)
+def test_a_request_without_usage_is_cancelled(case: str) -> None:
     """The request ends when its client leaves."""
-    facts = CANCELLED[what]
-    played = PlayedGateway(route="" if what == "a route that cancels" else DRAIN)
-    facts(played)
+    played = PlayedGateway(route="" if case == "a route that cancels" else DRAIN)
+    CANCELLED[case](played)
     if not played.upstream.asked:
         played.call(target=CHAT)
     played.transport.end(FIN)

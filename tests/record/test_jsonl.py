@@ -37,7 +37,7 @@ def test_lines_are_appended(path: Path) -> None:
 
 
 def test_the_file_is_for_its_owner_and_group(lines: JsonLines, path: Path) -> None:
-    """Others cannot read who called."""
+    """Other users cannot read the names of the callers."""
     assert stat.S_IMODE(path.stat().st_mode) & 0o137 == 0
 
 

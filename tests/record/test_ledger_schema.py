@@ -166,7 +166,7 @@ def test_a_file_of_others_is_refused_and_unchanged(
 def test_a_path_without_a_ledger(
     path: Path, make: Callable[[Path], object], reading: str, writing: str
 ) -> None:
-    """A reader refuses it and makes no file; a writer makes a ledger, where nothing is lost."""
+    """A reader refuses it and makes no file; a writer makes a ledger, but overwrites nothing."""
     make(path)
     existed = path.exists()
     with pytest.raises(LedgerError, match=reading):

@@ -286,5 +286,5 @@ def test_a_collector_s_certificate_is_verified(
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """An authority that nobody trusts."""
+    """An authority that the system does not trust."""
     return Authority(tmp_path)

@@ -64,7 +64,7 @@ def test_content_is_in_a_record_only_if_it_is_set() -> None:
 
 
 def test_the_size_of_content() -> None:
-    """Text and arguments count; what is left of a trace without them is the same trace."""
+    """Text and arguments count; the other fields of the trace stay the same."""
     one = trace(model="m", text="abc", tool_calls=[Call("{}"), Call("[]")], response_id="r")
     assert content_size(one) == 7
     assert content_size(trace()) == content_size(without_content(one)) == 0

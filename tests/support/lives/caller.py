@@ -26,7 +26,7 @@ _NARROW = 16384
 
 
 class _Segment(NamedTuple):
-    """A part of a request, and what happens behind it.
+    """A part of a request, and the act after it.
 
     Attributes:
         then: nothing, ``breathe``, ``invite`` (wait for the 100) or ``leave``.

@@ -43,14 +43,14 @@ PASSING = (
 
 
 class Everything(NamedTuple):
-    """What this process holds: objects of a request, descriptors by kind, timed calls."""
+    """The objects of a request, descriptors by kind, and timed calls in this process."""
 
     objects: Counter[str]
     files: Counter[str]
     calls: set[Any]
 
     def more_than(self, before: Everything) -> Everything:
-        """Return what is held that was not then."""
+        """Return the difference from an earlier state."""
         return Everything(
             self.objects - before.objects, self.files - before.files, self.calls - before.calls
         )
@@ -60,7 +60,7 @@ NOTHING = Everything(Counter(), Counter(), set())
 
 
 async def everything() -> Everything:
-    """Return what this process holds."""
+    """Count the objects, descriptors and timed calls of this process."""
     await deferLater(CLOCK, 0)  # closing ends in the next turn
     return Everything(_passing_objects(), _open_files(), delayed_calls())
 

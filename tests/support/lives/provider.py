@@ -20,7 +20,7 @@ Name = tuple[int, int]
 
 
 class LivesProvider:
-    """What the provider's connections share.
+    """The state that the connections of the provider share.
 
     Args:
         reactor: keeps time.
@@ -54,7 +54,7 @@ class ProviderFactory(Factory):
         return ProviderConnection(self._provider)
 
     def acceptableProtocols(self) -> list[bytes]:
-        """Agree to what the proxy offers: Twisted's TLS ends the handshake where it knows none."""
+        """Return the proxy's protocol: without a common one, Twisted's TLS ends the handshake."""
         return [b"http/1.1"]
 
 
@@ -187,7 +187,7 @@ class Mute(Protocol):
 
 
 def _unchunked(data: bytes) -> tuple[bytes, bytes] | None:
-    """Return the content of a whole chunked body, and what follows; None where it is not whole."""
+    """Return the content of a chunked body and the bytes after it; None if it is not whole."""
     content = b""
     while True:
         line, end, data = data.partition(b"\r\n")
