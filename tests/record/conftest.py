@@ -13,9 +13,18 @@ from typing import cast
 import pytest
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 
+from llmproxy.record.sinks import Sinks
+from llmproxy.record.writer import Writer
 from tests.support.collector import OtlpCollector
+from tests.support.records import trace
 
 Disk = Callable[[int | None], None]
+
+
+def write(to: Sinks | Writer, numbers: range) -> None:
+    """Write a trace for each of these numbers."""
+    for number in numbers:
+        to.write(trace(number))
 
 
 @pytest.fixture

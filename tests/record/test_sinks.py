@@ -16,6 +16,7 @@ from llmproxy.config import Trace as TraceConfig
 from llmproxy.record import sinks as module
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import QUEUE
+from tests.record.conftest import write
 from tests.support.collector import OtlpCollector
 from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 from tests.support.sockets import WAIT
@@ -49,8 +50,7 @@ def test_every_sink_gets_every_trace(files: tuple[Path, Path], collector: OtlpCo
     """When the sinks are closed, each has all traces in their order."""
     lines, ledger = files
     with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
-        for number in range(1500):
-            sinks.write(trace(number))
+        write(sinks, range(1500))
     assert ids_in(lines) == ids_of(ledger) == sent_to(collector) == list(range(1500))
     assert sinks.losses() == {"jsonl": 0, "ledger": 0, "otlp": 0}
     resource = collector.requests[0][2]["resourceSpans"][0]["resource"]["attributes"]
@@ -70,8 +70,7 @@ def test_a_folder_that_goes_and_comes(files: tuple[Path, Path], broken: str) -> 
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-        for number in range(1, 30):
-            sinks.write(trace(number))
+        write(sinks, range(1, 30))
         eventually(lambda: sinks.losses()[broken] == 29)
         eventually(lambda: read(whole) == list(range(30)))
         folder.mkdir()
@@ -91,8 +90,7 @@ def test_a_locked_ledger_holds_up_no_trace_file(
     with opened(jsonl=str(lines), ledger=str(ledger)) as sinks:
         with closing(sqlite3.connect(ledger, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
-            for number in range(50):
-                sinks.write(trace(number))
+            write(sinks, range(50))
             eventually(lambda: ids_in(lines) == list(range(50)))
             eventually(lambda: sinks.losses()["ledger"] == lost)
             other.execute("ROLLBACK")
@@ -108,11 +106,9 @@ def test_logrotate_loses_nothing(files: tuple[Path, Path], tmp_path: Path) -> No
     lines, ledger = files
     with opened(jsonl=str(lines), ledger=str(ledger)) as sinks:
         for turn in range(5):
-            for number in range(turn * 100, turn * 100 + 50):
-                sinks.write(trace(number))
+            write(sinks, range(turn * 100, turn * 100 + 50))
             lines.rename(tmp_path / f"t.{turn}")
-            for number in range(turn * 100 + 50, turn * 100 + 100):
-                sinks.write(trace(number))
+            write(sinks, range(turn * 100 + 50, turn * 100 + 100))
             sinks.reopen()
             eventually(lines.exists)
     parts = [ids_in(tmp_path / f"t.{turn}") for turn in range(5)] + [ids_in(lines)]
@@ -132,8 +128,7 @@ def test_a_collector_that_hangs_holds_up_no_other_sink(
         sinks.write(trace(0))
         eventually(lambda: collector.requests)
         for count in range(50, 301, 50):
-            for number in range(count - 49, count + 1):
-                sinks.write(trace(number))
+            write(sinks, range(count - 49, count + 1))
             eventually(lambda: ids_in(lines) == ids_of(ledger) == list(range(count + 1)))  # noqa: B023
         assert sinks.losses() == {"jsonl": 0, "ledger": 0, "otlp": 200}
         collector.hang.set()
@@ -154,8 +149,7 @@ def test_all_sinks_have_five_seconds_to_close(
     collector.hang = threading.Event()
     began = time.monotonic()
     with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
-        for number in range(20):
-            sinks.write(trace(number))
+        write(sinks, range(20))
     assert time.monotonic() - began < WAIT
     assert ids_in(lines) == ids_of(ledger) == list(range(20))
     assert sinks.losses() == {"jsonl": 0, "ledger": 0, "otlp": 20}

@@ -13,6 +13,7 @@ import pytest
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import Writer
+from tests.record.conftest import write
 from tests.record.test_sinks import Fields, opened, sent_to
 from tests.support.collector import OtlpCollector
 from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
@@ -30,8 +31,7 @@ def test_a_change_keeps_every_trace_once(files: tuple[Path, Path], tmp_path: Pat
     lines, ledger = files
     with opened(jsonl=str(lines)) as sinks:
         for turn in range(20):
-            for number in range(turn * 50, turn * 50 + 50):
-                sinks.write(trace(number))
+            write(sinks, range(turn * 50, turn * 50 + 50))
             where = str(ledger) if turn % 2 else None
             follow(sinks, jsonl=str(tmp_path / f"t.{turn}"), ledger=where, keep=None)
         sinks.write(trace(1000))
@@ -120,8 +120,7 @@ def test_closing_waits_for_removed_sinks_too(
     """A sink that was removed before still writes its traces."""
     lines, _ = files
     with opened(jsonl=str(lines), otlp=collector.url) as sinks:
-        for number in range(20):
-            sinks.write(trace(number))
+        write(sinks, range(20))
         follow(sinks)
     assert ids_in(lines) == sent_to(collector) == list(range(20))
 

@@ -17,6 +17,7 @@ from msgspec import UNSET
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import Writer
+from tests.record.conftest import write
 from tests.support.records import eventually, trace
 from tests.support.sockets import WAIT
 
@@ -94,8 +95,7 @@ def test_traces_are_kept_in_order() -> None:
     """Every output gets each trace once, in batches that are bounded."""
     one, two = Shelf("one"), Shelf("two")
     with writing(one, two, batch=10) as writer:
-        for number in range(1000):
-            writer.write(trace(number))
+        write(writer, range(1000))
     assert one.ids == two.ids == list(range(1000))
     assert max(one.batches) <= 10
     assert writer.losses() == {"one": 0, "two": 0}
@@ -110,8 +110,7 @@ def test_a_full_queue_drops_at_once_for_every_output() -> None:
         writer.write(trace(0))
         assert hang.stuck.wait(WAIT)
         began = time.monotonic()
-        for number in range(1, 100):
-            writer.write(trace(number))
+        write(writer, range(1, 100))
         assert time.monotonic() - began < 1
         assert writer.losses() == {"shelf": 89, "other": 89}
         hang.go_on.set()
@@ -140,8 +139,7 @@ def test_a_short_retry_loses_nothing() -> None:
     shelf, other = Shelf(), Shelf("other")
     shelf.fault = busy
     with writing(shelf, other) as writer:
-        for number in range(50):
-            writer.write(trace(number))
+        write(writer, range(50))
         eventually(lambda: len(other.ids) == 50)
         assert (shelf.ids, writer.losses()["shelf"]) == ([], 0)
         shelf.fault = lambda _: None
@@ -198,8 +196,7 @@ def test_kept_and_lost_are_all(faults: list[str], count: int, batch: int) -> Non
 
     shelf.fault = play
     with writing(shelf, batch=batch) as writer:
-        for number in range(count):
-            writer.write(trace(number))
+        write(writer, range(count))
     assert shelf.ids == sorted(set(shelf.ids))
     assert len(shelf.ids) + writer.losses()["shelf"] == count
 
@@ -286,8 +283,7 @@ def test_finishing_writes_the_traces_that_wait(logged: list[str]) -> None:
     shelf.fault = busy_at_first
     began = time.monotonic()
     with writing(shelf, gather_s=WAIT) as writer:
-        for number in range(3):
-            writer.write(trace(number))
+        write(writer, range(3))
     assert time.monotonic() - began < WAIT
     assert shelf.ids == [0, 1, 2]
     assert not [line for line in logged if "lost" in line]
@@ -306,8 +302,7 @@ def test_joining_does_not_wait_for_ever(logged: list[str]) -> None:
     writer = Writer([shelf], clock=time.monotonic, gather_s=0.0)
     writer.write(trace(0))
     assert hang.stuck.wait(WAIT)
-    for number in (1, 2):
-        writer.write(trace(number))
+    write(writer, range(1, 3))
     writer.finish()
     writer.join(0.01)
     assert writer.losses() == {"shelf": 3}
