@@ -195,6 +195,14 @@ def test_a_message_that_cannot_be_formatted_is_logged() -> None:
     assert log.lines()[-1]["level"]
 
 
+def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """No line waits in the buffer of the file."""
+    path = tmp_path / "log"
+    with path.open("w", encoding="utf-8") as file:
+        JsonLog(file, wall=float)(event("words"))
+        assert messages(path) == ["words"]
+
+
 def trace(name: str, **values: Any) -> Trace:
     """Return the record of a request that has ended."""
     return Trace(time="t", id=name, instance="0", peer="p", method="GET", path="/x", **values)
@@ -317,7 +325,7 @@ def test_twistds_options_say_where_the_log_goes(
 
 
 def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is appended at once to the file that ``--logfile`` names, or to ``twistd.log``."""
+    """A line is appended to the file that ``--logfile`` names, or to ``twistd.log``."""
     monkeypatch.chdir(tmp_path)
     for options, name in (({"logfile": str(tmp_path / "x.log")}, "x.log"), ({}, "twistd.log")):
         (tmp_path / name).write_text("before\n")
@@ -325,7 +333,7 @@ def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         assert opener is not None
         file = opener()
         JsonLog(file, wall=float)(event("words"))
-        before, line = (tmp_path / name).read_text().splitlines()  # before the file is closed
+        before, line = (tmp_path / name).read_text().splitlines()
         file.close()
         assert (before, json.loads(line)["message"]) == ("before", "words")
 
