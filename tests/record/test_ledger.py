@@ -308,6 +308,19 @@ def test_a_broken_ledger_loses_until_it_is_put_away(ledger: Ledger, path: Path) 
     assert ids_of(path) == [101]
 
 
+def test_a_broken_page_loses_whole_batches(ledger: Ledger, path: Path) -> None:
+    """A failure inside a batch closes the file, so that a repaired ledger is opened again."""
+    ledger.put([trace(number) for number in range(2000)])
+    ledger.reopen()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    with pytest.raises(sqlite3.DatabaseError):
+        ledger.put([trace(2000)])
+    path.write_bytes(whole)
+    ledger.put([trace(2001)])
+    assert ids_of(path)[-1] == 2001
+
+
 def test_a_file_that_cannot_be_a_ledger_stops_the_start(tmp_path: Path) -> None:
     """The file may be another program's, or its folder may be missing."""
     other = tmp_path / "other"
