@@ -1,8 +1,9 @@
-"""The admin site: what it shows, to whom it says no, and that nothing there changes anything."""
+"""The admin site: what it shows, what it refuses, and that no request changes anything."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ class Admin:
         return int(first.split()[1]), {name: value for name, _, value in pairs}, rest
 
 
-def test_whoever_answers_is_alive() -> None:
-    """``/livez`` says so, ready or not."""
+def test_livez_is_always_alive() -> None:
+    """``/livez`` does not depend on readiness."""
     admin = Admin()
     for admin.ready in (True, False):
         status, fields, body = admin.get("/livez")
@@ -62,38 +63,39 @@ def test_whoever_answers_is_alive() -> None:
         assert fields["content-type"] == "text/plain; charset=utf-8"
 
 
-def test_ready_is_what_is_said_now() -> None:
-    """``/readyz`` follows, on the same connection."""
+def test_readyz_follows_readiness() -> None:
+    """``/readyz`` changes on the same connection."""
     admin = Admin()
-    assert admin.get("/readyz")[0] == 200
-    admin.ready = False
-    assert admin.get("/readyz")[0] == 503
-    admin.ready = True
-    assert admin.get("/readyz")[0] == 200
+    for admin.ready, status in ((True, 200), (False, 503), (True, 200)):
+        assert admin.get("/readyz")[0] == status
 
 
-def test_metrics_in_the_text_format() -> None:
-    """Prometheus's own format, where nothing else is asked for."""
-    status, fields, body = Admin().get("/metrics")
+@pytest.mark.parametrize(
+    ("accept", "kind", "parse"),
+    [
+        ((), "text/plain", parse_text),
+        (
+            ("Accept: application/openmetrics-text; version=1.0.0, text/plain;q=0.5",),
+            "application/openmetrics-text",
+            parse_openmetrics,
+        ),
+    ],
+)
+def test_metrics_have_the_format_of_the_accept_field(
+    accept: tuple[str, ...], kind: str, parse: Callable[[str], Iterable[Any]]
+) -> None:
+    """The default is Prometheus's own format."""
+    status, fields, body = Admin().get("/metrics", *accept)
 
     assert status == 200
-    assert fields["content-type"].startswith("text/plain")
-    families = {family.name: family for family in parse_text(body)}
-    assert families["llmproxy_build_info"].samples[0].labels == {"version": "1.2.3"}
+    assert fields["content-type"].startswith(kind)
+    families = {family.name: family for family in parse(body)}
+    (build,) = (one for name, one in families.items() if name.startswith("llmproxy_build"))
+    assert build.samples[0].labels == {"version": "1.2.3"}
 
 
-def test_metrics_as_openmetrics() -> None:
-    """Where the scraper asks for it, with its own type."""
-    _, fields, body = Admin().get(
-        "/metrics", "Accept: application/openmetrics-text; version=1.0.0, text/plain;q=0.5"
-    )
-
-    assert fields["content-type"].startswith("application/openmetrics-text")
-    assert "llmproxy_build_info" in {family.name for family in parse_openmetrics(body)}
-
-
-def test_the_configuration_is_shown_as_it_is_now() -> None:
-    """``/config`` is JSON, made when it is asked for."""
+def test_the_present_configuration_is_shown() -> None:
+    """``/config`` is JSON, made for each request."""
     admin = Admin()
     admin.shown = {"proxy": {"via": "them"}}
     status, fields, body = admin.get("/config")
@@ -103,7 +105,7 @@ def test_the_configuration_is_shown_as_it_is_now() -> None:
 
 
 def test_a_listener_for_metrics_alone_shows_no_configuration() -> None:
-    """Without a configuration to show there is no such path."""
+    """``/config`` is 404 there, and the other paths stay."""
     admin = Admin(config=False)
 
     assert admin.get("/config")[0] == 404
@@ -112,10 +114,10 @@ def test_a_listener_for_metrics_alone_shows_no_configuration() -> None:
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config"])
-def test_head_is_get_without_a_body(path: str) -> None:
-    """The fields are the same, its length included."""
+def test_head_is_get_without_a_body_or_query(path: str) -> None:
+    """The fields are the same, with the length of the body; a query changes nothing."""
     admin = Admin()
-    _, got, body = admin.get(path)
+    _, got, body = admin.get(path + "?x=/y")
     status, head, nothing = admin.get(path, method="HEAD")
 
     assert (status, nothing) == (200, "")
@@ -125,16 +127,10 @@ def test_head_is_get_without_a_body(path: str) -> None:
         assert head == got
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config"])
-def test_a_query_changes_nothing(path: str) -> None:
-    """Whatever stands behind the question mark."""
-    assert Admin().get(path + "?x=/y")[0] == 200
-
-
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
 @pytest.mark.parametrize("path", ["/livez", "/metrics", "/config"])
-def test_nothing_here_is_changed(path: str, method: str) -> None:
-    """Any other method is a 405 that says which are served."""
+def test_other_methods_are_refused(path: str, method: str) -> None:
+    """The response is 405, with the served methods in ``allow``."""
     status, fields, body = Admin().get(path, method=method)
 
     assert (status, fields["allow"]) == (405, "GET, HEAD")
@@ -145,16 +141,16 @@ def test_nothing_here_is_changed(path: str, method: str) -> None:
     "path", ["/", "/x", "/livez/", "/livez/x", "/metrics/y", "//livez", "/livez%2f", "/LIVEZ"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_there_is_nothing_else(path: str, method: str) -> None:
-    """404 in JSON, also below a path that there is."""
+def test_other_paths_are_not_found(path: str, method: str) -> None:
+    """The response is 404 in JSON, below an existing path, too."""
     status, fields, body = Admin().get(path, method=method)
 
     assert (status, fields["content-type"]) == (404, "application/json")
     assert json.loads(body)["error"]["message"]
 
 
-def test_responses_are_not_kept_by_anybody() -> None:
-    """What was true is not shown again, and nothing of Twisted's is added."""
+def test_responses_are_not_cached() -> None:
+    """Each response has ``no-store``, and no field of Twisted's is added."""
     for path in ("/livez", "/metrics", "/else"):
         _, fields, _ = Admin().get(path)
         assert fields["cache-control"] == "no-store"
@@ -162,15 +158,15 @@ def test_responses_are_not_kept_by_anybody() -> None:
 
 
 def test_a_body_is_not_read() -> None:
-    """Whoever sends one is answered, and the connection is closed."""
+    """The client gets its response, and the connection is closed."""
     admin = Admin()
     admin.get("/livez", body=b"x" * 100)
 
     assert {"half", "lose"} & set(admin.transport.calls)
 
 
-def test_what_is_not_http_is_refused_with_todays_date() -> None:
-    """As on any other listener."""
+def test_a_malformed_request_is_refused_with_the_date() -> None:
+    """The response is 400, as on any other listener."""
     admin = Admin()
     admin.channel.dataReceived(b"nonsense\r\n\r\n")
     response = admin.transport.take()

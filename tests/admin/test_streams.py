@@ -1,4 +1,4 @@
-"""The rows of what is under way: in which order, and where each request stands."""
+"""The rows of running requests: their order, and the phase of each request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmproxy.admin.streams import Streams
 
 
 def exchange(started: float = 10.0, **changes: Any) -> Any:
-    """Return one request, as its exchange knows it; by default it waits for the provider."""
+    """Return the exchange of one request; by default it waits for the provider."""
     trace = SimpleNamespace(id="i", client="c", route="r", provider="p", model="m")
     request = SimpleNamespace(upload=None)
     known = {"trace": trace, "request": request, "match": object(), "relay": None, **changes}
@@ -25,7 +25,7 @@ def relay(*, paused: bool = False, first_at: float | None = 11.0) -> Any:
 
 
 def rows(*exchanges: Any) -> list[dict[str, Any]]:
-    """Return the rows; it is 15."""
+    """Return the rows at second 15."""
     recorder: Any = SimpleNamespace(exchanges=exchanges)
     site: Any = SimpleNamespace(connections=())
     return Streams(site, recorder, lambda: 15.0).rows()
@@ -42,14 +42,14 @@ def rows(*exchanges: Any) -> list[dict[str, Any]]:
         ({"relay": relay(paused=True)}, "paused"),
     ],
 )
-def test_where_a_request_stands(changes: dict[str, Any], phase: str) -> None:
-    """One word for each place on its way."""
+def test_a_row_has_the_phase_of_its_request(changes: dict[str, Any], phase: str) -> None:
+    """Each phase is one word."""
     (row,) = rows(exchange(**changes))
     assert row["phase"] == phase
 
 
-def test_a_row_tells_what_is_known() -> None:
-    """Ages in seconds, and bytes as they were handed to the client."""
+def test_a_row_has_the_facts_of_its_request() -> None:
+    """Ages are in seconds, and bytes are those that the client got."""
     (row,) = rows(exchange(relay=relay()))
     assert row == {
         "id": "i",
@@ -67,15 +67,12 @@ def test_a_row_tells_what_is_known() -> None:
 
 @pytest.mark.parametrize("response", [None, relay(first_at=None)])
 def test_before_the_first_chunk_there_is_no_last(response: Any) -> None:
-    """Neither without a response nor with a head alone."""
+    """A row without a response, or with a head only, has no age of a chunk."""
     (row,) = rows(exchange(relay=response))
     assert row["last_chunk_s"] is None
 
 
-def test_the_oldest_stands_first() -> None:
-    """Whatever the order in which they are kept."""
-    assert [row["age_s"] for row in rows(exchange(12.0), exchange(9.0), exchange(14.0))] == [
-        6,
-        3,
-        1,
-    ]
+def test_the_oldest_request_is_first() -> None:
+    """The rows are sorted by age."""
+    ages = [row["age_s"] for row in rows(exchange(12.0), exchange(9.0), exchange(14.0))]
+    assert ages == [6, 3, 1]

@@ -1,4 +1,4 @@
-"""A gateway behind a site, with a provider and a sink of traces that the test plays."""
+"""A gateway behind a site; the test plays its client, its provider and its sink of traces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SSE = (b"content-type", b"text/event-stream")
 
 
 class PlayedResponse:
-    """A provider's response whose body the test pushes."""
+    """A provider's response; the test pushes its body."""
 
     def __init__(self, code: int, fields: tuple[tuple[bytes, bytes], ...]) -> None:
         self.code = code
@@ -52,12 +52,12 @@ class PlayedResponse:
             self.body.dataReceived(data)
 
     def end(self, error: Exception | None = None) -> None:
-        """End the body, as whole unless there is an error."""
+        """End the body: as a whole one, or with an error."""
         self.body.connectionLost(Failure(error or ResponseDone()))
 
 
 class PlayedUpstream:
-    """Takes requests for providers and leaves the responses to the test."""
+    """Takes requests for providers; the test gives the responses."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -108,7 +108,7 @@ class KeptTraces:
 
 
 class PlayedGateway:
-    """A gateway behind a site, one client's connection, and a provider that the test plays."""
+    """A gateway behind a site, one connection of a client, and a played provider."""
 
     def __init__(
         self, *, provider: str = "", route: str = "", more: str = "", client: str = ""
@@ -158,33 +158,43 @@ class PlayedGateway:
         self.transport.connect(self.channel)
 
     def send(self, data: bytes) -> None:
-        """Let bytes of the client's come in."""
+        """Let bytes of the client come in."""
         self.channel.dataReceived(data)
 
     def call(
         self, method: str = "POST", target: str = "/p/v1", *fields: str, body: bytes = BODY
     ) -> None:
-        """Let a request of the known client's come in."""
+        """Let a request of the known client come in."""
         kind = (JSON,) if body and not any("Content-Type" in field for field in fields) else ()
         self.send(request(method, target, "X-Api-Key: key", *kind, *fields, body=body))
 
     @property
     def asked(self) -> Any:
-        """What the provider was asked last."""
+        """The last request to the provider."""
         return self.upstream.asked[-1]
 
     def response(self, code: int = 200, *fields: tuple[bytes, bytes]) -> PlayedResponse:
-        """Let the provider's head come in."""
+        """Let the head of the provider's response come in."""
         response = PlayedResponse(code, fields)
         self.asked.response.callback(response)
         return response
 
     def got(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Return status, fields and the rest of what the client got since the last time."""
+        """Return status, fields and body of the bytes that the client got since the last call."""
         head, _, body = self.transport.take().partition(b"\r\n\r\n")
         first, *lines = head.split(b"\r\n")
         pairs = [line.partition(b": ") for line in lines]
         return int(first.split()[1]), {name.lower(): value for name, _, value in pairs}, body
+
+    def begun(self, *fields: tuple[bytes, bytes], **call: Any) -> PlayedResponse:
+        """Let a request and the head of its response come in."""
+        self.call(**call)
+        return self.response(200, *fields)
+
+    def refusal(self) -> tuple[int, str]:
+        """Return status and reason of the error that the client got."""
+        status, fields, _ = self.got()
+        return status, fields[b"x-llmproxy-error"].decode()
 
     def trace(self) -> Trace:
         """Return the one trace, of a request that has left nothing behind."""

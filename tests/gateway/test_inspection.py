@@ -1,4 +1,4 @@
-"""What a response said is in its record, and no fault of whoever reads it is felt by anybody."""
+"""Inspection: the record has what a response said, and a fault of the tap hurts nobody."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llmproxy.dialects.accumulated import Accumulated, ToolCall
 from llmproxy.gateway import inspection
 from llmproxy.gateway.inspection import named_models
 from llmproxy.record.trace import CONTENT, Trace
+from llmproxy.stream.events import ServerSentEvents
 from llmproxy.stream.tap import StreamAccumulator
 from tests.conftest import LoggedFailures
 from tests.gateway.played import LAST, SSE, PlayedGateway
@@ -33,28 +34,34 @@ CHUNKS = [
 ERROR = b'data: {"error":{"message":"no"}}\n\n'
 
 
-def answered(
-    chunks: list[bytes], *fields: tuple[bytes, bytes], route: str = "", target: str = CHAT
-) -> PlayedGateway:
-    """A stream that was relayed to its end; the client must have every byte of it."""
-    played = PlayedGateway(route=route)
-    played.call(target=target)
-    response = played.response(200, *(fields or (SSE,)))
+def relay(
+    played: PlayedGateway, chunks: list[bytes], *fields: tuple[bytes, bytes], **call: Any
+) -> None:
+    """Let a request come in, and a response of these chunks."""
+    response = played.begun(*fields, **{"target": CHAT, **call})
     response.push(*chunks)
     response.end()
+
+
+def relayed(
+    chunks: list[bytes], *fields: tuple[bytes, bytes], route: str = "", target: str = CHAT
+) -> PlayedGateway:
+    """Relay a stream to its end; the client must get every byte of it."""
+    played = PlayedGateway(route=route)
+    relay(played, chunks, *(fields or (SSE,)), target=target)
     _, _, body = played.got()
     assert body == chunked(*chunks) + LAST
     return played
 
 
 def content(trace: Trace) -> list[Any]:
-    """Return the fields that speak of content."""
+    """Return the fields with content."""
     return [getattr(trace, name) for name in CONTENT]
 
 
-def test_usage_is_recorded_and_nothing_of_the_content() -> None:
-    """The provider's numbers, a reported zero among them, and the model that served."""
-    trace = answered(CHUNKS).trace()
+def test_usage_is_recorded_without_content() -> None:
+    """The record has the provider's numbers, even a zero, and the model that served."""
+    trace = relayed(CHUNKS).trace()
 
     assert (trace.usage, trace.served_model, trace.is_complete) == ("reported", "m-1", True)
     assert (trace.input_tokens, trace.output_tokens, trace.cache_read_tokens) == (3, 5, 0)
@@ -63,22 +70,19 @@ def test_usage_is_recorded_and_nothing_of_the_content() -> None:
     assert "hid" not in repr(trace)
 
 
-def test_content_is_recorded_where_the_route_says_so() -> None:
-    """Text, tool calls, finish reason and id beside the same numbers."""
-    trace = answered(CHUNKS, route=KEPT).trace()
+def test_content_is_recorded_if_the_route_captures_it() -> None:
+    """The record has text, tool calls, finish reason and id beside the numbers."""
+    trace = relayed(CHUNKS, route=KEPT).trace()
 
     assert content(trace) == ["stop", "r", "hidden", (ToolCall("c", "f", "{}"),)]
     assert (trace.usage, trace.input_tokens, trace.output_tokens) == ("reported", 3, 5)
 
 
-def test_content_that_was_cut_says_so() -> None:
-    """Beyond ``limits.accumulate`` the record has a part of the text, and a word for that."""
+def test_long_content_is_cut() -> None:
+    """The record has ``limits.accumulate`` bytes of the text, and says that it is cut."""
     text = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"x" * 700)
     played = PlayedGateway(route=KEPT, more='[limits]\naccumulate = "1KiB"')
-    played.call(target=CHAT)
-    response = played.response(200, SSE)
-    response.push(text, text, CHUNKS[-1])
-    response.end()
+    relay(played, [text, text, CHUNKS[-1]], SSE)
 
     trace = played.trace()
     assert (trace.text, trace.degraded, trace.end_reason) == ("x" * 1024, ["cut"], "complete")
@@ -97,11 +101,11 @@ def test_content_that_was_cut_says_so() -> None:
     ],
 )
 @pytest.mark.parametrize("route", ["", KEPT])
-def test_the_verdict_on_a_stream_that_ended_well(
+def test_marker_and_error_decide_how_a_whole_stream_ended(
     chunks: list[bytes], end: str, usage: str, route: str
 ) -> None:
-    """Marker and error decide, whatever is kept; who could not read everything does not judge."""
-    played = answered(chunks, route=route)
+    """Capture changes nothing; a tap that could not read everything does not judge."""
+    played = relayed(chunks, route=route)
     trace = played.trace()
 
     assert (trace.end_reason, trace.is_complete) == (end, end == "complete")
@@ -121,21 +125,21 @@ def test_the_verdict_on_a_stream_that_ended_well(
         (CHAT, [SSE, (b"content-encoding", b"x-unheard-of")], "none"),
     ],
 )
-def test_what_has_no_known_marker_is_never_unfinished(
+def test_a_stream_without_a_known_marker_is_never_unfinished(
     target: str, fields: list[tuple[bytes, bytes]], usage: str | None
 ) -> None:
-    """It ended as its framing says; where nothing was read, nothing is said of usage."""
-    trace = answered(CHUNKS[:2], *fields, target=target).trace()
+    """It ends as its framing says; an unread response has no word on usage."""
+    trace = relayed(CHUNKS[:2], *fields, target=target).trace()
 
     assert (trace.end_reason, trace.is_complete, trace.usage) == ("complete", True, usage)
     assert trace.degraded == (["encoding"] if len(fields) == 2 else [])
 
 
-def test_a_coding_is_opened_for_the_record_alone() -> None:
-    """The client gets the bytes as they came; the record gets the numbers in them."""
+def test_a_coding_is_decompressed_for_the_record_only() -> None:
+    """The client gets the compressed bytes; the record gets the numbers in them."""
     data = gzip.compress(b"".join(CHUNKS))
     pieces = [data[:1], data[1:20], data[20:]]
-    trace = answered(pieces, SSE, (b"content-encoding", b"gzip"), route=KEPT).trace()
+    trace = relayed(pieces, SSE, (b"content-encoding", b"gzip"), route=KEPT).trace()
 
     assert (trace.text, trace.output_tokens, trace.end_reason) == ("hidden", 5, "complete")
 
@@ -145,8 +149,8 @@ def test_a_coding_is_opened_for_the_record_alone() -> None:
     [(204, "complete"), (304, "complete"), (307, "complete"), (429, "upstream_refused")],
 )
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
-def test_only_a_response_of_the_endpoints_own_is_read(status: int, end: str, kind: bytes) -> None:
-    """Neither a refusal nor a redirect has usage or lacks a marker, whatever stands in its body."""
+def test_only_a_success_is_read(status: int, end: str, kind: bytes) -> None:
+    """A refusal or a redirect has no usage and lacks no marker, whatever its body says."""
     played = PlayedGateway()
     played.call(target=CHAT)
     response = played.response(status, (b"content-type", kind))
@@ -163,32 +167,32 @@ def test_only_a_response_of_the_endpoints_own_is_read(status: int, end: str, kin
 
 
 class Mistake(Exception):
-    """One of ours."""
+    """A fault of ours."""
 
 
 def fail(*_: Any, **__: Any) -> Any:
-    """Be the mistake."""
+    """Raise it."""
     raise Mistake
 
 
 FAULTS: dict[str, tuple[object, str]] = {
     "opening": (inspection, "StreamAccumulator"),
-    "reading": (StreamAccumulator, "_take"),
-    "the end": (StreamAccumulator, "_flush"),
-    "the verdict": (StreamAccumulator, "_verdict"),
+    "reading": (ServerSentEvents, "feed"),
+    "the end": (ServerSentEvents, "flush"),
+    "the usage": (Accumulated, "usage"),
     "the text": (Accumulated, "text"),
-    "the whole": (StreamAccumulator, "finish"),
+    "the result": (StreamAccumulator, "finish"),
 }
 
 
 @pytest.mark.parametrize("where", FAULTS)
-def test_a_fault_of_the_tap_is_felt_by_nobody(
+def test_a_fault_of_the_tap_hurts_nobody(
     where: str, monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
 ) -> None:
-    """Every byte arrives and the request has its record, with a word for the fault; told once."""
+    """Every byte arrives, and the record has a word for the fault; it is logged once."""
     owner, name = FAULTS[where]
     monkeypatch.setattr(owner, name, property(fail) if name == "text" else fail)
-    played = answered(CHUNKS, route=KEPT)
+    played = relayed(CHUNKS, route=KEPT)
 
     trace = played.trace()
     assert (trace.end_reason, trace.degraded) == ("complete", ["internal"])
@@ -196,33 +200,13 @@ def test_a_fault_of_the_tap_is_felt_by_nobody(
     assert len(logged_failures.flush(Mistake)) == 1
 
 
-def test_a_fault_in_the_middle_leaves_what_was_found(
-    monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
-) -> None:
-    """The third chunk breaks the tap: what came before it is in the record."""
-    take = StreamAccumulator._take
-
-    def take_two(tap: StreamAccumulator, events: Any) -> None:
-        (fail if tap.events > 1 else take)(tap, events)
-
-    monkeypatch.setattr(StreamAccumulator, "_take", take_two)
-    trace = answered(CHUNKS, route=KEPT).trace()
-
-    assert (trace.text, trace.served_model, trace.usage) == ("hidden", "m-1", "none")
-    assert (trace.end_reason, trace.degraded) == ("complete", ["internal"])
-    assert len(logged_failures.flush(Mistake)) == 1
-
-
 def test_a_counter_that_fails_costs_no_record(
     monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
 ) -> None:
-    """Whatever becomes of a reason's count or of the tokens', the request ends as ever."""
+    """If the tokens cannot be counted, the request still ends with its record."""
     played = PlayedGateway()
     monkeypatch.setattr(played.metrics, "used", fail)
-    played.call(target=CHAT)
-    response = played.response(200, SSE)
-    response.push(*CHUNKS)
-    response.end()
+    relay(played, CHUNKS, SSE)
 
     trace = played.trace()
     assert (trace.end_reason, trace.output_tokens) == ("complete", 5)
@@ -232,8 +216,8 @@ def test_a_counter_that_fails_costs_no_record(
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def test_models_that_the_configuration_names_are_labels() -> None:
-    """Those of routes, clients and overrides; no pattern, and not the sign for none."""
+def test_configured_models_are_labels() -> None:
+    """Routes, clients and overrides name them; patterns and ``-`` are no labels."""
     config = parse(
         """
         [providers.p]
@@ -259,12 +243,9 @@ def test_models_that_the_configuration_names_are_labels() -> None:
     [(b'{"model":"m"}', "m"), (b'{"model":"made up"}', "other"), (b"{}", "other")],
 )
 def test_a_caller_cannot_make_up_labels(body: bytes, label: str) -> None:
-    """A model that no configuration names is counted with all others of its kind."""
+    """A model that is not configured is counted as ``other``."""
     played = PlayedGateway(client='models = ["m", "*", "-"]')
-    played.call(target=CHAT, body=body)
-    response = played.response(200, SSE)
-    response.push(*CHUNKS)
-    response.end()
+    relay(played, CHUNKS, SSE, body=body)
 
     labels = {"client": "c", "provider": "p", "model": label}
     assert played.value("tokens_total", **labels, type="output") == 5
@@ -273,10 +254,10 @@ def test_a_caller_cannot_make_up_labels(body: bytes, label: str) -> None:
 
 
 @pytest.mark.parametrize("count", [10**12 + 1, -1])
-def test_a_number_that_can_be_none_is_none_anywhere(count: int) -> None:
-    """No counter takes what the ledger would not: their sums stay the same."""
+def test_an_impossible_count_is_counted_nowhere(count: int) -> None:
+    """Counter and ledger leave it out, so their sums stay equal."""
     odd = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":5}}\n\n' % count
-    played = answered([odd, CHUNKS[-1]])
+    played = relayed([odd, CHUNKS[-1]])
 
     labels = {"client": "c", "provider": "p", "model": "other"}
     assert played.value("tokens_total", **labels, type="input") is None

@@ -1,4 +1,4 @@
-"""Real faults for the tests of records: a disk that is full, and what is logged meanwhile."""
+"""What the tests of records share: full disks, files, a collector, and what is logged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,39 @@ from typing import cast
 import pytest
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 
+from llmproxy.record.sinks import Sinks
+from llmproxy.record.writer import Writer
+from tests.support.collector import OtlpCollector
+from tests.support.records import trace
+
 Disk = Callable[[int | None], None]
+
+
+def write(to: Sinks | Writer, numbers: range) -> None:
+    """Write a trace for each of these numbers."""
+    for number in numbers:
+        to.write(trace(number))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """The paths of the trace file and the ledger, each in its own folder."""
+    for name in ("log", "lib"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "log" / "t", tmp_path / "lib" / "ledger"
+
+
+@pytest.fixture
+def collector() -> Iterator[OtlpCollector]:
+    """A collector without TLS."""
+    collector = OtlpCollector()
+    yield collector
+    collector.close()
 
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    """Let no file of ours grow over so many bytes; None is no limit."""
+    """Limit the size of every file of this process, in bytes; None is no limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -32,7 +59,7 @@ def disk() -> Iterator[Disk]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for 400 KiB."""
+    """A separate file system with room for 400 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -46,7 +73,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What is logged meanwhile."""
+    """The lines that are logged during the test."""
     lines: list[str] = []
 
     def observe(event: LogEvent) -> None:

@@ -1,4 +1,4 @@
-"""The ledger: what it keeps of a trace and a session, and what becomes of it in bad times."""
+"""The ledger: what it keeps of traces and sessions, and what happens when the disk fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DAY = 86400.0
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the ledger is."""
+    """The path of the ledger."""
     return tmp_path / "folder" / "ledger.sqlite3"
 
 
@@ -42,7 +42,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Somebody else is writing to the ledger, and takes their time."""
+    """Hold the lock of the ledger, as another writer does."""
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         yield
@@ -53,7 +53,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def test_every_field_is_kept(ledger: Ledger, path: Path) -> None:
-    """With its own type; unknown is NULL, and lists are JSON."""
+    """Each field has its type; unknown is NULL, and lists are JSON."""
     full = trace(
         1,
         client="c",
@@ -83,7 +83,7 @@ def test_every_field_is_kept(ledger: Ledger, path: Path) -> None:
 
 
 def test_no_content_is_kept(ledger: Ledger, path: Path) -> None:
-    """Whatever a route captures, it is not in the file."""
+    """The file never has the text that a route captures."""
     content = dict.fromkeys(CONTENT, "needle")
     ledger.put([trace(1, **content)])
     ledger.close()
@@ -91,8 +91,8 @@ def test_no_content_is_kept(ledger: Ledger, path: Path) -> None:
     assert b"needle" not in path.read_bytes()
 
 
-def test_a_word_or_a_number_that_cannot_be_is_no_loss(ledger: Ledger, path: Path) -> None:
-    """Half a surrogate pair becomes a mark; a count that is none is unknown."""
+def test_an_impossible_word_or_number_loses_no_trace(ledger: Ledger, path: Path) -> None:
+    """Half a surrogate pair becomes a mark; an impossible count is unknown."""
     ledger.put([trace(0, model="a"), trace(1, model="x\ud800"), trace(2, input_tokens=2**70)])
     ledger.put([trace(3, input_tokens=10**12 + 1), trace(4, input_tokens=-1)])
     assert query(path, "SELECT id, model, input_tokens FROM traces") == [
@@ -105,7 +105,7 @@ def test_a_word_or_a_number_that_cannot_be_is_no_loss(ledger: Ledger, path: Path
 
 
 def test_a_session_is_checkpointed(ledger: Ledger, path: Path) -> None:
-    """By session and client: what it came to, and where it stands."""
+    """Each session and client has its totals and its last trace."""
 
     def at(number: int, minute: int, **fields: object) -> object:
         return trace(number, time=f"2026-11-01T00:0{minute}:00.000Z", **fields)
@@ -131,10 +131,10 @@ def test_a_session_is_checkpointed(ledger: Ledger, path: Path) -> None:
 # --- what is not kept for ever --------------------------------------------------------------------
 
 
-def test_what_is_too_old_goes_in_small_steps(
+def test_old_rows_are_deleted_in_small_steps(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So many rows at a time, soon again while there are more, and then not for a while."""
+    """A step deletes a few rows; the next one comes soon, while there are more."""
     monkeypatch.setattr(module, "_STEP", 10)
     ages = [1.5 * DAY] * 25 + [0.5 * DAY] * 5
     ledger.put(
@@ -154,7 +154,7 @@ def test_what_is_too_old_goes_in_small_steps(
 
 
 def test_a_session_that_goes_on_outlives_its_first_traces(ledger: Ledger, path: Path) -> None:
-    """Its totals stand until its last request is too old."""
+    """Its totals stay until its last request is too old."""
     ledger.put([trace(1, time=timestamp(NOW - 2 * DAY), session="s")])
     ledger.put([trace(2, time=timestamp(NOW), session="s")])
     ledger.maintenance()
@@ -162,8 +162,8 @@ def test_a_session_that_goes_on_outlives_its_first_traces(ledger: Ledger, path: 
     assert query(path, "SELECT requests FROM sessions") == [(2,)]
 
 
-def test_without_an_end_nothing_is_deleted(path: Path) -> None:
-    """``keep = "off"`` asks for no chore."""
+def test_keep_off_deletes_nothing(path: Path) -> None:
+    """``keep = "off"`` asks for no maintenance."""
     path.parent.mkdir()
     ledger = Ledger(str(path), keep_s=None, wall=lambda: NOW)
     ledger.put([trace(1, time=timestamp(0.0))])
@@ -188,7 +188,7 @@ def test_the_oldest_are_found_by_an_index(ledger: Ledger, path: Path) -> None:
 # --- bad times ------------------------------------------------------------------------------------
 
 
-def test_a_locked_ledger_is_busy_and_loses_nothing(ledger: Ledger, path: Path) -> None:
+def test_a_locked_ledger_asks_for_a_retry(ledger: Ledger, path: Path) -> None:
     """The batch can be written whole once the lock is gone."""
     ledger.put([trace(0)])
     with held(path):
@@ -203,7 +203,7 @@ def test_a_locked_ledger_is_busy_and_loses_nothing(ledger: Ledger, path: Path) -
 
 
 def test_a_lock_does_not_stop_the_start(ledger: Ledger, path: Path) -> None:
-    """It is gone in a moment, as no mistake is."""
+    """A lock goes away by itself, so the daemon starts."""
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
@@ -216,7 +216,7 @@ def test_a_lock_does_not_stop_the_start(ledger: Ledger, path: Path) -> None:
 
 
 def test_a_full_disk_does_not_stop_the_start(ledger: Ledger, path: Path, disk: Disk) -> None:
-    """A daemon that is started meanwhile serves, and keeps records once there is room."""
+    """The daemon starts, and keeps records when there is room again."""
     ledger.put([trace(0)])
     ledger.close()
     disk(0)
@@ -230,7 +230,7 @@ def test_a_full_disk_does_not_stop_the_start(ledger: Ledger, path: Path, disk: D
 
 
 def test_a_full_disk_loses_whole_batches(ledger: Ledger, path: Path, disk: Disk) -> None:
-    """What was there stays whole, and there is room for more later."""
+    """The rows before stay whole, and later rows are kept again."""
     ledger.put([trace(0)])
     disk(64 * 1024)
     kept, lost = [0], 0
@@ -251,7 +251,7 @@ def test_a_full_disk_loses_whole_batches(ledger: Ledger, path: Path, disk: Disk)
 
 
 def test_a_full_file_system_loses_and_recovers(small_disk: Path) -> None:
-    """The same on a disk that is really full."""
+    """The same is true on a disk that is really full."""
     path = small_disk / "ledger"
     ledger = Ledger(str(path), keep_s=None, wall=lambda: NOW)
     ledger.put([trace(0)])
@@ -271,7 +271,7 @@ def test_a_full_file_system_loses_and_recovers(small_disk: Path) -> None:
 
 
 def test_a_read_only_file_system_loses_and_recovers(ledger: Ledger, path: Path) -> None:
-    """Whatever is mounted there, the path is what counts."""
+    """The ledger follows its path through mounts."""
     ledger.put([trace(0)])
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(path.parent)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -287,7 +287,7 @@ def test_a_read_only_file_system_loses_and_recovers(ledger: Ledger, path: Path) 
 
 
 def test_a_removed_ledger_is_made_again(ledger: Ledger, path: Path) -> None:
-    """Nobody could read what is written to a file without a name."""
+    """Nobody could read rows in a file without a name."""
     ledger.put([trace(0)])
     for file in path.parent.iterdir():
         file.unlink()
@@ -295,20 +295,8 @@ def test_a_removed_ledger_is_made_again(ledger: Ledger, path: Path) -> None:
     assert ids_of(path) == [1]
 
 
-def test_a_folder_that_is_gone_may_come_back(ledger: Ledger, path: Path, tmp_path: Path) -> None:
-    """Until then all is lost; then the ledger goes on where it was."""
-    ledger.put([trace(0)])
-    path.parent.rename(tmp_path / "elsewhere")
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError):
-            ledger.put([trace(1)])
-    (tmp_path / "elsewhere").rename(path.parent)
-    ledger.put([trace(2)])
-    assert ids_of(path) == [0, 2]
-
-
 def test_a_broken_ledger_loses_until_it_is_put_away(ledger: Ledger, path: Path) -> None:
-    """No restart is needed for the new one."""
+    """A new ledger needs no restart."""
     ledger.put([trace(number) for number in range(100)])
     ledger.reopen()
     path.write_bytes(b"garbage" * 10_000)
@@ -320,13 +308,12 @@ def test_a_broken_ledger_loses_until_it_is_put_away(ledger: Ledger, path: Path) 
     assert ids_of(path) == [101]
 
 
-def test_a_page_that_is_broken_loses_whole_batches(ledger: Ledger, path: Path) -> None:
-    """Also damage that shows only inside the file is an error and nothing worse."""
+def test_a_broken_page_loses_whole_batches(ledger: Ledger, path: Path) -> None:
+    """A failure inside a batch closes the file, so that a repaired ledger is opened again."""
     ledger.put([trace(number) for number in range(2000)])
     ledger.reopen()
-    page = 4096
     whole = path.read_bytes()
-    path.write_bytes(whole[: 2 * page] + b"\xff" * (len(whole) - 2 * page))
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
     with pytest.raises(sqlite3.DatabaseError):
         ledger.put([trace(2000)])
     path.write_bytes(whole)
@@ -334,8 +321,8 @@ def test_a_page_that_is_broken_loses_whole_batches(ledger: Ledger, path: Path) -
     assert ids_of(path)[-1] == 2001
 
 
-def test_what_cannot_be_a_ledger_stops_the_start(tmp_path: Path) -> None:
-    """A file of something else, of a newer version, or where none can be."""
+def test_a_file_that_cannot_be_a_ledger_stops_the_start(tmp_path: Path) -> None:
+    """The file may be another program's, or its folder may be missing."""
     other = tmp_path / "other"
     with closing(sqlite3.connect(other)) as connection:
         connection.execute("CREATE TABLE theirs (a)")

@@ -1,4 +1,4 @@
-"""What ledgers say: sums that are those of the traces written, of all instances, at any time."""
+"""Reports: their sums are those of the traces of all instances, at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llmproxy.record.ledger import Ledger
 from llmproxy.record.ledger_report import GROUPS, Checkpoint, Totals, checkpoints_of, usage_of
-from llmproxy.record.ledger_schema import TOKENS, LedgerError, open_for_writing
+from llmproxy.record.ledger_schema import TOKENS, LedgerError
 from llmproxy.record.trace import Trace
 from tests.support.records import trace
 from tests.support.sockets import WAIT
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def words(*choices: str) -> st.SearchStrategy[str | None]:
-    """One of these, or nothing."""
+    """Choose one of these, or None."""
     return st.sampled_from((None, *choices))
 
 
@@ -50,7 +50,7 @@ TRACES = st.lists(
 
 @contextmanager
 def ledgers(*batches: list[list[Trace]]) -> Iterator[list[str]]:
-    """Ledgers with these traces, batch by batch."""
+    """Write these traces to ledgers, batch by batch; yield their paths."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{number}" for number in range(len(batches))]
         for path, of_one in zip(paths, batches, strict=True):
@@ -60,8 +60,8 @@ def ledgers(*batches: list[list[Trace]]) -> Iterator[list[str]]:
         yield paths
 
 
-def told(traces: list[Trace]) -> Totals:
-    """What these come to, by hand."""
+def totals_of(traces: list[Trace]) -> Totals:
+    """Return the totals of these traces."""
     totals = Totals(
         len(traces),
         sum(one.is_complete for one in traces),
@@ -74,13 +74,13 @@ def told(traces: list[Trace]) -> Totals:
 
 
 def grouped(traces: list[Trace], by: tuple[str, ...]) -> dict[Any, Totals]:
-    """The same by group."""
+    """Return the totals by group."""
     groups: dict[Any, list[Trace]] = defaultdict(list)
     for one in traces:
         groups[tuple(one.time[:10] if name == "day" else getattr(one, name) for name in by)].append(
             one
         )
-    return {group: told(some) for group, some in groups.items()}
+    return {group: totals_of(some) for group, some in groups.items()}
 
 
 @settings(max_examples=settings().max_examples * 2 // 5)
@@ -93,7 +93,7 @@ def grouped(traces: list[Trace], by: tuple[str, ...]) -> dict[Any, Totals]:
 def test_sums_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]], by: list[str], since: str
 ) -> None:
-    """However they were batched, grouped, and spread over instances; none is lost or doubled."""
+    """Batches, groups and instances change no sum; an empty ledger has none."""
     every = [trace for batches in (one, two) for batch in batches for trace in batch]
     with ledgers(one, two) as paths:
         found = usage_of(paths, by, since)
@@ -106,7 +106,7 @@ def test_sums_are_those_of_the_traces(
 def test_checkpoints_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]]
 ) -> None:
-    """Totals by session and client; the last trace is the one that was written last."""
+    """Each session and client has its totals; its last trace was written last."""
     every = [trace for batches in (one, two) for batch in batches for trace in batch]
     named = [trace for trace in every if trace.session is not None]
     with ledgers(one, two) as paths:
@@ -130,8 +130,8 @@ def test_checkpoints_are_those_of_the_traces(
         assert some.last_time == max(trace.time for trace in its)
 
 
-def test_the_later_instance_has_the_last_word() -> None:
-    """Where a session went through two, the checkpoint is that of both."""
+def test_the_later_instance_has_the_last_trace() -> None:
+    """A session on two instances has one checkpoint."""
     early = trace(1, session="s", time="2026-11-01T00:00:00.000Z", input_tokens=1)
     late = trace(2, session="s", time="2026-11-02T00:00:00.000Z", input_tokens=2)
     with ledgers([[late]], [[early]]) as paths:
@@ -143,14 +143,14 @@ def test_the_later_instance_has_the_last_word() -> None:
 
 
 def test_groups_are_in_order() -> None:
-    """By their words, those without one first."""
+    """Groups are sorted by name; the group without a name comes first."""
     traces = [trace(1, client=client) for client in ("b", None, "a")]
     with ledgers([traces]) as paths:
         assert list(usage_of(paths, ["client"])) == [(None,), ("a",), ("b",)]
 
 
-def test_a_ledger_that_breaks_while_it_is_read_is_told(tmp_path: Path) -> None:
-    """With its name."""
+def test_a_ledger_that_breaks_while_it_is_read_is_reported(tmp_path: Path) -> None:
+    """The error has the name of the file."""
     path = tmp_path / "ledger"
     with closing(Ledger(str(path), keep_s=None, wall=lambda: 0.0)) as ledger:
         ledger.put([trace(number) for number in range(2000)])
@@ -178,7 +178,7 @@ while seen < 2000:
 
 
 def test_two_read_while_one_writes(tmp_path: Path) -> None:
-    """Each sees whole batches only, and nobody holds up the other."""
+    """A reader sees whole batches only, and holds up neither writer nor reader."""
     path = tmp_path / "ledger"
     with closing(Ledger(str(path), keep_s=None, wall=lambda: 0.0)) as ledger:
         batch = [trace(one, client="c", session="s", input_tokens=3) for one in range(20)]
@@ -197,16 +197,8 @@ def test_two_read_while_one_writes(tmp_path: Path) -> None:
             assert reader.stdout is not None
             assert reader.stdout.readline() == "20\n"
         for _ in range(99):
-            ledger.put(batch)  # never busy: readers take no lock that a writer wants
+            ledger.put(batch)  # no Retry: readers take no lock that a writer wants
         for reader in readers:
             output, errors = reader.communicate(timeout=WAIT)
             assert reader.returncode == 0, errors
             assert output.splitlines()[-1] == "2000"
-
-
-def test_an_empty_ledger_says_nothing(tmp_path: Path) -> None:
-    """And that is no error."""
-    path = str(tmp_path / "ledger")
-    open_for_writing(path).close()
-    assert usage_of([path], ["client", "day"]) == {}
-    assert checkpoints_of([path]) == []

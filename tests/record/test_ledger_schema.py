@@ -1,12 +1,14 @@
-"""A ledger's file: how it is made, brought up to date, told from others, and refused."""
+"""The file of a ledger: how it is made and brought up to date, and which files are refused."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import stat
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +28,12 @@ from tests.support.records import query
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the ledger is."""
+    """The path of the ledger."""
     return tmp_path / "ledger.sqlite3"
 
 
 def at_step(path: Path, steps: int) -> None:
-    """Make a ledger as the version with so many steps left it."""
+    """Make a ledger of the version that had so many steps."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statements in STEPS[:steps]:
             for statement in statements:
@@ -41,12 +43,12 @@ def at_step(path: Path, steps: int) -> None:
 
 
 def shape(path: Path) -> list[tuple[str, str]]:
-    """What the file is made of."""
+    """Return the tables and indexes of the file."""
     return query(path, "SELECT name, sql FROM sqlite_master ORDER BY name")
 
 
 def test_a_ledger_holds_every_field_of_a_trace(path: Path) -> None:
-    """Its columns are the record's names in their order: a new field needs a new step."""
+    """The columns are the names of the record in their order: a new field needs a new step."""
     open_for_writing(str(path)).close()
     columns = [name for (name,) in query(path, "SELECT name FROM pragma_table_info('traces')")]
     assert columns == list(NAMES)
@@ -54,7 +56,7 @@ def test_a_ledger_holds_every_field_of_a_trace(path: Path) -> None:
 
 
 def test_a_ledger_is_written_ahead_and_closed_to_others(path: Path) -> None:
-    """So that it can be read meanwhile, and not by everybody."""
+    """It can be read while it is written, but not by everybody."""
     connection = open_for_writing(str(path))
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("PRAGMA user_version = 2")
@@ -67,7 +69,7 @@ def test_a_ledger_is_written_ahead_and_closed_to_others(path: Path) -> None:
 
 @pytest.mark.parametrize("steps", range(len(STEPS)))
 def test_an_older_ledger_is_brought_up_to_date(path: Path, tmp_path: Path, steps: int) -> None:
-    """From each step it becomes what a new one is, with what was in it."""
+    """After each step, its shape is that of a new ledger."""
     at_step(path, steps)
     new = tmp_path / "new"
     open_for_writing(str(new)).close()
@@ -76,8 +78,8 @@ def test_an_older_ledger_is_brought_up_to_date(path: Path, tmp_path: Path, steps
     assert query(path, "PRAGMA user_version") == [(len(STEPS),)]
 
 
-def test_sessions_are_made_of_the_traces_that_are_there(path: Path) -> None:
-    """The second step counts what the first version has kept."""
+def test_an_update_makes_sessions_of_old_traces(path: Path) -> None:
+    """The second step counts the traces of the first version."""
     at_step(path, 1)
     with closing(sqlite3.connect(path)) as connection:
         for number, session, tokens in ((1, "a", 5), (2, "a", None), (3, None, 7), (4, "b", None)):
@@ -103,7 +105,7 @@ def test_sessions_are_made_of_the_traces_that_are_there(path: Path) -> None:
 def test_a_step_that_fails_leaves_the_ledger_as_it_was(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All steps, or none."""
+    """All steps are done, or none."""
     at_step(path, 1)
     before = shape(path)
     broken = (STEPS[0], ("CREATE TABLE one (a)", "CREATE TABLE one (a)"))
@@ -115,7 +117,7 @@ def test_a_step_that_fails_leaves_the_ledger_as_it_was(
 
 
 def test_an_older_ledger_is_not_read(path: Path) -> None:
-    """Who reads changes nothing; the words say what does."""
+    """A reader changes nothing; the error says how to update the ledger."""
     at_step(path, 1)
     with pytest.raises(LedgerError, match="older version") as caught:
         open_for_reading(str(path))
@@ -123,64 +125,63 @@ def test_an_older_ledger_is_not_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("opened", [open_for_writing, open_for_reading])
-def test_a_newer_ledger_is_refused(path: Path, opened: object) -> None:
-    """It is left as it is."""
-    at_step(path, len(STEPS))
+@pytest.mark.parametrize(
+    ("steps", "statement", "words"),
+    [
+        (
+            len(STEPS),
+            "PRAGMA user_version = 99",
+            rf"newer version \(99, this one knows {len(STEPS)}\)",
+        ),
+        (0, "CREATE TABLE theirs (a)", "not a ledger"),
+    ],
+)
+def test_a_file_of_others_is_refused_and_unchanged(
+    path: Path, opened: Any, steps: int, statement: str, words: str
+) -> None:
+    """A newer version's ledger and another program's database are neither read nor written."""
+    if steps:
+        at_step(path, steps)
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 99")
+        connection.execute(statement)
     before = path.read_bytes()
-    with pytest.raises(LedgerError, match=rf"newer version \(99, this one knows {len(STEPS)}\)"):
-        opened(str(path))  # type: ignore[operator]  # both take a path
+    with pytest.raises(LedgerError, match=words):
+        opened(str(path))
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("opened", [open_for_writing, open_for_reading])
-def test_another_program_s_file_is_refused(path: Path, opened: object) -> None:
-    """Nothing is written into it."""
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE theirs (a)")
-    before = path.read_bytes()
-    with pytest.raises(LedgerError, match="not a ledger"):
-        opened(str(path))  # type: ignore[operator]  # both take a path
-    assert path.read_bytes() == before
-
-
-def test_what_is_no_database_is_refused(path: Path) -> None:
-    """In SQLite's words, with the file's name before them."""
-    path.write_bytes(b"time,client\n" * 1000)
-    with pytest.raises(LedgerError, match=r"ledger\.sqlite3: file is not a database"):
+@pytest.mark.parametrize(
+    ("make", "reading", "writing"),
+    [
+        (
+            lambda path: path.write_bytes(b"time,client\n" * 1000),
+            r"ledger\.sqlite3: file is not a database",
+            "not a database",
+        ),
+        (lambda path: path.mkdir(), "there is no such file", "directory"),
+        (lambda path: path.touch(), "empty file, not a ledger", ""),
+        (lambda path: None, "there is no such file", ""),
+    ],
+)
+def test_a_path_without_a_ledger(
+    path: Path, make: Callable[[Path], object], reading: str, writing: str
+) -> None:
+    """A reader refuses it and makes no file; a writer makes a ledger, but overwrites nothing."""
+    make(path)
+    existed = path.exists()
+    with pytest.raises(LedgerError, match=reading):
         open_for_reading(str(path))
-    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
-        open_for_writing(str(path))
-
-
-def test_a_missing_file_is_told(path: Path) -> None:
-    """And not made by whoever only reads."""
-    with pytest.raises(LedgerError, match="there is no such file"):
-        open_for_reading(str(path))
-    assert not path.exists()
-
-
-def test_an_empty_file_becomes_a_ledger(path: Path) -> None:
-    """As one does that was made for its permissions."""
-    path.touch()
-    with pytest.raises(LedgerError, match="empty file, not a ledger"):
-        open_for_reading(str(path))
-    open_for_writing(str(path)).close()
-    assert shape(path)
-
-
-def test_a_folder_is_no_ledger(path: Path) -> None:
-    """Neither for who reads nor for who writes."""
-    path.mkdir()
-    with pytest.raises(LedgerError, match="there is no such file"):
-        open_for_reading(str(path))
-    with pytest.raises(OSError, match="directory"):
-        open_for_writing(str(path))
+    assert path.exists() is existed
+    if writing:
+        with pytest.raises((OSError, sqlite3.DatabaseError), match=writing):
+            open_for_writing(str(path))
+    else:
+        open_for_writing(str(path)).close()
+        assert shape(path)
 
 
 def test_names_that_mean_something_in_a_uri(tmp_path: Path) -> None:
-    """A path is a path."""
+    """A path is never read as a URI."""
     path = tmp_path / "a?mode=rw#b %41&c"
     open_for_writing(str(path)).close()
     open_for_reading(str(path)).close()
@@ -188,7 +189,7 @@ def test_names_that_mean_something_in_a_uri(tmp_path: Path) -> None:
 
 
 def test_two_make_the_tables_at_once(path: Path) -> None:
-    """Whoever comes second waits, and finds them made."""
+    """The second writer waits, and finds the tables."""
     first = sqlite3.connect(path, isolation_level=None)
     first.execute("BEGIN IMMEDIATE")
     with pytest.raises(sqlite3.OperationalError) as caught:

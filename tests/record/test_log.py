@@ -1,4 +1,4 @@
-"""The log: whatever happens is one JSON object a line, and nothing raises."""
+"""The log: each event is one line with a JSON object, and logging never raises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmproxy.record.trace import Trace, timestamp
 
 
 class Log:
-    """A log in memory, and Twisted's new API before it."""
+    """A log in memory, behind Twisted's new API."""
 
     def __init__(self) -> None:
         self.file = io.StringIO()
@@ -42,8 +42,18 @@ class Log:
         return line
 
 
+def event(words: str) -> dict[str, Any]:
+    """Return an event as Twisted hands it to an observer."""
+    return {"log_time": 0.0, "log_format": words}
+
+
+def messages(path: Path) -> list[str]:
+    """Return the messages in a log file."""
+    return [json.loads(line)["message"] for line in path.read_text().splitlines()]
+
+
 def test_an_event_is_one_line() -> None:
-    """Time, level, logger and message, and the fields that it was given."""
+    """The line has time, level, logger, message and the fields of the event."""
     log = Log()
     log.logger.warn("{who} is here", who="somebody", count=3, ratio=0.5, ok=True, none=None)
     line = log.line()
@@ -63,8 +73,8 @@ def test_an_event_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("level", list(LogLevel.iterconstants()))
-def test_levels(level: Any) -> None:
-    """Each level has its own word."""
+def test_each_level_has_its_own_word(level: Any) -> None:
+    """The word is Twisted's name of the level."""
     log = Log()
     log.logger.emit(level, "x")
 
@@ -72,7 +82,7 @@ def test_levels(level: Any) -> None:
 
 
 def test_a_failure_has_its_traceback() -> None:
-    """The message says what was tried, the traceback what came of it."""
+    """The message says what failed, and the traceback says why."""
     log = Log()
     try:
         raise ZeroDivisionError("deep down")
@@ -80,18 +90,15 @@ def test_a_failure_has_its_traceback() -> None:
         log.logger.failure("could not {verb}", verb="divide")
     line = log.line()
 
-    assert (line["level"], line["message"], line["verb"]) == (
-        "critical",
-        "could not divide",
-        "divide",
-    )
+    assert (line["level"], line["message"]) == ("critical", "could not divide")
+    assert line["verb"] == "divide"
     assert "Traceback" in line["traceback"]
     assert "deep down" in line["traceback"]
     assert "log_failure" not in line
 
 
 def test_a_failure_without_words_has_its_own() -> None:
-    """A failure that was only handed over still says what it is."""
+    """The error's own text is the message."""
     log = Log()
     log.observer(
         {"log_time": 0.0, "log_failure": Failure(ValueError("why")), "log_level": LogLevel.critical}
@@ -109,10 +116,10 @@ OLD: list[tuple[Callable[[], object], str, str]] = [
 
 
 @pytest.mark.parametrize(("speak", "level", "text"), OLD)
-def test_the_old_log_is_heard_too(
+def test_events_of_the_old_log_are_lines_too(
     speak: Callable[[], object], level: str, text: str, logged_failures: Any
 ) -> None:
-    """``twisted.python.log`` events are lines like all others."""
+    """Events of ``twisted.python.log`` have level, message and traceback, too."""
     log = Log()
     globalLogPublisher.addObserver(log.observer)
     try:
@@ -128,14 +135,14 @@ def test_the_old_log_is_heard_too(
 
 
 class Strange:
-    """Something that is not JSON."""
+    """An object that JSON does not know."""
 
     def __str__(self) -> str:
         return "a strange thing"
 
 
 class Worse:
-    """Something that cannot even be shown."""
+    """An object without any text."""
 
     def __str__(self) -> str:
         raise ZeroDivisionError
@@ -157,8 +164,8 @@ class Worse:
         (LogLevel.info, "<LogLevel=info>"),
     ],
 )
-def test_what_is_not_json_becomes_text(value: object, shown: object) -> None:
-    """The line is whole, whatever an event holds."""
+def test_a_value_that_is_not_json_becomes_text(value: object, shown: object) -> None:
+    """The line is whole, whatever the event holds."""
     log = Log()
     log.logger.info("x", value=value)
 
@@ -169,28 +176,31 @@ def test_what_is_not_json_becomes_text(value: object, shown: object) -> None:
     "value", ["half a pair: \ud800", 2**80, -(2**80), Worse(), {1: 2}, {Worse(): 1}]
 )
 def test_a_strange_value_does_not_take_the_message_along(value: object) -> None:
-    """The event is still told, with whatever can be shown of it."""
+    """The message is logged, even if the value cannot be."""
     log = Log()
     log.logger.info("important", value=value)
 
     assert log.line()["message"] == "important"
 
 
-def test_a_message_that_cannot_be_formatted_is_told() -> None:
-    """A mistake in the words is a line, and not an exception."""
+def test_a_message_that_cannot_be_formatted_is_logged() -> None:
+    """A mistake in an event is a line, not an exception; so is an empty event."""
     log = Log()
     log.logger.info("{missing.attribute[0]!z}")
     log.logger.info("{value}", value=Worse())
     log.logger.info("half a pair: {value}", value="\ud800")
 
     assert all(line["message"] for line in log.lines())
+    log.observer({})
+    assert log.lines()[-1]["level"]
 
 
-def test_a_line_is_there_at_once(tmp_path: Path) -> None:
-    """Nobody has to wait for a buffer to fill."""
-    with open(tmp_path / "log", "w", encoding="utf-8") as file:
-        JsonLog(file, wall=float)({"log_time": 0.0, "log_format": "words"})
-        assert json.loads((tmp_path / "log").read_text())["message"] == "words"
+def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """No line waits in the buffer of the file."""
+    path = tmp_path / "log"
+    with path.open("w", encoding="utf-8") as file:
+        JsonLog(file, wall=float)(event("words"))
+        assert messages(path) == ["words"]
 
 
 def trace(name: str, **values: Any) -> Trace:
@@ -198,7 +208,7 @@ def trace(name: str, **values: Any) -> Trace:
     return Trace(time="t", id=name, instance="0", peer="p", method="GET", path="/x", **values)
 
 
-class Busy(Log):
+class Gathering(Log):
     """A log whose access lines wait for others."""
 
     def __init__(self) -> None:
@@ -215,18 +225,16 @@ class Busy(Log):
 
 
 def test_access_lines_wait_a_moment_for_others() -> None:
-    """They are written together, each with the time at which its request ended."""
-    log = Busy()
+    """The lines are written together; each has the time at which its request ended."""
+    log = Gathering()
     for name in ("a", "b"):
         log.observer.access(trace(name), None, None)
         log.clock.advance(GATHER_S / 2.5)
     assert log.names() == []
     log.clock.advance(GATHER_S / 2.5)
     assert log.names() == ["a", "b"]
-    assert [line["time"] for line in log.lines()] == [
-        timestamp(0.0),
-        timestamp(GATHER_S / 2.5),
-    ]
+    times = [timestamp(0.0), timestamp(GATHER_S / 2.5)]
+    assert [line["time"] for line in log.lines()] == times
     log.observer.access(trace("c"), None, None)
     log.clock.advance(GATHER_S)
     assert log.names() == ["a", "b", "c"]
@@ -234,9 +242,9 @@ def test_access_lines_wait_a_moment_for_others() -> None:
     assert (log.names(), log.clock.getDelayedCalls()) == (["a", "b", "c"], [])
 
 
-def test_all_lines_stand_in_the_order_in_which_they_came() -> None:
+def test_the_lines_keep_their_order() -> None:
     """An event does not overtake a request that ended before it."""
-    log = Busy()
+    log = Gathering()
     log.observer.access(trace("a"), None, None)
     log.logger.info("b")
     assert log.names() == ["a", "b"]
@@ -247,8 +255,8 @@ def test_all_lines_stand_in_the_order_in_which_they_came() -> None:
 
 
 def test_not_many_access_lines_wait() -> None:
-    """The sixty-fourth is written with all before it, and one with a response's text at once."""
-    log = Busy()
+    """The sixty-fourth line flushes all before it; a record with text is written at once."""
+    log = Gathering()
     for number in range(63):
         log.observer.access(trace(str(number)), None, None)
     assert log.names() == []
@@ -259,54 +267,38 @@ def test_not_many_access_lines_wait() -> None:
     assert "words" not in log.file.getvalue()
 
 
-def test_what_waits_goes_to_the_file_before(tmp_path: Path) -> None:
-    """A log that is opened anew has written what had ended by then."""
-    log = Busy()
+def test_reopening_writes_the_lines_that_wait(tmp_path: Path) -> None:
+    """The lines before go to the old file, the lines after to the new one."""
+    log = Gathering()
     log.observer.access(trace("a"), None, None)
     after = (tmp_path / "after").open("w")
     log.observer.reopen(lambda: after)
     log.observer.access(trace("b"), None, None)
     log.clock.advance(GATHER_S)
     after.close()
-    assert [json.loads(line)["id"] for line in (tmp_path / "after").read_text().splitlines()] == [
-        "b"
-    ]
+    (line,) = (tmp_path / "after").read_text().splitlines()
+    assert json.loads(line)["id"] == "b"
 
 
-def test_an_event_without_anything_is_told() -> None:
-    """Not even the time must be there."""
+def test_an_event_cannot_overwrite_the_fields_of_the_log() -> None:
+    """Level, logger, message and time are the log's own."""
     log = Log()
-    log.observer({})
-
-    assert log.line()["level"]
-
-
-def test_our_own_words_are_not_overwritten() -> None:
-    """A field cannot pretend to be the level or the logger."""
-    log = Log()
-    event = {
-        "log_time": 0.0,
-        "log_level": LogLevel.info,
-        "log_namespace": "us",
-        "log_format": "true",
-    }
-    log.observer(
-        {**event, "level": "false", "logger": "false", "time": "false", "message": "false"}
-    )
+    own = {**event("true"), "log_level": LogLevel.info, "log_namespace": "us"}
+    log.observer({**own, **dict.fromkeys(("level", "logger", "time", "message"), "false")})
     line = log.line()
 
     assert (line["level"], line["logger"], line["message"]) == ("info", "us", "true")
     assert line["time"] == "1970-01-01T00:00:00.000Z"
 
 
-def test_a_log_that_cannot_be_written_stops_nobody() -> None:
-    """A full disk or a closed file loses lines, and raises nothing."""
+def test_a_log_that_cannot_be_written_raises_nothing() -> None:
+    """A full disk or a closed file only loses lines."""
     with open("/dev/full", "w", encoding="utf-8") as full:
-        JsonLog(full, wall=float)({"log_time": 0.0, "log_format": "x"})
+        JsonLog(full, wall=float)(event("x"))
         full.detach = lambda: None  # type: ignore[assignment,method-assign,return-value]  # a stand-in
         closed = io.StringIO()
         closed.close()
-        JsonLog(closed, wall=float)({"log_time": 0.0, "log_format": "x"})
+        JsonLog(closed, wall=float)(event("x"))
         with pytest.raises(OSError, match="No space"):
             full.close()
 
@@ -324,7 +316,7 @@ def test_a_log_that_cannot_be_written_stops_nobody() -> None:
 def test_twistds_options_say_where_the_log_goes(
     options: dict[str, Any] | None, path: str | None
 ) -> None:
-    """An observer of Twisted's is left alone; in the foreground lines go to standard output."""
+    """Another observer is left alone; in the foreground, lines go to standard output."""
     opener = log_opener(options)
 
     assert (opener is None) is (path is None)
@@ -333,45 +325,41 @@ def test_twistds_options_say_where_the_log_goes(
 
 
 def test_a_daemon_logs_to_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that ``--logfile`` names, else ``twistd.log``; it is appended to."""
+    """A line is appended to the file that ``--logfile`` names, or to ``twistd.log``."""
     monkeypatch.chdir(tmp_path)
     for options, name in (({"logfile": str(tmp_path / "x.log")}, "x.log"), ({}, "twistd.log")):
         (tmp_path / name).write_text("before\n")
         opener = log_opener(options)
         assert opener is not None
         file = opener()
-        JsonLog(file, wall=float)({"log_time": 0.0, "log_format": "words"})
-        file.close()
+        JsonLog(file, wall=float)(event("words"))
         before, line = (tmp_path / name).read_text().splitlines()
-        assert before == "before"
-        assert json.loads(line)["message"] == "words"
+        file.close()
+        assert (before, json.loads(line)["message"]) == ("before", "words")
 
 
-def test_a_log_file_is_opened_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under its name, as logrotate asks, also when the daemon has gone to another folder."""
+def test_a_log_file_is_reopened(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is that of the start, even when the daemon has changed its folder."""
     monkeypatch.chdir(tmp_path)
     opener = log_opener({"logfile": "x.log"})
     assert opener is not None
     log = JsonLog(opener(), wall=float)
-    log({"log_time": 0.0, "log_format": "one"})
+    log(event("one"))
     (tmp_path / "x.log").rename(tmp_path / "x.log.1")
-    log({"log_time": 0.0, "log_format": "two"})
+    log(event("two"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     log.reopen(opener)
-    log({"log_time": 0.0, "log_format": "three"})
+    log(event("three"))
     log.reopen(opener)
-    log({"log_time": 0.0, "log_format": "four"})
+    log(event("four"))
     log.reopen(io.StringIO)
-    told = [
-        [json.loads(line)["message"] for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("x.log.1", "x.log")
-    ]
-    assert told == [["one", "two"], ["three", "four"]]
+    assert messages(tmp_path / "x.log.1") == ["one", "two"]
+    assert messages(tmp_path / "x.log") == ["three", "four"]
 
 
-def test_a_log_that_cannot_be_opened_anew_goes_on() -> None:
-    """In the file that there is, and says so there."""
+def test_a_log_that_cannot_be_reopened_goes_on() -> None:
+    """The open file gets the error and the lines after it."""
     file = io.StringIO()
     log = JsonLog(file, wall=float)
 
@@ -383,7 +371,7 @@ def test_a_log_that_cannot_be_opened_anew_goes_on() -> None:
         log.reopen(fail)
     finally:
         globalLogPublisher.removeObserver(log)
-    log({"log_time": 0.0, "log_format": "on"})
+    log(event("on"))
     first, second = map(json.loads, file.getvalue().splitlines())
     assert first["level"] == "error"
     assert first["message"] == "the log cannot be opened anew: no such folder"
@@ -391,7 +379,7 @@ def test_a_log_that_cannot_be_opened_anew_goes_on() -> None:
 
 
 def test_standard_output_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when something else stands in its place by then, as twistd's log does."""
+    """Twistd's log may have replaced ``sys.stdout`` meanwhile."""
     stdout = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stdout)
     opener = log_opener({"nodaemon": True})
@@ -399,5 +387,5 @@ def test_standard_output_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     log = JsonLog(opener(), wall=float)
     monkeypatch.setattr(sys, "stdout", None)
     log.reopen(opener)
-    log({"log_time": 0.0, "log_format": "on"})
+    log(event("on"))
     assert json.loads(stdout.getvalue())["message"] == "on"

@@ -13,27 +13,25 @@ import pytest
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import Writer
-from tests.record.test_sinks import Fields, collector, files, opened, sent_to
+from tests.record.conftest import write
+from tests.record.test_sinks import Fields, opened, sent_to
 from tests.support.collector import OtlpCollector
 from tests.support.records import eventually, ids_in, ids_of, trace, writing_threads
 
-__all__ = ["collector", "files"]  # fixtures
-
 
 def follow(sinks: Sinks, **config: Any) -> list[Writer]:
-    """Let sinks follow another configuration; return what is written to then."""
+    """Let the sinks follow another configuration; return the writers that are now in use."""
     writers = sinks.prepare(TraceConfig(**config))
     sinks.use(writers)
     return list(writers.values())
 
 
-def test_every_trace_is_kept_once_on_the_way(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """From file to file, with the ledger or without: each is where it was to go by then."""
+def test_a_change_keeps_every_trace_once(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each trace is in the file and the ledger that were configured when it came."""
     lines, ledger = files
     with opened(jsonl=str(lines)) as sinks:
         for turn in range(20):
-            for number in range(turn * 50, turn * 50 + 50):
-                sinks.write(trace(number))
+            write(sinks, range(turn * 50, turn * 50 + 50))
             where = str(ledger) if turn % 2 else None
             follow(sinks, jsonl=str(tmp_path / f"t.{turn}"), ledger=where, keep=None)
         sinks.write(trace(1000))
@@ -44,10 +42,10 @@ def test_every_trace_is_kept_once_on_the_way(files: tuple[Path, Path], tmp_path:
     assert sinks.losses() == {"jsonl": 0, "ledger": 0}
 
 
-def test_what_is_named_again_is_not_opened_anew(
+def test_a_sink_that_stays_is_not_reopened(
     files: tuple[Path, Path], collector: OtlpCollector
 ) -> None:
-    """Files and collector are known by what they are, each by itself."""
+    """Files and collector are compared separately."""
     lines, ledger = files
     with opened(jsonl=str(lines), ledger=str(ledger), otlp=collector.url) as sinks:
         both = follow(sinks, jsonl=str(lines), ledger=str(ledger), otlp=collector.url)
@@ -61,10 +59,10 @@ def test_what_is_named_again_is_not_opened_anew(
 
 
 @pytest.mark.parametrize("wrong", ["jsonl", "ledger"])
-def test_what_cannot_be_opened_changes_nothing(
+def test_a_sink_that_cannot_be_opened_changes_nothing(
     files: tuple[Path, Path], tmp_path: Path, wrong: str
 ) -> None:
-    """And what was opened beside it is closed again."""
+    """The sinks that were opened beside it are closed again."""
     lines, _ = files
     (tmp_path / "folder").mkdir()
     where: Fields = {"jsonl": str(tmp_path / "t"), "ledger": str(tmp_path / "l")}
@@ -77,8 +75,8 @@ def test_what_cannot_be_opened_changes_nothing(
     assert ids_in(lines) == [0]
 
 
-def test_what_was_prepared_for_nothing_is_closed(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """What is in use stays open."""
+def test_abandoned_sinks_are_closed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The sinks in use stay open."""
     lines, _ = files
     with opened(jsonl=str(lines)) as sinks:
         before = open_files(tmp_path)
@@ -89,10 +87,10 @@ def test_what_was_prepared_for_nothing_is_closed(files: tuple[Path, Path], tmp_p
     assert ids_in(lines) == [0]
 
 
-def test_what_is_left_keeps_nobody_waiting(
+def test_a_removed_sink_holds_up_nothing(
     files: tuple[Path, Path], collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A collector that hangs gets what it was to have by itself; what it loses is counted on."""
+    """A hanging collector still gets its traces; its losses are still counted."""
     monkeypatch.setattr("llmproxy.record.otlp.GATHER_S", 0.0)
     lines, _ = files
     collector.hang = threading.Event()
@@ -116,20 +114,19 @@ def test_what_is_left_keeps_nobody_waiting(
     assert ids_in(lines) == list(range(11))
 
 
-def test_the_end_waits_for_what_is_left_too(
+def test_closing_waits_for_removed_sinks_too(
     files: tuple[Path, Path], collector: OtlpCollector
 ) -> None:
-    """Within the same five seconds."""
+    """A sink that was removed before still writes its traces."""
     lines, _ = files
     with opened(jsonl=str(lines), otlp=collector.url) as sinks:
-        for number in range(20):
-            sinks.write(trace(number))
+        write(sinks, range(20))
         follow(sinks)
     assert ids_in(lines) == sent_to(collector) == list(range(20))
 
 
 def open_files(folder: Path) -> list[str]:
-    """The files below a folder that this process has open."""
+    """Return the files below a folder that this process has open."""
     links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
     targets = [str(link.readlink()) for link in links if link.is_symlink()]
     return sorted(target for target in targets if target.startswith(str(folder)))

@@ -1,4 +1,4 @@
-"""The record of a request: its names, its time, and what is left out."""
+"""The record of a request: its names, its time, and the fields that are left out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Call(msgspec.Struct):
 
 
 def test_a_record_has_the_names_of_the_design_in_order() -> None:
-    """Every field always, what is not known as null."""
+    """Every field is there; an unknown one is null."""
     one = trace(attempts=[Attempt("p", "ok", 0.5)], model="gpt-\N{SNOWMAN}")
     record = json.loads(msgspec.json.encode(one))
 
@@ -43,12 +43,12 @@ def test_a_record_has_the_names_of_the_design_in_order() -> None:
     assert record["model"] == "gpt-\N{SNOWMAN}"
     assert record["status"] is None
     assert record["is_complete"] is False
-    told = {"provider": "p", "outcome": "ok", "seconds": 0.5}
-    assert told.items() <= record["attempts"][0].items()
+    attempt = {"provider": "p", "outcome": "ok", "seconds": 0.5}
+    assert attempt.items() <= record["attempts"][0].items()
 
 
-def test_content_is_in_a_record_only_where_it_was_asked_for() -> None:
-    """What is unset is left out; what is set stands behind everything else."""
+def test_content_is_in_a_record_only_if_it_is_set() -> None:
+    """Content fields come last, and unset ones are left out."""
     content: dict[str, Any] = {
         "finish_reason": "stop",
         "response_id": "r",
@@ -64,7 +64,7 @@ def test_content_is_in_a_record_only_where_it_was_asked_for() -> None:
 
 
 def test_the_size_of_content() -> None:
-    """Text and arguments count; what is left of a trace without them is the same trace."""
+    """Text and arguments count; the other fields of the trace stay the same."""
     one = trace(model="m", text="abc", tool_calls=[Call("{}"), Call("[]")], response_id="r")
     assert content_size(one) == 7
     assert content_size(trace()) == content_size(without_content(one)) == 0
@@ -85,8 +85,8 @@ def test_times_are_rfc_3339_in_utc(seconds: float, text: str) -> None:
     assert timestamp(seconds) == text
 
 
-def test_the_access_line_leaves_out_what_is_not_known() -> None:
-    """Nulls, lists, content and the time that the log has itself are left out."""
+def test_the_access_line_leaves_out_unknown_fields() -> None:
+    """It has no nulls, no lists, no content, and not the time, which the log adds."""
     one = trace(status=200, attempts=[Attempt("p", "ok", 0.5)], text="secret", finish_reason="stop")
     event = access_event(one, None, None)
 

@@ -1,4 +1,4 @@
-"""The queue and its thread: nothing waits for an output, and every loss is counted once."""
+"""The queue and its thread: no request waits for an output, and each loss is counted once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from math import inf
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
@@ -18,6 +17,7 @@ from msgspec import UNSET
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import Writer
+from tests.record.conftest import write
 from tests.support.records import eventually, trace
 from tests.support.sockets import WAIT
 
@@ -43,7 +43,7 @@ class Shelf:
         self.texts += [one.text for one in traces]
 
     def maintenance(self) -> float:
-        self.done.append("chore")
+        self.done.append("maintenance")
         return self.rest_s
 
     def reopen(self) -> None:
@@ -53,7 +53,7 @@ class Shelf:
         self.done.append("close")
 
 
-def fail(_: list[Trace]) -> None:
+def fail(*_: object) -> Any:
     """Take nothing."""
     raise OSError("no")
 
@@ -63,73 +63,67 @@ def busy(_: list[Trace]) -> None:
     raise Retry("locked", again_s=0.001)
 
 
+class Hang:
+    """A fault that hangs until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.stuck, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, _: list[Trace]) -> None:
+        self.stuck.set()
+        assert self.go_on.wait(WAIT)
+
+
 @contextmanager
 def writing(*shelves: Shelf, **settings: Any) -> Iterator[Writer]:
-    """Run a writer, and let it end."""
+    """Run a writer, and finish it."""
     settings = {"clock": time.monotonic, "gather_s": 0.0, **settings}
     writer = Writer(shelves, **settings)
     yield writer
-    end(writer)
-
-
-def end(writer: Writer, seconds: float = WAIT) -> None:
-    """End a writer."""
     writer.finish()
-    writer.join(seconds)
+    writer.join(WAIT)
+
+
+def write_each(writer: Writer, numbers: range, kept: Callable[[], object]) -> None:
+    """Write traces, each once ``kept`` has the number of the traces before it."""
+    for count, number in enumerate(numbers, 1):
+        writer.write(trace(number))
+        eventually(lambda: kept() == count)  # noqa: B023
 
 
 def test_traces_are_kept_in_order() -> None:
-    """Each once, in every output, in batches that are bounded."""
+    """Every output gets each trace once, in batches that are bounded."""
     one, two = Shelf("one"), Shelf("two")
     with writing(one, two, batch=10) as writer:
-        for number in range(1000):
-            writer.write(trace(number))
+        write(writer, range(1000))
     assert one.ids == two.ids == list(range(1000))
     assert max(one.batches) <= 10
     assert writer.losses() == {"one": 0, "two": 0}
-    assert one.done == ["chore", "close"]
+    assert one.done == ["maintenance", "close"]
 
 
-def test_a_trace_is_kept_soon() -> None:
-    """Nobody has to end the writer for a trace to be kept."""
-    shelf = Shelf()
-    with writing(shelf) as writer:
-        for number in range(3):
-            writer.write(trace(number))
-            eventually(lambda number=number: shelf.ids[-1:] == [number])  # type: ignore[misc]  # the lambda's default
-
-
-def test_a_full_queue_loses_at_once_and_for_every_output() -> None:
-    """Who writes never waits; what found no room is counted for each output, the rest is kept."""
+def test_a_full_queue_drops_at_once_for_every_output() -> None:
+    """A write never waits; each output counts the dropped traces and keeps the others."""
     shelf, other = Shelf(), Shelf("other")
-    stuck, go_on = threading.Event(), threading.Event()
-
-    def hang(_: list[Trace]) -> None:
-        stuck.set()
-        assert go_on.wait(WAIT)
-
-    shelf.fault = hang
+    shelf.fault = hang = Hang()
     with writing(shelf, other, queue=10) as writer:
         writer.write(trace(0))
-        assert stuck.wait(WAIT)
+        assert hang.stuck.wait(WAIT)
         began = time.monotonic()
-        for number in range(1, 100):
-            writer.write(trace(number))
+        write(writer, range(1, 100))
         assert time.monotonic() - began < 1
         assert writer.losses() == {"shelf": 89, "other": 89}
-        go_on.set()
+        hang.go_on.set()
     assert shelf.ids == other.ids == list(range(11))
     assert writer.losses() == {"shelf": 89, "other": 89}
 
 
 def test_an_output_that_fails_costs_no_other_one(logged: list[str]) -> None:
-    """Its losses are counted and told once; it is tried again with each batch, and told again."""
+    """Its losses are counted and logged once; each batch is another try, and success is logged."""
     shelf, other = Shelf(), Shelf("other")
     shelf.fault = fail
     with writing(shelf, other) as writer:
-        for number in range(3):
-            writer.write(trace(number))
-            eventually(lambda number=number: len(other.ids) == number + 1)  # type: ignore[misc]  # the lambda's default
+        write_each(writer, range(3), lambda: len(other.ids))
         shelf.fault = lambda _: None
         writer.write(trace(3))
     assert (shelf.ids, other.ids) == ([3], [0, 1, 2, 3])
@@ -140,29 +134,12 @@ def test_an_output_that_fails_costs_no_other_one(logged: list[str]) -> None:
     assert "shelf: records are kept again, 3 were lost so far" in logged
 
 
-def test_a_part_that_is_lost_is_counted_alone() -> None:
-    """An output that kept most of a batch loses the rest only."""
-    shelf = Shelf()
-
-    def keep_all_but_one(traces: list[Trace]) -> None:
-        shelf.ids += [int(one.id) for one in traces[1:]]
-        raise Dropped(1, "one too many")
-
-    shelf.fault = keep_all_but_one
-    with writing(shelf, gather_s=WAIT) as writer:
-        for number in range(5):
-            writer.write(trace(number))
-    assert shelf.ids == [1, 2, 3, 4]
-    assert writer.losses() == {"shelf": 1}
-
-
-def test_what_is_busy_for_a_moment_loses_nothing() -> None:
-    """Traces wait for it, in order, while the other outputs have them already."""
+def test_a_short_retry_loses_nothing() -> None:
+    """The traces wait in order, while the other outputs have them already."""
     shelf, other = Shelf(), Shelf("other")
     shelf.fault = busy
     with writing(shelf, other) as writer:
-        for number in range(50):
-            writer.write(trace(number))
+        write(writer, range(50))
         eventually(lambda: len(other.ids) == 50)
         assert (shelf.ids, writer.losses()["shelf"]) == ([], 0)
         shelf.fault = lambda _: None
@@ -170,14 +147,12 @@ def test_what_is_busy_for_a_moment_loses_nothing() -> None:
     assert shelf.ids == other.ids == list(range(50))
 
 
-def test_what_is_busy_for_longer_loses_what_waits() -> None:
-    """Once its patience is over the traces are lost, and those after it, until it has time."""
+def test_a_long_retry_loses_the_traces_that_wait() -> None:
+    """After its patience an output loses each trace, until it takes one; then patience restarts."""
     shelf = Shelf(patience_s=0.05)
     shelf.fault = busy
     with writing(shelf) as writer:
-        for number in range(2):
-            writer.write(trace(number))
-            eventually(lambda number=number: writer.losses() == {"shelf": number + 1})  # type: ignore[misc]  # the lambda's default
+        write_each(writer, range(2), lambda: writer.losses()["shelf"])
         shelf.fault = lambda _: None
         writer.write(trace(2))
         eventually(lambda: shelf.ids == [2])
@@ -189,14 +164,12 @@ def test_what_is_busy_for_longer_loses_what_waits() -> None:
     assert writer.losses() == {"shelf": 2}
 
 
-def test_what_waits_for_a_busy_output_is_bounded() -> None:
-    """Memory does not grow with its patience."""
+def test_a_retry_holds_a_bounded_number_of_traces() -> None:
+    """Memory does not grow with the patience of an output."""
     shelf, other = Shelf(), Shelf("other")
     shelf.fault = busy
     with writing(shelf, other, queue=20) as writer:
-        for number in range(100):
-            writer.write(trace(number))
-            eventually(lambda number=number: len(other.ids) == number + 1)  # type: ignore[misc]  # the lambda's default
+        write_each(writer, range(100), lambda: len(other.ids))
         assert writer.losses() == {"shelf": 80, "other": 0}
         shelf.fault = lambda _: None
     assert shelf.ids == list(range(20))
@@ -223,14 +196,13 @@ def test_kept_and_lost_are_all(faults: list[str], count: int, batch: int) -> Non
 
     shelf.fault = play
     with writing(shelf, batch=batch) as writer:
-        for number in range(count):
-            writer.write(trace(number))
+        write(writer, range(count))
     assert shelf.ids == sorted(set(shelf.ids))
     assert len(shelf.ids) + writer.losses()["shelf"] == count
 
 
-def test_content_is_given_to_those_who_keep_it() -> None:
-    """Nobody else holds it, not even in the queue."""
+def test_content_goes_only_to_the_outputs_that_keep_it() -> None:
+    """If no output keeps content, the queue does not hold it either."""
     one, two = Shelf("one"), Shelf("two")
     two.keeps_content = False
     with writing(one, two) as writer:
@@ -242,41 +214,33 @@ def test_content_is_given_to_those_who_keep_it() -> None:
 
 
 def test_content_that_waits_is_bounded() -> None:
-    """Beyond that a record is kept without it, and says so; what was written makes room."""
+    """Beyond the bound a record is kept without content, and says so; a written one makes room."""
     shelf = Shelf()
-    stuck, go_on = threading.Event(), threading.Event()
+    hang = Hang()
     degraded: list[list[str]] = []
 
-    def hang(traces: list[Trace]) -> None:
-        stuck.set()
-        assert go_on.wait(WAIT)
+    def hang_and_note(traces: list[Trace]) -> None:
+        hang(traces)
         degraded.extend(one.degraded for one in traces)
 
-    shelf.fault = hang
+    shelf.fault = hang_and_note
     with writing(shelf, content=100) as writer:
         for number, size in enumerate((60, 41, 30, 10, 1)):
             call = SimpleNamespace(arguments="x" * 10)
             writer.write(trace(number, text="x" * (size - 10), tool_calls=[call]))
-            assert stuck.wait(WAIT)
-        go_on.set()
+            assert hang.stuck.wait(WAIT)
+        hang.go_on.set()
         eventually(lambda: len(shelf.ids) == 5)
         writer.write(trace(5))  # once it is written, what was written before it has made room
         eventually(lambda: len(shelf.ids) == 6)
         writer.write(trace(6, text="x" * 100))
-    assert [one if one is UNSET else len(str(one)) for one in shelf.texts] == [
-        50,
-        UNSET,
-        20,
-        0,
-        UNSET,
-        UNSET,
-        100,
-    ]
+    sizes = [None if one is UNSET else len(str(one)) for one in shelf.texts]
+    assert sizes == [50, None, 20, 0, None, None, 100]
     assert degraded == [[], ["content"], [], [], ["content"], [], []]
 
 
 def test_a_large_content_ends_a_batch() -> None:
-    """While it is encoded the streams wait."""
+    """The reactor waits while a batch is encoded, so a batch is short."""
     shelf = Shelf()
     with writing(shelf, gather_s=WAIT) as writer:
         for number in range(4):
@@ -284,14 +248,10 @@ def test_a_large_content_ends_a_batch() -> None:
     assert shelf.batches == [2, 2]
 
 
-def test_reopening_reaches_every_output_without_a_trace() -> None:
-    """It is asked of the thread, and does not wait for the next record."""
+def test_every_output_is_reopened_without_a_trace() -> None:
+    """The thread does not wait for the next record; one failure does not stop the others."""
     one, two = Shelf(), Shelf("two")
-
-    def refuse() -> None:
-        raise OSError("no")
-
-    one.reopen = refuse  # type: ignore[method-assign]  # a fault
+    one.reopen = fail  # type: ignore[method-assign]  # a fault
     with writing(one, two) as writer:
         writer.reopen()
         eventually(lambda: "reopen" in two.done)
@@ -299,23 +259,19 @@ def test_reopening_reaches_every_output_without_a_trace() -> None:
     assert one.ids == two.ids == [1]
 
 
-def test_chores_are_done_at_their_time_without_a_trace() -> None:
-    """An output says itself when it wants the next; one that fails costs nothing else."""
+def test_maintenance_is_done_in_time_without_a_trace() -> None:
+    """Each output says when the next one is due; a failure costs nothing else."""
     shelf, other = Shelf(), Shelf("other")
     shelf.rest_s = 0.001
-
-    def refuse() -> float:
-        raise OSError("no")
-
-    other.maintenance = refuse  # type: ignore[method-assign]  # a fault
+    other.maintenance = fail  # type: ignore[method-assign]  # a fault
     with writing(shelf, other) as writer:
-        eventually(lambda: shelf.done.count("chore") > 3)
+        eventually(lambda: shelf.done.count("maintenance") > 3)
         writer.write(trace(1))
     assert shelf.ids == other.ids == [1]
 
 
-def test_the_end_writes_what_waits(logged: list[str]) -> None:
-    """Without waiting for more, and with another try at what is busy."""
+def test_finishing_writes_the_traces_that_wait(logged: list[str]) -> None:
+    """The writer does not wait for more traces, and it still retries."""
     shelf = Shelf()
     tries: list[int] = []
 
@@ -327,39 +283,37 @@ def test_the_end_writes_what_waits(logged: list[str]) -> None:
     shelf.fault = busy_at_first
     began = time.monotonic()
     with writing(shelf, gather_s=WAIT) as writer:
-        for number in range(3):
-            writer.write(trace(number))
+        write(writer, range(3))
     assert time.monotonic() - began < WAIT
     assert shelf.ids == [0, 1, 2]
     assert not [line for line in logged if "lost" in line]
 
 
-def test_the_end_does_not_wait_for_ever(logged: list[str]) -> None:
-    """What is in the hands of an output that hangs, and what waits, is counted, and told."""
+def test_joining_does_not_wait_for_ever(logged: list[str]) -> None:
+    """The traces at a hanging output and in the queue are counted once, and logged."""
     shelf = Shelf()
-    stuck, go_on = threading.Event(), threading.Event()
+    hang = Hang()
 
-    def hang(_: list[Trace]) -> None:
-        stuck.set()
-        go_on.wait(WAIT)
+    def hang_and_fail(traces: list[Trace]) -> None:
+        hang(traces)
         raise OSError("too late to be counted a second time")
 
-    shelf.fault = hang
+    shelf.fault = hang_and_fail
     writer = Writer([shelf], clock=time.monotonic, gather_s=0.0)
     writer.write(trace(0))
-    assert stuck.wait(WAIT)
-    for number in (1, 2):
-        writer.write(trace(number))
-    end(writer, 0.01)
+    assert hang.stuck.wait(WAIT)
+    write(writer, range(1, 3))
+    writer.finish()
+    writer.join(0.01)
     assert writer.losses() == {"shelf": 3}
     assert "shelf: 3 records could not be written before the end" in logged
-    go_on.set()
+    hang.go_on.set()
     eventually(lambda: writer.ended)
     assert writer.losses() == {"shelf": 3}
 
 
-def test_what_comes_after_the_end_is_counted() -> None:
-    """It is not queued for nobody."""
+def test_a_trace_after_the_end_is_counted() -> None:
+    """No thread would ever take it from the queue."""
     shelf = Shelf()
     with writing(shelf) as writer:
         writer.write(trace(0))
@@ -368,29 +322,24 @@ def test_what_comes_after_the_end_is_counted() -> None:
     assert writer.losses() == {"shelf": 1}
 
 
-def test_an_output_that_does_not_close_is_told(logged: list[str]) -> None:
-    """The thread ends all the same."""
+def test_an_output_that_does_not_close_is_logged(logged: list[str]) -> None:
+    """The other outputs are closed, and the thread ends."""
     shelf, other = Shelf(), Shelf("other")
-
-    def refuse() -> None:
-        raise OSError("no")
-
-    shelf.close = refuse  # type: ignore[method-assign]  # a fault
+    shelf.close = fail  # type: ignore[method-assign]  # a fault
     with writing(shelf, other):
         pass
     assert other.done[-1] == "close"
     assert "shelf did not close: no" in logged
 
 
-@pytest.mark.parametrize("error", [ValueError(), OSError("why")])
-def test_a_loss_has_a_reason(error: Exception, logged: list[str]) -> None:
-    """In the error's words, or by its name where it has none."""
+def test_a_loss_has_a_reason(logged: list[str]) -> None:
+    """An error without words is logged by its name."""
     shelf = Shelf()
 
     def break_down(_: list[Trace]) -> None:
-        raise error
+        raise ValueError
 
     shelf.fault = break_down
     with writing(shelf) as writer:
         writer.write(trace(0))
-    assert f"shelf: records are being lost: {str(error) or 'ValueError'}" in logged
+    assert "shelf: records are being lost: ValueError" in logged

@@ -1,4 +1,4 @@
-"""Chunks that wait: in their order, few of them, and read before anything is reported."""
+"""The batch: chunks keep their order, few wait, and all are read before a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Notes = list[tuple[str, float, bytes]]
 
 
 class Noted:
-    """A reader that writes down what it reads.
+    """A reader that notes what it reads.
 
     Args:
         name: its own.
@@ -33,12 +33,12 @@ class Noted:
         self.notes = notes
 
     def read(self, at: float, data: bytes, start: int) -> None:
-        """Write it down."""
+        """Note the chunk."""
         self.notes.append((self.name, at, data[start:-2] if start else data))
 
 
-def test_all_wait_until_there_are_many_and_are_read_in_order() -> None:
-    """The thirty-second chunk has all of them read, whoever's they are."""
+def test_chunks_wait_for_others_and_are_read_in_order() -> None:
+    """After the thirty-second chunk all are read, of every reader."""
     batch, notes = Batch(), Notes()
     readers = [Noted("a", notes), Noted("b", notes)]
     fed = [(readers[i % 2], float(i), b"%d" % i) for i in range(64)]
@@ -48,8 +48,8 @@ def test_all_wait_until_there_are_many_and_are_read_in_order() -> None:
     assert notes == [(reader.name, at, data) for reader, at, data in fed]
 
 
-def test_a_long_one_does_not_wait() -> None:
-    """What is held is short: a longer chunk is read at once, behind those that waited."""
+def test_a_long_chunk_does_not_wait() -> None:
+    """A long chunk is read at once, after the chunks that waited."""
     batch, notes = Batch(), Notes()
     reader = Noted("a", notes)
     batch.add(reader, 1.0, b"x" * 4096)
@@ -58,8 +58,8 @@ def test_a_long_one_does_not_wait() -> None:
     assert [len(data) for _, _, data in notes] == [4096, 4097]
 
 
-def test_what_is_added_while_others_are_read_is_read_later() -> None:
-    """A chunk that comes out of a reading waits as others do, and none is read twice."""
+def test_a_chunk_that_a_reader_adds_is_read_later() -> None:
+    """The new chunk waits like any other, and none is read twice."""
     batch, notes = Batch(), Notes()
 
     class Adds(Noted):
@@ -76,8 +76,8 @@ def test_what_is_added_while_others_are_read_is_read_later() -> None:
     assert notes == [("a", 1.0, b"first"), ("a", 2.0, b"second")]
 
 
-def test_an_error_in_one_reader_is_not_anothers(logged_failures: Any) -> None:
-    """It is logged, and all that waits behind it is read."""
+def test_an_error_in_one_reader_does_not_stop_the_others(logged_failures: Any) -> None:
+    """The error is logged, and the chunks after it are read."""
     batch, notes = Batch(), Notes()
 
     class Fails(Noted):
@@ -95,7 +95,7 @@ def test_an_error_in_one_reader_is_not_anothers(logged_failures: Any) -> None:
 
 
 class Stream:
-    """A tap behind statistics, as a relay has them.
+    """A tap behind statistics, as in a relay.
 
     Args:
         batch: which it shares with others.
@@ -114,8 +114,8 @@ class Stream:
         self.batch.add(self.statistics, at, data)
 
 
-def test_a_tap_reports_what_still_waited() -> None:
-    """Before any of its attributes is returned, the chunks are read."""
+def test_a_tap_first_reads_the_chunks_that_wait() -> None:
+    """This holds for each attribute of a tap."""
     marked = EVENT + b'data: {"error":{"message":"m"}}\n\ndata: [DONE]\n\ndata: [\n\n'
     for name, expected in (
         ("events", 4),
@@ -130,7 +130,7 @@ def test_a_tap_reports_what_still_waited() -> None:
         assert getattr(stream.tap, name) == expected, name
 
 
-def test_statistics_report_what_still_waited() -> None:
+def test_statistics_first_read_the_chunks_that_wait() -> None:
     """Times, the longest gap and the last bytes are those of all chunks that have come."""
     for name, expected in (
         ("first_at", 3.0),
@@ -145,8 +145,8 @@ def test_statistics_report_what_still_waited() -> None:
         assert stream.gaps == [2.0, 4.0, 0.0]
 
 
-def test_a_pause_is_no_gap_also_where_chunks_still_wait() -> None:
-    """What came before the pause is noted before the pause is."""
+def test_a_pause_is_no_gap_while_chunks_wait() -> None:
+    """The chunks before the pause are noted before the pause."""
     stream = Stream(Batch())
     stream.feed(b"a", 1.0)
     stream.feed(b"b", 2.0)
@@ -156,8 +156,8 @@ def test_a_pause_is_no_gap_also_where_chunks_still_wait() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
-def test_streams_with_one_batch_get_each_their_own(count: int) -> None:
-    """However many chunks come in turn, each tap has its stream whole and nothing of another's."""
+def test_streams_with_one_batch_stay_apart(count: int) -> None:
+    """Each tap has its whole stream, and nothing of another stream."""
     batch = Batch()
     one, other = Stream(batch), Stream(batch)
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Compressed copies: every coding, every cut, and what is not in it."""
+"""Compressed copies: every coding, split at any point, and bytes of no coding."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
+from tests.stream.splits import every_split
 
 TEXT = "".join(f'data: {{"n":{n},"t":"für {n * n}"}}\n\n' for n in range(60)).encode()
 
@@ -37,48 +38,55 @@ PACKED = {
     "zstd in frames": (b"zstd", zstd.compress(TEXT[:99]) + zstd.compress(TEXT[99:])),
 }
 
+PACKERS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"gzip": gzip.compress,
+    b"deflate": zlib.compress,
+    b"br": brotli.compress,
+    b"zstd": zstd.compress,
+}
+
 every_coding = pytest.mark.parametrize(("coding", "packed"), PACKED.values(), ids=PACKED)
 
 
 def opened(coding: bytes, chunks: Iterable[bytes]) -> bytes:
-    """What comes out of these chunks."""
-    inflater = Decompressor(coding)
-    return b"".join(piece for chunk in chunks for piece in inflater.feed(chunk))
+    """Return the decompressed chunks."""
+    decompressor = Decompressor(coding)
+    return b"".join(piece for chunk in chunks for piece in decompressor.feed(chunk))
 
 
 @every_coding
-def test_every_cut(coding: bytes, packed: bytes) -> None:
-    """What comes out does not depend on how it came in."""
-    for at in range(len(packed) + 1):
-        assert opened(coding, [packed[:at], packed[at:]]) == TEXT
-    assert opened(coding, (packed[at : at + 1] for at in range(len(packed)))) == TEXT
+def test_a_copy_may_be_split_at_any_point(coding: bytes, packed: bytes) -> None:
+    """The chunks of the input do not change the output."""
+    for chunks in every_split(packed):
+        assert opened(coding, chunks) == TEXT
 
 
-@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd"])
-def test_what_was_flushed_comes_out_at_once(coding: bytes) -> None:
-    """An event is there as soon as the server has flushed it, not when the body ends."""
-    flushers: dict[bytes, Callable[[bytes], bytes]] = {}
+@pytest.mark.parametrize("coding", PACKERS)
+def test_flushed_bytes_are_decompressed_at_once(coding: bytes) -> None:
+    """An event is there when the server has flushed it, not when the body ends."""
     gz, df = zlib.compressobj(wbits=31), zlib.compressobj()
     br, zs = brotli.Compressor(), zstd.ZstdCompressor()
-    flushers[b"gzip"] = lambda d: gz.compress(d) + gz.flush(zlib.Z_SYNC_FLUSH)
-    flushers[b"deflate"] = lambda d: df.compress(d) + df.flush(zlib.Z_SYNC_FLUSH)
-    flushers[b"br"] = lambda d: br.process(d) + br.flush()
-    flushers[b"zstd"] = lambda d: zs.compress(d, zs.FLUSH_BLOCK)
-    inflater = Decompressor(coding)
+    flushers: dict[bytes, Callable[[bytes], bytes]] = {
+        b"gzip": lambda d: gz.compress(d) + gz.flush(zlib.Z_SYNC_FLUSH),
+        b"deflate": lambda d: df.compress(d) + df.flush(zlib.Z_SYNC_FLUSH),
+        b"br": lambda d: br.process(d) + br.flush(),
+        b"zstd": lambda d: zs.compress(d, zs.FLUSH_BLOCK),
+    }
+    decompressor = Decompressor(coding)
     for event in (b"data: one\n\n", b"data: two\n\n"):
-        assert b"".join(inflater.feed(flushers[coding](event))) == event
+        assert b"".join(decompressor.feed(flushers[coding](event))) == event
 
 
 @pytest.mark.parametrize("coding", [b"compress", b"gzip, gzip", b"", b"aes128gcm"])
-def test_an_unknown_coding(coding: bytes) -> None:
-    """What nothing here opens is refused at once."""
+def test_an_unknown_coding_is_refused(coding: bytes) -> None:
+    """The error comes before any byte."""
     with pytest.raises(BadCoding):
         Decompressor(coding)
 
 
 @pytest.mark.parametrize(("coding", "known"), [("gzip", True), ("br", False), ("zstd", False)])
-def test_without_the_extra(coding: str, known: bool) -> None:
-    """Where brotli's and zstd's libraries are not installed, those two are unknown codings."""
+def test_without_their_libraries_two_codings_are_unknown(coding: str, known: bool) -> None:
+    """The libraries of brotli and zstd are an extra."""
     program = (
         "import sys; sys.modules.update(brotli=None, backports=None, compression=None)\n"
         "from llmproxy.stream.decompress import Decompressor\n"
@@ -91,44 +99,36 @@ def test_without_the_extra(coding: str, known: bool) -> None:
     assert (run.returncode == 0) is known
 
 
-@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd"])
-def test_bytes_that_are_not_in_the_coding(coding: bytes) -> None:
-    """A body that does not hold what its header says is told from one that does."""
-    with pytest.raises(BadCoding):
-        opened(coding, [b"data: this is not compressed at all\n\n" * 20])
-
-
-def test_garbage_behind_a_member() -> None:
-    """What follows a gzip member is another one, padding, or an error."""
-    with pytest.raises(BadCoding):
-        opened(b"gzip", [gzip.compress(TEXT), b"garbage"])
-
-
 @pytest.mark.parametrize(
-    ("coding", "pack"),
+    ("coding", "chunks"),
     [
-        (b"gzip", gzip.compress),
-        (b"deflate", zlib.compress),
-        (b"br", brotli.compress),
-        (b"zstd", zstd.compress),
+        *((coding, [b"data: not compressed at all\n\n" * 20]) for coding in PACKERS),
+        (b"gzip", [gzip.compress(TEXT), b"garbage"]),
     ],
 )
-def test_a_bomb_is_given_up(coding: bytes, pack: Callable[[bytes], bytes]) -> None:
-    """What grows a thousandfold is given up early, and comes out in small pieces until then."""
-    packed = pack(b"\0" * 50 * 1024**2)
-    inflater = Decompressor(coding)
+def test_bytes_of_no_coding_are_refused(coding: bytes, chunks: list[bytes]) -> None:
+    """Plain bytes are refused, and garbage after a gzip member, too."""
+    with pytest.raises(BadCoding):
+        opened(coding, chunks)
+
+
+@pytest.mark.parametrize("coding", PACKERS)
+def test_a_bomb_is_refused(coding: bytes) -> None:
+    """Bytes that grow a thousandfold are refused early; until then the pieces are small."""
+    packed = PACKERS[coding](b"\0" * 50 * 1024**2)
+    decompressor = Decompressor(coding)
     sizes: list[int] = []
     with pytest.raises(Bomb):
-        sizes.extend(map(len, inflater.feed(packed)))
+        sizes.extend(map(len, decompressor.feed(packed)))
     assert max(sizes) <= 128 * 1024
     assert sum(sizes) <= 1024**2 + 100 * len(packed) + 128 * 1024
 
 
 @given(
-    st.sampled_from([b"gzip", b"deflate", b"br", b"zstd"]),
+    st.sampled_from(list(PACKERS)),
     st.lists(st.binary(max_size=60), max_size=10),
 )
-def test_garbage(coding: bytes, chunks: list[bytes]) -> None:
-    """Any bytes come out, or are refused as what they are."""
+def test_any_bytes_raise_only_their_own_errors(coding: bytes, chunks: list[bytes]) -> None:
+    """Bytes are decompressed, or refused as a bad coding or a bomb."""
     with suppress(BadCoding, Bomb):
         opened(coding, chunks)

@@ -1,4 +1,4 @@
-"""A response in one piece, and what is found of one that is too long to be held."""
+"""A response in one piece, and the two ends of one that is too long to be held."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.stream.document import Document
+from tests.stream.splits import drawn_split
 
 USAGE = {"prompt_tokens": 1, "details": {"z": [1, 2, '"],}']}}
 BEFORE: dict[str, Any] = {"id": "i", 'mo"de:l': "m", "fingerprint": {"a": ',"b":'}}
@@ -21,7 +22,7 @@ LONG: dict[str, Any] = {**BEFORE, "data": MIDDLE, **AFTER}
 
 
 def read(chunks: Iterable[bytes], limit: int) -> tuple[bytes | None, int]:
-    """What is there at the end, and how often the document was told to be too long."""
+    """Return the document at the end, and how often it was reported as overlong."""
     overlong: list[None] = []
     document = Document(limit, lambda: overlong.append(None))
     for chunk in chunks:
@@ -32,16 +33,16 @@ def read(chunks: Iterable[bytes], limit: int) -> tuple[bytes | None, int]:
     return (events[0] if events else None), len(overlong)
 
 
-def test_up_to_its_limit_it_is_held_as_it_came() -> None:
-    """Not a byte is changed of what fits, but for a byte order mark before it."""
+def test_a_short_document_is_held_unchanged() -> None:
+    """Only a byte order mark is removed."""
     assert read([b"\xef\xbb\xbf{ ", b'"a" : 1}\n'], 20) == (b'{ "a" : 1}\n', 0)
     assert read([b""], 20) == (None, 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 10**6])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_the_ends_of_a_long_one_are_found(size: int, indent: int | None) -> None:
-    """However it is cut, the members before and behind a long middle are there to the letter."""
+def test_the_ends_of_a_long_document_are_found(size: int, indent: int | None) -> None:
+    """The members before and after a long middle are there, whatever the chunks."""
     body = json.dumps(LONG, indent=indent).encode()
     found, overlong = read((body[at : at + size] for at in range(0, len(body), size)), 17_000)
     assert found is not None
@@ -49,15 +50,15 @@ def test_the_ends_of_a_long_one_are_found(size: int, indent: int | None) -> None
 
 
 @pytest.mark.parametrize("long", [{"data": MIDDLE, **AFTER}, {**BEFORE, "data": MIDDLE}])
-def test_a_long_one_may_have_one_end_only(long: dict[str, Any]) -> None:
-    """A long value may stand first or last."""
+def test_a_long_document_may_have_one_end_only(long: dict[str, Any]) -> None:
+    """The long value may be the first or the last member."""
     found, _ = read([json.dumps(long).encode()], 17_000)
     assert found is not None
     assert json.loads(found) == {name: value for name, value in long.items() if name != "data"}
 
 
-def test_a_piece_longer_than_the_end_that_is_held_leaves_no_gap() -> None:
-    """What was held before it is not put together with its end."""
+def test_a_piece_longer_than_the_held_end_leaves_no_gap() -> None:
+    """The bytes held before are not joined to the end of the piece."""
     body = b'{"x":"' + b"." * 300 + b'","some' + b"." * 40 + b'name":"' + b"." * 40 + b'"}'
     for cut in range(300, len(body)):
         found, _ = read([body[:cut], body[cut:]], 260)
@@ -66,15 +67,15 @@ def test_a_piece_longer_than_the_end_that_is_held_leaves_no_gap() -> None:
 
 
 def test_text_is_not_taken_for_a_member() -> None:
-    """A long text that quotes the end of a document is text."""
+    """A long text may quote the end of a document."""
     text = 'x","usage":{"prompt_tokens":7}}' * 2000
     found, _ = read([json.dumps({"a": 1, "text": text, "b": 2}).encode()], 17_000)
     assert found is not None
     assert json.loads(found) == {"a": 1, "b": 2}
 
 
-def test_ten_megabytes_of_embeddings() -> None:
-    """The usage behind them is found, and no more than the limit is held on the way."""
+def test_the_usage_after_ten_megabytes_is_found() -> None:
+    """No more than the limit is held meanwhile."""
     vector = b'{"object":"embedding","embedding":[' + b",".join([b"0.0123456"] * 1536) + b"]}"
 
     def chunks() -> Iterable[bytes]:
@@ -107,12 +108,11 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=5), VALUES, min_size=1), st.data())
-def test_any_object(members: dict[str, Any], data: st.DataObject) -> None:
-    """Whatever its values and its cuts, what is found was there, and in its order."""
+def test_no_member_is_made_up(members: dict[str, Any], data: st.DataObject) -> None:
+    """The members that are found were there, in their order, whatever the chunks."""
     body = json.dumps(members, ensure_ascii=data.draw(st.booleans())).encode()
-    at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
     limit = data.draw(st.integers(1, len(body)))
-    found, _ = read((body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)), limit)
+    found, _ = read(drawn_split(data, body), limit)
     if found != b"{":
         assert found is not None
         kept = json.loads(found)
@@ -121,6 +121,6 @@ def test_any_object(members: dict[str, Any], data: st.DataObject) -> None:
 
 
 @given(st.lists(st.text('{}[]",:\\ a', max_size=20), max_size=20))
-def test_garbage(pieces: list[str]) -> None:
-    """What is no JSON is neither held beyond the limit nor an error."""
+def test_garbage_raises_nothing(pieces: list[str]) -> None:
+    """Bytes that are not JSON are not held beyond the limit."""
     read((piece.encode() for piece in pieces), 10)

@@ -1,4 +1,4 @@
-"""Bytes into events: the formats, every cut, and what is too long."""
+"""Events: the formats, split at any point, and events that are too long."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.stream.events import Blocks, Event, Framing, Lines, ServerSentEvents
+from tests.stream.splits import drawn_split, every_split
 
-MAKERS: list[Callable[[int, Callable[[], None]], Framing]] = [ServerSentEvents, Lines]
+Make = Callable[[int, Callable[[], None]], Framing]
+MAKERS: list[Make] = [ServerSentEvents, Lines]
 
 
 def sse(chunks: Iterable[bytes], limit: int = 1000) -> list[Event]:
-    """Every event in these chunks, the one at the end included."""
+    """Return every event in these chunks, with the one that the end completes."""
     return read(ServerSentEvents, chunks, limit)[0]
 
 
-def read(
-    make: Callable[[int, Callable[[], None]], Framing], chunks: Iterable[bytes], limit: int
-) -> tuple[list[Event], int]:
-    """Every event in these chunks, and how many were too long."""
+def read(make: Make, chunks: Iterable[bytes], limit: int) -> tuple[list[Event], int]:
+    """Return every event in these chunks, and how many were too long."""
     overlong: list[None] = []
     framing = make(limit, lambda: overlong.append(None))
     events = [event for chunk in chunks for event in framing.feed(chunk)]
@@ -32,7 +32,7 @@ def read(
 
 
 def slowly(body: bytes) -> list[Event]:
-    """The events of a body, by the letter of the standard and without a care for speed."""
+    """Return the events of a body by the letter of the standard, slowly."""
     lines = body.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     events: list[Event] = []
     data: list[bytes] = []
@@ -83,12 +83,10 @@ def slowly(body: bytes) -> list[Event]:
         (b"\xef\xbb", []),
     ],
 )
-def test_server_sent_events(body: bytes, events: list[Event]) -> None:
-    """Line ends, marks, comments, fields and blank lines are read as the standard says."""
-    assert sse([body]) == events
-    assert sse(body[at : at + 1] for at in range(len(body))) == events
-    for at in range(len(body)):
-        assert sse([body[:at], body[at:]]) == events
+def test_server_sent_events_follow_the_standard(body: bytes, events: list[Event]) -> None:
+    """Line ends, marks, comments, fields and blank lines are read, split at any point."""
+    for chunks in every_split(body):
+        assert sse(chunks) == events
 
 
 PIECES = st.sampled_from(
@@ -97,16 +95,14 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=30), st.data())
-def test_as_the_standard_says(pieces: list[bytes], data: st.DataObject) -> None:
-    """Whatever comes, split at any point, is read as by a plain reader of the whole."""
+def test_any_lines_follow_the_standard(pieces: list[bytes], data: st.DataObject) -> None:
+    """A plain reader of the whole finds the same events."""
     body = b"".join(pieces)
-    at = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
-    chunks = [body[a:b] for a, b in zip([0, *at], [*at, len(body)], strict=True)]
-    assert sse(chunks) == slowly(body)
+    assert sse(drawn_split(data, body)) == slowly(body)
 
 
-def test_a_whole_event_takes_the_short_way() -> None:
-    """What comes event by event is the same as what comes in one piece, carriage returns too."""
+def test_whole_events_are_read_like_one_piece() -> None:
+    """The short way for a whole event finds the same, carriage returns included."""
     events = [b"data: a\n\n", b"event: e\ndata: b\n\n", b"data: c\rdata: d\n\n", b"data: e\n\n"]
     assert sse(events) == sse([b"".join(events)]) == slowly(b"".join(events))
 
@@ -123,10 +119,10 @@ def test_a_whole_event_takes_the_short_way() -> None:
         (b"", []),
     ],
 )
-def test_lines(body: bytes, lines: list[bytes]) -> None:
-    """Each line is an event, the last one without its end too, and a blank one is none."""
-    for at in range(len(body) + 1):
-        events, _ = read(Lines, [body[:at], body[at:]], 1000)
+def test_each_line_is_an_event(body: bytes, lines: list[bytes]) -> None:
+    """The last line needs no end, and a blank line is no event."""
+    for chunks in every_split(body):
+        events, _ = read(Lines, chunks, 1000)
         assert [data.strip() for _, data in events] == lines
 
 
@@ -142,22 +138,19 @@ def test_lines(body: bytes, lines: list[bytes]) -> None:
         (Lines, b"data: %s\nnext\n", b"next"),
     ],
 )
-def test_an_overlong_event_is_left_out(
-    make: Callable[[int, Callable[[], None]], Framing], body: bytes, kept: bytes
-) -> None:
-    """One byte over the limit and the event is dropped and told, at any cut; the next is not."""
+def test_an_overlong_event_is_left_out(make: Make, body: bytes, kept: bytes) -> None:
+    """One byte over the limit, the event is dropped and reported; the next one is read."""
     for size, overlong in ((94, 0), (95, 1), (300, 1)):
         whole = body % (b"x" * size)
-        for at in range(len(whole) + 1):
-            events, told = read(make, [whole[:at], whole[at:]], 100)
-            assert told == overlong
+        for chunks in every_split(whole):
+            events, reported = read(make, chunks, 100)
+            assert reported == overlong
             assert [data.strip() for _, data in events][-1] == kept
             assert len(events) == 2 - overlong
-        assert read(make, (whole[at : at + 1] for at in range(len(whole))), 100)[1] == overlong
 
 
 class Counted(bytearray):
-    """Pending bytes that count how many of them are searched."""
+    """Pending bytes that count the searched bytes."""
 
     searched = 0
 
@@ -169,7 +162,7 @@ class Counted(bytearray):
 
 @pytest.mark.parametrize("delimiter", [b"\n", b"\n\n"])
 def test_an_endless_event_costs_linear_time_and_no_memory(delimiter: bytes) -> None:
-    """Of 100 MB without a boundary no byte is searched twice, and no more than a limit is held."""
+    """In 100 MB without a boundary, no byte is searched twice or held beyond the limit."""
     overlong: list[None] = []
     blocks = Blocks(delimiter, 1024**2, lambda: overlong.append(None))
     pending = blocks._pending = Counted()
@@ -189,7 +182,7 @@ def test_an_endless_event_costs_linear_time_and_no_memory(delimiter: bytes) -> N
 
 
 def test_an_event_byte_by_byte_is_searched_once() -> None:
-    """However small the pieces, what was searched is not searched again."""
+    """Small pieces do not repeat the search."""
     blocks = Blocks(b"\n\n", 10**6, lambda: None)
     pending = blocks._pending = Counted()
     for _ in range(20_000):
@@ -199,10 +192,8 @@ def test_an_event_byte_by_byte_is_searched_once() -> None:
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("body", [b"\r", b"\n", b"\r\n", b"x\n", b"data:\n\n", b":\n", b"\n\nx"])
-def test_small_things_without_end(
-    make: Callable[[int, Callable[[], None]], Framing], body: bytes
-) -> None:
-    """Millions of the smallest pieces leave nothing behind and hold no more than the limit."""
+def test_endless_small_pieces_leave_nothing_behind(make: Make, body: bytes) -> None:
+    """Millions of them hold no more than the limit."""
     framing = make(1000, lambda: None)
     chunk = body * (65536 // len(body))
     tracemalloc.start()
@@ -217,8 +208,8 @@ def test_small_things_without_end(
 
 
 @given(st.lists(st.binary(max_size=50), max_size=20), st.sampled_from(MAKERS))
-def test_garbage(chunks: list[bytes], make: Callable[[int, Callable[[], None]], Framing]) -> None:
-    """Any bytes are events or none; nothing is raised and nothing exceeds the limit."""
+def test_garbage_raises_nothing(chunks: list[bytes], make: Make) -> None:
+    """Any bytes are events or none, and nothing exceeds the limit."""
     framing = make(40, lambda: None)
     for chunk in chunks:
         for _, data in framing.feed(chunk):

@@ -1,4 +1,4 @@
-"""The accumulator: its verdict, its bounds, and that nothing in it reaches the stream."""
+"""The tap: its verdict, its bounds, and that no fault of it reaches the stream."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
+from llmproxy.stream.decompress import Decompressor
+from llmproxy.stream.events import ServerSentEvents
 from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
 from tests.conftest import LoggedFailures
 from tests.support.golden import BY_FILE, RECORDED
@@ -31,13 +33,13 @@ ERROR = b'data: {"error":{"type":"t","message":"m"}}\n\n'
 
 
 def chunk(content: str, rest: str = "") -> bytes:
-    """One chunk of a chat stream."""
+    """Return one chunk of a chat stream."""
     delta = f'{{"index":0,"delta":{{"content":"{content}"}},"finish_reason":null}}'
     return f'data: {{"id":"x","model":"m","choices":[{delta}]{rest}}}\n\n'.encode()
 
 
 def chat(**options: Any) -> StreamAccumulator:
-    """A tap for a chat stream that holds its content."""
+    """Return a tap for a chat stream that keeps the content."""
     row = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
     assert row is not None
     options.setdefault("content_type", SSE)
@@ -71,8 +73,10 @@ def chat(**options: Any) -> StreamAccumulator:
     ],
 )
 @pytest.mark.parametrize("capture", ["usage", "content"])
-def test_the_verdict(stream: list[bytes], end: EndReason, verdict: EndReason, capture: str) -> None:
-    """Marker and error decide where the framing alone would not know."""
+def test_marker_and_error_decide_the_end(
+    stream: list[bytes], end: EndReason, verdict: EndReason, capture: str
+) -> None:
+    """The end marker and the provider's error correct the end that the relay saw."""
     tap = chat(capture=capture)
     for data in stream:
         tap.feed(data)
@@ -90,7 +94,7 @@ ENDED = [
 
 @pytest.mark.parametrize("file", ENDED)
 def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
-    """Every recorded stream that ends well does not, without the event that ends it."""
+    """This holds for every recorded stream that ends well."""
     one = BY_FILE[file]
     separator = b"\n" if file.endswith(".ndjson") else b"\n\n"
     lines = one.data.replace(b"\r\n", b"\n").rstrip().split(separator)
@@ -109,8 +113,10 @@ def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
         (b"/v1/embeddings", SSE),
     ],
 )
-def test_what_has_no_marker_is_never_unfinished(path: bytes, content_type: bytes | None) -> None:
-    """A response in one piece, of an unread type or of an endpoint without marker just ends."""
+def test_a_response_without_marker_is_never_unfinished(
+    path: bytes, content_type: bytes | None
+) -> None:
+    """A document, an unread type and an endpoint without marker simply end."""
     row = endpoint(Dialect.OPENAI, path)
     assert row is not None
     tap = StreamAccumulator(row, content_type=content_type)
@@ -118,15 +124,8 @@ def test_what_has_no_marker_is_never_unfinished(path: bytes, content_type: bytes
     assert tap.finish(EndReason.COMPLETE).is_complete
 
 
-def test_a_degraded_tap_does_not_judge() -> None:
-    """Who did not read everything cannot say that the marker is missing."""
-    tap = chat(event=100)
-    tap.feed(b"data: " + b"x" * 1000 + b"\n\n")
-    assert tap.finish(EndReason.COMPLETE).is_complete
-
-
-def test_what_is_known_on_the_way() -> None:
-    """Usage, error and marker can be asked for while the stream runs."""
+def test_usage_error_and_marker_are_known_during_the_stream() -> None:
+    """Usage is partial until the end marker comes."""
     tap = chat(capture="usage")
     tap.feed(chunk("a", ',"usage":{"prompt_tokens":3,"completion_tokens":1}'))
     assert tap.usage == Usage(input_tokens=3, output_tokens=1, provenance="partial")
@@ -141,12 +140,16 @@ def test_what_is_known_on_the_way() -> None:
 # --- the result -----------------------------------------------------------------------------------
 
 
-def test_who_waits_is_told() -> None:
-    """Every Deferred fires with the one result, whether asked for before or after the end."""
+def test_every_waiter_gets_the_result() -> None:
+    """Each Deferred fires with the one result, before and after the end; a cancelled one fails."""
     tap = chat()
     before: list[Result] = []
+    failures: list[Failure] = []
     tap.wait().addCallback(before.append)
+    cancelled = tap.wait().addErrback(failures.append)
     tap.wait().addCallback(before.append)
+    cancelled.cancel()
+    assert [failure.check(CancelledError) for failure in failures] == [CancelledError]
     tap.feed(chunk("a"))
     assert before == []
     result = tap.finish(EndReason.COMPLETE)
@@ -157,30 +160,16 @@ def test_who_waits_is_told() -> None:
     assert after == [result]
 
 
-def test_who_waits_no_more_is_not_told() -> None:
-    """Cancelling a Deferred ends the waiting of its owner alone."""
-    tap = chat()
-    cancelled, told = tap.wait(), tap.wait()
-    failures: list[Failure] = []
-    cancelled.addErrback(failures.append)
-    cancelled.cancel()
-    assert [failure.check(CancelledError) for failure in failures] == [CancelledError]
-    results: list[Result] = []
-    told.addCallback(results.append)
-    tap.finish(EndReason.COMPLETE)
-    assert len(results) == 1
-
-
 def test_bytes_after_the_end_change_nothing() -> None:
-    """What is fed after the result is not read."""
+    """A tap with a result reads no more."""
     tap = chat()
     result = tap.finish(EndReason.CLIENT_GONE)
     tap.feed(chunk("a") + DONE)
     assert (tap.events, tap.has_ended, tap.finish(EndReason.COMPLETE)) == (0, False, result)
 
 
-def test_a_body_that_broke_inside_an_event() -> None:
-    """What was cut off is neither read nor held against the tap; what ended well is."""
+def test_a_body_that_breaks_inside_an_event() -> None:
+    """The half event is neither read nor a fault; in a whole body it is a fault."""
     half = chunk("b")[:-10]
     for end in (EndReason.UPSTREAM_BROKEN, EndReason.CLIENT_GONE):
         tap = chat()
@@ -211,20 +200,21 @@ def test_a_body_that_broke_inside_an_event() -> None:
         ({}, [b'data: {"x":' + b"[" * 100_000 + b"\n\n"], Degraded.UNREADABLE),
     ],
 )
-def test_each_reason_is_told_once(
+def test_each_degradation_is_reported_once(
     options: dict[str, Any], data: list[bytes], reason: Degraded
 ) -> None:
-    """What is not understood marks the result, and is counted once however often it comes."""
-    told: list[Degraded] = []
-    tap = chat(degraded=told.append, **options)
+    """A fault marks the result, and is reported once; such a tap does not miss the marker."""
+    reported: list[Degraded] = []
+    tap = chat(degraded=reported.append, **options)
     for each in data:
         tap.feed(each)
-    assert tap.finish(EndReason.COMPLETE).degraded == (reason,)
-    assert told == [reason]
+    result = tap.finish(EndReason.COMPLETE)
+    assert (result.degraded, result.is_complete) == ((reason,), True)
+    assert reported == [reason]
 
 
-def test_what_follows_an_unread_event_is_read() -> None:
-    """One event too long or broken costs that event; usage and marker behind it are found."""
+def test_the_events_after_an_unread_event_are_read() -> None:
+    """An overlong or broken event is left out; usage and marker after it are found."""
     tap = chat(event=800)
     tap.feed(b"data: {nonsense\n\n" + b"data: " + b"x" * 1000 + b"\n\n" + CHAT.data)
     result = tap.finish(EndReason.COMPLETE)
@@ -234,55 +224,64 @@ def test_what_follows_an_unread_event_is_read() -> None:
 
 @pytest.mark.parametrize("data", [b"data: \n\n", b"data:\n\n", b": x\n\n", b"data:  \r\n\r\n"])
 def test_an_empty_event_is_nothing(data: bytes) -> None:
-    """Servers keep a connection alive by such."""
+    """Servers send it to keep a connection alive."""
     tap = chat()
     tap.feed(data)
     assert tap.finish(EndReason.UPSTREAM_BROKEN).degraded == ()
 
 
 def test_another_dialects_marker_is_nothing() -> None:
-    """``[DONE]`` does not end a stream that ends otherwise, and is not held against it."""
+    """``[DONE]`` neither ends a stream with another marker nor degrades its tap."""
     one = BY_FILE["openai-responses.sse"]
     assert one.read([one.data, DONE]).degraded == ()
     assert one.read([DONE]).end_reason is EndReason.UNFINISHED
 
 
-def broken(*_: Any) -> None:
-    """Raise what nobody expects."""
+def broken(*_: Any, **__: Any) -> None:
+    """Raise an error that no code expects."""
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("place", ["_take", "_feed_pieces", "_flush", "_read"])
-def test_an_error_of_ours_ends_the_tap_and_nothing_else(
-    place: str, monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (ServerSentEvents, "feed"),
+        (Decompressor, "feed"),
+        (ServerSentEvents, "flush"),
+        (Accumulated, "usage"),
+    ],
+)
+def test_a_fault_of_ours_ends_only_the_tap(
+    owner: type, method: str, monkeypatch: pytest.MonkeyPatch, logged_failures: LoggedFailures
 ) -> None:
-    """It is logged once and counted once, nothing is raised, and the tap reads no further."""
-    told: list[Degraded] = []
-    coding = b"gzip" if place == "_feed_pieces" else None
-    tap = chat(content_encoding=coding, degraded=told.append)
-    monkeypatch.setattr(tap, place, broken)
+    """The fault is logged once and reported once, nothing is raised, and the tap reads no more."""
+    reported: list[Degraded] = []
+    coding = b"gzip" if owner is Decompressor else None
+    tap = chat(content_encoding=coding, degraded=reported.append)
+    monkeypatch.setattr(owner, method, broken)
     for data in (chunk("a"), chunk("b"), DONE):
         tap.feed(data)
-    assert tap.is_reading == (place == "_flush")
+    assert tap.is_reading == (method != "feed")
     result = tap.finish(EndReason.COMPLETE)
     assert (result.is_complete, result.degraded) == (True, (Degraded.INTERNAL,))
-    assert told == [Degraded.INTERNAL]
+    assert reported == [Degraded.INTERNAL]
+    assert not tap.is_reading
     assert len(logged_failures.flush(ZeroDivisionError)) == 1
 
 
 @pytest.mark.parametrize("coding", [None, b"compress"])
-def test_a_count_that_fails_is_logged(
+def test_a_report_that_fails_is_logged(
     coding: bytes | None, logged_failures: LoggedFailures
 ) -> None:
-    """Who is told of a degraded tap and raises reaches neither the tap nor the stream."""
+    """The callback's error reaches neither the tap nor the stream."""
     tap = chat(content_encoding=coding, degraded=broken)
     tap.feed(b"data: {\n\n" + DONE)
     assert len(tap.finish(EndReason.COMPLETE).degraded) == 1
     assert len(logged_failures.flush(ZeroDivisionError)) == 1
 
 
-def test_a_reader_that_raises_leaves_what_was_found(logged_failures: LoggedFailures) -> None:
-    """A row of the table with a mistake in it costs what it did not read, and no more."""
+def test_a_row_that_raises_keeps_what_was_read(logged_failures: LoggedFailures) -> None:
+    """A mistake in a row of the table loses only the events after it."""
     calls = itertools.count()
 
     def read(data: bytes, seen: Accumulated) -> None:
@@ -302,8 +301,8 @@ def test_a_reader_that_raises_leaves_what_was_found(logged_failures: LoggedFailu
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def test_an_hour_leaves_nothing_behind() -> None:
-    """Ten events a second for an hour hold no more at the end than after the first minute."""
+def test_memory_does_not_grow_with_a_stream() -> None:
+    """An hour of ten events a second holds no more than its first minute."""
     tap = chat(accumulate=10_000)
     events = [chunk(f"token {n}") for n in range(100)]
     for n in range(600):
@@ -324,29 +323,16 @@ def test_an_hour_leaves_nothing_behind() -> None:
     assert result.text_bytes > 10_000 >= len(result.text)
 
 
-@pytest.mark.parametrize("capture", ["usage", "content"])
-def test_an_endless_event_is_let_go(capture: str) -> None:
-    """20 MB in one event pass by, and what follows is read."""
-    tap = chat(capture=capture, event=10_000)
-    tap.feed(b"data: ")
-    for _ in range(20):
-        tap.feed(b"x" * 1024**2)
-        assert tap.held_bytes <= 10_001
-    tap.feed(b"\n\n" + DONE)
-    assert tap.has_ended
-    assert tap.degraded == (Degraded.OVERLONG,)
-
-
 def test_long_embeddings_are_counted() -> None:
-    """Of a response in one piece beyond the limit the usage is found, and that is no lack."""
+    """The usage of an overlong document is found; only its content is missing."""
     one = BY_FILE["openai-embeddings.json"]
     long = one.data.replace(b"0.0023064255", b",".join([b"0.0023064255"] * 10_000))
     assert one.read([long], "usage", event=20_000) == one.result
     assert one.read([long], "content", event=20_000).degraded == (Degraded.OVERLONG,)
 
 
-def test_a_document_of_which_nothing_is_left() -> None:
-    """A long response in one piece in whose ends no usage stands is told to be unread."""
+def test_an_overlong_document_without_usage_is_degraded() -> None:
+    """Its two ends, which are kept, have no usage."""
     one = BY_FILE["openai-embeddings.json"]
     members = b"{" + b",".join(b'"%d":1' % n for n in range(5000)) + b"}"
     assert one.read([members], "usage", event=20_000).degraded == (Degraded.OVERLONG,)
@@ -354,7 +340,7 @@ def test_a_document_of_which_nothing_is_left() -> None:
 
 
 def test_a_tap_that_ended_leaves_no_cycle() -> None:
-    """What is over is gone at once, without the collector."""
+    """The tap is freed at once, without the garbage collector."""
     tap = chat()
     tap.feed(CHAT.data[:500])
     tap.finish(EndReason.CLIENT_GONE)
@@ -382,7 +368,7 @@ GARBAGE = st.sampled_from(
 def test_garbage(
     one: Any, capture: Any, coding: bytes | None, chunks: list[bytes], end: EndReason
 ) -> None:
-    """Whatever comes, nothing is raised and no more than the bounds is held."""
+    """Nothing is raised, and the bounds hold, whatever bytes come."""
     tap = one.tap(capture, content_encoding=coding, accumulate=50, event=100)
     for data in [one.data[:200], *chunks]:
         tap.feed(data)
@@ -394,7 +380,7 @@ def test_garbage(
 
 @given(st.sampled_from(RECORDED), st.data())
 def test_a_flipped_byte(one: Any, data: st.DataObject) -> None:
-    """A stream with one wrong byte is read as far as it can be, and never raises."""
+    """A stream with one wrong byte never raises."""
     body = bytearray(one.data)
     body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     result = one.read([bytes(body)])

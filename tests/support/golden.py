@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +23,11 @@ CONTENT_TYPES = {
 }
 
 
+NOT_REPORTED = Usage()
+
+
 class GoldenStream(NamedTuple):
-    """A file, the endpoint that sends such, and the result of reading it to its end."""
+    """A file, the endpoint that sends such files, and the result of reading it to its end."""
 
     file: str
     dialect: Dialect
@@ -37,7 +41,7 @@ class GoldenStream(NamedTuple):
 
     @property
     def without_content(self) -> Result:
-        """What ``capture = "usage"`` finds."""
+        """The result with ``capture = "usage"``."""
         fields = {name: getattr(self.result, name) for name in self.result.__struct_fields__}
         return Result(**{**fields, "text": "", "text_bytes": 0, "tool_calls": ()})
 
@@ -63,338 +67,231 @@ class GoldenStream(NamedTuple):
         end: EndReason = EndReason.COMPLETE,
         **options: Any,
     ) -> Result:
-        """Return what these chunks hold."""
+        """Return the result of these chunks."""
         tap = self.tap(capture, **options)
         for chunk in chunks:
             tap.feed(chunk)
         return tap.finish(end)
 
 
-def _result(
-    text: str = "", calls: tuple[ToolCall, ...] = (), usage: Usage | None = None, **rest: Any
-) -> Result:
-    return Result(
-        end_reason=rest.pop("end", EndReason.COMPLETE),
+def _golden(
+    kind: tuple[str, Dialect, bytes],
+    suffix: str,
+    sender: tuple[str | None, str | None],
+    events: int,
+    finish: str | None = None,
+    text: str = "",
+    *,
+    calls: tuple[ToolCall, ...] = (),
+    usage: Usage = NOT_REPORTED,
+    error: tuple[str | None, str] | None = None,
+    end: EndReason = EndReason.COMPLETE,
+) -> GoldenStream:
+    """Return the entry of a file: the model and the id that sent it, and what it holds."""
+    name, dialect, path = kind
+    result = Result(
+        end_reason=end if error is None else EndReason.UPSTREAM_FAILED,
         text=text,
         text_bytes=len(text.encode()),
         tool_calls=calls,
-        usage=usage or Usage(),
-        **rest,
+        usage=usage,
+        events=events,
+        finish_reason=finish,
+        model=sender[0],
+        response_id=sender[1],
+        error=error and ProviderError(*error),
+    )
+    return GoldenStream(name + suffix, dialect, path, result)
+
+
+def _usage(
+    input_: int | None,
+    output: int | None = None,
+    read: int | None = None,
+    write: int | None = None,
+    reasoning: int | None = None,
+    provenance: Literal["reported", "partial"] = "reported",
+) -> Usage:
+    """Return counts of tokens: input, output, cache read, cache write, reasoning."""
+    return Usage(
+        input_tokens=input_,
+        output_tokens=output,
+        cache_read_tokens=read,
+        cache_write_tokens=write,
+        reasoning_tokens=reasoning,
+        provenance=provenance,
     )
 
 
-def _usage(input_: int | None, output: int | None = None, **rest: Any) -> Usage:
-    rest.setdefault("provenance", "reported")
-    return Usage(input_tokens=input_, output_tokens=output, **rest)
+_chat = partial(_golden, ("openai-chat", Dialect.OPENAI, b"/v1/chat/completions"))
+_completions = partial(_golden, ("openai-completions", Dialect.OPENAI, b"/v1/completions"))
+_embeddings = partial(_golden, ("openai-embeddings", Dialect.OPENAI, b"/v1/embeddings"))
+_responses = partial(_golden, ("openai-responses", Dialect.OPENAI, b"/v1/responses"))
+_messages = partial(_golden, ("anthropic-messages", Dialect.ANTHROPIC, b"/v1/messages"))
+_ollama = partial(_golden, ("ollama-chat", Dialect.OLLAMA, b"/api/chat"))
+_generate = partial(_golden, ("ollama-generate", Dialect.OLLAMA, b"/api/generate"))
+_embed = partial(_golden, ("ollama-embed", Dialect.OLLAMA, b"/api/embed"))
 
+# Who sent it: the model, and the id of the response.
+_NOBODY = (None, None)
+_4O = ("gpt-4o-2024-08-06", "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT")
+_41 = ("gpt-4.1-2025-04-14", "resp_67c9fdcecf488190bdd9a0409de3a1ec07b8b0ad4e5eb654")
+_INSTRUCT = ("gpt-3.5-turbo-instruct", "cmpl-7iA7iJjj8V2zOkCGvWF2hAkWhkvIs")
+_SONNET = ("claude-sonnet-4-5-20250929", "msg_014p7gG3wDgGV9EUtLvnow3U")
+_LLAMA = ("llama3.2", None)
 
-def _openai(file: str, path: bytes, *what: Any, **rest: Any) -> GoldenStream:
-    return GoldenStream(f"openai-{file}", Dialect.OPENAI, path, _result(*what, **rest))
-
-
-def _chat(file: str, *what: Any, **rest: Any) -> GoldenStream:
-    return _openai(f"chat{file}", b"/v1/chat/completions", *what, **rest)
-
-
-def _responses(file: str, *what: Any, **rest: Any) -> GoldenStream:
-    return _openai(f"responses{file}", b"/v1/responses", *what, **rest)
-
-
-def _anthropic(file: str, *what: Any, **rest: Any) -> GoldenStream:
-    return GoldenStream(
-        f"anthropic-{file}", Dialect.ANTHROPIC, b"/v1/messages", _result(*what, **rest)
-    )
-
-
-def _ollama(file: str, path: bytes, *what: Any, **rest: Any) -> GoldenStream:
-    return GoldenStream(f"ollama-{file}", Dialect.OLLAMA, path, _result(*what, **rest))
-
-
-FAILED = EndReason.UPSTREAM_FAILED
-_4O: dict[str, Any] = {
-    "model": "gpt-4o-2024-08-06",
-    "response_id": "chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT",
-}
-_41: dict[str, Any] = {
-    "model": "gpt-4.1-2025-04-14",
-    "response_id": "resp_67c9fdcecf488190bdd9a0409de3a1ec07b8b0ad4e5eb654",
-}
-_INSTRUCT: dict[str, Any] = {
-    "model": "gpt-3.5-turbo-instruct",
-    "response_id": "cmpl-7iA7iJjj8V2zOkCGvWF2hAkWhkvIs",
-}
-_SONNET: dict[str, Any] = {
-    "model": "claude-sonnet-4-5-20250929",
-    "response_id": "msg_014p7gG3wDgGV9EUtLvnow3U",
-}
-_LLAMA: dict[str, Any] = {"model": "llama3.2"}
-_DETAILS: dict[str, Any] = {"cache_read_tokens": 0, "cache_write_tokens": 3, "reasoning_tokens": 4}
-_RESPONSE: dict[str, Any] = {"cache_read_tokens": 5, "cache_write_tokens": 0, "reasoning_tokens": 2}
 _WEATHER = "call_unDUaX7dlAFXEZyhtVoGqMhN"
+_TOOLU = "toolu_01T1x1fJ34qAmk2tNTrN7Up6"
+_GREETING = 'Grüße "usage": {"prompt_tokens": 7} aus 東京 🗼\n\ndata: [DONE]'
+_HELLO = "Hello! How can I assist you today? 😀"
+_37 = _usage(37, 11, 5, 0, 2)
 
 RECORDED = (
-    _chat(
-        ".sse",
-        'Grüße "usage": {"prompt_tokens": 7} aus 東京 🗼\n\ndata: [DONE]',
-        events=10,
-        finish_reason="stop",
-        **_4O,
-    ),
-    _chat(
-        "-usage.sse",
-        "Hello there",
-        usage=_usage(19, 10, **_DETAILS),
-        events=6,
-        finish_reason="length",
-        **_4O,
-    ),
+    _chat(".sse", _4O, 10, "stop", _GREETING),
+    _chat("-usage.sse", _4O, 6, "length", "Hello there", usage=_usage(19, 10, 0, 3, 4)),
     _chat(
         "-tools.sse",
+        _4O,
+        8,
+        "tool_calls",
         calls=(
             ToolCall("call_DdmO9pD3xa9XTPNJ32zg2hcA", "get_weather", '{"city":"Łódź"}'),
             ToolCall("call_2Hb7", "get_time", "{}"),
         ),
-        events=8,
-        finish_reason="tool_calls",
-        **_4O,
     ),
-    _chat("-azure.sse", "Hi", events=5, finish_reason="stop", **_4O),
-    _chat(
-        "-running.sse",
-        "Zwölf Boxkämpfer",
-        usage=_usage(5, 4),
-        events=4,
-        finish_reason="stop",
-        model="qwen2.5",
-        response_id="cmpl-7",
-    ),
+    _chat("-azure.sse", _4O, 5, "stop", "Hi"),
+    _chat("-running.sse", ("qwen2.5", "cmpl-7"), 4, "stop", "Zwölf Boxkämpfer", usage=_usage(5, 4)),
     _chat(
         "-error.sse",
-        "Hel",
-        end=FAILED,
-        events=3,
-        error=ProviderError(
-            "server_error", "The server had an error while processing your request."
-        ),
-        **_4O,
+        _4O,
+        3,
+        text="Hel",
+        error=("server_error", "The server had an error while processing your request."),
     ),
-    _chat("-two.sse", "ab", events=8, finish_reason="length", **_4O),
-    _chat(
-        "-odd.sse",
-        "one two",
-        usage=_usage(0, 2),
-        events=3,
-        finish_reason="stop",
-        model="m",
-        response_id="x-1",
-    ),
+    _chat("-two.sse", _4O, 8, "length", "ab"),
+    _chat("-odd.sse", ("m", "x-1"), 3, "stop", "one two", usage=_usage(0, 2)),
     _chat(
         ".json",
-        "Hello! How can I assist you today? 😀",
-        (ToolCall("call_abc123", "f", '{\n"a": 1\n}'),),
-        _usage(19, 10, cache_read_tokens=8, reasoning_tokens=4),
-        events=1,
-        finish_reason="stop",
-        response_id=_4O["response_id"],
-        model="gpt-4.1-2025-04-14",
+        ("gpt-4.1-2025-04-14", _4O[1]),
+        1,
+        "stop",
+        _HELLO,
+        calls=(ToolCall("call_abc123", "f", '{\n"a": 1\n}'),),
+        usage=_usage(19, 10, 8, None, 4),
     ),
-    _openai(
-        "error.json",
-        b"/v1/chat/completions",
-        end=FAILED,
-        events=1,
-        error=ProviderError("insufficient_quota", "You exceeded your current quota."),
+    _golden(
+        ("openai-error", Dialect.OPENAI, b"/v1/chat/completions"),
+        ".json",
+        _NOBODY,
+        1,
+        error=("insufficient_quota", "You exceeded your current quota."),
     ),
-    _openai(
-        "completions.sse",
-        b"/v1/completions",
-        "This is a test",
-        usage=_usage(5, 7),
-        events=5,
-        finish_reason="stop",
-        **_INSTRUCT,
-    ),
-    _openai(
-        "completions.json",
-        b"/v1/completions",
-        "\n\nThis is indeed a test",
-        usage=_usage(5, 7),
-        events=1,
-        finish_reason="length",
-        **_INSTRUCT,
-    ),
-    _openai(
-        "embeddings.json",
-        b"/v1/embeddings",
-        usage=_usage(8),
-        events=1,
-        model="text-embedding-3-small",
-    ),
-    _responses(
-        ".sse",
-        'Hi there! "response": {"usage": 1} 🎉',
-        usage=_usage(37, 11, **_RESPONSE),
-        events=12,
-        finish_reason="completed",
-        **_41,
-    ),
-    _responses(
-        "-incomplete.sse",
-        "Hi",
-        usage=_usage(37, 0, **_RESPONSE),
-        events=6,
-        finish_reason="max_output_tokens",
-        **_41,
-    ),
+    _completions(".sse", _INSTRUCT, 5, "stop", "This is a test", usage=_usage(5, 7)),
+    _completions(".json", _INSTRUCT, 1, "length", "\n\nThis is indeed a test", usage=_usage(5, 7)),
+    _embeddings(".json", ("text-embedding-3-small", None), 1, usage=_usage(8)),
+    _responses(".sse", _41, 12, "completed", 'Hi there! "response": {"usage": 1} 🎉', usage=_37),
+    _responses("-incomplete.sse", _41, 6, "max_output_tokens", "Hi", usage=_usage(37, 0, 5, 0, 2)),
     _responses(
         "-failed.sse",
+        _41,
+        6,
+        "failed",
         "Hi",
-        end=FAILED,
-        events=6,
-        finish_reason="failed",
-        error=ProviderError("server_error", "The model failed to generate a response."),
-        **_41,
+        error=("server_error", "The model failed to generate a response."),
     ),
-    _responses(
-        "-error.sse",
-        end=FAILED,
-        events=5,
-        error=ProviderError("rate_limit_exceeded", "Rate limit reached"),
-        **_41,
-    ),
+    _responses("-error.sse", _41, 5, error=("rate_limit_exceeded", "Rate limit reached")),
     _responses(
         "-tools.sse",
+        _41,
+        8,
+        "completed",
         calls=(ToolCall(_WEATHER, "get_weather", '{"city":"Paris"}'),),
-        usage=_usage(37, 11, **_RESPONSE),
-        events=8,
-        finish_reason="completed",
-        **_41,
+        usage=_37,
     ),
     _responses(
         ".json",
+        _41,
+        1,
+        "completed",
         "Hello 🌍",
-        (ToolCall(_WEATHER, "get_weather", "{}"),),
-        _usage(37, 11, **_RESPONSE),
-        events=1,
-        finish_reason="completed",
-        **_41,
+        calls=(ToolCall(_WEATHER, "get_weather", "{}"),),
+        usage=_37,
     ),
-    _anthropic(
-        "messages.sse",
+    _messages(
+        ".sse",
+        _SONNET,
+        15,
+        "end_turn",
         'Okay, "type":"message_stop" für 日本🗾',
-        usage=_usage(472, 89, cache_read_tokens=100, cache_write_tokens=21, reasoning_tokens=30),
-        events=15,
-        finish_reason="end_turn",
-        **_SONNET,
+        usage=_usage(472, 89, 100, 21, 30),
     ),
-    _anthropic(
-        "messages-tools.sse",
+    _messages(
+        "-tools.sse",
+        _SONNET,
+        13,
+        "tool_use",
         "I'll look.",
-        (
-            ToolCall(
-                "toolu_01T1x1fJ34qAmk2tNTrN7Up6", "get_weather", '{"location": "San Francisco"}'
-            ),
-        ),
-        _usage(472, 0, cache_read_tokens=0, cache_write_tokens=21),
-        events=13,
-        finish_reason="tool_use",
-        **_SONNET,
+        calls=(ToolCall(_TOOLU, "get_weather", '{"location": "San Francisco"}'),),
+        usage=_usage(472, 0, 0, 21),
     ),
-    _anthropic(
-        "messages-error.sse",
-        "I",
-        end=FAILED,
-        usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
-        events=4,
-        error=ProviderError("overloaded_error", "Overloaded"),
-        **_SONNET,
+    _messages(
+        "-error.sse",
+        _SONNET,
+        4,
+        text="I",
+        usage=_usage(472, 2, 0, 21, provenance="partial"),
+        error=("overloaded_error", "Overloaded"),
     ),
-    _anthropic(
-        "messages-partial.sse",
-        "Half",
+    _messages(
+        "-partial.sse",
+        _SONNET,
+        4,
+        text="Half",
+        usage=_usage(472, 2, 0, 21, provenance="partial"),
         end=EndReason.UNFINISHED,
-        usage=_usage(472, 2, cache_read_tokens=0, cache_write_tokens=21, provenance="partial"),
-        events=4,
-        **_SONNET,
     ),
-    _anthropic(
-        "messages.json",
+    _messages(
+        ".json",
+        _SONNET,
+        1,
+        "end_turn",
         "Hi! My name is Claude.",
-        (ToolCall("toolu_01T1x1fJ34qAmk2tNTrN7Up6", "get_weather", '{"location":"Zürich"}'),),
-        _usage(472, 503, cache_read_tokens=7, cache_write_tokens=21),
-        events=1,
-        finish_reason="end_turn",
-        **_SONNET,
+        calls=(ToolCall(_TOOLU, "get_weather", '{"location":"Zürich"}'),),
+        usage=_usage(472, 503, 7, 21),
     ),
-    _anthropic(
-        "error.json",
-        end=FAILED,
-        events=1,
-        error=ProviderError("not_found_error", "The requested resource could not be found."),
+    _golden(
+        ("anthropic-error", Dialect.ANTHROPIC, b"/v1/messages"),
+        ".json",
+        _NOBODY,
+        1,
+        error=("not_found_error", "The requested resource could not be found."),
     ),
+    _ollama(".ndjson", _LLAMA, 5, "stop", 'The sky "done":true är blå 🟦', usage=_usage(26, 282)),
     _ollama(
-        "chat.ndjson",
-        b"/api/chat",
-        'The sky "done":true är blå 🟦',
-        usage=_usage(26, 282),
-        events=5,
-        finish_reason="stop",
-        **_LLAMA,
-    ),
-    _ollama(
-        "chat-tools.ndjson",
-        b"/api/chat",
+        "-tools.ndjson",
+        _LLAMA,
+        4,
+        "stop",
         calls=(ToolCall("call_1", "get_weather", '{"city":"Tōkyō"}'), ToolCall(None, "now", "{}")),
         usage=_usage(0, 282),
-        events=4,
-        finish_reason="stop",
-        **_LLAMA,
     ),
     _ollama(
-        "chat-error.ndjson",
-        b"/api/chat",
-        "The",
-        end=FAILED,
-        events=2,
-        error=ProviderError(
-            None, "an error was encountered while running the model: unexpected EOF"
-        ),
-        **_LLAMA,
+        "-error.ndjson",
+        _LLAMA,
+        2,
+        text="The",
+        error=(None, "an error was encountered while running the model: unexpected EOF"),
     ),
-    _ollama(
-        "generate.ndjson",
-        b"/api/generate",
-        "The sky",
-        usage=_usage(26, 282),
-        events=3,
-        finish_reason="stop",
-        **_LLAMA,
-    ),
-    _ollama(
-        "chat.json",
-        b"/api/chat",
-        "Hello! How are you today?",
-        usage=_usage(None, 282),
-        events=1,
-        finish_reason="stop",
-        **_LLAMA,
-    ),
-    _ollama(
-        "generate.json",
-        b"/api/generate",
-        "Hi",
-        usage=_usage(26, 282),
-        events=1,
-        finish_reason="stop",
-        **_LLAMA,
-    ),
-    _ollama("embed.json", b"/api/embed", usage=_usage(8), events=1, model="all-minilm"),
-    _ollama(
-        "error.json",
-        b"/api/chat",
-        end=FAILED,
-        events=1,
-        error=ProviderError(None, 'model "llama9" not found, try pulling it first'),
+    _generate(".ndjson", _LLAMA, 3, "stop", "The sky", usage=_usage(26, 282)),
+    _ollama(".json", _LLAMA, 1, "stop", "Hello! How are you today?", usage=_usage(None, 282)),
+    _generate(".json", _LLAMA, 1, "stop", "Hi", usage=_usage(26, 282)),
+    _embed(".json", ("all-minilm", None), 1, usage=_usage(8)),
+    _golden(
+        ("ollama-error", Dialect.OLLAMA, b"/api/chat"),
+        ".json",
+        _NOBODY,
+        1,
+        error=(None, 'model "llama9" not found, try pulling it first'),
     ),
 )
 """Every file, with what it holds."""

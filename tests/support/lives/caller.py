@@ -1,4 +1,4 @@
-"""The client of one life: sends what was drawn, leaves as it was drawn, and notes what it saw."""
+"""The client of one life: it sends and leaves as drawn, and keeps the responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NARROW = 16384
 
 
 class _Segment(NamedTuple):
-    """A part of a request, and what happens behind it.
+    """A part of a request, and the act after it.
 
     Attributes:
         then: nothing, ``breathe``, ``invite`` (wait for the 100) or ``leave``.
@@ -43,14 +43,14 @@ class LifeClient(Protocol):
     """The client of one life.
 
     Args:
-        life: what is drawn for it.
+        life: the drawn life.
         reactor: keeps time.
         over: called once when the connection is gone.
 
     Attributes:
         heads: how many requests' heads went out.
-        left: it is on its way out.
-        unsent: what it had written was not sent when it left.
+        left: it has left, or is about to.
+        unsent: some written bytes were not sent when it left.
     """
 
     transport: Any
@@ -76,7 +76,7 @@ class LifeClient(Protocol):
     # -- the connection -------------------------------------------------------------------------
 
     def connectionMade(self) -> None:
-        """Leave at once, or begin; through TLS when its handshake is done."""
+        """Leave at once, or begin; over TLS, begin after the handshake."""
         raw = raw_transport(self.transport)
         raw.setTcpNoDelay(True)
         if self.life.narrow:
@@ -87,16 +87,15 @@ class LifeClient(Protocol):
             self._ask()
 
     def handshakeCompleted(self) -> None:
-        """TLS is there."""
+        """Begin over TLS."""
         if not self.left:
             self._ask()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Everything is over."""
+        """Note how the connection ended."""
         if reason.check(ConnectionDone) and not self._has_closed:
             self.reader.end()
         self._stop_timers()
-        # The verdict on this life, later, holds nothing of Twisted's by it.
         self.transport = None
         over, self._over = self._over, None
         if over is not None:
@@ -118,7 +117,7 @@ class LifeClient(Protocol):
         self._begun = True
         count = len(self.life.asks)
         for number in range(count) if self.life.pipelined else (self._current,):
-            self._segments += self._cut(number)
+            self._segments += self._split(number)
         self._announce()
         self._send()
 
@@ -131,8 +130,8 @@ class LifeClient(Protocol):
         unknown = ask.flaw == MALFORMED or (waits and self._is_due(Moment.HEAD, self._current))
         self.reader.announce("GET" if unknown else method(ask))
 
-    def _cut(self, number: int) -> list[_Segment]:
-        """Cut a request where something happens in it."""
+    def _split(self, number: int) -> list[_Segment]:
+        """Split a request where something happens in it."""
         ask = self.life.asks[number]
         head, content = request(ask, self.life.number, number)
         wire = head + content
@@ -171,7 +170,7 @@ class LifeClient(Protocol):
         self._look_whether_waiting()
 
     def _look_whether_waiting(self) -> None:
-        """Where the request is out, leave a little later if it was drawn so."""
+        """If the request is sent, leave a little later if that was drawn."""
         leave = self._leave
         if leave is None or self._segments:
             return
@@ -205,11 +204,11 @@ class LifeClient(Protocol):
 
     def _go_on(self) -> None:
         while not self.left and self.reader.responses and self.reader.responses[-1].whole:
-            if not self._answered():
+            if not self._has_next():
                 return
 
-    def _answered(self) -> bool:
-        """A response is whole; return whether another may be there already."""
+    def _has_next(self) -> bool:
+        """After a whole response, return whether another may be there already."""
         if self._is_due(Moment.END, self._current):
             self._go()
             if self.left:
@@ -251,23 +250,24 @@ class LifeClient(Protocol):
             return
         self.left = True
         self.unsent = pending_bytes(self.transport) > 0
-        if leave.way is Departure.CLOSE:
+        self._depart(leave.way)
+
+    def _depart(self, way: Departure) -> None:
+        if way in (Departure.CLOSE, Departure.PAUSE_CLOSE):
             self._close()
-        elif leave.way is Departure.HALF_CLOSE:
+        elif way is Departure.HALF_CLOSE:
             self._shut(socket.SHUT_WR)
-        elif leave.way is Departure.RESET:
+        elif way in (Departure.RESET, Departure.PAUSE_RESET):
             raw_transport(self.transport).abortConnection()
 
     def _come_back(self, way: Departure) -> None:
-        """Read again; what is there by now decides how the life goes on."""
+        """Read again, and leave or go on."""
         self._quiet = False
         self.left = way is not Departure.PAUSE
         self.unsent = pending_bytes(self.transport) > 0
         self.transport.resumeProducing()
-        if way is Departure.PAUSE_CLOSE:
-            self._close()
-        elif way is Departure.PAUSE_RESET:
-            raw_transport(self.transport).abortConnection()
+        if self.left:
+            self._depart(way)
         elif self._begun:
             self._send()
             self._go_on()
@@ -275,7 +275,7 @@ class LifeClient(Protocol):
             self._ask()
 
     def _close(self) -> None:
-        """Send a FIN now: TLS's close_notify before it in every other life, queued bytes never."""
+        """Send a FIN now, before queued bytes; every other life sends TLS's close_notify first."""
         self._has_closed = True
         if self.life.number % 2 or pending_bytes(self.transport):
             self._shut(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What a process holds that lives may have left behind: objects, descriptors, timed calls."""
+"""The objects, descriptors and timed calls that lives may leave behind in a process."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ PASSING = (
     Dial,
     Connection,
 )
-"""What a request is made of, and must not stay when it is over."""
+"""The classes of a request; no object of them may stay after it."""
 
 
 class Everything(NamedTuple):
-    """What this process holds: objects of a request, descriptors by kind, timed calls."""
+    """The objects of a request, descriptors by kind, and timed calls in this process."""
 
     objects: Counter[str]
     files: Counter[str]
     calls: set[Any]
 
     def more_than(self, before: Everything) -> Everything:
-        """Return what is held that was not then."""
+        """Return the difference from an earlier state."""
         return Everything(
             self.objects - before.objects, self.files - before.files, self.calls - before.calls
         )
@@ -60,20 +60,20 @@ NOTHING = Everything(Counter(), Counter(), set())
 
 
 async def everything() -> Everything:
-    """Return what this process holds."""
+    """Count the objects, descriptors and timed calls of this process."""
     await deferLater(CLOCK, 0)  # closing ends in the next turn
     return Everything(_passing_objects(), _open_files(), delayed_calls())
 
 
 def _passing_objects() -> Counter[str]:
-    """Return how many objects there are of each class of which none may stay, and Deferreds."""
+    """Count the objects of these classes, and Deferreds."""
     gc.collect()
     kinds = (*PASSING, Deferred)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
 
 
 def _open_files() -> Counter[str]:
-    """Return what this process's descriptors are open for, sockets by kind alone.
+    """Count the open descriptors of this process by target; sockets count by kind only.
 
     Twisted keeps one on ``/dev/null`` in reserve from the first time that it listens.
     """
@@ -86,11 +86,11 @@ def _open_files() -> Counter[str]:
 
 
 def delayed_calls() -> set[Any]:
-    """Return what the reactor will call; what calls itself again and again is one."""
+    """Return the functions that the reactor will call."""
     return {call.func for call in CLOCK.getDelayedCalls() if not _is_idle_bell(call)}
 
 
 def _is_idle_bell(call: Any) -> bool:
-    """Tell whether a call is one that ``Timers`` lets stand although nothing waits for it."""
+    """Return whether ``Timers`` keeps this call although nothing waits for it."""
     owner = getattr(call.func, "__self__", None)
     return isinstance(owner, Timers) and not call.args[1]

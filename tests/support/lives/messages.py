@@ -1,7 +1,6 @@
-"""The bytes of a life: what its client writes, and the steps in which the provider plays its part.
+"""The bytes of a life: the requests of its client, and the steps of its provider.
 
-Every body spells the life and the request that it belongs to, so that one which reaches another
-caller is known at once.
+Every body spells its life and its request, so that a body at another client is recognized at once.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from tests.support.lives.plan import (
 from tests.support.sockets import chunked
 
 FORGED = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nX-Forged: 1\r\n\r\nforged"
-"""What a provider sends behind a whole response; it belongs to no client."""
+"""Bytes that a provider sends after a whole response; they belong to no client."""
 
 LAST = b"0\r\n\r\n"
 _BEGUN = 4000
 """Bytes that a client sends of a body that is refused for its length."""
 
 _RECORD = 16384
-"""Bytes of a full TLS record: what follows them is read by itself."""
+"""Bytes of a full TLS record: the bytes after them are read separately."""
 
 _FOLLOWS = b"\r\nHost: h\r\n\r\n"
 MALFORMED_HEADS = (
@@ -57,7 +56,7 @@ _GARBLED = (
 
 
 class Act(Enum):
-    """What the provider does after it has written."""
+    """The act of the provider after it has written."""
 
     GO_ON = "go on"
     FIN = "fin"
@@ -132,7 +131,7 @@ def content(part: Part, life: int, number: int) -> bytes:
 
 
 def steps(ask: RequestFacts, life: int, number: int) -> list[Step]:
-    """Return what the provider does with a request that has come."""
+    """Return the steps of the provider for a request."""
     part = _fitted(ask.part)
     if part.kind is Kind.SILENT:
         return []
@@ -155,7 +154,7 @@ def steps(ask: RequestFacts, life: int, number: int) -> list[Step]:
 
 
 def _with_end(ask: RequestFacts, played: list[Step]) -> list[Step]:
-    """Bring a whole response to its end, in the last of its steps."""
+    """Add the end of a whole response to the last step."""
     part = ask.part
     after, data, _ = played[-1]
     if part.framing == "chunked" and ask.method != "HEAD" and part.status != 204:
@@ -168,9 +167,8 @@ def _with_end(ask: RequestFacts, played: list[Step]) -> list[Step]:
 
 def _fitted(part: Part) -> Part:
     """Let every other response with bytes behind it fill a TLS record, so that they stand alone."""
-    if part.kind is not Kind.EXTRA or part.variant % 2 or part.framing != "length":
-        return part
-    if part.status == 204:
+    plain = part.framing == "length" and part.status != 204
+    if part.kind is not Kind.EXTRA or part.variant % 2 or not plain:
         return part
     part = part._replace(size=_RECORD // 2, pieces=1)
     rest = _RECORD - len(_interim(part) + _response_head(part))
@@ -184,11 +182,9 @@ def _interim(part: Part) -> bytes:
 
 def _response_head(part: Part) -> bytes:
     lines = [f"HTTP/1.1 {part.status} Whatever", f"Content-Type: {part.media}"]
-    if part.status == 204:
-        pass
-    elif part.framing == "length":
+    if part.framing == "length" and part.status != 204:
         lines.append(f"Content-Length: {part.size}")
-    elif part.framing == "chunked":
+    elif part.framing == "chunked" and part.status != 204:
         lines.append("Transfer-Encoding: chunked")
     if part.closes:
         lines.append("Connection: close")

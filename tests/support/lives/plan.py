@@ -1,4 +1,4 @@
-"""What happens in one life of a client, settled before it begins.
+"""The plan of one life of a client, made before it begins.
 
 A :class:`Life` is one connection to the proxy: what it asks, how far it gets, and how it leaves.
 Each :class:`RequestFacts` carries the provider's :class:`Part`, since both sides are drawn
@@ -37,7 +37,7 @@ class Kind(StrEnum):
 
 
 BROKEN_BODY = (Kind.SHORT, Kind.BAD_CHUNK, Kind.HANGING)
-"""What begins a response and does not end it."""
+"""The parts that begin a response and do not end it."""
 
 
 class Departure(StrEnum):
@@ -64,7 +64,7 @@ class Moment(StrEnum):
 
 
 class Part(NamedTuple):
-    """What the provider does with one request.
+    """The provider's part in one request.
 
     Attributes:
         framing: ``length``, ``chunked`` or ``close``.
@@ -157,7 +157,7 @@ class Life(NamedTuple):
 
 
 PLAIN = ("plain", "secure")
-"""The routes to the provider, over TCP and over TLS, with deadlines that nobody meets."""
+"""The routes to the provider, over TCP and over TLS, with deadlines that no life meets."""
 
 IMPATIENT = ("impatient", "impatient-secure")
 """The same, with a short ``idle``."""

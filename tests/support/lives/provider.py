@@ -1,4 +1,4 @@
-"""The provider of all lives: reads each request, checks it, and plays the part that was drawn."""
+"""The provider of all lives: it reads and checks each request, and plays the drawn part."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Name = tuple[int, int]
 
 
 class LivesProvider:
-    """What the provider's connections share.
+    """The state that the connections of the provider share.
 
     Args:
         reactor: keeps time.
-        ask_of: from a request's name to what was drawn for it.
+        ask_of: returns the facts that were drawn for a request's name.
 
     Attributes:
         heard: how often each request came.
-        complaints: what was wrong with a request, by its name.
+        complaints: the faults of requests, by name.
         connections: the open connections.
     """
 
@@ -54,7 +54,7 @@ class ProviderFactory(Factory):
         return ProviderConnection(self._provider)
 
     def acceptableProtocols(self) -> list[bytes]:
-        """Agree to what the proxy offers: Twisted's TLS ends the handshake where it knows none."""
+        """Return the proxy's protocol: without a common one, Twisted's TLS ends the handshake."""
         return [b"http/1.1"]
 
 
@@ -69,13 +69,13 @@ class ProviderConnection(Protocol):
         self._name: Name | None = None
         self._wanted: int | None = 0
         self._has_all = False
-        self._has_answered = False
+        self._has_responded = False
         self._spoiled = False
         self._steps: list[Step] = []
         self._timer: Any = None
 
     def connectionMade(self) -> None:
-        """Join the others."""
+        """Join the open connections."""
         self._provider.connections.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -92,9 +92,7 @@ class ProviderConnection(Protocol):
         if self._name is None and self._buffer:
             self._read_head()
         elif self._name is not None and self._has_all:
-            self._provider.complaints.append(
-                (self._name, f"the provider was sent more: {data[:80]!r}")
-            )
+            self._complain(f"the provider was sent more: {data[:80]!r}")
         if self._name is not None and not self._has_all:
             self._read_body(self._name)
 
@@ -108,9 +106,7 @@ class ProviderConnection(Protocol):
         self._name = name = (int(life), int(number))
         self._provider.heard[name] += 1
         if self._spoiled:
-            self._provider.complaints.append(
-                (name, "it came on a connection that had brought too much")
-            )
+            self._complain("it came on a connection that had brought too much")
         fields = dict(line.split(b": ", 1) for line in lines)
         chunked = fields.get(b"transfer-encoding") == b"chunked"
         self._wanted = None if chunked else int(fields.get(b"content-length", b"0"))
@@ -128,17 +124,19 @@ class ProviderConnection(Protocol):
             return
         got, self._buffer = found
         self._has_all = True
-        if self._buffer and not self._has_answered:
-            self._provider.complaints.append(
-                (name, f"the provider was sent more: {self._buffer!r}")
-            )
+        if self._buffer and not self._has_responded:
+            self._complain(f"the provider was sent more: {self._buffer!r}")
         ask = self._provider.ask_of(name)
         if got != body(ask, *name):
-            self._provider.complaints.append((name, f"the provider was sent another body: {got!r}"))
+            self._complain(f"the provider was sent another body: {got!r}")
         if ask.part.kind is Kind.EARLY:
             self._look_for_the_next()
         else:
             self._play(name)
+
+    def _complain(self, text: str) -> None:
+        if self._name is not None:
+            self._provider.complaints.append((self._name, text))
 
     def _part(self, name: Name) -> Part:
         return self._provider.ask_of(name).part
@@ -171,25 +169,25 @@ class ProviderConnection(Protocol):
         elif step.act is Act.RESET:
             raw_transport(self.transport).abortConnection()
         elif step.act is Act.NEXT:
-            self._has_answered = True
+            self._has_responded = True
             self._spoiled = self._name is not None and self._part(self._name).kind is Kind.EXTRA
             self._look_for_the_next()
 
     def _look_for_the_next(self) -> None:
         """Be ready for another request once this one is whole and has its response."""
-        if self._has_all and self._has_answered:
-            self._has_all = self._has_answered = False
+        if self._has_all and self._has_responded:
+            self._has_all = self._has_responded = False
             self._name = None
             if self._buffer:  # the next one came in the same read
                 self.dataReceived(b"")
 
 
 class Mute(Protocol):
-    """Takes a connection and whatever comes on it, and says nothing."""
+    """Takes a connection and its bytes, and sends nothing."""
 
 
 def _unchunked(data: bytes) -> tuple[bytes, bytes] | None:
-    """Return the content of a whole chunked body, and what follows; None where it is not whole."""
+    """Return the content of a chunked body and the bytes after it; None if it is not whole."""
     content = b""
     while True:
         line, end, data = data.partition(b"\r\n")

@@ -1,4 +1,4 @@
-"""What a client saw of its responses, read by h11, which shares no code with the proxy."""
+"""The responses that a client saw, read by h11, which shares no code with the proxy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import h11
 
 
 class Seen:
-    """What a client saw of one response.
+    """The part of one response that a client saw.
 
     Attributes:
         whole: it ended as its framing says.
@@ -31,7 +31,7 @@ class ResponseReader:
 
     Attributes:
         responses: one for each request that was announced.
-        complaint: what is not HTTP in them; nothing where a response was only cut off.
+        complaint: the reason why they are not HTTP; a response may break off without one.
         invitations: how many 100 responses came.
     """
 
@@ -42,7 +42,7 @@ class ResponseReader:
         self.invitations = 0
 
     def announce(self, method: str) -> None:
-        """Another request is sent; its response may be there already."""
+        """Prepare for the response to another request; it may be there already."""
         if self.responses:
             self._conn.start_next_cycle()
         self._conn.send(h11.Request(method=method, target="/", headers=[("Host", "proxy")]))
@@ -56,7 +56,7 @@ class ResponseReader:
         self._read()
 
     def end(self) -> None:
-        """The connection was ended in good order: that may be the end of the response, too."""
+        """Note a FIN, which may be the end of the response, too."""
         said = self.complaint
         self.feed(b"")
         self.complaint = said
@@ -86,6 +86,6 @@ class ResponseReader:
 
     @property
     def behind(self) -> bytes:
-        """What came behind the last response, if that was whole."""
+        """The bytes after the last response, if that was whole."""
         whole = not self.responses or self.responses[-1].whole
         return self._conn.trailing_data[0] if whole else b""

@@ -1,4 +1,4 @@
-"""Whether what became of a life is what had to: what its client saw, and what was recorded."""
+"""The verdict on a life: whether its client saw, and its record has, what was drawn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _REFUSALS = {
     "large": 413,
     "bad_chunk": 400,
 }
-_ANSWERED = (Kind.WHOLE, Kind.EXTRA, Kind.EARLY)
+_RESPONDED = (Kind.WHOLE, Kind.EXTRA, Kind.EARLY)
 _MALFORMED = (400, 414, 431, 501, 505)
 
 
@@ -49,10 +49,10 @@ def _identity(seen: Seen) -> str:
 
 
 def end_of(ask: RequestFacts) -> str:
-    """Return how a request ends whose client stays and sends all of it."""
+    """Return the end reason of a request whose client stays and sends all of it."""
     if ask.flaw:
         return "rejected"
-    if ask.part.kind in _ANSWERED:
+    if ask.part.kind in _RESPONDED:
         if ask.part.status >= 400:
             return "upstream_refused"
         return "unfinished" if _lacks_its_marker(ask) else "complete"
@@ -60,10 +60,9 @@ def end_of(ask: RequestFacts) -> str:
 
 
 def _lacks_its_marker(ask: RequestFacts) -> bool:
-    """Tell whether the response is a stream that was read whole and did not end as streams do.
+    """Return whether the response is a whole stream that the tap reads, without end marker.
 
-    What it says is no event, and no line of JSON either: that degrades the tap, which judges no
-    more.
+    A stream with other bytes than events or lines of JSON degrades the tap, which judges no more.
     """
     part = ask.part
     is_read = ask.known and ask.method == "POST" and part.status in (200, 201)
@@ -82,7 +81,7 @@ class Records:
 
 
 class LifeVerdict:
-    """What is wrong with one life.
+    """Finds the faults of one life.
 
     Args:
         caller: its client.
@@ -107,7 +106,7 @@ class LifeVerdict:
         self._cut = cut
 
     def complaints(self) -> Iterator[str]:
-        """Yield what is not as it had to be."""
+        """Yield every fault."""
         reader = self._caller.reader
         if reader.complaint:
             yield f"a response is not HTTP: {reader.complaint}"
@@ -138,7 +137,7 @@ class LifeVerdict:
         yield from self._of_record(ask, seen, number, records[0])
 
     def _of_no_request(self, number: int, ask: RequestFacts, seen: Seen) -> Iterator[str]:
-        """ResponseReader what came of a head that is not one, or never became one."""
+        """Yield the faults of a request whose head is malformed or never whole."""
         if seen.code is None:
             if not self._may_have_left(number) and number < len(self._caller.reader.responses):
                 yield "the client got no response"
@@ -152,7 +151,7 @@ class LifeVerdict:
     # -- what the client did --------------------------------------------------------------------
 
     def _may_have_left(self, number: int) -> bool:
-        """Tell whether the client may have gone away before that request was over."""
+        """Return whether the client may have left before that request ended."""
         leave = self._life.leave
         if leave is None:
             return self._cut
@@ -160,7 +159,7 @@ class LifeVerdict:
         return self._cut or at_once or leave.ask <= number
 
     def _stuck(self, number: int, seen: Seen) -> bool:
-        """Tell whether the client stopped inside a request, and got a response that says so."""
+        """Return whether the client stopped inside a request and got 408."""
         leave = self._life.leave
         return seen.code == 408 and leave is not None and leave.ask == number
 
@@ -171,7 +170,7 @@ class LifeVerdict:
         return leave.moment is Moment.HEAD
 
     def _must_be_recorded(self, number: int) -> bool:
-        """Tell whether the request's head certainly came before the client's end did."""
+        """Return whether the head of the request certainly came before the client's end."""
         leave = self._life.leave
         if self._cut or self._caller.unsent or self._caller.heads <= number:
             return False
@@ -184,7 +183,7 @@ class LifeVerdict:
         resets = leave.way in (Departure.RESET, Departure.PAUSE_RESET)
         return leave.ask == number and leave.moment is not Moment.HEAD and not resets
 
-    # -- what came of it ------------------------------------------------------------------------
+    # -- response and record ---------------------------------------------------------------------
 
     def _of_response(
         self, ask: RequestFacts, seen: Seen, number: int, record: Record
@@ -200,7 +199,7 @@ class LifeVerdict:
             return
         if ask.flaw:
             yield f"a request with the flaw {ask.flaw!r} was served: {seen}"
-        if seen.code != part.status or part.kind not in (*_ANSWERED, *BROKEN_BODY):
+        if seen.code != part.status or part.kind not in (*_RESPONDED, *BROKEN_BODY):
             yield f"another response than the provider's {part.status}: {seen}"
         if not wanted.startswith(seen.body):
             yield f"another body than the provider's: {seen}"
@@ -210,7 +209,7 @@ class LifeVerdict:
             yield f"whole, and not the {len(wanted)} bytes of it: {seen}"
         if self._may_have_left(number):
             return
-        if part.kind in _ANSWERED and not seen.whole:
+        if part.kind in _RESPONDED and not seen.whole:
             yield f"not the whole response of {len(wanted)} bytes: {seen}"
         # A reset makes the proxy's kernel drop what it had not read.
         if (part.kind is not Kind.SHORT or not part.abrupt) and seen.body != wanted:
@@ -227,7 +226,7 @@ class LifeVerdict:
             return
         if ask.flaw and seen.code != _REFUSALS[ask.flaw]:
             yield f"not the refusal of {ask.flaw!r}: {seen}"
-        if not ask.flaw and ask.part.kind in _ANSWERED:
+        if not ask.flaw and ask.part.kind in _RESPONDED:
             yield f"a faultless response became {seen}"
 
     def _of_record(
@@ -252,7 +251,7 @@ class LifeVerdict:
     def _plausible_ends(self, ask: RequestFacts, seen: Seen, number: int) -> set[str]:
         plain = {end_of(ask)}
         leave = self._life.leave
-        if seen.whole and ask.part.kind in _ANSWERED and not ask.flaw and seen.code != 408:
+        if seen.whole and ask.part.kind in _RESPONDED and not ask.flaw and seen.code != 408:
             return plain
         if not self._may_have_left(number):
             return plain

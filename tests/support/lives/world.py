@@ -1,7 +1,7 @@
-"""Where lives are lived: a whole proxy in this process, its provider, and its clients.
+"""The world of the lives: a whole proxy in this process, its provider and its clients.
 
-All of it runs on one reactor and over real sockets, so that what a life leaves behind can be found:
-among the reactor's delayed calls, in the kernel, and among the objects that the collector knows.
+All run on one reactor and over real sockets, so that leftovers of a life can be found: delayed
+calls of the reactor, descriptors in the kernel, and objects that the garbage collector knows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.tls import Authority
 CLOCK: Any = reactor
 
 LONGEST = 40.0
-"""Seconds after which a life that is not over never will be."""
+"""Seconds after which a life counts as endless."""
 
 SEND_BUFFER = 32768
 """Bytes that the kernel takes for each client, as the listening sockets say."""
@@ -212,10 +212,10 @@ class World:
         self.endless.append(caller.life)
         caller.transport.abortConnection()
 
-    # -- what is left ---------------------------------------------------------------------------
+    # -- leftovers -----------------------------------------------------------------------------
 
     def gauges(self) -> dict[str, float]:
-        """Return every gauge of present work that is not zero."""
+        """Return every gauge of running work that is not zero."""
         return {
             f"{sample.name}{sample.labels}": sample.value
             for sample in self._samples()
