@@ -40,7 +40,7 @@ from tests.support.tls import Authority
 reactor: Any = real_reactor
 
 
-class Ours(Protocol):
+class OurEnd(Protocol):
     """Our end of a connection."""
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class Ours(Protocol):
         self.lost.callback(None)
 
 
-class Stuck:
-    """A peer whose end the test holds; it reads and writes only when told to."""
+class StuckPeer:
+    """A peer whose socket the test holds; it reads and writes only when the test does."""
 
     def __init__(self, authority: Authority | None) -> None:
         self._authority = authority
@@ -63,7 +63,7 @@ class Stuck:
         self._over = threading.Event()
         tls = None if authority is None else authority.server()
         self.peer = Provider(self._hold, tls=tls, receive_buffer=65536)
-        self.ours = Ours()
+        self.ours = OurEnd()
 
     def _hold(self, wire: Wire) -> None:
         self._wires.put(wire)
@@ -100,7 +100,7 @@ class Stuck:
 @contextlib.contextmanager
 def stuck(authority: Authority | None) -> Any:
     """Yield a peer, and let go of it in the end."""
-    held = Stuck(authority)
+    held = StuckPeer(authority)
     with held.peer:
         try:
             yield held
@@ -117,8 +117,8 @@ def authority(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Authori
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_lowest_transport_is_the_socket(authority: Authority | None) -> None:
-    """Below any TLS layer there is Twisted's TCP transport with the socket in it."""
+async def test_the_raw_transport_has_the_socket(authority: Authority | None) -> None:
+    """Below TLS there is Twisted's TCP transport with the socket."""
     with stuck(authority) as held:
         transport = await held.connect()
         assert isinstance(transport, TLSMemoryBIOProtocol) is (authority is not None)
@@ -129,7 +129,7 @@ async def test_the_lowest_transport_is_the_socket(authority: Authority | None) -
 
 @pytest_twisted.ensureDeferred
 async def test_every_byte_is_pending_until_the_kernel_has_it(authority: Authority | None) -> None:
-    """From the write to the kernel each byte is counted, in whichever queue it lies."""
+    """Each byte is counted, in whichever queue it is."""
     with stuck(authority) as held:
         transport = await held.connect()
         assert pending_bytes(transport) == 0
@@ -142,7 +142,7 @@ async def test_every_byte_is_pending_until_the_kernel_has_it(authority: Authorit
 
 @pytest_twisted.ensureDeferred
 async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) -> None:
-    """What was written is either pending or in the kernel, and the kernel's part is all taken."""
+    """A written byte is pending or in the kernel until the peer reads it."""
     size = 20_000_000
     with stuck(authority) as held:
         transport = await held.connect()
@@ -164,7 +164,7 @@ async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) 
 
 @pytest_twisted.ensureDeferred
 async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
-    """To the byte: all the rest can be read by the peer while the reactor stands still."""
+    """The peer can read all other bytes while the reactor stands still."""
     size = 20_000_000
     with stuck(None) as held:
         transport = await held.connect()
@@ -190,7 +190,7 @@ async def until_received(wire: Wire) -> bytes:
 
 @pytest_twisted.ensureDeferred
 async def test_bytes_wait_while_the_handshake_lasts() -> None:
-    """What OpenSSL does not take yet is pending, too."""
+    """Bytes that OpenSSL does not take yet are pending, too."""
     with stuck(None) as held:
         options = optionsForClientTLS("localhost")
         endpoint: Any = TCP4ClientEndpoint(reactor, "127.0.0.1", held.peer.port)
@@ -206,7 +206,7 @@ async def test_bytes_wait_while_the_handshake_lasts() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authority | None) -> None:
-    """After the end there is nothing to acknowledge and nothing to trust."""
+    """After the end no byte waits to be acknowledged, and the connection is not quiet."""
     with stuck(authority) as held:
         transport = await held.connect()
         await held.close()
@@ -217,18 +217,18 @@ async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authorit
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("what", ["nothing", "a byte", "fin", "reset"])
 async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | None) -> None:
-    """An idle connection is quiet; a byte, a FIN or a reset that was not read yet is not."""
+    """An idle connection is quiet; with an unread byte, FIN or reset it is not."""
     with stuck(authority) as held:
         transport = await held.connect()
         transport.pauseProducing()
         assert is_quiet(transport)
-        tell: dict[str, Callable[[], None]] = {
+        actions: dict[str, Callable[[], None]] = {
             "nothing": lambda: None,
             "a byte": lambda: held.wire.send(b"x"),
             "fin": lambda: held.wire.sock.shutdown(socket.SHUT_WR),
             "reset": held.wire.reset,
         }
-        tell[what]()
+        actions[what]()
         if what == "nothing":
             assert is_quiet(transport)
         else:
@@ -243,10 +243,10 @@ async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | N
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("how", ["fin", "reset"])
-async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
+async def test_the_end_of_a_peer_is_seen_behind_unread_bytes(
     how: str, authority: Authority | None
 ) -> None:
-    """Its end is known also while nobody reads, whatever lies before it."""
+    """Its end is known while our end does not read, whatever comes before it."""
     with stuck(authority) as held:
         transport = await held.connect()
         transport.pauseProducing()
@@ -260,8 +260,8 @@ async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_kernel_looks_after_quiet_connections(authority: Authority | None) -> None:
-    """A peer that vanished is noticed by probes, and by what it does not acknowledge."""
+async def test_the_kernel_notices_a_vanished_peer(authority: Authority | None) -> None:
+    """Probes and unacknowledged bytes show that a peer vanished."""
     with stuck(authority) as held:
         transport = await held.connect()
         notice_vanished_peer(transport)
