@@ -49,6 +49,9 @@ def loop() -> Iterator[Any]:
     made._poller.close()
 
 
+MakeSocket = Callable[..., "Socket"]
+
+
 class Socket(FileDescriptor):
     """A socket that is read.
 
@@ -88,21 +91,20 @@ class Socket(FileDescriptor):
 
 
 @pytest.fixture
-def make_socket(loop: Any) -> Iterator[Callable[[Callable[[Socket], Any]], Socket]]:
-    """Make sockets that are read, and close them."""
+def make_socket(loop: Any) -> Iterator[MakeSocket]:
+    """Make sockets, which can be read at once unless the test says otherwise, and close them."""
     made: list[Socket] = []
 
-    def make(then: Callable[[Socket], Any]) -> Socket:
+    def make(then: Callable[[Socket], Any], readable: bool = True) -> Socket:
         made.append(Socket(loop, then))
+        if readable:
+            made[-1].other.send(b"go")
         return made[-1]
 
     yield make
     for one in made:
         one.stopReading()
         one.close()
-
-
-MakeSocket = Callable[[Callable[[Socket], Any]], Socket]
 
 
 def _send_again(sock: Socket) -> None:
@@ -149,7 +151,6 @@ def test_the_tuning_can_be_undone(loop: Any) -> None:
 def test_a_timer_is_in_time_while_sockets_are_busy(loop: Any, make_socket: MakeSocket) -> None:
     """There is always something to read, and the timer gets its turns."""
     busy = make_socket(_send_again)
-    busy.other.send(b"go")
     late: list[float] = []
 
     def tick(due: float) -> None:
@@ -177,7 +178,7 @@ def test_a_call_without_delay_is_made_in_the_next_turn(loop: Any, make_socket: M
         if busy.reads == 1000:
             loop.stop()
 
-    make_socket(then).other.send(b"go")
+    make_socket(then)
     _run(loop)
     assert reads == [10, 500]
 
@@ -185,8 +186,7 @@ def test_a_call_without_delay_is_made_in_the_next_turn(loop: Any, make_socket: M
 def test_a_timer_that_is_brought_forward_is_in_time(loop: Any, make_socket: MakeSocket) -> None:
     """A socket may bring it forward, and nothing else wakes the loop."""
     timer = loop.callLater(WAIT * 2, loop.stop)
-    once = make_socket(lambda sock: timer.reset(0.01))
-    once.other.send(b"go")
+    make_socket(lambda sock: timer.reset(0.01))
     _run(loop)
     assert not timer.active()
 
@@ -205,7 +205,7 @@ def test_a_timer_of_many_days_is_no_error(
         else:
             busy.other.send(b"again")
 
-    make_socket(then).other.send(b"go")
+    make_socket(then)
     _run(loop)
     assert logged_failures.report() == ""
     far.cancel()
@@ -214,9 +214,7 @@ def test_a_timer_of_many_days_is_no_error(
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_a_call_of_a_thread_is_made(loop: Any, make_socket: MakeSocket, busy: bool) -> None:
     """It wakes an idle loop, and gets its turn in a busy one."""
-    one = make_socket(_send_again)
-    if busy:
-        one.other.send(b"go")
+    make_socket(_send_again, readable=busy)
     calls: list[int] = []
 
     def call() -> None:
@@ -248,7 +246,6 @@ def test_the_reactor_ends_out_of_a_busy_socket(
             getattr(loop, how)()
 
     busy = make_socket(then)
-    busy.other.send(b"go")
     _run(loop)
     assert busy.reads <= 9
 
@@ -264,7 +261,7 @@ def test_one_turn_without_waiting_does_not_wait(loop: Any, make_socket: MakeSock
         done.append(time.monotonic() - begun)
         loop.stop()
 
-    one = make_socket(lambda sock: None)
+    one = make_socket(lambda sock: None, readable=False)
     loop.callLater(0, inside)
     _run(loop)
     assert one.reads == 1
@@ -290,8 +287,6 @@ def test_an_exception_ends_only_its_connection(
             loop.stop()
 
     broken, whole = make_socket(then), make_socket(still)
-    broken.other.send(b"go")
-    whole.other.send(b"go")
     _run(loop)
     assert [type(error) for error in broken.lost] == [LookupError]
     assert whole.reads == 50
@@ -310,9 +305,8 @@ def test_an_exception_in_an_end_does_not_end_the_loop(
             raise LookupError("in the end")
 
     bad = Bad(loop, lambda sock: CONNECTION_DONE)
-    whole = make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
+    make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
     bad.other.send(b"go")
-    whole.other.send(b"go")
     _run(loop)
     bad.close()
     assert [type(error) for error in bad.lost] == [ConnectionDone]
@@ -324,7 +318,6 @@ def test_an_exception_in_an_end_does_not_end_the_loop(
 def test_a_reason_is_reported_once(loop: Any, make_socket: MakeSocket, why: Exception) -> None:
     """The value that ``doRead`` returns is the reason of the loss."""
     one = make_socket(lambda sock: why)
-    one.other.send(b"go")
     loop.callLater(0.05, loop.stop)
     _run(loop)
     assert [type(error) for error in one.lost] == [type(why)]
@@ -337,7 +330,7 @@ def test_a_hang_up_is_reported(loop: Any, make_socket: MakeSocket) -> None:
         loop.stop()
         return CONNECTION_DONE
 
-    one = make_socket(then)
+    one = make_socket(then, readable=False)
     loop.callLater(0, one.other.close)
     _run(loop)
     assert [type(error) for error in one.lost] == [ConnectionDone]
@@ -353,8 +346,6 @@ def test_a_socket_that_is_removed_in_the_same_turn_is_not_read(
         loop.callLater(0.05, loop.stop)
 
     left, right = make_socket(then), make_socket(then)
-    left.other.send(b"go")
-    right.other.send(b"go")
     _run(loop)
     assert left.reads + right.reads == 1
 
@@ -445,7 +436,7 @@ def test_the_poller_and_the_readers_have_their_private_names(
 ) -> None:
     """The poller returns a descriptor; one lasting mapping knows its reader."""
     mapping = loop._selectables
-    one = make_socket(lambda sock: None)
+    one = make_socket(lambda sock: None, readable=False)
     assert loop._selectables is mapping
     assert mapping[one.fileno()] is one
     one.other.send(b"go")

@@ -10,7 +10,6 @@ import random
 import shutil
 import socket
 import subprocess
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ import pytest_twisted
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
-from twisted.internet.protocol import ClientFactory
 from zope.interface import directlyProvides
 
-from llmproxy.net.tls import TlsConnector, TlsServer
+from llmproxy.net.tls import TlsServer
 from tests.net.conftest import OpenTls, fill, reasons
-from tests.support.ends import End, Push, listening, reactor
+from tests.support.ends import End, Push, listening
 from tests.support.fake_transport import turn, until
 from tests.support.tls_peer import Contexts
 
@@ -326,17 +324,6 @@ async def test_records_that_share_a_segment_all_come(tls: OpenTls, sizes: list[i
 
 
 @pytest_twisted.ensureDeferred
-async def test_records_may_be_split_at_any_point(tls: OpenTls) -> None:
-    """Records arrive byte by byte, as tickets do before content."""
-    async with tls.handshake_done() as peer:
-        out = peer.records(b"first", b"second")
-        for index in range(len(out)):
-            peer.held.sock.send(out[index : index + 1])
-            await turn()
-        await until(lambda: peer.held.end.received == b"firstsecond")
-
-
-@pytest_twisted.ensureDeferred
 async def test_records_wait_while_reading_is_paused(tls: OpenTls) -> None:
     """Records of one segment wait, and come without a further byte when reading resumes."""
     async with tls.handshake_done() as peer:
@@ -507,31 +494,6 @@ async def test_an_error_of_one_connection_is_not_found_by_another(tls: OpenTls) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_renegotiation_is_refused(contexts: Contexts) -> None:
-    """A TLS 1.2 client that asks for one does not get it; TLS 1.3 has none."""
-    tls = OpenTls(contexts, True)
-    async with tls.handshake_done(engine="pyOpenSSL") as peer:
-        engine: Any = peer.engine
-        if engine.tls.get_protocol_version_name() == "TLSv1.3":
-            pytest.skip("TLS 1.3 has no renegotiation")
-        assert engine.tls.renegotiate()
-        assert engine.shake() is False
-        peer.flush()
-        done = []
-
-        def refused() -> bool:
-            peer.listen()
-            done.append(engine.shake())
-            return bool(peer.over)
-
-        with suppress(SSL.Error):  # by an alert, or by the end of the connection
-            await until(refused)
-        assert not any(done)
-        assert peer.held.end.handshake_done == 1
-        assert peer.held.end.received == b""
-
-
-@pytest_twisted.ensureDeferred
 async def test_a_key_update_of_the_peer_works(tmp_path: Path) -> None:
     """OpenSSL's own client asks for one between two lines; both ways go on."""
     program = shutil.which("openssl")
@@ -571,23 +533,3 @@ async def test_a_key_update_of_the_peer_works(tmp_path: Path) -> None:
             client.terminate()
         await until(lambda: end.lost)
     assert end.received == b"before\nbefore\nbehind\n"
-
-
-@pytest_twisted.ensureDeferred
-async def test_both_ends_may_be_ours(contexts: Contexts) -> None:
-    """Much content goes both ways, and both ends end in order."""
-    left, right = End(), End()
-    server, client = OpenTls(contexts, True), OpenTls(contexts, False)
-    factory = ClientFactory.forProtocol(lambda: right)
-    factory.noisy = False
-    async with listening(partial(TlsServer, server.on_socket), left) as port:
-        TlsConnector(client.on_socket, "127.0.0.1", port, factory, 20, None, reactor).connect()
-        await until(lambda: left.handshake_done and right.handshake_done)
-        for one in (left, right):
-            for start in range(0, len(BULK), 100_000):
-                one.transport.write(BULK[start : start + 100_000])  # type: ignore[union-attr]  # it is connected
-        await until(lambda: len(left.received) >= len(BULK) <= len(right.received))
-        assert left.received == right.received == BULK
-        left.transport.loseConnection()  # type: ignore[union-attr]  # it is connected
-        await until(lambda: left.lost and right.lost)
-    assert [type(error) for error in left.lost + right.lost] == [ConnectionDone] * 2

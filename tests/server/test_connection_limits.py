@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.address import IPv4Address
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -60,31 +60,6 @@ def test_a_connection_that_leaves_makes_room_for_one() -> None:
     assert limiter.refused == {"max_connections": 3, "connections_per_address": 0}
 
 
-def test_an_address_is_counted_by_itself() -> None:
-    """A full address rejects no other, and has room when one of its own connections leaves."""
-    limiter = limits(0, 2)
-    assert [limiter.enter("192.0.2.1"), limiter.enter("192.0.2.1")] == [None, None]
-    assert refusal(limiter, "192.0.2.1").reason == "connections_per_address"
-    assert limiter.enter("2001:db8::1") is None
-    limiter.leave("2001:db8::1")
-    assert refusal(limiter, "192.0.2.1").reason == "connections_per_address"
-    limiter.leave("192.0.2.1")
-    assert limiter.enter("192.0.2.1") is None
-    assert limiter.refused == {"max_connections": 0, "connections_per_address": 2}
-
-
-def test_a_rejected_connection_takes_no_place() -> None:
-    """It counts neither in total nor for its address."""
-    limiter = limits(3, 1)
-    assert limiter.enter("192.0.2.1") is None
-    for _ in range(10):
-        refusal(limiter, "192.0.2.1")
-    assert [limiter.enter("192.0.2.2"), limiter.enter("192.0.2.3")] == [None, None]
-    assert refusal(limiter, "192.0.2.1").reason == "max_connections"  # where both are broken
-    limiter.leave("192.0.2.1")
-    assert limiter.enter("192.0.2.1") is None
-
-
 def test_an_address_may_be_known_later() -> None:
     """It counts from then on; a connection that is rejected then was never counted."""
     limiter = limits(0, 1)
@@ -115,17 +90,27 @@ def test_no_address_is_remembered() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["a", "b", "c", None])), max_size=60))
 def test_only_open_connections_count(steps: list[tuple[bool, str | None]]) -> None:
-    """In any order of entering and leaving, the limits are exact."""
+    """In any order of entering and leaving, the limits are exact, and rejections are counted."""
     limiter = limits(5, 2)
     inside: list[str | None] = []
-    for comes, address in steps:
-        if comes:
-            room = len(inside) < 5 and (address is None or inside.count(address) < 2)
-            assert (limiter.enter(address) is None) == room
-            inside += [address] if room else []
+    rejected = {"max_connections": 0, "connections_per_address": 0}
+    for enters, address in steps:
+        if enters:
+            limit = None
+            if len(inside) == 5:
+                limit = "max_connections"
+            elif address is not None and inside.count(address) == 2:
+                limit = "connections_per_address"
+            error = limiter.enter(address)
+            assert (None if error is None else error.reason) == limit
+            if limit is None:
+                inside.append(address)
+            else:
+                rejected[limit] += 1
         elif address in inside:
             inside.remove(address)
             limiter.leave(address)
+    assert limiter.refused == rejected
     for address in inside:
         limiter.leave(address)
     assert [limiter.enter(None) is None for _ in range(6)] == [True] * 5 + [False]
@@ -336,15 +321,6 @@ def test_a_rejected_connection_is_none_of_the_sites() -> None:
     assert len(site.connections) == 1
     inside.end(FIN)
     assert site.when_empty().called
-
-
-def test_clients_of_a_unix_socket_have_no_address() -> None:
-    """Only their total is counted."""
-    site = site_with(limits(3, 1))
-    address = UNIXAddress("/run/x")
-    assert [type(site.buildProtocol(address)) for _ in range(4)] == [ClientConnection] * 3 + [
-        RejectedConnection
-    ]
 
 
 def test_a_client_behind_a_balancer_is_counted_at_its_first_request() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import warnings
 from typing import Any
 
@@ -181,32 +179,6 @@ def blocking(sock: socket.socket) -> None:
     seconds = int(WAIT).to_bytes(8, "little") + bytes(8)  # struct timeval
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-@ensureDeferred
-async def test_openssls_own_client_cannot_renegotiate(vault: Vault) -> None:
-    """`openssl s_client` asks for it with an `R`, and ends with the error."""
-
-    def client() -> tuple[int, str]:
-        where = ["-connect", f"127.0.0.1:{served.port}", "-servername", "localhost"]
-        trusted = ["-CAfile", str(vault.ca_path), "-verify_return_error"]
-        done = subprocess.run(
-            ["openssl", "s_client", "-tls1_2", *where, *trusted],
-            input="R\n",
-            capture_output=True,
-            text=True,
-            timeout=WAIT,
-            check=False,
-        )
-        assert "Verify return code: 0 (ok)" in done.stdout, done
-        return done.returncode, done.stderr
-
-    async with served_by(vault) as served:
-        code, output = await served.run(client)
-    assert code != 0
-    assert "RENEGOTIATING" in output
-    assert "no renegotiation" in output
 
 
 # --- the certificate ------------------------------------------------------------------------------
