@@ -271,46 +271,32 @@ def test_one_turn_without_waiting_does_not_wait(loop: Any, make_socket: MakeSock
 # -- what breaks ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["doRead", "connectionLost"])
 def test_an_exception_ends_only_its_connection(
-    loop: Any, make_socket: MakeSocket, logged_failures: Any
+    loop: Any, make_socket: MakeSocket, logged_failures: Any, where: str
 ) -> None:
-    """The exception is logged once, and the other connections are served."""
+    """It is logged once, and the other connections are served."""
 
-    def then(one: Socket) -> None:
-        if one.reads == 3:
-            raise LookupError("only this one")
-        _send_again(one)
+    class Broken(Socket):
+        def doRead(self) -> Any:
+            if where == "doRead":
+                raise LookupError("only this one")
+            return CONNECTION_DONE
 
-    def still(one: Socket) -> None:
-        _send_again(one)
-        if one.reads == 50:
-            loop.stop()
-
-    broken, whole = make_socket(then), make_socket(still)
-    _run(loop)
-    assert [type(error) for error in broken.lost] == [LookupError]
-    assert whole.reads == 50
-    assert logged_failures.report().count("LookupError: only this one") == 1
-    logged_failures.flush()
-
-
-def test_an_exception_in_an_end_does_not_end_the_loop(
-    loop: Any, make_socket: MakeSocket, logged_failures: Any
-) -> None:
-    """``connectionLost`` may raise, too."""
-
-    class Bad(Socket):
         def connectionLost(self, reason: Failure) -> None:
             super().connectionLost(reason)
-            raise LookupError("in the end")
+            if where == "connectionLost":
+                raise LookupError("only this one")
 
-    bad = Bad(loop, lambda sock: CONNECTION_DONE)
-    make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
-    bad.other.send(b"go")
+    broken = Broken(loop, _send_again)
+    whole = make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
+    broken.other.send(b"go")
     _run(loop)
-    bad.close()
-    assert [type(error) for error in bad.lost] == [ConnectionDone]
-    assert logged_failures.report().count("LookupError: in the end") == 1
+    broken.close()
+    reason = LookupError if where == "doRead" else ConnectionDone
+    assert [type(error) for error in broken.lost] == [reason]
+    assert whole.reads == 50
+    assert logged_failures.report().count("LookupError: only this one") == 1
     logged_failures.flush()
 
 
@@ -416,19 +402,6 @@ def test_the_queues_have_their_private_names(loop: Any) -> None:
     assert loop.running is False
     near.cancel()
     far.cancel()
-
-
-def test_a_stop_is_marked(loop: Any) -> None:
-    """``stop`` sets the mark, and the reactor's loop removes it."""
-    seen: list[bool] = []
-
-    def stop() -> None:
-        loop.stop()
-        seen.append(loop._justStopped)
-
-    loop.callLater(0, stop)
-    _run(loop)
-    assert seen == [True]
 
 
 def test_the_poller_and_the_readers_have_their_private_names(
