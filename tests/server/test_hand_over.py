@@ -415,7 +415,6 @@ class Handing(Handler):
 
 KINDS = [(False, True), (True, True), (False, False), (True, False)]
 IDS = ["plain", "tls", "twisted's plain", "twisted's tls"]
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=IDS)
 
 
 class HandOverListener:
@@ -437,6 +436,15 @@ class HandOverListener:
         return wire
 
 
+HandOver = Callable[[Protocol], HandOverListener]
+
+
+@pytest.fixture(params=KINDS, ids=IDS)
+def hand_over(request: Any, tmp_path: Path) -> HandOver:
+    """Listen, and hand each client's socket over to a protocol."""
+    return partial(HandOverListener, tmp_path, request.param)
+
+
 def exchange(wire: Wire, data: bytes) -> bytes:
     """Send bytes and read as many, in one thread: a socket of ``ssl`` is not safe in two."""
     wire.sock.setblocking(False)
@@ -450,12 +458,11 @@ def exchange(wire: Wire, data: bytes) -> bytes:
     return wire.buffer
 
 
-@each_kind
 @ensureDeferred
-async def test_bytes_go_both_ways(tmp_path: Path, kind: tuple[bool, bool]) -> None:
+async def test_bytes_go_both_ways(hand_over: HandOver) -> None:
     """Every byte arrives in order, the early ones first, although few fit on the way."""
     mirror = Mirror()
-    listener = HandOverListener(tmp_path, kind, mirror)
+    listener = hand_over(mirror)
     early, late = bytes(range(256)) * 4, bytes(range(255, -1, -1)) * 20_000
 
     def client() -> None:
@@ -471,14 +478,13 @@ async def test_bytes_go_both_ways(tmp_path: Path, kind: tuple[bool, bool]) -> No
 
 
 @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
-@each_kind
 @ensureDeferred
 async def test_a_client_that_leaves_is_reported_once(
-    tmp_path: Path, kind: tuple[bool, bool], leave: Callable[[Wire], None]
+    hand_over: HandOver, leave: Callable[[Wire], None]
 ) -> None:
     """The client may close or reset."""
     tunnel = Tunnel()
-    listener = HandOverListener(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
     async with listener.served as served:
         leave(await served.run(listener.tunnel))
         await until(lambda: tunnel.ends)
@@ -486,12 +492,11 @@ async def test_a_client_that_leaves_is_reported_once(
     assert len(tunnel.ends) == 1
 
 
-@each_kind
 @ensureDeferred
-async def test_a_cut_is_seen_by_the_client(tmp_path: Path, kind: tuple[bool, bool]) -> None:
+async def test_a_cut_is_seen_by_the_client(hand_over: HandOver) -> None:
     """The socket is dropped, and the protocol gets the reason."""
     tunnel = Tunnel()
-    listener = HandOverListener(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
     async with listener.served as served:
         wire = await served.run(listener.tunnel)
         served.site.cut()
@@ -502,11 +507,8 @@ async def test_a_cut_is_seen_by_the_client(tmp_path: Path, kind: tuple[bool, boo
     assert [type(end) for end in tunnel.ends] == [Cut]
 
 
-@each_kind
 @ensureDeferred
-async def test_a_close_comes_behind_all_that_was_written(
-    tmp_path: Path, kind: tuple[bool, bool]
-) -> None:
+async def test_a_close_comes_behind_all_that_was_written(hand_over: HandOver) -> None:
     """The client reads every byte, and then an end."""
     size = 3_000_000
 
@@ -515,7 +517,7 @@ async def test_a_close_comes_behind_all_that_was_written(
         tunnel.transport.loseConnection()
 
     tunnel = Tunnel(say_all)
-    listener = HandOverListener(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
 
     def client() -> tuple[int, str]:
         with listener.tunnel() as wire:
@@ -528,12 +530,12 @@ async def test_a_close_comes_behind_all_that_was_written(
     assert len(tunnel.ends) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids=IDS[:3])
+@pytest.mark.parametrize("hand_over", KINDS[:3], ids=IDS[:3], indirect=True)
 @ensureDeferred
-async def test_our_side_may_end_first(tmp_path: Path, kind: tuple[bool, bool]) -> None:
+async def test_our_side_may_end_first(hand_over: HandOver) -> None:
     """A protocol that knows half closes still gets what the client sends."""
     tunnel = TwoSided()
-    listener = HandOverListener(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
 
     def client(wire: Wire) -> None:
         assert wire.wait_closed() == "fin"

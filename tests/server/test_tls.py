@@ -27,11 +27,6 @@ def served_by(
     return Served(tls=ListenerTls((issued or vault.issue()).keypair()), timeouts=timeouts)
 
 
-def shake(port: int, context: ssl.SSLContext) -> Wire:
-    """Connect, and do the handshake."""
-    return connect(port, tls=context)
-
-
 def refuse(port: int, context: ssl.SSLContext) -> str:
     """Connect, see the handshake fail, and return the error of the client."""
     with connect(port) as wire, pytest.raises(ssl.SSLError) as caught:
@@ -58,7 +53,7 @@ async def test_http_1_1_is_chosen(vault: Vault, offered: list[str], chosen: str 
     """It may stand anywhere in the list; clients with HTTP/1.0 or without ALPN are served, too."""
 
     def client() -> tuple[str | None, bytes]:
-        with shake(served.port, vault.client(protocols=offered)) as wire:
+        with connect(served.port, tls=vault.client(protocols=offered)) as wire:
             assert isinstance(wire.sock, ssl.SSLSocket)
             return wire.sock.selected_alpn_protocol(), ask(wire)
 
@@ -93,7 +88,7 @@ async def test_both_versions_work_with_both_kinds_of_key(
     context.minimum_version = context.maximum_version = version
 
     def client() -> tuple[bytes | None, tuple[str, str, int] | None, bytes]:
-        with shake(served.port, context) as wire:
+        with connect(served.port, tls=context) as wire:
             assert isinstance(wire.sock, ssl.SSLSocket)
             return shown_to(wire), wire.sock.cipher(), ask(wire)
 
@@ -203,7 +198,7 @@ async def test_the_chain_is_sent_whole(vault: Vault) -> None:
     issued = vault.issue()
     async with served_by(vault, issued) as served:
         assert b"".join(await served.run(chain_of, served.port)) == issued.chain
-        with await served.run(shake, served.port, vault.client()) as wire:
+        with await served.run(connect, served.port, tls=vault.client()) as wire:
             assert await served.run(ask, wire) == b"127.0.0.1"
 
 
@@ -229,11 +224,11 @@ async def test_an_open_connection_keeps_its_certificate(vault: Vault) -> None:
     tls = ListenerTls(old.keypair())
     assert tls.not_after == old.not_after
     async with Served(tls=tls) as served:
-        with await served.run(shake, served.port, vault.client()) as before:
+        with await served.run(connect, served.port, tls=vault.client()) as before:
             assert await served.run(ask, before) == b"127.0.0.1"
             tls.show(ListenerTls(new.keypair()))
             assert tls.not_after == new.not_after
-            with await served.run(shake, served.port, vault.client()) as after:
+            with await served.run(connect, served.port, tls=vault.client()) as after:
                 assert await served.run(ask, after) == b"127.0.0.1"
                 assert (shown_to(before), shown_to(after)) == (old.der, new.der)
             assert await served.run(ask, before) == b"127.0.0.1"
@@ -322,7 +317,7 @@ async def test_a_handshake_has_the_deadline_of_a_head(vault: Vault, hello: bytes
 async def test_after_the_handshake_a_client_may_wait(vault: Vault) -> None:
     """The request has ``client_idle``, counted from the handshake."""
     async with served_by(vault, timeouts=Timeouts(request_head=10, client_idle=100)) as served:
-        with await served.run(shake, served.port, vault.client()) as wire:
+        with await served.run(connect, served.port, tls=vault.client()) as wire:
             await served.pass_time(95)
             assert await served.run(ask, wire) == b"127.0.0.1"
 
