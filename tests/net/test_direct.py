@@ -73,6 +73,23 @@ async def test_what_the_kernel_does_not_take_waits_in_order(direct: Open) -> Non
 
 
 @pytest_twisted.ensureDeferred
+@pytest.mark.parametrize(("small", "size"), [(False, 12_000_000), (True, 500_000)])
+async def test_a_write_that_is_taken_in_part_is_sent_once(
+    direct: Open, small: bool, size: int
+) -> None:
+    """The rest of a large write waits, and no byte of it is sent twice."""
+    content = random.Random(size).randbytes(size)
+    async with direct.handshake_done(small=small) as peer:
+        peer.held.transport.write(content)
+        waiting = peer.held.transport._tempDataLen
+        assert waiting if small else 0 < waiting < size
+        assert await peer.hear(size) == content
+        await until(lambda: not peer.held.transport.dataBuffer)
+        peer.listen()
+        assert len(peer.heard) == size
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_push_producer_is_paused_while_much_waits(direct: Open) -> None:
     """Past the size of the buffer it pauses, and resumes when the kernel has everything."""
     async with direct.handshake_done(small=True) as peer:
@@ -151,12 +168,13 @@ async def test_an_abort_sends_nothing_more(direct: Open, full: bool) -> None:
 
 
 @pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("full", [False, True], ids=["nothing waits", "much waits"])
 @pytest.mark.parametrize("closes", [False, True], ids=["content", "close_notify"])
 async def test_an_abort_out_of_a_read_touches_the_socket_no_more(
-    direct: Open, closes: bool
+    direct: Open, closes: bool, full: bool
 ) -> None:
-    """By the write of the same event, the descriptor may be that of another connection."""
-    async with direct.handshake_done(small=True) as peer:
+    """By the next write, the descriptor may be that of another connection."""
+    async with direct.handshake_done(small=full) as peer:
         reused: list[socket.socket] = []
 
         def leave(end: End) -> None:
@@ -165,7 +183,8 @@ async def test_an_abort_out_of_a_read_touches_the_socket_no_more(
 
         peer.held.end.on_data = leave
         transport = peer.held.transport
-        fill(peer)
+        if full:
+            fill(peer)
         out = peer.records(b"read")
         peer.held.sock.send(out + (peer.end_record() if closes else b""))
         transport.reactor._doReadOrWrite(transport, transport.fileno(), EPOLLIN | EPOLLOUT)

@@ -54,8 +54,9 @@ async def test_drained_is_called_when_the_kernel_has_everything(tcp: OpenTcp) ->
         assert waiting == []
         assert await peer.hear(len(sent)) == sent
         await until(lambda: waiting)
-        transport.write(b"more")
-        await turn()
+        sent += fill(peer)
+        assert await peer.hear(len(sent)) == sent
+        await until(lambda: not transport.dataBuffer)
         assert waiting == [False]
 
 

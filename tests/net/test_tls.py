@@ -304,16 +304,6 @@ async def test_every_byte_comes_both_ways(tls: OpenTls, seed: int, small: bool) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_large_write_comes_whole_behind_a_slow_reader(tls: OpenTls) -> None:
-    """It is larger than the limit of one send."""
-    async with tls.handshake_done(small=True) as peer:
-        peer.held.transport.write(BULK[:400_000])
-        peer.held.transport.write(BULK[400_000:500_000])
-        assert await peer.hear(500_000) == BULK[:500_000]
-        await until(lambda: not peer.held.transport.dataBuffer)
-
-
-@pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("sizes", [[1] * 40, [16384] * 12, [9000] * 9, [1, 16384, 1, 8192, 8191]])
 async def test_records_that_share_a_segment_all_come(tls: OpenTls, sizes: list[int]) -> None:
     """No further byte comes that could wake the reactor for bytes that OpenSSL holds."""
