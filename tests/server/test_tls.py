@@ -6,6 +6,7 @@ import re
 import socket
 import ssl
 import warnings
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -220,14 +221,15 @@ async def test_no_more_than_the_file_is_sent(vault: Vault) -> None:
 @ensureDeferred
 async def test_an_open_connection_keeps_its_certificate(vault: Vault) -> None:
     """A new client gets the new certificate; an open connection goes on."""
-    old, new = vault.issue(), vault.issue(key_type=KeyType.RSA)
+    later = datetime.now(UTC) + timedelta(days=7)
+    old, new = vault.issue(), vault.issue(key_type=KeyType.RSA, not_after=later)
     tls = ListenerTls(old.keypair())
     assert tls.not_after == old.not_after
     async with Served(tls=tls) as served:
         with await served.run(connect, served.port, tls=vault.client()) as before:
             assert await served.run(ask, before) == b"127.0.0.1"
             tls.show(ListenerTls(new.keypair()))
-            assert tls.not_after == new.not_after
+            assert tls.not_after == new.not_after != old.not_after
             with await served.run(connect, served.port, tls=vault.client()) as after:
                 assert await served.run(ask, after) == b"127.0.0.1"
                 assert (shown_to(before), shown_to(after)) == (old.der, new.der)
