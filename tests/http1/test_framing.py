@@ -1,4 +1,4 @@
-"""Bodies on the wire: how heads frame them, and the chunked coding at any split."""
+"""Bodies: how heads frame them, and the chunked coding split at any point."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from llmproxy.http1.grammar import (
 
 
 def body_of(*fields: bytes, version: bytes = b"1.1") -> BodyReader:
-    """Return what reads the body behind a head with these fields."""
+    """Return the reader of the body behind a head with these fields."""
     lines = [b"POST / HTTP/" + version, b"Host: h", *fields]
     return request_body(parse_request_head(b"\r\n".join(lines)))
 
 
 def test_request_bodies_are_framed_by_their_heads() -> None:
-    """Chunks, a length, or no body at all; a request's body never ends with its connection."""
+    """Chunks, a length, or no body; the end of the connection never frames a request's body."""
     assert isinstance(body_of(b"Transfer-Encoding: Chunked"), ChunkedReader)
     for fields, left in (([], 0), ([b"Content-Length: 0"], 0), ([b"Content-Length: 7"], 7)):
         reader = body_of(*fields)
@@ -63,7 +63,7 @@ def test_request_bodies_are_framed_by_their_heads() -> None:
     ],
 )
 def test_strange_framing_is_refused(fields: list[bytes], version: bytes, status: int) -> None:
-    """Two framings, or one that is not known, cannot be agreed on."""
+    """Two framings, or an unknown one, have no common reading."""
     with pytest.raises(BadMessage) as caught:
         body_of(*fields, version=version)
 
@@ -73,13 +73,13 @@ def test_strange_framing_is_refused(fields: list[bytes], version: bytes, status:
 def response_of(
     *fields: bytes, status: int = 200, method: bytes = b"GET", minor: int = 1
 ) -> tuple[BodyReader, int | None]:
-    """Return what reads the body behind a response's head with these fields, and its length."""
+    """Return the reader of the body behind a response's head, and its length."""
     read = parse_fields(list(fields))
     return response_body(method, status, minor, read, first_values(read))
 
 
 def test_response_bodies_are_framed_by_their_heads() -> None:
-    """Chunks, a length, or all up to the connection's end."""
+    """Chunks, a length, or the end of the connection."""
     reader, length = response_of(b"Transfer-Encoding: Chunked")
     assert isinstance(reader, ChunkedReader)
     assert length is None
@@ -92,7 +92,7 @@ def test_response_bodies_are_framed_by_their_heads() -> None:
 @pytest.mark.parametrize("fields", [[], [b"Content-Length: 7"], [b"Transfer-Encoding: chunked"]])
 @pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"GET", 204), (b"POST", 304)])
 def test_some_responses_have_no_body(fields: list[bytes], method: bytes, status: int) -> None:
-    """Whatever their heads announce; an announced length is known all the same."""
+    """Whatever the head announces, there is no body; an announced length is known."""
     reader, length = response_of(*fields, status=status, method=method)
     assert reader.done
     assert length == (7 if fields == [b"Content-Length: 7"] else None)
@@ -113,12 +113,12 @@ def test_some_responses_have_no_body(fields: list[bytes], method: bytes, status:
 def test_strange_framing_of_a_response_is_refused(
     fields: list[bytes], minor: int, status: int
 ) -> None:
-    """Also where the response would have no body."""
+    """It is refused also if the response would have no body."""
     with pytest.raises(BadMessage):
         response_of(*fields, minor=minor, status=status)
 
 
-# --- the chunked coding, and bodies with a length -------------------------------------------------
+# --- the chunked coding ---------------------------------------------------------------------------
 
 
 def read(*reads: bytes) -> tuple[bytes, ChunkedReader]:
@@ -133,18 +133,17 @@ def refused(*reads: bytes) -> bool:
     return reader.error is not None and not reader.done
 
 
-# --- the chunked coding ---------------------------------------------------------------------------
-
 WIRE = b'5\r\nhello\r\n00A; x="y;z"\r\n 123456789\r\n1;\tq\r\n!\r\n0\r\nT: v\r\nu:\r\n\r\n'
 CONTENT = b"hello 123456789!"
 
 
-def test_a_chunked_body_is_read_at_every_split() -> None:
-    """Wherever two cuts are, content and end are the same."""
+def test_a_chunked_body_may_be_split_at_any_two_points() -> None:
+    """Content and end are the same, and bytes behind the end are no content."""
     for first in range(len(WIRE) + 1):
         for second in range(first, len(WIRE) + 1):
-            content, reader = read(WIRE[:first], WIRE[first:second], WIRE[second:])
-            assert (content, reader.done, reader.extra) == (CONTENT, True, b"")
+            reads = WIRE[:first], WIRE[first:second], WIRE[second:] + b"HTTP/1.1"
+            content, reader = read(*reads)
+            assert (content, reader.done, reader.extra) == (CONTENT, True, b"HTTP/1.1")
 
 
 def test_a_chunked_body_is_read_byte_by_byte() -> None:
@@ -158,15 +157,8 @@ def test_a_chunked_body_is_read_byte_by_byte() -> None:
     assert (content, reader.done) == (CONTENT, True)
 
 
-def test_what_follows_the_end_is_told() -> None:
-    """Bytes behind the end are no content, and whoever reads can see them."""
-    for at in range(len(WIRE)):
-        content, reader = read(WIRE[:at], WIRE[at:] + b"HTTP/1.1")
-        assert (content, reader.extra) == (CONTENT, b"HTTP/1.1")
-
-
 def test_the_content_of_one_read_is_one_piece() -> None:
-    """The chunks of one read are joined; a read without content has none."""
+    """The chunks of one read are joined; a read without content returns none."""
     reader = ChunkedReader()
 
     assert reader.feed(b"1\r\na\r\n2\r\nbc\r\n3\r\nd") == b"abcd"
@@ -176,7 +168,7 @@ def test_the_content_of_one_read_is_one_piece() -> None:
 
 @pytest.mark.parametrize("form", [b"%x\r\n", b"%X\r\n", b"0%x\r\n", b"%x;e\r\n"])
 def test_a_read_of_one_chunk_is_that_chunk(form: bytes) -> None:
-    """Whatever its length and form, a chunk that comes alone is read as it says it is."""
+    """A chunk that comes alone has the length that it announces, in any form."""
     edges = [16**digits + around for digits in range(1, 5) for around in range(-10, 11)]
     for size in {*range(1, 40), *(edge for edge in edges if edge > 0)}:
         whole = form % size + bytes(size) + b"\r\n"
@@ -187,17 +179,6 @@ def test_a_read_of_one_chunk_is_that_chunk(form: bytes) -> None:
         assert (len(content), reader.error is None) == (size, False), size
 
 
-@given(st.lists(st.binary(min_size=1, max_size=300)), st.data())
-def test_what_is_written_in_chunks_is_read_again(pieces: list[bytes], data: st.DataObject) -> None:
-    """Our reader reads what our writer writes, however it is cut on the way."""
-    wire = b"".join(chunk(piece) for piece in pieces) + LAST_CHUNK
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=8)))
-    reads = [wire[a:b] for a, b in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
-    content, reader = read(*reads)
-
-    assert (content, reader.done, reader.extra) == (b"".join(pieces), True, b"")
-
-
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 TOKENS = st.text("abcXYZ0129!#$%&'*+-.^_`|~", min_size=1, max_size=8)
 EXTENSIONS = st.lists(st.tuples(TOKENS, TOKENS), max_size=2).map(
@@ -206,24 +187,29 @@ EXTENSIONS = st.lists(st.tuples(TOKENS, TOKENS), max_size=2).map(
 
 
 @given(
-    st.lists(st.tuples(st.binary(min_size=1, max_size=99), EXTENSIONS, st.booleans()), max_size=5),
+    st.lists(st.tuples(st.binary(min_size=1, max_size=300), EXTENSIONS, st.booleans()), max_size=5),
     st.lists(st.tuples(TOKENS, TOKENS), max_size=3),
     st.data(),
 )
 def test_valid_bodies_are_read_as_h11_reads_them(
     pieces: list[tuple[bytes, bytes, bool]], trailers: list[tuple[str, str]], data: st.DataObject
 ) -> None:
-    """Sizes in either case, extensions, trailers: an independent reader sees the same content."""
+    """Sizes in either case, extensions, trailers, and chunks of our own writer are all read."""
     wire = b""
     for piece, extension, upper in pieces:
-        size = b"%X" % len(piece) if upper else b"%x" % len(piece)
-        wire += size + extension + b"\r\n" + piece + b"\r\n"
+        if extension or upper:
+            size = b"%X" % len(piece) if upper else b"%x" % len(piece)
+            wire += size + extension + b"\r\n" + piece + b"\r\n"
+        else:
+            wire += chunk(piece)
     names = "".join(f"x{name}: {value}\r\n" for name, value in trailers)
-    wire += b"0\r\n" + names.encode() + b"\r\n"
-    at = data.draw(st.integers(0, len(wire)))
-    content, reader = read(wire[:at], wire[at:])
+    wire += b"0\r\n" + names.encode() + b"\r\n" if names else LAST_CHUNK
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=8)))
+    reads = [wire[a:b] for a, b in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
+    content, reader = read(*reads)
 
-    assert (content, reader.done) == (_as_h11_reads(wire), True)
+    assert (content, reader.done, reader.extra) == (_as_h11_reads(wire), True, b"")
+    assert content == b"".join(piece for piece, _, _ in pieces)
 
 
 def _as_h11_reads(wire: bytes) -> bytes:
@@ -279,8 +265,8 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("wire", BROKEN)
-def test_what_is_not_the_coding_is_refused_at_every_split(wire: bytes) -> None:
-    """No cut makes broken coding acceptable."""
+def test_broken_coding_is_refused_at_every_split(wire: bytes) -> None:
+    """No split makes broken coding acceptable."""
     assert refused(wire)
     for at in range(1, len(wire)):
         assert refused(wire[:at], wire[at:])
@@ -292,29 +278,22 @@ def test_what_is_not_the_coding_is_refused_at_every_split(wire: bytes) -> None:
     [(b"5;", b"x", 1024), (b"0\r\nt: ", b"v", MAX_LINE), (b"0" * 15 + b"5;", b"x", 1024)],
 )
 def test_lines_are_bounded_at_every_split(before: bytes, pad: bytes, longest: int) -> None:
-    """A line of the most bytes is read and one more is refused, wherever the reads were cut."""
+    """A line of the most bytes is read, and one more is refused, wherever the line is split."""
     used = len(before.rpartition(b"\n")[2])
-    fits = before + pad * (longest - used)
-    over = before + pad * (longest - used + 1)
-    for reads in (
-        [fits + b"\r\n"],
-        [fits, b"\r\n"],
-        [fits + b"\r", b"\n"],
-        [fits[:-1], fits[-1:] + b"\r\n"],
-    ):
-        assert not refused(*reads)
-    for reads in (
-        [over + b"\r\n"],
-        [over, b"\r\n"],
-        [over + b"\r", b"\n"],
-        [over[:-1], over[-1:] + b"\r\n"],
-    ):
-        assert refused(*reads)
-    assert refused(over + pad * 2)  # before its end is in sight
+    for more in (0, 1):
+        line = before + pad * (longest - used + more)
+        for reads in (
+            [line + b"\r\n"],
+            [line, b"\r\n"],
+            [line + b"\r", b"\n"],
+            [line[:-1], line[-1:] + b"\r\n"],
+        ):
+            assert refused(*reads) is bool(more)
+    assert refused(before + pad * (longest + 2))  # before its end is in sight
 
 
 def test_the_trailer_section_is_bounded() -> None:
-    """However many lines it has, it is not read for ever."""
+    """It may have many lines, and only so many bytes."""
     line = b"t: " + b"v" * 95 + b"\r\n"
     reader = ChunkedReader()
     reader.feed(b"0\r\n")
@@ -326,7 +305,7 @@ def test_the_trailer_section_is_bounded() -> None:
 
 
 def test_what_came_before_a_fault_is_content() -> None:
-    """Bytes that were good are forwarded, and after the fault nothing is."""
+    """Good bytes before the fault are forwarded, and none after it."""
     reader = ChunkedReader()
 
     assert reader.feed(b"5\r\nhello\r\n2\r\nhi\r\nzz\r\n") == b"hellohi"
@@ -340,23 +319,22 @@ def test_what_came_before_a_fault_is_content() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 5])
 def test_a_body_with_a_length_is_read_at_every_split(size: int) -> None:
-    """So many bytes are content, what follows is told, and the end is known with the last byte."""
+    """So many bytes are content, the rest is extra, and the last byte is the end."""
     wire = b"hello"[:size] + b"next"
     for at in range(len(wire) + 1):
         reader = LengthReader(size)
         assert reader.done is (size == 0)
         content = reader.feed(wire[:at])
         assert reader.done is (at >= size)
+        extra = reader.extra
         if not reader.done:
             content += reader.feed(wire[at:])
-            assert reader.extra == b"next"
-        else:
-            assert reader.extra == wire[size:at]
-        assert content == b"hello"[:size]
+            extra = reader.extra
+        assert (content, extra) == (b"hello"[:size], wire[size : at if at >= size else None])
 
 
 def test_a_body_without_a_length_does_not_end() -> None:
-    """Everything is content until the connection is over."""
+    """All bytes are content until the connection ends."""
     reader = LengthReader(None)
 
     assert reader.feed(b"a") + reader.feed(b"b") == b"ab"

@@ -1,4 +1,4 @@
-"""HTTP's grammar: what is in it is read, what is not is refused, never repaired."""
+"""The grammar of HTTP: valid lines are read; invalid ones are refused and never repaired."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_status_lines(line: bytes, expected: tuple[int, int]) -> None:
         "HTTP/1.1 ٢٠٠ OK".encode(),
     ],
 )
-def test_what_is_no_status_line_is_refused(line: bytes) -> None:
+def test_invalid_status_lines_are_refused(line: bytes) -> None:
     """Signs, other digits, spaces, control characters and other versions are not repaired."""
     with pytest.raises(BadMessage):
         parse_status_line(line)
@@ -87,7 +87,7 @@ def test_what_is_no_status_line_is_refused(line: bytes) -> None:
 def test_request_heads(
     head: bytes, expected: tuple[bytes, bytes, int, list[tuple[bytes, bytes]]]
 ) -> None:
-    """Method, target and version stand in the first line; the target is raw."""
+    """The first line has method, target and version; the target is raw."""
     assert parse_request_head(head) == RequestHead(*expected, dict(expected[3]))
 
 
@@ -128,8 +128,8 @@ def test_request_heads(
         (b"GET / HTTP/1.1\r\nHost: h" + b"\r\na: b" * MAX_FIELDS, 431),
     ],
 )
-def test_what_is_no_request_head_is_refused(head: bytes, status: int) -> None:
-    """The refusal has the status that a server answers with."""
+def test_invalid_request_heads_are_refused(head: bytes, status: int) -> None:
+    """The error has the status of the response."""
     with pytest.raises(BadMessage) as caught:
         parse_request_head(head)
 
@@ -140,7 +140,7 @@ def test_what_is_no_request_head_is_refused(head: bytes, status: int) -> None:
 
 
 def test_fields_keep_order_and_bytes() -> None:
-    """Names in lower case, values without the white space around, nothing else changed."""
+    """Names are in lower case, values lose the white space around, and nothing else changes."""
     lines = [b"X-B: 1", b"a:", b"X-b:\t 2 3 \t", b"!#$%&'*+-.^_`|~09:\xff:\x80"]
 
     assert parse_fields(lines) == [
@@ -169,14 +169,14 @@ def test_fields_keep_order_and_bytes() -> None:
         b"name: x\r",
     ],
 )
-def test_what_is_no_field_is_refused(line: bytes) -> None:
-    """Folded lines, odd names and every control character but the tab."""
+def test_invalid_fields_are_refused(line: bytes) -> None:
+    """These are folded lines, wrong names, and each control character but the tab."""
     with pytest.raises(BadMessage):
         parse_fields([b"a: b", line])
 
 
 def test_fields_are_bounded() -> None:
-    """So many lines and so many bytes of a line pass, and one more is refused."""
+    """The most lines and the most bytes of a line pass, and one more is refused."""
     longest = b"a: " + b"x" * (MAX_LINE - 3)
     assert len(parse_fields([longest] * MAX_FIELDS)) == MAX_FIELDS
     with pytest.raises(BadMessage):
@@ -189,7 +189,7 @@ def test_fields_are_bounded() -> None:
 
 
 def test_errors_quote_no_values() -> None:
-    """What was wrong is told without what stood there, which may be a key."""
+    """A value may be a key, and an error does not show it."""
     with pytest.raises(BadMessage) as caught:
         parse_fields([b"authorization: secret\0"])
 
@@ -219,7 +219,7 @@ def test_field_values_are_in_order() -> None:
     ],
 )
 def test_lists_are_read_over_all_lines(values: list[bytes], expected: list[bytes]) -> None:
-    """Members in lower case, in order, without empty ones."""
+    """Members are in lower case and in order, without empty ones."""
     assert list_tokens(values) == expected
 
 
@@ -228,7 +228,7 @@ def test_lists_are_read_over_all_lines(values: list[bytes], expected: list[bytes
     [([], None), ([b"0"], 0), ([b"007"], 7), ([b"9" * 18], 10**18 - 1)],
 )
 def test_lengths(values: list[bytes], expected: int | None) -> None:
-    """Plain digits are a length, and no field is none."""
+    """Plain digits are a length; without the field there is none."""
     assert parse_length(values) == expected
 
 
@@ -251,7 +251,7 @@ def test_lengths(values: list[bytes], expected: int | None) -> None:
         ["٥".encode()],
     ],
 )
-def test_what_is_no_length_is_refused(values: list[bytes]) -> None:
-    """Signs, other digits, lists, repetitions and absurd sizes frame nothing."""
+def test_invalid_lengths_are_refused(values: list[bytes]) -> None:
+    """Signs, other digits, lists, repetitions and huge sizes are no length."""
     with pytest.raises(BadMessage):
         parse_length(values)

@@ -1,7 +1,8 @@
-"""What the tests of TLS on a socket are given: each version, and each side."""
+"""What the tests of our transports are given: TCP, and TLS of each version, on each side."""
 
 from __future__ import annotations
 
+import random
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 from OpenSSL import SSL
 
+from llmproxy.net.tcp import DirectConnector, DirectServer
 from llmproxy.net.tls import TlsConnector, TlsServer
 from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
 from tests.support.tls_peer import ENGINES, Contexts, TlsPeer
 
 
-class Open:
-    """Opens connections with our end in one role, of one version.
+class OpenTls:
+    """Opens TLS connections with our end in one role, of one version.
 
     Args:
         contexts: of the version.
@@ -29,7 +31,7 @@ class Open:
         self.ours: SSL.Context = contexts.openssl(server)
 
     def raw(self, end: End | None = None, *, small: bool = False) -> Any:
-        """Open one whose other end says nothing yet."""
+        """Open a connection whose other end has sent nothing yet."""
         if self.server:
             return held_server(partial(TlsServer, self.on_socket), end, small=small)
         return held_client(partial(TlsConnector, self.on_socket), end, small=small)
@@ -39,14 +41,14 @@ class Open:
         return SSL.Connection(self.ours, transport.socket)
 
     def peer(self, held: TwoEnds, engine: str = "ssl") -> TlsPeer:
-        """Return who speaks TLS at the other end."""
+        """Return the other end, which speaks TLS."""
         return TlsPeer(held, ENGINES[engine](self.contexts, not self.server))
 
     @asynccontextmanager
     async def handshake_done(
         self, end: End | None = None, *, small: bool = False, engine: str = "ssl"
     ) -> Any:
-        """Open one, and yield the peer when both ends know of the handshake's end."""
+        """Open a connection; yield the peer when the handshake is done at both ends."""
         async with self.raw(end, small=small) as held:
             peer = self.peer(held, engine)
             await peer.shake()
@@ -59,6 +61,54 @@ class Open:
             yield peer
 
 
+class PlainPeer(TlsPeer):
+    """The other end of a connection without TLS, as bytes that are not changed."""
+
+    def __init__(self, held: TwoEnds) -> None:
+        super().__init__(held, None)
+
+    def records(self, *pieces: bytes) -> bytes:
+        return b"".join(pieces)
+
+    def end_record(self) -> bytes:
+        return b""
+
+    def listen(self, limit: int = 1 << 20) -> bool:
+        self.heard += self.held.pull(limit)
+        return False
+
+
+class OpenTcp:
+    """Opens connections without TLS, with our end in one role."""
+
+    def __init__(self, server: bool) -> None:
+        self.server = server
+
+    @asynccontextmanager
+    async def handshake_done(self, end: End | None = None, *, small: bool = False) -> Any:
+        """Open a connection, and yield the peer."""
+        opened: Any = held_server(DirectServer, end, small=small)
+        if not self.server:
+            opened = held_client(DirectConnector, end, small=small)
+        async with opened as held:
+            yield PlainPeer(held)
+
+
+def fill(peer: TlsPeer) -> bytes:
+    """Write until the kernel takes no more; return what was written."""
+    written = b""
+    while not peer.held.transport._tempDataLen:
+        piece = random.Random(len(written)).randbytes(5000)
+        peer.held.transport.write(piece)
+        written += piece
+    return written
+
+
+def reasons(end: End) -> list[type[Exception]]:
+    """Return why the connection of our end was lost, once for each report."""
+    return [type(error) for error in end.lost]
+
+
 @pytest.fixture(scope="module", params=["1.2", "1.3"])
 def contexts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Contexts:
     """Each version's contexts."""
@@ -66,6 +116,26 @@ def contexts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Contexts
 
 
 @pytest.fixture(params=[True, False], ids=["server", "client"])
-def tls(request: Any, contexts: Contexts) -> Open:
+def tls(request: Any, contexts: Contexts) -> OpenTls:
     """Our end in each role."""
-    return Open(contexts, request.param)
+    return OpenTls(contexts, request.param)
+
+
+@pytest.fixture(params=[True, False], ids=["server", "client"])
+def tcp(request: Any) -> OpenTcp:
+    """Our end in each role."""
+    return OpenTcp(request.param)
+
+
+@pytest.fixture(scope="module", params=["tcp", "1.2", "1.3"])
+def security(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Contexts | None:
+    """Contexts of TLS, or none for TCP."""
+    if request.param == "tcp":
+        return None
+    return Contexts(request.param, tmp_path_factory.mktemp("contexts"))
+
+
+@pytest.fixture(params=[True, False], ids=["server", "client"])
+def direct(request: Any, security: Contexts | None) -> OpenTcp | OpenTls:
+    """Our end in each role, with TLS and without."""
+    return OpenTls(security, request.param) if security else OpenTcp(request.param)

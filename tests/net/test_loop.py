@@ -1,4 +1,4 @@
-"""The quickened loop keeps what a reactor promises.
+"""The tuned loop keeps what a reactor promises.
 
 Each test runs a reactor of its own, beside that of the tests; signals need a process of their own.
 Those tests fail, too, when the private names change on which ``net/loop.py`` leans.
@@ -49,28 +49,35 @@ def loop() -> Iterator[Any]:
     made._poller.close()
 
 
-class Ear(FileDescriptor):
-    """A socket that is read; what it does then is the test's.
+MakeSocket = Callable[..., "Socket"]
+
+
+class Socket(FileDescriptor):
+    """A socket that is read.
+
+    Args:
+        loop: the reactor.
+        then: called at each read.
 
     Attributes:
-        heard: how often there was something to read.
+        reads: how often there was something to read.
         lost: the reasons of its end.
     """
 
-    def __init__(self, loop: Any, then: Callable[[Ear], Any]) -> None:
+    def __init__(self, loop: Any, then: Callable[[Socket], Any]) -> None:
         super().__init__(loop)
         self.sock, self.other = socket.socketpair()
         self.sock.setblocking(False)
         self.fileno = self.sock.fileno  # type: ignore[method-assign]  # as Twisted's own do
         self.then = then
-        self.heard = 0
+        self.reads = 0
         self.lost: list[Any] = []
         self.connected = 1
         self.startReading()
 
     def doRead(self) -> Any:
         self.sock.recv(65536)
-        self.heard += 1
+        self.reads += 1
         return self.then(self)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -84,12 +91,14 @@ class Ear(FileDescriptor):
 
 
 @pytest.fixture
-def ear(loop: Any) -> Iterator[Callable[[Callable[[Ear], Any]], Ear]]:
-    """Make sockets that are read, and close them."""
-    made: list[Ear] = []
+def make_socket(loop: Any) -> Iterator[MakeSocket]:
+    """Make sockets, which can be read at once unless the test says otherwise, and close them."""
+    made: list[Socket] = []
 
-    def make(then: Callable[[Ear], Any]) -> Ear:
-        made.append(Ear(loop, then))
+    def make(then: Callable[[Socket], Any], readable: bool = True) -> Socket:
+        made.append(Socket(loop, then))
+        if readable:
+            made[-1].other.send(b"go")
         return made[-1]
 
     yield make
@@ -98,22 +107,19 @@ def ear(loop: Any) -> Iterator[Callable[[Callable[[Ear], Any]], Ear]]:
         one.close()
 
 
-MakeEar = Callable[[Callable[[Ear], Any]], Ear]
-
-
-def _busy(ear: Ear) -> None:
-    ear.other.send(b"again")
+def _send_again(sock: Socket) -> None:
+    sock.other.send(b"again")
 
 
 def _run(loop: Any) -> None:
     loop.run(installSignalHandlers=False)
 
 
-# -- whom it touches ------------------------------------------------------------------------
+# -- what is tuned --------------------------------------------------------------------------
 
 
-def test_only_the_reactor_itself_is_touched() -> None:
-    """A subclass may iterate in its own way; so may any other reactor."""
+def test_only_twisteds_own_epoll_reactor_is_tuned() -> None:
+    """A subclass, or any other reactor, may iterate in its own way."""
 
     class Other(EPollReactor):
         pass
@@ -126,8 +132,8 @@ def test_only_the_reactor_itself_is_touched() -> None:
     tune(something)()
 
 
-def test_it_is_undone(loop: Any) -> None:
-    """Nothing is left; undoing it twice is harmless."""
+def test_the_tuning_can_be_undone(loop: Any) -> None:
+    """Nothing is left; a second undo is harmless."""
     fresh = EPollReactor.__new__(EPollReactor)
     fresh.__dict__.update(loop.__dict__)
     fresh.__dict__.pop("doIteration")
@@ -142,10 +148,9 @@ def test_it_is_undone(loop: Any) -> None:
 # -- what else is due -----------------------------------------------------------------------
 
 
-def test_a_timer_is_in_time_while_sockets_are_busy(loop: Any, ear: MakeEar) -> None:
-    """There is always something to read, and the timer has its turns."""
-    busy = ear(_busy)
-    busy.other.send(b"go")
+def test_a_timer_is_in_time_while_sockets_are_busy(loop: Any, make_socket: MakeSocket) -> None:
+    """There is always something to read, and the timer gets its turns."""
+    busy = make_socket(_send_again)
     late: list[float] = []
 
     def tick(due: float) -> None:
@@ -157,60 +162,59 @@ def test_a_timer_is_in_time_while_sockets_are_busy(loop: Any, ear: MakeEar) -> N
 
     loop.callLater(0.01, tick, loop.seconds() + 0.01)
     _run(loop)
-    assert busy.heard > 30
+    assert busy.reads > 30
     assert sorted(late)[15] < 0.05
     assert max(late) < 2
 
 
-def test_a_call_for_the_next_turn_is_made_in_it(loop: Any, ear: MakeEar) -> None:
-    """Asked for by a socket, it comes before that socket has had many more turns."""
-    heard: list[int] = []
+def test_a_call_without_delay_is_made_in_the_next_turn(loop: Any, make_socket: MakeSocket) -> None:
+    """A socket asks for it, and gets few more reads before the call."""
+    reads: list[int] = []
 
-    def then(busy: Ear) -> None:
-        _busy(busy)
-        if busy.heard in (10, 500):
-            loop.callLater(0, lambda: heard.append(busy.heard))
-        if busy.heard == 1000:
+    def then(busy: Socket) -> None:
+        _send_again(busy)
+        if busy.reads in (10, 500):
+            loop.callLater(0, lambda: reads.append(busy.reads))
+        if busy.reads == 1000:
             loop.stop()
 
-    ear(then).other.send(b"go")
+    make_socket(then)
     _run(loop)
-    assert heard == [10, 500]
+    assert reads == [10, 500]
 
 
-def test_a_timer_that_is_brought_forward_is_in_time(loop: Any, ear: MakeEar) -> None:
-    """Also where it is a socket that does so, and nothing else comes."""
+def test_a_timer_that_is_brought_forward_is_in_time(loop: Any, make_socket: MakeSocket) -> None:
+    """A socket may bring it forward, and nothing else wakes the loop."""
     timer = loop.callLater(WAIT * 2, loop.stop)
-    once = ear(lambda ear: timer.reset(0.01))
-    once.other.send(b"go")
+    make_socket(lambda sock: timer.reset(0.01))
     _run(loop)
     assert not timer.active()
 
 
-def test_a_timer_of_many_days_is_no_error(loop: Any, ear: MakeEar, logged_failures: Any) -> None:
-    """Epoll cannot be told to wait so long."""
+def test_a_timer_of_many_days_is_no_error(
+    loop: Any, make_socket: MakeSocket, logged_failures: Any
+) -> None:
+    """Epoll cannot wait so long."""
     for call in loop.getDelayedCalls():
         call.reset(80 * 86400)
     far = loop.callLater(60 * 86400, loop.stop)
 
-    def then(busy: Ear) -> None:
-        if busy.heard == 5:
+    def then(busy: Socket) -> None:
+        if busy.reads == 5:
             loop.stop()
         else:
             busy.other.send(b"again")
 
-    ear(then).other.send(b"go")
+    make_socket(then)
     _run(loop)
     assert logged_failures.report() == ""
     far.cancel()
 
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
-def test_a_call_of_a_thread_is_made(loop: Any, ear: MakeEar, busy: bool) -> None:
-    """Whether sockets keep the loop awake or the call must wake it."""
-    one = ear(_busy)
-    if busy:
-        one.other.send(b"go")
+def test_a_call_of_a_thread_is_made(loop: Any, make_socket: MakeSocket, busy: bool) -> None:
+    """It wakes an idle loop, and gets its turn in a busy one."""
+    make_socket(_send_again, readable=busy)
     calls: list[int] = []
 
     def call() -> None:
@@ -231,22 +235,23 @@ def test_a_call_of_a_thread_is_made(loop: Any, ear: MakeEar, busy: bool) -> None
 
 
 @pytest.mark.parametrize("how", ["stop", "crash"])
-def test_the_reactor_ends_out_of_a_busy_socket(loop: Any, ear: MakeEar, how: str) -> None:
-    """At once, not after some more rounds."""
+def test_the_reactor_ends_out_of_a_busy_socket(
+    loop: Any, make_socket: MakeSocket, how: str
+) -> None:
+    """It ends at once, not after more rounds."""
 
-    def then(busy: Ear) -> None:
-        _busy(busy)
-        if busy.heard == 7:
+    def then(busy: Socket) -> None:
+        _send_again(busy)
+        if busy.reads == 7:
             getattr(loop, how)()
 
-    busy = ear(then)
-    busy.other.send(b"go")
+    busy = make_socket(then)
     _run(loop)
-    assert busy.heard <= 9
+    assert busy.reads <= 9
 
 
-def test_one_turn_without_waiting_does_not_wait(loop: Any, ear: MakeEar) -> None:
-    """``iterate(0)`` comes back, also inside of a running loop with nothing more to do."""
+def test_one_turn_without_waiting_does_not_wait(loop: Any, make_socket: MakeSocket) -> None:
+    """``iterate(0)`` returns, also inside of a running loop that has nothing to do."""
     done: list[float] = []
 
     def inside() -> None:
@@ -256,97 +261,79 @@ def test_one_turn_without_waiting_does_not_wait(loop: Any, ear: MakeEar) -> None
         done.append(time.monotonic() - begun)
         loop.stop()
 
-    one = ear(lambda ear: None)
+    one = make_socket(lambda sock: None, readable=False)
     loop.callLater(0, inside)
     _run(loop)
-    assert one.heard == 1
+    assert one.reads == 1
     assert done[0] < WAIT / 2
 
 
 # -- what breaks ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["doRead", "connectionLost"])
 def test_an_exception_ends_only_its_connection(
-    loop: Any, ear: MakeEar, logged_failures: Any
+    loop: Any, make_socket: MakeSocket, logged_failures: Any, where: str
 ) -> None:
-    """It is logged once, and the others are served."""
+    """It is logged once, and the other connections are served."""
 
-    def then(one: Ear) -> None:
-        if one.heard == 3:
-            raise LookupError("only this one")
-        _busy(one)
+    class Broken(Socket):
+        def doRead(self) -> Any:
+            if where == "doRead":
+                raise LookupError("only this one")
+            return CONNECTION_DONE
 
-    def still(one: Ear) -> None:
-        _busy(one)
-        if one.heard == 50:
-            loop.stop()
+        def connectionLost(self, reason: Failure) -> None:
+            super().connectionLost(reason)
+            if where == "connectionLost":
+                raise LookupError("only this one")
 
-    broken, whole = ear(then), ear(still)
+    broken = Broken(loop, _send_again)
+    whole = make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
     broken.other.send(b"go")
-    whole.other.send(b"go")
     _run(loop)
-    assert [type(error) for error in broken.lost] == [LookupError]
-    assert whole.heard == 50
+    broken.close()
+    reason = LookupError if where == "doRead" else ConnectionDone
+    assert [type(error) for error in broken.lost] == [reason]
+    assert whole.reads == 50
     assert logged_failures.report().count("LookupError: only this one") == 1
     logged_failures.flush()
 
 
-def test_an_exception_in_an_end_does_not_end_the_loop(
-    loop: Any, ear: MakeEar, logged_failures: Any
-) -> None:
-    """Whoever is told of it may break, too."""
-
-    class Bad(Ear):
-        def connectionLost(self, reason: Failure) -> None:
-            super().connectionLost(reason)
-            raise LookupError("in the end")
-
-    bad = Bad(loop, lambda ear: CONNECTION_DONE)
-    whole = ear(lambda one: loop.stop() if one.heard == 50 else _busy(one))
-    bad.other.send(b"go")
-    whole.other.send(b"go")
-    _run(loop)
-    bad.close()
-    assert [type(error) for error in bad.lost] == [ConnectionDone]
-    assert logged_failures.report().count("LookupError: in the end") == 1
-    logged_failures.flush()
-
-
 @pytest.mark.parametrize("why", [ConnectionDone(), ConnectionLost(), OSError("why")])
-def test_a_reason_is_told_once(loop: Any, ear: MakeEar, why: Exception) -> None:
-    """What ``doRead`` returns is why the connection is lost."""
-    one = ear(lambda ear: why)
-    one.other.send(b"go")
+def test_a_reason_is_reported_once(loop: Any, make_socket: MakeSocket, why: Exception) -> None:
+    """The value that ``doRead`` returns is the reason of the loss."""
+    one = make_socket(lambda sock: why)
     loop.callLater(0.05, loop.stop)
     _run(loop)
     assert [type(error) for error in one.lost] == [type(why)]
 
 
-def test_a_hang_up_is_told(loop: Any, ear: MakeEar) -> None:
-    """Events that are not only of something to read go the reactor's own way."""
+def test_a_hang_up_is_reported(loop: Any, make_socket: MakeSocket) -> None:
+    """Events that are not only of reading go through the reactor."""
 
-    def then(one: Ear) -> Any:
+    def then(one: Socket) -> Any:
         loop.stop()
         return CONNECTION_DONE
 
-    one = ear(then)
+    one = make_socket(then, readable=False)
     loop.callLater(0, one.other.close)
     _run(loop)
     assert [type(error) for error in one.lost] == [ConnectionDone]
 
 
-def test_who_is_removed_in_the_same_turn_is_not_called(loop: Any, ear: MakeEar) -> None:
-    """Two have something to read; the first takes the other out."""
+def test_a_socket_that_is_removed_in_the_same_turn_is_not_read(
+    loop: Any, make_socket: MakeSocket
+) -> None:
+    """Two sockets can be read; the first removes the other."""
 
-    def then(one: Ear) -> None:
+    def then(one: Socket) -> None:
         (right if one is left else left).stopReading()
         loop.callLater(0.05, loop.stop)
 
-    left, right = ear(then), ear(then)
-    left.other.send(b"go")
-    right.other.send(b"go")
+    left, right = make_socket(then), make_socket(then)
     _run(loop)
-    assert left.heard + right.heard == 1
+    assert left.reads + right.reads == 1
 
 
 # -- signals --------------------------------------------------------------------------------
@@ -380,7 +367,7 @@ reactor.run()
 @pytest.mark.parametrize("what", ["busy", "idle"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_reactor(what: str, number: signal.Signals) -> None:
-    """Whether it interrupts a wait or comes between two reads."""
+    """It may interrupt a wait or come between two reads."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, what], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -398,8 +385,8 @@ def test_a_signal_stops_the_reactor(what: str, number: signal.Signals) -> None:
 # -- Twisted's private names ----------------------------------------------------------------
 
 
-def test_what_is_due_is_where_it_is_looked_for(loop: Any) -> None:
-    """Each queue of the reactor's holds what it is taken to hold."""
+def test_the_queues_have_their_private_names(loop: Any) -> None:
+    """Each queue of the reactor has its name and its content."""
     assert loop.threadCallQueue == []
     loop.callFromThread(int)
     assert len(loop.threadCallQueue) == 1
@@ -417,23 +404,12 @@ def test_what_is_due_is_where_it_is_looked_for(loop: Any) -> None:
     far.cancel()
 
 
-def test_a_stop_is_marked(loop: Any) -> None:
-    """``stop`` sets the mark; the reactor's own loop takes it away."""
-    seen: list[bool] = []
-
-    def stop() -> None:
-        loop.stop()
-        seen.append(loop._justStopped)
-
-    loop.callLater(0, stop)
-    _run(loop)
-    assert seen == [True]
-
-
-def test_who_is_ready_is_where_it_is_looked_for(loop: Any, ear: MakeEar) -> None:
-    """The poller tells a descriptor, and the reactor knows whose it is, in one lasting mapping."""
+def test_the_poller_and_the_readers_have_their_private_names(
+    loop: Any, make_socket: MakeSocket
+) -> None:
+    """The poller returns a descriptor; one lasting mapping knows its reader."""
     mapping = loop._selectables
-    one = ear(lambda ear: None)
+    one = make_socket(lambda sock: None, readable=False)
     assert loop._selectables is mapping
     assert mapping[one.fileno()] is one
     one.other.send(b"go")
@@ -444,15 +420,15 @@ def test_who_is_ready_is_where_it_is_looked_for(loop: Any, ear: MakeEar) -> None
     assert loop._selectables is mapping
 
 
-def test_the_reactors_own_ways_are_there() -> None:
-    """What is not only of something to read, and an end, are the reactor's to deal with."""
+def test_the_private_methods_of_the_reactor_are_there() -> None:
+    """The tuned loop leaves other events, and ends, to these methods."""
     assert callable(EPollReactor._doReadOrWrite)
     assert EPollReactor._disconnectSelectable is _DisconnectSelectableMixin._disconnectSelectable
     assert EPollReactor.doIteration is EPollReactor.doPoll
 
 
 def test_the_collector_is_calmed_for_the_process() -> None:
-    """What is there is left alone, and the rest is looked at less often."""
+    """Objects that exist are frozen, and new ones are collected less often."""
     script = (
         "import gc; from llmproxy.net.loop import calm_collector; before = gc.get_threshold()\n"
         "calm_collector(); assert gc.get_freeze_count() > 10_000, gc.get_freeze_count()\n"
@@ -465,7 +441,7 @@ def test_the_collector_is_calmed_for_the_process() -> None:
 
 
 def test_a_late_reactor_is_measured() -> None:
-    """By how much it misses its appointments, and never by less than nothing."""
+    """The lag is the lateness of a timer, and never below zero."""
     clock, late = Clock(), 0.0
     lags: list[float] = []
     lag = Lag(clock, lambda: clock.seconds() + late, lags.append)

@@ -1,4 +1,4 @@
-"""A coroutine runs to its end, waits for Deferreds, and can be cancelled where it waits."""
+"""A task: a coroutine that waits for Deferreds, and can be cancelled where it waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 from llmproxy.net.task import Task
 
 
-class Told:
+class Recorded:
     """What a coroutine did, and how it failed."""
 
     def __init__(self) -> None:
@@ -31,39 +31,39 @@ class Told:
         return Task(story(), self.failures.append)
 
 
-def test_it_runs_to_its_first_wait_at_once() -> None:
-    """What is there already is not waited for, failures included."""
-    told, error, later = Told(), ValueError(), Deferred[int]()
-    told.run(succeed(1), fail(error), later)
-    assert told.steps == [1, error]
+def test_a_task_runs_to_its_first_wait_at_once() -> None:
+    """It does not wait for results and failures that are there."""
+    recorded, error, later = Recorded(), ValueError(), Deferred[int]()
+    recorded.run(succeed(1), fail(error), later)
+    assert recorded.steps == [1, error]
     later.callback(2)
-    assert told.steps == [1, error, 2, "end"]
-    assert not told.failures
+    assert recorded.steps == [1, error, 2, "end"]
+    assert not recorded.failures
 
 
-def test_it_goes_on_with_what_was_waited_for() -> None:
-    """A result is the value of the wait, a failure is raised in it."""
-    told, first, second = Told(), Deferred[str](), Deferred[str]()
-    told.run(first, second)
+def test_a_task_goes_on_with_the_result() -> None:
+    """A result is the value of the wait; a failure is raised there."""
+    recorded, first, second = Recorded(), Deferred[str](), Deferred[str]()
+    recorded.run(first, second)
     first.callback("one")
     error = KeyError("two")
     second.errback(error)
-    assert told.steps == ["one", error, "end"]
+    assert recorded.steps == ["one", error, "end"]
 
 
-def test_cancelling_fails_what_is_waited_for() -> None:
-    """The coroutine sees the failure, and goes on."""
-    told, cancelled = Told(), list[object]()
-    task = told.run(Deferred(cancelled.append))
+def test_cancelling_fails_the_wait() -> None:
+    """The coroutine gets the failure, and goes on."""
+    recorded, cancelled = Recorded(), list[object]()
+    task = recorded.run(Deferred(cancelled.append))
     task.cancel()
     assert len(cancelled) == 1
-    assert isinstance(told.steps[0], CancelledError)
-    assert told.steps[1] == "end"
+    assert isinstance(recorded.steps[0], CancelledError)
+    assert recorded.steps[1] == "end"
     task.cancel()  # nothing is waited for any more
 
 
-def test_a_coroutine_that_fails_is_told() -> None:
-    """Its exception comes out as a failure, before or behind a wait, and nothing is raised."""
+def test_an_exception_of_a_task_is_reported() -> None:
+    """Before or behind a wait, its exception comes out as a failure, and is not raised."""
     failures: list[Failure] = []
     error, later = RuntimeError(), Deferred[None]()
 

@@ -40,7 +40,7 @@ from tests.support.tls import Authority
 reactor: Any = real_reactor
 
 
-class Ours(Protocol):
+class OurEnd(Protocol):
     """Our end of a connection."""
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class Ours(Protocol):
         self.lost.callback(None)
 
 
-class Stuck:
-    """A peer whose end the test holds; it reads and writes only when told to."""
+class StuckPeer:
+    """A peer whose socket the test holds; it reads and writes only when the test does."""
 
     def __init__(self, authority: Authority | None) -> None:
         self._authority = authority
@@ -63,7 +63,7 @@ class Stuck:
         self._over = threading.Event()
         tls = None if authority is None else authority.server()
         self.peer = Provider(self._hold, tls=tls, receive_buffer=65536)
-        self.ours = Ours()
+        self.ours = OurEnd()
 
     def _hold(self, wire: Wire) -> None:
         self._wires.put(wire)
@@ -84,11 +84,15 @@ class Stuck:
         await until(lambda: self.ours.received == b"!")
         return self.ours.transport
 
+    def release(self) -> None:
+        """Let the peer end."""
+        self._over.set()
+
     async def close(self) -> None:
         """End both ends."""
         transport: Any = self.ours.transport
         transport.abortConnection()
-        self._over.set()
+        self.release()
         await self.ours.lost
 
     async def fill(self) -> None:
@@ -97,15 +101,17 @@ class Stuck:
         await until(lambda: not select.select([], [handle], [], 0)[1])
 
 
-@contextlib.contextmanager
-def stuck(authority: Authority | None) -> Any:
-    """Yield a peer, and let go of it in the end."""
-    held = Stuck(authority)
+@contextlib.asynccontextmanager
+async def connected(authority: Authority | None) -> Any:
+    """Yield a peer that does not read, and our transport; both ends end behind the test."""
+    held = StuckPeer(authority)
     with held.peer:
         try:
-            yield held
+            transport = await held.connect()
+            yield held, transport
+            await held.close()
         finally:
-            held._over.set()
+            held.release()
 
 
 @pytest.fixture(scope="module", params=["tcp", "tls"])
@@ -117,35 +123,30 @@ def authority(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Authori
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_lowest_transport_is_the_socket(authority: Authority | None) -> None:
-    """Below any TLS layer there is Twisted's TCP transport with the socket in it."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+async def test_the_raw_transport_has_the_socket(authority: Authority | None) -> None:
+    """Below TLS there is Twisted's TCP transport with the socket."""
+    async with connected(authority) as (_, transport):
         assert isinstance(transport, TLSMemoryBIOProtocol) is (authority is not None)
         assert type(raw_transport(transport)) is Client
         assert isinstance(raw_transport(transport).socket, socket.socket)
-        await held.close()
 
 
 @pytest_twisted.ensureDeferred
 async def test_every_byte_is_pending_until_the_kernel_has_it(authority: Authority | None) -> None:
-    """From the write to the kernel each byte is counted, in whichever queue it lies."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+    """Each byte is counted, in whichever queue it is."""
+    async with connected(authority) as (_, transport):
         assert pending_bytes(transport) == 0
         for count in range(1, 4):
             transport.write(b"x" * 1000)
             assert 1000 * count <= pending_bytes(transport) <= 1100 * count
         await until(lambda: pending_bytes(transport) == 0)
-        await held.close()
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) -> None:
-    """What was written is either pending or in the kernel, and the kernel's part is all taken."""
+    """A written byte is pending or in the kernel until the peer reads it."""
     size = 20_000_000
-    with stuck(authority) as held:
-        transport = await held.connect()
+    async with connected(authority) as (held, transport):
         for _ in range(20):
             transport.write(bytes(size // 20))
         assert pending_bytes(transport) >= size
@@ -159,15 +160,13 @@ async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) 
         await until(lambda: pending_bytes(transport) == 0)
         await until(lambda: unacknowledged_bytes(transport) == 0)
         assert received == size
-        await held.close()
 
 
 @pytest_twisted.ensureDeferred
 async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
-    """To the byte: all the rest can be read by the peer while the reactor stands still."""
+    """The peer can read all other bytes while the reactor stands still."""
     size = 20_000_000
-    with stuck(None) as held:
-        transport = await held.connect()
+    async with connected(None) as (held, transport):
         for _ in range(200):
             transport.write(bytes(size // 200))
         await held.fill()
@@ -179,7 +178,6 @@ async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
         while unacknowledged_bytes(transport):
             pass
         assert not select.select([held.wire.sock], [], [], 0)[0]
-        await held.close()
 
 
 async def until_received(wire: Wire) -> bytes:
@@ -190,8 +188,9 @@ async def until_received(wire: Wire) -> bytes:
 
 @pytest_twisted.ensureDeferred
 async def test_bytes_wait_while_the_handshake_lasts() -> None:
-    """What OpenSSL does not take yet is pending, too."""
-    with stuck(None) as held:
+    """Bytes that OpenSSL does not take yet are pending, too."""
+    held = StuckPeer(None)
+    with held.peer:
         options = optionsForClientTLS("localhost")
         endpoint: Any = TCP4ClientEndpoint(reactor, "127.0.0.1", held.peer.port)
         await connectProtocol(wrapClientTLS(options, endpoint), held.ours)
@@ -206,9 +205,8 @@ async def test_bytes_wait_while_the_handshake_lasts() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authority | None) -> None:
-    """After the end there is nothing to acknowledge and nothing to trust."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+    """After the end no byte waits to be acknowledged, and the connection is not quiet."""
+    async with connected(authority) as (held, transport):
         await held.close()
         assert unacknowledged_bytes(transport) == 0
         assert not is_quiet(transport)
@@ -217,18 +215,17 @@ async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authorit
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("what", ["nothing", "a byte", "fin", "reset"])
 async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | None) -> None:
-    """An idle connection is quiet; a byte, a FIN or a reset that was not read yet is not."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+    """An idle connection is quiet; with an unread byte, FIN or reset it is not."""
+    async with connected(authority) as (held, transport):
         transport.pauseProducing()
         assert is_quiet(transport)
-        tell: dict[str, Callable[[], None]] = {
+        actions: dict[str, Callable[[], None]] = {
             "nothing": lambda: None,
             "a byte": lambda: held.wire.send(b"x"),
             "fin": lambda: held.wire.sock.shutdown(socket.SHUT_WR),
             "reset": held.wire.reset,
         }
-        tell[what]()
+        actions[what]()
         if what == "nothing":
             assert is_quiet(transport)
         else:
@@ -238,17 +235,15 @@ async def test_what_waits_to_be_read_is_seen(what: str, authority: Authority | N
             transport.resumeProducing()
             await until(lambda: held.ours.received == b"!x")
             assert is_quiet(transport)
-        await held.close()
 
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("how", ["fin", "reset"])
-async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
+async def test_the_end_of_a_peer_is_seen_behind_unread_bytes(
     how: str, authority: Authority | None
 ) -> None:
-    """Its end is known also while nobody reads, whatever lies before it."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+    """Its end is known while our end does not read, whatever comes before it."""
+    async with connected(authority) as (held, transport):
         transport.pauseProducing()
         held.wire.send(b"unread")
         await until(lambda: not is_quiet(transport))
@@ -260,10 +255,9 @@ async def test_a_peer_that_left_is_seen_behind_what_was_not_read(
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_kernel_looks_after_quiet_connections(authority: Authority | None) -> None:
-    """A peer that vanished is noticed by probes, and by what it does not acknowledge."""
-    with stuck(authority) as held:
-        transport = await held.connect()
+async def test_the_kernel_notices_a_vanished_peer(authority: Authority | None) -> None:
+    """Probes and unacknowledged bytes show that a peer vanished."""
+    async with connected(authority) as (held, transport):
         notice_vanished_peer(transport)
         handle = raw_transport(transport).socket
         assert handle.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

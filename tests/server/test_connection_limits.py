@@ -1,4 +1,4 @@
-"""Who may connect: what is counted, what is rejected and how, and that nothing stays behind."""
+"""Limits of connections: what is counted, how a connection is rejected, and what it leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.address import IPv4Address
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -32,24 +32,24 @@ AT_ONCE = 100
 
 
 def refusal(limiter: ConnectionLimiter, address: str | None = "192.0.2.1") -> ProxyError:
-    """Ask for one connection more than there may be; return why it is rejected."""
+    """Enter one connection more than the limit; return why it is rejected."""
     error = limiter.enter(address)
     assert error is not None
     return error
 
 
-# --- who is counted -------------------------------------------------------------------------------
+# --- what is counted ------------------------------------------------------------------------------
 
 
-def test_without_limits_everybody_comes_in() -> None:
-    """Nothing is refused, and nothing says so."""
+def test_without_limits_no_connection_is_rejected() -> None:
+    """A thousand connections of one address enter, and none is counted as rejected."""
     limiter = limits()
     assert [limiter.enter("192.0.2.1") for _ in range(1000)] == [None] * 1000
     assert limiter.refused == {"max_connections": 0, "connections_per_address": 0}
 
 
-def test_one_that_leaves_makes_room_for_one() -> None:
-    """Of ``most`` connections each counts, wherever it comes from."""
+def test_a_connection_that_leaves_makes_room_for_one() -> None:
+    """Every connection counts towards ``most``, with an address or without."""
     limiter = limits(2)
     assert [limiter.enter("192.0.2.1"), limiter.enter(None)] == [None, None]
     assert refusal(limiter).reason == "max_connections"
@@ -60,33 +60,8 @@ def test_one_that_leaves_makes_room_for_one() -> None:
     assert limiter.refused == {"max_connections": 3, "connections_per_address": 0}
 
 
-def test_an_address_is_counted_by_itself() -> None:
-    """An address that is full keeps no other out, and has room again when one of its own leaves."""
-    limiter = limits(0, 2)
-    assert [limiter.enter("192.0.2.1"), limiter.enter("192.0.2.1")] == [None, None]
-    assert refusal(limiter, "192.0.2.1").reason == "connections_per_address"
-    assert limiter.enter("2001:db8::1") is None
-    limiter.leave("2001:db8::1")
-    assert refusal(limiter, "192.0.2.1").reason == "connections_per_address"
-    limiter.leave("192.0.2.1")
-    assert limiter.enter("192.0.2.1") is None
-    assert limiter.refused == {"max_connections": 0, "connections_per_address": 2}
-
-
-def test_what_is_rejected_takes_no_place() -> None:
-    """Neither in all nor of its address."""
-    limiter = limits(3, 1)
-    assert limiter.enter("192.0.2.1") is None
-    for _ in range(10):
-        refusal(limiter, "192.0.2.1")
-    assert [limiter.enter("192.0.2.2"), limiter.enter("192.0.2.3")] == [None, None]
-    assert refusal(limiter, "192.0.2.1").reason == "max_connections"  # where both are broken
-    limiter.leave("192.0.2.1")
-    assert limiter.enter("192.0.2.1") is None
-
-
-def test_an_address_that_is_known_later() -> None:
-    """It counts from then on; one that may not stay was never counted of its address."""
+def test_an_address_may_be_known_later() -> None:
+    """It counts from then on; a connection that is rejected then was never counted."""
     limiter = limits(0, 1)
     assert [limiter.enter(None), limiter.enter(None)] == [None, None]
     assert limiter.recognise("192.0.2.1") is None
@@ -100,7 +75,7 @@ def test_an_address_that_is_known_later() -> None:
 
 
 def test_no_address_is_remembered() -> None:
-    """What a million callers leave behind is nothing."""
+    """Addresses whose connections have left take no memory."""
     limiter = limits(0, 1)
     tracemalloc.start()
     try:
@@ -114,29 +89,39 @@ def test_no_address_is_remembered() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["a", "b", "c", None])), max_size=60))
-def test_the_counts_are_those_of_who_is_inside(steps: list[tuple[bool, str | None]]) -> None:
-    """Whatever comes and goes in whatever order, the limits are kept to the last connection."""
+def test_only_open_connections_count(steps: list[tuple[bool, str | None]]) -> None:
+    """In any order of entering and leaving, the limits are exact, and rejections are counted."""
     limiter = limits(5, 2)
     inside: list[str | None] = []
-    for comes, address in steps:
-        if comes:
-            room = len(inside) < 5 and (address is None or inside.count(address) < 2)
-            assert (limiter.enter(address) is None) == room
-            inside += [address] if room else []
+    rejected = {"max_connections": 0, "connections_per_address": 0}
+    for enters, address in steps:
+        if enters:
+            limit = None
+            if len(inside) == 5:
+                limit = "max_connections"
+            elif address is not None and inside.count(address) == 2:
+                limit = "connections_per_address"
+            error = limiter.enter(address)
+            assert (None if error is None else error.reason) == limit
+            if limit is None:
+                inside.append(address)
+            else:
+                rejected[limit] += 1
         elif address in inside:
             inside.remove(address)
             limiter.leave(address)
+    assert limiter.refused == rejected
     for address in inside:
         limiter.leave(address)
     assert [limiter.enter(None) is None for _ in range(6)] == [True] * 5 + [False]
 
 
-# --- what is said of it ---------------------------------------------------------------------------
+# --- how it is reported ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_the_refusal_names_the_limit(limit: str) -> None:
-    """503, the limit in one word, and when to come again."""
+    """The response would be 503, with the limit in one word and the time to retry."""
     limiter = limits(1) if limit == "max_connections" else limits(0, 1)
     limiter.enter("192.0.2.1")
     error = refusal(limiter)
@@ -146,8 +131,8 @@ def test_the_refusal_names_the_limit(limit: str) -> None:
     assert limiter.refused[limit] == 1
 
 
-def test_the_log_tells_each_limit_once_a_minute() -> None:
-    """A crowd fills no disk, and a second limit is not hidden by the first."""
+def test_each_limit_is_logged_once_a_minute() -> None:
+    """Many rejected connections fill no disk, and one limit does not hide the other."""
     clock = Clock()
     clock.advance(1000)
     limiter = limits(3, 1, clock)
@@ -174,10 +159,10 @@ def test_the_log_tells_each_limit_once_a_minute() -> None:
     assert [event["connections"] for event in events] == [1, 3, 3]
 
 
-# --- how connections are rejected ----------------------------------------------------------------
+# --- how connections are rejected -----------------------------------------------------------------
 
 
-class Entrance:
+class FullLimiter:
     """A limiter that is full, with a clock that the test turns."""
 
     def __init__(self) -> None:
@@ -189,7 +174,7 @@ class Entrance:
         """Return the protocol of a rejected connection."""
         return self.limiter.reject(refusal(self.limiter), self.clock)
 
-    def knock(self) -> FakeTransport:
+    def connect_rejected(self) -> FakeTransport:
         """Connect a client that is rejected."""
         transport = FakeTransport()
         transport.connect(self.build())
@@ -197,8 +182,8 @@ class Entrance:
 
 
 def test_a_rejected_client_gets_a_response() -> None:
-    """A whole response in JSON, and our side of the connection ends; theirs may still speak."""
-    transport = Entrance().knock()
+    """It is a whole response in JSON; our side ends, and the client may still send."""
+    transport = FullLimiter().connect_rejected()
     head, body = transport.take().split(b"\r\n\r\n")
     first, *fields = head.split(b"\r\n")
     assert first == b"HTTP/1.1 503 Service Unavailable"
@@ -210,75 +195,75 @@ def test_a_rejected_client_gets_a_response() -> None:
         b"retry-after: 1",
         b"connection: close",
     } == set(fields)
-    told = json.loads(body)["error"]
-    assert (told["code"], told["type"]) == ("max_connections", "server_error")
+    error = json.loads(body)["error"]
+    assert (error["code"], error["type"]) == ("max_connections", "server_error")
     assert transport.calls == ["half"]
 
 
-def test_what_they_send_is_dropped() -> None:
-    """It is read, so that the end of the connection is no reset, and leads to nothing."""
-    transport = Entrance().knock()
+def test_bytes_of_a_rejected_client_are_dropped() -> None:
+    """The bytes are read, so that the end is no reset, and have no effect."""
+    transport = FullLimiter().connect_rejected()
     transport.take()
     for _ in range(3):
         transport.protocol.dataReceived(GET)
     assert (transport.take(), transport.calls) == (b"", ["half"])
 
 
-def test_who_does_not_go_is_dropped_after_two_seconds() -> None:
-    """A descriptor is not held for longer by somebody who is not even served."""
-    entrance = Entrance()
-    transport = entrance.knock()
-    entrance.clock.advance(1.9)
+def test_a_rejected_client_that_stays_is_dropped_after_two_seconds() -> None:
+    """A client that is not served may not hold a descriptor for longer."""
+    full = FullLimiter()
+    transport = full.connect_rejected()
+    full.clock.advance(1.9)
     assert transport.calls == ["half"]
-    entrance.clock.advance(0.2)
+    full.clock.advance(0.2)
     assert transport.calls == ["half", "abort"]
     transport.end(RESET)
-    assert not entrance.clock.getDelayedCalls()
+    assert not full.clock.getDelayedCalls()
 
 
 @pytest.mark.parametrize("end", [FIN, RESET])
-def test_who_goes_leaves_nothing_behind(end: Exception) -> None:
-    """Neither the delayed call stays, nor the count of those that have a response."""
-    entrance = Entrance()
+def test_a_rejected_client_that_leaves_is_forgotten(end: Exception) -> None:
+    """Neither its delayed call stays nor its count."""
+    full = FullLimiter()
     for _ in range(3 * AT_ONCE):
-        transport = entrance.knock()
+        transport = full.connect_rejected()
         assert transport.take()
         transport.end(end)
-    assert not entrance.clock.getDelayedCalls()
+    assert not full.clock.getDelayedCalls()
 
 
-def test_of_a_crowd_a_hundred_get_a_response() -> None:
-    """Beyond a hundred at once a connection is closed at once, and costs no timer."""
-    entrance = Entrance()
-    told = [entrance.knock() for _ in range(AT_ONCE)]
-    assert all(transport.take() for transport in told)
+def test_a_hundred_rejected_clients_at_once_get_a_response() -> None:
+    """Beyond a hundred at once a connection is aborted, and needs no timer."""
+    full = FullLimiter()
+    responded = [full.connect_rejected() for _ in range(AT_ONCE)]
+    assert all(transport.take() for transport in responded)
     for _ in range(3):
-        beyond = entrance.knock()
+        beyond = full.connect_rejected()
         assert (beyond.take(), beyond.calls) == (b"", ["abort"])
         beyond.end(RESET)
-    assert len(entrance.clock.getDelayedCalls()) == AT_ONCE
-    told[0].end(FIN)
-    assert entrance.knock().take()
-    assert entrance.knock().take() == b""
+    assert len(full.clock.getDelayedCalls()) == AT_ONCE
+    responded[0].end(FIN)
+    assert full.connect_rejected().take()
+    assert full.connect_rejected().take() == b""
 
 
 def test_there_is_no_response_below_tls() -> None:
-    """One in the clear would be noise in a handshake; its place is given back at once."""
-    entrance = Entrance()
+    """Plain text would break the handshake; the place of such a connection is free at once."""
+    full = FullLimiter()
     for _ in range(2 * AT_ONCE):
         transport = FakeTransport()
-        transport.connect(entrance.build().without_response().without_response())
+        transport.connect(full.build().without_response().without_response())
         assert (transport.take(), transport.calls) == (b"", ["abort"])
         transport.end(RESET)
-    assert not entrance.clock.getDelayedCalls()
-    assert entrance.knock().take()
+    assert not full.clock.getDelayedCalls()
+    assert full.connect_rejected().take()
 
 
-# --- a site and its limiter ----------------------------------------------------------------------
+# --- a site and its limiter -----------------------------------------------------------------------
 
 
-class Answering(Handler):
-    """Answers at once."""
+class RespondingHandler(Handler):
+    """Responds at once."""
 
     def render(self, request: Request) -> int:
         request.start(200, [(b"content-length", b"2")])
@@ -291,7 +276,7 @@ def site_with(limiter: ConnectionLimiter) -> Site:
     """Return a site whose connections are limited."""
     clock = Clock()
     return Site(
-        Router(Answering()),
+        Router(RespondingHandler()),
         clock,
         clock.seconds,
         Timeouts(),
@@ -316,7 +301,7 @@ def ipv4(host: str) -> IPv4Address:
 
 @pytest.mark.parametrize("sent", [b"", GET[:5], GET, b"nonsense\r\n\r\n"])
 def test_a_connection_gives_its_place_back_once(sent: bytes) -> None:
-    """In whatever state it ends."""
+    """It may end in any state."""
     limiter = limits(1, 1)
     site = site_with(limiter)
     for _ in range(3):
@@ -329,7 +314,7 @@ def test_a_connection_gives_its_place_back_once(sent: bytes) -> None:
 
 
 def test_a_rejected_connection_is_none_of_the_sites() -> None:
-    """The site is empty although some are still open."""
+    """The site is empty although a rejected connection is still open."""
     site = site_with(limits(1))
     inside = connect(site, ipv4("192.0.2.1"))
     connect(site, ipv4("192.0.2.2"))
@@ -338,17 +323,8 @@ def test_a_rejected_connection_is_none_of_the_sites() -> None:
     assert site.when_empty().called
 
 
-def test_clients_of_a_unix_socket_have_no_address() -> None:
-    """Only all of them together are counted."""
-    site = site_with(limits(3, 1))
-    address = UNIXAddress("/run/x")
-    assert [type(site.buildProtocol(address)) for _ in range(4)] == [ClientConnection] * 3 + [
-        RejectedConnection
-    ]
-
-
-def test_a_balancers_client_is_counted_at_its_first_request() -> None:
-    """Not before a byte of it came, and for its second request not again."""
+def test_a_client_behind_a_balancer_is_counted_at_its_first_request() -> None:
+    """It is not counted before its first byte, and its second request does not count again."""
     site = site_with(limits(0, 1))
     first, second, third, other = (
         connect(site, None, peer) for peer in ("1.1.1.1", "1.1.1.1", "1.1.1.1", "2.2.2.2")
@@ -366,7 +342,7 @@ def test_a_balancers_client_is_counted_at_its_first_request() -> None:
     other.protocol.dataReceived(GET)
     assert other.take().startswith(b"HTTP/1.1 200 ")
 
-    second.end(FIN)  # it was not counted: the first one still is
+    second.end(FIN)  # the second was not counted; the first still is
     third.protocol.dataReceived(GET)
     assert third.take().startswith(b"HTTP/1.1 503 ")
     for transport in (first, third, other):

@@ -1,8 +1,10 @@
-"""A client's socket in another protocol's hands: what reaches it, what is kept, how it ends."""
+"""A client's socket that was handed over to another protocol: its bytes, its limits, its end."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import ssl
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 from twisted.protocols.tls import TLSMemoryBIOFactory
@@ -25,11 +27,12 @@ from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
-from tests.server.test_site import Caller
+from tests.server.caller import Caller
+from tests.support.ends import Push
 from tests.support.fake_transport import ABORTED, FIN, RESET, Collector, until
 from tests.support.keypairs import Vault
 from tests.support.served import AddressHandler, Served, ask, limits
-from tests.support.sockets import Wire, connect, request
+from tests.support.sockets import WAIT, Wire, connect, request
 
 CONNECT = request("CONNECT", "host:443")
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -38,7 +41,7 @@ DAY = 24 * 3600.0
 
 
 class Tunnel(Collector):
-    """Collects what the client sends; what it does when it is connected is the test's to say."""
+    """Collects what the client sends; the test says what it does when it is connected."""
 
     transport: Any
 
@@ -52,7 +55,7 @@ class Tunnel(Collector):
 
 @implementer(IHalfCloseableProtocol)
 class TwoSided(Tunnel):
-    """Hears of the end of each side."""
+    """Keeps which sides have ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +68,14 @@ class TwoSided(Tunnel):
         self.sides.append("write")
 
 
-def handed_over(tunnel: Tunnel | None = None, **timeouts: float | None) -> tuple[Caller, Tunnel]:
-    """Return a client whose socket is the tunnel's, and what was written is taken."""
-    caller, tunnel = Caller(limits=None, **timeouts), tunnel or Tunnel()
-    caller.send(CONNECT)
+def handed_over(
+    tunnel: Tunnel | None = None, client_stall: float | None = None
+) -> tuple[Caller, Tunnel]:
+    """Return a client whose socket was handed over to the tunnel; the head was read."""
+    caller = Caller(
+        CONNECT, client_idle=1, request_head=1, request_body=1, client_stall=client_stall
+    )
+    tunnel = tunnel or Tunnel()
     caller.request.hand_over(200, [], tunnel)
     assert caller.transport.take().startswith(HEAD)
     return caller, tunnel
@@ -79,12 +86,12 @@ def handed_over(tunnel: Tunnel | None = None, **timeouts: float | None) -> tuple
 
 @pytest.mark.parametrize("at", range(1, len(CONNECT + b"early")))
 def test_what_came_with_the_request_is_delivered_first(at: int) -> None:
-    """Wherever the reads are split, and whether the socket is handed over at once or later."""
+    """The reads may be split at any point, and the socket may be handed over at once or later."""
     wire = CONNECT + b"early"
     for later in (False, True):
         caller, tunnel = Caller(), Tunnel()
         if not later:
-            caller.resource.act = partial(Request.hand_over, status=200, fields=[], protocol=tunnel)
+            caller.handler.act = partial(Request.hand_over, status=200, fields=[], protocol=tunnel)
         caller.send(wire[:at], wire[at:])
         if later:
             assert not tunnel.pieces
@@ -95,9 +102,8 @@ def test_what_came_with_the_request_is_delivered_first(at: int) -> None:
 
 
 def test_the_head_goes_out_first_and_has_no_framing() -> None:
-    """Whatever the protocol writes when it is connected stands behind it."""
-    caller = Caller()
-    caller.send(request("GET", "/", "Connection: close"))
+    """What the protocol writes when it is connected comes behind the head."""
+    caller = Caller(request("GET", "/", "Connection: close"))
     caller.request.hand_over(101, UPGRADE, Tunnel(lambda one: one.transport.write(b"hello")))
     assert caller.transport.writes == [
         b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
@@ -107,8 +113,8 @@ def test_the_head_goes_out_first_and_has_no_framing() -> None:
     assert caller.request.status == 101
 
 
-def test_what_it_writes_reaches_the_client_as_it_is() -> None:
-    """Piece by piece, or joined; addresses are those of the connection."""
+def test_what_the_protocol_writes_reaches_the_client() -> None:
+    """Bytes are not changed, and the addresses are those of the connection."""
     caller, tunnel = handed_over()
     tunnel.transport.write(b"one")
     tunnel.transport.writeSequence([b"t", b"wo"])
@@ -117,8 +123,8 @@ def test_what_it_writes_reaches_the_client_as_it_is() -> None:
     assert tunnel.transport.getHost() == caller.transport.getHost()
 
 
-def test_nothing_is_delivered_while_it_pauses() -> None:
-    """Neither what came early, nor what was read already; then all of it, in order."""
+def test_nothing_is_delivered_while_the_protocol_pauses() -> None:
+    """Early bytes and bytes of the same read wait; then all of them come, in order."""
     caller = Caller()
     tunnel = Tunnel(lambda one: one.transport.pauseProducing())
     caller.send(CONNECT + b"early ")
@@ -133,7 +139,7 @@ def test_nothing_is_delivered_while_it_pauses() -> None:
 
 
 def test_a_protocol_that_pauses_again_stays_paused() -> None:
-    """By what it was given when it went on."""
+    """It pauses in the ``dataReceived`` that its resumption caused."""
 
     class Reluctant(Tunnel):
         def dataReceived(self, data: bytes) -> None:
@@ -146,32 +152,20 @@ def test_a_protocol_that_pauses_again_stays_paused() -> None:
     assert (tunnel.pieces, caller.transport.is_paused()) == ([b"1", b"2"], True)
 
 
-def test_its_producer_is_the_transports() -> None:
-    """It is paused and resumed as the client takes bytes, and stopped at the end."""
-    told: list[str] = []
-
-    @implementer(IPushProducer)
-    class Producer:
-        def pauseProducing(self) -> None:
-            told.append("pause")
-
-        def resumeProducing(self) -> None:
-            told.append("resume")
-
-        def stopProducing(self) -> None:
-            told.append("stop")
-
+def test_a_producer_of_the_protocol_is_paused_by_the_client() -> None:
+    """The producer is paused and resumed as the client takes bytes, and stopped at the end."""
+    producer = Push()
     caller, tunnel = handed_over()
-    tunnel.transport.registerProducer(Producer(), True)
+    tunnel.transport.registerProducer(producer, True)
     caller.transport.producer.pauseProducing()
     caller.transport.producer.resumeProducing()
     tunnel.transport.unregisterProducer()
-    tunnel.transport.registerProducer(Producer(), True)
+    tunnel.transport.registerProducer(producer, True)
     caller.transport.end(RESET)
-    assert told == ["pause", "resume", "stop"]
+    assert producer.told == ["pause", "resume", "stop"]
 
 
-def test_what_waits_below_it_can_be_seen() -> None:
+def test_pending_bytes_of_the_connection_can_be_read() -> None:
     """A protocol that is a server itself measures its client by the same figures."""
     caller, tunnel = handed_over()
     caller.transport.hold(7)
@@ -184,7 +178,7 @@ def test_what_waits_below_it_can_be_seen() -> None:
 
 def test_no_deadline_applies_any_more() -> None:
     """Neither a silent client is closed nor one that takes nothing."""
-    caller, tunnel = handed_over(client_idle=1, request_head=1, request_body=1, client_stall=1)
+    caller, tunnel = handed_over(client_stall=1)
     caller.transport.hold(100)
     caller.clock.pump([1.0] * 100)
     caller.clock.advance(DAY)
@@ -193,7 +187,7 @@ def test_no_deadline_applies_any_more() -> None:
 
 
 def test_the_request_has_ended() -> None:
-    """Whoever waits for it hears so; that the client leaves later is no business of its."""
+    """``notifyFinish`` fires, and the handler does not hear when the client leaves later."""
     caller, tunnel = Caller(), Tunnel()
     caller.send(CONNECT)
     ended: Deferred[None] = caller.request.notifyFinish()
@@ -206,12 +200,12 @@ def test_the_request_has_ended() -> None:
     caller.request.abort(ClientStalled())
     assert caller.is_open()
     caller.transport.end(FIN)
-    assert not caller.resource.gone
+    assert not caller.handler.gone
     assert caller.site.ended == 1
 
 
 def test_the_connection_is_counted_until_it_is_gone() -> None:
-    """By the site, by its limiter, and by whoever waits for the last one in a drain."""
+    """The site, its limiter and a drain count it."""
     caller, tunnel = handed_over()
     caller.site.limiter = limits(1)
     assert caller.site.limiter.enter(None) is None  # as this one was
@@ -233,16 +227,16 @@ def test_the_connection_is_counted_until_it_is_gone() -> None:
 
 
 @pytest.mark.parametrize("reason", [FIN, RESET])
-def test_it_hears_of_the_end_once(reason: Exception) -> None:
-    """With the transport's reason."""
+def test_the_end_is_reported_once(reason: Exception) -> None:
+    """The protocol gets the transport's reason."""
     caller, tunnel = handed_over()
     caller.transport.end(reason)
     caller.site.cut()
     assert tunnel.ends == [reason]
 
 
-def test_a_cut_drops_it_and_says_so() -> None:
-    """The protocol hears of it at once, as whoever serves a request does."""
+def test_a_cut_drops_the_connection_and_is_reported() -> None:
+    """The end is reported to the protocol at once, as it is to a handler."""
     caller, tunnel = handed_over()
     caller.site.cut()
     assert [type(end) for end in tunnel.ends] == [Cut]
@@ -252,7 +246,7 @@ def test_a_cut_drops_it_and_says_so() -> None:
     assert (len(tunnel.ends), tunnel.pieces) == (1, [])
 
 
-def test_an_abort_of_its_own() -> None:
+def test_the_protocol_may_abort() -> None:
     """The connection is dropped once; nothing is delivered until its end is reported."""
     caller, tunnel = handed_over()
     for _ in range(2):
@@ -264,7 +258,7 @@ def test_an_abort_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("held", [0, 10])
-def test_a_close_of_its_own(held: int) -> None:
+def test_the_protocol_may_close(held: int) -> None:
     """What was written goes out first, for as long as the client takes it."""
     caller, tunnel = handed_over(client_stall=10)
     tunnel.transport.write(b"bye")
@@ -284,28 +278,27 @@ def test_a_close_of_its_own(held: int) -> None:
 
 @pytest.mark.parametrize("closing", ["loseConnection", "abortConnection"])
 def test_a_protocol_that_closes_at_once_gets_nothing(closing: str) -> None:
-    """What came early is dropped."""
+    """Bytes that came early are dropped."""
     tunnel = Tunnel(lambda one: getattr(one.transport, closing)())
-    caller = Caller()
-    caller.send(CONNECT + b"early")
+    caller = Caller(CONNECT + b"early")
     caller.request.hand_over(200, [], tunnel)
     assert not tunnel.pieces
     assert not caller.is_open()
 
 
 def test_a_client_that_ends_its_side_is_gone() -> None:
-    """For a protocol that knows no sides."""
+    """A protocol that does not know half closes gets the end of the connection."""
     caller, tunnel = handed_over()
     ends: list[Any] = []
     transport: Any = caller.transport
     transport.connectionLost = ends.append
     caller.channel.readConnectionLost()
     assert [reason.type for reason in ends] == [type(FIN)]
-    assert not tunnel.ends  # it is the transport that reports it
+    assert not tunnel.ends  # the transport reports it
 
 
 def test_each_side_may_end_by_itself() -> None:
-    """For a protocol that knows of sides, as for any transport of Twisted's."""
+    """A protocol that knows half closes gets each, as on any transport of Twisted's."""
     caller, tunnel = handed_over(two_sided := TwoSided())
     caller.channel.readConnectionLost()
     tunnel.transport.write(b"still")
@@ -319,7 +312,7 @@ def test_each_side_may_end_by_itself() -> None:
 
 @pytest.mark.parametrize("where", ["connectionMade", "dataReceived"])
 def test_a_protocol_that_fails_ends_the_connection(where: str, logged_failures: Any) -> None:
-    """It is logged, nothing is written behind the head, and the end is reported."""
+    """The exception is logged, nothing comes behind the head, and the end is reported."""
 
     class Failing(Tunnel):
         pass
@@ -340,8 +333,8 @@ def test_a_protocol_that_fails_ends_the_connection(where: str, logged_failures: 
 # --- what cannot be handed over -------------------------------------------------------------------
 
 
-def test_a_client_that_has_left() -> None:
-    """The protocol never hears of it."""
+def test_a_client_that_has_left_is_not_handed_over() -> None:
+    """``hand_over`` raises, and the protocol is never connected."""
     caller, tunnel = Caller(), Tunnel()
     caller.send(CONNECT)
     caller.transport.end(FIN)
@@ -350,31 +343,30 @@ def test_a_client_that_has_left() -> None:
     assert not tunnel.ends
 
 
-def test_a_client_that_sends_more_than_is_kept() -> None:
-    """The request can still be refused, in words, and is not served without these bytes."""
+def test_a_client_that_sends_too_much_early_is_not_handed_over() -> None:
+    """``hand_over`` raises a 400; then the request gets a response and the end."""
     caller, tunnel = Caller(), Tunnel()
     caller.send(CONNECT, bytes(1_000_000), b"more")
     with pytest.raises(ProxyError) as caught:
         caller.request.hand_over(200, [], tunnel)
     assert (caught.value.status, caught.value.reason) == (400, "early_data")
-    caller.response()
+    caller.respond()
     assert caller.transport.take().startswith(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n")
     assert not caller.is_open()
 
 
-def test_a_response_that_has_begun() -> None:
+def test_a_response_that_has_begun_is_not_handed_over() -> None:
     """A head goes out once."""
-    caller = Caller()
-    caller.send(CONNECT)
+    caller = Caller(CONNECT)
     caller.request.start(200, [])
     with pytest.raises(RuntimeError):
         caller.request.hand_over(200, [], Tunnel())
 
 
-def test_a_body_that_is_not_whole() -> None:
-    """Nobody could say where the protocol's bytes begin."""
+def test_a_body_that_is_not_whole_is_not_handed_over() -> None:
+    """The first byte of the protocol would not be known."""
     caller = Caller()
-    caller.resource.holds = False
+    caller.handler.holds = False
     caller.send(request("POST", "/", "Content-Length: 5"), b"1")
     with pytest.raises(RuntimeError):
         caller.request.hand_over(101, [], Tunnel())
@@ -388,7 +380,7 @@ def test_a_body_that_is_not_whole() -> None:
 
 
 class Mirror(Collector):
-    """Sends back what comes, and reads no faster than the client takes it."""
+    """Sends back each byte, and reads no faster than the client takes them."""
 
     transport: Any
 
@@ -425,8 +417,8 @@ KINDS = [(False, True), (True, True), (False, False), (True, False)]
 IDS = ["plain", "tls", "twisted's plain", "twisted's tls"]
 
 
-class Stage:
-    """A listener that hands its clients' sockets over."""
+class HandOverListener:
+    """A listener that hands the sockets of its clients over to a protocol."""
 
     def __init__(self, tmp_path: Path, kind: tuple[bool, bool], protocol: Protocol) -> None:
         secure, direct = kind
@@ -444,67 +436,79 @@ class Stage:
         return wire
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+HandOver = Callable[[Protocol], HandOverListener]
+
+
+@pytest.fixture(params=KINDS, ids=IDS)
+def hand_over(request: Any, tmp_path: Path) -> HandOver:
+    """Listen, and hand each client's socket over to a protocol."""
+    return partial(HandOverListener, tmp_path, request.param)
+
+
+def exchange(wire: Wire, data: bytes) -> bytes:
+    """Send bytes and read as many, in one thread: a socket of ``ssl`` is not safe in two."""
+    wire.sock.setblocking(False)
+    sent, deadline = 0, time.monotonic() + WAIT
+    while len(wire.buffer) < len(data):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            sent += wire.sock.send(data[sent : sent + 16384])
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            assert wire.receive()
+    return wire.buffer
+
+
 @ensureDeferred
-async def test_bytes_go_both_ways(tmp_path: Path, kind: tuple[bool, bool]) -> None:
-    """All of them, in order, the early ones first, and never more than fit on the way."""
+async def test_bytes_go_both_ways(hand_over: HandOver) -> None:
+    """Every byte arrives in order, the early ones first, although few fit on the way."""
     mirror = Mirror()
-    stage = Stage(tmp_path, kind, mirror)
-    sent = bytes(range(256)) * 20_000
+    listener = hand_over(mirror)
+    early, late = bytes(range(256)) * 4, bytes(range(255, -1, -1)) * 20_000
 
-    def client() -> bytes:
-        with stage.tunnel(sent[:1000], receive_buffer=4096) as wire:
-            sending = threading.Thread(target=wire.send, args=(sent[1000:],))
-            sending.start()
-            got = wire.read(len(sent))
-            sending.join()
-            return got
+    def client() -> None:
+        with listener.tunnel(early, receive_buffer=4096) as wire:
+            assert wire.read(len(early)) == early
+            assert exchange(wire, late) == late
 
-    async with stage.served as served:
-        assert await served.run(client) == sent
+    async with listener.served as served:
+        await served.run(client)
         await until(lambda: mirror.ends)
-    assert mirror.body == sent
+    assert mirror.body == early + late
     assert len(mirror.ends) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
 @ensureDeferred
 async def test_a_client_that_leaves_is_reported_once(
-    tmp_path: Path, kind: tuple[bool, bool]
+    hand_over: HandOver, leave: Callable[[Wire], None]
 ) -> None:
-    """Whether it closes or resets."""
-    for leave in (Wire.close, Wire.reset):
-        tunnel = Tunnel()
-        stage = Stage(tmp_path, kind, tunnel)
-        async with stage.served as served:
-            wire = await served.run(stage.tunnel)
-            leave(wire)
-            await until(lambda: tunnel.ends)  # noqa: B023 - it is awaited here
-            await served.until_connected(0)
-        assert len(tunnel.ends) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
-@ensureDeferred
-async def test_a_cut_is_seen_by_the_client(tmp_path: Path, kind: tuple[bool, bool]) -> None:
-    """The socket is dropped, and the protocol knows why."""
+    """The client may close or reset."""
     tunnel = Tunnel()
-    stage = Stage(tmp_path, kind, tunnel)
-    async with stage.served as served:
-        wire = await served.run(stage.tunnel)
+    listener = hand_over(tunnel)
+    async with listener.served as served:
+        leave(await served.run(listener.tunnel))
+        await until(lambda: tunnel.ends)
+        await served.until_connected(0)
+    assert len(tunnel.ends) == 1
+
+
+@ensureDeferred
+async def test_a_cut_is_seen_by_the_client(hand_over: HandOver) -> None:
+    """The socket is dropped, and the protocol gets the reason."""
+    tunnel = Tunnel()
+    listener = hand_over(tunnel)
+    async with listener.served as served:
+        wire = await served.run(listener.tunnel)
         served.site.cut()
         ended = await served.run(wire.wait_closed)
-        assert ended == "reset" or (stage.context and ended == "truncated")
+        assert ended == "reset" or (listener.context and ended == "truncated")
         await served.until_connected(0)
         wire.close()
     assert [type(end) for end in tunnel.ends] == [Cut]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 @ensureDeferred
-async def test_a_close_comes_behind_all_that_was_written(
-    tmp_path: Path, kind: tuple[bool, bool]
-) -> None:
+async def test_a_close_comes_behind_all_that_was_written(hand_over: HandOver) -> None:
     """The client reads every byte, and then an end."""
     size = 3_000_000
 
@@ -513,32 +517,32 @@ async def test_a_close_comes_behind_all_that_was_written(
         tunnel.transport.loseConnection()
 
     tunnel = Tunnel(say_all)
-    stage = Stage(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
 
     def client() -> tuple[int, str]:
-        with stage.tunnel() as wire:
+        with listener.tunnel() as wire:
             got = len(wire.read(size))
             return got, wire.wait_closed()
 
-    async with stage.served as served:
+    async with listener.served as served:
         assert await served.run(client) == (size, "fin")
         await until(lambda: tunnel.ends)
     assert len(tunnel.ends) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids=IDS[:3])
+@pytest.mark.parametrize("hand_over", KINDS[:3], ids=IDS[:3], indirect=True)
 @ensureDeferred
-async def test_our_side_may_end_first(tmp_path: Path, kind: tuple[bool, bool]) -> None:
-    """A protocol that knows of sides still hears what the client has to say."""
+async def test_our_side_may_end_first(hand_over: HandOver) -> None:
+    """A protocol that knows half closes still gets what the client sends."""
     tunnel = TwoSided()
-    stage = Stage(tmp_path, kind, tunnel)
+    listener = hand_over(tunnel)
 
     def client(wire: Wire) -> None:
         assert wire.wait_closed() == "fin"
         wire.send(b"last words")
 
-    async with stage.served as served:
-        wire = await served.run(stage.tunnel)
+    async with listener.served as served:
+        wire = await served.run(listener.tunnel)
         tunnel.transport.loseWriteConnection()
         await served.run(client, wire)
         await until(lambda: tunnel.body == b"last words")
@@ -549,29 +553,23 @@ async def test_our_side_may_end_first(tmp_path: Path, kind: tuple[bool, bool]) -
 
 
 @ensureDeferred
-async def test_a_server_can_run_in_it(tmp_path: Path) -> None:
-    """TLS and a site of ours, as where a tunnel is intercepted; its end reaches the inner site."""
-    vault = Vault(tmp_path)
-    layer = TLSMemoryBIOFactory(ListenerTls(vault.issue().keypair()), False, served_within())
-    inner: Any = layer.wrappedFactory
+async def test_a_server_can_run_in_a_socket_that_was_handed_over(tmp_path: Path) -> None:
+    """TLS and a site of ours run there, as in an intercepted tunnel, and get its end."""
+    vault, clock = Vault(tmp_path), Clock()
+    inner = Site(Router(AddressHandler()), clock, clock.seconds, wall=clock.seconds)
+    layer = TLSMemoryBIOFactory(ListenerTls(vault.issue().keypair()), False, inner)
     protocol: Any = layer.buildProtocol(None)
-    stage = Stage(tmp_path, (False, True), protocol)
+    listener = HandOverListener(tmp_path, (False, True), protocol)
 
     def client() -> Wire:
-        wire = stage.tunnel()
+        wire = listener.tunnel()
         secure = Wire(vault.client().wrap_socket(wire.sock, server_hostname="localhost"))
         assert [ask(secure), ask(secure)] == [b"127.0.0.1"] * 2
         return secure
 
-    async with stage.served as served:
+    async with listener.served as served:
         wire = await served.run(client)
         assert len(inner.connections) == 1
         served.site.cut()
         await until(lambda: not inner.connections)
         wire.close()
-
-
-def served_within() -> Site:
-    """Return a site that is reached by no listener."""
-    clock = Clock()
-    return Site(Router(AddressHandler()), clock, clock.seconds, wall=clock.seconds)

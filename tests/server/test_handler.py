@@ -7,13 +7,13 @@ from twisted.internet.task import Clock
 
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
-from tests.server.test_site import Waits
+from tests.server.caller import WaitingHandler
 from tests.support.fake_transport import FakeTransport
 from tests.support.sockets import request
 
 
-def answered(router: Router, data: bytes) -> bytes:
-    """Return what a client gets for these bytes."""
+def response_to(router: Router, data: bytes) -> bytes:
+    """Return the response to these bytes."""
     clock, transport = Clock(), FakeTransport()
     transport.connect(Site(router, clock, clock.seconds, wall=clock.seconds).buildProtocol(None))
     transport.protocol.dataReceived(data)
@@ -37,23 +37,23 @@ def answered(router: Router, data: bytes) -> bytes:
 )
 def test_a_request_finds_its_handler(method: str, target: str, found: str) -> None:
     """By its method, else by its exact path without the query, else by default."""
-    handlers = {name: Waits() for name in ("default", "page", "connect")}
+    handlers = {name: WaitingHandler() for name in ("default", "page", "connect")}
     router = Router(
         handlers["default"], {b"/page": handlers["page"]}, {b"CONNECT": handlers["connect"]}
     )
-    answered(router, request(method, target))
+    response_to(router, request(method, target))
     assert [name for name, handler in handlers.items() if handler.requests] == [found]
 
 
-def test_a_handler_takes_no_body_of_itself() -> None:
-    """One that says nothing of bodies holds none: what announces one is refused."""
+def test_a_handler_takes_no_body_by_default() -> None:
+    """A handler that does not override the limit refuses every body."""
 
-    class Plain(Waits):
+    class Plain(WaitingHandler):
         body_limit = Handler.body_limit
         holds_body = Handler.holds_body
 
     handler = Plain()
-    answered(Router(handler), request("POST", "/", "Content-Length: 1"))
+    response_to(Router(handler), request("POST", "/", "Content-Length: 1"))
     refusal = handler.requests[0].refusal
     assert refusal is not None
     assert refusal.status == 413

@@ -1,4 +1,4 @@
-"""A request of Twisted's that is made lazily has all that an eager one has."""
+"""A request of ours, which is made lazily, has all attributes of Twisted's own request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAD = parse_request_head(b"GET /x?y HTTP/1.1\r\nHost: h\r\nX-A: 1\r\nX-A: 2")
 
 
 def channel() -> Any:
-    """Return what both kinds of request ask of a channel."""
+    """Return the attributes of a channel that both kinds of request use."""
     return SimpleNamespace(
         peer=PEER,
         getPeer=lambda: PEER,
@@ -30,8 +30,8 @@ def channel() -> Any:
     )
 
 
-def test_it_has_whatever_twisted_sets() -> None:
-    """Every attribute of Twisted's own request is there; without fields, with the same value."""
+def test_a_request_has_all_that_twisted_sets() -> None:
+    """Without fields, each attribute has the same value as in Twisted's request."""
     end = channel()
     eager, lazy = server.Request(end), Request(end, parse_request_head(b"GET / HTTP/1.0"))
     assert len(vars(eager)) > 8
@@ -39,8 +39,8 @@ def test_it_has_whatever_twisted_sets() -> None:
         assert getattr(lazy, name) == value, name
 
 
-def test_its_tables_are_its_own() -> None:
-    """What is made when it is asked for stays, and belongs to one request."""
+def test_the_tables_of_a_request_are_its_own() -> None:
+    """A table that is made on first use stays, and belongs to one request."""
     first, second = Request(channel(), HEAD), Request(channel(), HEAD)
     first.responseHeaders.addRawHeader(b"a", b"1")
     first.cookies.append(b"c")
@@ -50,15 +50,15 @@ def test_its_tables_are_its_own() -> None:
     assert not second.cookies
 
 
-def test_it_shows_its_fields_as_twisted_does() -> None:
-    """A resource of Twisted's finds the client's fields where it looks for them."""
+def test_fields_are_shown_as_twisted_shows_them() -> None:
+    """A resource of Twisted's finds the client's fields in the usual places."""
     request = Request(channel(), HEAD)
     assert request.requestHeaders.getRawHeaders(b"X-A") == [b"1", b"2"]
     assert request.getHeader(b"host") == b"h"
 
 
-def test_it_is_adaptable() -> None:
-    """Components, such as a session's, can be kept on it."""
+def test_a_request_keeps_components() -> None:
+    """Components, such as those of a session, can be kept on it."""
     request = Request(channel(), HEAD)
     marker = object()
     request.setComponent(int, marker)

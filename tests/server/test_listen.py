@@ -1,4 +1,4 @@
-"""Listening sockets: their queue, what the kernel watches over, and whose address counts."""
+"""Listening sockets: their options, their queue, and those that systemd handed over."""
 
 from __future__ import annotations
 
@@ -26,19 +26,13 @@ from tests.support.served import GET, TCP, Served, ask, knock, limits
 from tests.support.sockets import WAIT, Wire, connect
 
 
-@pytest.fixture
-def vault(tmp_path: Path) -> Vault:
-    """An authority, and what it issues."""
-    return Vault(tmp_path)
-
-
 def option(sock: Any, level: int, name: int) -> int:
     """Return a socket's option."""
     return int(sock.getsockopt(level, name))
 
 
 def watch(sock: Any) -> dict[str, int]:
-    """Return what the kernel watches over on a connection."""
+    """Return the options by which the kernel notices that a peer vanished."""
     named = {
         name: option(sock, socket.IPPROTO_TCP, getattr(socket, name))
         for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
@@ -48,36 +42,21 @@ def watch(sock: Any) -> dict[str, int]:
 
 WATCHED = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 NOT_FOR_SLOW_ONES = {"TCP_USER_TIMEOUT": 0}
-"""It would also end a client that takes a little all the time; the sweep tells both apart."""
+"""It would also end a client that takes a little all the time; the sweep knows the difference."""
 
 
-# --- the kernel's watch ---------------------------------------------------------------------------
+# --- options of sockets ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}"])
-@pytest.mark.parametrize("secure", [False, True])
 @ensureDeferred
-async def test_the_kernel_ends_a_client_that_vanished(
-    vault: Vault, text: str, secure: bool
-) -> None:
-    """Each accepted connection is probed when it is quiet, and none is given up for slowness."""
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
+async def test_accepted_sockets_have_their_options(text: str, tls: ListenerTls | None) -> None:
+    """Keepalive ends a client that vanished, a slow one stays, and small writes leave at once."""
     async with Served(text, tls=tls) as served:
         with connect(served.port):
             await served.until_connected(1)
             (sock,) = served.sockets()
             assert watch(sock) == {**WATCHED, **NOT_FOR_SLOW_ONES}
-
-
-@pytest.mark.parametrize("secure", [False, True])
-@ensureDeferred
-async def test_small_writes_leave_at_once(vault: Vault, secure: bool) -> None:
-    """Nagle's algorithm is off on each accepted connection."""
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
-    async with Served(tls=tls) as served:
-        with connect(served.port):
-            await served.until_connected(1)
-            (sock,) = served.sockets()
             assert option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
@@ -101,8 +80,8 @@ providers = ["p"]
 
 
 @ensureDeferred
-async def test_every_listener_is_watched(vault: Vault) -> None:
-    """Plain or TLS, and those of the admin site too."""
+async def test_every_listener_has_the_options(vault: Vault) -> None:
+    """Plain and TLS listeners, and those of the admin site, have the options."""
     vault.put()
     service = ProxyService(parse(vault.config + CONFIG, environ={}), reactor, handle_signals=False)
     service.privilegedStartService()
@@ -118,7 +97,7 @@ async def test_every_listener_is_watched(vault: Vault) -> None:
 
 
 def queue(sock: Any) -> int:
-    """Return how many connections a listening socket lets wait: tcpi_sacked of linux/tcp.h."""
+    """Return how many connections may wait on a listening socket: tcpi_sacked of linux/tcp.h."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return int(struct.unpack_from("=I", info, 28)[0])
 
@@ -127,7 +106,7 @@ def queue(sock: Any) -> int:
 @pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}", "tcp6:0:interface=\\:\\:1"])
 @ensureDeferred
 async def test_a_burst_fits_into_the_queue(text: str, more: str, asked: int) -> None:
-    """4096 connections wait to be accepted, or as many as the endpoint and the kernel say."""
+    """4096 connections may wait, or as many as the endpoint or the kernel allows."""
     if "tcp6" in text and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     async with Served(text + more) as served:
@@ -135,19 +114,27 @@ async def test_a_burst_fits_into_the_queue(text: str, more: str, asked: int) -> 
         assert queue(served.listening.socket) == min(asked, kernels)
 
 
+@pytest.fixture
+def crowd() -> Iterator[list[Wire]]:
+    """Clients; those that the test adds are closed behind it."""
+    wires: list[Wire] = []
+    yield wires
+    for wire in wires:
+        wire.close()
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["listens", "closes"])
 @ensureDeferred
-async def test_a_burst_is_served_whole() -> None:
-    """More connections than Twisted's own queue of 50 come before the first is accepted."""
-    count = 300
+async def test_every_connection_in_the_queue_is_served(crowd: list[Wire], closes: bool) -> None:
+    """They are more than Twisted's queue of 50, and are accepted before the listener closes."""
     async with Served() as served:
         # The reactor does not turn meanwhile: all of them stand in the queue.
-        crowd = [connect(served.port) for _ in range(count)]
-        try:
-            await served.until_connected(count)
-            assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
-        finally:
-            for wire in crowd:
-                wire.close()
+        crowd += [connect(served.port) for _ in range(300)]
+        if closes:
+            await close(served.listening, inherited=False)
+            assert len(served.site.connections) == 300
+        await served.until_connected(300)
+        assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
 
 
 # --- where it cannot listen -----------------------------------------------------------------------
@@ -155,8 +142,8 @@ async def test_a_burst_is_served_whole() -> None:
 
 @pytest.mark.parametrize("below", ["", "haproxy:"])
 @ensureDeferred
-async def test_a_taken_address_is_told(below: str) -> None:
-    """A start that would listen nowhere fails, and names the endpoint."""
+async def test_a_taken_address_is_reported(below: str) -> None:
+    """A start that would listen nowhere fails, and the error names the endpoint."""
     async with Served() as served:
         text = f"{below}tcp:{served.port}:interface=127.0.0.1"
         with pytest.raises(OSError, match=f"{text}: .*in use"):
@@ -165,8 +152,8 @@ async def test_a_taken_address_is_told(below: str) -> None:
 
 @pytest.mark.parametrize("text", ["tcp:0:interfaec=127.0.0.1", "systemd:domain=INET"])
 @ensureDeferred
-async def test_an_endpoint_that_is_none_is_told(text: str) -> None:
-    """Whatever Twisted makes of it, it is told as what the operator wrote."""
+async def test_a_wrong_endpoint_is_reported(text: str) -> None:
+    """The error quotes the words of the operator."""
     async with Served() as served:
         with pytest.raises(ValueError, match=f"{text}.*: not an endpoint: "):
             listen(reactor, text, served.site)
@@ -179,7 +166,7 @@ async def test_an_endpoint_that_is_none_is_told(text: str) -> None:
 @pytest.mark.parametrize("kind", ["tcp:{}:interface=127.0.0.1", "tcp6:{}:interface=\\:\\:1"])
 @ensureDeferred
 async def test_a_port_can_be_shared(below: str, kind: str) -> None:
-    """Two that both allow it bind the same address; one alone that does is not enough."""
+    """Two listeners that both allow it bind the same address; one alone is not enough."""
     if "tcp6" in kind and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     async with Served(below + kind.format(0), reuse_port=True) as first:
@@ -188,21 +175,6 @@ async def test_a_port_can_be_shared(below: str, kind: str) -> None:
             assert second.port == first.port
         with pytest.raises(OSError, match="in use"):
             listen(reactor, text, first.site)
-
-
-@ensureDeferred
-async def test_who_stands_in_the_queue_is_accepted_before_it_closes() -> None:
-    """The kernel would reset those connections, and their clients think that they were served."""
-    async with Served() as served:
-        # The reactor does not turn meanwhile: all of them stand in the queue.
-        crowd = [connect(served.port) for _ in range(300)]
-        try:
-            await close(served.listening, inherited=False)
-            assert len(served.site.connections) == 300
-            assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
-        finally:
-            for wire in crowd:
-                wire.close()
 
 
 def handed_over(monkeypatch: pytest.MonkeyPatch, sock: socket.socket, name: str = "proxy") -> None:
@@ -229,7 +201,7 @@ INHERITED = "systemd:domain=INET:name=proxy"
 async def test_a_socket_of_systemds_stays_open(
     monkeypatch: pytest.MonkeyPatch, systemds: socket.socket, below: str
 ) -> None:
-    """Who stands in its queue when we close our copy is served by whoever accepts next."""
+    """When our copy closes, a client in the queue is served by the next process that accepts."""
     handed_over(monkeypatch, systemds)
     async with Served(below + INHERITED) as served:
         early = connect(served.port)  # the reactor does not turn before the close
@@ -245,8 +217,10 @@ async def test_a_socket_of_systemds_stays_open(
 
 @pytest.mark.parametrize("text", [INHERITED, "systemd:domain=INET:index=0"])
 @ensureDeferred
-async def test_no_socket_of_systemds_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """As what is missing, not as an exception's name."""
+async def test_a_missing_socket_of_systemds_is_reported(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """The error says that the socket is missing."""
     monkeypatch.delenv("LISTEN_FDNAMES", raising=False)
     monkeypatch.delenv("LISTEN_PID", raising=False)
     async with Served() as served:
@@ -255,10 +229,10 @@ async def test_no_socket_of_systemds_is_told(monkeypatch: pytest.MonkeyPatch, te
 
 
 @ensureDeferred
-async def test_a_socket_of_another_name_is_told(
+async def test_a_socket_of_another_name_is_reported(
     monkeypatch: pytest.MonkeyPatch, systemds: socket.socket
 ) -> None:
-    """With the names that are there."""
+    """The error lists the names that are there."""
     handed_over(monkeypatch, systemds, "web")
     async with Served() as served:
         with pytest.raises(ValueError, match=r"name=proxy: .* no such socket, but web: "):
@@ -267,7 +241,7 @@ async def test_a_socket_of_another_name_is_told(
 
 @ensureDeferred
 async def test_a_socket_for_both_families_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ListenStream=8080` is one of IPv6, and serves clients of either, each with its address."""
+    """`ListenStream=8080` is of IPv6, and serves clients of either family with their addresses."""
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as sock:
@@ -286,10 +260,10 @@ FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     ("said", "found"), [(a, b) for a in FAMILIES for b in FAMILIES if a is not b]
 )
 @ensureDeferred
-async def test_a_socket_of_another_family_is_told(
+async def test_a_socket_of_another_family_is_reported(
     monkeypatch: pytest.MonkeyPatch, said: socket.AddressFamily, found: socket.AddressFamily
 ) -> None:
-    """Twisted would take it, and misread who connects; the start tells what it should say."""
+    """Twisted would misread the addresses of clients; the error says what to write."""
     with socket.socket(found) as sock:
         handed_over(monkeypatch, sock)
         text = f"systemd:domain={said.name.removeprefix('AF_')}:name=proxy"
@@ -320,28 +294,22 @@ def connect_unix(path: Path) -> Wire:
 
 
 @ensureDeferred
-async def test_a_unix_socket_serves_whoever_may_open_it(path: Path) -> None:
-    """Its clients have no address; they are counted in all, and not one by one."""
-    limiter = limits(3, 1)
-    async with Served(f"unix:{path}:mode=600", limiter=limiter) as served:
+async def test_clients_of_a_unix_socket_are_served(path: Path, crowd: list[Wire]) -> None:
+    """They have no address, and are counted together; the mode of the socket is the endpoint's."""
+    async with Served(f"unix:{path}:mode=600", limiter=limits(3, 1)) as served:
         assert path.stat().st_mode & 0o777 == 0o600
-        crowd = [connect_unix(path) for _ in range(3)]
-        try:
-            for wire in crowd:
-                assert await served.run(ask, wire) == b"unix"
-                assert await served.run(ask, wire) == b"unix"
-            with connect_unix(path) as late:
-                got = await served.run(read_response, late)
-                assert got.status == 503
-                assert got.values(b"x-llmproxy-error") == [b"max_connections"]
-        finally:
-            for wire in crowd:
-                wire.close()
+        crowd += [connect_unix(path) for _ in range(3)]
+        for wire in crowd:
+            assert await served.run(ask, wire) == b"unix"
+        with connect_unix(path) as late:
+            got = await served.run(read_response, late)
+            assert got.status == 503
+            assert got.values(b"x-llmproxy-error") == [b"max_connections"]
 
 
 @ensureDeferred
 async def test_tls_over_a_unix_socket(path: Path, vault: Vault) -> None:
-    """TLS is ended over whatever is listened on."""
+    """TLS works on every kind of listener."""
 
     def client() -> bytes:
         wire = connect_unix(path)
@@ -357,8 +325,8 @@ async def test_tls_over_a_unix_socket(path: Path, vault: Vault) -> None:
 
 
 @ensureDeferred
-async def test_a_rejected_client_can_read_why() -> None:
-    """The response is followed by a clean end, although the request was not read."""
+async def test_a_rejected_client_can_read_the_reason() -> None:
+    """A clean end follows the response, although the request was not read."""
 
     def client() -> Response:
         with connect(served.port) as wire:
@@ -379,31 +347,27 @@ async def test_a_rejected_client_can_read_why() -> None:
 
 
 @ensureDeferred
-async def test_a_crowd_that_stays_is_let_go() -> None:
-    """Two hundred that are rejected and do not go: all are closed, and the next has a response."""
+async def test_rejected_clients_that_stay_are_dropped(crowd: list[Wire]) -> None:
+    """Of two hundred at most a hundred get a response; all end, and the next gets a response."""
     limiter = limits(1)
-
     async with Served(limiter=limiter) as served:
         with connect(served.port):
             await served.until_connected(1)
             timers = served.reactor.timers()
-            crowd = [connect(served.port) for _ in range(200)]
+            crowd += [connect(served.port) for _ in range(200)]
             await until(lambda: limiter.refused["max_connections"] == 200)
             assert served.reactor.timers() == timers + 100
             await served.pass_time(3)
             await until(lambda: served.reactor.timers() == timers)
             assert b"max_connections" in (await served.run(knock, served.port))[1]
             ends = await served.run(lambda: [wire.wait_closed() for wire in crowd])
-            told = [wire for wire in crowd if b"max_connections" in wire.buffer]
-            for wire in crowd:
-                wire.close()
     assert set(ends) <= {"fin", "reset"}
-    assert 0 < len(told) <= 100
+    assert 0 < sum(b"max_connections" in wire.buffer for wire in crowd) <= 100
 
 
 @ensureDeferred
-async def test_on_tls_there_is_no_response(vault: Vault) -> None:
-    """The connection is closed before a handshake, which would cost more than a served request."""
+async def test_on_tls_a_rejected_client_gets_no_response(vault: Vault) -> None:
+    """The connection closes before a handshake, which would cost more than a served request."""
     tls = ListenerTls(vault.issue().keypair())
     async with Served(tls=tls, limiter=limits(1)) as served:
         with connect(served.port):

@@ -1,11 +1,10 @@
-"""Whose address counts where a balancer stands before us: the PROXY protocol, below TLS or not."""
+"""The PROXY protocol, below TLS or not: the address of a client behind a load balancer."""
 
 from __future__ import annotations
 
 import json
 import socket
 import struct
-from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
@@ -32,59 +31,60 @@ ONE_IN_V2 = (  # PROXY protocol, version 2: PROXY over TCP and IPv4
 )
 
 
-@pytest.fixture
-def vault(tmp_path: Path) -> Vault:
-    """An authority, and what it issues."""
-    return Vault(tmp_path)
+class Balancer:
+    """Connects as a load balancer does: first its header, then the client's bytes, TLS or not."""
 
+    def __init__(self, vault: Vault, tls: ListenerTls | None) -> None:
+        self.context = vault.client() if tls else None
 
-def proxied(served: Served, header: bytes, vault: Vault | None = None) -> Wire:
-    """Connect as a balancer does: its header first, then the client's bytes, TLS or not."""
-    wire = connect(served.port)
-    wire.send(header)
-    if vault is not None:
-        context = vault.client()
-        sock = context.wrap_socket(
-            wire.sock, server_hostname="localhost", suppress_ragged_eofs=False
+    def connect(self, served: Served, header: bytes) -> Wire:
+        """Connect a client."""
+        wire = connect(served.port)
+        wire.send(header)
+        if self.context is None:
+            return wire
+        return Wire(
+            self.context.wrap_socket(
+                wire.sock, server_hostname="localhost", suppress_ragged_eofs=False
+            )
         )
-        wire = Wire(sock)
-    return wire
+
+    def ask(self, served: Served, header: bytes) -> bytes:
+        """Return the response to one request on a connection of its own."""
+        with self.connect(served, header) as wire:
+            return ask(wire)
 
 
-def ask_proxied(served: Served, header: bytes, vault: Vault | None) -> bytes:
-    """Ask once on a connection of its own."""
-    with proxied(served, header, vault) as wire:
-        return ask(wire)
+@pytest.fixture
+def balancer(vault: Vault, tls: ListenerTls | None) -> Balancer:
+    """A load balancer before a listener with this TLS."""
+    return Balancer(vault, tls)
 
 
-@pytest.mark.parametrize("secure", [False, True])
-@pytest.mark.parametrize(
-    ("header", "address"),
-    [
-        (ONE, b"192.0.2.1"),
-        (ONE_IN_V2, b"192.0.2.1"),
-        (SIX, b"2001:db8::1"),
-        (UNKNOWN, b"127.0.0.1"),
-        (LOCAL_IN_V2, b"127.0.0.1"),
-    ],
-    ids=["v1", "v2", "v1 with IPv6", "unknown", "v2, local"],
-)
+HEADERS = {
+    "v1": (ONE, b"192.0.2.1"),
+    "v2": (ONE_IN_V2, b"192.0.2.1"),
+    "v1 with IPv6": (SIX, b"2001:db8::1"),
+    "unknown": (UNKNOWN, b"127.0.0.1"),
+    "no address": (NO_ADDRESS, b"127.0.0.1"),  # a health check's (PROXY protocol, section 2.1)
+    "v2, local": (LOCAL_IN_V2, b"127.0.0.1"),
+}
+each_header = pytest.mark.parametrize(("header", "address"), HEADERS.values(), ids=HEADERS)
+
+
+@each_header
 @ensureDeferred
-async def test_a_balancers_client_is_known(
-    vault: Vault, header: bytes, address: bytes, secure: bool
+async def test_the_address_of_a_client_is_that_of_the_header(
+    balancer: Balancer, header: bytes, address: bytes, tls: ListenerTls | None
 ) -> None:
-    """Its address is the one in the PROXY header, which comes before TLS."""
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
+    """The PROXY header comes before TLS; without an address it is the balancer's."""
     async with Served(PROXIED, tls=tls) as served:
-        trusted = vault if secure else None
-        assert await served.run(ask_proxied, served, header, trusted) == address
+        assert await served.run(balancer.ask, served, header) == address
 
 
-@pytest.mark.parametrize("secure", [False, True])
 @ensureDeferred
-async def test_without_a_header_nobody_is_served(vault: Vault, secure: bool) -> None:
-    """Whoever does not come by way of the balancer is closed without a response."""
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
+async def test_without_a_header_no_request_is_served(tls: ListenerTls | None) -> None:
+    """A client that does not come through the balancer is closed without a response."""
 
     def client() -> tuple[str, bytes]:
         with connect(served.port) as wire:
@@ -95,43 +95,19 @@ async def test_without_a_header_nobody_is_served(vault: Vault, secure: bool) -> 
         assert await served.run(client) == ("fin", b"")
 
 
-@ensureDeferred
-async def test_a_header_without_an_address_is_a_header() -> None:
-    """A balancer's own health check comes with no more than this (PROXY protocol, section 2.1)."""
-    async with Served(PROXIED) as served:
-        told = await served.run(ask_proxied, served, NO_ADDRESS, None)
-        assert told == b"127.0.0.1"
-
-
-@pytest.mark.parametrize(
-    ("header", "address"),
-    [
-        (ONE, b"192.0.2.1"),
-        (ONE_IN_V2, b"192.0.2.1"),
-        (LOCAL_IN_V2, b"127.0.0.1"),
-        (UNKNOWN, b"127.0.0.1"),
-        (NO_ADDRESS, b"127.0.0.1"),
-    ],
-    ids=["v1", "v2", "v2, local", "unknown", "no address"],
-)
+@each_header
 @ensureDeferred
 async def test_a_header_may_be_split_at_any_point(header: bytes, address: bytes) -> None:
-    """However few bytes come at a time, the request behind it is not lost."""
+    """Byte by byte or in one piece with the request, the request behind it is not lost."""
     async with Served(PROXIED) as served:
         with connect(served.port) as wire:
             for byte in header:
                 wire.send(bytes([byte]))
                 await turn()
             assert await served.run(ask, wire) == address
-        whole = await served.run(ask_at_once, served.port, header)
-        assert whole.body == address
-
-
-def ask_at_once(port: int, header: bytes) -> Response:
-    """Send a header and the request behind it in one piece."""
-    with connect(port) as wire:
-        wire.send(header, GET)
-        return read_response(wire)
+        with connect(served.port) as whole:
+            whole.send(header, GET)
+            assert (await served.run(read_response, whole)).body == address
 
 
 @pytest.mark.parametrize(
@@ -147,8 +123,8 @@ def ask_at_once(port: int, header: bytes) -> Response:
     ids=["port", "not ASCII", "short", "protocol", "endless", "v2, command"],
 )
 @ensureDeferred
-async def test_a_header_that_is_none_ends_the_connection(header: bytes) -> None:
-    """Without a response, and without being logged as a failure of the program's."""
+async def test_a_wrong_header_ends_the_connection(header: bytes) -> None:
+    """There is no response, and no failure of the program is logged."""
 
     def client() -> bytes:
         with connect(served.port) as wire:
@@ -160,56 +136,48 @@ async def test_a_header_that_is_none_ends_the_connection(header: bytes) -> None:
         assert await served.run(client) == b""
 
 
-@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("first", [ONE, ONE_IN_V2], ids=["v1", "v2"])
 @ensureDeferred
-async def test_a_balancers_clients_are_counted_each(
-    vault: Vault, first: bytes, secure: bool
+async def test_each_client_behind_a_balancer_is_counted(
+    balancer: Balancer, first: bytes, tls: ListenerTls | None
 ) -> None:
-    """One address is full at its first request, whatever there is of the balancer's."""
+    """The limit of an address holds at its first request, whatever the balancer's address has."""
     limiter = limits(0, 1)
-    trusted = vault if secure else None
 
     def client() -> tuple[bytes, Response, str, bytes]:
-        with proxied(served, first, trusted) as one, proxied(served, ONE, trusted) as again:
+        with balancer.connect(served, first) as one, balancer.connect(served, ONE) as again:
             own = ask(one)
             assert ask(one) == own  # its second request is not a second connection
             again.send(GET, GET)
-            refused = read_response(again)
-            ended = again.wait_closed()
-            with proxied(served, OTHER, trusted) as other:
-                return own, refused, ended, ask(other)
+            rejected = read_response(again)
+            return own, rejected, again.wait_closed(), balancer.ask(served, OTHER)
 
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
     async with Served(PROXIED, tls=tls, limiter=limiter) as served:
-        own, refused, ended, other = await served.run_turning(client)
+        own, rejected, ended, other = await served.run_turning(client)
         assert (own, other) == (b"192.0.2.1", b"192.0.2.2")
-        assert refused.status == 503
-        assert refused.values(b"x-llmproxy-error") == [b"connections_per_address"]
-        assert refused.values(b"retry-after") == [b"1"]
-        assert refused.values(b"connection") == [b"close"]
-        assert json.loads(refused.body)["error"]["code"] == "connections_per_address"
+        assert rejected.status == 503
+        assert rejected.values(b"x-llmproxy-error") == [b"connections_per_address"]
+        assert rejected.values(b"retry-after") == [b"1"]
+        assert rejected.values(b"connection") == [b"close"]
+        assert json.loads(rejected.body)["error"]["code"] == "connections_per_address"
         assert ended == "fin"
         assert limiter.refused == {"max_connections": 0, "connections_per_address": 1}
         await served.until_connected(0)
         assert limiter.enter("192.0.2.1") is None
 
 
-@pytest.mark.parametrize("secure", [False, True])
 @ensureDeferred
-async def test_a_balancers_connection_counts_in_all(vault: Vault, secure: bool) -> None:
-    """`max_connections` needs no address: it is told before the header is read, or closed."""
-    trusted = vault if secure else None
-    tls = ListenerTls(vault.issue().keypair()) if secure else None
+async def test_max_connections_needs_no_header(balancer: Balancer, tls: ListenerTls | None) -> None:
+    """The connection is rejected before its header is read; on TLS there is no response."""
     async with Served(PROXIED, tls=tls, limiter=limits(1)) as served:
         with connect(served.port) as one:
             await served.until_connected(1)
-            ended, told = await served.run(knock, served.port)
-            if secure:
-                assert (ended, told) == ("reset", b"")
+            ended, received = await served.run(knock, served.port)
+            if tls:
+                assert (ended, received) == ("reset", b"")
             else:
                 assert ended == "fin"
-                assert b"x-llmproxy-error: max_connections" in told
+                assert b"x-llmproxy-error: max_connections" in received
             one.close()
             await served.until_connected(0)
-        assert await served.run(ask_proxied, served, ONE, trusted) == b"192.0.2.1"
+        assert await served.run(balancer.ask, served, ONE) == b"192.0.2.1"

@@ -7,128 +7,49 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
-from twisted.web.server import NOT_DONE_YET
 
-from llmproxy.config import Limits, Timeouts
+from llmproxy.config import Limits
 from llmproxy.errors import ClientGone, ClientStalled
-from llmproxy.server.connection import ClientConnection
-from llmproxy.server.handler import Handler, Router
+from llmproxy.http1.grammar import Fields
 from llmproxy.server.request import Request
-from llmproxy.server.site import Site
-from tests.support.fake_transport import RESET, FakeTransport
+from tests.server.caller import GET, LAST_CHUNK, Caller
+from tests.support.ends import Push
+from tests.support.fake_transport import RESET
 from tests.support.sockets import chunked, request
 
-LAST = b"0\r\n\r\n"
 LENGTH = [(b"content-length", b"5")]
-
-
-class Waits(Handler):
-    """Keeps each request, and what it is told of its client's leaving, for the test to answer."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-        self.requests: list[Request] = []
-        self.left: list[list[ClientGone]] = []
-        self.act: Callable[[Request], None] = lambda request: None
-
-    def body_limit(self, request: Request) -> int:
-        return self.limit
-
-    def render(self, request: Request) -> int:
-        self.requests.append(request)
-        self.left.append([])
-        request.gone = self.left[-1].append
-        self.act(request)
-        return NOT_DONE_YET
-
-
-class Caller:
-    """A client's connection to a site that answers when the test does."""
-
-    def __init__(self, data: bytes = b"", *, limit: int = 100, memory: int = 1000) -> None:
-        self.clock = Clock()
-        self.resource = Waits(limit)
-        self.site = Site(
-            Router(self.resource),
-            self.clock,
-            self.clock.seconds,
-            Timeouts(),
-            Limits(request_memory=memory),
-            wall=lambda: 0.0,
-        )
-        self.connect()
-        self.send(data)
-
-    def connect(self) -> None:
-        """Open another connection."""
-        self.transport = FakeTransport()
-        self.channel = self.site.buildProtocol(None)
-        self.transport.connect(self.channel)
-
-    def send(self, *reads: bytes) -> None:
-        """Let bytes come in, read by read."""
-        for data in reads:
-            if data:
-                self.channel.dataReceived(data)
-
-    @property
-    def request(self) -> Request:
-        """The request that came last."""
-        return self.resource.requests[-1]
-
-    def left(self) -> list[ClientGone]:
-        """Return what the last request was told about its client's leaving."""
-        return self.resource.left[-1]
-
-    def closed(self) -> list[str]:
-        """Return how the connection was closed, if it was."""
-        return [call for call in self.transport.calls if call in ("lose", "abort")]
-
-
-def get(method: str = "GET", version: str = "1.1", *fields: str) -> bytes:
-    """Return a request without a body."""
-    return request(method, "/x?y", *fields, version=version)
+GET_1_0 = request("GET", "/", version="1.0")
+HEAD = request("HEAD", "/")
+CHUNKED_POST = request("POST", "/", "Transfer-Encoding: chunked")
 
 
 # --- the request ----------------------------------------------------------------------------------
 
 
-def test_fields_keep_their_order() -> None:
-    """Names in lower case, values as they came, repeated ones in their places."""
-    caller = Caller(b"GET / HTTP/1.1\r\nHost: h\r\nX-B: 1\r\nx-a:\t\xff \r\nX-B: 2\r\n\r\n")
+def test_a_requests_head_is_kept_as_it_came() -> None:
+    """Names are in lower case; values, their order and the target are those of the client."""
+    caller = Caller(b"GET /a%2f?b?c HTTP/1.1\r\nHost: h\r\nX-B: 1\r\nx-a:\t\xff \r\nX-B: 2\r\n\r\n")
 
     expected = [(b"host", b"h"), (b"x-b", b"1"), (b"x-a", b"\xff"), (b"x-b", b"2")]
     assert caller.request.fields == expected
-
-
-def test_target_and_path_are_raw() -> None:
-    """The target is what came; the path is all before the first question mark."""
-    caller = Caller(b"GET /a%2f?b?c HTTP/1.1\r\nHost: h\r\n\r\n")
-
     assert (caller.request.uri, caller.request.path) == (b"/a%2f?b?c", b"/a%2f")
 
 
-BODIES = [
-    (request("POST", "/", body=b"hello world"), b"hello world"),
-    (
-        request("POST", "/", "Transfer-Encoding: chunked") + chunked(b"hello", b" world") + LAST,
-        b"hello world",
-    ),
-    (request("POST", "/", "Content-Length: 0"), b""),
-]
-
-
-@pytest.mark.parametrize(("data", "body"), BODIES)
+@pytest.mark.parametrize(
+    ("data", "body"),
+    [
+        (request("POST", "/", body=b"hello world"), b"hello world"),
+        (CHUNKED_POST + chunked(b"hello", b" world") + LAST_CHUNK, b"hello world"),
+        (request("POST", "/", "Content-Length: 0"), b""),
+    ],
+)
 def test_a_body_is_whole_at_every_split(data: bytes, body: bytes) -> None:
-    """However the bytes are cut, the request is served once, with its whole body in memory."""
+    """However the bytes are split, the request is served once, with its whole body in memory."""
     for at in range(1, len(data)):
-        caller = Caller()
-        caller.send(data[:at])
-        assert not caller.resource.requests
+        caller = Caller(data[:at])
+        assert not caller.handler.requests
         caller.send(data[at:])
-        assert [got.body for got in caller.resource.requests] == [body]
+        assert [got.body for got in caller.handler.requests] == [body]
         assert caller.request.body_bytes == caller.site.held_bytes == len(body)
 
 
@@ -138,41 +59,37 @@ def test_a_body_is_whole_at_every_split(data: bytes, body: bytes) -> None:
 def test_a_body_of_the_most_bytes_is_taken() -> None:
     """The limit itself is allowed, with a length and in chunks."""
     exact = b"x" * 100
-    for data in (
-        request("POST", "/", body=exact),
-        request("POST", "/", "Transfer-Encoding: chunked") + chunked(exact) + LAST,
-    ):
-        assert Caller(data).request.refusal is None
+    for data in (request("POST", "/", body=exact), CHUNKED_POST + chunked(exact) + LAST_CHUNK):
+        assert Caller(data, limit=100).request.refusal is None
 
 
 def test_a_length_over_the_limit_is_refused_before_the_body() -> None:
-    """The head is enough: 413 without one byte of the body asked for or held."""
-    caller = Caller(request("POST", "/", "Content-Length: 101", "Expect: 100-continue"))
+    """The head is enough: the response is 413, and no byte of the body is asked for or held."""
+    caller = Caller(request("POST", "/", "Content-Length: 101", "Expect: 100-continue"), limit=100)
 
     assert caller.request.refusal is not None
     assert (caller.request.refusal.status, caller.request.body) == (413, b"")
-    assert not caller.transport.writes
+    assert b"100 Continue" not in caller.transport.value()
     caller.send(b"x" * 101)
     assert caller.site.held_bytes == 0
-    assert len(caller.resource.requests) == 1
+    assert len(caller.handler.requests) == 1
 
 
 def test_a_chunked_body_is_refused_where_it_grows_too_large() -> None:
-    """The chunk that goes over the limit ends the reading; what was held is let go of."""
-    caller = Caller(request("POST", "/", "Transfer-Encoding: chunked"))
-    caller.send(chunked(b"x" * 100))
-    assert (caller.resource.requests, caller.site.held_bytes) == ([], 100)
+    """The chunk that goes over the limit ends the reading, and the held bytes are released."""
+    caller = Caller(CHUNKED_POST, chunked(b"x" * 100), limit=100)
+    assert (caller.handler.requests, caller.site.held_bytes) == ([], 100)
     caller.send(chunked(b"x"))
 
     assert caller.request.refusal is not None
     assert (caller.request.refusal.status, caller.site.held_bytes) == (413, 0)
-    caller.send(chunked(b"x" * 50), LAST)
-    assert len(caller.resource.requests) == 1
+    caller.send(chunked(b"x" * 50), LAST_CHUNK)
+    assert len(caller.handler.requests) == 1
 
 
 def test_all_bodies_together_are_bounded() -> None:
-    """Where the process holds as much as it may: 503, with a hint when to come again."""
-    caller = Caller(request("POST", "/", body=b"x" * 80), memory=100)
+    """When the process holds as much as it may, the response is 503 and says when to retry."""
+    caller = Caller(request("POST", "/", body=b"x" * 80), limits=Limits(request_memory=100))
     first = caller.request
     caller.connect()
     caller.send(request("POST", "/", body=b"x" * 21))
@@ -189,7 +106,7 @@ def test_all_bodies_together_are_bounded() -> None:
 
 
 ENDINGS: dict[str, Callable[[Caller], object]] = {
-    "answered": lambda caller: caller.request.finish(),
+    "finished": lambda caller: caller.request.finish(),
     "broken off": lambda caller: caller.request.break_off(),
     "short": lambda caller: caller.request.finish(),
     "aborted": lambda caller: caller.request.abort(ClientStalled()),
@@ -205,28 +122,29 @@ def test_memory_is_given_back_in_every_ending(ending: str) -> None:
     caller = Caller(request("POST", "/", body=b"hello"))
     assert caller.site.held_bytes == 5
     if ending not in ("aborted", "lost"):
-        caller.request.start(200, LENGTH if ending == "short" else [])
-        caller.request.flush()
+        caller.start(fields=LENGTH if ending == "short" else [])
     ENDINGS[ending](caller)
     assert caller.site.held_bytes == 0
     caller.transport.end(RESET)
     assert caller.site.held_bytes == 0
 
 
-@pytest.mark.parametrize("rest", [b"", b"zz\r\n", b"5\r\nhello!"])
-def test_memory_of_an_unfinished_body_is_given_back(rest: bytes) -> None:
-    """A body that breaks before it is whole counts no more once its connection is gone."""
-    caller = Caller(request("POST", "/", "Transfer-Encoding: chunked") + chunked(b"hello"))
+@pytest.mark.parametrize("rest", [b"", b"zz\r\n", b"5\r\nhello!", b"3\nabc\r\n"])
+def test_a_body_that_is_never_whole_is_not_served(rest: bytes) -> None:
+    """A broken body gets one 400 and the connection closes; its memory is released."""
+    caller = Caller(CHUNKED_POST + chunked(b"hello"))
     assert caller.site.held_bytes == 5
-    caller.send(rest)
+    caller.send(rest, rest, GET if rest else b"")
+
+    assert caller.status == (400 if rest else 0)
+    assert caller.is_open() is (rest == b"")
     caller.transport.end(RESET)
-
     assert caller.site.held_bytes == 0
-    assert not any(got.refusal is None for got in caller.resource.requests)
+    assert len(caller.handler.requests) == bool(rest)
+    assert not any(got.refusal is None or got.body for got in caller.handler.requests)
 
 
-# --- the head of the response
-# -----------------------------------------------------------------------
+# --- the head of the response ---------------------------------------------------------------------
 
 CHUNKED, CLOSE = b"transfer-encoding: chunked\r\n", b"connection: close\r\n"
 FIVE = b"content-length: 5\r\n"
@@ -235,26 +153,26 @@ FIVE = b"content-length: 5\r\n"
 @pytest.mark.parametrize(
     ("data", "status", "fields", "framing"),
     [
-        (get(), 200, [], CHUNKED),
-        (get(), 200, LENGTH, FIVE),
-        (get("GET", "1.0"), 200, [], CLOSE),
-        (get("GET", "1.0"), 200, LENGTH, FIVE + CLOSE),
-        (get("GET", "1.1", "Connection: close"), 200, [], CHUNKED + CLOSE),
-        (get("HEAD"), 200, [], b""),
-        (get("HEAD"), 200, LENGTH, FIVE),
-        (get("HEAD", "1.0"), 200, LENGTH, FIVE + CLOSE),
-        (get(), 204, [], b""),
-        (get(), 304, LENGTH, FIVE),
-        (get(), 404, [], CHUNKED),
+        (GET, 200, [], CHUNKED),
+        (GET, 200, LENGTH, FIVE),
+        (GET_1_0, 200, [], CLOSE),
+        (GET_1_0, 200, LENGTH, FIVE + CLOSE),
+        (request("GET", "/", "Connection: close"), 200, [], CHUNKED + CLOSE),
+        (HEAD, 200, [], b""),
+        (HEAD, 200, LENGTH, FIVE),
+        (request("HEAD", "/", version="1.0"), 200, LENGTH, FIVE + CLOSE),
+        (GET, 204, [], b""),
+        (GET, 304, LENGTH, FIVE),
+        (GET, 529, [], CHUNKED),
     ],
 )
 def test_the_head_goes_out_at_once_and_in_one_piece(
-    data: bytes, status: int, fields: list[tuple[bytes, bytes]], framing: bytes
+    data: bytes, status: int, fields: Fields, framing: bytes
 ) -> None:
-    """Status, our fields and the framing that the client understands, and nothing of Twisted's."""
+    """It is the status, our fields and the framing that the client knows; Twisted adds nothing."""
     caller = Caller(data)
-    caller.request.start(status, [(b"x-a", b"1"), (b"x-a", b"2"), *fields])
-    caller.request.flush()
+    caller.start(status, [(b"x-a", b"1"), (b"x-a", b"2"), *fields])
+    caller.start(500, LENGTH)  # a head goes out once
 
     (head,) = caller.transport.writes
     first, _, rest = head.partition(b"\r\n")
@@ -263,110 +181,78 @@ def test_the_head_goes_out_at_once_and_in_one_piece(
     assert caller.request.status == status
 
 
-def test_a_status_without_a_known_phrase_is_sent() -> None:
-    """The code is exact, whatever is known of it."""
-    caller = Caller(get())
-    caller.request.start(529, LENGTH)
-    caller.request.flush()
-
-    assert caller.transport.value().startswith(b"HTTP/1.1 529 \r\n")
-
-
-def test_a_head_goes_out_once() -> None:
-    """A second ``start`` changes nothing."""
-    caller = Caller(get())
-    caller.request.start(200, [])
-    caller.request.flush()
-    caller.request.start(500, LENGTH)
-    caller.request.flush()
-
-    assert len(caller.transport.writes) == 1
-    assert caller.request.status == 200
-
-
 # --- its body -------------------------------------------------------------------------------------
 
 
 def test_each_piece_is_one_write() -> None:
     """A piece leaves at once, with its chunk framing around it, and is counted."""
-    caller = Caller(get())
-    caller.request.start(200, [])
-    caller.request.flush()
+    caller = Caller(GET)
+    current = caller.start()
     for data in (b"hello", b"", b"x" * 17):
-        caller.request.write(data)
-    caller.request.finish()
+        current.write(data)
+    current.finish()
 
-    expected = [b"5\r\nhello\r\n", b"11\r\n" + b"x" * 17 + b"\r\n", LAST]
+    expected = [b"5\r\nhello\r\n", b"11\r\n" + b"x" * 17 + b"\r\n", LAST_CHUNK]
     assert caller.transport.writes[1:] == expected
-    assert caller.request.sent == 22
+    assert current.sent == 22
 
 
-@pytest.mark.parametrize(("version", "fields"), [("1.1", LENGTH), ("1.0", LENGTH), ("1.0", [])])
-def test_without_chunks_the_bytes_are_the_body(
-    version: str, fields: list[tuple[bytes, bytes]]
-) -> None:
+@pytest.mark.parametrize(("data", "fields"), [(GET, LENGTH), (GET_1_0, LENGTH), (GET_1_0, [])])
+def test_without_chunks_the_bytes_are_the_body(data: bytes, fields: Fields) -> None:
     """With a length, and for HTTP/1.0, nothing stands between the pieces."""
-    caller = Caller(get("GET", version))
-    caller.request.start(200, fields)
-    caller.request.flush()
-    caller.request.write(b"he")
-    caller.request.write(b"llo")
-    caller.request.finish()
+    caller = Caller(data)
+    current = caller.start(fields=fields)
+    current.write(b"he")
+    current.write(b"llo")
+    current.finish()
 
     assert caller.transport.writes[1:] == [b"he", b"llo"]
-    assert caller.closed() == (["lose"] if version == "1.0" else [])
+    assert caller.closes() == (["lose"] if data == GET_1_0 else [])
 
 
 @pytest.mark.parametrize(
-    ("lines", "counts", "taken"),
-    [
-        (get(), True, True),
-        (get(), False, False),
-        (get("GET", "1.0"), True, False),
-        (get("HEAD"), True, False),
-    ],
+    ("data", "counts", "taken"),
+    [(GET, True, True), (GET, False, False), (GET_1_0, True, False), (HEAD, True, False)],
 )
-def test_chunks_are_taken_as_they_are_where_that_coding_is_spoken_and_bytes_are_counted(
-    lines: bytes, counts: bool, taken: bool
+def test_chunks_are_forwarded_verbatim_where_both_sides_use_them(
+    data: bytes, counts: bool, taken: bool
 ) -> None:
-    """From the first piece, which takes the head along, up to the response's end."""
-    caller = Caller(lines)
+    """The transport must count bytes, too; forwarding starts behind the response's first piece."""
+    caller = Caller(data)
     caller.transport.counts = counts
-    request = caller.request
-    request.start(200, [])
-    before = request.verbatim()
-    request.write(b"hello")
-    verbatim = request.verbatim()
+    current = caller.request
+    current.start(200, [])
+    before = current.verbatim()
+    current.write(b"hello")
+    verbatim = current.verbatim()
     if verbatim is not None:
         verbatim(b"1\r\n!\r\n")
     assert (before, verbatim is not None) == (None, taken)
-    assert isinstance(caller.channel, ClientConnection)
     assert caller.channel.written == len(caller.transport.value())
-    assert request.sent == (0 if lines.startswith(b"HEAD") else 5)
-    request.finish()
-    assert request.verbatim() is None
+    assert current.sent == (0 if data == HEAD else 5)
+    current.finish()
+    assert current.verbatim() is None
     if taken:
-        assert caller.transport.writes[1:] == [b"1\r\n!\r\n", LAST]
+        assert caller.transport.writes[1:] == [b"1\r\n!\r\n", LAST_CHUNK]
 
 
-@pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])
-def test_where_no_body_belongs_none_is_written(method: str, status: int) -> None:
+@pytest.mark.parametrize(("data", "status"), [(HEAD, 200), (GET, 204), (GET, 304)])
+def test_where_no_body_belongs_none_is_written(data: bytes, status: int) -> None:
     """The body of a response that has none is dropped, and the connection goes on."""
-    caller = Caller(get(method))
-    caller.request.start(status, LENGTH)
-    caller.request.flush()
-    caller.request.write(b"hello")
-    caller.request.finish()
+    caller = Caller(data)
+    current = caller.start(status, LENGTH)
+    current.write(b"hello")
+    current.finish()
 
     assert len(caller.transport.writes) == 1
-    assert caller.request.sent == 0
-    caller.send(get())
-    assert len(caller.resource.requests) == 2
+    assert current.sent == 0
+    caller.send(GET)
+    assert len(caller.handler.requests) == 2
 
 
 def test_a_response_can_be_left_to_twisted() -> None:
     """A resource that only writes gets a head from the response headers that it set."""
-    caller = Caller(get())
+    caller = Caller(GET)
     caller.request.setResponseCode(201)
     caller.request.responseHeaders.addRawHeader(b"X-A", b"1")
     caller.request.write(b"x")
@@ -374,95 +260,59 @@ def test_a_response_can_be_left_to_twisted() -> None:
 
     head, _, body = caller.transport.value().partition(b"\r\n\r\n")
     assert head == b"HTTP/1.1 201 Created\r\nx-a: 1\r\ntransfer-encoding: chunked"
-    assert body == b"1\r\nx\r\n" + LAST
+    assert body == b"1\r\nx\r\n" + LAST_CHUNK
 
 
-# --- the end of the response
-# ------------------------------------------------------------------------
-
-
-def test_a_whole_response_leaves_the_connection_for_the_next() -> None:
-    """After ``finish`` the next request is read from the same connection."""
-    caller = Caller(get() + get("POST", "1.1", "Content-Length: 0"))
-    assert len(caller.resource.requests) == 1
-    caller.request.start(200, [])
-    caller.request.flush()
-    caller.request.finish()
-    assert [got.method for got in caller.resource.requests] == [b"GET", b"POST"]
-    assert not caller.closed()
+# --- the end of the response ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("how", "fields"), [("break_off", LENGTH), ("break_off", []), ("finish", LENGTH)]
 )
-def test_a_broken_response_never_looks_whole(how: str, fields: list[tuple[bytes, bytes]]) -> None:
-    """After all that was written it is closed, short of its length or without its last chunk."""
-    caller = Caller(get())
-    caller.request.start(200, fields)
-    caller.request.flush()
-    caller.request.write(b"hel")
-    getattr(caller.request, how)()
+def test_a_broken_response_never_looks_whole(how: str, fields: Fields) -> None:
+    """The connection closes behind all that was written, without its length or its last chunk."""
+    caller = Caller(GET)
+    current = caller.start(fields=fields)
+    current.write(b"hel")
+    getattr(current, how)()
 
     assert caller.transport.value().endswith((b"\r\n\r\nhel", b"3\r\nhel\r\n"))
-    assert caller.closed() == ["lose"]
-    caller.send(get())
-    assert len(caller.resource.requests) == 1
+    assert caller.closes() == ["lose"]
+    caller.send(GET)
+    assert len(caller.handler.requests) == 1
 
 
-def test_without_framing_only_a_reset_tells_of_a_break() -> None:
-    """HTTP/1.0: what is queued goes out first, and then the connection is reset, not closed."""
-    caller = Caller(get("GET", "1.0"))
-    caller.request.start(200, [])
-    caller.request.flush()
+@pytest.mark.parametrize("leaves", [False, True], ids=["reads", "leaves"])
+def test_a_broken_response_without_framing_ends_with_a_reset(leaves: bool) -> None:
+    """HTTP/1.0: the reset comes when the queue is empty, and nothing is left behind."""
+    caller = Caller(GET_1_0)
+    current = caller.start()
     caller.transport.hold(10)
-    caller.request.break_off()
-    caller.clock.pump([0.1] * 20)
-    assert not caller.closed()
-    caller.transport.hold(0)
-    caller.clock.advance(0.1)
-    assert caller.closed() == ["abort"]
+    current.break_off()
+    if not leaves:
+        caller.clock.pump([0.1] * 20)
+        assert not caller.closes()
+        caller.transport.hold(0)
+        caller.clock.advance(0.1)
+        assert caller.closes() == ["abort"]
     caller.transport.end(RESET)
-    assert not caller.clock.getDelayedCalls()
-
-
-def test_a_client_that_goes_while_a_reset_waits_leaves_nothing() -> None:
-    """The wait for an empty queue ends with the connection."""
-    caller = Caller(get("GET", "1.0"))
-    caller.request.start(200, [])
-    caller.request.flush()
-    caller.transport.hold(10)
-    caller.request.break_off()
-    caller.transport.end(RESET)
-
     assert not caller.clock.getDelayedCalls()
 
 
 def test_an_abort_drops_the_client_at_once() -> None:
-    """Whoever serves the request is told why, once, and the connection is aborted."""
-    caller = Caller(get())
-    caller.request.start(200, [])
-    caller.request.flush()
-    why = ClientStalled()
+    """The handler gets the reason once, and the connection is aborted."""
+    caller = Caller(GET)
+    current, why = caller.start(), ClientStalled()
     for _ in range(2):
-        caller.request.abort(why)
+        current.abort(why)
     caller.transport.end(RESET)
 
-    assert caller.left() == [why]
-    assert caller.closed() == ["abort"]
+    assert caller.handler.gone == [why]
+    assert caller.closes() == ["abort"]
 
 
-@pytest.mark.parametrize("started", [True, False])
-def test_a_client_that_leaves_is_told_of_once(started: bool) -> None:
-    """The reason is there; what is done to the request afterwards goes nowhere."""
-    caller = Caller(get())
-    current = caller.request
-    if started:
-        current.start(200, [])
-        current.flush()
-    written = caller.transport.value()
-    caller.transport.end(RESET)
-    assert len(caller.left()) == 1
-    assert type(caller.left()[0]) is ClientGone
+def do_everything(current: Request) -> None:
+    """Call each method that would change a response."""
     current.start(200, [])
     current.flush()
     current.write(b"x")
@@ -471,40 +321,46 @@ def test_a_client_that_leaves_is_told_of_once(started: bool) -> None:
     current.abort(ClientStalled())
     current.unregisterProducer()
 
-    assert len(caller.left()) == 1
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_client_that_leaves_is_reported_once(started: bool) -> None:
+    """The handler gets the reason; later calls of the request's methods have no effect."""
+    caller = Caller(GET)
+    if started:
+        caller.start()
+    written = caller.transport.value()
+    caller.transport.end(RESET)
+    assert [type(why) for why in caller.handler.gone] == [ClientGone]
+    do_everything(caller.request)
+
+    assert len(caller.handler.gone) == 1
     assert caller.transport.value() == written
-    assert not caller.closed()
-    assert current.status == (200 if started else None)
+    assert not caller.closes()
+    assert caller.request.status == (200 if started else None)
 
 
 def test_an_ended_response_is_over() -> None:
-    """After the end nothing is written or told any more; the connection may serve another."""
-    caller = Caller(get() + get())
-    first = caller.request
-    first.start(200, [])
-    first.flush()
+    """After its end nothing is written or reported; the connection may serve another request."""
+    caller = Caller(GET + GET)
+    first = caller.start()
+    reported: list[ClientGone] = []
+    first.gone = reported.append
     first.finish()
     written = caller.transport.value()
-    first.write(b"x")
-    first.finish()
-    first.break_off()
-    first.abort(ClientStalled())
-    first.unregisterProducer()
+    do_everything(first)
 
     assert caller.transport.value() == written
-    assert not caller.closed()
+    assert not caller.closes()
     caller.transport.end(RESET)
-    assert [len(told) for told in caller.resource.left] == [0, 1]
+    assert (len(reported), len(caller.handler.gone)) == (0, 1)
 
 
 @pytest.mark.parametrize("how", ["finish", "break_off"])
-def test_whoever_waits_for_the_end_hears_of_it(how: str) -> None:
-    """``notifyFinish`` fires when the response has ended, in whichever way."""
-    caller = Caller(get())
+def test_the_end_of_a_response_is_reported(how: str) -> None:
+    """``notifyFinish`` fires when the response has ended, whole or broken."""
+    caller = Caller(GET)
     ended: Deferred[None] = caller.request.notifyFinish()
-    caller.request.start(200, [])
-    caller.request.flush()
-    getattr(caller.request, how)()
+    getattr(caller.start(), how)()
 
     assert ended.called
 
@@ -512,55 +368,38 @@ def test_whoever_waits_for_the_end_hears_of_it(how: str) -> None:
 # --- producers ------------------------------------------------------------------------------------
 
 
-class Producer:
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def pauseProducing(self) -> None:
-        self.calls.append("pause")
-
-    def resumeProducing(self) -> None:
-        self.calls.append("resume")
-
-    def stopProducing(self) -> None:
-        self.calls.append("stop")
-
-
-def test_a_producer_is_paused_by_a_full_wire() -> None:
-    """The transport's pause and resume reach the producer, and its end stops it."""
-    caller, producer = Caller(get()), Producer()
+def test_a_producer_is_paused_by_a_full_transport() -> None:
+    """The transport's pause and resume reach the producer, and its end stops the producer."""
+    caller, producer = Caller(GET), Push()
     caller.request.registerProducer(producer, True)
     caller.transport.producer.pauseProducing()
     caller.transport.producer.resumeProducing()
     caller.transport.end(RESET)
 
-    assert producer.calls == ["pause", "resume", "stop"]
+    assert producer.told == ["pause", "resume", "stop"]
 
 
 def test_a_producer_that_comes_late_is_paused_at_once() -> None:
-    """A wire that was full before is full for the newcomer, too."""
-    caller, producer = Caller(get()), Producer()
+    """A transport that was full before is full for the new producer, too."""
+    caller, producer = Caller(GET), Push()
     caller.transport.producer.pauseProducing()
     caller.request.registerProducer(producer, True)
 
-    assert producer.calls == ["pause"]
+    assert producer.told == ["pause"]
 
 
 @pytest.mark.parametrize("how", ["finish", "break_off"])
 def test_an_ended_response_forgets_its_producer(how: str) -> None:
-    """After the end the wire's fullness is no business of the producer's."""
-    caller, producer = Caller(get()), Producer()
+    """After the end a full transport does not pause the producer."""
+    caller, producer = Caller(GET), Push()
     channel = caller.transport.producer
-    caller.request.start(200, [])
-    caller.request.flush()
-    caller.request.registerProducer(producer, True)
-    getattr(caller.request, how)()
+    current = caller.start()
+    current.registerProducer(producer, True)
+    getattr(current, how)()
     channel.pauseProducing()
     channel.resumeProducing()
 
-    assert not producer.calls
+    assert not producer.told
 
 
 # --- exceptions -----------------------------------------------------------------------------------
@@ -568,7 +407,7 @@ def test_an_ended_response_forgets_its_producer(how: str) -> None:
 
 @pytest.mark.parametrize("started", [True, False])
 def test_an_exception_is_a_bare_500_or_a_break(started: bool, logged_failures: Any) -> None:
-    """No page of Twisted's is shown, and a stream that has begun is not ended as if whole."""
+    """Twisted's page is not shown, and a stream that has begun does not end as if it were whole."""
 
     def fail(current: Request) -> None:
         if started:
@@ -578,12 +417,12 @@ def test_an_exception_is_a_bare_500_or_a_break(started: bool, logged_failures: A
         raise ZeroDivisionError
 
     caller = Caller()
-    caller.resource.act = fail
-    caller.send(get())
+    caller.handler.act = fail
+    caller.send(GET)
 
     assert len(logged_failures.flush(ZeroDivisionError)) == 1
     if started:
         assert caller.transport.value().endswith(b"\r\n\r\n1\r\nx\r\n")
-        assert caller.closed() == ["lose"]
+        assert caller.closes() == ["lose"]
     else:
         assert caller.transport.value().endswith(b"Error\r\ncontent-length: 0\r\n\r\n")

@@ -1,4 +1,4 @@
-"""A site from one configuration to the next: who serves, what is allowed, and for how long."""
+"""A site gets a new configuration: its handlers, its limits and its deadlines change."""
 
 from __future__ import annotations
 
@@ -10,69 +10,68 @@ from llmproxy.errors import ProxyError
 from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
-from tests.server.test_site import Caller, Waits
+from tests.server.caller import GET, Caller, WaitingHandler
 from tests.support.served import limits
 from tests.support.sockets import request
 
-GET = request("GET", "/")
 POST = request("POST", "/", body=b"body")
 
 
 def test_the_next_request_is_served_by_the_next_handler() -> None:
-    """On the same connection."""
-    caller, after = Caller(), Waits()
+    """The connection stays the same."""
+    caller, after = Caller(), WaitingHandler()
     caller.send(GET)
-    caller.response()
+    caller.respond()
     caller.site.serve(Router(after))
     caller.send(GET)
-    assert (len(caller.resource.requests), len(after.requests)) == (1, 1)
+    assert (len(caller.handler.requests), len(after.requests)) == (1, 1)
 
 
 @pytest.mark.parametrize("sent", range(POST.index(b"\r\n\r\n") + 4, len(POST)))
-def test_a_request_whose_head_is_in_keeps_who_serves_it(sent: int) -> None:
-    """However much of its body has come by then; what it may hold is settled, too."""
-    caller, after = Caller(), Waits(limit=1, holds=False)
+def test_a_request_whose_head_is_whole_keeps_its_handler(sent: int) -> None:
+    """The handler and the body limit stay, however much of the body has come."""
+    caller, after = Caller(), WaitingHandler(limit=1, holds=False)
     caller.send(POST[:sent])
     caller.site.serve(Router(after))
     caller.send(POST[sent:])
-    assert (len(caller.resource.requests), after.requests) == (1, [])
+    assert (len(caller.handler.requests), after.requests) == (1, [])
     assert caller.request.body == b"body"
-    caller.response()
+    caller.respond()
     caller.send(POST)
-    assert (len(caller.resource.requests), len(after.requests)) == (1, 1)
+    assert (len(caller.handler.requests), len(after.requests)) == (1, 1)
     assert after.requests[0].refusal is not None
 
 
-def test_a_request_whose_head_is_not_in_has_the_new_one() -> None:
+def test_a_request_whose_head_is_not_whole_has_the_new_handler() -> None:
     """A part of a head is no request yet."""
-    caller, after = Caller(), Waits()
+    caller, after = Caller(), WaitingHandler()
     caller.send(POST[:-10])
     caller.site.serve(Router(after))
     caller.send(POST[-10:])
-    assert (caller.resource.requests, len(after.requests)) == ([], 1)
+    assert (caller.handler.requests, len(after.requests)) == ([], 1)
 
 
-def test_a_refusal_before_the_body_follows() -> None:
-    """Who is refused before a body is read is a matter of the configuration, too."""
+def test_an_early_refusal_is_the_new_handlers() -> None:
+    """The new handler may refuse a request before its body is read."""
     caller = Caller()
     refusal = ProxyError(401, "no_key", "No.")
-    asked: list[Request] = []
+    early: list[Request] = []
 
-    class Refusing(Waits):
+    class Refusing(WaitingHandler):
         def early_refusal(self, request: Request) -> ProxyError:
-            asked.append(request)
+            early.append(request)
             return refusal
 
     after = Refusing()
     caller.site.serve(Router(after))
     caller.send(POST[:-1])
-    assert after.requests == asked
-    assert asked[0].refusal is refusal
+    assert after.requests == early
+    assert early[0].refusal is refusal
 
 
 @pytest.mark.parametrize("before", [None, 1000.0, 2.0])
-def test_who_is_idle_is_so_anew(before: float | None) -> None:
-    """A connection that could have stayed for ever does not, and one that was to go may stay."""
+def test_the_deadline_of_an_idle_connection_starts_again(before: float | None) -> None:
+    """A new ``client_idle`` counts from the change, after a longer one or none."""
     caller = Caller(client_idle=before)
     caller.pass_time(1)
     caller.site.follow(Timeouts(client_idle=10.0), Limits())
@@ -82,8 +81,8 @@ def test_who_is_idle_is_so_anew(before: float | None) -> None:
     assert not caller.is_open()
 
 
-def test_who_is_idle_is_not_told_of_other_deadlines() -> None:
-    """Reloads alone keep nobody's connection open."""
+def test_other_deadlines_do_not_extend_an_idle_connection() -> None:
+    """Reloads alone keep no idle connection open."""
     caller = Caller(client_idle=10)
     for _ in range(11):
         caller.pass_time(1)
@@ -94,33 +93,33 @@ def test_who_is_idle_is_not_told_of_other_deadlines() -> None:
 
 
 def test_deadlines_that_run_stay() -> None:
-    """A head that has begun has the time that it began with, and the next one the new."""
+    """A head that has begun keeps its deadline, and the next head has the new one."""
     caller = Caller(request_head=10)
     caller.send(GET[:5])
     caller.site.follow(Timeouts(request_head=1.0), Limits())
     caller.pass_time(5)
     assert caller.is_open()
     caller.send(GET[5:])
-    caller.response()
+    caller.respond()
     caller.transport.take()
     caller.send(GET[:5])
     caller.pass_time(2)
     assert caller.status == 408
 
 
-def test_a_client_that_takes_nothing_has_the_time_that_it_began_with() -> None:
-    """`client_stall` is its request's, of the site's from the beginning."""
+def test_a_request_keeps_its_stall_deadline() -> None:
+    """A request keeps the `client_stall` of its beginning."""
     caller = Caller(client_stall=50)
     caller.send(GET)
     caller.site.follow(Timeouts(client_stall=1.0), Limits())
     assert caller.request.stall_after == 50
-    caller.response()
+    caller.respond()
     caller.send(GET)
     assert caller.request.stall_after == 1
 
 
-def test_limits_of_heads_follow() -> None:
-    """The next head is measured by the new one."""
+def test_the_next_head_has_the_new_limit() -> None:
+    """The new limit holds for the next head."""
     caller = Caller()
     caller.site.follow(Timeouts(), Limits(request_head=50))
     caller.send(request("GET", "/", "x-long: " + "x" * 50))
@@ -128,7 +127,7 @@ def test_limits_of_heads_follow() -> None:
 
 
 def test_the_sweep_is_as_fine_as_the_shortest_deadline() -> None:
-    """Which may be much shorter by now; and reloads in quick succession do not hold it up."""
+    """The new deadline may be much shorter; frequent reloads do not delay the sweep."""
     caller = Caller(client_idle=100)
     for _ in range(40):
         caller.site.follow(Timeouts(client_idle=0.4), Limits())
@@ -137,15 +136,15 @@ def test_the_sweep_is_as_fine_as_the_shortest_deadline() -> None:
 
 
 def test_an_idle_site_does_not_begin_to_sweep() -> None:
-    """Nobody is connected, and nobody listens."""
+    """Without a listener and a client there is no timer."""
     clock = Clock()
-    site = Site(Router(Waits()), clock, clock.seconds, wall=lambda: 0.0)
+    site = Site(Router(WaitingHandler()), clock, clock.seconds, wall=lambda: 0.0)
     site.follow(Timeouts(client_idle=1.0), Limits())
     assert not clock.getDelayedCalls()
 
 
-def test_limits_of_connections_are_others_from_now_on() -> None:
-    """Open connections stay, and are counted, from one address too."""
+def test_new_limits_hold_for_the_next_connection() -> None:
+    """Open connections stay and count, also those of one address."""
     limiter = limits(2)
     assert [limiter.enter("a"), limiter.enter("a")] == [None, None]
     limiter.limit(3, 0)

@@ -1,14 +1,12 @@
-"""TLS towards clients: what is agreed on, what is shown, and how it is replaced."""
+"""TLS towards clients: the handshake, the certificate, and how a certificate is replaced."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import warnings
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -23,12 +21,6 @@ from tests.support.served import GET, Served, ask
 from tests.support.sockets import WAIT, Wire, connect
 
 
-@pytest.fixture
-def vault(tmp_path: Path) -> Vault:
-    """An authority, and what it issues."""
-    return Vault(tmp_path)
-
-
 def served_by(
     vault: Vault, issued: Issued | None = None, timeouts: Timeouts | None = None
 ) -> Served:
@@ -36,19 +28,14 @@ def served_by(
     return Served(tls=ListenerTls((issued or vault.issue()).keypair()), timeouts=timeouts)
 
 
-def shake(port: int, context: ssl.SSLContext) -> Wire:
-    """Connect, and shake hands."""
-    return connect(port, tls=context)
-
-
 def refuse(port: int, context: ssl.SSLContext) -> str:
-    """Connect, see the handshake fail, and return what the client says of it."""
+    """Connect, see the handshake fail, and return the error of the client."""
     with connect(port) as wire, pytest.raises(ssl.SSLError) as caught:
         context.wrap_socket(wire.sock, server_hostname="localhost")
     return str(caught.value).lower().replace("_", " ")
 
 
-# --- what is agreed on ----------------------------------------------------------------------------
+# --- the handshake --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,10 +51,10 @@ def refuse(port: int, context: ssl.SSLContext) -> str:
 )
 @ensureDeferred
 async def test_http_1_1_is_chosen(vault: Vault, offered: list[str], chosen: str | None) -> None:
-    """Wherever it stands in the list; who has no more than HTTP/1.0, or no ALPN, is served, too."""
+    """It may stand anywhere in the list; clients with HTTP/1.0 or without ALPN are served, too."""
 
     def client() -> tuple[str | None, bytes]:
-        with shake(served.port, vault.client(protocols=offered)) as wire:
+        with connect(served.port, tls=vault.client(protocols=offered)) as wire:
             assert isinstance(wire.sock, ssl.SSLSocket)
             return wire.sock.selected_alpn_protocol(), ask(wire)
 
@@ -78,10 +65,10 @@ async def test_http_1_1_is_chosen(vault: Vault, offered: list[str], chosen: str 
 @pytest.mark.parametrize("offered", [["h2"], ["h2", "h3"], ["http/0.9"], ["HTTP/1.1"]])
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @ensureDeferred
-async def test_what_cannot_be_spoken_is_refused_in_the_handshake(
+async def test_other_protocols_are_refused_in_the_handshake(
     vault: Vault, version: ssl.TLSVersion, offered: list[str]
 ) -> None:
-    """With the alert that says so (RFC 7301, section 3.2), and nothing is logged as a failure."""
+    """The alert says so (RFC 7301, section 3.2), and no failure is logged."""
     context = vault.client(protocols=offered)
     context.maximum_version = version
     async with served_by(vault) as served:
@@ -93,16 +80,16 @@ async def test_what_cannot_be_spoken_is_refused_in_the_handshake(
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("key_type", [KeyType.RSA, KeyType.ECDSA])
 @ensureDeferred
-async def test_both_versions_and_both_kinds_of_key(
+async def test_both_versions_work_with_both_kinds_of_key(
     vault: Vault, version: ssl.TLSVersion, key_type: KeyType
 ) -> None:
-    """TLS 1.2 and 1.3 are spoken, with RSA and with elliptic keys, forward secret and AEAD."""
+    """TLS 1.2 and 1.3 work with RSA and elliptic keys; the ciphers are forward secret and AEAD."""
     issued = vault.issue(key_type=key_type)
     context = vault.client()
     context.minimum_version = context.maximum_version = version
 
     def client() -> tuple[bytes | None, tuple[str, str, int] | None, bytes]:
-        with shake(served.port, context) as wire:
+        with connect(served.port, tls=context) as wire:
             assert isinstance(wire.sock, ssl.SSLSocket)
             return shown_to(wire), wire.sock.cipher(), ask(wire)
 
@@ -115,7 +102,7 @@ async def test_both_versions_and_both_kinds_of_key(
 
 
 def old_client(vault: Vault, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Return a client that speaks no version but this, and takes whatever cipher it is given."""
+    """Return a client with no version but this one, and with any cipher."""
     context = vault.client()
     context.set_ciphers("ALL:@SECLEVEL=0")
     with warnings.catch_warnings():
@@ -128,7 +115,7 @@ def old_client(vault: Vault, version: ssl.TLSVersion) -> ssl.SSLContext:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 @ensureDeferred
 async def test_older_versions_are_refused(vault: Vault, version: ssl.TLSVersion) -> None:
-    """It is the listener that refuses them: the alert is its own (RFC 8996)."""
+    """The alert is the listener's own (RFC 8996)."""
     context = old_client(vault, version)
     async with served_by(vault) as served:
         reason = await served.run(refuse, served.port, context)
@@ -143,7 +130,7 @@ async def test_older_versions_are_refused(vault: Vault, version: ssl.TLSVersion)
 )
 @ensureDeferred
 async def test_weak_ciphers_are_refused(vault: Vault, cipher: str) -> None:
-    """A client of TLS 1.2 that has nothing better finds nothing in common (RFC 9325, section 4)."""
+    """A TLS 1.2 client with nothing better shares no cipher with us (RFC 9325, section 4)."""
     context = vault.client()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(f"{cipher}:@SECLEVEL=0")
@@ -157,7 +144,7 @@ async def test_weak_ciphers_are_refused(vault: Vault, cipher: str) -> None:
 
 @ensureDeferred
 async def test_renegotiation_is_refused(vault: Vault) -> None:
-    """A client of TLS 1.2 cannot let us do the handshake's work again and again."""
+    """A TLS 1.2 client cannot make us repeat the work of a handshake."""
 
     def client() -> tuple[bytes, list[str]]:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
@@ -190,37 +177,11 @@ def blocking(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-@ensureDeferred
-async def test_openssls_own_client_is_refused_it_too(vault: Vault) -> None:
-    """`openssl s_client` asks for it with an `R`, and ends with the error."""
-
-    def client() -> tuple[int, str]:
-        where = ["-connect", f"127.0.0.1:{served.port}", "-servername", "localhost"]
-        trusted = ["-CAfile", str(vault.ca_path), "-verify_return_error"]
-        done = subprocess.run(
-            ["openssl", "s_client", "-tls1_2", *where, *trusted],
-            input="R\n",
-            capture_output=True,
-            text=True,
-            timeout=WAIT,
-            check=False,
-        )
-        assert "Verify return code: 0 (ok)" in done.stdout, done
-        return done.returncode, done.stderr
-
-    async with served_by(vault) as served:
-        code, told = await served.run(client)
-    assert code != 0
-    assert "RENEGOTIATING" in told
-    assert "no renegotiation" in told
-
-
-# --- what is shown --------------------------------------------------------------------------------
+# --- the certificate ------------------------------------------------------------------------------
 
 
 def chain_of(port: int) -> list[bytes]:
-    """Return the certificates that a client is sent, as PEM."""
+    """Return the certificates that a client gets, as PEM."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
     with connect(port) as wire:
@@ -234,17 +195,17 @@ def chain_of(port: int) -> list[bytes]:
 
 @ensureDeferred
 async def test_the_chain_is_sent_whole(vault: Vault) -> None:
-    """Byte for byte in the file's order, so that a client needs no more than the root."""
+    """It is byte for byte in the file's order, so that a client needs only the root."""
     issued = vault.issue()
     async with served_by(vault, issued) as served:
         assert b"".join(await served.run(chain_of, served.port)) == issued.chain
-        with await served.run(shake, served.port, vault.client()) as wire:
+        with await served.run(connect, served.port, tls=vault.client()) as wire:
             assert await served.run(ask, wire) == b"127.0.0.1"
 
 
 @ensureDeferred
 async def test_no_more_than_the_file_is_sent(vault: Vault) -> None:
-    """What is left out of the file is not put together from elsewhere."""
+    """A certificate that is missing in the file is not found elsewhere."""
     issued = vault.issue()
     alone = Keypair(
         certificate=issued.leaf, key=Secret(issued.key.decode()), not_after=issued.not_after
@@ -258,25 +219,26 @@ async def test_no_more_than_the_file_is_sent(vault: Vault) -> None:
 
 
 @ensureDeferred
-async def test_a_connection_keeps_what_it_began_with(vault: Vault) -> None:
-    """Whoever connects after the change is shown the new one; who was there goes on unharmed."""
-    old, new = vault.issue(), vault.issue(key_type=KeyType.RSA)
+async def test_an_open_connection_keeps_its_certificate(vault: Vault) -> None:
+    """A new client gets the new certificate; an open connection goes on."""
+    later = datetime.now(UTC) + timedelta(days=7)
+    old, new = vault.issue(), vault.issue(key_type=KeyType.RSA, not_after=later)
     tls = ListenerTls(old.keypair())
     assert tls.not_after == old.not_after
     async with Served(tls=tls) as served:
-        with await served.run(shake, served.port, vault.client()) as before:
+        with await served.run(connect, served.port, tls=vault.client()) as before:
             assert await served.run(ask, before) == b"127.0.0.1"
             tls.show(ListenerTls(new.keypair()))
-            assert tls.not_after == new.not_after
-            with await served.run(shake, served.port, vault.client()) as after:
+            assert tls.not_after == new.not_after != old.not_after
+            with await served.run(connect, served.port, tls=vault.client()) as after:
                 assert await served.run(ask, after) == b"127.0.0.1"
                 assert (shown_to(before), shown_to(after)) == (old.der, new.der)
             assert await served.run(ask, before) == b"127.0.0.1"
 
 
 @ensureDeferred
-async def test_a_handshake_ends_with_what_it_began_with(vault: Vault) -> None:
-    """A certificate that is replaced between a client's first bytes and its last harms nobody."""
+async def test_a_handshake_ends_with_the_certificate_that_it_began_with(vault: Vault) -> None:
+    """A certificate may be replaced between a client's first bytes and its last."""
     old, new = vault.issue(), vault.issue()
     tls = ListenerTls(old.keypair())
     async with Served(tls=tls) as served:
@@ -299,7 +261,7 @@ async def test_a_handshake_ends_with_what_it_began_with(vault: Vault) -> None:
 async def test_a_session_is_resumed_until_the_certificate_changes(
     vault: Vault, version: ssl.TLSVersion
 ) -> None:
-    """A client that comes back saves the handshake, but not past the end of a certificate."""
+    """A client that returns saves the handshake while the certificate is the same."""
     old, new = vault.issue(), vault.issue()
     tls = ListenerTls(old.keypair())
     context = vault.client()
@@ -321,8 +283,8 @@ async def test_a_session_is_resumed_until_the_certificate_changes(
         assert (await served.run(visit, session))[1] is False
 
 
-def test_what_openssl_refuses_is_told(vault: Vault) -> None:
-    """Whatever slipped through every check before: nothing is made that could be shown."""
+def test_a_refusal_of_openssl_is_reported(vault: Vault) -> None:
+    """A key of another certificate is an error, and nothing is made."""
     old, new = vault.issue(), vault.issue()
     mixed = Keypair(certificate=new.chain, key=Secret(old.key.decode()), not_after=0.0)
     with pytest.raises(ValueError, match=r"^proxy\.certificate: OpenSSL refuses it"):
@@ -332,13 +294,20 @@ def test_what_openssl_refuses_is_told(vault: Vault) -> None:
 # --- how long a handshake may take ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "hello",
+    [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"],
+    ids=["nothing", "byte by byte"],
+)
 @ensureDeferred
-async def test_a_handshake_that_does_not_come_is_dropped(vault: Vault) -> None:
-    """After `request_head`, although `client_idle` is longer; nothing is said."""
+async def test_a_handshake_has_the_deadline_of_a_head(vault: Vault, hello: bytes) -> None:
+    """Bytes do not extend ``request_head``, and ``client_idle`` is longer; nothing is sent."""
     async with served_by(vault, timeouts=Timeouts(request_head=10, client_idle=1000)) as served:
         with connect(served.port) as wire:
             await served.until_connected(1)
-            await served.pass_time(9)
+            for at in range(9):
+                wire.send(hello[at : at + 1])
+                await served.pass_time(1)
             assert len(served.site.connections) == 1
             await served.pass_time(4)
             await served.until_connected(0)
@@ -347,32 +316,17 @@ async def test_a_handshake_that_does_not_come_is_dropped(vault: Vault) -> None:
 
 
 @ensureDeferred
-async def test_bytes_do_not_push_the_handshakes_deadline_back(vault: Vault) -> None:
-    """A ClientHello that trickles in is cut off at the same time."""
-    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500)
-    async with served_by(vault, timeouts=Timeouts(request_head=10, client_idle=1000)) as served:
-        with connect(served.port) as wire:
-            await served.until_connected(1)
-            for byte in hello[:9]:
-                wire.send(bytes([byte]))
-                await served.pass_time(1)
-            assert len(served.site.connections) == 1
-            await served.pass_time(4)
-            await served.until_connected(0)
-
-
-@ensureDeferred
 async def test_after_the_handshake_a_client_may_wait(vault: Vault) -> None:
-    """Its request has `client_idle`, counted from there on."""
+    """The request has ``client_idle``, counted from the handshake."""
     async with served_by(vault, timeouts=Timeouts(request_head=10, client_idle=100)) as served:
-        with await served.run(shake, served.port, vault.client()) as wire:
+        with await served.run(connect, served.port, tls=vault.client()) as wire:
             await served.pass_time(95)
             assert await served.run(ask, wire) == b"127.0.0.1"
 
 
 @ensureDeferred
-async def test_without_a_deadline_a_handshake_is_waited_for(vault: Vault) -> None:
-    """`request_head = "off"` is its word, too."""
+async def test_a_handshake_may_have_no_deadline(vault: Vault) -> None:
+    """``request_head = "off"`` holds for the handshake, too."""
     async with served_by(vault, timeouts=Timeouts(request_head=None, client_idle=5)) as served:
         with connect(served.port):
             await served.until_connected(1)
@@ -384,8 +338,8 @@ async def test_without_a_deadline_a_handshake_is_waited_for(vault: Vault) -> Non
     "sent", [GET, b"\x16\x03\x01\x00\x05hello", b"\0" * 600], ids=["HTTP", "a broken hello", "NUL"]
 )
 @ensureDeferred
-async def test_what_is_no_handshake_is_no_failure(vault: Vault, sent: bytes) -> None:
-    """Whoever speaks something else than TLS is closed, and nothing is logged as a failure."""
+async def test_bytes_that_are_not_tls_are_no_failure(vault: Vault, sent: bytes) -> None:
+    """A client that does not speak TLS is closed, and no failure is logged."""
 
     def client() -> str:
         with connect(served.port) as wire:
