@@ -10,6 +10,7 @@ import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -175,8 +176,9 @@ async def test_pending_is_exactly_what_the_kernel_did_not_take() -> None:
         received = 0
         while received < taken:
             received += len(held.wire.sock.recv(min(65536, taken - received)))
+        deadline = time.monotonic() + WAIT
         while unacknowledged_bytes(transport):
-            pass
+            assert time.monotonic() < deadline
         assert not select.select([held.wire.sock], [], [], 0)[0]
 
 
