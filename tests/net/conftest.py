@@ -51,7 +51,7 @@ class OpenTls:
         """Open a connection; yield the peer when the handshake is done at both ends."""
         async with self.raw(end, small=small) as held:
             peer = self.peer(held, engine)
-            await peer.shake()
+            await peer.handshake()
             held.sock.send(peer.records(b"!"))
             await until(lambda: held.end.received[:1] == b"!")
             held.transport.write(b"!")

@@ -162,7 +162,7 @@ async def test_an_abort_sends_nothing_more(direct: Open, full: bool) -> None:
         await until(lambda: peer.held.end.lost)
         assert reasons(peer.held.end) == [ConnectionAborted]
         assert await peer.hear_end() == "reset"
-        assert not peer.farewell
+        assert not peer.got_close_notify
         assert len(peer.heard) < len(sent) if full else not peer.heard
         peer.held.transport.write(b"too late")
 

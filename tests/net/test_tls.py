@@ -53,13 +53,13 @@ async def test_what_is_written_before_the_handshake_waits_and_keeps_its_order(tl
     """No content is sent before the handshake is done, and then it comes in order."""
     end = End()
     end.on_made = lambda end: [end.transport.write(b"1"), end.transport.writeSequence([b"2", b"3"])]  # type: ignore[union-attr]  # it is connected
-    end.on_shaken = lambda end: end.transport.write(b"5")  # type: ignore[union-attr]  # it is connected
+    end.on_handshake_done = lambda end: end.transport.write(b"5")  # type: ignore[union-attr]  # it is connected
     async with tls.raw(end) as held:
         held.transport.write(b"4" * 40_000)
         await turn()
         assert held.transport._tempDataLen == 40_003
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         assert await peer.hear(40_004) == b"123" + b"4" * 40_000 + b"5"
         assert end.handshake_done == 1
 
@@ -82,7 +82,7 @@ async def test_a_handshake_that_waits_for_the_peer_does_not_poll(tls: OpenTls) -
             await turn()
         assert len(calls) <= 2
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         assert await peer.hear(1000) == b"x" * 1000
 
 
@@ -95,7 +95,7 @@ async def test_a_producer_is_paused_by_what_waits_for_the_handshake(tls: OpenTls
         held.transport.write(bytes(70_000))
         assert producer.told == ["pause"]
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         await peer.hear(70_000)
         await until(lambda: producer.told == ["pause", "resume"])
         held.transport.unregisterProducer()
@@ -109,7 +109,7 @@ async def test_a_handshake_may_be_split_at_any_point(tls: OpenTls) -> None:
 
         async def trickle() -> bool:
             peer.engine.feed(held.pull())
-            done = peer.engine.shake()
+            done = peer.engine.handshake()
             out = peer.engine.drain()
             for index in range(len(out)):
                 held.sock.send(out[index : index + 1])
@@ -132,7 +132,7 @@ async def test_content_right_behind_the_handshake_is_received(tls: OpenTls) -> N
 
         def handshake_done() -> bool:
             peer.engine.feed(held.pull())
-            done = peer.engine.shake()
+            done = peer.engine.handshake()
             if done:
                 peer.engine.say(b"right behind")
                 peer.engine.say(b", and more")
@@ -203,8 +203,8 @@ async def test_a_close_behind_bytes_that_wait_for_the_handshake_sends_them(tls: 
         held.transport.write(b"first and last")
         held.transport.loseConnection()
         peer = tls.peer(held)
-        await peer.shake()
-        await until(lambda: peer.listen() or peer.farewell)
+        await peer.handshake()
+        await until(lambda: peer.listen() or peer.got_close_notify)
         assert peer.heard == b"first and last"
         held.sock.send(peer.end_record())
         await until(lambda: held.end.lost)
@@ -219,9 +219,9 @@ async def test_a_half_close_before_the_handshake_is_done_after_it(tls: OpenTls) 
         held.transport.loseWriteConnection()
         await turn()
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         assert await peer.hear_end() == "fin"
-        assert peer.farewell
+        assert peer.got_close_notify
         held.sock.send(peer.records(b"still heard"))
         await until(lambda: held.end.received == b"still heard")
 
@@ -233,12 +233,12 @@ async def test_the_protocol_may_end_the_connection_when_the_handshake_is_done(
 ) -> None:
     """The protocol may reject the peer at that point."""
     end = End()
-    end.on_shaken = lambda end: getattr(end.transport, what)()
+    end.on_handshake_done = lambda end: getattr(end.transport, what)()
     async with tls.raw(end) as held:
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         assert await peer.hear_end() == ("reset" if what == "abortConnection" else "fin")
-        assert peer.farewell is (what == "loseConnection")
+        assert peer.got_close_notify is (what == "loseConnection")
         if what == "loseConnection":
             held.sock.send(peer.end_record())
         await until(lambda: end.lost)
@@ -250,10 +250,10 @@ async def test_an_exception_of_the_report_ends_only_that_connection(
 ) -> None:
     """It is logged once, as any exception of a protocol."""
     end = End()
-    end.on_shaken = lambda end: 1 / 0
+    end.on_handshake_done = lambda end: 1 / 0
     async with tls.raw(end) as held:
         peer = tls.peer(held)
-        await peer.shake()
+        await peer.handshake()
         await until(lambda: end.lost)
         assert isinstance(end.lost[0], ZeroDivisionError)
     assert logged_failures.report().count("ZeroDivisionError") == 1
@@ -352,7 +352,7 @@ async def test_the_close_notify_of_the_peer_is_an_end_behind_its_content(
         assert peer.held.end.received == content
         assert reasons(peer.held.end) == [ConnectionDone]
         assert await peer.hear_end() == "fin"
-        assert peer.farewell
+        assert peer.got_close_notify
 
 
 @pytest_twisted.ensureDeferred
@@ -399,7 +399,7 @@ async def test_our_close_notify_comes_last_and_waits_for_the_peers(
         peer.held.transport.loseConnection()
         assert await peer.hear_end() == "fin"
         assert peer.heard == sent
-        assert peer.farewell
+        assert peer.got_close_notify
         assert peer.held.end.lost == []
         peer.held.transport.write(b"too late")
         peer.held.transport.loseConnection()
@@ -435,7 +435,7 @@ async def test_a_close_notify_that_the_kernel_does_not_take_waits(
 
         await until(little)
         assert peer.heard == BULK[:size]
-        assert peer.farewell
+        assert peer.got_close_notify
 
 
 @pytest_twisted.ensureDeferred
@@ -464,7 +464,7 @@ async def test_our_close_notify_waits_until_the_protocol_has_heard_of_the_peers(
         await until(lambda: end.lost)
         assert reasons(end) == [ConnectionAborted]
         assert await peer.hear_end() == "reset"
-        assert not peer.farewell
+        assert not peer.got_close_notify
 
 
 @pytest_twisted.ensureDeferred

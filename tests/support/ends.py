@@ -44,7 +44,7 @@ class End(Protocol):
         self.handshake_done = 0
         self.on_made: Callable[[End], Any] = _nothing
         self.on_data: Callable[[End], Any] = _nothing
-        self.on_shaken: Callable[[End], Any] = _nothing
+        self.on_handshake_done: Callable[[End], Any] = _nothing
         self.on_lost: Callable[[End], Any] = _nothing
 
     @property
@@ -57,7 +57,7 @@ class End(Protocol):
 
     def handshakeCompleted(self) -> None:
         self.handshake_done += 1
-        self.on_shaken(self)
+        self.on_handshake_done(self)
 
     def dataReceived(self, data: bytes) -> None:
         self.pieces.append(data)

@@ -1,4 +1,4 @@
-"""TlsProxy-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
+"""Stand-ins for parts of a reactor: a transport in memory, and a real one with a clock to turn.
 
 The transport is Twisted's ``StringTransport`` with what that lacks of a TCP transport: the private
 figures of ``FileDescriptor`` that ``net/transport.py`` reads, a half close, a producer that may be

@@ -82,7 +82,7 @@ class Engine(Protocol):
     def drain(self) -> bytes:
         """Return what is to be sent."""
 
-    def shake(self) -> bool:
+    def handshake(self) -> bool:
         """Go on with the handshake; return whether it is done."""
 
     def say(self, data: bytes) -> None:
@@ -91,7 +91,7 @@ class Engine(Protocol):
     def hear(self) -> bytes | None:
         """Return some content, nothing where more must come first, or None at close_notify."""
 
-    def farewell(self) -> None:
+    def send_close_notify(self) -> None:
         """Make a close_notify."""
 
 
@@ -110,7 +110,7 @@ class PythonEngine:
     def drain(self) -> bytes:
         return self._out.read()
 
-    def shake(self) -> bool:
+    def handshake(self) -> bool:
         try:
             self.tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -128,7 +128,7 @@ class PythonEngine:
         except ssl.SSLZeroReturnError:
             return None
 
-    def farewell(self) -> None:
+    def send_close_notify(self) -> None:
         with suppress(ssl.SSLWantReadError):
             self.tls.unwrap()
 
@@ -151,7 +151,7 @@ class OpenSslEngine:
                 taken += self.tls.bio_read(65536)
         return taken
 
-    def shake(self) -> bool:
+    def handshake(self) -> bool:
         try:
             self.tls.do_handshake()
         except SSL.WantReadError:
@@ -171,7 +171,7 @@ class OpenSslEngine:
         except SSL.ZeroReturnError:
             return None
 
-    def farewell(self) -> None:
+    def send_close_notify(self) -> None:
         self.tls.shutdown()
 
 
@@ -183,22 +183,22 @@ class TlsPeer:
 
     Attributes:
         heard: the content so far.
-        farewell: our end's close_notify has come.
+        got_close_notify: our end's close_notify has come.
     """
 
     def __init__(self, held: TwoEnds, engine: Any) -> None:
         self.held = held
         self.engine: Engine = engine
         self.heard = b""
-        self.farewell = False
+        self.got_close_notify = False
 
-    async def shake(self) -> None:
+    async def handshake(self) -> None:
         """Do the handshake."""
         await until(self._shaken)
 
     def _shaken(self) -> bool:
         self.engine.feed(self.held.pull())
-        done = self.engine.shake()
+        done = self.engine.handshake()
         self.flush()
         return done
 
@@ -216,15 +216,15 @@ class TlsPeer:
 
     def end_record(self) -> bytes:
         """Return a close_notify, not sent yet."""
-        self.engine.farewell()
+        self.engine.send_close_notify()
         return self.engine.drain()
 
     def listen(self, limit: int = 1 << 20) -> bool:
         """Take in what is there now; return False."""
         self.engine.feed(self.held.pull(limit))
-        while not self.farewell and (content := self.engine.hear()) != b"":
+        while not self.got_close_notify and (content := self.engine.hear()) != b"":
             if content is None:
-                self.farewell = True
+                self.got_close_notify = True
             else:
                 self.heard += content
         return False
