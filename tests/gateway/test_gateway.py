@@ -214,6 +214,11 @@ REFUSALS: list[tuple[bytes, int, str]] = [
         508,
         "loop",
     ),
+    (
+        request("POST", "/else", "X-Api-Key: key", JSON, EXPECT, "Content-Length: 5"),
+        404,
+        "no_route",
+    ),
     (request("POST", "/p", "X-Api-Key: key", JSON, body=b"{"), 400, "bad_body"),
     (request("POST", "/p", "X-Api-Key: key", JSON, body=b"x" * 2000), 413, "body_too_large"),
 ]
