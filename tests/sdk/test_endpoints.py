@@ -176,6 +176,30 @@ def test_report_of_a_stream_that_fails(way: Way, demo: Demo, proxy: Daemon) -> N
     assert trace_of(proxy, report.session)["status"] == 200
 
 
+@pytest.mark.parametrize("way", STREAMS, ids=str)
+def test_report_of_a_stream_without_its_end_marker(way: Way, proxy: Daemon) -> None:
+    """No SDK raises if only the end marker lacks; what came has neither reason nor counts."""
+    report = through(proxy, way, model="demo-unfinished")
+    assert (report.text, report.error) == ("You said: the", None)
+    assert report.finish_reason == ("in_progress" if way.endpoint == "responses" else None)
+    if way.sdk != "anthropic":  # whose counts of the input come first
+        assert (report.input_tokens, report.output_tokens) == (None, None)
+
+
+@pytest.mark.parametrize("way", ENDPOINT_WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("model", "status", "words"), [("demo-429", 429, "Rate limit"), ("demo-503", 503, "overloaded")]
+)
+def test_refusal_reaches_every_endpoint(
+    way: Way, model: str, status: int, words: str, proxy: Daemon
+) -> None:
+    """The SDK raises its error for the status, and the record has the status, too."""
+    report = through(proxy, way, model=model)
+    assert words in str(report.error)
+    line = access_line(proxy, report.session)
+    assert (line["status"], line["end_reason"]) == (status, "upstream_refused")
+
+
 @pytest.mark.parametrize(
     "way", [w for w in STREAMS if w.sdk == "openai" and w.endpoint != "responses"], ids=str
 )
