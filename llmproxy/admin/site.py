@@ -119,7 +119,7 @@ def _respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -
     )
     request.write(body)
     request.finish()
-    return NOT_DONE_YET  # nothing is left to write, but it was finished here
+    return NOT_DONE_YET  # it is finished: Twisted must not finish it again
 
 
 def _error(message: str) -> bytes:

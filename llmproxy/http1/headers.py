@@ -2,8 +2,8 @@
 
 Strip first, inject after.  Fields are lists of pairs, names in lower case, in the order in which
 they came; what crosses keeps its place and its value.  This module knows no provider and no client,
-only
-names: the hop-by-hop fields, those that can carry a client's key, and those that the proxy owns.
+only names: the hop-by-hop fields, those that can carry a client's key, and those that the proxy
+owns.
 """
 
 from __future__ import annotations

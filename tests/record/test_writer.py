@@ -88,7 +88,7 @@ def write_each(writer: Writer, numbers: range, kept: Callable[[], object]) -> No
     """Write traces, each once ``kept`` has the number of the traces before it."""
     for count, number in enumerate(numbers, 1):
         writer.write(trace(number))
-        eventually(lambda: kept() == count)  # noqa: B023
+        eventually(lambda: kept() == count)  # noqa: B023 - called in this round only
 
 
 def test_traces_are_kept_in_order() -> None:
