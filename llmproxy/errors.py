@@ -163,9 +163,14 @@ def upstream_protocol(detail: str) -> ProxyError:
 
 
 class ClientGone(Exception):
-    """The client closed, half-closed or reset its connection before the response was whole."""
+    """The client closed, half-closed or reset its connection before it had the whole response.
+
+    Attributes:
+        had_room: the client could take all that was written for it until then.
+    """
 
     end = EndReason.CLIENT_GONE
+    had_room = True
 
 
 class ClientStalled(ClientGone):

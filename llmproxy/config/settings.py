@@ -178,8 +178,9 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """The whole request. This deadline also cuts long streams."""
 
     client_stall: Annotated[float | None, Key(DURATION_OR_OFF, also_in=_FOR_BOTH)] = 60.0
-    """How long the caller may take no byte although bytes wait for the caller. Kernels take bytes
-    in steps: a caller that reads less than some 200 KB in this time may be cut, too."""
+    """How long the caller may take no byte although bytes wait for the caller, also behind the end
+    of the response. Kernels take bytes in steps: a caller that reads less than some 200 KB in this
+    time may be cut, too."""
 
     request_head: Annotated[float | None, Key(DURATION_OR_OFF)] = 10.0
     """The head of a request, from its first byte to its last. A TLS handshake before the head has

@@ -91,6 +91,12 @@ class Exchange:
         self.is_late = True
         self.cancel()
 
+    def stop_timer(self) -> None:
+        """Let ``total`` be: the provider has done its part."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
     def cancel(self) -> None:
         """Let whatever the request waits for fail."""
         if self.task is not None:

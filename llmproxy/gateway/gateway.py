@@ -129,6 +129,9 @@ class Gateway(Handler):
         request.start(response.code, for_client(response.fields, trace.id.encode("ascii")))
         await self._pump(exchange, match, response)
         request.finish()
+        if (taken := request.when_taken()) is not None:
+            exchange.stop_timer()
+            await taken
         return EndReason.COMPLETE if response.code < 400 else EndReason.UPSTREAM_REFUSED
 
     async def _serve(self, exchange: Exchange, place: PathMatch) -> None:

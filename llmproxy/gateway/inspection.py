@@ -99,8 +99,9 @@ class Inspection:
         except Exception:
             self._broke(trace)
             return end
-        # What came after the client had left was forwarded to nobody.
-        return end if exchange.is_detached else found
+        # What came after the client had left, or found no room there, was forwarded to nobody.
+        left = exchange.left
+        return end if exchange.is_detached or (left and not left.had_room) else found
 
     def _read_out(self, exchange: Exchange, end: EndReason) -> EndReason:
         trace, tap = exchange.trace, exchange.tap

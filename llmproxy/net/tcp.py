@@ -25,6 +25,8 @@ from twisted.internet.error import ConnectionAborted
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
+from llmproxy.net.transport import unsent_bytes
+
 READ_SIZE = 80 * 1024
 """Most bytes of one read; ``bufferSize`` is how many may be queued before a producer is paused."""
 
@@ -38,6 +40,7 @@ class DirectTransport(tcp.Connection):
     Attributes:
         drained: called once, when the kernel has taken all that is queued.
         written: bytes that were given to :meth:`write` so far.
+        unsent: bytes that the kernel had not sent yet when the connection was lost.
     """
 
     # What every write looks at.  Twisted's own marks, and attributes in the dictionary of an
@@ -45,6 +48,7 @@ class DirectTransport(tcp.Connection):
     __slots__ = ("_is_pulled", "_may_wait", "_send", "protocol", "socket", "written")
     drained: Callable[[], object] | None = None
     _reads: bool = False
+    unsent: int = 0
 
     def __init__(self, *args: Any) -> None:
         self._send: Callable[[bytes], int] = len  # stands for a socket that takes and drops all
@@ -163,6 +167,8 @@ class DirectTransport(tcp.Connection):
         """The connection is over: what is written from here on is dropped."""
         self._send = len
         self._is_pulled = False
+        if hasattr(self, "socket"):
+            self.unsent = unsent_bytes(self)
         super().connectionLost(reason)
 
 

@@ -71,6 +71,7 @@ class TlsTransport(DirectTransport):
     _reading_waits: bool = False
     _writing_waits: bool = False
     _parted: bool = False
+    _has_ended: bool = False  # the peer sends no more
 
     # -- the handshake --------------------------------------------------------------------------
 
@@ -209,8 +210,15 @@ class TlsTransport(DirectTransport):
         """All is sent: end our side, and wait for the peer's."""
         self._writeDisconnected = True  # what is written from here on is dropped
         if self._part():
+            if self._has_ended:
+                return CONNECTION_DONE
             self.startReading()
         return None
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """The peer has ended its side."""
+        self._has_ended = True
+        super().readConnectionLost(reason)
 
     def _closeWriteConnection(self) -> None:
         if not self._parted and self._part():

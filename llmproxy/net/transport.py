@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import select
 import socket
-import struct
+import sys
 from typing import Any
 
 _KEEPALIVE = (
@@ -25,6 +25,9 @@ _KEEPALIVE = (
 
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
+
+_SIOCOUTQNSD = 0x894B
+"""linux/sockios.h: bytes in the send queue that were not sent, for which the peer has no room."""
 
 
 def raw_transport(transport: Any) -> Any:
@@ -50,11 +53,22 @@ def pending_bytes(transport: Any) -> int:
 
 def unacknowledged_bytes(transport: Any) -> int:
     """Return how many bytes the kernel holds that the peer has not acknowledged; 0 if closed."""
+    return _ask_kernel(transport, _SIOCOUTQ)
+
+
+def unsent_bytes(transport: Any) -> int:
+    """Return how many bytes the kernel holds that it could not send yet; 0 if closed."""
+    return _ask_kernel(transport, _SIOCOUTQNSD)
+
+
+def _ask_kernel(transport: Any, request: int) -> int:
     handle = getattr(raw_transport(transport), "socket", None)
-    if not isinstance(handle, socket.socket) or handle.fileno() < 0:
+    if not isinstance(handle, socket.socket) or (number := handle.fileno()) < 0:
         return 0
-    response = fcntl.ioctl(handle.fileno(), _SIOCOUTQ, b"\0\0\0\0")
-    return int(struct.unpack("i", response)[0])
+    try:
+        return int.from_bytes(fcntl.ioctl(number, request, b"\0\0\0\0"), sys.byteorder)
+    except OSError:
+        return 0  # a Unix socket knows nothing that is not sent
 
 
 def is_quiet(transport: Any) -> bool:
@@ -79,6 +93,16 @@ def has_peer_left(transport: Any) -> bool:
     poll = select.poll()
     poll.register(handle.fileno(), select.POLLRDHUP)
     return bool(poll.poll(0))  # errors and hang-ups are always reported, too
+
+
+def has_failed(transport: Any) -> bool:
+    """Return whether the kernel has found the connection broken, as by a reset."""
+    handle = getattr(raw_transport(transport), "socket", None)
+    if not isinstance(handle, socket.socket) or handle.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(handle.fileno(), 0)  # errors are always reported, and so are hang-ups
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def has_input(handle: socket.socket) -> bool:

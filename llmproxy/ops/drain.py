@@ -92,7 +92,7 @@ class Drain:
 
     def _running(self) -> int:
         connections = self._site.connections
-        return sum(not request.finished for channel in connections for request in channel.requests)
+        return sum(not request.is_over for channel in connections for request in channel.requests)
 
     def _ended(self) -> int:
         return self._site.ended - self._ended_before

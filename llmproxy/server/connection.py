@@ -6,7 +6,9 @@ requests, and nothing of what they are for.  It is in one phase at a time::
 
     HANDSHAKE -----> IDLE -----> HEAD -----> BODY -----> SERVING -----> HANDED_OVER
                       ^                                     |
-                      +------- the response is whole -------+        any -----> CLOSING
+                      |                         all is written, or it broke
+                      |                                     v
+                      +----- the client has it all ----- SENDING        any -----> CLOSING
 
     phase        begins with           may last               what comes is           too late
     -----        -----------           --------               -------------           --------
@@ -15,15 +17,23 @@ requests, and nothing of what they are for.  It is in one phase at a time::
     HEAD         its first byte        request_head           parsed                  408
     BODY         the head's end        request_body + earned  the body                408
     SERVING      the body's end        without end            kept, up to a head      -
+    SENDING      the response's end    without end            kept, up to a head      -
     HANDED_OVER  Request.hand_over()   without end            the protocol's          -
-    CLOSING      the end of all that   a few seconds          dropped                 reset
+    CLOSING      the end of all that   see below              dropped                 closed
 
 A request whose body streams is served in BODY already.  In SERVING a client may send the next
 request.  If it sends more than the size of a head, it is still read from, so that its leaving is
-seen, but it is not served any more.  Bytes do not push a deadline back, but for those of a body,
-which earn time.  Deadlines are numbers, which the site looks at in one sweep.  In HEAD, BODY,
-SERVING and CLOSING a client is dropped that takes no byte for ``client_stall`` although some wait
-for it.
+seen, but it is not served any more.  In SENDING, if it sends so much, it is not read from: it has
+something to read.  Of requests that came together, each is served in a turn of the reactor of its
+own, and nothing more is read before the last of them.
+
+Bytes do not push a deadline back, but for those of a body, which earn time.  Deadlines are numbers,
+which the site looks at in one sweep.  In HEAD, BODY, SERVING, SENDING and CLOSING a client is
+dropped that takes no byte for ``client_stall`` although some wait for it, in our queue or in the
+kernel's; one that takes some is given time.  When a closing connection's client has all, and has
+sent nothing that was not served, the socket is closed.  If it has, that is read and dropped for two
+seconds more: the kernel resets a connection that is closed with something unread, and the client
+would lose the response (ADR-0020).
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 from twisted.internet.error import ConnectionDone
@@ -54,17 +65,19 @@ from llmproxy.http1.grammar import (
 from llmproxy.net.tcp import DirectTransport
 from llmproxy.net.tls import TlsTransport
 from llmproxy.net.transport import (
+    has_failed,
     has_peer_left,
     pending_bytes,
     raw_transport,
     unacknowledged_bytes,
+    unsent_bytes,
 )
 from llmproxy.server.hand_over import ClientSocket
 from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
 
 _LINGER = 2.0
-"""Seconds for which a refused upload is read and dropped, so that the refusal can be read."""
+"""Seconds for which what was not served is read and dropped when the client has the response."""
 
 _QUEUE = 28 * 1024
 """Bytes in Twisted's queue at which it asks for no more.
@@ -76,14 +89,14 @@ response holds less than 128 KiB.
 _LOOKS = 4
 """Looks at what the kernel alone holds within ``client_stall``; each is a system call."""
 
-_CLOSE_GRACE = 5.0
-"""Seconds that a closing connection with nothing left to send may take, as TLS's close_notify."""
-
 _DRAIN_GRACE = 1.0
 """Seconds for which an idle connection may still bring a request that was on its way."""
 
-_DRAIN_POLL = 0.02
-"""Seconds between looks at a send queue that must empty before a reset."""
+_FAREWELL = 64
+"""Most bytes of a FIN and of an alert of TLS, such as close_notify, behind a whole response."""
+
+_LOOK_FIRST, _LOOK_LAST = 0.01, 0.5
+"""Seconds between looks at what a client has not taken: the first ones, doubled up to the last."""
 
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
@@ -105,6 +118,7 @@ class Phase:
     HEAD: Final = "head"
     BODY: Final = "body"
     SERVING: Final = "serving"
+    SENDING: Final = "sending"
     HANDED_OVER: Final = "handed over"
     CLOSING: Final = "closing"
 
@@ -124,17 +138,20 @@ class ClientConnection(http.HTTPChannel):
     """
 
     __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request
-        *("_aborted", "_advancing", "_buffer", "_discarding", "_invited", "_lingering", "_look_at"),
-        *("_peer", "_peer_name", "_poll", "_reader", "_seen", "_skips_line", "_socket"),
+        *("_aborted", "_advancing", "_buffer", "_discarding", "_has_ended", "_invited", "_is_held"),
         *(
-            "_stall_after",
-            "_taken",
-            "_taken_at",
-            "_upload_left",
-            "_upload_paused_at",
-            "_watch",
-            "_written",
+            "_lingers",
+            "_look",
+            "_look_at",
+            "_look_s",
+            "_peer",
+            "_peer_name",
+            "_reader",
+            "_resets",
+            "_seen",
         ),
+        *("_skips_line", "_socket", "_stall_after", "_taken", "_taken_at", "_turn"),
+        *("_upload_left", "_upload_paused_at", "_watch", "_written"),
         *("address", "deadline", "phase", "site"),
     )
     transport: Any
@@ -161,6 +178,8 @@ class ClientConnection(http.HTTPChannel):
         self._upload_paused_at: float | None = None
         self._upload_left = 0.0
         self._watch: Any = None
+        self._turn: Any = None  # of the reactor, in which what is buffered goes on
+        self._is_held = False  # nothing is read before that turn, or before a response is taken
         # what goes out
         self._written = 0
         self._stall_after: float | None = site.timeouts.client_stall
@@ -169,8 +188,11 @@ class ClientConnection(http.HTTPChannel):
         self._taken_at = 0.0  # when that was
         # the end
         self._socket: ClientSocket | None = None  # once it is another protocol's
-        self._poll: Any = None
-        self._lingering = False
+        self._look: Any = None  # the next look at what the client has not taken
+        self._look_s = 0.0
+        self._resets = False  # a reset ends the connection, once the client has all
+        self._lingers = False  # something that the client sent was not served
+        self._has_ended = False  # the client sends no more
         self._aborted = False
 
     def enter(self, phase: str, seconds: float | None) -> None:
@@ -201,31 +223,53 @@ class ClientConnection(http.HTTPChannel):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone: report it to whatever ran on it."""
-        if self._poll is not None:
-            self._poll.cancel()
-            self._poll = None
+        self._cancel_calls()
         self.resume_upload()
         try:
+            self._report_lost(reason)
             super().connectionLost(reason)
             if self._socket is not None:
                 self._socket.end(reason)
         finally:
             self.site.left(self)  # last: where that is waited for, the request is recorded by then
 
+    def _report_lost(self, reason: Failure) -> None:
+        """Report the end to the requests, with whether the client had room for their responses."""
+        # Below Twisted's own transports it is not known what the kernel still held.
+        unsent = getattr(raw_transport(self.transport), "unsent", 0)
+        why = ClientGone(reason.getErrorMessage())
+        why.had_room = not pending_bytes(self.transport) and unsent <= _FAREWELL
+        if self.phase is Phase.SENDING and self.requests and why.had_room and not self._aborted:
+            self.requests.pop(0).taken()
+        for request in self.requests:
+            request.leave(why)
+        self._abandon_next(why)
+
+    def _abandon_next(self, why: ClientGone) -> None:
+        """Let the request that came behind the last one, and is never begun, have a record, too."""
+        buffer, self._buffer = self._buffer, b""
+        if self.phase is not Phase.BODY and (end := buffer.find(b"\r\n\r\n")) >= 0:
+            with suppress(BadMessage):
+                Request(self, parse_request_head(buffer[:end])).leave(why)
+
     def readConnectionLost(self) -> None:
         """The client has ended its side: it counts as gone, and cannot take a part for the whole.
 
         For a protocol that is not half-closeable Twisted closes the connection.  So does this, but
-        for the reset of a body without framing, and a closing connection still sends what it has.
+        for the reset of a body without framing.  If a response is whole, the rest of it is sent
+        first: the client may have ended its side behind its last request.
         """
-        if self.phase is Phase.CLOSING and (pending_bytes(self.transport) or self._poll):
+        if self.phase in (Phase.SENDING, Phase.CLOSING):
+            self.persistent = False
+            self._discarding = self._has_ended = True
+            self._look_now()
             return
         if self.phase is Phase.HANDED_OVER and self._socket and self._socket.end_reading():
             return
         if any(request.is_unframed for request in self.requests):
             self.abort()
         else:
-            self.transport.connectionLost(Failure(ConnectionDone()))
+            self._close()
 
     def writeConnectionLost(self) -> None:
         """Our side is ended; what the client still sends is read, and dropped or the protocol's."""
@@ -253,15 +297,53 @@ class ClientConnection(http.HTTPChannel):
         if self._discarding or self.phase is Phase.CLOSING:
             if self.phase is Phase.HANDED_OVER and self._socket is not None:
                 self._socket.feed(data)
+            else:
+                self._lingers = True
             return
         self._buffer += data
-        if not self._advancing:
-            self._advancing = True
-            try:
-                while self._advance():
-                    pass
-            finally:
-                self._advancing = False
+        if not self._advancing and self._turn is None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take what is buffered, but for a request behind one that was served in this turn."""
+        self._advancing = True
+        try:
+            while self._turn is None and self._advance():
+                pass
+        finally:
+            self._advancing = False
+
+    def _go_on_later(self) -> None:
+        """Take what is buffered in the next turn of the reactor; until then nothing is read.
+
+        So a client that sends many requests at once gets as much of a turn as any other.
+        """
+        if self._turn is None:
+            self._turn = self.site.reactor.callLater(0, self._begin_turn)
+            self._hold()
+
+    def _begin_turn(self) -> None:
+        self._turn = None
+        self._go_on()
+        if self._turn is None and not self._is_ahead:
+            self._let_go()
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether a client that has a response to take has sent more than is kept meanwhile."""
+        return self.phase is Phase.SENDING and len(self._buffer) > self.site.limits.request_head
+
+    def _hold(self) -> None:
+        """Read no more for now."""
+        self._is_held = True
+        self._networkProducer.pauseProducing()
+
+    def _let_go(self) -> None:
+        """Read on, unless an upload waits."""
+        if self._is_held:
+            self._is_held = False
+            if self._upload_paused_at is None:
+                self._networkProducer.resumeProducing()
 
     def _advance(self) -> bool:
         """Take one step with what is buffered; return whether another may follow."""
@@ -272,6 +354,11 @@ class ClientConnection(http.HTTPChannel):
             return self._read_body()
         if self.phase is Phase.SERVING:
             return self._keep_pipelined()
+        if self.phase is Phase.SENDING:
+            self._look_now()
+            if self._is_ahead:
+                self._hold()
+            return False
         return self._read_head()
 
     def _read_head(self) -> bool:
@@ -323,7 +410,6 @@ class ClientConnection(http.HTTPChannel):
         request = Request(self, head)
         self.requests.append(request)
         self._skips_line = True
-        self._handlingRequest = True
         self.persistent = head.minor == 1
         if b"connection" in head.first:
             options = list_tokens(field_values(head.fields, b"connection"))
@@ -346,7 +432,7 @@ class ClientConnection(http.HTTPChannel):
     def _keep_pipelined(self) -> bool:
         """Keep a little of what follows; a client that sends more is read from, but not served."""
         if len(self._buffer) > self.site.limits.request_head:
-            self._discarding = True
+            self._discarding = self._lingers = True
             self._buffer = b""
         return False
 
@@ -386,7 +472,7 @@ class ClientConnection(http.HTTPChannel):
 
     def refuse_early(self, request: Request) -> None:
         """Serve a request whose body is refused: what still comes is dropped."""
-        self._discarding = True
+        self._discarding = self._lingers = True
         self.persistent = False
         self.enter(Phase.SERVING, None)
         request.process()
@@ -408,7 +494,8 @@ class ClientConnection(http.HTTPChannel):
             self._upload_paused_at = None
             self._watch.cancel()
             self.deadline = self.site.clock() + self._upload_left
-            self._networkProducer.resumeProducing()
+            if not self._is_held:
+                self._networkProducer.resumeProducing()
 
     def _watch_unread(self) -> None:
         """Look whether a client that is not read from has left: no read would show it."""
@@ -459,11 +546,21 @@ class ClientConnection(http.HTTPChannel):
         """Whether the transport asked for no more."""
         return bool(self._waitingForTransport)
 
+    def pauseProducing(self) -> None:
+        """The client takes no more for now; it is read from all the same, to see it leave.
+
+        Twisted's own would stop reading between two requests.  Here no request is served before the
+        response to the one before it is taken.
+        """
+        self._waitingForTransport = True
+        if self._requestProducer is not None:
+            self._requestProducer.pauseProducing()
+
     def resumeProducing(self) -> None:
-        """The client takes bytes again; an upload that waits goes on waiting."""
-        super().resumeProducing()
-        if self._upload_paused_at is not None:
-            self._networkProducer.pauseProducing()
+        """The client takes bytes again."""
+        self._waitingForTransport = False
+        if self._requestProducer is not None:
+            self._requestProducer.resumeProducing()
 
     def when_sent(self, call: Callable[[], object]) -> None:
         """Call ``call`` once the kernel has all that was written, at once where it has.
@@ -479,31 +576,84 @@ class ClientConnection(http.HTTPChannel):
     # -- how a response ends, and how the connection does -----------------------------------------
 
     def requestDone(self, request: Request) -> None:
-        """The response is whole: wait for the next request, or close."""
-        self.requests.remove(request)
-        self._handlingRequest = False
+        """The response is whole: when its client has it, wait for the next request, or close."""
         if self._discarding or (request.upload is not None and not request.upload.complete):
-            self._linger()
-        elif self.persistent:
-            self.await_request()
-            if self._buffer:
-                self.dataReceived(b"")
-        else:
-            self.loseConnection()
+            self.persistent = False
+        self._send_out(closes=not self.persistent)
 
     def request_cut(self, request: Request) -> None:
         """The response is short of its framing: close after what is queued, without its end."""
         self.persistent = False
-        self.requests.remove(request)
-        self.loseConnection()
+        self._send_out(closes=True)
 
     def request_broken(self, request: Request) -> None:
         """The response ends with the connection, so only a reset shows that it broke."""
         self.persistent = False
-        self.requests.remove(request)
-        self.enter(Phase.CLOSING, None)
+        self._resets = True
         self._networkProducer.unregisterProducer()
-        self._reset_once_sent()
+        self._send_out(closes=False)
+
+    def _send_out(self, *, closes: bool) -> None:
+        """The response is written: end it when the client has all, which mostly is now.
+
+        What the kernel has sent is in the client's own, or as good as that.  Where it still waits
+        for room, the response is over when the client has acknowledged it.
+        """
+        is_sent = not pending_bytes(self.transport) and not unsent_bytes(self.transport)
+        if closes:
+            self._end_writing()
+        self.enter(Phase.SENDING, None)
+        if is_sent and not self._resets:
+            self._taken_whole()
+        elif is_sent or not self._look_now():
+            self._look_s = _LOOK_FIRST
+            self._look_later()
+
+    def _look_later(self) -> None:
+        self._look = self.site.reactor.callLater(self._look_s, self._look_again)
+        self._look_s = min(self._look_s * 2, _LOOK_LAST)
+
+    def _look_again(self) -> None:
+        self._look = None
+        if self._look_now():
+            return
+        if has_failed(self.transport):  # neither reading nor writing would report it
+            self.drop(ClientGone("the connection was reset"))
+            return
+        if self._is_held and has_peer_left(self.transport):
+            self._discarding = True  # nobody is there to get what else was asked for
+            self._let_go()
+        self._look_later()
+
+    def _look_now(self) -> bool:
+        """Go on if the client has acknowledged all that was written; return whether it has."""
+        if pending_bytes(self.transport) or unacknowledged_bytes(self.transport):
+            return False
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        if self.phase is Phase.SENDING:
+            self._taken_whole()
+        elif self._lingers and not self._has_ended:
+            self.enter(Phase.CLOSING, _LINGER)
+        else:
+            self._close()
+        return True
+
+    def _taken_whole(self) -> None:
+        """The client has the whole response."""
+        self.requests.pop(0).taken()
+        if self._resets:
+            self.enter(Phase.CLOSING, None)
+            self.abort()
+        elif self.persistent:
+            self.await_request()
+            if self._buffer:
+                self._go_on_later()
+            else:
+                self._let_go()
+        else:
+            self._wait_for_close()
 
     def hand_over(self, request: Request, head: bytes, protocol: IProtocol) -> None:
         """Let another protocol have the socket; see :meth:`Request.hand_over`."""
@@ -511,6 +661,7 @@ class ClientConnection(http.HTTPChannel):
         self._discarding = True  # as far as HTTP is concerned
         self._stall_after = request.stall_after
         self.requests.remove(request)
+        request.taken()
         self.enter(Phase.HANDED_OVER, None)
         self._networkProducer.unregisterProducer()
         self.write(head)
@@ -521,34 +672,56 @@ class ClientConnection(http.HTTPChannel):
             _log.failure("a protocol that was given a client's socket failed")
             self.abort()
 
-    def _reset_once_sent(self) -> None:
-        self._poll = None
-        if pending_bytes(self.transport) or unacknowledged_bytes(self.transport):
-            self._poll = self.site.reactor.callLater(_DRAIN_POLL, self._reset_once_sent)
-        else:
-            self.abort()
-
     def _refuse_connection(self, error: ProxyError) -> None:
         """Respond where there is no request yet that could; what still comes is dropped."""
         self.write(self.site.malformed(self.peer_name, error))
-        self._linger()
-
-    def _linger(self) -> None:
-        """Close our side, and read and drop what still comes, so that the response can be read."""
-        self._discarding = self._lingering = True
-        self.enter(Phase.CLOSING, _LINGER)
-        if self.transport is raw_transport(self.transport):
-            self.transport.loseWriteConnection()
+        self._lingers = True
+        self.loseConnection()
 
     def loseConnection(self) -> None:
-        """Write out what is queued, then close; a client that takes nothing is dropped later."""
-        self.enter(Phase.CLOSING, _CLOSE_GRACE)
-        super().loseConnection()
+        """Write out what is queued and end our side; close when the client has it all.
+
+        A client that takes nothing of it for ``client_stall`` is dropped.
+        """
+        if self.phase is not Phase.CLOSING:
+            self._end_writing()
+            self._wait_for_close()
+
+    def _end_writing(self) -> None:
+        """End our side behind what is queued; what still comes is read and dropped."""
+        self.resume_upload()
+        self._discarding = True
+        self._lingers = self._lingers or bool(self._buffer) or self.phase is Phase.BODY
+        self._buffer = b""
+        self._networkProducer.unregisterProducer()
+        if isinstance(self.transport, TLSMemoryBIOProtocol):
+            self.transport.loseConnection()  # Twisted's TLS waits for the client's end by itself
+        else:
+            self.transport.loseWriteConnection()
+        self._let_go()
+
+    def _wait_for_close(self) -> None:
+        self.enter(Phase.CLOSING, None)
+        if not (self._has_ended and self._look_now()):
+            self._look_s = _LOOK_FIRST
+            self._look_later()
+
+    def _close(self) -> None:
+        """Close the socket: the client has acknowledged all, our end as well."""
+        raw_transport(self.transport).connectionLost(Failure(ConnectionDone()))
 
     def drop(self, why: ClientGone) -> None:
-        """Drop the connection at once, for a reason of ours, and report that to what runs on it."""
+        """Drop the connection at once, for a reason of ours, and report that to what runs on it.
+
+        A response that is written whole, and for which the client had room, is none of that.
+        """
+        if self.phase is Phase.SENDING and self.requests:
+            room = not pending_bytes(self.transport) and unsent_bytes(self.transport) <= _FAREWELL
+            if room:
+                self.requests.pop(0).taken()
         for request in list(self.requests):
             request.abort(why)
+        self._abandon_next(why)
         if self._socket is not None:
             self._socket.end(Failure(why))
         self.abort()
@@ -557,7 +730,14 @@ class ClientConnection(http.HTTPChannel):
         """Drop the connection and whatever it still holds; twice would be an error on TLS."""
         if not self._aborted:
             self._aborted = True
+            self._cancel_calls()
             self.transport.abortConnection()
+
+    def _cancel_calls(self) -> None:
+        for call in (self._look, self._turn):
+            if call is not None:
+                call.cancel()
+        self._look = self._turn = None
 
     # -- the sweep ------------------------------------------------------------------------------
 
@@ -574,13 +754,8 @@ class ClientConnection(http.HTTPChannel):
             slow = ProxyError(408, "slow_request", "The request body came too slowly.")
             self.requests[-1].refuse(slow)
         elif self.phase is Phase.CLOSING:
-            if pending_bytes(self.transport):
-                self._check_stall(now)
-            elif self._lingering:
-                self._lingering = False
-                self.loseConnection()
-            else:
-                self.abort()
+            self.enter(Phase.CLOSING, None)
+            self._close()
         elif self.phase is Phase.HEAD:
             slow = ProxyError(408, "slow_request", "The request came too slowly.")
             self._refuse_connection(slow)
@@ -594,7 +769,7 @@ class ClientConnection(http.HTTPChannel):
         if self.requests:
             self._stall_after = self.requests[0].stall_after  # it stays for what is left to send
         limit, waiting = self._stall_after, pending_bytes(self.transport)
-        if limit is None or (not waiting and self._poll is None and now < self._look_at):
+        if limit is None or (not waiting and now < self._look_at):
             return
         # The kernel asks for more only when much of its queue is free again, and what is all with
         # it may be for a client that is no more: progress is what the client acknowledges.

@@ -6,13 +6,19 @@ point, the short form without an address, and an end without a traceback for wha
 
 from __future__ import annotations
 
-from twisted.internet.interfaces import IAddress
+from typing import Any
+
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from twisted.protocols.haproxy._info import ProxyInfo
 from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
+from twisted.python.failure import Failure
+from zope.interface import implementer
 
+from llmproxy.net.transport import raw_transport
 from llmproxy.server.site import Site
 
 _PROXY_START = 16
@@ -42,10 +48,32 @@ class Proxied(Factory):
         return self._site.buildProtocol(None)
 
 
+@implementer(IHalfCloseableProtocol)
 class _ProxyHeader(HAProxyProtocolWrapper):
     """One connection that begins with a PROXY header, of either version, split at any point."""
 
     _start: bytes = b""
+
+    def readConnectionLost(self) -> None:
+        """The client has ended its side."""
+        if (above := self._half_closeable) is None:
+            raw_transport(self).connectionLost(Failure(ConnectionDone()))
+        else:
+            above.readConnectionLost()
+
+    def writeConnectionLost(self) -> None:
+        """Our side is ended."""
+        if (above := self._half_closeable) is not None:
+            above.writeConnectionLost()
+
+    @property
+    def _half_closeable(self) -> Any:
+        """What stands above, where its own class knows half closes.
+
+        Twisted's TLS does not, although its objects provide what is provided below them.
+        """
+        above = self.wrappedProtocol
+        return above if IHalfCloseableProtocol.implementedBy(type(above)) else None
 
     def dataReceived(self, data: bytes) -> None:
         if self._proxyInfo is None and self._parser is None:

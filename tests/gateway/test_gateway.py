@@ -55,7 +55,7 @@ def test_the_response_streams_back() -> None:
     response.end()
 
     assert played.transport.take() == LAST
-    assert not played.transport.count("lose")
+    assert not played.transport.count("half")
     assert played.trace().end_reason == "complete"
 
 
@@ -362,7 +362,7 @@ def test_a_provider_that_fails_before_its_head(
     assert b"10.0.0.1" not in body
     trace = played.trace()
     assert (trace.end_reason, trace.attempts[0].outcome) == (error.end, error.end)
-    assert not played.transport.count("lose")
+    assert not played.transport.count("half")
 
 
 @pytest.mark.parametrize("length", [True, False])
@@ -376,7 +376,7 @@ def test_a_body_that_breaks_is_never_closed_as_if_whole(length: bool) -> None:
     _, _, body = played.got()
 
     assert body == (b"part" if length else b"4\r\npart\r\n")
-    assert played.transport.count("lose") == 1
+    assert played.transport.count("half") == 1
     trace = played.trace()
     assert (trace.end_reason, trace.status, trace.bytes_out) == ("upstream_broken", 200, 4)
     assert trace.error == "upstream_broken"
@@ -423,13 +423,47 @@ def test_an_error_event_is_sent_before_the_break(
         error = written[-1].partition(b"\r\n")[2]
         assert error.startswith(event)
         assert b"broke off" in error
-    assert played.transport.count("lose") == 1
+    assert played.transport.count("half") == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "leave", "end"),
+    [
+        (0, "takes", "complete"),
+        (0, "closes", "complete"),
+        (3, "closes", "client_gone"),
+        (3, "stalls", "client_stalled"),
+        (3, "is cut", "drained"),
+    ],
+)
+def test_the_record_waits_until_the_client_has_the_response(
+    held: int, leave: str, end: str
+) -> None:
+    """The provider's end is not the client's; a marker that is not taken completes nothing."""
+    played = PlayedGateway(route='timeouts = { client_stall = "3s", total = "5s" }')
+    response = played.begun(SSE, target="/p/v1/chat/completions")
+    played.transport.hold(10)
+    response.push(b"data: [DONE]\n\n")
+    response.end()
+    played.clock.advance(2)
+    assert not played.sink.traces
+    played.transport.hold(held)
+    if leave == "closes":
+        played.transport.end(FIN)
+    elif leave == "is cut":
+        played.site.cut()
+    else:
+        played.clock.pump([0.5] * 20)
+
+    trace = played.trace()
+    assert (trace.end_reason, trace.is_complete) == (end, end == "complete")
+    assert trace.duration_s >= 2
 
 
 @pytest.mark.parametrize(
     ("timeouts", "call", "end"),
     [
-        ('idle = "5s"', "lose", "upstream_idle"),
+        ('idle = "5s"', "half", "upstream_idle"),
         ('client_stall = "3s", idle = "off"', "abort", "client_stalled"),
     ],
 )
@@ -466,7 +500,7 @@ def test_the_total_deadline_holds_for_every_phase(phase: str) -> None:
         assert trace.attempts[0].outcome == "upstream_timeout"
     else:
         assert response.aborts
-        assert played.transport.count("lose") == 1
+        assert played.transport.count("half") == 1
 
 
 def test_the_total_deadline_ends_with_the_request() -> None:

@@ -27,12 +27,14 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from llmproxy.net.transport import (
+    has_failed,
     has_peer_left,
     is_quiet,
     notice_vanished_peer,
     pending_bytes,
     raw_transport,
     unacknowledged_bytes,
+    unsent_bytes,
 )
 from tests.support.fake_transport import until
 from tests.support.sockets import WAIT, Provider, Wire
@@ -154,13 +156,13 @@ async def test_what_a_stuck_peer_leaves_is_pending(authority: Authority | None) 
         await held.fill()
         left = pending_bytes(transport)
         assert 0 < left < size * 1.01
-        assert unacknowledged_bytes(transport) > 0
+        assert unacknowledged_bytes(transport) >= unsent_bytes(transport) > 0
         received = 0
         while received < size:
             received += len(await until_received(held.wire))
         await until(lambda: pending_bytes(transport) == 0)
         await until(lambda: unacknowledged_bytes(transport) == 0)
-        assert received == size
+        assert (received, unsent_bytes(transport)) == (size, 0)
 
 
 @pytest_twisted.ensureDeferred
@@ -210,7 +212,7 @@ async def test_a_lost_connection_holds_nothing_of_the_kernel(authority: Authorit
     """After the end no byte waits to be acknowledged, and the connection is not quiet."""
     async with connected(authority) as (held, transport):
         await held.close()
-        assert unacknowledged_bytes(transport) == 0
+        assert unacknowledged_bytes(transport) == unsent_bytes(transport) == 0
         assert not is_quiet(transport)
 
 
@@ -252,8 +254,10 @@ async def test_the_end_of_a_peer_is_seen_behind_unread_bytes(
         assert has_peer_left(transport) is False
         held.wire.sock.shutdown(socket.SHUT_WR) if how == "fin" else held.wire.reset()
         await until(lambda: has_peer_left(transport))
+        assert has_failed(transport) is (how == "reset")
         await held.close()
         assert has_peer_left(transport)
+        assert not has_failed(transport)
 
 
 @pytest_twisted.ensureDeferred

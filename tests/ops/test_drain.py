@@ -83,7 +83,7 @@ class DrainedSite:
         for _ in range(int(seconds / 0.5)):
             self.clock.advance(0.5)
             for transport in list(self.transports):
-                if transport.count("abort") or transport.count("lose"):
+                if transport.count("abort") or transport.count("close"):
                     self.transports.remove(transport)
                     transport.end(ABORTED if transport.count("abort") else FIN)
 

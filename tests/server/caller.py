@@ -101,6 +101,7 @@ class Caller:
         """Let bytes come in, read by read; an empty read is none."""
         for data in filter(None, reads):
             self.channel.dataReceived(data)
+        self.clock.advance(0)
 
     @property
     def request(self) -> Request:
@@ -119,6 +120,7 @@ class Caller:
         current = self.start(fields=[(b"content-length", b"2")])
         current.write(b"ok")
         current.finish()
+        self.clock.advance(0)
 
     def pass_time(self, seconds: float) -> None:
         """Turn the clock in steps as small as a sweep's."""
@@ -132,9 +134,9 @@ class Caller:
         return int(written[9:12]) if written else 0
 
     def closes(self) -> list[str]:
-        """Return how our side closed the connection: ``lose``, ``abort``, or nothing."""
-        return [call for call in self.transport.calls if call in ("lose", "abort")]
+        """Return how our side ended the connection: ``half``, ``close``, ``abort``."""
+        return [call for call in self.transport.calls if call in ("half", "close", "abort")]
 
     def is_open(self) -> bool:
         """Tell whether our side has not begun to close the connection."""
-        return not self.closes() and not self.transport.count("half")
+        return not self.closes()

@@ -14,7 +14,7 @@ from tests.support.fake_transport import turn
 from tests.support.keypairs import Vault
 from tests.support.live_proxy import Response, read_response
 from tests.support.served import GET, TCP, Served, ask, knock, limits
-from tests.support.sockets import Wire, connect
+from tests.support.sockets import Wire, connect, request
 
 PROXIED = f"haproxy:{TCP}"
 ONE = b"PROXY TCP4 192.0.2.1 192.0.2.100 40000 443\r\n"
@@ -80,6 +80,20 @@ async def test_the_address_of_a_client_is_that_of_the_header(
     """The PROXY header comes before TLS; without an address it is the balancer's."""
     async with Served(PROXIED, tls=tls) as served:
         assert await served.run(balancer.ask, served, header) == address
+
+
+@ensureDeferred
+async def test_what_follows_a_request_does_not_cost_its_response() -> None:
+    """Our side ends first, below the header too, and what still comes is read."""
+
+    def client() -> tuple[bytes, str]:
+        with connect(served.port) as wire:
+            wire.send(ONE, request("GET", "/", "Connection: close"), bytes(300_000))
+            _, fields = wire.read_head()
+            return wire.read_body(fields), wire.wait_closed()
+
+    async with Served(PROXIED) as served:
+        assert await served.run_turning(client) == (b"192.0.2.1", "fin")
 
 
 @ensureDeferred

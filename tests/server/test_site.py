@@ -19,7 +19,7 @@ from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
 from tests.server.caller import GET, LAST_CHUNK, Caller, WaitingHandler
 from tests.support.ends import Push
-from tests.support.fake_transport import ABORTED, FIN, until
+from tests.support.fake_transport import ABORTED, FIN, RESET, until
 from tests.support.served import Served
 from tests.support.sockets import WAIT, Wire, chunked, connect, request
 
@@ -33,7 +33,7 @@ def test_a_silent_connection_is_closed() -> None:
     assert caller.is_open()
     caller.pass_time(2)
 
-    assert (caller.transport.count("lose"), caller.status) == (1, 0)
+    assert (caller.transport.count("half"), caller.status) == (1, 0)
 
 
 def test_a_kept_alive_connection_is_idle_anew() -> None:
@@ -109,14 +109,12 @@ def test_deadlines_can_be_off() -> None:
 
 
 def test_a_closing_connection_does_not_stay() -> None:
-    """A client that does not close, too, is reset after a grace."""
+    """A client that does not close, too, keeps no connection of ours once it has everything."""
     caller = Caller(request("GET", "/", "Connection: close"))
     caller.respond()
-    assert caller.transport.count("lose") == 1
-    caller.pass_time(4)
-    assert not caller.transport.count("abort")
-    caller.pass_time(2)
-    assert caller.transport.count("abort") == 1
+    assert caller.closes() == ["half"]
+    caller.pass_time(0.25)
+    assert caller.closes() == ["half", "close"]
 
 
 # --- clients that do not read ---------------------------------------------------------------------
@@ -158,17 +156,105 @@ def test_a_slow_client_is_not_a_stalled_one() -> None:
     assert not caller.handler.gone
 
 
-def test_the_end_of_a_response_is_under_the_stall_deadline_too() -> None:
-    """The rest of a closed response is sent as long as the client takes some of it."""
-    caller = Caller(client_stall=10)
-    caller.send(request("GET", "/", "Connection: close"))
-    caller.respond()
-    for held in (3, 2, 1):
+@pytest.mark.parametrize("options", [[], ["Connection: close"]], ids=["kept", "closed"])
+@pytest.mark.parametrize("stalls", [True, False])
+def test_the_rest_of_a_response_is_sent_while_the_client_takes_some(
+    options: list[str], stalls: bool
+) -> None:
+    """Neither a close nor ``client_idle`` cuts it; it is over when the client has it."""
+    caller = Caller(request("GET", "/", *options), client_stall=10, client_idle=5)
+    current = caller.request
+    ends: list[Any] = []
+    for held in (4, 3, 2, 1):
         caller.transport.hold(held)
+        if held == 4:
+            caller.respond()
+            waiting = current.when_taken()
+            assert waiting is not None
+            waiting.addBoth(ends.append)
         caller.pass_time(9)
-        assert not caller.transport.count("abort")
-    caller.pass_time(3)
-    assert caller.transport.count("abort") == 1
+        assert (ends, current.is_over, caller.site.ended) == ([], False, 0)
+        assert "close" not in caller.closes()
+    if stalls:
+        caller.pass_time(3)
+        assert caller.closes()[-1] == "abort"
+        assert isinstance(ends.pop().value, ClientStalled)
+    else:
+        caller.transport.hold(0)
+        caller.pass_time(1)
+        assert caller.closes() == (["half", "close"] if options else [])
+        assert ends == [None]
+    assert (current.is_over, caller.site.ended) == (True, 1)
+
+
+def test_a_response_is_not_followed_by_the_next_before_it_is_taken() -> None:
+    """However much is asked for, one response waits, and what is read beside it is bounded."""
+    caller = Caller(GET * 3, limits=Limits(request_head=200))
+    caller.transport.hold(1)
+    caller.respond()
+    assert (len(caller.handler.requests), caller.transport.is_paused()) == (1, False)
+    caller.send(GET * 100)
+    assert (len(caller.handler.requests), caller.transport.is_paused()) == (1, True)
+    caller.transport.hold(0)
+    caller.pass_time(1)
+    assert (len(caller.handler.requests), caller.is_open()) == (2, True)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_request_that_is_never_begun_has_a_record(cut: bool) -> None:
+    """It came behind another one, and its client left, or was dropped, before its turn."""
+    caller = Caller()
+    abandoned: list[tuple[bytes, type]] = []
+    caller.site.abandoned = lambda request, why: abandoned.append((request.uri, type(why)))
+    caller.send(GET + request("GET", "/next") + b"nonsense")
+    if cut:
+        caller.site.cut()
+    caller.transport.end(ABORTED if cut else FIN)
+    assert abandoned == [(b"/next", Cut if cut else ClientGone)]
+
+
+def test_requests_that_come_together_are_served_in_turns() -> None:
+    """Each has a turn of the reactor of its own, and nothing more is read before the last one."""
+    caller = Caller()
+    order: list[str] = []
+
+    def act(current: Request) -> None:
+        order.append("this")
+        caller.clock.callLater(0, order.append, "another")
+        current.finish()
+
+    caller.handler.act = act
+    caller.channel.dataReceived(GET * 4 + GET[:10])
+    assert (order, caller.transport.is_paused()) == (["this"], True)
+    caller.clock.advance(0)
+    assert (order, caller.transport.is_paused()) == (["this", "another"] * 4, False)
+    caller.send(GET[10:])
+    assert order.count("this") == 5
+
+
+@pytest.mark.parametrize("end", [FIN, RESET, None])
+@pytest.mark.parametrize("held", [0, 10])
+def test_a_client_that_leaves_has_a_response_or_not(end: Exception | None, held: int) -> None:
+    """What it had acknowledged when it left decides, and whether it had room for the rest."""
+    caller = Caller(GET)
+    current = caller.request
+    caller.transport.hold(10)
+    caller.respond()
+    waiting = current.when_taken()
+    assert waiting is not None
+    ends: list[Any] = []
+    waiting.addBoth(ends.append)
+    caller.transport.hold(held)
+    if end is None:
+        caller.site.cut()
+    caller.transport.end(end or ABORTED)
+    if held and end is None:
+        assert ends[0].type is Cut
+    elif held:
+        assert (ends[0].type, ends[0].value.had_room) == (ClientGone, False)
+    else:
+        assert ends == [None]
+    assert not caller.clock.getDelayedCalls() or not caller.site.connections
 
 
 # --- refused uploads ------------------------------------------------------------------------------
@@ -193,13 +279,11 @@ def test_a_refusal_can_be_read(data: bytes, status: int) -> None:
     for _ in range(6):
         caller.send(GET * 100)
         caller.pass_time(0.25)
-        assert not caller.transport.count("lose")
+        assert not caller.transport.count("close")
     caller.pass_time(1.5)
 
-    assert caller.transport.count("lose") == 1
+    assert caller.closes() == ["half", "close"]
     assert (caller.status, len(caller.handler.requests)) == (0, served)
-    caller.pass_time(6)
-    assert caller.transport.count("abort") == 1
 
 
 @pytest.mark.parametrize(
@@ -373,7 +457,7 @@ def test_one_broken_connection_does_not_stop_the_sweep(logged_failures: Any) -> 
     caller.connect()
     caller.clock.advance(11)
     assert transport.count("abort") == 1
-    assert caller.transport.count("lose") == 1
+    assert caller.transport.count("half") == 1
     assert logged_failures.flush(ZeroDivisionError)
 
 
@@ -397,16 +481,16 @@ def test_a_drain_closes_idle_connections_and_lets_responses_end() -> None:
     empty = caller.site.when_empty()
     caller.site.drain()
 
-    assert (idle.count("lose"), caller.is_open()) == (0, True)
+    assert (idle.count("half"), caller.is_open()) == (0, True)
     caller.pass_time(3)
-    assert (idle.count("lose"), caller.is_open()) == (1, True)
+    assert (idle.count("half"), caller.is_open()) == (1, True)
     caller.request.write(b"more")
     caller.request.finish()
     assert caller.transport.value().endswith(LAST_CHUNK)
     idle.end(FIN)
     assert not empty.called
     caller.pass_time(3)
-    assert caller.transport.count("lose") == 1
+    assert caller.transport.count("half") == 1
     caller.transport.end(FIN)
     assert empty.called
 
@@ -423,7 +507,7 @@ def test_a_client_that_heard_of_no_drain_may_send_one_more_request() -> None:
     caller.respond()
 
     assert b"connection: close\r\n" in caller.transport.take()
-    assert caller.transport.count("lose") == 1
+    assert caller.transport.count("half") == 1
 
 
 @pytest.mark.parametrize("sent", [0, 1, 10, len(GET) - 1])
@@ -436,7 +520,7 @@ def test_a_request_that_arrives_in_a_drain_is_served(sent: int) -> None:
 
     assert caller.transport.value().startswith(b"HTTP/1.1 200 ")
     assert b"connection: close\r\n" in caller.transport.value()
-    assert caller.transport.count("lose") == 1
+    assert caller.transport.count("half") == 1
 
 
 def test_a_body_that_arrives_in_a_drain_is_served() -> None:

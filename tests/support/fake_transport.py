@@ -35,7 +35,8 @@ class FakeTransport(StringTransport):
 
     Attributes:
         calls: what was asked of it, in order: ``pause``, ``resume``, ``nodelay``, ``half`` (a half
-            close), ``lose`` (a close) and ``abort``.
+            close), ``close`` (of the socket), ``lose`` (a close behind what is queued) and
+            ``abort``.
         writes: what was written, one item for each call.
         counts: it has how many bytes that was, as the transports of ``net/`` do.
     """
@@ -108,6 +109,10 @@ class FakeTransport(StringTransport):
     def loseConnection(self) -> None:
         self.calls.append("lose")
         self.disconnecting = True
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Close the socket, as the transports of Twisted let themselves be closed."""
+        self.calls.append("close")
 
     def loseWriteConnection(self) -> None:
         self.calls.append("half")
