@@ -201,7 +201,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How much is held or accepted, in bytes; of connections and of drained responses how many."""
 
     request_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 32 * 1024
-    """The head of a request."""
+    """The head of a request. It has at most 128 header fields, whatever this limit is."""
 
     request_body: Annotated[int, Key(SIZE)] = 32 * 1024**2
     """The body of a request. ``"0"`` refuses every body. A route may set a limit of its own."""
@@ -211,7 +211,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     with 503 and ``retry-after``."""
 
     response_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 64 * 1024
-    """The head of a provider's response."""
+    """The head of a provider's response. One header line may be as long as the whole head. The head
+    has at most 128 header fields, whatever this limit is."""
 
     accumulate: Annotated[int, Key(SIZE)] = 1024**2
     """What is kept of the text and the tool calls of one response, on routes with

@@ -35,8 +35,9 @@ _FOUR_DIGITS = range(0x1000 + 8, 0x10000 + 8)
 """The lengths of whole chunks with four digits."""
 
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?",
+    rb"(0*[0-9A-Fa-f]{1,16})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?",
 )
+"""White space stands only before an extension (RFC 9112, 7.1.1); zeros may pad a size."""
 
 _FRAMING = (b"content-length", b"transfer-encoding", b"host")
 

@@ -15,10 +15,10 @@ Fields = list[tuple[bytes, bytes]]
 """Header fields in their order; names in lower case, values without surrounding white space."""
 
 MAX_LINE = 8192
-"""Longest field line, in bytes; nginx and Apache allow 8 KiB, h11 16 KiB for a whole head."""
+"""Longest field line outside of a head, in bytes: a head's own limit bounds its lines."""
 
 MAX_FIELDS = 128
-"""Most field lines of one head; Node allows about 2000, Apache 100."""
+"""Most field lines of one head; Node allows about 2000, Apache and hyper 100."""
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])

@@ -420,7 +420,7 @@ class ClientConnection(http.HTTPChannel):
         expected: list[bytes] = []
         if b"expect" in head.first:
             expected = list_tokens(field_values(head.fields, b"expect"))
-        if request.refusal is None and expected not in ([], [b"100-continue"]):
+        if request.refusal is None and set(expected) - {b"100-continue"}:
             request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
         if length == 0:
             self._body_done()

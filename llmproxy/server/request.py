@@ -234,9 +234,11 @@ class Request(server.Request):
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
         head = [status_line(status)]
         for name, value in fields:
-            head += (name, b": ", value, b"\r\n")
             if name == b"content-length":
+                if status == 204:  # whoever reads one there waits for a body: RFC 9110, 8.6
+                    continue
                 self._length = int(value)
+            head += (name, b": ", value, b"\r\n")
         if self._length is None and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
@@ -401,7 +403,9 @@ class Request(server.Request):
         if channel.has_dropped:
             text = "More came behind the request than is kept until it is responded to."
             raise ProxyError(400, "early_data", text)
-        head = [status_line(status), *(b"%b: %b\r\n" % field for field in fields), b"\r\n"]
+        # Neither 1xx nor a 2xx to CONNECT has a length (RFC 9110, 8.6): what follows is no body.
+        lines = [b"%b: %b\r\n" % field for field in fields if field[0] != b"content-length"]
+        head = [status_line(status), *lines, b"\r\n"]
         self.startedWriting = 1
         self.status = self.code = status
         self._end()

@@ -107,11 +107,11 @@ class Response:
 
 
 def read_response(connection: Holder, head: bytes) -> Response:
-    """Read a response head, without its empty line.
+    """Read a response head, without its empty line; a line may be as long as the head.
 
     Raises:
         BadMessage: it is not HTTP/1.x.
     """
     lines = head.split(b"\r\n")
     minor, status = parse_status_line(lines[0])
-    return Response(connection, minor, status, parse_fields(lines[1:]))
+    return Response(connection, minor, status, parse_fields(lines[1:], longest=len(head)))

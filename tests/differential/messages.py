@@ -56,7 +56,7 @@ def _chunked(draw: st.DrawFn) -> tuple[bytes, bytes]:
         wire += b"0" * draw(st.integers(0, 3)) + size
         for _ in range(draw(st.integers(0, 2))):
             value = draw(st.one_of(st.just(b""), TOKENS, _QUOTED))
-            wire += b";" + draw(TOKENS) + (b"=" + value if value else b"")
+            wire += draw(_SPACE) + b";" + draw(TOKENS) + (b"=" + value if value else b"")
         wire += b"\r\n" + (piece + b"\r\n" if piece else b"")
         body += piece
     trailer = draw(_fields(2))

@@ -162,6 +162,8 @@ FIVE = b"content-length: 5\r\n"
         (HEAD, 200, LENGTH, FIVE),
         (request("HEAD", "/", version="1.0"), 200, LENGTH, FIVE + CLOSE),
         (GET, 204, [], b""),
+        (GET, 204, LENGTH, b""),
+        (HEAD, 204, [(b"content-length", b"0")], b""),
         (GET, 304, LENGTH, FIVE),
         (GET, 529, [], CHUNKED),
     ],

@@ -290,6 +290,8 @@ def test_a_refusal_can_be_read(data: bytes, status: int) -> None:
     ("data", "status"),
     [
         (request("POST", "/", "Content-Length: 5", "Expect: 100-Continue"), 100),
+        (request("POST", "/", "Content-Length: 5", "Expect: 100-continue, 100-continue"), 100),
+        (request("POST", "/", "Content-Length: 5", *2 * ["Expect: 100-continue"]), 100),
         (request("POST", "/", "Content-Length: 5", "Expect: 100-continue, else"), 417),
         (request("POST", "/", "Content-Length: 5", "Expect: 100-continue", "Expect: else"), 417),
         (request("POST", "/", "Content-Length: 5"), 0),

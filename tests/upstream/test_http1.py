@@ -117,6 +117,19 @@ def test_a_head_may_be_split_at_any_point(head: bytes) -> None:
         assert sent.transport.is_paused()
 
 
+def test_a_field_line_may_be_as_long_as_the_head() -> None:
+    """Only the limit of the whole head bounds a line: policies and cookies may be long."""
+    line = b"x-long: " + b"v" * 16_000
+    rest = b"\r\ncontent-length: 0\r\n\r\n"
+    whole = OK + line + rest
+    sent = Sent(max_head=len(whole) - 4)
+
+    assert sent.response(whole).first[b"x-long"] == b"v" * 16_000
+    refused = Sent(max_head=len(whole) - 5)
+    refused.feed(whole)
+    refused.assert_refused()
+
+
 def test_fields_keep_order_and_values_and_stay_away_from_treq() -> None:
     """The fields are those that came, names in lower case; treq's own view of them is empty."""
     response = Sent().response(OK + b"X-B: 2 \r\nx-a:\t1\r\nX-B: \xff\r\ncontent-length: 0\r\n\r\n")
