@@ -10,11 +10,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llmproxy.errors import ProxyError
-from llmproxy.http1.headers import media_type, nominated, refuse_disguised
+from llmproxy.http1.grammar import field_values, list_tokens
+from llmproxy.http1.headers import nominated, refuse_disguised
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.request import Request
+
+_USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
+"""What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
 
 
 class Rules(NamedTuple):
@@ -47,7 +51,8 @@ def admit(request: Request, rules: Rules) -> None:
     refuse_dots(request.path)
     first = request.first
     if b"upgrade" in first and _asks_for_websocket(request):
-        raise ProxyError(501, "websocket", "WebSockets are not served; use HTTP streaming.")
+        text = "WebSockets are not served; use HTTP streaming."
+        raise ProxyError(426, "websocket", text, fields=_USE_HTTP)
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.credentials)
@@ -65,8 +70,11 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
 
 
 def _asks_for_websocket(request: Request) -> bool:
-    asked = media_type(request.first[b"upgrade"]) == b"websocket"
-    return asked and b"upgrade" in nominated(request.fields)
+    """Return whether this is a WebSocket handshake (RFC 9110, section 7.8; RFC 6455, 4.1)."""
+    if request.clientproto != b"HTTP/1.1" or b"upgrade" not in nominated(request.fields):
+        return False
+    asked = list_tokens(field_values(request.fields, b"upgrade"))
+    return any(protocol.partition(b"/")[0] == b"websocket" for protocol in asked)
 
 
 def _came_through(request: Request, pseudonym: bytes) -> bool:

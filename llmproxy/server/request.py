@@ -245,7 +245,9 @@ class Request(server.Request):
                 head.append(b"transfer-encoding: chunked\r\n")
             else:
                 self.channel.persistent = 0
-        if self.site.draining or (self.upload is not None and not self.upload.complete):
+        is_unread = self.upload is not None and not self.upload.complete
+        # What follows a refused handshake may be of the protocol that the client asked for.
+        if self.site.draining or is_unread or status == 426:
             self.channel.persistent = 0
         if not self.channel.persistent:
             head.append(b"connection: close\r\n")

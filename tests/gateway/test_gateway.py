@@ -197,7 +197,7 @@ REFUSALS: list[tuple[bytes, int, str]] = [
     (request("GET", "http://p.example/p", "X-Api-Key: key"), 400, "bad_target"),
     (request("OPTIONS", "*", "X-Api-Key: key"), 400, "bad_target"),
     (request("GET", "/p/../admin", "X-Api-Key: key"), 400, "bad_path"),
-    (request("GET", "/p", "Connection: Upgrade", "Upgrade: WebSocket"), 501, "websocket"),
+    (request("GET", "/p", "Connection: Upgrade", "Upgrade: WebSocket"), 426, "websocket"),
     (request("GET", "/p", "X-Api-Key: key", "Via: 1.1 a, 1.1 US"), 508, "loop"),
     (request("GET", "/p", "X-Api-Key: key", "X_Api_Key: key"), 400, "bad_header"),
     (request("GET", "/p"), 401, "no_key"),
@@ -245,6 +245,43 @@ def test_a_refusal_is_sent_and_recorded(data: bytes, status: int, reason: str) -
     assert fields.get(b"allow") == (methods if status == 405 else None)
     assert b"x-should-retry" not in fields
     assert not played.upstream.asked
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Connection: keep-alive, Upgrade", "Upgrade: websocket"],
+        ["Connection: upgrade", "Upgrade: h2c, WebSocket/13"],
+        ["Connection: upgrade", "Upgrade: h2c", "Upgrade: websocket"],
+    ],
+)
+def test_a_websocket_handshake_is_answered_once(lines: list[str]) -> None:
+    """The 426 names the protocol that is served, and closes: frames may follow the handshake."""
+    played = PlayedGateway()
+    played.send(request("GET", "/p", *lines) + request("GET", "/p"))
+    head = played.transport.take().partition(b"\r\n\r\n")[0].split(b"\r\n")
+
+    assert head[0].startswith(b"HTTP/1.1 426 ")
+    assert b"upgrade: HTTP/1.1" in head
+    assert [line for line in head if line.startswith(b"connection: ")] == [
+        b"connection: upgrade",
+        b"connection: close",
+    ]
+    assert played.transport.count("lose") == 1
+    assert played.trace().error == "websocket"
+
+
+def test_an_upgrade_that_is_no_handshake_is_left_out() -> None:
+    """Without its nomination, in HTTP/1.0, or to another protocol it is not ours to refuse."""
+    for lines, version in (
+        (["Upgrade: websocket"], "1.1"),
+        (["Connection: upgrade", "Upgrade: h2c"], "1.1"),
+        (["Connection: upgrade", "Upgrade: websocket"], "1.0"),
+    ):
+        played = PlayedGateway()
+        played.send(request("GET", "/p", "X-Api-Key: key", *lines, version=version))
+        assert b"upgrade" not in dict(played.asked.fields)
+        played.response().end()
 
 
 @pytest.mark.parametrize(

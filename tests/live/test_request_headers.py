@@ -144,9 +144,11 @@ def test_a_disguised_name_is_rejected(live: LiveProxy, name: str) -> None:
 
 
 def test_a_websocket_handshake_is_rejected_with_a_reason(live: LiveProxy) -> None:
-    """501, and a sentence; another upgrade is dropped, and the request served."""
+    """426, and a sentence; another upgrade is dropped, and the request served."""
     got = live.reject(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: websocket"))
-    assert got.status == 501
+    assert got.status == 426
+    assert got.values(b"upgrade") == [b"HTTP/1.1"]
+    assert b"close" in got.values(b"connection")
     assert "WebSocket" in got.json()["error"]["message"]
     received, got = live.ask(request("GET", "/p/x", "Connection: Upgrade", "Upgrade: h2c"))
     assert got.status == 200
