@@ -13,13 +13,13 @@ import idna
 import msgspec
 
 from llmproxy.config.values import Wrong
+from llmproxy.http1.path import has_dot_segment
 
 _URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)", re.IGNORECASE)
 _AFTER_SCHEME = re.compile(r"[/?#]")
 _AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _PATH = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")  # RFC 3986, pchar
-_DOT = re.compile(r"%2e", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -75,8 +75,8 @@ def host(value: object) -> str:
 
 
 def has_odd_segment(path: str) -> bool:
-    """Tell whether ``path`` has an empty, ``.`` or ``..`` segment, encoded or not."""
-    return any(_DOT.sub(".", one) in ("", ".", "..") for one in path.split("/")[1:])
+    """Tell whether ``path`` (ASCII) has an empty, ``.`` or ``..`` segment, in any disguise."""
+    return has_dot_segment(path.encode("ascii")) or "" in path.split("/")[1:]
 
 
 def _host(name: str) -> str:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
-from urllib.parse import unquote_to_bytes
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
+from llmproxy.http1.path import has_dot_segment
 from llmproxy.upstream.client import credential_field
 
 _ANY_MODEL = ("*",)
@@ -199,16 +199,13 @@ class Routes:
 
 
 def refuse_dots(path: bytes) -> None:
-    """Refuse a path with a ``.`` or ``..`` segment, encoded or not: it would leave its route.
+    """Refuse a path with a ``.`` or ``..`` segment, in any disguise: it would leave its route.
 
     Raises:
         ProxyError: 400.
     """
-    plain = unquote_to_bytes(path) if b"%" in path else path
-    if b"." in plain:
-        segments = plain.replace(b"\\", b"/").split(b"/")
-        if b"." in segments or b".." in segments:
-            raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
+    if has_dot_segment(path):
+        raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
 
 
 def _prepare(config: Config, route: Route) -> _Prepared:

@@ -132,6 +132,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].path", '"/a//b"', "", "segments"),
     ("routes[0].path", '"/a/./b"', "", "segments"),
     ("routes[0].path", '"/a/.%2e"', "", "segments"),
+    ("routes[0].path", '"/a/..;x"', "", "segments"),
     ("routes[0].path", '"/-"', "", "the proxy's own pages"),
     ("routes[0].path", '"/-/pace"', "", "the proxy's own pages"),
     ("routes[0].name", '"a b"', "", "a name of up to 64"),

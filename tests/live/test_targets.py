@@ -43,7 +43,7 @@ ODD = [
     "/x?next=/../y&z=./",
     "/x?{y}|",
     "/.hidden/a..b/..x/x..",
-    "/%252e%252e/x",
+    "/%252ehidden/a%252e%252eb/x",
 ]
 
 
@@ -115,6 +115,10 @@ def test_a_route_is_whole_segments_of_the_raw_path(live: LiveProxy, target: str)
         "/p/a%2F..%2Fx",
         "/p/..%5cx",
         "/p/..\\x",
+        "/p/..;/x",
+        "/p/%2e%2e%3b/x",
+        "/p/..%00",
+        "/p/%252e%252e/x",
     ],
 )
 def test_dot_segments_are_rejected(live: LiveProxy, target: str) -> None:

@@ -141,36 +141,14 @@ def test_a_longer_path_that_does_not_match_leaves_the_shorter() -> None:
     assert routing.to(b"/a/b/c", "n").route.name == "a"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        b"/a/../b",
-        b"/a/./b",
-        b"/..",
-        b"/a/.",
-        b"/a/%2e%2E/b",
-        b"/a/.%2e",
-        b"/a/..%2fb",
-        b"/a%2f..%2fb",
-        b"/a/..\\b",
-        b"/a%5c..%5cb",
-        b"/%2e",
-    ],
-)
+@pytest.mark.parametrize("path", [b"/a/../b", b"/a/..;/b", b"/a/%252e%252e/b"])
 def test_dot_segments_are_refused(path: bytes) -> None:
-    """A ``.`` or ``..`` segment, encoded or not, is a 400."""
+    """A path that may lead out of its route is a 400 (``http1/path.py`` knows which)."""
     with pytest.raises(ProxyError) as caught:
         refuse_dots(path)
 
-    assert caught.value.status == 400
-
-
-@pytest.mark.parametrize(
-    "path", [b"/", b"/a.b/..c/d../...", b"/v1.0/x%2ey", b"/a%zz", b"/%c3%a4/.well-known", b"/a..b"]
-)
-def test_dots_within_a_segment_are_accepted(path: bytes) -> None:
-    """Such dots mean nothing."""
-    refuse_dots(path)
+    assert (caught.value.status, caught.value.reason) == (400, "bad_path")
+    refuse_dots(b"/a..b/v1.0")
 
 
 # --- hosts ----------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Paths, raw as they came: what another reader of a path may take for a step elsewhere.
+
+A route is found by the raw path, and the provider gets these bytes.  Servers and frameworks behind
+the proxy may decode a path more than once, cut parameters off its segments, or end it at a NUL.
+None of them may find a ``.`` or ``..`` segment that was not seen here.  No route is known here.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_to_bytes
+
+_MOST_DECODED = 4
+"""How often a path may be encoded; real ones are once, and twice where a proxy did so again."""
+
+_PERCENT = re.compile(rb"%(?:25)+")
+"""A percent sign, encoded as often as somebody likes."""
+
+_OVERLONG = ((b"\xc0\xae", b"."), (b"\xc0\xaf", b"/"))
+"""What lenient decoders of UTF-8 read as a dot and a slash (RFC 3629, section 10)."""
+
+_DOT_SEGMENT = re.compile(rb"(?:\A|[/\\])\.{1,2}(?:[/\\;?#\x00-\x20\x7f]|\Z)")
+"""Behind the dots may be parameters (RFC 3986, 3.3), or what some readers cut off with the rest."""
+
+
+def has_dot_segment(path: bytes) -> bool:
+    """Return whether some reader may find a ``.`` or ``..`` segment in ``path``.
+
+    A path that is encoded more often than any real one counts as well.
+
+    Args:
+        path: raw, without its query.
+    """
+    if b"%" not in path:
+        return b"." in path and _DOT_SEGMENT.search(path) is not None
+    for _ in range(_MOST_DECODED):
+        plain = unquote_to_bytes(_PERCENT.sub(b"%", path))
+        for overlong, character in _OVERLONG:
+            plain = plain.replace(overlong, character)
+        if _DOT_SEGMENT.search(plain) is not None:
+            return True
+        if plain == path:
+            return False
+        path = plain
+    return True
