@@ -17,8 +17,9 @@ from tests.support.live_proxy import (
     live_fixture,
     read_response,
     response,
+    trace_of,
 )
-from tests.support.scripts import LAST, OK, Notes, Turn
+from tests.support.scripts import LAST, OK, SSE, Notes, Turn
 from tests.support.sockets import Wire, chunked, request
 
 OCTETS = "Content-Type: application/octet-stream"
@@ -183,3 +184,33 @@ def _send_all(client: Wire, *pieces: bytes) -> None:
     with suppress(OSError):  # the proxy may close before it has read everything
         for piece in pieces:
             client.send(piece)
+
+
+def test_an_upload_over_the_limit_ends_a_flowing_response_for_that_reason(live: LiveProxy) -> None:
+    """The response breaks off; the record says why, and does not blame the provider."""
+    flows = Turn()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(SSE, chunked(b"data: 1\n\n"))
+        flows.give()
+        while wire.receive():
+            pass
+
+    live.script = script
+    with live.connect() as client:
+        client.send(request("POST", "/small/x", OCTETS, "Transfer-Encoding: chunked"))
+        client.send(chunked(b"x"))
+        flows.take()
+        assert client.read_head()
+        assert client.read_chunk() == b"data: 1\n\n"
+        sending = threading.Thread(
+            target=_send_all, args=(client, *[chunked(bytes(1_000_000))] * 10, LAST)
+        )
+        sending.start()
+        assert client.sock.recv(1000) == b""  # no last chunk
+        sending.join(20)
+    record = trace_of(live.daemon, status=200, error="body_too_large")
+    assert (record["end_reason"], record["bytes_out"]) == ("rejected", 9)
+    assert record["is_complete"] is False
+    assert_settles(live.daemon)
