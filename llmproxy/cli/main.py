@@ -20,6 +20,7 @@ from llmproxy.cli.usage import add_usage
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
+from llmproxy.policy.auth import KEY_PREFIX
 from llmproxy.version import version
 
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
@@ -54,7 +55,7 @@ def check(args: argparse.Namespace) -> int:
 
 def keys_new(args: argparse.Namespace) -> int:
     """Print a new key, and the line of the configuration that lets it in."""
-    key = "llmp_" + secrets.token_urlsafe(_KEY_BYTES)
+    key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     print(key)
     print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
     if sys.stderr.isatty():

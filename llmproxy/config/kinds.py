@@ -20,7 +20,9 @@ from llmproxy.config.readers import (
     endpoint_for_tls,
     field_value,
     file_of_instance,
+    header_name,
     host_value,
+    key_query,
     reference,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
@@ -93,6 +95,7 @@ def array(
     reader: Callable[[Table], Reader[Any]],
     *,
     empty_beside: str = "",
+    may_be_empty: bool = False,
     show: Show = lambda items: None if items is None else list(items),
 ) -> Kind:
     """Return the kind of an array.
@@ -100,13 +103,14 @@ def array(
     Args:
         reader: makes the reader of an item for the table that the array stands in.
         empty_beside: a key beside which the array may be empty.
+        may_be_empty: it may be empty, whatever is beside it.
         show: as :class:`Kind` has it.
     """
 
     def read(table: Table, key: Key) -> object:
         default = () if key.needed else table.default(key)
-        may_be_empty = empty_beside in table
-        return table.array(key.name, reader(table), default, may_be_empty=may_be_empty)
+        bare = may_be_empty or empty_beside in table
+        return table.array(key.name, reader(table), default, may_be_empty=bare)
 
     return Kind("array of strings", read, show)
 
@@ -181,6 +185,8 @@ ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance)
 PROVIDERS = array(lambda table: reference(table.context.providers, "a provider"))
 ROUTES = array(_allowed_route)
 HOSTS = array(lambda table: host_value)
+DROPPED = array(lambda table: header_name, may_be_empty=True)
+KEY_QUERY = value(key_query, "boolean or string", lambda name: name or False)
 MODELS = array(lambda table: model_pattern)
 DIGESTS = array(lambda table: digest(table.name), show=len)
 HEADERS = Kind("table of strings", _added_headers, lambda fields: [name for name, _ in fields])

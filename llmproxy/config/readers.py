@@ -7,6 +7,7 @@ here knows a section or a struct.  A value that may be a secret that went astray
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import socket
 import ssl
@@ -30,6 +31,8 @@ _INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PATH = re.compile(r"/[!-~]*")
 _HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_PARAMETER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OF_NOTHING = hashlib.sha256().hexdigest()
 _NOT_TOKEN = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 _FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 
@@ -155,6 +158,15 @@ def added_header_name(value: object, credential: str) -> str:
     return lower
 
 
+def key_query(value: object) -> str | None:
+    """Read the name of the query's parameter that holds a key: ``true`` is Google's, ``key``."""
+    if isinstance(value, bool):
+        return "key" if value else None
+    if not isinstance(value, str) or not _PARAMETER.fullmatch(value):
+        raise Wrong("true, false, or the name of a parameter in letters, digits, `.`, `_` and `-`")
+    return value
+
+
 def session_header(value: object) -> str:
     """Read the name of the field in which callers name their session, in lower case."""
     lower = header_name(value)
@@ -196,6 +208,8 @@ def digest(client: str) -> Callable[[object], bytes]:
         found = _DIGEST.fullmatch(value) if isinstance(value, str) else None
         if found is None:
             raise Wrong(f'"sha256:" and 64 lower-case hex digits; {key_hint(client)}', hidden=True)
+        if found[1] == _OF_NOTHING:  # an empty field counts as no key
+            raise Wrong(f"the digest of a key that is not empty; {key_hint(client)}", hidden=True)
         return bytes.fromhex(found[1])
 
     return read

@@ -13,6 +13,7 @@ from llmproxy.config.schema import NOT_BUILT_YET, Table
 from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace
 from llmproxy.config.values import Wrong
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
 
 
 def read_proxy(table: Table) -> Proxy:
@@ -55,6 +56,12 @@ def read_provider(name: str, table: Table) -> Provider:
         table.problem(
             "pass_credential", "expected either this or `credential`: only one key can be sent"
         )
+    if table.take("key_query") and table.take("pass_credential"):
+        table.problem(
+            "key_query", "expected either this or `pass_credential`: the query has one reader"
+        )
+    if "credential" in table:
+        table.defaults["drop_headers"] = (*ROUTING_FIELDS, *ACCOUNT_FIELDS)
     table.take("header")
     return table.struct(Provider, name=name)
 

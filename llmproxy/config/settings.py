@@ -26,6 +26,7 @@ from llmproxy.config.kinds import (
     CREDENTIAL,
     DIALECT,
     DIGESTS,
+    DROPPED,
     DURATION,
     DURATION_OR_OFF,
     ENDPOINT,
@@ -34,6 +35,7 @@ from llmproxy.config.kinds import (
     FILE,
     HEADERS,
     HOSTS,
+    KEY_QUERY,
     MODELS,
     PRIVATE_KEY,
     PROVIDERS,
@@ -60,6 +62,7 @@ from llmproxy.config.schema import Key, Section, redacted
 from llmproxy.config.url import Url
 from llmproxy.config.values import absolute_path, text, token
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.http1.headers import ROUTING_FIELDS
 
 AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]
@@ -287,12 +290,33 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     pass_credential: Annotated[bool, Key(BOOLEAN)] = False
     """Whether the caller's own key is forwarded to the provider, in ``Authorization``,
     ``x-api-key``, ``api-key`` or ``x-goog-api-key``. Callers then show their key for the proxy in
-    ``x-llmproxy-key``, or are anonymous. Not together with ``credential``."""
+    ``x-llmproxy-key``, or are anonymous. If a client's key for the proxy stands in anything that
+    is forwarded, the request is refused. Not together with ``credential``."""
+
+    key_query: Annotated[str | None, Key(KEY_QUERY, stated="default ``false``")] = None
+    """The parameter of the query in which callers may send their key for the proxy, as Google's
+    clients do: ``true`` is ``key``, a string is another name. The parameter is read and cut out of
+    the query; the rest of the query crosses byte for byte. Callers may still use the headers. Not
+    together with ``pass_credential``. Without this key, a query in which a client's key stands is
+    refused."""
 
     headers: Annotated[tuple[tuple[str, str], ...], Key(HEADERS)] = ()
     """Headers that the proxy adds to a request if the caller sent none of that name, such as
     ``{ anthropic-version = "2023-06-01" }``. A header that carries a key is refused here, and so is
     a header that the proxy or HTTP's framing owns."""
+
+    drop_headers: Annotated[
+        tuple[str, ...], Key(DROPPED, stated="default: the headers named below")
+    ] = ROUTING_FIELDS
+    """Headers of callers that this provider does not get. An array of your own takes the place of
+    the default, so ``[]`` lets all of them cross. What ``headers`` sets is added in any case. The
+    default holds headers that servers behind the proxy may take for their own: ``true-client-ip``,
+    ``x-real-ip``, ``x-client-ip``, ``x-cluster-client-ip``, ``cf-connecting-ip``,
+    ``fastly-client-ip``, ``x-original-url``, ``x-original-uri``, ``x-original-host``,
+    ``x-rewrite-url``, ``x-http-method-override``, ``x-http-method`` and ``x-method-override``. With
+    ``credential`` it also holds headers that choose the account for which the proxy's credential
+    acts: ``openai-organization``, ``openai-project``, ``chatgpt-account-id`` and
+    ``x-goog-user-project``."""
 
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
@@ -404,7 +428,9 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     name: str
 
     keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
-    """The keys that the client may show. Each item is ``"sha256:"`` and the 64 lower-case hex
+    """The keys that the client may show. A key stands in one of five headers: ``Authorization`` (as
+    ``Bearer``), ``x-api-key``, ``api-key``, ``x-goog-api-key`` or ``x-llmproxy-key``; an empty one
+    counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex
     digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
     line, and this line of the file on its second. No two clients share a key."""
 

@@ -26,12 +26,12 @@ class Rules(NamedTuple):
 
     Attributes:
         pseudonym: ours in ``Via``, in lower case.
-        credentials: the fields that carry providers' credentials.
+        guarded: the fields that some provider gets from the proxy alone, or not at all.
         auth: knows the clients' keys.
     """
 
     pseudonym: bytes
-    credentials: frozenset[bytes]
+    guarded: frozenset[bytes]
     auth: Auth
 
 
@@ -55,14 +55,14 @@ def admit(request: Request, rules: Rules) -> None:
         raise ProxyError(426, "websocket", text, fields=_USE_HTTP)
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
-    refuse_disguised(first, rules.credentials)
+    refuse_disguised(first, rules.guarded)
 
 
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
     try:
         admit(request, rules)
-        rules.auth.identify(request.fields, pass_credential=place.passes_credential)
+        rules.auth.identify(request.fields, request.uri, place.keys)
         place.require()
     except ProxyError as error:
         return error

@@ -78,9 +78,7 @@ class Gateway(Handler):
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
         via = config.proxy.via.encode("ascii")
-        credentials = map(credential_field, config.providers.values())
-        owned = frozenset(field[0] for field in credentials if field is not None)
-        self._rules = Rules(via.lower(), owned, Auth(config))
+        self._rules = Rules(via.lower(), _guarded(config), Auth(config))
         self._attempts = Attempts(upstream, metrics, clock, via)
 
     # -- what the server asks before a request is served ----------------------------------------
@@ -163,8 +161,8 @@ class Gateway(Handler):
     # -- its steps ------------------------------------------------------------------------------
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
-        fields, passes = exchange.request.fields, place.passes_credential
-        client = self._rules.auth.identify(fields, pass_credential=passes)
+        request = exchange.request
+        client = self._rules.auth.identify(request.fields, request.uri, place.keys)
         exchange.trace.client = client.name
         return client
 
@@ -195,15 +193,11 @@ class Gateway(Handler):
         request.limit_body(match.body_limit)
         candidate = match.candidates[0]
         provider = candidate.provider
-        # The model may lead to a route on which other fields say who calls; it must be the same.
-        if (
-            provider.pass_credential != place.passes_credential
-            and self._rules.auth.identify(
-                request.fields, pass_credential=provider.pass_credential
-            ).name
-            != client.name
-        ):
-            raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
+        # The model may lead to a route on which keys stand elsewhere; who calls must be the same.
+        if candidate.keys != place.keys:
+            found = self._rules.auth.identify(request.fields, request.uri, candidate.keys)
+            if found.name != client.name:
+                raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
@@ -241,6 +235,16 @@ class Gateway(Handler):
         finally:
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
+
+
+def _guarded(config: Config) -> frozenset[bytes]:
+    """Return the fields that carry providers' credentials, and those that some provider lacks."""
+    fields = set()
+    for provider in config.providers.values():
+        fields |= {name.encode("ascii") for name in provider.drop_headers}
+        if (credential := credential_field(provider)) is not None:
+            fields.add(credential[0])
+    return frozenset(fields)
 
 
 def _end_failed(failure: Failure) -> None:

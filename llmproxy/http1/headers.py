@@ -1,4 +1,4 @@
-"""What may cross the proxy, in both directions (design 5).
+"""What may cross the proxy, in both directions (design 5, ADR-0018).
 
 Strip first, inject after.  Fields are lists of pairs, names in lower case, in the order in which
 they came; what crosses keeps its place and its value.  This module knows no provider and no client,
@@ -19,6 +19,21 @@ KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 
 OWN_KEY_FIELD = b"x-llmproxy-key"
 """The field in which a client says who it is where the others belong to its provider."""
+
+ROUTING_FIELDS = (
+    *("true-client-ip", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "cf-connecting-ip"),
+    *("fastly-client-ip", "x-original-url", "x-original-uri", "x-original-host", "x-rewrite-url"),
+    *("x-http-method-override", "x-http-method", "x-method-override"),
+)
+"""Fields by which a caller would say to servers behind us who it is, or what it asks for.
+
+Balancers and frameworks take them for their own: a route is found by the request line and ``Host``.
+"""
+
+ACCOUNT_FIELDS = (
+    *("openai-organization", "openai-project", "chatgpt-account-id", "x-goog-user-project"),
+)
+"""Fields that choose whose account a credential acts for: ours is for the operator to choose."""
 
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
@@ -69,14 +84,14 @@ def nominated(fields: Fields) -> set[bytes]:
     return {token.strip(b" \t").lower() for line in lines for token in line.split(b",")}
 
 
-def refuse_disguised(names: Collection[bytes], credentials: Container[bytes] = ()) -> None:
+def refuse_disguised(names: Collection[bytes], guarded: Container[bytes] = ()) -> None:
     """Refuse a name with ``_`` that spells a field which the proxy owns or drops.
 
     Servers behind CGI-like gateways read ``x_api_key`` and ``x-api-key`` as one.
 
     Args:
         names: of the request's fields, in lower case.
-        credentials: the fields that carry providers' credentials.
+        guarded: further fields that do not cross as a client sends them.
 
     Raises:
         ProxyError: 400, naming the field.
@@ -86,7 +101,7 @@ def refuse_disguised(names: Collection[bytes], credentials: Container[bytes] = (
     for name in names:
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
-            if is_owned(spelt) or spelt in KEY_FIELDS or spelt in credentials:
+            if is_owned(spelt) or spelt in KEY_FIELDS or spelt in guarded:
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )
@@ -98,6 +113,7 @@ class HeaderRewriter:
     Args:
         pass_credential: the caller's own key fields cross.
         credential: the provider's credential field, or None.
+        dropped: further fields of callers' that do not cross.
         defaults: fields of the provider's that are added where the client sent none.
         accept_events: ``Accept: text/event-stream`` is added where a stream is asked for and the
             client sent no ``Accept``.
@@ -108,10 +124,11 @@ class HeaderRewriter:
         *,
         pass_credential: bool,
         credential: tuple[bytes, bytes] | None,
+        dropped: tuple[bytes, ...],
         defaults: tuple[tuple[bytes, bytes], ...],
         accept_events: bool,
     ) -> None:
-        self._dropped = _REQUEST_DROPPED
+        self._dropped = _REQUEST_DROPPED | set(dropped)
         if not pass_credential:
             self._dropped |= set(KEY_FIELDS)
         if credential is not None:

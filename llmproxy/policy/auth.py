@@ -1,21 +1,54 @@
 """From the keys that a request presents to the client that it comes from.
 
-Keys are compared by their SHA-256 digest, and are never kept, logged or put into an error.  Nothing
-here knows routes or providers: an argument says whether the SDK's own key fields are the
-provider's.
+Keys are compared by their SHA-256 digest, and are never kept, logged or put into an error.  A key
+of a client's never crosses to a provider: one that stands anywhere in what would cross is refused,
+and the refusal names the place.  Nothing here knows routes or providers: :class:`KeyPlaces` says
+where keys stand (ADR-0018).
 """
 
 from __future__ import annotations
 
+import binascii
 import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
-from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD
+from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, is_owned
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """The client of a request without a key, where such requests are allowed."""
+
+KEY_PREFIX = "llmp_"
+"""How the keys begin that ``llmproxy keys new`` makes."""
+
+_MADE_KEY = re.compile(KEY_PREFIX.encode("ascii") + rb"[A-Za-z0-9_-]{43}")
+"""Such a key, wherever it stands: 32 bytes in URL-safe base64."""
+
+_PREFIX = KEY_PREFIX.encode("ascii")
+
+_UNMISTAKABLE = 16
+"""Length from which a key is found within a longer word; a shorter one may be in it by chance."""
+
+_GAPS = re.compile(rb"[\s,;]+")
+_MARKS = re.compile(rb"[\s,;:=&|\"'()<>\[\]{}]+")
+"""What may stand between a key and its surroundings; keys of operators' own may hold some of it."""
+
+
+class KeyPlaces(NamedTuple):
+    """Where the keys of callers stand, as a provider has it.
+
+    Attributes:
+        passes: the SDK's key fields are the provider's, and cross; only ``x-llmproxy-key`` speaks.
+        query: the parameter of the query that holds a key, or None.
+    """
+
+    passes: bool = False
+    query: bytes | None = None
 
 
 class Auth:
@@ -27,60 +60,160 @@ class Auth:
             digest: client for client in config.clients.values() for digest in client.keys
         }
 
-    def identify(self, fields: Fields, *, pass_credential: bool) -> Client:
+    def identify(self, fields: Fields, target: bytes, places: KeyPlaces) -> Client:
         """Return the client that the request's keys name.
 
         Args:
             fields: the request's header fields.
-            pass_credential: the SDK's key fields are the provider's; only ``x-llmproxy-key``
-                speaks.
+            target: path and query, as the client sent them.
+            places: where keys stand.
 
         Raises:
             ProxyError: 401, where no key is shown and nobody is anonymous, a key is unknown, two
-                keys name different clients, or a client's key stands in a field that would cross.
+                keys name different clients, or a client's key stands in what would cross.
         """
-        client = self._caller(fields, () if pass_credential else KEY_FIELDS)
-        if pass_credential:
-            self._keep_keys_here(fields)
-        return client
-
-    def _caller(self, fields: Fields, names: tuple[bytes, ...]) -> Client:
-        found: Client | None = None
+        keys, target = cut_keys(target, places.query)
+        names = (OWN_KEY_FIELD,) if places.passes else (OWN_KEY_FIELD, *KEY_FIELDS)
+        crossing = []
         for name, value in fields:
-            if name == OWN_KEY_FIELD or name in names:
-                client = self._lookup(_key(name, value))
-                if found is not None and client is not found:
-                    text = "The keys of this request name different clients."
-                    raise _unauthorized("keys_disagree", text)
-                found = client
-        if found is not None:
-            return found
+            if name not in names:
+                crossing.append(value)
+            elif key := _key(name, value):
+                keys.append(key)
+        client = self._named_by(keys)
+        self._keep_here(keys, b"\n".join([target, *crossing]), fields, target, places)
+        if client is not None:
+            return client
         if self._anonymous:
             return ANONYMOUS
         raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
 
-    def _keep_keys_here(self, fields: Fields) -> None:
-        """Refuse a client's key in a field that crosses: the provider would get it."""
-        for name, value in fields:
-            key = value.partition(b" ")[2].strip(b" ") if name == b"authorization" else value
-            if name in KEY_FIELDS and hashlib.sha256(key).digest() in self._clients:
-                text = "A client key of this proxy stands where the provider's credential belongs."
-                raise _unauthorized("misplaced_key", text)
+    def _named_by(self, keys: Iterable[bytes]) -> Client | None:
+        found: Client | None = None
+        for key in keys:
+            client = self._clients.get(hashlib.sha256(key).digest())
+            if client is None:
+                text = "The key is not one of this proxy's client keys."
+                raise _unauthorized("unknown_key", text)
+            if found is not None and client is not found:
+                text = "The keys of this request name different clients."
+                raise _unauthorized("keys_disagree", text)
+            found = client
+        return found
 
-    def _lookup(self, key: bytes) -> Client:
-        client = self._clients.get(hashlib.sha256(key).digest())
-        if client is None:
-            raise _unauthorized("unknown_key", "The key is not one of this proxy's client keys.")
-        return client
+    # -- no key of a client's crosses -------------------------------------------------------------
+
+    def _keep_here(
+        self, keys: list[bytes], crossing: bytes, fields: Fields, target: bytes, places: KeyPlaces
+    ) -> None:
+        """Refuse a client's key in anything that crosses: the provider would get it.
+
+        Args:
+            keys: that the request presents; they name a client.
+            crossing: all that may cross, joined: most requests are done with one look at it.
+        """
+        if places.passes:
+            for name, value in fields:
+                if name in KEY_FIELDS and self._holds_a_key(_words(value)):
+                    raise _misplaced(f"the header {name.decode('ascii')}")
+        path, mark, query = target.partition(b"?")
+        if mark and self._holds_a_key(word for value in _values(query) for word in _words(value)):
+            raise _misplaced("the query")
+        if b"%" in target:
+            crossing += b"\n" + unquote_to_bytes(target)
+        if _PREFIX in crossing or any(key in crossing for key in keys):
+            for place, value in _places(fields, path, query, places):
+                if self._is_in(value, keys):
+                    raise _misplaced(place)
+
+    def _is_in(self, value: bytes, keys: list[bytes]) -> bool:
+        """Return whether ``value`` holds one of ``keys``, or any key that we made."""
+        for key in keys:
+            if key in value and (len(key) >= _UNMISTAKABLE or key in _words(value)):
+                return True
+        return self._holds_a_key(_MADE_KEY.findall(value))
+
+    def _holds_a_key(self, words: Iterable[bytes]) -> bool:
+        return any(hashlib.sha256(word).digest() in self._clients for word in words)
+
+
+def cut_keys(target: bytes, name: bytes | None) -> tuple[list[bytes], bytes]:
+    """Return the keys in the query of ``target``, and ``target`` without them.
+
+    Args:
+        target: path and query.
+        name: the parameter that holds a key; None leaves ``target`` as it is.
+    """
+    path, mark, query = target.partition(b"?")
+    if not mark or name is None:
+        return [], target
+    keys, kept = [], []
+    for piece in query.split(b"&"):
+        key, _, value = piece.partition(b"=")
+        if _unquoted(key) != name:
+            kept.append(piece)
+        elif value:  # an empty one is no key
+            keys.append(_unquoted(value))
+    if len(kept) == query.count(b"&") + 1:
+        return [], target
+    return keys, path + mark + b"&".join(kept) if any(kept) else path
 
 
 def _key(name: bytes, value: bytes) -> bytes:
+    """Return the key in a key field, empty where there is none: editors send ``Bearer`` alone."""
     if name != b"authorization":
         return value
     scheme, _, key = value.partition(b" ")
-    if scheme.lower() != b"bearer":
+    if value and scheme.lower() != b"bearer":
         raise _unauthorized("unknown_key", "Authorization must be a Bearer key of this proxy.")
     return key.strip(b" ")
+
+
+def _unquoted(text: bytes) -> bytes:
+    """Return a name or value of a query as forms encode it."""
+    return unquote_to_bytes(text.replace(b"+", b" "))
+
+
+def _values(query: bytes) -> Iterator[bytes]:
+    """Yield what a query says, decoded: the values, and the names of those without one."""
+    for piece in query.split(b"&"):
+        name, mark, value = piece.partition(b"=")
+        yield _unquoted(value if mark else name)
+
+
+def _words(value: bytes) -> set[bytes]:
+    """Return whatever in ``value`` may be a key, within the usual separators and Basic."""
+    if _MARKS.search(value) is None:
+        return {value}
+    words = {value, *_MARKS.split(value)}
+    for word in _GAPS.split(value):
+        words |= {word, word.partition(b"=")[2].strip(b"\"'")}
+    scheme, _, rest = value.partition(b" ")
+    words.add(rest.strip())
+    if scheme.lower() == b"basic":
+        try:
+            pair = binascii.a2b_base64(rest)
+        except binascii.Error:
+            return words
+        words |= {pair, *pair.split(b":", 1)}
+    return words
+
+
+def _places(
+    fields: Fields, path: bytes, query: bytes, places: KeyPlaces
+) -> Iterator[tuple[str, bytes]]:
+    """Yield all that crosses, each with the name of its place."""
+    for place, raw in (("the path", path), ("the query", query)):
+        yield place, raw
+        yield place, unquote_to_bytes(raw)
+    for name, value in fields:
+        if not is_owned(name) and (places.passes or name not in KEY_FIELDS):
+            yield f"the header {name.decode('ascii')}", value
+
+
+def _misplaced(place: str) -> ProxyError:
+    text = f"A client key of this proxy stands in {place}, which is sent to the provider."
+    return _unauthorized("misplaced_key", f"{text} Send the key in x-llmproxy-key.")
 
 
 def _unauthorized(reason: str, message: str) -> ProxyError:

@@ -22,6 +22,7 @@ from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
+from llmproxy.policy.auth import KeyPlaces, cut_keys
 from llmproxy.upstream.client import credential_field
 
 _ANY_MODEL = ("*",)
@@ -39,6 +40,7 @@ class Candidate(NamedTuple):
         model: what the body's model is overridden with, or None.
         timeouts: the deadlines of a request on this route to this provider.
         credential: the field that carries the provider's credential, or None.
+        keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
         base: the path of the provider's URL, which stands before every target.
     """
@@ -47,6 +49,7 @@ class Candidate(NamedTuple):
     model: str | None
     timeouts: Timeouts
     credential: tuple[bytes, bytes] | None
+    keys: KeyPlaces
     rewriter: HeaderRewriter
     base: bytes
 
@@ -59,7 +62,8 @@ class RouteMatch(NamedTuple):
         candidates: at least one, in the order in which they are to be tried.
         body_limit: the most bytes that a request body may have on this route.
         path: what of the request's path the provider gets, byte for byte.
-        query: the request's query with its question mark, or nothing.
+        query: the request's query with its question mark, or nothing; a key of the caller's is cut
+            out of it.
     """
 
     route: Route
@@ -117,7 +121,7 @@ class PathMatch:
         dialect: the shape of errors for the client: that of the first candidate, or without a route
             that of the API which the path looks like (design 8).
         body_limit: the most bytes that any route here takes as a request body.
-        passes_credential: whether the callers' own credentials cross on the first route here.
+        keys: where callers' keys stand on the first route here.
     """
 
     def __init__(
@@ -129,7 +133,7 @@ class PathMatch:
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
-        self.passes_credential = first is not None and first.pass_credential
+        self.keys = found[0].candidates[0].keys if found else KeyPlaces()
 
     def needs_model(self, client: Client | None = None) -> bool:
         """Return whether the model of a request decides anything here.
@@ -168,7 +172,7 @@ class PathMatch:
         else:
             raise _no_route(path_known=bool(self._found))
         self._clients.permit(client, one.route, named)
-        path, mark, query = target.partition(b"?")
+        path, mark, query = cut_keys(target, one.candidates[0].keys.query)[1].partition(b"?")
         if one.route.strip and one.path != b"/":
             path = path[len(one.path) :]
         return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query)
@@ -231,8 +235,13 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         model=None if override is None else override.model,
         timeouts=config.timeouts_for(route, provider),
         credential=credential,
+        keys=KeyPlaces(
+            passes=provider.pass_credential,
+            query=None if provider.key_query is None else provider.key_query.encode("ascii"),
+        ),
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
+            dropped=tuple(name.encode("ascii") for name in provider.drop_headers),
             credential=credential,
             defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in provider.headers),
             accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),

@@ -27,6 +27,7 @@ from llmproxy.config import (
 from llmproxy.config.settings import SECTIONS
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.http1.headers import ROUTING_FIELDS
 from tests.support.configs import (
     DIGEST,
     KEYS_LINE,
@@ -86,7 +87,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "header": "authorization",
                 "format": "Bearer {}",
                 "pass_credential": False,
+                "key_query": False,
                 "headers": [],
+                "drop_headers": list(ROUTING_FIELDS),
                 "ca": None,
                 "pool": 1000,
                 "timeouts": {},
@@ -305,6 +308,8 @@ def test_a_whole_provider(directory: Path, tmp_path: Path) -> None:
                 "providers.p.header": '"API-Key"',
                 "providers.p.format": '"Key {}!"',
                 "providers.p.headers": '{ Anthropic-Version = "2023-06-01", x-a = "b c" }',
+                "providers.p.key_query": '"k"',
+                "providers.p.drop_headers": '["X-B", "x-real-ip"]',
                 "providers.p.ca": json.dumps(str(ca)),
                 "providers.p.pool": "0",
                 "providers.p.timeouts": '{ connect = "1s", total = "off", pool_idle = "2s" }',
@@ -318,7 +323,9 @@ def test_a_whole_provider(directory: Path, tmp_path: Path) -> None:
         credential=Secret(SECRET),
         header="api-key",
         format="Key {}!",
+        key_query="k",
         headers=(("anthropic-version", "2023-06-01"), ("x-a", "b c")),
+        drop_headers=("x-b", "x-real-ip"),
         ca=str(ca),
         pool=0,
         timeouts={"connect": 1, "total": None, "pool_idle": 2},
@@ -463,3 +470,12 @@ def test_instance_names(instance: str) -> None:
         parse(toml({}), instance=instance, environ={})
     (problem,) = caught.value.problems
     assert problem.startswith("--instance: expected up to 64 letters, digits and ._-")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("true", "key"), ("false", None), ('"key"', "key"), ('"api.key"', "api.key")],
+)
+def test_the_parameter_of_a_query_that_holds_a_key(value: str, name: str | None) -> None:
+    """``true`` is the name that Google's clients use."""
+    assert accepted({"providers.p.key_query": value}).providers["p"].key_query == name

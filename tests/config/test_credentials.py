@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from llmproxy.config import Secret
+from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
 from tests.support.configs import (
     DIGEST,
     KEYS_LINE,
@@ -154,6 +156,32 @@ def test_two_credentials(directory: Path) -> None:
     (problem,) = problems_of(with_credential(directory, **{"providers.p.pass_credential": "true"}))
     assert problem.startswith("providers.p.pass_credential: expected either this or `credential`")
     assert accepted({"providers.p.pass_credential": "true"}).providers["p"].pass_credential
+
+
+def test_one_reader_of_the_query() -> None:
+    """A caller's key in the query is the proxy's or the provider's."""
+    both = {"providers.p.pass_credential": "true", "providers.p.key_query": "true"}
+    (problem,) = problems_of(both)
+    assert problem.startswith("providers.p.key_query: expected either this or `pass_credential`")
+
+
+def test_the_digest_of_nothing_is_no_key() -> None:
+    """An empty key field counts as no key, so nothing could fit such a digest."""
+    digest = hashlib.sha256(b"").hexdigest()
+    (problem,) = problems_of({"clients.c.keys": f'["sha256:{digest}"]'})
+    assert problem.startswith("clients.c.keys[0]: expected the digest of a key that is not empty")
+
+
+def test_a_provider_that_gets_our_credential_gets_no_account_of_callers(directory: Path) -> None:
+    """Which headers are dropped follows the credential, unless the provider says it."""
+
+    def dropped(**keys: str) -> tuple[str, ...]:
+        return accepted(with_credential(directory, **keys)).providers["p"].drop_headers
+
+    assert accepted({}).providers["p"].drop_headers == ROUTING_FIELDS
+    assert dropped() == (*ROUTING_FIELDS, *ACCOUNT_FIELDS)
+    assert dropped(**{"providers.p.drop_headers": "[]"}) == ()
+    assert dropped(**{"providers.p.drop_headers": '["X-Own"]'}) == ("x-own",)
 
 
 # --- nothing secret is shown ----------------------------------------------------------------------

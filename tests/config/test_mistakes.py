@@ -111,6 +111,13 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.headers", '{ a = "b\\r\\nc: d" }', ".a", "without control characters"),
     ("providers.p.headers", "{ a = 1 }", ".a", "a string"),
     ("providers.p.pass_credential", "0", "", "true or false"),
+    ("providers.p.key_query", "1", "", "the name of a parameter"),
+    ("providers.p.key_query", '"a&b"', "", "the name of a parameter"),
+    ("providers.p.key_query", '""', "", "the name of a parameter"),
+    ("providers.p.drop_headers", '"a"', "", "an array"),
+    ("providers.p.drop_headers", '["a b"]', "[0]", "a token"),
+    ("providers.p.drop_headers", '["via"]', "[0]", "a header that neither the proxy nor HTTP's"),
+    ("providers.p.drop_headers", '["connection"]', "[0]", "a header that neither the proxy nor"),
     ("providers.p.ca", '"ca.pem"', "", "an absolute path"),
     ("providers.p.ca", '"/no/such.pem"', "", "a PEM file of certificates (No such file"),
     ("providers.p.ca", '"/dev/null"', "", "a PEM file of certificates"),
@@ -387,8 +394,8 @@ ORDER = """
         client_idle, pool_idle
     limits request_head, request_body, request_memory, response_head, accumulate, event,
         connections_per_address, drains
-    providers.q dialect, pass_credential, header, url, credential, format, headers, ca, pool,
-        timeouts
+    providers.q dialect, pass_credential, key_query, header, url, credential, format, headers,
+        drop_headers, ca, pool, timeouts
     routes[1] path, providers, name, hosts, models, strip, override, timeouts, accept_encoding,
         include_usage, on_disconnect, drain_for, error_event, capture, request_body
     trace jsonl, ledger, keep, otlp, session_header

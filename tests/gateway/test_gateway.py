@@ -154,6 +154,25 @@ def test_a_provider_adds_its_fields() -> None:
     assert played.asked.credential == b""
 
 
+def test_a_caller_does_not_speak_for_the_proxy() -> None:
+    """Fields that others believe of a proxy are dropped, and refused where they are disguised."""
+    claims = ["True-Client-IP: 1.1.1.1", "X-Original-URL: /x", "X-HTTP-Method-Override: DELETE"]
+    played = PlayedGateway()
+    played.call("POST", "/p", *claims, "OpenAI-Project: theirs", "X-A: 1")
+    names = [name for name, _ in played.asked.fields]
+    assert {b"true-client-ip", b"x-original-url", b"x-http-method-override"}.isdisjoint(names)
+    assert b"openai-project" in names  # no credential of ours acts for it
+    played.response().end()
+    played.call("POST", "/p", "X_Original_URL: /x")
+    assert [trace.error for trace in played.sink.traces] == [None, "bad_header"]
+
+    allowing = PlayedGateway(provider='drop_headers = ["openai-project"]')
+    allowing.call("POST", "/p", *claims, "OpenAI-Project: theirs")
+    fields = dict(allowing.asked.fields)
+    assert fields[b"x-http-method-override"] == b"DELETE"
+    assert b"openai-project" not in fields
+
+
 def test_the_callers_credential_may_be_forwarded() -> None:
     """With ``pass_credential`` each credential has connections of its own."""
     played = PlayedGateway(provider="pass_credential = true")
@@ -166,6 +185,44 @@ def test_the_callers_credential_may_be_forwarded() -> None:
         keys.add(played.asked.credential)
         played.response().end()
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/p/v1?alt=sse&key=key&x=%7b", b"/base/v1?alt=sse&x=%7b"),
+        ("/p/v1?key=key", b"/base/v1"),
+        ("/p/v1?key=", b"/base/v1"),
+        ("/p/v1?x={}&&", b"/base/v1?x={}&&"),
+    ],
+)
+def test_a_key_in_the_query_is_read_and_cut(target: str, sent: bytes) -> None:
+    """All else of the query is forwarded byte for byte."""
+    played = PlayedGateway(provider="key_query = true")
+    header = () if "=key" in target else ("X-Api-Key: key",)
+    played.send(request("GET", target, *header))
+
+    assert played.asked.target == sent
+    played.response().end()
+    assert played.trace().client == "c"
+
+
+def test_a_key_in_the_query_is_not_forwarded_to_a_route_that_the_model_selects() -> None:
+    """The path's first route reads the query; the model's route would forward it."""
+    plain = """
+[providers.q]
+url = "https://q.example"
+dialect = "openai"
+[[routes]]
+name = "q"
+path = "/p"
+providers = ["q"]
+"""
+    played = PlayedGateway(provider="key_query = true", route='models = ["o"]', more=plain)
+    played.send(request("POST", "/p?key=key", JSON, body=b'{"model":"m"}'))
+    assert played.refusal() == (401, "misplaced_key")
+    played.send(request("POST", "/p?key=key", JSON, body=b'{"model":"o"}'))
+    assert played.asked.target == b"/base"
 
 
 def test_our_key_is_not_forwarded_to_a_route_that_the_model_selects() -> None:

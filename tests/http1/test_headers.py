@@ -41,6 +41,7 @@ def sent(fields: Fields, **changes: Any) -> Fields:
     prepared: dict[str, Any] = {
         "pass_credential": False,
         "credential": None,
+        "dropped": (),
         "defaults": (),
         "accept_events": True,
     }
@@ -97,6 +98,15 @@ def test_some_fields_of_a_request_are_dropped(name: bytes) -> None:
     """These are hop-by-hop fields, keys, our own fields, and the origin of a request."""
     kept = [(b"x-a", b"1"), (b"x-b", b"2")]
     assert sent([kept[0], (name, b"x"), kept[1]]) == [*kept, VIA, ID]
+
+
+def test_a_provider_lacks_what_it_does_not_want() -> None:
+    """It may still add such a field itself, and then its own value counts."""
+    fields = [(b"x-a", b"1"), (b"x-b", b"2"), (b"x-a", b"3")]
+
+    assert sent(fields, dropped=(b"x-a",)) == [(b"x-b", b"2"), VIA, ID]
+    added = sent(fields, dropped=(b"x-a",), defaults=((b"x-a", b"ours"),))
+    assert added == [(b"x-b", b"2"), VIA, (b"x-a", b"ours"), ID]
 
 
 def test_fields_that_connection_nominates_are_dropped() -> None:

@@ -19,7 +19,12 @@ CONFIG = "".join(
         ),
         provider_table("open"),
         provider_table("passing", "pass_credential = true", dialect="anthropic"),
+        provider_table(
+            "google",
+            *('credential = "key"', "key_query = true", 'headers = { openai-project = "ours" }'),
+        ),
         *(route_table(f"/{name}", name) for name in (*DIALECTS, "custom", "open", "passing")),
+        route_table("/google", "google"),
     ]
 )
 
@@ -103,7 +108,8 @@ def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
         (["Authorization: Bearer wrong"], b"unknown_key"),
         ([f"Authorization: Basic {KEY}"], b"unknown_key"),
         ([f"Authorization: {KEY}"], b"unknown_key"),
-        (["x-api-key:"], b"unknown_key"),
+        (["x-api-key:", "Authorization: Bearer"], b"no_key"),
+        (["Authorization: Basic"], b"unknown_key"),
         ([show("x-api-key"), show("Authorization", OTHER)], b"keys_disagree"),
         ([show("x-api-key"), "api-key: wrong"], b"unknown_key"),
         ([show("x-api-key"), show("x-api-key", OTHER)], b"keys_disagree"),
@@ -170,3 +176,67 @@ def test_a_connection_nominee_cannot_strip_the_credential(live: LiveProxy) -> No
     assert len(received.values(b"via")) == 1
     assert len(received.values(b"host")) == 1
     assert len(received.values(b"x-request-id")) == 1
+
+
+@pytest.mark.parametrize("line", ["Authorization: Bearer", "x-api-key:", "Authorization:"])
+def test_an_empty_field_is_no_key(live: LiveProxy, open_to_all: LiveProxy, line: str) -> None:
+    """Editors send it: it hides no good key, and does not make an anonymous caller a wrong one."""
+    received, got = live.ask(request("GET", "/openai/x", line, show("x-llmproxy-key")))
+    assert live.trace(got)["client"] == "team"
+    assert received.values(b"authorization") == [f"Bearer {CREDENTIAL}".encode()]
+    assert received.values(b"x-api-key") == []
+    _, got = open_to_all.ask(request("GET", "/openai/x", line))
+    assert open_to_all.trace(got)["client"] == "anonymous"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"Authorization: {KEY}",
+        f"Authorization: Bearer  {KEY}",
+        f"x-api-key: Bearer {KEY}",
+        f"x-api-key: {KEY}, {KEY}",
+        f"Cookie: session={KEY}",
+    ],
+)
+def test_our_key_is_never_sent_on(live: LiveProxy, open_to_all: LiveProxy, line: str) -> None:
+    """Whether it is presented or not, in whatever form: the refusal names the header."""
+    for proxy, lines in ((live, [show("x-llmproxy-key"), line]), (open_to_all, [line])):
+        if proxy is open_to_all and line.startswith("Cookie"):
+            continue  # nothing says that this is a key
+        got = proxy.reject(request("GET", "/passing/x", *lines))
+        assert (got.status, got.error) == (401, "misplaced_key")
+        assert line.partition(":")[0].lower() in got.json()["error"]["message"]
+        assert KEY.encode() not in got.body
+
+
+def test_a_key_in_the_query_is_read_where_the_provider_asks_for_it(live: LiveProxy) -> None:
+    """It names the caller and is cut; elsewhere it is refused, and the place is named."""
+    received, got = live.ask(request("GET", f"/google/v1beta/models?alt=sse&key={KEY}&x=%20"))
+    assert received.target == b"/v1beta/models?alt=sse&x=%20"
+    record = live.trace(got)
+    assert (record["client"], record["path"]) == ("team", "/google/v1beta/models")
+    got = live.reject(request("GET", "/google/x?key=wrong"))
+    assert (got.status, got.error) == (401, "unknown_key")
+    for route in ("openai", "open", "passing"):
+        got = live.reject(request("GET", f"/{route}/x?key={KEY}"))
+        assert (got.status, got.error) == (401, "misplaced_key")
+        assert "the query" in got.json()["error"]["message"]
+    assert KEY not in str(live.daemon.traces()) + str(live.daemon.log)
+
+
+def test_our_credential_acts_for_no_account_of_the_callers(live: LiveProxy) -> None:
+    """The operator may choose one; without a credential of ours the caller's own crosses."""
+    lines = ["OpenAI-Organization: theirs", "OpenAI-Project: theirs", "True-Client-IP: 10.0.0.1"]
+    known = show("x-llmproxy-key")
+    received, _ = live.ask(request("GET", "/openai/x", known, *lines))
+    assert [name for name, _ in received.fields] == [
+        *(b"host", b"via", b"x-request-id", b"authorization"),
+    ]
+    received, _ = live.ask(request("GET", "/google/x", known, *lines))
+    assert received.values(b"openai-project") == [b"ours"]
+    received, _ = live.ask(request("GET", "/passing/x", known, *lines))
+    assert received.values(b"openai-organization") == [b"theirs"]
+    assert received.values(b"true-client-ip") == []
+    got = live.reject(request("GET", "/open/x", known, "true_client_ip: 10.0.0.1"))
+    assert (got.status, got.error) == (400, "bad_header")

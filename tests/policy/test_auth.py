@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from base64 import b64encode
+from urllib.parse import quote_from_bytes
 
 import pytest
 
@@ -12,7 +14,7 @@ from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS
-from llmproxy.policy.auth import ANONYMOUS, Auth
+from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces, cut_keys
 
 
 def client(name: str, *keys: str) -> Client:
@@ -20,21 +22,39 @@ def client(name: str, *keys: str) -> Client:
     return Client(name=name, keys=tuple(hashlib.sha256(key.encode()).digest() for key in keys))
 
 
-CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b")}
+MADE = "llmp_" + "aB3-_" * 8 + "xyz"
+"""A key as ``llmproxy keys new`` makes one."""
+
+OWN, LONG = "an-operators:own/key==", "operators-own_key.2026"
+CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b", MADE, OWN, LONG)}
+_HERE = KeyPlaces()
 
 
-def identify(fields: Fields, *, anonymous: bool = False, pass_credential: bool = False) -> str:
-    """Return the name of the client that the fields identify."""
+PASSING, IN_QUERY = KeyPlaces(passes=True), KeyPlaces(query=b"key")
+
+
+def identify(
+    fields: Fields,
+    target: bytes = b"/v1",
+    *,
+    anonymous: bool = False,
+    places: KeyPlaces = _HERE,
+) -> str:
+    """Return the name of the client that fields and target identify."""
     auth = Auth(Config(proxy=Proxy(anonymous=anonymous), clients=CLIENTS))
-    return auth.identify(fields, pass_credential=pass_credential).name
+    return auth.identify(fields, target, places).name
 
 
 def refusal(
-    fields: Fields, *, anonymous: bool = False, pass_credential: bool = False
+    fields: Fields,
+    target: bytes = b"/v1",
+    *,
+    anonymous: bool = False,
+    places: KeyPlaces = _HERE,
 ) -> ProxyError:
-    """Return why the fields are refused."""
+    """Return why fields and target are refused."""
     with pytest.raises(ProxyError) as caught:
-        identify(fields, anonymous=anonymous, pass_credential=pass_credential)
+        identify(fields, target, anonymous=anonymous, places=places)
     return caught.value
 
 
@@ -74,15 +94,13 @@ def test_without_a_key_no_client_is_known() -> None:
     "fields",
     [
         [(b"x-api-key", b"wrong")],
-        [(b"x-api-key", b"")],
         [(b"x-api-key", b"Bearer key-a")],
         [(b"x-api-key", b"KEY-A")],
         [(b"x-api-key", b"key-a "), (b"x-llmproxy-key", b"key-a")],
         [(b"authorization", b"key-a")],
-        [(b"authorization", b"Bearer")],
         [(b"authorization", b"Bearer key-a key-a")],
         [(b"authorization", b"Basic a2V5LWE=")],
-        [(b"authorization", b"")],
+        [(b"authorization", b"Basic")],
         [(b"x-llmproxy-key", hashlib.sha256(b"key-a").hexdigest().encode())],
         [(b"x-api-key", b"key-a"), (b"api-key", b"wrong")],
         [(b"x-api-key", b"wrong"), (b"x-api-key", b"key-a")],
@@ -115,11 +133,11 @@ def test_a_request_without_a_key_may_be_anonymous() -> None:
 def test_with_pass_credential_the_sdks_fields_are_the_providers(name: bytes) -> None:
     """Only our own field identifies the client; the others are forwarded unread."""
     fields = [(name, b"sk-provider")]
-    assert identify([*fields, (b"x-llmproxy-key", b"key-a")], pass_credential=True) == "a"
-    assert identify(fields, pass_credential=True, anonymous=True) == "anonymous"
-    assert refusal(fields, pass_credential=True).reason == "no_key"
+    assert identify([*fields, (b"x-llmproxy-key", b"key-a")], places=PASSING) == "a"
+    assert identify(fields, places=PASSING, anonymous=True) == "anonymous"
+    assert refusal(fields, places=PASSING).reason == "no_key"
     wrong = [*fields, (b"x-llmproxy-key", b"wrong")]
-    assert refusal(wrong, pass_credential=True).reason == "unknown_key"
+    assert refusal(wrong, places=PASSING).reason == "unknown_key"
 
 
 def test_no_key_is_repeated() -> None:
@@ -130,12 +148,196 @@ def test_no_key_is_repeated() -> None:
         assert b"s3cret" not in shown + error_body(error, Dialect.OPENAI, "id")
 
 
+# --- no key ---------------------------------------------------------------------------------------
+
+EMPTY: list[tuple[bytes, bytes]] = [
+    (b"authorization", b""),
+    (b"authorization", b"Bearer"),
+    (b"authorization", b"bearer "),
+    *((name, b"") for name in (b"x-llmproxy-key", *KEY_FIELDS[1:])),
+]
+
+
+@pytest.mark.parametrize("field", EMPTY)
+def test_an_empty_field_is_no_key(field: tuple[bytes, bytes]) -> None:
+    """Editors send one where nobody has set a key, also beside a field that holds one."""
+    assert refusal([field]).reason == "no_key"
+    assert identify([field], anonymous=True) == "anonymous"
+    for good in ((b"x-llmproxy-key", b"key-a"), (b"x-api-key", b"key-a")):
+        assert identify([field, good]) == identify([good, field]) == "a"
+
+
+def test_an_empty_field_is_no_key_where_others_are_forwarded() -> None:
+    """There our own field alone speaks, and an empty one says nothing."""
+    provider = (b"authorization", b"Bearer sk-provider")
+    assert refusal([(b"x-llmproxy-key", b""), provider], places=PASSING).reason == "no_key"
+    assert identify([(b"x-llmproxy-key", b"key-a"), *EMPTY[:3]], places=PASSING) == "a"
+
+
+# --- a key in the query ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v1?key=key-a",
+        b"/v1?alt=sse&key=key-a",
+        b"/v1?key=key-a&key=key-a2",
+        b"/v1?key=&key=key-a",
+        b"/v1?k%65y=%6bey-a",
+    ],
+)
+def test_a_key_in_the_query_names_its_client(target: bytes) -> None:
+    """It is read where a provider asks for it, encoded or not, alone or beside a header."""
+    assert identify([], target, places=IN_QUERY) == "a"
+    assert identify([(b"x-goog-api-key", b"key-a2")], target, places=IN_QUERY) == "a"
+    disagreeing = refusal([(b"x-api-key", b"key-b")], target, places=IN_QUERY)
+    assert disagreeing.reason == "keys_disagree"
+
+
+def test_a_wrong_key_in_the_query_is_refused() -> None:
+    """An empty one is none."""
+    assert refusal([], b"/v1?key=wrong", places=IN_QUERY).reason == "unknown_key"
+    assert refusal([], b"/v1?key=key-a+", places=IN_QUERY).reason == "unknown_key"
+    assert refusal([], b"/v1?KEY=wrong", places=IN_QUERY).reason == "no_key"
+    assert refusal([], b"/v1?key=", places=IN_QUERY).reason == "no_key"
+    assert identify([], b"/v1?key", places=IN_QUERY, anonymous=True) == "anonymous"
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "rest"),
+    [
+        (b"/v1", [], b"/v1"),
+        (b"/v1?", [], b"/v1?"),
+        (b"/v1?a=%6b&&b", [], b"/v1?a=%6b&&b"),
+        (b"/v1?key=k", [b"k"], b"/v1"),
+        (b"/v1?key=k&", [b"k"], b"/v1"),
+        (b"/v1?key=", [], b"/v1"),
+        (b"/v1?a=1&key=k%2B+&b={x}", [b"k+ "], b"/v1?a=1&b={x}"),
+        (b"/v1?key=k&a=?key=2&k%65y=l", [b"k", b"l"], b"/v1?a=?key=2"),
+        (b"/v1?keys=1&xkey=2&key.x=3", [], b"/v1?keys=1&xkey=2&key.x=3"),
+    ],
+)
+def test_a_key_is_cut_out_of_the_query(target: bytes, keys: list[bytes], rest: bytes) -> None:
+    """All else stays byte for byte."""
+    assert cut_keys(target, b"key") == (keys, rest)
+    assert cut_keys(target, None) == ([], target)
+
+
+# --- a key that would cross -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", KEY_FIELDS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{}",
+        "Bearer {}",
+        "bearer  {}",
+        "Bearer {} ",
+        "Token {}",
+        "{}, {}",
+        "sk-provider,{}",
+        "Bearer sk-provider, Bearer {}",
+        "Bearer {};v=1",
+        'Key="{}"',
+        "Token token={}",
+        "\t{}",
+        "Basic {basic}",
+    ],
+)
 @pytest.mark.parametrize("own", [[], [(b"x-llmproxy-key", b"key-b")]], ids=["anonymous", "known"])
-def test_a_clients_key_never_crosses_as_the_providers(name: bytes, own: Fields) -> None:
+@pytest.mark.parametrize("key", ["key-b", MADE, OWN])
+def test_a_clients_key_never_crosses_as_the_providers(
+    name: bytes, value: str, own: Fields, key: str
+) -> None:
     """Where the SDK's fields are forwarded, a key of ours in one of them is refused."""
-    value = b"Bearer key-b" if name == b"authorization" else b"key-b"
-    refused = refusal([*own, (name, value)], pass_credential=True, anonymous=True)
+    basic = b64encode(f"user:{key}".encode()).decode()
+    field = (name, value.format(key, key, basic=basic).encode())
+    refused = refusal([*own, field], places=PASSING, anonymous=True)
 
     assert (refused.status, refused.reason) == (401, "misplaced_key")
-    assert "key-b" not in refused.message
+    assert name.decode() in refused.message
+    assert key not in refused.message
+    assert refusal([field], places=PASSING).reason == "misplaced_key"
+
+
+CROSSING: list[tuple[Fields, bytes, str]] = [
+    ([(b"cookie", b"a=b; session={}")], b"/v1", "the header cookie"),
+    ([(b"x-upstream-auth", b"Bearer {}")], b"/v1", "the header x-upstream-auth"),
+    ([(b"x-request-id", b"{}")], b"/v1", "the header x-request-id"),
+    ([], b"/v1?token={}", "the query"),
+    ([], b"/v1?a=Bearer%20{}", "the query"),
+    ([], b"/v1?a=1&{}", "the query"),
+]
+HIDDEN: list[tuple[Fields, bytes, str]] = [
+    ([(b"x-a", b"k-{}.x")], b"/v1", "the header x-a"),
+    ([], b"/{}/v1", "the path"),
+    ([], b"/v1?x=-{}-", "the query"),
+]
+
+
+@pytest.mark.parametrize("places", [_HERE, PASSING, IN_QUERY])
+@pytest.mark.parametrize(
+    ("fields", "target", "place", "key"),
+    [
+        *((*case, key) for case in CROSSING for key in ("key-b", MADE, LONG)),
+        *((*case, key) for case in HIDDEN for key in (MADE, LONG)),
+        ([(b"x-a", b"Bearer {}")], b"/v1", "the header x-a", OWN),
+        ([], b"/v1?x={}", "the query", OWN),
+    ],
+)
+def test_the_presented_key_is_found_wherever_it_would_cross(
+    fields: Fields, target: bytes, place: str, key: str, places: KeyPlaces
+) -> None:
+    """Any header, the path and the query are searched, and the refusal names the place."""
+    plain = key.encode()
+    shown = [(b"x-llmproxy-key", plain)]
+    found = [(name, value.replace(b"{}", plain)) for name, value in fields]
+    encoded = b"%%%02x" % plain[0] + quote_from_bytes(plain[1:], "").encode()
+    for spelt in (encoded, quote_from_bytes(plain, "").encode()):
+        refused = refusal([*shown, *found], target.replace(b"{}", spelt), places=places)
+        assert (refused.status, refused.reason) == (401, "misplaced_key")
+        assert f" {place}," in refused.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [
+        ([(b"cookie", b"llm=" + MADE.encode())], b"/v1"),
+        ([(b"x-prefixed", b"k-" + MADE.encode() + b".x")], b"/v1"),
+        ([], b"/v1?x=" + MADE.encode()),
+        ([], b"/" + MADE.encode() + b"/v1"),
+        ([], b"/%6c" + MADE[1:].encode() + b"/v1"),
+    ],
+)
+def test_a_key_that_we_made_is_found_although_it_is_not_presented(
+    fields: Fields, target: bytes
+) -> None:
+    """It is known by its form; one that nobody has crosses."""
+    for shown in ([], [(b"x-llmproxy-key", b"key-a")]):
+        assert refusal([*shown, *fields], target, anonymous=True).reason == "misplaced_key"
+    other = MADE[:-1] + "_"
+    changed = [(name, value.replace(MADE.encode(), other.encode())) for name, value in fields]
+    target = target.replace(MADE[1:].encode(), other[1:].encode())
+    assert identify([*changed, (b"x-llmproxy-key", b"key-a")], target) == "a"
+
+
+@pytest.mark.parametrize("target", [b"/v1?key=key-b", b"/v1?x=key-b", b"/v1?key=k%65y-b&a"])
+def test_a_key_in_a_query_that_is_not_read_is_refused(target: bytes) -> None:
+    """Without ``key_query`` the query would cross; the caller learns why its key was not seen."""
+    for places in (_HERE, PASSING):
+        for anonymous in (True, False):
+            refused = refusal([], target, places=places, anonymous=anonymous)
+            assert refused.reason == "misplaced_key"
+            assert "the query" in refused.message
+    assert identify([(b"x-llmproxy-key", b"key-a")], b"/v1?key=theirs") == "a"
+
+
+def test_what_only_looks_like_a_key_crosses() -> None:
+    """A short key is no part of a longer word, and what is dropped anyway may hold a key."""
+    shown = (b"x-llmproxy-key", b"key-a")
+    fields = [(b"user-agent", b"key-agent/1.0"), (b"x-a", b"xkey-a"), (b"x-b", b"llmp_short")]
+    dropped = [(b"proxy-authorization", b"Bearer key-a"), (b"x-forwarded-key", MADE.encode())]
+
+    assert identify([shown, *fields, *dropped, (b"api-key", b"key-a")], b"/key-a/b?c=key-ab") == "a"

@@ -286,10 +286,10 @@ def test_the_path_decides_whose_key_the_fields_of_sdks_carry() -> None:
     """The first route that matches by path and host decides."""
     routing = configured('path = "/a"', 'path = "/a/b"\nhosts = ["h"]\nproviders = ["o"]')
 
-    assert routing.at(b"/a/b/c", "h").passes_credential is True
-    assert routing.at(b"/a/b/c", "else").passes_credential is False
-    assert routing.at(b"/a", "h").passes_credential is False
-    assert routing.at(b"/else", "h").passes_credential is False
+    assert routing.at(b"/a/b/c", "h").keys.passes is True
+    assert routing.at(b"/a/b/c", "else").keys.passes is False
+    assert routing.at(b"/a", "h").keys.passes is False
+    assert routing.at(b"/else", "h").keys.passes is False
 
 
 def test_the_largest_limit_of_a_path_bounds_its_bodies() -> None:
