@@ -6,7 +6,6 @@ a :class:`Dial` says in which of the three it is.  Pools and requests are not kn
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -28,10 +27,9 @@ from llmproxy.errors import ProxyError, no_descriptors, upstream_tls, upstream_u
 from llmproxy.net.tcp import DirectConnector
 from llmproxy.net.tls import TlsConnector
 from llmproxy.upstream.http1 import Connection
-from llmproxy.upstream.resolver import ReactorWithResolver, Resolver
+from llmproxy.upstream.resolver import NO_MORE, ReactorWithResolver, Resolver
 from llmproxy.upstream.tls import client_options
 
-_NO_MORE = (errno.EMFILE, errno.ENFILE)
 _NO_TIMEOUT = cast("float", None)
 """The deadline is the caller's, over all three phases; an endpoint's own would end at TCP."""
 
@@ -149,7 +147,7 @@ class Dialer:
         underlying = self._resolver.failures.get(self._host)
         for problem in (error, underlying):
             number = getattr(problem, "osError", getattr(problem, "errno", None))
-            if number in _NO_MORE:
+            if number in NO_MORE:
                 return no_descriptors()
         detail = f"{type(error).__name__}: {error}"
         if dial.phase == "handshake":

@@ -8,6 +8,8 @@ configuration.  Addresses are kept for a short time (ADR-0006).
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +28,9 @@ from zope.interface import directlyProvides, implementer, providedBy
 
 KEPT = 10.0
 """Seconds for which found addresses are used again; then a provider may have moved."""
+
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)
+"""What the lack of descriptors is called; ``getaddrinfo`` says EBUSY where nsswitch asks mdns."""
 
 _Lookup = Callable[..., list[Any]]
 
@@ -100,7 +105,7 @@ class Resolver:
         try:
             rows = self._getaddrinfo(name, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
         except Exception as problem:
-            error = problem
+            error = _no_descriptor() or problem
         self._reactor.callFromThread(self._found, name, rows, error)
 
     def _found(self, name: str, rows: list[Any], error: Exception | None) -> None:
@@ -111,6 +116,19 @@ class Resolver:
             self.failures[name] = error
         for receiver, port in self._waiting.pop(name):
             _deliver(rows, receiver, port)
+
+
+def _no_descriptor() -> OSError | None:
+    """Return why no file can be opened now, where it is for want of descriptors.
+
+    A lookup opens files and sockets.  Where it cannot, C libraries and their modules say that the
+    name is not known, that they are busy, or that somebody should try again.
+    """
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error if error.errno in NO_MORE else None
+    return None
 
 
 def _deliver(rows: list[Any], receiver: IResolutionReceiver, port: int) -> None:

@@ -67,6 +67,21 @@ def test_a_connection_that_has_no_descriptor_is_a_503(tmp_path: Path, link: Link
     assert [line for line in daemon.log if "unhandled" in line["message"].lower()] == []
 
 
+@pytest.mark.trap("U18")
+def test_a_name_that_cannot_be_looked_up_for_want_of_descriptors_is_a_503(tmp_path: Path) -> None:
+    """The system's resolver says that the name is not known; nothing was looked up before."""
+    with Provider(serve) as provider:
+        url = provider.url.replace("127.0.0.1", "localhost")
+        with Daemon(tmp_path, provider_config(url)) as daemon, connect(daemon.port) as client:
+            client.send(b"GET /")  # accepted
+            until(lambda: daemon.metrics()["llmproxy_client_connections"] == 1, "the client")
+            with daemon.limited(resource.RLIMIT_NOFILE, 3):
+                client.send(request("GET", "/p/x").removeprefix(b"GET /"))
+                got = read_response(client)
+                assert (got.status, got.values(b"x-llmproxy-error")) == (503, [b"no_descriptors"])
+            assert ask(client)[0] == 200
+
+
 def _last_refused(daemon: Daemon) -> str:
     lines = [line for line in daemon.wait_ended(3) if line.get("error") == "no_descriptors"]
     return str(lines[-1]["id"])

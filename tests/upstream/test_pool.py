@@ -275,20 +275,38 @@ async def test_a_refused_connection_is_unreachable(scheme: str) -> None:
 
 
 @ensureDeferred
-@pytest.mark.parametrize("host", ["p.example", "127.0.0.1"])
-async def test_being_out_of_descriptors_is_reported(host: str) -> None:
-    """In the lookup or in connecting: 503, with a hint when to try again."""
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("127.0.0.1", OSError()),
+        ("p.example", OSError(errno.EMFILE, "Too many open files")),
+        ("p.example", socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
+        ("p.example", socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")),
+        ("p.example", UnicodeError("no codec could be loaded")),
+    ],
+)
+async def test_being_out_of_descriptors_is_reported(host: str, said: Exception) -> None:
+    """In the lookup, whatever that says, or in connecting: 503, with a hint when to try again."""
     pool = OneProviderPool(Url(scheme="http", host=host, port=1))
-    pool.lookup.error = OSError(errno.EMFILE, "too many")
+    pool.lookup.error = said
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if host == "127.0.0.1":
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 3), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 3), hard))
     try:
-        request = pool.send()
+        error = await failure_of(pool.send())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    error = await failure_of(request)
 
     assert (error.status, error.reason) == (503, "no_descriptors")
     assert dict(error.fields)[b"retry-after"] == b"1"
     pool.assert_counts()
+
+
+@ensureDeferred
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EBUSY])
+async def test_a_lookup_that_was_out_of_descriptors_says_so(number: int) -> None:
+    """Its word counts although there are some again when it has ended."""
+    pool = OneProviderPool(Url(scheme="http", host="p.example", port=1))
+    pool.lookup.error = OSError(number, "no")
+    error = await failure_of(pool.send())
+
+    assert (error.status, error.reason) == (503, "no_descriptors")
