@@ -1,16 +1,20 @@
 """Clients behind a balancer: their address stands before their first byte (PROXY protocol).
 
 Twisted's parsers read the header.  What they lack is added here: a header that is split at any
-point, the short form without an address, and an end without a traceback for what is no header.
+point, the short form without an address, a look at the addresses themselves, and an end without a
+traceback for what is no header.  Whoever reaches such a listener is believed.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
+from twisted.protocols.haproxy._exceptions import InvalidProxyHeader
 from twisted.protocols.haproxy._info import ProxyInfo
 from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
@@ -46,6 +50,37 @@ class Proxied(Factory):
     def buildProtocol(self, addr: IAddress | None) -> Protocol:
         """Serve one more connection; the address of its socket is the balancer's."""
         return self._site.buildProtocol(None)
+
+
+_V1_ADDRESSES = re.compile(rb"PROXY TCP([46]) ([!-$&-~]+) ([!-$&-~]+) ([0-9]{1,5}) ([0-9]{1,5})")
+"""The line of the first version with addresses; a scope (``%``) is none of them (section 2.1)."""
+
+
+class _CheckedV1Parser(V1Parser):
+    """The first version, whose addresses are addresses of the family that the line says.
+
+    They are counted and recorded; Twisted takes any words for them.
+    """
+
+    @classmethod
+    def parse(cls, line: bytes) -> ProxyInfo:
+        info = super().parse(line)
+        if info.source is not None and not _has_addresses(line):
+            raise InvalidProxyHeader
+        return info
+
+
+def _has_addresses(line: bytes) -> bool:
+    found = _V1_ADDRESSES.fullmatch(line)
+    if found is None:
+        return False
+    kind = ipaddress.IPv4Address if found[1] == b"4" else ipaddress.IPv6Address
+    try:
+        for address in found[2], found[3]:
+            kind(address.decode("ascii"))
+    except ValueError:
+        return False
+    return all(int(port) <= 65535 and b"%d" % int(port) == port for port in (found[4], found[5]))
 
 
 @implementer(IHalfCloseableProtocol)
@@ -85,6 +120,8 @@ class _ProxyHeader(HAProxyProtocolWrapper):
                 data = data[len(_UNKNOWN) :]
                 if not data:
                     return
+            if data.startswith(V1Parser.PROXYSTR):
+                self._parser = _CheckedV1Parser()
         if self._proxyInfo is not None:
             self.wrappedProtocol.dataReceived(data)
             return

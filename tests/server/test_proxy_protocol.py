@@ -130,11 +130,22 @@ async def test_a_header_may_be_split_at_any_point(header: bytes, address: bytes)
         b"PROXY TCP4 192.0.2.1 192.0.2.100 port 443\r\n",
         b"PROXY TCP4 192.0.2.\xff 192.0.2.100 40000 443\r\n",
         b"PROXY TCP4 192.0.2.1\r\n",
+        b"PROXY TCP4 x y 1 2\r\n" + GET,
+        b"PROXY TCP4 2001:db8::1 2001:db8::2 40000 443\r\n" + GET,
+        b"PROXY TCP6 192.0.2.1 192.0.2.100 40000 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.1 192.0.2.256 40000 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.01 192.0.2.100 40000 443\r\n" + GET,
+        b"PROXY TCP6 fe80::1%eth0 2001:db8::2 40000 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.1 192.0.2.100 65536 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.1 192.0.2.100 -1 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.1 192.0.2.100 040000 443\r\n" + GET,
+        b"PROXY TCP4 192.0.2.1 192.0.2.100 40000 443 x\r\n" + GET,
+        b"PROXY TCP4  192.0.2.1 192.0.2.100 40000 443\r\n" + GET,
         b"PROXY TCP5 192.0.2.1 192.0.2.100 40000 443\r\n",
         b"PROXY " + b"x" * 200,
         LOCAL_IN_V2[:12] + b"\x2f\0\0\0",
     ],
-    ids=["port", "not ASCII", "short", "protocol", "endless", "v2, command"],
+    ids=lambda header: repr(header[:50]),
 )
 @ensureDeferred
 async def test_a_wrong_header_ends_the_connection(header: bytes) -> None:
