@@ -86,7 +86,10 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     the address is free. The array may be empty if there is a ``listen_tls``. Up to 4096 connections
     wait to be accepted, or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint
     sets another number. The kernel probes a connection after 30 s of silence, and ends it if the
-    caller has vanished (TCP keepalive)."""
+    caller has vanished (TCP keepalive). The socket file of ``unix:`` is open to its owner and group
+    (mode 0660); ``mode=`` in an endpoint sets another one. A ``haproxy:`` listener believes the
+    PROXY header of whoever reaches it: only the balancer may reach it, by ``interface=``, a
+    firewall or a ``unix:`` socket. Otherwise any caller can say any address."""
 
     listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
     """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see

@@ -39,6 +39,9 @@ _REST = 0.1
 _CROWD = 1000
 """Connections that are closed in one turn then, where that is all that can be done for them."""
 
+_UNIX_MODE = 0o660
+"""Of a Unix socket: Twisted's own lets everybody on the machine connect."""
+
 _QUEUED = ("tcp", "tcp6", "unix", "ssl", "tls")
 
 
@@ -196,8 +199,11 @@ def _accept_patiently(port: Any, reactor: Any) -> None:
 
 
 def _endpoint(reactor: Any, text: str) -> Any:
-    if text.partition(":")[0] in _QUEUED and "backlog=" not in text:
+    kind = text.partition(":")[0]
+    if kind in _QUEUED and ":backlog=" not in text:
         text += f":backlog={_BACKLOG}"
+    if kind == "unix" and ":mode=" not in text:
+        text += f":mode={_UNIX_MODE:o}"
     try:
         return serverFromString(reactor, text)
     except Exception as error:

@@ -375,3 +375,21 @@ async def test_on_tls_a_rejected_client_gets_no_response(vault: Vault) -> None:
             timers = served.reactor.timers()
             assert await served.run(knock, served.port) == ("reset", b"")
             assert served.reactor.timers() == timers
+
+
+@pytest.mark.parametrize(
+    ("more", "mode"), [("", 0o660), (":mode=600", 0o600), (":mode=0666", 0o666)]
+)
+@pytest.mark.parametrize("kind", ["unix", "haproxy:unix"])
+@ensureDeferred
+async def test_a_unix_socket_is_not_open_to_all(
+    tmp_path: Path, kind: str, more: str, mode: int
+) -> None:
+    """Owner and group may connect, where the endpoint does not say otherwise."""
+    path = tmp_path / "sock"
+    before = os.umask(0)
+    try:
+        async with Served(f"{kind}:{path}{more}"):
+            assert path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
