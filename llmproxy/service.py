@@ -207,7 +207,11 @@ class ProxyService(Service):
             ready=lambda: self.ready,
             registry=self.metrics.registry,
         )
-        admin, metrics = site(config=lambda: self.setup.config.redacted()), site(config=None)
+        admin = site(
+            config=lambda: self.setup.config.redacted(),
+            hosts=lambda: self.setup.config.admin.hosts,
+        )
+        metrics = site(config=None)
         self._listeners = Listeners(
             reactor, site=self.site, admin=admin, metrics=metrics, direct=tuned
         )

@@ -1,12 +1,16 @@
 """The admin site: alive, ready, metrics, configuration.
 
-Any caller that reaches its listener may read; nothing here changes anything.  The responses are
-made from what is passed in, so that this module knows neither gateway nor upstream.
+Any caller that reaches its listener may read; nothing here changes anything.  A browser may reach
+it, too, and run the page of somebody whose name points here for a moment (DNS rebinding): whatever
+is not for probes and Prometheus asks for which host it is read.  The responses are made from what
+is passed in, so that this module knows neither gateway nor upstream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ipaddress
+import socket
+from collections.abc import Callable, Container
 from typing import Any
 
 import msgspec
@@ -14,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from twisted.web.server import NOT_DONE_YET
 
+from llmproxy.http1.headers import host_of
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
@@ -30,14 +35,23 @@ class Page(Handler):
 
     Args:
         read: makes the response to one request.
+        is_ours: whether a request is for this site; else it is a 421.
     """
 
-    def __init__(self, read: Callable[[Request], Response]) -> None:
+    def __init__(
+        self,
+        read: Callable[[Request], Response],
+        is_ours: Callable[[Request], bool] = lambda request: True,
+    ) -> None:
         super().__init__()
         self._read = read
+        self._is_ours = is_ours
 
     def render(self, request: Request) -> int:
         """Respond at once; a body is neither needed nor kept."""
+        if not self._is_ours(request):
+            foreign = "The Host field names another site than this one; see `hosts` in [admin]."
+            return _respond(request, (421, _JSON, _error(foreign)))
         if request.method in (b"GET", b"HEAD"):
             return _respond(request, self._read(request))
         refusal = 405, _JSON, _error("This endpoint is only read.")
@@ -60,6 +74,7 @@ def admin_site(
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
+    hosts: Callable[[], Container[str]] = tuple,
 ) -> Site:
     """Return the site of an admin listener.
 
@@ -67,9 +82,9 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config: as for :func:`admin_router`.
+        ready, registry, config, hosts: as for :func:`admin_router`.
     """
-    router = admin_router(ready=ready, registry=registry, config=config)
+    router = admin_router(ready=ready, registry=registry, config=config, hosts=hosts)
     return Site(router, reactor, clock, wall=wall)
 
 
@@ -78,6 +93,7 @@ def admin_router(
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
+    hosts: Callable[[], Container[str]] = tuple,
 ) -> Router:
     """Return the pages of the admin site; below a page there is nothing.
 
@@ -85,6 +101,8 @@ def admin_router(
         ready: whether requests are taken, for ``/readyz``.
         registry: what ``/metrics`` shows, as OpenMetrics where it is asked for.
         config: makes the redacted configuration for ``/config``; None leaves that out.
+        hosts: returns the names, in lower case, by which operators may reach the site, besides
+            those that only this machine or its network knows.
     """
 
     def readyz(request: Request) -> Response:
@@ -102,8 +120,29 @@ def admin_router(
     }
     if config is not None:
         shown = config
-        pages[b"/config"] = Page(lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n"))
+        pages[b"/config"] = Page(
+            lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n"),
+            lambda request: _is_ours(request, hosts()),
+        )
     return Router(NotFound(), pages)
+
+
+def _is_ours(request: Request, hosts: Container[str]) -> bool:
+    """Return whether the host that a request names cannot be somebody else's.
+
+    Nobody else can have an address here, or a name without a dot.  Through a Unix socket comes no
+    browser, and none leaves ``Host`` out.
+    """
+    name = host_of(request.first.get(b"host")).removesuffix(".")
+    if getattr(request.client, "host", None) is None or "." not in name:
+        return True
+    if name.endswith(".localhost") or name in hosts or name == socket.gethostname().lower():
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:

@@ -148,6 +148,13 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     listen: Annotated[str, Key(ENDPOINT)] = "tcp:9080:interface=127.0.0.1"
     """Endpoint of the admin site."""
 
+    hosts: Annotated[tuple[str, ...], Key(HOSTS)] = ()
+    """Names by which operators reach the admin site, without a port. A page that shows the
+    configuration responds with 421 if the ``Host`` of a request is another name, so that a web page
+    of somebody else cannot read it through an operator's browser (DNS rebinding). Addresses, names
+    without a dot, ``*.localhost`` and the machine's own name are always accepted. ``/livez``,
+    ``/readyz`` and ``/metrics`` accept any name."""
+
     metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
     """Endpoint that serves only ``/metrics``, ``/livez`` and ``/readyz``, for a Prometheus on
     another host."""

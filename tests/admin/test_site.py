@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.task import Clock
 
 from llmproxy.admin.site import admin_router
@@ -18,12 +20,15 @@ from llmproxy.server.site import Site
 from tests.support.fake_transport import FakeTransport
 from tests.support.sockets import request
 
+CLIENT = IPv4Address("TCP", "127.0.0.1", 40000)
+
 
 class Admin:
     """An admin site and one connection to it."""
 
-    def __init__(self, *, config: bool = True) -> None:
+    def __init__(self, *, config: bool = True, address: Any = CLIENT) -> None:
         self.ready = True
+        self.hosts: tuple[str, ...] = ()
         self.shown: Any = {"proxy": {"via": "us"}}
         self.metrics = Metrics("1.2.3")
         clock = Clock()
@@ -32,6 +37,7 @@ class Admin:
                 ready=lambda: self.ready,
                 registry=self.metrics.registry,
                 config=(lambda: self.shown) if config else None,
+                hosts=lambda: self.hosts,
             ),
             clock,
             clock.seconds,
@@ -40,6 +46,7 @@ class Admin:
             wall=lambda: 1.0,
         )
         self.transport = FakeTransport()
+        self.transport.peerAddr = address
         self.channel = site.buildProtocol(None)
         self.transport.connect(self.channel)
 
@@ -172,3 +179,64 @@ def test_a_malformed_request_is_refused_with_the_date() -> None:
     response = admin.transport.take()
     assert response.startswith(b"HTTP/1.1 400 ")
     assert b"\r\ndate: Thu, 01 Jan 1970 00:00:01 GMT\r\n" in response
+
+
+def with_host(admin: Admin, host: str, path: str = "/config", method: str = "GET") -> int:
+    """Return the status of a request to this host."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+    admin.channel.dataReceived(head.encode())
+    return int(admin.transport.take().split()[1])
+
+
+OURS = [
+    *(
+        "127.0.0.1",
+        "127.0.0.1:9080",
+        "[::1]:9080",
+        "[::ffff:127.0.0.1]",
+        "10.1.2.3:80",
+        "localhost.",
+    ),
+    *("LOCALHOST", "admin.localhost", "llmproxy:9080", "Admin.Example:9080", "admin.example."),
+    "",
+]
+FOREIGN = [
+    *("evil.example", "evil.example:9080", "evil.example.", "127.0.0.1.evil.example"),
+    *("localhost.evil.example", "evil-localhost.example", "x.admin.example", "127.0.0.1.nip.io"),
+]
+
+
+@pytest.mark.parametrize("host", OURS)
+def test_the_configuration_is_shown_to_whoever_names_the_admin_site(host: str) -> None:
+    """That is an address, a name without a dot, one of ``admin.hosts``, or this machine's name."""
+    admin = Admin()
+    admin.hosts = ("admin.example",)
+    assert with_host(admin, host) == with_host(admin, host, method="HEAD") == 200
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_the_configuration_is_not_shown_to_a_page_of_another_name(host: str) -> None:
+    """Whoever owns a name can let it point here, and its pages read what a browser gets (421)."""
+    admin = Admin()
+    admin.hosts = ("admin.example",)
+    assert with_host(admin, host) == with_host(admin, host, method="POST") == 421
+    for path in ("/livez", "/readyz", "/metrics"):
+        assert with_host(admin, host, path) == 200
+
+
+def test_the_hosts_follow_the_configuration_and_unix_sockets_need_none() -> None:
+    """No browser reaches a Unix socket, and none speaks HTTP/1.0 without a Host."""
+    admin = Admin()
+    assert with_host(admin, "a.example") == 421
+    admin.hosts = ("a.example",)
+    assert with_host(admin, "a.example") == 200
+    admin.channel.dataReceived(b"GET /config HTTP/1.0\r\n\r\n")
+    assert admin.transport.take().startswith(b"HTTP/1.1 200 ")
+    local = Admin(address=UNIXAddress("/run/x"))
+    assert with_host(local, "any.example") == 200
+
+
+def test_this_machines_name_is_the_admin_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be written into the file."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "Gate.Corp.example")
+    assert with_host(Admin(), "gate.corp.example:9080") == 200

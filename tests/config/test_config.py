@@ -57,7 +57,11 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "tuned_loop": True,
             "via": "llmproxy-h-st-one",
         },
-        "admin": {"listen": "tcp:9080:interface=127.0.0.1", "metrics_listen": None},
+        "admin": {
+            "listen": "tcp:9080:interface=127.0.0.1",
+            "hosts": [],
+            "metrics_listen": None,
+        },
         "timeouts": {
             "connect": "10s",
             "first_byte": "10m",

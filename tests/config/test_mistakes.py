@@ -389,7 +389,7 @@ def test_all_mistakes_at_once() -> None:
 ORDER = """
     proxy listen, listen_tls, reuse_port, certificate, key, anonymous, drain_timeout,
         max_connections, tuned_loop, via
-    admin listen, metrics_listen
+    admin listen, hosts, metrics_listen
     timeouts connect, first_byte, idle, total, client_stall, request_head, request_body,
         client_idle, pool_idle
     limits request_head, request_body, request_memory, response_head, accumulate, event,

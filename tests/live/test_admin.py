@@ -74,3 +74,11 @@ def test_a_listener_for_metrics_shows_nothing_else(tmp_path: Path) -> None:
             assert ask(other, request("GET", path)).status == 200
         assert ask(other, request("GET", "/config")).status == 404
         assert ask(daemon.admin_port, request("GET", "/config")).status == 200
+
+
+@pytest.mark.parametrize("host", ["rebound.example", "rebound.example:9080", "127.0.0.1.nip.io"])
+def test_a_page_of_somebody_elses_name_reads_no_configuration(daemon: Daemon, host: str) -> None:
+    """A name can point here for a moment (DNS rebinding); probes and scrapes may use any."""
+    for path, status in (("/config", 421), ("/metrics", 200), ("/livez", 200)):
+        sent = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        assert ask(daemon.admin_port, sent.encode()).status == status
