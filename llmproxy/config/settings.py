@@ -319,14 +319,15 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...], Key(DROPPED, stated="default: the headers named below")
     ] = ROUTING_FIELDS
     """Headers of callers that this provider does not get. An array of your own takes the place of
-    the default, so ``[]`` lets all of them cross. What ``headers`` sets is added in any case. The
-    default holds headers that servers behind the proxy may take for their own: ``true-client-ip``,
-    ``x-real-ip``, ``x-client-ip``, ``x-cluster-client-ip``, ``cf-connecting-ip``,
-    ``fastly-client-ip``, ``x-original-url``, ``x-original-uri``, ``x-original-host``,
-    ``x-rewrite-url``, ``x-http-method-override``, ``x-http-method`` and ``x-method-override``. With
-    ``credential`` it also holds headers that choose the account for which the proxy's credential
-    acts: ``openai-organization``, ``openai-project``, ``chatgpt-account-id`` and
-    ``x-goog-user-project``."""
+    the default, so ``[]`` lets all of them cross. A name that spells one of these with ``_`` is
+    refused on all routes, unless it stands here, too. What ``headers`` sets is added in any case.
+    The default holds headers that servers behind the proxy may take for their own:
+    ``true-client-ip``, ``x-real-ip``, ``x-client-ip``, ``x-cluster-client-ip``,
+    ``cf-connecting-ip``, ``fastly-client-ip``, ``x-original-url``, ``x-original-uri``,
+    ``x-original-host``, ``x-rewrite-url``, ``x-http-method-override``, ``x-http-method`` and
+    ``x-method-override``. With ``credential`` it also holds headers that choose the account for
+    which the proxy's credential acts: ``openai-organization``, ``openai-project``,
+    ``chatgpt-account-id`` and ``x-goog-user-project``."""
 
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no

@@ -101,7 +101,8 @@ def refuse_disguised(names: Collection[bytes], guarded: Container[bytes] = ()) -
     for name in names:
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
-            if is_owned(spelt) or spelt in KEY_FIELDS or spelt in guarded:
+            hides = spelt in guarded and name not in guarded
+            if hides or is_owned(spelt) or spelt in KEY_FIELDS:
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )

@@ -14,6 +14,7 @@ from llmproxy.http1.headers import (
     for_client,
     host_of,
     is_ndjson,
+    is_owned,
     is_stream,
     media_type,
     nominated,
@@ -124,6 +125,13 @@ def test_fields_that_connection_nominates_are_dropped() -> None:
     assert sent(fields) == [(b"x-b", b"2"), VIA, ID]
 
 
+@pytest.mark.parametrize("name", [b"via", b"host", b"connection", b"x-forwarded-for", b"proxy-a"])
+def test_a_field_that_the_proxy_writes_is_its_own(name: bytes) -> None:
+    """No configuration may set it, and no client's crosses as it came."""
+    assert is_owned(name)
+    assert not is_owned(b"x-" + name)
+
+
 def test_a_nominated_field_of_ours_is_still_added() -> None:
     """A client cannot nominate a field that the proxy adds."""
     fields = [(b"connection", b"via, x-request-id, x-api-key"), (b"x-request-id", b"theirs")]
@@ -150,6 +158,15 @@ def test_the_credential_of_the_provider_replaces_the_clients(name: bytes) -> Non
 def test_the_id_of_a_client_is_forwarded() -> None:
     """Ours is added only if the client sent none."""
     assert sent([(b"x-request-id", b"theirs")]) == [(b"x-request-id", b"theirs"), VIA]
+
+
+def test_a_name_that_is_dropped_itself_is_not_disguised() -> None:
+    """A provider may lack both spellings of a name; one alone is spelt in no other way."""
+    refuse_disguised([b"session_id"], {b"session_id", b"session-id"})
+    with pytest.raises(ProxyError):
+        refuse_disguised([b"session_id"], {b"session-id"})
+    with pytest.raises(ProxyError):
+        refuse_disguised([b"x_api_key"], {b"x_api_key"})
 
 
 def test_via_is_extended() -> None:
