@@ -458,9 +458,11 @@ class ClientConnection(http.HTTPChannel):
         request = self.requests[0]
         if content:
             request.handleContentChunk(content)
-        if self._reader.error is not None and not self._discarding:
+        if self.phase is not Phase.BODY:  # refused, or its response was broken off
+            return False
+        if self._reader.error is not None:
             request.refuse(ProxyError(400, "malformed", f"The body is bad: {self._reader.error}."))
-        elif self._reader.done and not self._discarding:
+        elif self._reader.done:
             self._buffer = self._reader.extra
             self._body_done()
             return True

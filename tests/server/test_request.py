@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 
 from llmproxy.config import Limits
 from llmproxy.errors import ClientGone, ClientStalled
@@ -429,3 +431,29 @@ def test_an_exception_is_a_bare_500_or_a_break(started: bool, logged_failures: A
         assert caller.closes() == ["half"]
     else:
         assert caller.transport.value().endswith(b"Error\r\ncontent-length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize("rest", [LAST_CHUNK, b"x" * 8, LAST_CHUNK + GET])
+def test_an_upload_that_breaks_a_response_off_ends_there(rest: bytes) -> None:
+    """What comes in the same read as the byte too many begins nothing more on this connection."""
+    caller = Caller(limit=100)
+    caller.handler.holds = False
+    caller.send(request("POST", "/", "Transfer-Encoding: chunked"))
+    current = caller.start()
+    why: list[object] = []
+
+    def failed(failure: Failure) -> None:
+        why.append(failure.value)
+        current.break_off()
+
+    assert current.upload is not None
+    current.upload.startProducing(StringTransport()).addErrback(failed)
+    current.write(b"some")
+    caller.send(chunked(bytes(101)) + rest)
+
+    assert [str(error) for error in why] == ["The request body is larger than 100 bytes."]
+    assert caller.transport.take().endswith(b"some\r\n")
+    assert caller.closes() == ["lose"]
+    assert len(caller.handler.requests) == 1
+    caller.pass_time(10)
+    assert caller.closes() == ["lose", "abort"]  # it is not served for ever
