@@ -867,6 +867,38 @@ def test_an_early_response_ends_the_upload() -> None:
     assert played.transport.count("half") == 1
 
 
+@pytest.mark.parametrize("provider_stops", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_an_upload_beyond_its_bounds_while_the_response_flows(
+    provider_stops: bool, late: bool
+) -> None:
+    """If the provider wants no more of it, it is of no account; else its own reason is recorded."""
+    played = PlayedGateway(route='request_body = "1KiB"')
+    played.send(upload("Transfer-Encoding: chunked") + chunked(b"abc"))
+    body = played.asked.body
+    sending = body.startProducing(StringTransport())
+    response = played.response(200, SSE)
+    sending.addErrback(lambda failure: response.end(failure.value))
+    response.push(b"data: 1\n\n")
+    if provider_stops:
+        body.stopProducing()
+    if late:
+        played.clock.pump([1.0] * 65)
+    else:
+        played.send(chunked(bytes(2000)))
+    if provider_stops:
+        response.push(b"data: [DONE]\n\n")
+        response.end()
+    trace = played.trace()
+
+    assert trace.status == 200
+    if provider_stops:
+        assert (trace.end_reason, trace.error, trace.chunks) == ("complete", None, 2)
+    else:
+        error = "slow_request" if late else "body_too_large"
+        assert (trace.end_reason, trace.error, trace.chunks) == ("rejected", error, 1)
+
+
 def test_100_continue_is_sent_when_the_provider_takes_the_body() -> None:
     """The client sends a streamed body only to a connected provider."""
     played = PlayedGateway()
