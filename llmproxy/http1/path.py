@@ -11,7 +11,7 @@ import re
 from urllib.parse import unquote_to_bytes
 
 _MOST_DECODED = 4
-"""How often a path may be encoded; real ones are once, and twice where a proxy did so again."""
+"""Rounds of decoding, of which the last must change nothing; real paths need two, or three."""
 
 _PERCENT = re.compile(rb"%(?:25)+")
 """A percent sign, encoded as often as somebody likes."""

@@ -144,6 +144,15 @@ def test_an_override_changes_only_the_model() -> None:
     assert played.trace().model == "m"
 
 
+@pytest.mark.parametrize("via", ["1.1 other", "1.0 usa, 1.1 a (us)", "us", "1.1 a us"])
+def test_hops_of_other_names_are_no_loop(via: str) -> None:
+    """Our own name is a pseudonym of a hop, and no other word; we are the last hop."""
+    played = PlayedGateway()
+    played.send(request("GET", "/p", "X-Api-Key: key", f"Via: {via}"))
+
+    assert dict(played.asked.fields)[b"via"] == f"{via}, 1.1 us".encode()
+
+
 def test_a_provider_adds_its_fields() -> None:
     """A field of the client comes before the provider's default."""
     played = PlayedGateway(provider='headers = { x-version = "1", x-a = "default" }')

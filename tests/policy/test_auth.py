@@ -26,7 +26,8 @@ MADE = "llmp_" + "aB3-_" * 8 + "xyz"
 """A key as ``llmproxy keys new`` makes one."""
 
 OWN, LONG = "an-operators:own/key==", "operators-own_key.2026"
-CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b", MADE, OWN, LONG)}
+ODD = "an odd, key; of=ours"
+CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b", MADE, OWN, LONG, ODD)}
 _HERE = KeyPlaces()
 
 
@@ -260,6 +261,17 @@ def test_a_clients_key_never_crosses_as_the_providers(
     assert name.decode() in refused.message
     assert key not in refused.message
     assert refusal([field], places=PASSING).reason == "misplaced_key"
+
+
+@pytest.mark.parametrize(
+    "value", ["{}", "Bearer {}", "Bearer  {}", "Token   {}  ", "Basic {basic}"]
+)
+def test_a_key_with_separators_of_its_own_does_not_cross(value: str) -> None:
+    """It is found as a whole, behind a scheme, and in Basic."""
+    basic = b64encode(f"user:{ODD}".encode()).decode()
+    field = (b"authorization", value.format(ODD, basic=basic).encode())
+    assert refusal([field], places=PASSING, anonymous=True).reason == "misplaced_key"
+    assert identify([(b"authorization", b"Basic !")], places=PASSING, anonymous=True) == "anonymous"
 
 
 CROSSING: list[tuple[Fields, bytes, str]] = [
