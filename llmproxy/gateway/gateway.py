@@ -27,9 +27,10 @@ from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import Auth
+from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
 from llmproxy.policy.routes import PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import conceal
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
@@ -139,6 +140,8 @@ class Gateway(Handler):
             end = await self._tell(exchange, place)
         except ProxyError as problem:
             error, end = problem, problem.end
+            if error.reason == MISPLACED:
+                conceal(exchange.trace, path=error.cause == THE_PATH)
         except Exception as problem:
             if exchange.is_late:
                 error = upstream_timeout("total", may_have_run=True)

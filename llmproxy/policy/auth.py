@@ -31,6 +31,10 @@ _MADE_KEY = re.compile(KEY_PREFIX.encode("ascii") + rb"[A-Za-z0-9_-]{43}")
 
 _PREFIX = KEY_PREFIX.encode("ascii")
 
+MISPLACED, THE_PATH = "misplaced_key", "the path"
+"""The reason of the error for a key that would cross, and its cause where the path holds the key:
+what a client wrote itself is then in no record."""
+
 _UNMISTAKABLE = 16
 """Length from which a key is found within a longer word; a shorter one may be in it by chance."""
 
@@ -112,19 +116,19 @@ class Auth:
             keys: that the request presents; they name a client.
             crossing: all that may cross, joined: most requests are done with one look at it.
         """
-        if places.passes:
-            for name, value in fields:
-                if name in KEY_FIELDS and self._holds_a_key(_words(value)):
-                    raise _misplaced(f"the header {name.decode('ascii')}")
         path, mark, query = target.partition(b"?")
-        if mark and self._holds_a_key(word for value in _values(query) for word in _words(value)):
-            raise _misplaced("the query")
         if b"%" in target:
             crossing += b"\n" + unquote_to_bytes(target)
         if _PREFIX in crossing or any(key in crossing for key in keys):
             for place, value in _places(fields, path, query, places):
                 if self._is_in(value, keys):
                     raise _misplaced(place)
+        if places.passes:
+            for name, value in fields:
+                if name in KEY_FIELDS and self._holds_a_key(_words(value)):
+                    raise _misplaced(f"the header {name.decode('ascii')}")
+        if mark and self._holds_a_key(word for value in _values(query) for word in _words(value)):
+            raise _misplaced("the query")
 
     def _is_in(self, value: bytes, keys: list[bytes]) -> bool:
         """Return whether ``value`` holds one of ``keys``, or any key that we made."""
@@ -202,8 +206,8 @@ def _words(value: bytes) -> set[bytes]:
 def _places(
     fields: Fields, path: bytes, query: bytes, places: KeyPlaces
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield all that crosses, each with the name of its place."""
-    for place, raw in (("the path", path), ("the query", query)):
+    """Yield all that crosses, each with its place: the path first, because it is recorded."""
+    for place, raw in ((THE_PATH, path), ("the query", query)):
         yield place, raw
         yield place, unquote_to_bytes(raw)
     for name, value in fields:
@@ -213,8 +217,16 @@ def _places(
 
 def _misplaced(place: str) -> ProxyError:
     text = f"A client key of this proxy stands in {place}, which is sent to the provider."
-    return _unauthorized("misplaced_key", f"{text} Send the key in x-llmproxy-key.")
+    text += " Send the key in x-llmproxy-key."
+    return _unauthorized(MISPLACED, text, place)
 
 
-def _unauthorized(reason: str, message: str) -> ProxyError:
-    return ProxyError(401, reason, message, fields=((b"www-authenticate", b"Bearer"),))
+def _unauthorized(reason: str, message: str, place: str | None = None) -> ProxyError:
+    return ProxyError(
+        401,
+        reason,
+        message,
+        fields=((b"www-authenticate", b"Bearer"),),
+        detail="" if place is None else f"a client's key in {place}",
+        cause=place,
+    )

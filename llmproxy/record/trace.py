@@ -108,6 +108,13 @@ def without_content(trace: Trace) -> Trace:
     return msgspec.structs.replace(trace, text=UNSET, tool_calls=UNSET)
 
 
+def conceal(trace: Trace, *, path: bool) -> None:
+    """Leave out what a client wrote freely, as it holds a key; ``path`` tells whether that does."""
+    trace.client_request_id = trace.user_agent = trace.session = None
+    if path:
+        trace.path = ""
+
+
 class Sink(Protocol):
     """Where a request's trace goes when the request ends."""
 

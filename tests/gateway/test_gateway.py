@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -142,6 +143,37 @@ def test_an_override_changes_only_the_model() -> None:
     assert played.asked.body == b' {"model" :  "prod", "x": {"model": "m"}}\n'
     played.response().end()
     assert played.trace().model == "m"
+
+
+@pytest.mark.parametrize(
+    ("target", "line", "path"),
+    [
+        ("/p/v1", "User-Agent: KEY", "/p/v1"),
+        ("/p/v1", "X-Request-Id: KEY", "/p/v1"),
+        ("/p/v1", "X-Session-Id: KEY", "/p/v1"),
+        ("/p/v1?a=KEY", "X-A: 1", "/p/v1"),
+        ("/p/KEY/v1", "X-A: 1", ""),
+        ("/p/%6c%6CKEY/v1", "X-A: 1", ""),
+    ],
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_key_that_would_cross_is_in_no_record(
+    target: str, line: str, path: str, early: bool
+) -> None:
+    """What the client wrote itself is left out of the record, wherever the key stood."""
+    key = "llmp_" + "k" * 43
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    played = PlayedGateway(more=f'[clients.made]\nkeys = ["sha256:{digest}"]')
+    target = target.replace("%6c%6CKEY", "%6c%6C" + key[2:])
+    fields = [line.replace("KEY", key), "User-Agent: ua"][:1]
+    body = [JSON, EXPECT, "Content-Length: 5"] if early else []
+    method = "POST" if early else "GET"
+    played.send(request(method, target.replace("KEY", key), "X-Api-Key: key", *fields, *body))
+
+    assert played.refusal() == (401, "misplaced_key")
+    trace = played.trace()
+    assert key[5:] not in repr(trace)
+    assert trace.path == path
 
 
 @pytest.mark.parametrize("via", ["1.1 other", "1.0 usa, 1.1 a (us)", "us", "1.1 a us"])
