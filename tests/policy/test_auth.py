@@ -346,6 +346,19 @@ def test_a_key_in_a_query_that_is_not_read_is_refused(target: bytes) -> None:
     assert identify([(b"x-llmproxy-key", b"key-a")], b"/v1?key=theirs") == "a"
 
 
+@pytest.mark.parametrize(("length", "found"), [(15, False), (16, True)])
+def test_a_short_key_may_be_part_of_a_word_by_chance(length: int, found: bool) -> None:
+    """From 16 bytes on it cannot."""
+    key = "k" * length
+    auth = Auth(Config(clients={"c": client("c", key)}))
+    fields = [(b"x-llmproxy-key", key.encode()), (b"x-a", b"a" + key.encode() + b"z")]
+    if found:
+        with pytest.raises(ProxyError):
+            auth.identify(fields, b"/", KeyPlaces())
+    else:
+        assert auth.identify(fields, b"/", KeyPlaces()).name == "c"
+
+
 def test_what_only_looks_like_a_key_crosses() -> None:
     """A short key is no part of a longer word, and what is dropped anyway may hold a key."""
     shown = (b"x-llmproxy-key", b"key-a")
