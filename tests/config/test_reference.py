@@ -12,6 +12,7 @@ import pytest
 from llmproxy.config import parse
 from llmproxy.config.reference import rewritten
 from llmproxy.config.settings import ROOT, SECTIONS
+from llmproxy.http1.grammar import MAX_FIELDS
 from tests.support.configs import KEYS_LINE, accepted
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,6 +65,11 @@ def entries() -> dict[str, list[str]]:
 def test_the_page_is_what_the_declarations_say() -> None:
     """If this fails, `make docs` writes the page anew."""
     assert rewritten(PAGE) == PAGE
+
+
+def test_the_limit_of_fields_is_documented() -> None:
+    """It is no key, and holds for both sides."""
+    assert PAGE.count(f"at most {MAX_FIELDS} header fields") == 2
 
 
 def test_what_was_changed_by_hand_is_written_anew() -> None:
