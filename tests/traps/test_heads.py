@@ -95,7 +95,7 @@ BAD = {
     "space before the colon": PLAIN + b"x-value : secret\r\n" + END,
     "no name": PLAIN + b": secret\r\n" + END,
     "129 fields": PLAIN + b"x-value: secret\r\n" * 128 + END,
-    "a line of 8 KiB": PLAIN + b"x-value: " + b"s" * 8192 + b"\r\n" + END,
+    "a line of 64 KiB": PLAIN + b"x-value: " + b"s" * 65536 + b"\r\n" + END,
 }
 
 
