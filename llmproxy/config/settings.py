@@ -221,7 +221,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     request_memory: Annotated[int, Key(SIZE)] = 256 * 1024**2
     """All request bodies that are held at once. Beyond this limit the proxy responds to requests
-    with 503 and ``retry-after``."""
+    with 503 and ``retry-after``. One client holds at most four times as much as is left free: four
+    fifths where it is alone, a smaller part the more clients want some. If there is no room, the
+    unfinished bodies of the client that holds most are refused first, if nothing of them came for a
+    second."""
 
     response_head: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 64 * 1024
     """The head of a provider's response. One header line may be as long as the whole head. The head

@@ -62,8 +62,9 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
     try:
         admit(request, rules)
-        rules.auth.identify(request.fields, request.uri, place.keys)
+        client = rules.auth.identify(request.fields, request.uri, place.keys)
         place.require()
+        request.belongs_to(client.name)
     except ProxyError as error:
         return error
     return None

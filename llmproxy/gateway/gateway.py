@@ -167,6 +167,8 @@ class Gateway(Handler):
         request = exchange.request
         client = self._rules.auth.identify(request.fields, request.uri, place.keys)
         exchange.trace.client = client.name
+        if request.owner is None:
+            request.belongs_to(client.name)
         return client
 
     def _look_inside(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:

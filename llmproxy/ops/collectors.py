@@ -39,7 +39,7 @@ def expose(
         [],
         lambda: {(): site.pending_bytes()},
     )
-    gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.held_bytes})
+    gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.memory.held})
     gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
     gauge("draining", "1 while the process shuts down.", [], lambda: {(): drain.begun})
     gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})

@@ -50,6 +50,8 @@ class Request(server.Request):
         handler: what its head found to serve it; None once it does.
         kept: whatever the handler keeps with the request, from its head on.
         refusal: why the request cannot be served, where that is known before it is served.
+        held: how many bytes of the body are held.
+        owner: the client whose body it is, once that is known.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
         status: the status that was sent, or None.
@@ -59,9 +61,9 @@ class Request(server.Request):
     """
 
     __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request
-        *("_bodiless", "_flows", "_head", "_held", "_length", "_limit", "_parts", "_served"),
-        *("_taken", "body", "body_bytes", "ended", "fields", "first", "gone", "handler"),
-        *("is_over", "kept", "refusal", "sent", "stall_after", "status", "upload"),
+        *("_bodiless", "_flows", "_head", "_length", "_limit", "_parts", "_served", "_taken"),
+        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "held", "is_over"),
+        *("kept", "owner", "refusal", "sent", "stall_after", "status", "upload"),
     )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
     channel: Any
@@ -87,7 +89,8 @@ class Request(server.Request):
         self.refusal: ProxyError | None = None
         self._parts: list[bytes] = []
         self._limit = 0
-        self._held = 0
+        self.held = 0
+        self.owner: str | None = None
         self.handler: Any = channel.site.router.find(self.method, self.path)
         self.kept: Any = None
         self._served = False
@@ -157,18 +160,17 @@ class Request(server.Request):
             self.refuse(too_large(self._limit))
         elif self.upload is not None:
             self.upload.feed(data)
-        elif site.held_bytes + len(data) > site.limits.request_memory:
-            self.refuse(memory_full())
-        else:
+        elif site.memory.hold(self, len(data)):
             self._parts.append(data)
-            self._held += len(data)
-            site.held_bytes += len(data)
+        else:
+            self.refuse(memory_full())
 
     def body_done(self) -> None:
         """The body is whole: serve the request, unless it is being served already."""
         if self.upload is not None:
             self.upload.end()
             return
+        self.site.memory.complete(self)
         self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts = []
         self.process()
@@ -193,10 +195,19 @@ class Request(server.Request):
             raise too_large(limit)
         self._limit = min(self._limit, limit)
 
+    def belongs_to(self, owner: str) -> None:
+        """Count the body as that of one client among several.
+
+        Raises:
+            ProxyError: 503, where that client holds too much.
+        """
+        if not self.site.memory.assign(self, owner):
+            raise memory_full()
+
     def release(self) -> None:
         """Let go of the body; what it held counts no more."""
-        self.site.held_bytes -= self._held
-        self._held = 0
+        if self.held:
+            self.site.memory.release(self)
         self._parts = []
         self.body = b""
 

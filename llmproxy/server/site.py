@@ -20,6 +20,7 @@ from zope.interface import implementer
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, Cut, ProxyError
 from llmproxy.net.transport import pending_bytes
+from llmproxy.server.body_memory import BodyMemory
 from llmproxy.server.connection import ClientConnection, Phase
 from llmproxy.server.connection_limits import ConnectionLimiter, RejectedConnection
 from llmproxy.server.error_response import bare_response
@@ -50,7 +51,7 @@ class Site(Factory):
     Attributes:
         router: finds the handlers of the requests that come from now on.
         connections: the open client connections.
-        held_bytes: request bodies held in memory now, in bytes.
+        memory: the request bodies that are held.
         ended: requests that were served to whatever end.
         draining: no connection outlives its present request.
     """
@@ -79,7 +80,7 @@ class Site(Factory):
         self.malformed = malformed or (lambda peer, error: bare_response(error, now=wall()))
         self.limiter = limiter or ConnectionLimiter(clock=clock, wall=wall)
         self.connections: set[ClientConnection] = set()
-        self.held_bytes = 0
+        self.memory = BodyMemory(limits.request_memory, clock)
         self.ended = 0
         self.draining = False
         self._waiting: list[Deferred[None]] = []
@@ -97,6 +98,7 @@ class Site(Factory):
         Where the deadline of idle connections is another one, they begin to be idle anew.
         """
         idle_before, self.timeouts, self.limits = self.timeouts.client_idle, timeouts, limits
+        self.memory.limit = limits.request_memory
         if timeouts.client_idle != idle_before:
             for connection in self.connections:
                 if connection.phase is Phase.IDLE:

@@ -201,7 +201,7 @@ class PlayedGateway:
         self.clock.advance(0)  # a body that nobody waits for ends a turn later
         (trace,) = self.sink.traces
         assert self.recorder.running == 0
-        assert self.site.held_bytes == 0
+        assert self.site.memory.held == 0
         assert self.value("active_streams") == 0
         assert self.value("ended_total", reason=trace.end_reason) == 1
         assert not self.metrics.live

@@ -49,7 +49,7 @@ def test_the_response_streams_back() -> None:
         b"x-accel-buffering": b"no",
         b"transfer-encoding": b"chunked",
     }
-    assert played.site.held_bytes == 0
+    assert played.site.memory.held == 0
     for data in (b"data: 1\n\n", b"data"):
         response.push(data)
         assert played.transport.take() == b"%x\r\n%b\r\n" % (len(data), data)
@@ -365,7 +365,7 @@ def test_a_websocket_handshake_is_answered_once(lines: list[str]) -> None:
         b"connection: upgrade",
         b"connection: close",
     ]
-    assert played.transport.count("lose") == 1
+    assert played.transport.count("half") == 1
     assert played.trace().error == "websocket"
 
 
@@ -785,7 +785,7 @@ def test_an_unread_body_is_streamed_to_the_provider() -> None:
     assert done.called
     played.response(200, (b"content-length", b"0")).end()
 
-    assert played.site.held_bytes == 0
+    assert played.site.memory.held == 0
     assert played.trace().bytes_in == 9
     assert not played.transport.count("half")
 

@@ -36,6 +36,9 @@ live = live_fixture(
 roomy = live_fixture()
 
 
+PAUSE = threading.Event()
+"""Never set: a wait for it is a pause."""
+
 JSON, OCTETS = "Content-Type: application/json", "Content-Type: application/octet-stream"
 
 
@@ -129,7 +132,7 @@ def test_a_rejected_upload_without_end_is_not_read_for_ever(live: LiveProxy) -> 
 
 def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
     """503 with a retry-after once the memory is taken; it is free again when a body was served."""
-    count, size = 4, 60 * KIB
+    count, size = 3, 60 * KIB
     body = json_text(size)
     held = [live.connect() for _ in range(count)]
     for client in held:
@@ -147,6 +150,30 @@ def test_the_bodies_held_at_once_are_bounded(live: LiveProxy) -> None:
     received, _ = live.ask(post("/p/x", body))
     assert received.body == body
     for client in held:
+        client.sock.close()
+    assert_settles(live.daemon)
+
+
+def test_one_client_does_not_take_the_memory_of_the_others(live: LiveProxy) -> None:
+    """Eight unfinished bodies of one leave room for another, and those that rest make more."""
+    size = 60 * KIB
+    body = json_text(size)
+    greedy = [live.connect() for _ in range(8)]
+    for client in greedy:
+        client.send(request("POST", "/p/x", JSON, f"Content-Length: {size}"), body[:-1])
+    until(lambda: live.gauge("request_bytes_held") >= 3 * (size - 1), "three bodies are held")
+    key = "x-llmproxy-key: limited-key"
+    asked = b'{"model": "m", "x": "' + b"x" * (48 * KIB) + b'"}'
+    received, _ = live.ask(post("/inside", asked, key))
+    assert received.body == asked
+
+    waiting = live.connect()
+    waiting.send(request("POST", "/inside", JSON, key, f"Content-Length: {size}"), body[:-1])
+    until(lambda: live.gauge("request_bytes_held") >= 4 * (size - 1), "the others' is held, too")
+    PAUSE.wait(1.1)
+    received, _ = live.ask(post("/inside", asked, key))
+    assert received.body == asked
+    for client in [*greedy, waiting]:
         client.sock.close()
     assert_settles(live.daemon)
 

@@ -81,7 +81,7 @@ def test_a_body_has_a_second_more_for_each_64_kib() -> None:
     assert fast.status == 408
 
     assert slow.request.refusal is not None
-    assert (slow.request.refusal.reason, slow.site.held_bytes) == ("slow_request", 0)
+    assert (slow.request.refusal.reason, slow.site.memory.held) == ("slow_request", 0)
 
 
 def test_a_response_has_no_deadline() -> None:
