@@ -61,7 +61,10 @@ class Totals(msgspec.Struct):
 
 
 class Checkpoint(msgspec.Struct):
-    """How far a session has come; ``client`` is None if the client was not known."""
+    """How far a session has come.
+
+    ``client`` is None in what version 0.1 wrote for callers that it did not know.
+    """
 
     session: str
     client: str | None

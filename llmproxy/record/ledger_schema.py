@@ -38,7 +38,7 @@ ADD_TO_SESSIONS = f"""
     SELECT session, coalesce(client, ''), count(*), sum(is_complete), sum(usage IS NOT 'reported'),
            {", ".join(f"sum({name})" for name in TOKENS)},
            substr(max(printf('%020d', rowid) || id), 21), min(time), max(time)
-    FROM traces WHERE rowid > ? AND session IS NOT NULL GROUP BY 1, 2
+    FROM traces WHERE rowid > ? AND session IS NOT NULL AND client IS NOT NULL GROUP BY 1, 2
     ON CONFLICT (session, client) DO UPDATE SET
         requests = requests + excluded.requests,
         complete = complete + excluded.complete,
@@ -50,8 +50,11 @@ ADD_TO_SESSIONS = f"""
 """  # noqa: S608 - names of ours
 """Adds the traces behind a row to the checkpoints; ``max`` finds the id of the last one.
 
-A step below contains this text.  If you change it, leave the old text there.
+A request whose caller was not known adds to none: anybody could fill the table with names.
 """
+
+_FIRST_SESSIONS = ADD_TO_SESSIONS.replace("?", "0").replace(" AND client IS NOT NULL", "")
+"""The same as the second step has it, which is never rewritten."""
 
 STEPS: tuple[tuple[str, ...], ...] = (
     (
@@ -78,7 +81,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
             last_time TEXT NOT NULL, PRIMARY KEY (session, client)
         ) WITHOUT ROWID""",
         "CREATE INDEX sessions_by_last_time ON sessions (last_time)",
-        ADD_TO_SESSIONS.replace("?", "0"),
+        _FIRST_SESSIONS,
     ),
 )
 """The statements of each step: the first makes the traces, the second their sessions."""

@@ -86,6 +86,18 @@ def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector)
     assert [metrics[LOST % name] for name in ("jsonl", "ledger", "otlp")] == [0, 0, 0]
 
 
+def test_a_caller_that_is_not_known_adds_no_session(live: LiveProxy) -> None:
+    """Its requests are in the ledger; but nobody without a key can fill the table of sessions."""
+    for number in range(3):
+        live.reject(
+            post("/p/v1/chat", STREAM_BODY, f"X-Conversation: s-{number}", "x-api-key: wrong")
+        )
+    ask(live, "X-Conversation: mine", "x-api-key: k")
+    until(lambda: kept(live) == 4, "the ledger has all")
+    assert query(ledger_of(live), "SELECT count(DISTINCT session) FROM traces") == [(4,)]
+    assert query(ledger_of(live), "SELECT session, client FROM sessions") == [("mine", "team")]
+
+
 def test_records_are_closed_to_others(live: LiveProxy) -> None:
     """They name callers and paths."""
     ask(live)

@@ -105,7 +105,7 @@ def test_an_impossible_word_or_number_loses_no_trace(ledger: Ledger, path: Path)
 
 
 def test_a_session_is_checkpointed(ledger: Ledger, path: Path) -> None:
-    """Each session and client has its totals and its last trace."""
+    """Each session and client has its totals and its last trace; an unknown caller has none."""
 
     def at(number: int, minute: int, **fields: object) -> object:
         return trace(number, time=f"2026-11-01T00:0{minute}:00.000Z", **fields)
@@ -123,7 +123,6 @@ def test_a_session_is_checkpointed(ledger: Ledger, path: Path) -> None:
         "substr(first_time, 16, 1), substr(last_time, 16, 1) FROM sessions ORDER BY client"
     )
     assert query(path, words) == [
-        ("", 1, 0, 1, None, None, "3", "2", "2"),
         ("c", 3, 2, 2, 6, None, "1", "1", "3"),
     ]
 
@@ -139,7 +138,7 @@ def test_old_rows_are_deleted_in_small_steps(
     ages = [1.5 * DAY] * 25 + [0.5 * DAY] * 5
     ledger.put(
         [
-            trace(number, time=timestamp(NOW - age), session=f"s-{number}")
+            trace(number, time=timestamp(NOW - age), session=f"s-{number}", client="c")
             for number, age in enumerate(ages)
         ]
     )
@@ -155,8 +154,8 @@ def test_old_rows_are_deleted_in_small_steps(
 
 def test_a_session_that_goes_on_outlives_its_first_traces(ledger: Ledger, path: Path) -> None:
     """Its totals stay until its last request is too old."""
-    ledger.put([trace(1, time=timestamp(NOW - 2 * DAY), session="s")])
-    ledger.put([trace(2, time=timestamp(NOW), session="s")])
+    ledger.put([trace(1, time=timestamp(NOW - 2 * DAY), session="s", client="c")])
+    ledger.put([trace(2, time=timestamp(NOW), session="s", client="c")])
     ledger.maintenance()
     assert ids_of(path) == [2]
     assert query(path, "SELECT requests FROM sessions") == [(2,)]
@@ -235,7 +234,7 @@ def test_a_full_disk_loses_whole_batches(ledger: Ledger, path: Path, disk: Disk)
     disk(64 * 1024)
     kept, lost = [0], 0
     for number in range(1, 400, 10):
-        batch = [trace(one, session="s") for one in range(number, number + 10)]
+        batch = [trace(one, session="s", client="c") for one in range(number, number + 10)]
         try:
             ledger.put(batch)
             kept += range(number, number + 10)
@@ -244,7 +243,7 @@ def test_a_full_disk_loses_whole_batches(ledger: Ledger, path: Path, disk: Disk)
     assert lost > 0
     assert len(kept) + lost == 401
     disk(None)
-    ledger.put([trace(1000, session="s")])
+    ledger.put([trace(1000, session="s", client="c")])
     assert ids_of(path) == [*kept, 1000]
     assert query(path, "SELECT requests FROM sessions") == [(len(kept),)]
     assert query(path, "PRAGMA integrity_check") == [("ok",)]

@@ -106,9 +106,9 @@ def test_sums_are_those_of_the_traces(
 def test_checkpoints_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]]
 ) -> None:
-    """Each session and client has its totals; its last trace was written last."""
+    """Each session of a known client has its totals; its last trace was written last."""
     every = [trace for batches in (one, two) for batch in batches for trace in batch]
-    named = [trace for trace in every if trace.session is not None]
+    named = [trace for trace in every if None not in (trace.session, trace.client)]
     with ledgers(one, two) as paths:
         found = checkpoints_of(paths)
         first = checkpoints_of(paths[:1])
@@ -132,13 +132,13 @@ def test_checkpoints_are_those_of_the_traces(
 
 def test_the_later_instance_has_the_last_trace() -> None:
     """A session on two instances has one checkpoint."""
-    early = trace(1, session="s", time="2026-11-01T00:00:00.000Z", input_tokens=1)
-    late = trace(2, session="s", time="2026-11-02T00:00:00.000Z", input_tokens=2)
+    early = trace(1, session="s", client="c", time="2026-11-01T00:00:00.000Z", input_tokens=1)
+    late = trace(2, session="s", client="c", time="2026-11-02T00:00:00.000Z", input_tokens=2)
     with ledgers([[late]], [[early]]) as paths:
         (found,) = checkpoints_of(paths)
         assert checkpoints_of(paths, "2026-11-03") == []
     assert found == Checkpoint(
-        "s", None, Totals(2, 0, 2, 3), "2", "2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z"
+        "s", "c", Totals(2, 0, 2, 3), "2", "2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z"
     )
 
 
