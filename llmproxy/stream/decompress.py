@@ -1,7 +1,8 @@
 """Decompresses the tap's copy of a body, piece by piece: gzip, deflate, brotli and zstd.
 
 Brotli and zstd need the extra ``codings``; from Python 3.14 on, zstd does not.  The output comes in
-bounded pieces, and a body that grows out of all proportion (:class:`Bomb`) is given up.  In
+bounded pieces, and a body that grows out of all proportion (:class:`Bomb`) is given up: what one
+read of a connection may grow to is bounded, so that no body holds up the reactor (ADR-0017).  In
 addition, a decoder holds its window: 32 KiB for gzip and deflate, at most 16 MiB for brotli and
 8 MiB for zstd (RFC 9659).
 
@@ -34,9 +35,13 @@ _IN = 16 * 1024
 _OUT = 64 * 1024
 """Most bytes of output at once; brotli exceeds this by a block."""
 
-_RATIO = 100
-_ALLOWANCE = 1024**2
-"""A body may grow to this and a hundred times its size; streams of tokens stay below thirty."""
+_RATIO = 40
+"""Credit for each byte that is taken.  A byte of output costs one, and so does what is made of it
+(:meth:`Decompressor.spend`).  Streams of tokens that are flushed after each event need 25 to 36."""
+
+_CREDIT = 3 * 1024**2
+"""Most credit that there is, for what is compressed much better: nine thousand tokens in one block,
+say.  So a read of 80 KiB is worth 6.1 MiB at most, which is some 20 ms of the reactor."""
 
 _ZSTD_WINDOW_LOG = 23
 
@@ -91,8 +96,22 @@ class Decompressor:
         self._coding = known
         self._decoder: _Decoder | None = None
         self._is_over = False
-        self._taken = 0
-        self._given = 0
+        self._credit = _CREDIT
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the body may end here: no member is open."""
+        return self._decoder is None
+
+    def spend(self, cost: int) -> None:
+        """Count work that the output made, in bytes of output.
+
+        Raises:
+            Bomb: there is too much of it.
+        """
+        self._credit -= cost
+        if self._credit < 0:
+            raise Bomb
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Decompress ``data``, split at any point; yield the output in bounded pieces.
@@ -125,10 +144,9 @@ class Decompressor:
             except decoder.error as error:
                 raise BadCoding(str(error)[:200]) from None
             rest = decoder.rest
-            self._taken += len(data) - len(rest)
-            self._given += len(piece)
-            if self._given > _ALLOWANCE + _RATIO * self._taken:
-                raise Bomb
+            taken = len(data) - len(rest)
+            self._credit = min(_CREDIT, self._credit + _RATIO * taken)
+            self.spend(len(piece))
             if piece:
                 yield piece
             if decoder.is_over or not (rest or (piece and decoder.has_more)):

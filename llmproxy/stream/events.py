@@ -4,7 +4,8 @@ A framing of the tap gets bytes, split at any point, and returns the events that
 ``(name, data)`` pairs.  It never holds more than one event of at most ``limit`` bytes.  A longer
 event is dropped as it passes, up to the next boundary, and reported by a callback.  Each byte is
 copied and searched a bounded number of times, so that an event of 100 MB costs linear time and no
-memory.  The events do not depend on where the bytes were split.
+memory.  An event of more than 10,000 lines counts as a longer one: each line costs as much as an
+event.  The events do not depend on where the bytes were split.
 
 Nothing here knows JSON, a dialect or a coding.
 """
@@ -18,6 +19,9 @@ from typing import Protocol
 
 Event = tuple[bytes | None, bytes]
 """The name of an event, or None, and its data."""
+
+_LINES = 10_000
+"""Most lines of one event; a JSON text that is spread over lines has hundreds."""
 
 _CR = 0x0D  # bytes find an int ten times as fast as a bytes object of length one
 
@@ -151,6 +155,7 @@ class ServerSentEvents:
 
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
         self._limit = limit
+        self._overlong = overlong
         self._blocks = Blocks(b"\n\n", limit, overlong)
         self._start: bytes | None = b""  # the first bytes, while they may be a byte order mark
         self._after_cr = False
@@ -172,13 +177,15 @@ class ServerSentEvents:
         self._is_clear = self._blocks.is_clear and self._start is None and not self._after_cr
         if len(whole) <= self._limit and _PLAIN_EVENTS(whole) is not None:
             return [(name or None, event) for name, event in _EVENTS(whole)]
-        blocks = self._blocks.cut(whole)
-        return [event for block in blocks if (event := _event(block)) is not None]
+        return self._events(self._blocks.cut(whole))
 
     def flush(self) -> Sequence[Event]:
         """Return the event that lacks its blank line, if there is one."""
         self._start = None
-        return [event for block in self._blocks.flush() if (event := _event(block)) is not None]
+        return self._events(self._blocks.flush())
+
+    def _events(self, blocks: list[bytes]) -> Sequence[Event]:
+        return [event for block in blocks if (event := self._event(block)) is not None]
 
     def _without_mark(self, data: bytes) -> bytes:
         if self._start is None:
@@ -201,20 +208,22 @@ class ServerSentEvents:
             return data
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-
-def _event(block: bytes) -> Event | None:
-    """Return the event of a block of lines; None if it has no data."""
-    plain = _PLAIN_BLOCK(block)
-    if plain is not None:
-        return plain.groups()  # type: ignore[return-value]  # two groups
-    name = None
-    parts = []
-    for field in _FIELDS(block):
-        if field[1] == b"data":
-            parts.append(field[2] or b"")
-        else:
-            name = field[2] or None
-    return (name, b"\n".join(parts)) if parts else None
+    def _event(self, block: bytes) -> Event | None:
+        """Return the event of a block of lines; None if it has no data."""
+        plain = _PLAIN_BLOCK(block)
+        if plain is not None:
+            return plain.groups()  # type: ignore[return-value]  # two groups
+        if block.count(b"\n") > _LINES:
+            self._overlong()
+            return None
+        name = None
+        parts = []
+        for field in _FIELDS(block):
+            if field[1] == b"data":
+                parts.append(field[2] or b"")
+            else:
+                name = field[2] or None
+        return (name, b"\n".join(parts)) if parts else None
 
 
 class Lines:
