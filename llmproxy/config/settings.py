@@ -238,8 +238,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     event: Annotated[int, Key(SIZE_ABOVE_ZERO)] = 1024**2
     """The longest event of a stream that the proxy reads for tokens, text and end marker. A longer
     event reaches the caller like any other event, but the record leaves it out and says
-    ``overlong``. If a response in one piece is longer, its usage is still found if the usage stands
-    at the beginning or the end, as is usual; its content is not recorded."""
+    ``overlong``. The same is true of an event of more than 10,000 lines. If a response in one piece
+    is longer, its usage is still found if the usage stands at the beginning or the end, as is
+    usual; its content is not recorded."""
 
     connections_per_address: Annotated[int, Key(whole_number(0, 10_000_000))] = 0
     """Most connections of callers at once from one address; ``0`` is no limit. See
@@ -272,7 +273,9 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     put before the path of the request. User, password, query and fragment are refused."""
 
     dialect: Annotated[Dialect, Key(DIALECT)]
-    """The API that the provider speaks."""
+    """The API that the provider speaks. It decides the provider's credential header and the shape
+    of the proxy's own errors. Token counts are read by the path of a request, whatever the dialect;
+    only at a provider of ``"raw"`` nothing is read."""
 
     credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
     """Bare name of the credential file whose content the proxy sends to the provider. Without this

@@ -19,8 +19,15 @@ _NAME = 256
 _MESSAGE = 1024
 """Most characters of an error's message."""
 
+_FAILURES = frozenset(("error", "failed", "abort", "network_error", "insufficient_system_resource"))
+"""Finish reasons that say that the provider failed: OpenRouter and Mistral, vLLM, SGLang, Zhipu and
+DeepSeek send them in place of an error."""
+
 _CALL = 256
 """Bytes of the budget that one tool call takes, in addition to its id, name and arguments."""
+
+_PATIENCE = 256
+"""How many short odd events of a response are read tolerantly."""
 
 _NAMELESS = 8
 """How many events are searched for the model and the id; Azure's first one has neither."""
@@ -81,7 +88,10 @@ class Accumulated:
     Attributes:
         wants_all: whether the whole event must be read.  If not, usage, finish reason, end marker
             and error are enough.
+        has_counts: whether any count came.
         has_ended: whether the dialect's end marker was seen.
+        patience: how many short events may still be read tolerantly, if they are odd.
+        is_odd: whether a part of an event was left out because it could not be read.
         is_cut: whether text or tool calls were longer than the budget.
         text_bytes: how long the text is, together with the part that is not held.
     """
@@ -91,14 +101,18 @@ class Accumulated:
         "_calls",
         "_left",
         "_nameless",
+        "_provisional",
         "_text",
         "_tokens",
         "error",
         "finish_reason",
+        "has_counts",
         "has_ended",
         "is_cut",
+        "is_odd",
         "keeps",
         "model",
+        "patience",
         "response_id",
         "text_bytes",
         "wants_all",
@@ -111,7 +125,10 @@ class Accumulated:
         self.response_id: str | None = None
         self.finish_reason: str | None = None
         self.error: ProviderError | None = None
+        self.has_counts = False
         self.has_ended = False
+        self.is_odd = False
+        self.patience = _PATIENCE
         self.is_cut = False
         self.text_bytes = 0
         self._nameless = _NAMELESS
@@ -120,6 +137,7 @@ class Accumulated:
         self._text = bytearray()
         self._calls: dict[int, _Call] = {}
         self._tokens: dict[str, int] = {}
+        self._provisional = False
 
     @property
     def held_bytes(self) -> int:
@@ -129,39 +147,53 @@ class Accumulated:
     @property
     def text(self) -> str:
         """The text, as far as it is held."""
-        return self._text.decode()
+        return _decoded(self._text)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The tool calls in the order in which they began, as far as they are held."""
         return tuple(
-            ToolCall(call.id, call.name, call.arguments.decode()) for call in self._calls.values()
+            ToolCall(call.id, call.name, _decoded(call.arguments)) for call in self._calls.values()
         )
 
     def usage(self, *, is_final: bool) -> Usage:
         """Return the counts so far.
 
         Args:
-            is_final: whether these are the last counts.
+            is_final: whether nothing more is to come.
         """
         if not self._tokens:
             return Usage()
-        return Usage(**self._tokens, provenance="reported" if is_final else "partial")
+        reported = is_final and not self._provisional
+        return Usage(**self._tokens, provenance="reported" if reported else "partial")
+
+    @property
+    def _has_output(self) -> bool:
+        return "output_tokens" in self._tokens
+
+    def outdate(self) -> None:
+        """The response went on behind its counts: they are not final, unless others come."""
+        self._provisional = True
 
     def name(self, response_id: str | None, model: str | None) -> None:
         """Take the first id and the first model that are not empty."""
         if response_id and self.response_id is None:
-            self.response_id = response_id[:_NAME]
+            self.response_id = _short(response_id, _NAME)
         if model and self.model is None:
-            self.model = model[:_NAME]
+            self.model = _short(model, _NAME)
         self._nameless -= 1
         named = self.model is not None and self.response_id is not None
         self.wants_all = self.keeps or not (named or self._nameless <= 0)
 
     def finish(self, reason: str | None) -> None:
-        """Take a finish reason if there is one; the last one counts."""
+        """Take a finish reason if there is one; the last one counts.
+
+        Some providers tell of their own failure by the reason alone.
+        """
         if reason:
-            self.finish_reason = reason[:_NAME]
+            self.finish_reason = _short(reason, _NAME)
+            if reason in _FAILURES:
+                self.fail(reason, None)
 
     def count(
         self,
@@ -171,8 +203,14 @@ class Accumulated:
         cache_read_tokens: int | None = None,
         cache_write_tokens: int | None = None,
         reasoning_tokens: int | None = None,
+        is_opening: bool = False,
     ) -> None:
-        """Take counts: each replaces the earlier count, and None leaves that as it is."""
+        """Take counts: each replaces the earlier count, and None leaves that as it is.
+
+        Args:
+            is_opening: these are counts of the beginning, as an event gives them that opens a
+                response.  They are not final until a count of the output follows.
+        """
         counts = (
             ("input_tokens", input_tokens),
             ("output_tokens", output_tokens),
@@ -180,18 +218,25 @@ class Accumulated:
             ("cache_write_tokens", cache_write_tokens),
             ("reasoning_tokens", reasoning_tokens),
         )
+        came = False
         for name, tokens in counts:
             if tokens is not None:
                 self._tokens[name] = tokens
+                came = True
+        self.has_counts |= came
+        if came and (is_opening or output_tokens is not None or not self._has_output):
+            self._provisional = is_opening
 
     def fail(self, kind: str | None, message: str | None) -> None:
         """Take the provider's error; the first one counts."""
         if self.error is None:
-            self.error = ProviderError(kind and kind[:_NAME], message and message[:_MESSAGE])
+            self.error = ProviderError(
+                kind and _short(kind, _NAME), message and _short(message, _MESSAGE)
+            )
 
     def add_text(self, text: str) -> None:
         """Hold a piece of the text, or as much of it as the budget has room for."""
-        piece = text.encode()
+        piece = _encoded(text)
         self.text_bytes += len(piece)
         self._hold(self._text, piece)
 
@@ -206,7 +251,7 @@ class Accumulated:
         """Hold a piece of the arguments of the tool call ``key``."""
         call = self._call(key)
         if call is not None:
-            self._hold(call.arguments, arguments.encode())
+            self._hold(call.arguments, _encoded(arguments))
 
     @property
     def calls(self) -> int:
@@ -220,7 +265,7 @@ class Accumulated:
         return call
 
     def _affordable(self, name: str | None) -> str | None:
-        name = name and name[:_NAME]
+        name = name and _short(name, _NAME)
         return name if name and self._spend(len(name.encode())) else None
 
     def _spend(self, cost: int) -> bool:
@@ -238,3 +283,29 @@ class Accumulated:
             buffer += piece
         else:
             buffer += piece[:room].decode(errors="ignore").encode()
+
+
+def _encoded(text: str) -> bytes:
+    """Return UTF-8; half a surrogate pair stays, for the other half may come next."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _decoded(data: bytes | bytearray) -> str:
+    """Return what :func:`_encoded` made UTF-8 of; halves that follow each other are a pair."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return _without_halves(data.decode("utf-8", "surrogatepass"))
+
+
+def _short(name: str, most: int) -> str:
+    """Return the beginning of a name, which the records can encode."""
+    return name[:most] if name.isascii() else _without_halves(name[:most])
+
+
+def _without_halves(text: str) -> str:
+    """Return the text with U+FFFD for each half of a surrogate pair that lacks the other one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

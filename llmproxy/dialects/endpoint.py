@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -19,7 +19,7 @@ from llmproxy.dialects.dialect import Dialect
 Operation = Literal["chat", "text_completion", "embeddings"]
 """What an endpoint does, in the words of OpenTelemetry (``gen_ai.operation.name``)."""
 
-Reader = Callable[[bytes, Accumulated], None]
+Reader = Callable[[bytes, Accumulated], object]
 """Reads the data of one event, or a whole document, into what is accumulated.
 
 Raises:
@@ -35,6 +35,24 @@ Part = msgspec.Struct
 DONE = b"[DONE]"
 """The end marker of OpenAI's older endpoints; it is no JSON."""
 
+NEVER = re.compile(rb"(?!)")
+"""Matches nothing."""
+
+
+class ErrorObject(Part, gc=False):
+    """The object of an ``error`` member."""
+
+    type: str | int | None = None
+    code: str | int | None = None
+    message: str | None = None
+
+
+ErrorMember = ErrorObject | list[ErrorObject] | str | bool | int | float | None
+"""The value of an ``error`` member.
+
+It has a type, so that an event of a MiB cannot become a million objects.
+"""
+
 
 class Endpoint(NamedTuple):
     """One endpoint of an API: what it does, and how its responses are read.
@@ -46,6 +64,11 @@ class Endpoint(NamedTuple):
         event: reads one event of a stream.
         document: reads a response in one piece, or an error's body.
         end_marker: what ends a stream, in words; None where nothing does.
+        may_end: found in the data of an event that may be the end marker although it cannot be
+            read.
+        has_long_marker: the end marker may be longer than ``limits.event``.
+        has_lines: a stream is lines of JSON; a document is such a line.
+        input_has_cached: the count of the input includes tokens read from and written to a cache.
         text_only: names of SSE events that hold text alone: they need not be decoded for the usage.
         streams_by_default: a body that does not mention ``stream`` asks for a stream.
         usage_option: matches the whole path, without the query, where a stream has its counts only
@@ -58,6 +81,10 @@ class Endpoint(NamedTuple):
     event: Reader
     document: Reader
     end_marker: str | None = None
+    may_end: re.Pattern[bytes] = NEVER
+    has_long_marker: bool = False
+    has_lines: bool = False
+    input_has_cached: bool = True
     text_only: frozenset[bytes] = frozenset()
     streams_by_default: bool = False
     usage_option: re.Pattern[bytes] | None = None
@@ -72,21 +99,12 @@ def is_whole(event: bytes) -> bool:
     return True
 
 
-def read_error(error: Any, seen: Accumulated) -> None:
+def read_error(error: ErrorMember, seen: Accumulated) -> None:
     """Take the value of an ``error`` member: an object, a sentence, or what stands for no error."""
-    if isinstance(error, dict):
-        kind = _text(error.get("type")) or _text(error.get("code"))
-        seen.fail(kind, _text(error.get("message")))
+    if isinstance(error, list):
+        error = error[0] if error else None
+    if isinstance(error, ErrorObject):
+        kind = error.type or error.code
+        seen.fail(None if kind is None else str(kind), error.message)
     elif error:
-        seen.fail(None, _text(error))
-
-
-def json_text(value: Any) -> str:
-    """Return the arguments of a tool as text; most providers send JSON inside a string."""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, dict | list):
-        return None
-    return str(value)
+        seen.fail(None, str(error))

@@ -19,53 +19,48 @@ from __future__ import annotations
 
 from llmproxy.dialects import anthropic, ollama, openai, openai_responses
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoint import Endpoint, Operation
+from llmproxy.dialects.endpoint import Endpoint
 
-_OPENAI: dict[bytes, Endpoint] = {
+TABLE: dict[bytes, Endpoint] = {
     b"chat/completions": openai.CHAT,
     b"completions": openai.COMPLETIONS,
     b"embeddings": openai.EMBEDDINGS,
     b"responses": openai_responses.RESPONSES,
+    b"v1/messages": anthropic.MESSAGES,
+    b"api/chat": ollama.CHAT,
+    b"api/generate": ollama.GENERATE,
+    b"api/embed": ollama.EMBED,
 }
+"""The endpoints by the last one or two segments of their paths, at a provider of any dialect.
 
-TABLE: dict[Dialect, dict[bytes, Endpoint]] = {
-    Dialect.OPENAI: _OPENAI,
-    Dialect.ANTHROPIC: {b"messages": anthropic.MESSAGES, **_OPENAI},
-    Dialect.OLLAMA: {
-        b"api/chat": ollama.CHAT,
-        b"api/generate": ollama.GENERATE,
-        b"api/embed": ollama.EMBED,
-        **_OPENAI,
-    },
-    Dialect.RAW: {},
-}
-"""The endpoints of each dialect, by the last one or two segments of their paths.
-
-Anthropic and Ollama offer OpenAI's API beside their own.
+llama.cpp, vLLM, LM Studio and Ollama offer the APIs of the others beside their own.
 """
 
-_BY_PATH = {key: row for rows in TABLE.values() for key, row in rows.items()}
-_BY_LAST_SEGMENT = {key.rpartition(b"/")[2]: row for key, row in _BY_PATH.items()} | _BY_PATH
+_ANTHROPIC = {b"messages": anthropic.MESSAGES, **TABLE}
+"""Elsewhere ``messages`` alone may be another thing: a thread of OpenAI's assistants has some."""
+
+_BY_LAST_SEGMENT = {key.rpartition(b"/")[2]: row for key, row in TABLE.items()} | TABLE
 
 
 def endpoint(dialect: Dialect, path: bytes) -> Endpoint | None:
     """Return the row that a path names, or None where its responses are not read.
 
     Args:
-        dialect: the provider's.
+        dialect: the provider's.  Of a ``raw`` one nothing is known; all others may have any row.
         path: raw.  What stands before the last two segments does not matter; nor does a query.
     """
-    return _row(TABLE[dialect], path)
+    if dialect is Dialect.RAW:
+        return None
+    return _row(_ANTHROPIC if dialect is Dialect.ANTHROPIC else TABLE, path)
 
 
-def operation(path: bytes) -> Operation | None:
-    """Return what the endpoint at this path does, or None where no endpoint is known.
+def endpoint_of_record(path: bytes) -> Endpoint | None:
+    """Return the row of a request's path, or None where no endpoint is known.
 
     A span wants this also of a request that reached no provider, so no dialect is asked for: the
-    last segment of any dialect's endpoint is enough.
+    last segment of any endpoint is enough.
     """
-    row = _row(_BY_LAST_SEGMENT, path)
-    return None if row is None else row.operation
+    return _row(_BY_LAST_SEGMENT, path)
 
 
 def _row(rows: dict[bytes, Endpoint], path: bytes) -> Endpoint | None:

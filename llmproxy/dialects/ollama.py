@@ -7,18 +7,23 @@ mention ``stream`` asks for a stream.
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
+from llmproxy.dialects.endpoint import Count, Endpoint, ErrorMember, Part, read_error
+from llmproxy.dialects.failures import read_unknown
+from llmproxy.dialects.lenient import decoder, raw_text
+
+_CALLS = 1024
+"""Most tool calls that are looked at in one line."""
 
 
 class _Function(Part, gc=False):
     name: str | None = None
-    arguments: Any = None
+    arguments: msgspec.Raw = msgspec.Raw()
 
 
 class _Call(Part, gc=False):
@@ -34,39 +39,52 @@ class _Message(Part, gc=False):
 class _Tail(Part, gc=False):
     """A line, as far as usage needs it."""
 
-    done: bool = False
+    done: bool | None = None
     done_reason: str | None = None
     prompt_eval_count: Count | None = None
     eval_count: Count | None = None
-    error: Any = None
+    error: ErrorMember = None
 
 
-class _Whole(_Tail, gc=False):
+class _Named(_Tail, gc=False):
     model: str | None = None
+
+
+class _Whole(_Named, gc=False):
     response: str | None = None
     message: _Message | None = None
 
 
-_tail = msgspec.json.Decoder(_Tail).decode
-_whole = msgspec.json.Decoder(_Whole).decode
+_tail = decoder(_Tail)
+_named = decoder(_Named)
+_whole = decoder(_Whole)
 
 
 def _read(data: bytes, seen: Accumulated) -> None:
-    if seen.wants_all and (seen.keeps or seen.model is None):
-        whole = _whole(data)
-        seen.name(None, whole.model)
-        if seen.keeps:
-            _keep(whole, seen)
-        line: _Tail = whole
+    line: _Tail
+    named: _Named
+    if seen.keeps:
+        line = named = whole = _whole(data, seen)
+        seen.name(None, named.model)
+        _keep(whole, seen)
+    elif seen.wants_all and seen.model is None:
+        line = named = _named(data, seen)
+        seen.name(None, named.model)
     else:
-        line = _tail(data)
+        line = _tail(data, seen)
     if line.done:
         seen.has_ended = True
         seen.finish(line.done_reason)
     if line.prompt_eval_count is not None or line.eval_count is not None:
-        seen.count(input_tokens=line.prompt_eval_count, output_tokens=line.eval_count)
+        seen.count(
+            input_tokens=line.prompt_eval_count,
+            output_tokens=line.eval_count,
+            is_opening=line.done is False,
+        )
     if line.error is not None:
         read_error(line.error, seen)
+    elif line.done is None:
+        read_unknown(data, seen)
 
 
 def _keep(line: _Whole, seen: Accumulated) -> None:
@@ -74,12 +92,22 @@ def _keep(line: _Whole, seen: Accumulated) -> None:
     text = line.response if message is None else message.content
     if text:
         seen.add_text(text)
-    for call in (message and message.tool_calls) or ():
+    for call in ((message and message.tool_calls) or ())[:_CALLS]:
         key = seen.calls
         function = call.function or _Function()
         seen.open_call(key, call.id, function.name)
-        if function.arguments is not None:
-            seen.add_arguments(key, json_text(function.arguments))
+        if arguments := raw_text(function.arguments):
+            seen.add_arguments(key, arguments)
+
+
+def _read_embeddings(data: bytes, seen: Accumulated) -> None:
+    response = _named(data, seen)
+    seen.name(None, response.model)
+    seen.count(input_tokens=response.prompt_eval_count, output_tokens=response.eval_count)
+    if response.error is not None:
+        read_error(response.error, seen)
+    elif response.model is None:
+        read_unknown(data, seen)
 
 
 CHAT = Endpoint(
@@ -89,7 +117,10 @@ CHAT = Endpoint(
     _read,
     _read,
     end_marker='"done":true',
+    may_end=re.compile(rb'"done"\s*:\s*true'),
+    has_long_marker=True,
+    has_lines=True,
     streams_by_default=True,
 )
 GENERATE = CHAT._replace(name="ollama generate", operation="text_completion")
-EMBED = Endpoint("ollama embed", Dialect.OLLAMA, "embeddings", _read, _read)
+EMBED = Endpoint("ollama embed", Dialect.OLLAMA, "embeddings", _read_embeddings, _read_embeddings)

@@ -7,16 +7,27 @@ failure.
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import msgspec
 
 from llmproxy.dialects.accumulated import Accumulated
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoint import Count, Endpoint, Part, json_text, read_error
+from llmproxy.dialects.endpoint import (
+    Count,
+    Endpoint,
+    ErrorMember,
+    Part,
+    read_error,
+)
+from llmproxy.dialects.failures import read_unknown
+from llmproxy.dialects.lenient import FAULTS, decoder, raw_text
 from llmproxy.dialects.openai import InputDetails, OutputDetails
 
 _ENDINGS = frozenset(("response.completed", "response.incomplete", "response.failed"))
+
+_ITEMS = 1024
+"""Most output items, and most parts of one, that are looked at."""
 
 _TEXT_ONLY = frozenset(
     b"response." + name
@@ -58,7 +69,7 @@ class _Response(Part, gc=False):
     status: str | None = None
     incomplete_details: _Incomplete | None = None
     usage: _Usage | None = None
-    error: Any = None
+    error: ErrorMember = None
 
 
 class _Content(Part, gc=False):
@@ -66,15 +77,19 @@ class _Content(Part, gc=False):
     text: str | None = None
 
 
+class _Contents(Part, gc=False):
+    content: list[_Content] | None = None
+
+
 class _Item(Part, gc=False):
     """An output item: a message, a tool call, or one of many others."""
 
     type: str = ""
     call_id: str | None = None
-    name: Any = None
-    arguments: Any = None
-    input: Any = None
-    content: Any = None
+    name: msgspec.Raw = msgspec.Raw()
+    arguments: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    content: msgspec.Raw = msgspec.Raw()
 
 
 class _Document(_Response, gc=False):
@@ -82,59 +97,83 @@ class _Document(_Response, gc=False):
 
 
 class _Event(Part, gc=False):
+    """An event, as far as usage needs it."""
+
     type: str = ""
     response: _Response | None = None
-    delta: Any = None
+    error: ErrorMember = None
+
+
+class _Other(Part, gc=False):
+    """An object of which nothing is read."""
+
+
+class _WholeEvent(_Event, gc=False):
+    delta: str | _Other | None = None
     item: _Item | None = None
     output_index: int = 0
-    error: Any = None
-    code: Any = None
-    message: Any = None
 
 
-_event = msgspec.json.Decoder(_Event).decode
-_response = msgspec.json.Decoder(_Response).decode
-_document = msgspec.json.Decoder(_Document).decode
+_event = decoder(_Event)
+_whole_event = decoder(_WholeEvent)
+_response = decoder(_Response)
+_document = decoder(_Document)
+_contents = decoder(_Contents)
 
 _CALLS = ("function_call", "custom_tool_call")
 _ARGUMENTS = ("response.function_call_arguments.delta", "response.custom_tool_call_input.delta")
 
 
 def _read_event(data: bytes, seen: Accumulated) -> None:
-    event = _event(data)
+    if seen.keeps:
+        whole = _whole_event(data, seen)
+        event: _Event = whole
+        _keep_event(whole, seen)
+    else:
+        event = _event(data, seen)
     kind = event.type
     if event.response is not None:
-        _take(event.response, seen)
-        if kind in _ENDINGS:
+        is_end = kind in _ENDINGS
+        _take(event.response, seen, is_opening=not is_end)
+        if is_end:
             seen.has_ended = True
             _finish(event.response, seen)
-    elif kind == "response.output_text.delta":
-        if seen.keeps and isinstance(event.delta, str):
+    elif event.error is not None:
+        read_error(event.error, seen)
+    elif kind in ("", "error"):
+        read_unknown(data, seen)
+
+
+def _keep_event(event: _WholeEvent, seen: Accumulated) -> None:
+    kind = event.type
+    if kind == "response.output_text.delta":
+        if isinstance(event.delta, str):
             seen.add_text(event.delta)
     elif kind in _ARGUMENTS:
-        if seen.keeps and isinstance(event.delta, str):
+        if isinstance(event.delta, str):
             seen.add_arguments(event.output_index, event.delta)
-    elif kind == "response.output_item.added":
-        if seen.keeps and event.item is not None and event.item.type in _CALLS:
-            name = event.item.name
-            seen.open_call(event.output_index, event.item.call_id, json_text(name))
-    elif kind == "error" or event.error is not None:
-        own = {"code": event.code, "message": event.message}
-        read_error(event.error or own, seen)
+    elif (
+        kind == "response.output_item.added"
+        and event.item is not None
+        and event.item.type in _CALLS
+    ):
+        seen.open_call(event.output_index, event.item.call_id, raw_text(event.item.name))
 
 
 def _read_document(data: bytes, seen: Accumulated) -> None:
     if seen.keeps:
-        document = _document(data)
-        _keep(document.output or [], seen)
+        document = _document(data, seen)
         response: _Response = document
+        _keep(document.output or [], seen)
     else:
-        response = _response(data)
+        response = _response(data, seen)
     _take(response, seen)
     _finish(response, seen)
+    if response.id is None and response.usage is None:
+        read_unknown(data, seen)
 
 
-def _take(response: _Response, seen: Accumulated) -> None:
+def _take(response: _Response, seen: Accumulated, *, is_opening: bool = False) -> None:
     seen.name(response.id, response.model)
     if response.error is not None:
         read_error(response.error, seen)
@@ -150,6 +189,7 @@ def _take(response: _Response, seen: Accumulated) -> None:
             cache_read_tokens=read.cached_tokens,
             cache_write_tokens=read.cache_write_tokens,
             reasoning_tokens=made.reasoning_tokens,
+            is_opening=is_opening,
         )
 
 
@@ -161,15 +201,22 @@ def _finish(response: _Response, seen: Accumulated) -> None:
 
 
 def _keep(output: list[_Item], seen: Accumulated) -> None:
-    for key, item in enumerate(output):
+    for key, item in enumerate(output[:_ITEMS]):
         if item.type in _CALLS:
-            seen.open_call(key, item.call_id, json_text(item.name))
-            given = item.input if item.arguments is None else item.arguments
-            seen.add_arguments(key, json_text(given))
+            seen.open_call(key, item.call_id, raw_text(item.name))
+            seen.add_arguments(key, raw_text(item.arguments) or raw_text(item.input))
         elif item.type == "message":
-            for part in msgspec.convert(item.content, list[_Content]):
+            for part in _parts(item.content, seen)[:_ITEMS]:
                 if part.type == "output_text" and part.text:
                     seen.add_text(part.text)
+
+
+def _parts(content: msgspec.Raw, seen: Accumulated) -> list[_Content]:
+    try:
+        return _contents(b'{"content":%b}' % bytes(content), seen).content or []
+    except FAULTS:
+        seen.is_odd = True
+        return []
 
 
 RESPONSES = Endpoint(
@@ -179,5 +226,7 @@ RESPONSES = Endpoint(
     _read_event,
     _read_document,
     end_marker="response.completed, .incomplete or .failed",
+    may_end=re.compile(rb"response\.(?:completed|incomplete|failed)"),
+    has_long_marker=True,
     text_only=_TEXT_ONLY,
 )

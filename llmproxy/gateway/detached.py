@@ -49,7 +49,7 @@ class DetachedStreams:
             awaits_head = exchange.has_asked and exchange.status == 0
             wanted = awaits_head and exchange.endpoint is not None
         else:
-            wanted = tap.is_reading and not tap.has_ended and tap.error is None
+            wanted = tap.is_promising and not tap.has_ended and tap.error is None
         if not wanted or len(self._running) >= self._most or exchange.is_detached:
             return False
         exchange.is_detached = True

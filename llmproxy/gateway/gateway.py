@@ -218,7 +218,7 @@ class Gateway(Handler):
         began = self._clock()
         exchange.keep_of(response)
         exchange.tap = self._inspection.open(exchange, match)
-        if exchange.left is not None and not (exchange.tap and exchange.tap.is_reading):
+        if exchange.left is not None and not (exchange.tap and exchange.tap.is_promising):
             raise exchange.left  # nobody waits for it, and nothing could be read in it
         relay = exchange.relay = Relay(
             response,

@@ -16,7 +16,7 @@ from operator import attrgetter
 import msgspec
 from msgspec import UNSET
 
-from llmproxy.dialects.endpoints import operation
+from llmproxy.dialects.endpoints import endpoint_of_record
 from llmproxy.record.trace import Trace
 
 _CLIENT = 3  # SPAN_KIND_CLIENT, as the conventions have it for a call of a model
@@ -124,7 +124,8 @@ def _encoded(trace: Trace, encoder: msgspec.json.Encoder) -> msgspec.Raw | None:
 def _span(trace: Trace) -> dict[str, object]:
     began = _nanoseconds(trace.time)
     span_id = trace.id.zfill(32)
-    done = operation(trace.path.encode())
+    row = endpoint_of_record(trace.path.encode())
+    done = None if row is None else row.operation
     words = (done or trace.method, trace.model or trace.route)
     return {
         "traceId": span_id,

@@ -1,9 +1,10 @@
-"""The tap: it reads a copy of a response beside the relay, and says what was in it (ADR-0024).
+"""The tap: it reads a copy of a response beside the relay, and says what was in it.
 
 A chunk comes here after it was written to the client, at once or out of the relay's batch.  The
-copy passes three stages, each of them bounded: ``decompress.py`` opens its coding, ``events.py`` or
-``document.py`` finds the events, and the row of the endpoint reads each event into
-``dialects/accumulated.py``.  At the end, the tap makes a :class:`Result` of that.
+copy passes three stages: ``decompress.py`` opens its coding, ``events.py`` or ``document.py`` finds
+the events (``sniff.py`` says which of them), and the row of the endpoint reads each event into
+``dialects/accumulated.py``.  At the end, the tap makes a :class:`Result` of that.  Each stage is
+bounded in memory, and in the time that it takes for one read of a connection (ADR-0024, ADR-0017).
 
 A fault in here marks the result as degraded, is logged and counted once, and at most ends the tap.
 Nothing is ever raised to the relay, and no byte of the stream is changed.
@@ -14,6 +15,7 @@ Nothing here knows a route, a trace, a metric or the relay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
 from typing import Literal
 
@@ -23,23 +25,27 @@ from twisted.logger import Logger
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError, ToolCall, Usage
 from llmproxy.dialects.endpoint import DONE, Endpoint, is_whole
+from llmproxy.dialects.failures import read_error_event
+from llmproxy.dialects.lenient import FAULTS
 from llmproxy.errors import EndReason
-from llmproxy.http1.headers import media_type
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
-from llmproxy.stream.document import Document
-from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
+from llmproxy.stream.document import Document, ends_of
+from llmproxy.stream.events import Event, Framing
+from llmproxy.stream.sniff import Sniffer
 
 _PIECE = 128 * 1024
 """Most bytes that a framing gets at once, so that a large feed is not copied as a whole."""
 
 _log = Logger()
 
-_FRAMINGS: dict[bytes, Callable[[int, Callable[[], None]], Framing]] = {
-    b"text/event-stream": ServerSentEvents,
-    b"application/x-ndjson": Lines,
-    b"application/jsonl": Lines,
-    b"application/json": Document,
-}
+_EVENT_COST = 256
+"""Bytes of decompressed output that take as long as reading one event."""
+
+_ENDS = 32 * 1024
+"""Most bytes of either end of a document that is odd, but too long to be read tolerantly."""
+
+_ERROR = b"error"
+"""The name of an event that tells of a failure, whatever its data are."""
 
 _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
 """Ends that a provider's own error explains, if it sent one: SDKs leave when they see it."""
@@ -48,11 +54,12 @@ _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
 class Degraded(StrEnum):
     """Why a result may lack something: a label of ``llmproxy_tap_degraded_total``.
 
-    ``encoding``: the coding is not known here, or the bytes are not in it.
-    ``bomb``: the decompressed copy grows out of all proportion.
+    ``encoding``: the coding is not known here, or the bytes are not in it, or they end within it.
+    ``bomb``: decompressing and reading the copy takes too long for what came; it was given up.
     ``overlong``: an event, or a response in one piece, was longer than ``limits.event``, and was
     left out.
-    ``unreadable``: an event, or a response in one piece, was not what the dialect sends.
+    ``unreadable``: an event, or a response in one piece, was not what the dialect sends; what could
+    not be read of it was left out.
     ``internal``: an error of ours ended the tap.
     """
 
@@ -102,7 +109,8 @@ class StreamAccumulator:
 
     Args:
         endpoint: the row that says how to read the response.
-        content_type: the response's; only SSE, NDJSON and JSON are read.
+        content_type: the response's, or None.  Only SSE, NDJSON and JSON are read, whatever they
+            are called.
         content_encoding: the response's, or None.
         capture: ``content`` holds text and tool calls, ``usage`` only counts events.
         accumulate: most bytes of text and tool calls that are held, in UTF-8.
@@ -130,17 +138,22 @@ class StreamAccumulator:
         self._report = degraded
         self._catch_up = catch_up
         self._seen = Accumulated(keeps=capture == "content", budget=accumulate)
-        self._text_only = frozenset() if capture == "content" else endpoint.text_only
+        text_only = frozenset() if capture == "content" else endpoint.text_only
+        self._special = text_only | {_ERROR}
         self._result: Result | None = None
         self._waiting: list[Deferred[Result]] = []
         self._degraded: tuple[Degraded, ...] = ()
         self._events = 0
-        framing = _FRAMINGS.get(media_type(content_type))
-        self._framing = framing and framing(event, self._overlong)
-        self._is_document = framing is Document
-        self._is_stream = framing is not None and framing is not Document
-        self._read = endpoint.document if self._is_document else endpoint.event
-        self._decompressor = self._decompressor_of(content_encoding) if framing else None
+        self._may_have_ended = False
+        self._decompressor: Decompressor | None = None
+        self._framing: Framing | None
+        self._framing = sniffer = Sniffer(
+            content_type, event, self._overlong, self._choose, has_lines=endpoint.has_lines
+        )
+        self._is_stream = sniffer.expects_stream
+        self._is_document = False
+        self._read = endpoint.event
+        self._decompressor = self._decompressor_of(content_encoding)
 
     # -- what there is so far -------------------------------------------------------------------
 
@@ -149,6 +162,13 @@ class StreamAccumulator:
         """Whether further bytes are read; if not, feeding them costs nothing."""
         self._catch_up()
         return self._framing is not None
+
+    @property
+    def is_promising(self) -> bool:
+        """Whether further bytes are read, by what the content type or the first bytes say."""
+        self._catch_up()
+        framing = self._framing
+        return framing.is_declared if isinstance(framing, Sniffer) else framing is not None
 
     @property
     def events(self) -> int:
@@ -233,47 +253,87 @@ class StreamAccumulator:
         self._waiting.append(deferred)
         return deferred
 
+    def _choose(self, framing: Framing | None) -> None:
+        """Go on with this framing, which the first bytes ask for; without one, read no more."""
+        self._framing = framing
+        self._is_document = isinstance(framing, Document)
+        self._is_stream = framing is not None and not self._is_document
+        self._read = self._endpoint.document if self._is_document else self._endpoint.event
+
     def _feed_pieces(self, framing: Framing, data: bytes) -> None:
+        decompressor = self._decompressor
+        if decompressor is None:
+            for at in range(0, len(data), _PIECE):
+                self._take(framing.feed(data[at : at + _PIECE]))
+            return
         try:
-            for opened in [data] if self._decompressor is None else self._decompressor.feed(data):
-                for at in range(0, len(opened), _PIECE):
-                    self._take(framing.feed(opened[at : at + _PIECE]))
+            for opened in decompressor.feed(data):
+                if self._framing is None:
+                    return
+                events = framing.feed(opened)
+                decompressor.spend(len(events) * _EVENT_COST)
+                self._take(events)
         except BadCoding:
             self._give_up(Degraded.ENCODING)
         except Bomb:
             self._give_up(Degraded.BOMB)
 
     def _take(self, events: Iterable[Event]) -> None:
-        read, text_only, seen = self._read, self._text_only, self._seen
+        read, special, seen = self._read, self._special, self._seen
         for name, event in events:
             self._events += 1
-            if name not in text_only:
+            if name not in special:
                 try:
                     read(event, seen)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                except FAULTS:
                     self._take_odd(event)
+            elif name == _ERROR:
+                self._take_error(event)
+        if seen.is_odd:
+            self._degrade(Degraded.UNREADABLE)
 
     def _take_odd(self, event: bytes) -> None:
         """Take an event that cannot be decoded: the end marker, an empty event, or a fault."""
-        if event.startswith(DONE):
+        text = event.strip()
+        if text.startswith(DONE):
             if self._endpoint.end_marker == DONE.decode():
                 self._seen.has_ended = True
-        elif not event.isspace() and event:
+        elif text:
             self._degrade(Degraded.UNREADABLE)
+            if self._endpoint.may_end.search(event) is not None:
+                self._may_have_ended = True
+            if self._is_document and len(event) > _ENDS:
+                self._read_ends(event)
+
+    def _read_ends(self, document: bytes) -> None:
+        with suppress(*FAULTS):
+            self._read(ends_of(document[:_ENDS], document[-_ENDS:]), self._seen)
+
+    def _take_error(self, event: bytes) -> None:
+        """Take an event that says by its name that the provider failed."""
+        with suppress(*FAULTS):
+            self._read(event, self._seen)
+        if self._seen.error is None:
+            read_error_event(event, self._seen)
 
     def _flush(self, end: EndReason) -> None:
         """Read the events that the end completes.
 
-        A body that broke may have stopped inside an event: then only whole ones are read.
+        A body that broke, or whose coding is cut, may have stopped inside an event: then only
+        whole ones are read.
         """
-        if self._framing is None:
+        framing = self._framing
+        if framing is None:
             return
-        is_long = isinstance(self._framing, Document) and self._framing.is_long
-        events = self._framing.flush()
-        if end is not EndReason.COMPLETE:
+        is_long = isinstance(framing, Document) and framing.is_long
+        events = framing.flush()
+        is_cut = self._decompressor is not None and not self._decompressor.is_whole
+        if is_cut or end is not EndReason.COMPLETE:
             events = [(name, event) for name, event in events if is_whole(event)]
+        if is_cut and end is EndReason.COMPLETE:
+            self._degrade(Degraded.ENCODING)
         self._take(events)
-        if is_long and self._seen.usage(is_final=True).provenance == "none":
+        if is_long and not self._seen.has_counts:
             self._degrade(Degraded.OVERLONG)
 
     def _final_result(self, end: EndReason) -> Result:
@@ -306,7 +366,8 @@ class StreamAccumulator:
             return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
         if seen.has_ended:
             return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
-        must_end = self._is_stream and self._endpoint.end_marker is not None and not self._degraded
+        has_marker = self._is_stream and self._endpoint.end_marker is not None
+        must_end = has_marker and not self._may_have_ended
         return EndReason.UNFINISHED if end is EndReason.COMPLETE and must_end else end
 
     # -- what goes wrong ------------------------------------------------------------------------
@@ -325,6 +386,8 @@ class StreamAccumulator:
         # The counts of a long response in one piece are found nevertheless.
         if self._is_stream or self._seen.keeps:
             self._degrade(Degraded.OVERLONG)
+        if self._endpoint.has_long_marker:
+            self._may_have_ended = True
 
     def _degrade(self, reason: Degraded) -> None:
         if reason in self._degraded:
@@ -343,6 +406,7 @@ class StreamAccumulator:
 
     def _give_up(self, reason: Degraded) -> None:
         self._framing = self._decompressor = None
+        self._may_have_ended = True
         self._degrade(reason)
 
     def _break(self) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoint import Endpoint
-from llmproxy.dialects.endpoints import TABLE, endpoint, operation
+from llmproxy.dialects.endpoint import NEVER, Endpoint
+from llmproxy.dialects.endpoints import TABLE, endpoint, endpoint_of_record
 
 
 def accumulated(row: Endpoint | None, *events: Any, keeps: bool = True) -> Accumulated:
@@ -41,20 +40,28 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
         (Dialect.OPENAI, b"/v1/embeddings", "openai embeddings"),
         (Dialect.OPENAI, b"/v1/responses", "openai responses"),
         (Dialect.OPENAI, b"/v1/responses/resp_1", None),
-        (Dialect.OPENAI, b"/v1/messages", None),
+        (Dialect.OPENAI, b"/v1/messages", "anthropic messages"),
+        (Dialect.OPENAI, b"/v1/threads/thread_1/messages", None),
+        (Dialect.OPENAI, b"/api/chat", "ollama chat"),
         (Dialect.OPENAI, b"/v1/images/generations", None),
         (Dialect.OPENAI, b"/v1/audio/speech", None),
         (Dialect.OPENAI, b"/v1/xcompletions", None),
         (Dialect.OPENAI, b"/", None),
         (Dialect.OPENAI, b"", None),
         (Dialect.ANTHROPIC, b"/v1/messages", "anthropic messages"),
+        (Dialect.ANTHROPIC, b"/messages", "anthropic messages"),
         (Dialect.ANTHROPIC, b"/v1/messages/count_tokens", None),
+        (Dialect.ANTHROPIC, b"/v1/responses", "openai responses"),
         (Dialect.ANTHROPIC, b"/v1/chat/completions", "openai chat"),
         (Dialect.OLLAMA, b"/api/chat", "ollama chat"),
         (Dialect.OLLAMA, b"/ollama/api/generate", "ollama generate"),
         (Dialect.OLLAMA, b"/api/embed", "ollama embed"),
         (Dialect.OLLAMA, b"/api/tags", None),
         (Dialect.OLLAMA, b"/v1/chat/completions", "openai chat"),
+        (Dialect.OLLAMA, b"/v1/messages", "anthropic messages"),
+        (Dialect.OLLAMA, b"/v1/messages?beta=true", "anthropic messages"),
+        (Dialect.OLLAMA, b"/v1/responses", "openai responses"),
+        (Dialect.RAW, b"/v1/messages", None),
         (Dialect.RAW, b"/v1/chat/completions", None),
     ],
 )
@@ -66,11 +73,11 @@ def test_the_row_is_found_by_the_last_segments(
     assert (row and row.name) == name
 
 
-def test_every_dialect_has_its_table() -> None:
-    """No dialect is forgotten, and every row with an end marker says which."""
-    assert set(TABLE) == set(Dialect)
-    unmarked = {row.name for rows in TABLE.values() for row in rows.values() if not row.end_marker}
+def test_every_row_but_embeddings_has_an_end_marker() -> None:
+    """Every row with an end marker says what an unread one may look like."""
+    unmarked = {row.name for row in TABLE.values() if not row.end_marker}
     assert unmarked == {"openai embeddings", "ollama embed"}
+    assert {row.name for row in TABLE.values() if row.may_end is NEVER} == unmarked
 
 
 @pytest.mark.parametrize(
@@ -98,15 +105,16 @@ def test_every_dialect_has_its_table() -> None:
 )
 def test_the_path_names_the_operation(path: bytes, word: str | None) -> None:
     """The last segment of any dialect's endpoint names the operation, for any provider."""
-    assert operation(path) == word
+    row = endpoint_of_record(path)
+    assert (row and row.operation) == word
 
 
-@pytest.mark.parametrize("dialect", list(Dialect))
-def test_a_row_agrees_with_its_path(dialect: Dialect) -> None:
-    """A path has the operation of its row, and a row has the name of its dialect."""
-    for key, row in TABLE[dialect].items():
+@pytest.mark.parametrize("dialect", [one for one in Dialect if one is not Dialect.RAW])
+def test_a_path_has_its_row_at_every_dialect(dialect: Dialect) -> None:
+    """Providers serve the APIs of others, too; a record finds the same row without a dialect."""
+    for key, row in TABLE.items():
         assert endpoint(dialect, b"/x/" + key) is row
-        assert operation(b"/x/" + key) == row.operation
+        assert endpoint_of_record(b"/x/" + key) is row
         assert row.name.partition(" ")[0] == row.dialect
 
 
@@ -126,7 +134,7 @@ def test_a_row_agrees_with_its_path(dialect: Dialect) -> None:
             {"type": "response.failed", "response": {"status": "failed"}},
             ProviderError(None, None),
         ),
-        (MESSAGES, {"type": "error"}, ProviderError(None, "error")),
+        (MESSAGES, {"type": "error"}, ProviderError(None, None)),
         (OLLAMA, {"error": "e"}, ProviderError(None, "e")),
     ],
 )
@@ -167,12 +175,12 @@ def test_events_that_say_nothing(row: Endpoint, event: Any, keeps: bool) -> None
 
 
 @pytest.mark.parametrize(
-    "usage", [{"prompt_tokens": -1}, {"prompt_tokens": 2**60}, {"prompt_tokens": "7"}, 7]
+    "usage", [{"prompt_tokens": -1}, {"prompt_tokens": 2**60}, {"prompt_tokens": "7"}, 7, "", []]
 )
 def test_no_counts(usage: Any) -> None:
     """What is no number of tokens is not taken for one."""
-    with pytest.raises(msgspec.ValidationError):
-        accumulated(CHAT, {"usage": usage})
+    seen = accumulated(CHAT, {"usage": usage})
+    assert (seen.has_counts, seen.is_odd) == (False, True)
 
 
 def test_a_name_with_escapes_is_the_same_name() -> None:
@@ -213,3 +221,118 @@ def test_custom_tools_of_responses() -> None:
     response = {"output": [{**item, "input": "print(1)"}, {"type": "message", "content": []}]}
     RESPONSES.document(json.dumps(response).encode(), document)
     assert document.tool_calls == seen.tool_calls
+
+
+# --- where counts stand ---------------------------------------------------------------------------
+
+START = {"type": "message_start", "message": {"usage": {"input_tokens": 10, "output_tokens": 1}}}
+WORD = {"choices": [{"delta": {"content": "a"}}]}
+STOP = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+LLAMA = {"prompt_n": 5, "cache_n": 4, "predicted_n": 7, "predicted_ms": 3.5}
+METRICS = {"inputTokenCount": 9, "outputTokenCount": 7, "cacheReadInputTokenCount": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "event", "cached"),
+    [
+        (CHAT, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 7}}, None),
+        (CHAT, {"choices": [{"usage": {"prompt_tokens": 9, "completion_tokens": 7}}]}, None),
+        (
+            CHAT,
+            {
+                "choices": [
+                    {"usage": {"prompt_tokens": 9, "completion_tokens": 7, "cached_tokens": 4}}
+                ]
+            },
+            4,
+        ),
+        (CHAT, {"x_groq": {"usage": {"prompt_tokens": 9, "completion_tokens": 7}}}, None),
+        (CHAT, {"choices": [], "timings": LLAMA}, 4),
+        (
+            CHAT,
+            {
+                "usage": {
+                    "prompt_tokens": 9,
+                    "completion_tokens": 7,
+                    "prompt_cache_hit_tokens": 4,
+                    "prompt_cache_miss_tokens": 5,
+                }
+            },
+            4,
+        ),
+        (CHAT, {"usage": {"input_tokens": 9, "output_tokens": 7}}, None),
+        (CHAT, {"result": {"usage": {"prompt_tokens": 9, "completion_tokens": 7}}}, None),
+        (CHAT, {"data": {"usage": {"prompt_tokens": 9, "completion_tokens": 7}}}, None),
+        (
+            MESSAGES,
+            {"type": "message_delta", "usage": {"input_tokens": 9, "output_tokens": 7}},
+            None,
+        ),
+        (
+            MESSAGES,
+            {"type": "message_delta", "delta": {"usage": {"input_tokens": 9, "output_tokens": 7}}},
+            None,
+        ),
+        (MESSAGES, {"type": "message_stop", "amazon-bedrock-invocationMetrics": METRICS}, 0),
+    ],
+)
+@pytest.mark.parametrize("keeps", [True, False])
+def test_counts_are_found_where_vendors_put_them(
+    row: Endpoint, event: Any, cached: int | None, keeps: bool
+) -> None:
+    """Each place is known, with content and without."""
+    seen = accumulated(row, *[WORD] * 9, event, keeps=keeps)
+    usage = seen.usage(is_final=True)
+    assert (usage.input_tokens, usage.output_tokens, usage.provenance) == (9, 7, "reported")
+    assert (usage.cache_read_tokens, seen.is_odd) == (cached, False)
+
+
+def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
+    """Timings count what was computed, and older servers leave out what came from the cache."""
+    both = {"usage": {"prompt_tokens": 9, "completion_tokens": 7}, "timings": {"prompt_n": 1}}
+    assert accumulated(CHAT, both).usage(is_final=True).input_tokens == 9
+    old = {"choices": [], "timings": {"prompt_n": 5, "predicted_n": 7}}
+    usage = accumulated(CHAT, old).usage(is_final=True)
+    assert (usage.input_tokens, usage.output_tokens) == (None, 7)
+
+
+@pytest.mark.parametrize(
+    ("row", "events", "provenance"),
+    [
+        (MESSAGES, [START], "partial"),
+        (MESSAGES, [START, {"type": "message_delta"}], "partial"),
+        (MESSAGES, [START, {"type": "message_delta", "usage": None}], "partial"),
+        (MESSAGES, [START, {"type": "message_delta", "usage": {}}], "partial"),
+        (MESSAGES, [START, {"type": "message_delta", "usage": {"input_tokens": 3}}], "partial"),
+        (MESSAGES, [START, {"type": "message_delta", "usage": {"output_tokens": 0}}], "reported"),
+        (
+            RESPONSES,
+            [
+                {"type": "response.created", "response": {"usage": {"input_tokens": 1}}},
+                {"type": "response.completed", "response": {"status": "completed"}},
+            ],
+            "partial",
+        ),
+        (
+            RESPONSES,
+            [
+                {"type": "response.created", "response": {"usage": {"input_tokens": 1}}},
+                {"type": "response.completed", "response": {"usage": {"input_tokens": 1}}},
+            ],
+            "reported",
+        ),
+        (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, WORD, STOP], "partial"),
+        (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {**STOP, "usage": None}], "partial"),
+        (CHAT, [WORD, {**STOP, "usage": {"prompt_tokens": 3}}, STOP], "reported"),
+        (CHAT, [WORD, STOP, {"choices": [], "usage": {"prompt_tokens": 3}}], "reported"),
+        (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {"choices": []}], "reported"),
+        (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True}], "partial"),
+        (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True, "eval_count": 2}], "reported"),
+    ],
+)
+@pytest.mark.parametrize("keeps", [True, False])
+def test_counts_of_the_beginning_are_partial(
+    row: Endpoint, events: list[Any], provenance: str, keeps: bool
+) -> None:
+    """Counts that came before the response went on are final only if others follow."""
+    assert accumulated(row, *events, keeps=keeps).usage(is_final=True).provenance == provenance

@@ -93,7 +93,7 @@ def test_the_path_names_models_too(
         (Dialect.OPENAI, b"/v1/chat/completions", b'{"stream":false}', False),
         (Dialect.OPENAI, b"/v1/chat/completions", b"{}", False),
         (Dialect.OPENAI, b"/v1/chat", b"{}", False),
-        (Dialect.OPENAI, b"/api/chat", b"{}", False),
+        (Dialect.OPENAI, b"/api/chat", b"{}", True),
         (Dialect.ANTHROPIC, b"/v1/messages", b'{"stream":false}', False),
         (Dialect.OLLAMA, b"/api/chat", b"{}", True),
         (Dialect.OLLAMA, b"/api/chat/", b"{}", True),

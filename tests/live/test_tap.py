@@ -265,6 +265,81 @@ def test_a_coded_response_in_one_piece_is_read(live: LiveProxy) -> None:
     assert outcome(trace_of(live.daemon, path=path)) == ("complete", True, "reported", 5, [])
 
 
+def test_a_coding_that_is_cut_is_degraded(live: LiveProxy) -> None:
+    """The framing ends well, and the coding does not; the counts that came are kept."""
+    code, _ = gzipped()
+    head = SSE.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    pieces = [code(piece) for piece in (*CHUNKS, COUNTS, DONE)]
+    live.reply(head, *map(chunked, pieces), LAST)
+    path = f"/kept/cut/{CHAT}"
+    assert live.get(post(path)).body == b"".join(pieces)
+    record = trace_of(live.daemon, path=path)
+    assert outcome(record) == ("complete", True, "reported", 5, ["encoding"])
+
+
+# -- what providers really send --------------------------------------------------------------------
+
+MESSAGES = [
+    b'event: message_start\ndata: {"type":"message_start","message":{"id":"i","model":"c-1",'
+    b'"usage":{"input_tokens":3,"output_tokens":1,"cache_read_input_tokens":7}}}\n\n',
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+    b'"usage":{"output_tokens":5}}\n\n',
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+]
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/json", b"text/plain", b"x/y"])
+def test_the_path_and_the_first_bytes_say_how_a_response_is_read(
+    live: LiveProxy, kind: bytes
+) -> None:
+    """Anthropic's Messages at a provider of another dialect, under any content type."""
+    head = SSE.replace(b"text/event-stream", kind)
+    path = f"/p/{kind.decode().replace('/', '-')}/v1/messages"
+    live.reply(head, *map(chunked, MESSAGES), LAST)
+    assert live.get(post(path)).body == b"".join(MESSAGES)
+    record = trace_of(live.daemon, path=path)
+    assert outcome(record) == ("complete", True, "reported", 5, [])
+    assert (record["served_model"], record["input_tokens"]) == ("c-1", 3)
+
+    live.reply(head, *map(chunked, MESSAGES[:1]), LAST)
+    live.get(post(path + "/"))
+    record = trace_of(live.daemon, path=path + "/")
+    assert outcome(record) == ("unfinished", False, "partial", 1, [])
+
+
+def test_an_odd_member_hides_nothing_else(live: LiveProxy) -> None:
+    """Half a pair, a count below zero, and a marker with blanks before it."""
+    first = said("a").replace(b'"a"', b'"a\\ud83d"')
+    second = said("b").replace(b'"b"', b'"\\ude00b"')
+    counts = COUNTS.replace(b":3", b":-3")
+    live.reply(chunked_response(first, second, counts, b"data:   [DONE]\n\n"))
+    path = f"/kept/odd/{CHAT}"
+    live.get(post(path))
+    record = trace_of(live.daemon, path=path)
+    assert outcome(record) == ("complete", True, "reported", 5, ["unreadable"])
+    assert (record["text"], record["served_model"]) == ("a\U0001f600b", "m-1")
+    assert record["input_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        b'data: {"choices":[{"delta":{},"finish_reason":"error","error":{"code":502}}]}\n\n',
+        b"event: error\ndata: Internal Network Failure\n\n",
+        b'data: {"message":"no","type":"server_error"}\n\n',
+    ],
+)
+def test_a_failure_in_any_form_is_a_failure(live: LiveProxy, failure: bytes) -> None:
+    """Whether or not the stream then ends with its marker."""
+    for number, end in enumerate(((), (DONE,))):
+        live.reply(chunked_response(CHUNKS[0], failure, *end))
+        path = f"/p/failure-{number}-{len(failure)}/{CHAT}"
+        live.get(post(path))
+        record = trace_of(live.daemon, path=path)
+        assert outcome(record)[:2] == ("upstream_failed", False)
+        assert record["degraded"] == []
+
+
 def test_a_bomb_costs_the_record_and_nothing_else(live: LiveProxy) -> None:
     """Mebibytes of zeros under a few kibibytes of gzip: the client has them as they came."""
     coder = zlib.compressobj(9, wbits=31)

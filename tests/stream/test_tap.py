@@ -7,6 +7,7 @@ import gzip
 import itertools
 import tracemalloc
 import weakref
+import zlib
 from typing import Any
 
 import pytest
@@ -120,7 +121,6 @@ def test_a_response_without_marker_is_never_unfinished(
     row = endpoint(Dialect.OPENAI, path)
     assert row is not None
     tap = StreamAccumulator(row, content_type=content_type)
-    assert tap.is_reading == (content_type in (SSE, b"application/json"))
     assert tap.finish(EndReason.COMPLETE).is_complete
 
 
@@ -194,6 +194,7 @@ def test_a_body_that_breaks_inside_an_event() -> None:
             Degraded.BOMB,
         ),
         ({"event": 100}, [b"data: " + b"x" * 200 + b"\n\n"] * 3, Degraded.OVERLONG),
+        ({}, [b"data\n" * 20_000 + b"\n"] * 2, Degraded.OVERLONG),
         ({}, [b"data: {nonsense\n\n"] * 3, Degraded.UNREADABLE),
         ({}, [b'data: {"choices":7}\n\n'], Degraded.UNREADABLE),
         ({}, [b'data: {"id":"\xff"}\n\n'], Degraded.UNREADABLE),
@@ -203,13 +204,14 @@ def test_a_body_that_breaks_inside_an_event() -> None:
 def test_each_degradation_is_reported_once(
     options: dict[str, Any], data: list[bytes], reason: Degraded
 ) -> None:
-    """A fault marks the result, and is reported once; such a tap does not miss the marker."""
+    """A fault marks the result, and is reported once; only a tap that ended misses no marker."""
     reported: list[Degraded] = []
     tap = chat(degraded=reported.append, **options)
     for each in data:
         tap.feed(each)
     result = tap.finish(EndReason.COMPLETE)
-    assert (result.degraded, result.is_complete) == ((reason,), True)
+    ended = reason in (Degraded.ENCODING, Degraded.BOMB)
+    assert (result.degraded, result.is_complete) == ((reason,), ended)
     assert reported == [reason]
 
 
@@ -228,6 +230,103 @@ def test_an_empty_event_is_nothing(data: bytes) -> None:
     tap = chat()
     tap.feed(data)
     assert tap.finish(EndReason.UPSTREAM_BROKEN).degraded == ()
+
+
+@pytest.mark.parametrize(
+    "data", [b"data:  [DONE]\n\n", b"data:   [DONE] \n\n", b"data:[DONE]\n\n", b"data: [DONE]x"]
+)
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_the_marker_may_have_blanks_around_it(data: bytes, capture: str) -> None:
+    """Clients trim it, too."""
+    tap = chat(capture=capture)
+    tap.feed(chunk("a") + data)
+    result = tap.finish(EndReason.CLIENT_GONE if data.endswith(b"\n") else EndReason.COMPLETE)
+    assert (result.end_reason, result.degraded) == (EndReason.COMPLETE, ())
+
+
+NAN = b'data: {"choices":[{"delta":{"content":"b"},"logprobs":NaN}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "unread", "verdict"),
+    [
+        ("openai-chat.sse", NAN, EndReason.UNFINISHED),
+        ("openai-chat.sse", b"data: {broken\n\n", EndReason.UNFINISHED),
+        ("openai-chat.sse", b"data: {broken [DONE]\n\n", EndReason.UNFINISHED),
+        ("openai-chat.sse", b"data: <p>Bad gateway\n\n", EndReason.UNFINISHED),
+        ("openai-chat.sse", b"data: [done]\n\n", EndReason.COMPLETE),
+        ("openai-chat.sse", b"data: [DO\n\n", EndReason.COMPLETE),
+        ("openai-chat.sse", b"data: [1, 2\n\n", EndReason.UNFINISHED),
+        ("openai-chat.sse", b"data: " + b"x" * 3000 + b"\n\n", EndReason.UNFINISHED),
+        ("anthropic-messages.sse", b"data: {broken\n\n", EndReason.UNFINISHED),
+        ("anthropic-messages.sse", b'data: {"type":"message_stop"\n\n', EndReason.COMPLETE),
+        ("anthropic-messages.sse", b"data: " + b"x" * 3000 + b"\n\n", EndReason.UNFINISHED),
+        ("openai-responses.sse", b"data: {broken\n\n", EndReason.UNFINISHED),
+        ("openai-responses.sse", b'data: {"type":"response.failed",\n\n', EndReason.COMPLETE),
+        ("openai-responses.sse", b"data: " + b"x" * 3000 + b"\n\n", EndReason.COMPLETE),
+        ("ollama-chat.ndjson", b'{"done":false,\n', EndReason.UNFINISHED),
+        ("ollama-chat.ndjson", b'{"done": true,\n', EndReason.COMPLETE),
+        ("ollama-chat.ndjson", b"x" * 3000 + b"\n", EndReason.COMPLETE),
+    ],
+)
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_only_an_unread_event_that_may_be_the_marker_stands_for_it(
+    file: str, unread: bytes, verdict: EndReason, capture: Any
+) -> None:
+    """Any other one says nothing about a marker that did not come; with it, all is well."""
+    one = BY_FILE[file]
+    separator = b"\n" if file.endswith(".ndjson") else b"\n\n"
+    first, *events = [event + separator for event in one.data.strip().split(separator)]
+    result = one.read([first, unread, *events[:-1]], capture, event=2000)
+    assert (result.end_reason, len(result.degraded)) == (verdict, 1)
+    whole = one.read([first, unread, *events], capture, event=2000)
+    assert (whole.end_reason, whole.usage) == (EndReason.COMPLETE, one.result.usage)
+
+
+@pytest.mark.parametrize("data", [b"Internal Network Failure", b'{"message":"m"}', b'"m"', b"{"])
+@pytest.mark.parametrize(
+    "file", ["openai-chat.sse", "anthropic-messages.sse", "openai-responses.sse"]
+)
+@pytest.mark.parametrize("capture", ["usage", "content"])
+def test_an_event_named_error_is_an_error(file: str, data: bytes, capture: Any) -> None:
+    """Whatever its data are, whether or not the stream then ends as it should."""
+    one = BY_FILE[file]
+    event = b"event: error\ndata: %b\n\n" % data
+    for chunks in ([one.data, event], [event, one.data], [event]):
+        result = one.read(chunks, capture)
+        assert (result.end_reason, result.degraded) == (EndReason.UPSTREAM_FAILED, ())
+
+
+def test_an_event_named_error_may_hold_a_known_error() -> None:
+    """Its type and its message are found."""
+    tap = chat()
+    tap.feed(b"event: error\n" + ERROR)
+    assert tap.error == ProviderError("t", "m")
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate"])
+def test_a_compressed_body_that_is_cut_is_degraded(coding: bytes) -> None:
+    """Its framing ended well, and the coding did not; without the marker it is unfinished."""
+    packer = zlib.compressobj(wbits=31 if coding == b"gzip" else 15)
+    whole = packer.compress(CHAT.data) + packer.flush(zlib.Z_SYNC_FLUSH)
+    result = CHAT.read([whole], content_encoding=coding)
+    assert (result.end_reason, result.degraded) == (EndReason.COMPLETE, (Degraded.ENCODING,))
+    assert result.usage == CHAT.result.usage
+    result = CHAT.read([whole[: len(whole) // 2]], content_encoding=coding)
+    assert (result.end_reason, result.degraded) == (EndReason.UNFINISHED, (Degraded.ENCODING,))
+    result = CHAT.read(
+        [whole[: len(whole) // 2]], "usage", EndReason.UPSTREAM_BROKEN, content_encoding=coding
+    )
+    assert (result.end_reason, result.degraded) == (EndReason.UPSTREAM_BROKEN, ())
+    assert CHAT.read([], content_encoding=coding).degraded == ()
+
+
+def test_a_long_odd_document_is_read_at_its_ends() -> None:
+    """It is too long to be decoded tolerantly; names and counts are found nevertheless."""
+    one = BY_FILE["openai-chat.json"]
+    long = one.data.replace(b"Hello!", b"Hello \\ud83d " + b"x" * 500_000)
+    result = one.read([long], "usage")
+    assert (result.usage, result.degraded) == (one.result.usage, (Degraded.UNREADABLE,))
 
 
 def test_another_dialects_marker_is_nothing() -> None:
@@ -323,6 +422,24 @@ def test_memory_does_not_grow_with_a_stream() -> None:
     assert result.text_bytes > 10_000 >= len(result.text)
 
 
+def work_of(read: bytes) -> tuple[int, tuple[Degraded, ...]]:
+    """Return how many events are read of one compressed read, and what is said of it."""
+    tap = chat(capture="usage", content_encoding=b"gzip")
+    tap.feed(gzip.compress(chunk("a")))
+    before = tap.events
+    tap.feed(read)
+    return tap.events - before, tap.degraded
+
+
+@pytest.mark.parametrize("event", [b"data:{}\n\n", b'data:{"a":0}\n\n', chunk("a"), b": \n\n"])
+def test_one_read_brings_a_bounded_number_of_events(event: bytes) -> None:
+    """However well they are compressed: what is more is given up, and the tap says so."""
+    packed = gzip.compress(event * (50 * 1024**2 // len(event)))[: 80 * 1024]
+    events, degraded = work_of(packed)
+    assert events <= (3 * 1024**2 + 40 * 80 * 1024) // 256
+    assert degraded == (Degraded.BOMB,)
+
+
 def test_long_embeddings_are_counted() -> None:
     """The usage of an overlong document is found; only its content is missing."""
     one = BY_FILE["openai-embeddings.json"]
@@ -343,6 +460,7 @@ def test_a_tap_that_ended_leaves_no_cycle() -> None:
     """The tap is freed at once, without the garbage collector."""
     tap = chat()
     tap.feed(CHAT.data[:500])
+    tap.feed(b'\n\ndata: {\n\ndata: {"usage":""}\n\n' + DONE)
     tap.finish(EndReason.CLIENT_GONE)
     gone = weakref.ref(tap)
     gc.disable()
