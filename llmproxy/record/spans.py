@@ -2,7 +2,8 @@
 
 A trace becomes one span.  An attribute has the name that the semantic conventions give it
 (``gen_ai.*``, ``http.*``, ``error.type``), else a name below ``llmproxy.*``.  What is not known is
-left out.  A response's text and tool calls never go into a span.  Nothing here sends anything; that
+left out.  A span that did not end as ``complete`` is an error, whatever its status was.  A
+response's text and tool calls never go into a span.  Nothing here sends anything; that
 is ``otlp.py``.
 """
 
@@ -16,6 +17,7 @@ from operator import attrgetter
 import msgspec
 from msgspec import UNSET
 
+from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint_of_record
 from llmproxy.record.trace import Trace
 
@@ -53,7 +55,6 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("gen_ai.request.model", "model", _string),
     ("gen_ai.response.model", "served_model", _string),
     ("gen_ai.conversation.id", "session", _string),
-    ("gen_ai.usage.input_tokens", "input_tokens", _integer),
     ("gen_ai.usage.output_tokens", "output_tokens", _integer),
     ("gen_ai.usage.cache_read.input_tokens", "cache_read_tokens", _integer),
     ("gen_ai.usage.cache_creation.input_tokens", "cache_write_tokens", _integer),
@@ -125,8 +126,7 @@ def _span(trace: Trace) -> dict[str, object]:
     began = _nanoseconds(trace.time)
     span_id = trace.id.zfill(32)
     row = endpoint_of_record(trace.path.encode())
-    done = None if row is None else row.operation
-    words = (done or trace.method, trace.model or trace.route)
+    words = (trace.method if row is None else row.operation, trace.model or trace.route)
     return {
         "traceId": span_id,
         "spanId": span_id[-16:],
@@ -134,17 +134,20 @@ def _span(trace: Trace) -> dict[str, object]:
         "kind": _CLIENT,
         "startTimeUnixNano": str(began),
         "endTimeUnixNano": str(began + round(trace.duration_s * 1e9)),
-        "attributes": list(_attributes(trace, done)),
+        "attributes": list(_attributes(trace, row)),
         "status": {} if trace.is_complete else {"code": _ERROR, "message": trace.end_reason},
     }
 
 
-def _attributes(trace: Trace, done: str | None) -> Iterable[dict[str, object]]:
+def _attributes(trace: Trace, row: Endpoint | None) -> Iterable[dict[str, object]]:
     for (key, _, kind), value in zip(_ATTRIBUTES, _values_of(trace), strict=True):
         if value is not None and value is not UNSET:
             yield {"key": key, "value": kind(value)}
-    if done is not None:
-        yield {"key": "gen_ai.operation.name", "value": _string(done)}
+    if row is not None:
+        yield {"key": "gen_ai.operation.name", "value": _string(row.operation)}
+    if trace.input_tokens is not None:
+        count = _whole_input(trace, trace.input_tokens, row)
+        yield {"key": "gen_ai.usage.input_tokens", "value": _integer(count)}
     if not trace.is_complete:
         yield {"key": "error.type", "value": _string(trace.error or trace.end_reason)}
     if trace.finish_reason is not UNSET:
@@ -154,6 +157,16 @@ def _attributes(trace: Trace, done: str | None) -> Iterable[dict[str, object]]:
         yield {"key": "llmproxy.attempts", "value": _strings(tries)}
     if trace.degraded:
         yield {"key": "llmproxy.degraded", "value": _strings(trace.degraded)}
+
+
+def _whole_input(trace: Trace, count: int, row: Endpoint | None) -> int:
+    """Return the input with the tokens of the cache, as the conventions want it.
+
+    A record has the provider's own number, and that of Anthropic's API lacks them.
+    """
+    if row is None or row.input_has_cached:
+        return count
+    return count + (trace.cache_read_tokens or 0) + (trace.cache_write_tokens or 0)
 
 
 def _nanoseconds(time_text: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llmproxy.config import Url
+from llmproxy.record.ledger_schema import TOKENS
 from llmproxy.record.otlp import Otlp
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.spans import export_request
@@ -116,16 +117,87 @@ def test_an_unknown_field_is_left_out() -> None:
     assert "null" not in json.dumps(span)
 
 
-def test_every_field_is_in_a_span() -> None:
-    """A new field of the record must find its place."""
-    given: dict[str, Any] = dict.fromkeys(NAMES, 7) | dict.fromkeys(CONTENT, "7")
-    given |= {"id": ID, "time": "2026-11-01T00:00:00.000Z", "path": "/", "is_complete": False}
-    given |= {"attempts": [], "degraded": [], **dict.fromkeys(("error", "method", "model"), "7")}
-    found = set(attributes_of(spans_of([trace(**given)])[0]))
-    elsewhere = {"time", "duration_s", "attempts", "degraded", "instance"}
-    assert len(found) == len(NAMES) - len(elsewhere) + len(
-        {"response_id", "finish_reason", "error.type"}
+FILLED: dict[str, Any] = {
+    "stream": True,
+    "is_complete": True,
+    "attempts": [Attempt("azure", "ok", 0.25)],
+    "degraded": ["unreadable"],
+    "time": "2026-11-01T00:00:01.000Z",
+    "id": "f" * 24,
+    "method": "PUT",
+    "path": "/other",
+    "finish_reason": "stop",
+    "response_id": "r",
+    **dict.fromkeys(("head_s", "first_chunk_s", "duration_s", "longest_gap_s", "paused_s"), 1.5),
+    **dict.fromkeys(("status", "bytes_in", "bytes_out", "chunks", *TOKENS), 7),
+}
+"""Values of fields that are no text."""
+
+
+@pytest.mark.parametrize(
+    "name", [one for one in (*NAMES, *CONTENT) if one not in ("instance", "text", "tool_calls")]
+)
+def test_every_field_is_in_a_span(name: str) -> None:
+    """A span changes with each field of the record; the resource has the instance."""
+    plain: dict[str, Any] = {"id": ID, "error": None, "end_reason": "rejected"}
+    (before,) = spans_of([trace(**plain)])
+    (after,) = spans_of([trace(**plain | {name: FILLED.get(name, "needle")})])
+    assert before != after
+    assert name in FILLED or "needle" in json.dumps(after)
+
+
+@pytest.mark.parametrize(
+    ("status", "end", "is_error"),
+    [
+        (200, "complete", False),
+        (200, "upstream_broken", True),
+        (200, "upstream_failed", True),
+        (200, "unfinished", True),
+        (200, "client_gone", True),
+        (404, "upstream_refused", True),
+        (None, "client_gone", True),
+        (201, "complete", False),
+    ],
+)
+def test_the_end_and_not_the_status_makes_an_error(
+    status: int | None, end: str, is_error: bool
+) -> None:
+    """A stream that broke after its 200 is an error, with the reason of its end."""
+    (span,) = spans_of([trace(id=ID, status=status, end_reason=end, is_complete=end == "complete")])
+    found = attributes_of(span)
+    if is_error:
+        assert span["status"] == {"code": 2, "message": end}
+        assert found["error.type"] == {"stringValue": end}
+    else:
+        assert span["status"] == {}
+        assert "error.type" not in found
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect", "counts", "whole"),
+    [
+        ("/a/v1/messages", "anthropic", (3, 50_000, 200), 50_203),
+        ("/a/v1/messages", "ollama", (3, 50_000, 200), 50_203),
+        ("/a/v1/messages", "anthropic", (3, None, None), 3),
+        ("/a/v1/messages", "anthropic", (0, 0, 7), 7),
+        ("/a/v1/messages", "anthropic", (None, 5, 5), None),
+        ("/a/v1/chat/completions", "anthropic", (9, 5, 1), 9),
+        ("/o/v1/chat/completions", "openai", (9, 5, None), 9),
+        ("/o/v1/responses", "openai", (9, 5, None), 9),
+        ("/o/api/chat", "ollama", (9, None, None), 9),
+        ("/unknown", "anthropic", (9, 5, 1), 9),
+    ],
+)
+def test_the_input_of_a_span_includes_cached_tokens(
+    path: str, dialect: str, counts: tuple[int | None, ...], whole: int | None
+) -> None:
+    """The conventions want it so; of the APIs, only Anthropic's leaves them out."""
+    fields: dict[str, Any] = dict(
+        zip(("input_tokens", "cache_read_tokens", "cache_write_tokens"), counts, strict=True)
     )
+    found = attributes_of(spans_of([trace(id=ID, path=path, dialect=dialect, **fields)])[0])
+    expected = None if whole is None else {"intValue": str(whole)}
+    assert found.get("gen_ai.usage.input_tokens") == expected
 
 
 def test_no_content_is_in_a_span() -> None:
