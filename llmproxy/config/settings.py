@@ -240,7 +240,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     event reaches the caller like any other event, but the record leaves it out and says
     ``overlong``. The same is true of an event of more than 10,000 lines. If a response in one piece
     is longer, its usage is still found if the usage stands at the beginning or the end, as is
-    usual; its content is not recorded."""
+    usual; its content is not recorded. The more bytes are allowed, the longer one event can hold up
+    all streams: 1 MiB up to some 20 ms."""
 
     connections_per_address: Annotated[int, Key(whole_number(0, 10_000_000))] = 0
     """Most connections of callers at once from one address; ``0`` is no limit. See

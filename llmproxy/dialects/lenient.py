@@ -7,12 +7,14 @@ refuses is decoded again, as tolerantly as the SDKs do it, and only the members 
 left out.
 
 The second way costs twenty times the first one.  An event that is longer than :data:`_LONGEST` does
-not go there, so that no event can hold up the reactor for long (ADR-0017).
+not go there, so that no event can hold up the reactor for long (ADR-0017); of such a one, only
+halves of surrogate pairs are mended.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -37,6 +39,16 @@ _SHORT = 64
 
 _ITEMS = 64
 """Most items of a list in which one does not fit; the others are left out with it."""
+
+_HALVES = 10_000
+"""Most surrogates of a long event; it may have no more characters beyond the basic plane."""
+
+_SURROGATES = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|[89a-fA-F][0-9a-fA-F]{2})"
+).sub
+"""Replaces pairs of surrogates, and halves of pairs."""
+
+_PAIR = len(rb"\ud83d\ude00")
 
 _MISFIT = object()
 
@@ -71,8 +83,10 @@ def decoder(kind: type[_T]) -> Callable[[bytes, Accumulated], _T]:
 
 def tolerant(data: bytes, kind: type[_T], seen: Accumulated) -> _T | None:
     """Return what fits of an event that the strict decoder has refused; None where nothing does."""
-    if len(data) > _LONGEST or not data.lstrip(b" \t\r\n").startswith(b"{"):
+    if not data.lstrip(b" \t\r\n").startswith(b"{"):
         return None
+    if len(data) > _LONGEST:
+        return _without_halves(data, kind)
     if len(data) < _SHORT:
         seen.patience -= 1
         if seen.patience < 0:
@@ -81,6 +95,20 @@ def tolerant(data: bytes, kind: type[_T], seen: Accumulated) -> _T | None:
     if found is not None and not is_whole:
         seen.is_odd = True
     return found
+
+
+def _without_halves(data: bytes, kind: type[_T]) -> _T | None:
+    """Decode a long event strictly, with U+FFFD for each half of a surrogate pair."""
+    if not 0 < data.count(b"\\ud") + data.count(b"\\uD") <= _HALVES:
+        return None
+    try:
+        return msgspec.json.decode(_SURROGATES(_mended, data), type=kind)
+    except FAULTS:
+        return None
+
+
+def _mended(found: re.Match[bytes]) -> bytes:
+    return found[0] if len(found[0]) == _PAIR else rb"\ufffd"
 
 
 def fitted(data: bytes, kind: type[_T]) -> tuple[_T | None, bool]:

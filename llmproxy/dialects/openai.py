@@ -157,8 +157,6 @@ def _read(data: bytes, seen: Accumulated, *, may_be_wrapped: bool = True) -> Non
         seen.name(named.id, named.model)
     choices, usage = chunk.choices, chunk.usage
     if choices:
-        if usage is None and seen.has_counts and seen.finish_reason is None:
-            seen.outdate()  # what is said now is not in them
         # Several choices end one by one; the usage counts them all.
         for choice in choices:
             if choice.error is not None:
@@ -167,6 +165,8 @@ def _read(data: bytes, seen: Accumulated, *, may_be_wrapped: bool = True) -> Non
                 seen.finish(choice.finish_reason)
             if choice.usage is not None:
                 usage = usage or choice.usage
+        if usage is None and seen.has_counts and seen.finish_reason is None:
+            seen.outdate()  # what is said here is not in them
     if usage is None and chunk.x_groq is not None:
         usage = chunk.x_groq.usage
     if usage is not None:

@@ -322,7 +322,7 @@ def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
             "reported",
         ),
         (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, WORD, STOP], "partial"),
-        (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {**STOP, "usage": None}], "partial"),
+        (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {**STOP, "usage": None}], "reported"),
         (CHAT, [WORD, {**STOP, "usage": {"prompt_tokens": 3}}, STOP], "reported"),
         (CHAT, [WORD, STOP, {"choices": [], "usage": {"prompt_tokens": 3}}], "reported"),
         (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {"choices": []}], "reported"),

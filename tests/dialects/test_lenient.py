@@ -29,7 +29,7 @@ HALF, OTHER = b"\\ud83d", b"\\ude00"
 def read(row: Endpoint | None, *events: bytes, keeps: bool = False) -> Accumulated:
     """Return what events say."""
     assert row is not None
-    seen = Accumulated(keeps=keeps, budget=10_000)
+    seen = Accumulated(keeps=keeps, budget=10**6)
     for event in events:
         row.event(event, seen)
     return seen
@@ -170,6 +170,21 @@ def test_half_a_pair_in_a_tools_arguments() -> None:
         event = b'{"choices":[{"delta":{"tool_calls":[%b]}}]}' % (call % arguments)
         (found,) = read(CHAT, event, keeps=True).tool_calls
         assert (found.id, found.name, found.arguments) == ("c", "f", text)
+
+
+def test_half_a_pair_in_a_long_event() -> None:
+    """The event is too long for the tolerant way, and read nevertheless; whole pairs are kept."""
+    text = b"%b%b,%b,%b,%b%b%b" % (HALF, OTHER, HALF, OTHER, OTHER, HALF, OTHER)
+    event = TEXTS[0][1].replace(
+        b"TEXT", text.upper().replace(b"\\U", b"\\u") + text + b"x" * 300_000
+    )
+    seen = read(CHAT, event, keeps=True)
+    once = "\U0001f600,\ufffd,\ufffd,\ufffd\U0001f600"
+    assert seen.text.rstrip("x") == once * 2
+    assert (seen.usage(is_final=True).input_tokens, seen.is_odd) == (3, False)
+    many = event.replace(b"xxxxxx", HALF, 20_000)
+    with pytest.raises(FAULTS):
+        read(CHAT, many)
 
 
 # --- what is no JSON ------------------------------------------------------------------------------
