@@ -74,7 +74,7 @@ class Gateway(Handler):
         self._reactor = reactor
         self._clock = clock
         self._batch = Batch()
-        self._inspection = Inspection(config, metrics, self._batch.read)
+        self._inspection = Inspection(config, metrics, clock, self._batch.read)
         self.detached = (
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )

@@ -42,15 +42,21 @@ class Inspection:
     Args:
         config: the limits of a tap, and the models that a metric may name.
         metrics: counts tokens and what taps did not understand.
+        clock: monotonic seconds.
         catch_up: feeds the taps the chunks that still wait; called before a tap is asked anything.
     """
 
     def __init__(
-        self, config: Config, metrics: Metrics, catch_up: Callable[[], object] = lambda: None
+        self,
+        config: Config,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        catch_up: Callable[[], object] = lambda: None,
     ) -> None:
         self._limits = config.limits
         self._metrics = metrics
         self._models = named_models(config)
+        self._clock = clock
         self._catch_up = catch_up
 
     @staticmethod
@@ -74,6 +80,7 @@ class Inspection:
                 event=self._limits.event,
                 name=exchange.trace.id,
                 degraded=self._metrics.degraded,
+                clock=self._clock,
                 catch_up=self._catch_up,
             )
         except Exception:

@@ -1,10 +1,10 @@
 """Decompresses the tap's copy of a body, piece by piece: gzip, deflate, brotli and zstd.
 
 Brotli and zstd need the extra ``codings``; from Python 3.14 on, zstd does not.  The output comes in
-bounded pieces, and a body that grows out of all proportion (:class:`Bomb`) is given up: what one
-read of a connection may grow to is bounded, so that no body holds up the reactor (ADR-0017).  In
-addition, a decoder holds its window: 32 KiB for gzip and deflate, at most 16 MiB for brotli and
-8 MiB for zstd (RFC 9659).
+bounded pieces.  A body has a credit of work, which time brings; one that asks for more
+(:class:`Bomb`) is given up, so that none holds up the reactor (ADR-0017).  In addition, a decoder
+holds its window: 32 KiB for gzip and deflate, at most 16 MiB for brotli and 8 MiB for zstd (RFC
+9659).
 
 Nothing here knows what the bytes mean.
 """
@@ -35,13 +35,14 @@ _IN = 16 * 1024
 _OUT = 64 * 1024
 """Most bytes of output at once; brotli exceeds this by a block."""
 
-_RATIO = 40
-"""Credit for each byte that is taken.  A byte of output costs one, and so does what is made of it
-(:meth:`Decompressor.spend`).  Streams of tokens that are flushed after each event need 25 to 36."""
-
 _CREDIT = 3 * 1024**2
-"""Most credit that there is, for what is compressed much better: nine thousand tokens in one block,
-say.  So a read of 80 KiB is worth 6.1 MiB at most, which is some 20 ms of the reactor."""
+_CREDIT_S = 32 * 1024**2
+"""Most credit that there is, and what a second brings.
+
+A byte of output costs one, and so does what is made of it (:meth:`Decompressor.spend`): about 5 ns
+of the reactor.  So a body has 15 ms at once, and a sixth of the reactor in the long run, however
+well it is compressed.
+"""
 
 _ZSTD_WINDOW_LOG = 23
 
@@ -51,7 +52,7 @@ class BadCoding(Exception):
 
 
 class Bomb(Exception):
-    """The body grows out of all proportion."""
+    """The body makes too much work for the time in which it came."""
 
 
 class _Decoder(Protocol):
@@ -84,19 +85,22 @@ class Decompressor:
 
     Args:
         coding: the value of Content-Encoding, one coding.
+        clock: monotonic seconds.
 
     Raises:
         BadCoding: the coding is not known here.
     """
 
-    def __init__(self, coding: bytes) -> None:
+    def __init__(self, coding: bytes, clock: Callable[[], float]) -> None:
         known = _CODINGS.get(coding.strip(b" \t").lower())
         if known is None:
             raise BadCoding(coding[:64])
         self._coding = known
         self._decoder: _Decoder | None = None
         self._is_over = False
-        self._credit = _CREDIT
+        self._clock = clock
+        self._credit: float = _CREDIT
+        self._since = clock()
 
     @property
     def is_whole(self) -> bool:
@@ -107,7 +111,7 @@ class Decompressor:
         """Count work that the output made, in bytes of output.
 
         Raises:
-            Bomb: there is too much of it.
+            Bomb: there is no credit any more.
         """
         self._credit -= cost
         if self._credit < 0:
@@ -118,8 +122,10 @@ class Decompressor:
 
         Raises:
             BadCoding: ``data`` is not in the coding.
-            Bomb: there is too much output.
+            Bomb: there is no credit any more.
         """
+        since, self._since = self._since, self._clock()
+        self._credit = min(_CREDIT, self._credit + _CREDIT_S * (self._since - since))
         for at in range(0, len(data), _IN):
             yield from self._decompress(data[at : at + _IN])
 
@@ -144,8 +150,6 @@ class Decompressor:
             except decoder.error as error:
                 raise BadCoding(str(error)[:200]) from None
             rest = decoder.rest
-            taken = len(data) - len(rest)
-            self._credit = min(_CREDIT, self._credit + _RATIO * taken)
             self.spend(len(piece))
             if piece:
                 yield piece

@@ -38,8 +38,8 @@ _PIECE = 128 * 1024
 
 _log = Logger()
 
-_EVENT_COST = 256
-"""Bytes of decompressed output that take as long as reading one event."""
+_EVENT_COST = 400
+"""Bytes of decompressed output that take as long as reading one event of which nothing is known."""
 
 _ENDS = 32 * 1024
 """Most bytes of either end of a document that is odd, but too long to be read tolerantly."""
@@ -55,7 +55,7 @@ class Degraded(StrEnum):
     """Why a result may lack something: a label of ``llmproxy_tap_degraded_total``.
 
     ``encoding``: the coding is not known here, or the bytes are not in it, or they end within it.
-    ``bomb``: decompressing and reading the copy takes too long for what came; it was given up.
+    ``bomb``: decompressing and reading the copy took too much of the reactor; it was given up.
     ``overlong``: an event, or a response in one piece, was longer than ``limits.event``, and was
     left out.
     ``unreadable``: an event, or a response in one piece, was not what the dialect sends; what could
@@ -117,6 +117,7 @@ class StreamAccumulator:
         event: the longest event, or response in one piece, that is read, in bytes.
         name: the request's id, for the log.
         degraded: called once for each reason.
+        clock: monotonic seconds; by default no time passes.
         catch_up: feeds the chunks that still wait; called before anything is reported.
     """
 
@@ -131,6 +132,7 @@ class StreamAccumulator:
         event: int = 1024**2,
         name: str = "",
         degraded: Callable[[Degraded], None] = lambda _: None,
+        clock: Callable[[], float] = lambda: 0.0,
         catch_up: Callable[[], object] = lambda: None,
     ) -> None:
         self._endpoint = endpoint
@@ -153,7 +155,7 @@ class StreamAccumulator:
         self._is_stream = sniffer.expects_stream
         self._is_document = False
         self._read = endpoint.event
-        self._decompressor = self._decompressor_of(content_encoding)
+        self._decompressor = self._decompressor_of(content_encoding, clock)
 
     # -- what there is so far -------------------------------------------------------------------
 
@@ -372,12 +374,14 @@ class StreamAccumulator:
 
     # -- what goes wrong ------------------------------------------------------------------------
 
-    def _decompressor_of(self, coding: bytes | None) -> Decompressor | None:
+    def _decompressor_of(
+        self, coding: bytes | None, clock: Callable[[], float]
+    ) -> Decompressor | None:
         """Return what decompresses ``coding``; if nothing does, end the tap."""
         if coding is None or coding.strip(b" \t").lower() in (b"", b"identity"):
             return None
         try:
-            return Decompressor(coding)
+            return Decompressor(coding, clock)
         except BadCoding:
             self._give_up(Degraded.ENCODING)
             return None

@@ -16,6 +16,7 @@ import pytest
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.internet.task import Clock
 
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from tests.stream.splits import every_split
@@ -50,9 +51,14 @@ PACKERS: dict[bytes, Callable[[bytes], bytes]] = {
 every_coding = pytest.mark.parametrize(("coding", "packed"), PACKED.values(), ids=PACKED)
 
 
+def no_time() -> float:
+    """A clock that stands still."""
+    return 0.0
+
+
 def opened(coding: bytes, chunks: Iterable[bytes]) -> bytes:
     """Return the decompressed chunks."""
-    decompressor = Decompressor(coding)
+    decompressor = Decompressor(coding, no_time)
     return b"".join(piece for chunk in chunks for piece in decompressor.feed(chunk))
 
 
@@ -74,7 +80,7 @@ def test_flushed_bytes_are_decompressed_at_once(coding: bytes) -> None:
         b"br": lambda d: br.process(d) + br.flush(),
         b"zstd": lambda d: zs.compress(d, zs.FLUSH_BLOCK),
     }
-    decompressor = Decompressor(coding)
+    decompressor = Decompressor(coding, no_time)
     for event in (b"data: one\n\n", b"data: two\n\n"):
         assert b"".join(decompressor.feed(flushers[coding](event))) == event
 
@@ -83,7 +89,7 @@ def test_flushed_bytes_are_decompressed_at_once(coding: bytes) -> None:
 def test_an_unknown_coding_is_refused(coding: bytes) -> None:
     """The error comes before any byte."""
     with pytest.raises(BadCoding):
-        Decompressor(coding)
+        Decompressor(coding, no_time)
 
 
 @pytest.mark.parametrize(("coding", "known"), [("gzip", True), ("br", False), ("zstd", False)])
@@ -92,7 +98,7 @@ def test_without_their_libraries_two_codings_are_unknown(coding: str, known: boo
     program = (
         "import sys; sys.modules.update(brotli=None, backports=None, compression=None)\n"
         "from llmproxy.stream.decompress import Decompressor\n"
-        f"Decompressor(b{coding!r})"
+        f"Decompressor(b{coding!r}, float)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -118,16 +124,18 @@ def test_bytes_of_no_coding_are_refused(coding: bytes, chunks: list[bytes]) -> N
 def test_a_bomb_is_refused(coding: bytes) -> None:
     """Bytes that grow a thousandfold are refused early; until then the pieces are small."""
     packed = PACKERS[coding](b"\0" * 50 * 1024**2)
-    decompressor = Decompressor(coding)
+    decompressor = Decompressor(coding, no_time)
     sizes: list[int] = []
     with pytest.raises(Bomb):
         sizes.extend(map(len, decompressor.feed(packed)))
     assert max(sizes) <= 128 * 1024
-    assert sum(sizes) <= 3 * 1024**2 + 40 * len(packed) + 128 * 1024
+    assert sum(sizes) <= CREDIT + 128 * 1024
 
 
 READ = 80 * 1024
 """Most bytes of one read of a connection."""
+
+CREDIT = 3 * 1024**2
 
 
 def given_of(decompressor: Decompressor, data: bytes) -> tuple[int, bool]:
@@ -143,53 +151,94 @@ def given_of(decompressor: Decompressor, data: bytes) -> tuple[int, bool]:
 
 @pytest.mark.parametrize("coding", PACKERS)
 def test_one_read_brings_a_bounded_output(coding: bytes) -> None:
-    """Megabytes that grew little are no credit: a bomb behind them is refused as early."""
-    decompressor = Decompressor(coding)
+    """Neither megabytes that grew little nor an hour of rest are more than the whole credit."""
+    clock = Clock()
+    decompressor = Decompressor(coding, clock.seconds)
     packed = PACKERS[coding](os.urandom(2 * 1024**2) + b"\0" * 64 * 1024**2)
-    reads = [packed[at : at + READ] for at in range(0, len(packed), READ)]
-    given, refused = zip(*(given_of(decompressor, read) for read in reads), strict=True)
-    assert any(refused)
-    most = given[: refused.index(True) + 1]
-    assert max(most) <= 3 * 1024**2 + 40 * READ + 128 * 1024
+    most, refused = 0, False
+    for at in range(0, len(packed), READ):
+        given, refused = given_of(decompressor, packed[at : at + READ])
+        most = max(most, given)
+        if refused:
+            break
+        clock.advance(3600)
+    assert refused
+    assert most <= CREDIT + 128 * 1024
 
 
-def test_a_ratio_that_lasts_is_refused() -> None:
-    """88 to 1 costs a second of the reactor for 3 MB on the wire; it is given up within 100 KB."""
+def packed_lines() -> bytes:
+    """Return a body that is compressed 88 to 1: by matches of 258 bytes and by little else."""
     line = os.urandom(800)
     plain = b"".join(line + os.urandom(3) for _ in range(12_000))
     packed = zlib.compress(plain)
     assert 85 < len(plain) / len(packed) < 91
-    decompressor = Decompressor(b"deflate")
+    return packed
+
+
+def test_what_comes_faster_than_its_credit_is_refused() -> None:
+    """At 88 to 1 and wire speed, 3 MB would cost a second of the reactor."""
+    decompressor = Decompressor(b"deflate", no_time)
+    packed = packed_lines()
     assert given_of(decompressor, packed[:4096])[1] is False
-    assert given_of(decompressor, packed[4096:100_000])[1] is True
+    assert given_of(decompressor, packed[4096:])[1] is True
 
 
-@pytest.mark.parametrize(("flushed", "events"), [(True, 30_000), (False, 9_000)])
-def test_a_long_stream_of_tokens_is_no_bomb(flushed: bool, events: int) -> None:
-    """If each event is flushed, there may be any number of them; else nine thousand at once."""
+def test_time_brings_credit() -> None:
+    """The same bytes are read where they take as long as streams do."""
+    clock = Clock()
+    decompressor = Decompressor(b"deflate", clock.seconds)
+    packed = packed_lines()
+    for at in range(0, len(packed), 4096):
+        assert given_of(decompressor, packed[at : at + 4096])[1] is False
+        clock.advance(0.015)
+    assert decompressor.is_whole
+
+
+def test_work_costs_credit() -> None:
+    """What is made of the output is paid, too; and time brings it back."""
+    clock = Clock()
+    decompressor = Decompressor(b"gzip", clock.seconds)
+    decompressor.spend(CREDIT)
+    with pytest.raises(Bomb):
+        decompressor.spend(1)
+    clock.advance(1)
+    assert given_of(decompressor, gzip.compress(TEXT)) == (len(TEXT), False)
+    decompressor.spend(CREDIT - len(TEXT))
+    with pytest.raises(Bomb):
+        decompressor.spend(1)
+
+
+@pytest.mark.parametrize(
+    ("flushed", "events", "each_s"), [(True, 20_000, 0.001), (False, 4_500, 0.0)]
+)
+def test_a_long_stream_of_tokens_is_no_bomb(flushed: bool, events: int, each_s: float) -> None:
+    """A thousand tokens a second for any time, each in a long event; or thousands at once."""
+    clock = Clock()
     words = random.Random(1)
     packer = zlib.compressobj(wbits=31)
-    decompressor = Decompressor(b"gzip")
+    decompressor = Decompressor(b"gzip", clock.seconds)
+    filters = b'"content_filter_results":{"hate":{"filtered":false,"severity":"safe"}},' * 5
     packed = b""
     for number in range(events):
         content = "".join(words.choices("etaoin shrdlu", k=words.randint(1, 6)))
         event = b'data: {"id":"chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT","object":'
-        event += b'"chat.completion.chunk","created":1741569952,'
-        event += b'"model":"gpt-4o-2024-08-06","choices":[{"index":0,"delta":'
-        event += b'{"content":"%b"},"logprobs":null,"finish_reason":null}]}\n\n' % content.encode()
+        event += b'"chat.completion.chunk","created":1741569952,"model":"gpt-4o-2024-08-06",'
+        event += b'"choices":[{"index":0,' + (filters if flushed else b"")
+        event += b'"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % content.encode()
         packed += packer.compress(event)
         if flushed:
             packed += packer.flush(zlib.Z_SYNC_FLUSH)
-        if number % 100 == 0:
+        clock.advance(each_s)
+        if number % 50 == 49:
             for piece in decompressor.feed(packed):
-                decompressor.spend(256 * piece.count(b"\n\n"))
+                decompressor.spend(400 * piece.count(b"\n\n"))
             packed = b""
 
 
 @pytest.mark.parametrize("coding", PACKERS)
 def test_a_body_may_end_only_between_members(coding: bytes) -> None:
     """A body that is cut before its end is not whole; nothing at all is."""
-    decompressor = Decompressor(coding)
+    decompressor = Decompressor(coding, no_time)
     packed = PACKERS[coding](TEXT)
     assert decompressor.is_whole
     for at in range(len(packed)):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from llmproxy.dialects.accumulated import Accumulated, ProviderError, Usage
@@ -436,8 +437,21 @@ def test_one_read_brings_a_bounded_number_of_events(event: bytes) -> None:
     """However well they are compressed: what is more is given up, and the tap says so."""
     packed = gzip.compress(event * (50 * 1024**2 // len(event)))[: 80 * 1024]
     events, degraded = work_of(packed)
-    assert events <= (3 * 1024**2 + 40 * 80 * 1024) // 256
+    assert events <= 3 * 1024**2 // 400
     assert degraded == (Degraded.BOMB,)
+
+
+def test_a_compressed_stream_has_as_much_as_its_time_brings() -> None:
+    """The tap's clock is that of the credit."""
+    clock = Clock()
+    taps = [chat(content_encoding=b"gzip", clock=one) for one in (clock.seconds, lambda: 0.0)]
+    packer = zlib.compressobj(wbits=31)
+    for _ in range(10):
+        packed = packer.compress(chunk("a") * 3000) + packer.flush(zlib.Z_SYNC_FLUSH)
+        for tap in taps:
+            tap.feed(packed)
+        clock.advance(0.1)
+    assert [tap.degraded for tap in taps] == [(), (Degraded.BOMB,)]
 
 
 def test_long_embeddings_are_counted() -> None:
