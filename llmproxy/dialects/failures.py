@@ -45,7 +45,7 @@ def read_unknown(data: bytes, seen: Accumulated, reader: Reader | None = None) -
         data: JSON, of which nothing is known.
         reader: reads the content of an envelope.
     """
-    if len(data) < _SHORTEST or seen.error is not None:
+    if len(data) < _SHORTEST:
         return
     try:
         members = _MEMBERS(data)

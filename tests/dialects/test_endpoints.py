@@ -226,6 +226,7 @@ def test_custom_tools_of_responses() -> None:
 # --- where counts stand ---------------------------------------------------------------------------
 
 START = {"type": "message_start", "message": {"usage": {"input_tokens": 10, "output_tokens": 1}}}
+BARE = {"type": "message_start", "message": {"usage": {"input_tokens": 10}}}
 WORD = {"choices": [{"delta": {"content": "a"}}]}
 STOP = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 LLAMA = {"prompt_n": 5, "cache_n": 4, "predicted_n": 7, "predicted_ms": 3.5}
@@ -287,6 +288,12 @@ def test_counts_are_found_where_vendors_put_them(
     assert (usage.cache_read_tokens, seen.is_odd) == (cached, False)
 
 
+def test_a_chunk_with_counts_is_no_envelope() -> None:
+    """What is beside them in other members is another thing."""
+    event = {"usage": {"prompt_tokens": 9}, "data": {"usage": {"prompt_tokens": 1}}}
+    assert accumulated(CHAT, event).usage(is_final=True).input_tokens == 9
+
+
 def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
     """Timings count what was computed, and older servers leave out what came from the cache."""
     both = {"usage": {"prompt_tokens": 9, "completion_tokens": 7}, "timings": {"prompt_n": 1}}
@@ -304,6 +311,8 @@ def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
         (MESSAGES, [START, {"type": "message_delta", "usage": None}], "partial"),
         (MESSAGES, [START, {"type": "message_delta", "usage": {}}], "partial"),
         (MESSAGES, [START, {"type": "message_delta", "usage": {"input_tokens": 3}}], "partial"),
+        (MESSAGES, [BARE, {"type": "message_delta", "usage": {}}], "partial"),
+        (MESSAGES, [BARE, {"type": "message_delta", "usage": {"input_tokens": 3}}], "reported"),
         (MESSAGES, [START, {"type": "message_delta", "usage": {"output_tokens": 0}}], "reported"),
         (
             RESPONSES,

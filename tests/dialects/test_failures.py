@@ -39,6 +39,7 @@ def read(row: Endpoint | None, event: Any, *, keeps: bool = False) -> Accumulate
         ({"type": "error", "errorText": "m"}, ProviderError(None, "m")),
         ({"error_code": 18, "error_msg": "m"}, ProviderError("18", "m")),
         ({"success": False, "msg": "m", "code": 1234}, ProviderError("1234", "m")),
+        ({"success": False, "result": None}, ProviderError(None, None)),
         ({"status": "error", "message": "m"}, ProviderError(None, "m")),
         ({"detail": "Internal Server Error"}, ProviderError(None, "Internal Server Error")),
         ({"detail": [{"loc": ["body"], "msg": "x"}]}, ProviderError(None, None)),

@@ -92,6 +92,12 @@ def test_an_odd_choice_does_not_hide_the_others() -> None:
     assert (seen.finish_reason, seen.is_odd) == ("stop", True)
 
 
+def test_a_long_list_with_an_odd_item_is_cut() -> None:
+    """So that no list costs much; the record says that something is missing."""
+    seen = read(CHAT, b'{"choices":[%b7]}' % (b'{"finish_reason":"stop"},' * 100))
+    assert (seen.finish_reason, seen.is_odd) == ("stop", True)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_odd_member_does_not_hide_the_error(keeps: bool) -> None:
     """The error of the provider is found beside it, and within it."""

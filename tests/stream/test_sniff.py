@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 from typing import Any
 
 import pytest
@@ -131,6 +133,13 @@ def test_a_body_that_is_not_read_costs_nothing() -> None:
     assert (tap.is_reading, tap.held_bytes) == (False, 0)
     result = tap.finish(EndReason.COMPLETE)
     assert (result.is_complete, result.degraded) == (True, ())
+
+
+def test_nothing_is_decompressed_that_is_not_read() -> None:
+    """Whatever follows in the same read."""
+    tap = tap_of(b"text/html", content_encoding=b"gzip")
+    tap.feed(gzip.compress(b"<html>" + os.urandom(200_000)) + b"garbage")
+    assert (tap.is_reading, tap.degraded) == (False, ())
 
 
 def tap_of(content_type: bytes | None, **options: Any) -> StreamAccumulator:
