@@ -35,7 +35,9 @@ ORDER = (
 
 MOST_LINES = 650
 # Modules that are longer, each with the reason why it is still one concept.
-LONGER: dict[str, str] = {}
+LONGER = {
+    "llmproxy.server.connection": "its phases share one table, and each other's state",
+}
 
 
 def modules(root: Path) -> dict[str, str]:

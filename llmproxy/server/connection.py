@@ -69,9 +69,8 @@ from llmproxy.net.transport import (
     has_peer_left,
     pending_bytes,
     raw_transport,
-    unacknowledged_bytes,
-    unsent_bytes,
 )
+from llmproxy.server.delivery import Delivery
 from llmproxy.server.hand_over import ClientSocket
 from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
@@ -86,17 +85,8 @@ With one read from the provider behind it (``net.tcp.READ_SIZE``) and all that a
 response holds less than 128 KiB.
 """
 
-_LOOKS = 4
-"""Looks at what the kernel alone holds within ``client_stall``; each is a system call."""
-
 _DRAIN_GRACE = 1.0
 """Seconds for which an idle connection may still bring a request that was on its way."""
-
-_FAREWELL = 64
-"""Most bytes of a FIN and of an alert of TLS, such as close_notify, behind a whole response."""
-
-_LOOK_FIRST, _LOOK_LAST = 0.01, 0.5
-"""Seconds between looks at what a client has not taken: the first ones, doubled up to the last."""
 
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
@@ -138,21 +128,10 @@ class ClientConnection(http.HTTPChannel):
     """
 
     __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request
-        *("_aborted", "_advancing", "_buffer", "_discarding", "_has_ended", "_invited", "_is_held"),
-        *(
-            "_lingers",
-            "_look",
-            "_look_at",
-            "_look_s",
-            "_peer",
-            "_peer_name",
-            "_reader",
-            "_resets",
-            "_seen",
-        ),
-        *("_skips_line", "_socket", "_stall_after", "_taken", "_taken_at", "_turn"),
-        *("_upload_left", "_upload_paused_at", "_watch", "_written"),
-        *("address", "deadline", "phase", "site"),
+        *("_aborted", "_advancing", "_buffer", "_delivery", "_discarding", "_has_ended"),
+        *("_invited", "_is_held", "_lingers", "_peer", "_peer_name", "_reader", "_resets"),
+        *("_seen", "_skips_line", "_socket", "_stall_after", "_turn", "_upload_left"),
+        *("_upload_paused_at", "_watch", "_written", "address", "deadline", "phase", "site"),
     )
     transport: Any
     _networkProducer: Any
@@ -183,13 +162,8 @@ class ClientConnection(http.HTTPChannel):
         # what goes out
         self._written = 0
         self._stall_after: float | None = site.timeouts.client_stall
-        self._look_at = 0.0
-        self._taken = -math.inf  # how many bytes the client had taken when it last took one, and
-        self._taken_at = 0.0  # when that was
         # the end
         self._socket: ClientSocket | None = None  # once it is another protocol's
-        self._look: Any = None  # the next look at what the client has not taken
-        self._look_s = 0.0
         self._resets = False  # a reset ends the connection, once the client has all
         self._lingers = False  # something that the client sent was not served
         self._has_ended = False  # the client sends no more
@@ -206,6 +180,7 @@ class ClientConnection(http.HTTPChannel):
         """Begin to wait for a request, or for the handshake before it."""
         super().connectionMade()
         raw_transport(self.transport).bufferSize = _QUEUE
+        self._delivery = Delivery(self.transport, self.site.reactor)
         self.site.joined(self)
         if isinstance(self.transport, TLSMemoryBIOProtocol | TlsTransport):
             self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
@@ -235,10 +210,8 @@ class ClientConnection(http.HTTPChannel):
 
     def _report_lost(self, reason: Failure) -> None:
         """Report the end to the requests, with whether the client had room for their responses."""
-        # Below Twisted's own transports it is not known what the kernel still held.
-        unsent = getattr(raw_transport(self.transport), "unsent", 0)
         why = ClientGone(reason.getErrorMessage())
-        why.had_room = not pending_bytes(self.transport) and unsent <= _FAREWELL
+        why.had_room = self._delivery.had_room
         if self.phase is Phase.SENDING and self.requests and why.had_room and not self._aborted:
             self.requests.pop(0).taken()
         for request in self.requests:
@@ -601,39 +574,29 @@ class ClientConnection(http.HTTPChannel):
         What the kernel has sent is in the client's own, or as good as that.  Where it still waits
         for room, the response is over when the client has acknowledged it.
         """
-        is_sent = not pending_bytes(self.transport) and not unsent_bytes(self.transport)
+        is_sent = self._delivery.is_sent
         if closes:
             self._end_writing()
         self.enter(Phase.SENDING, None)
         if is_sent and not self._resets:
             self._taken_whole()
         elif is_sent or not self._look_now():
-            self._look_s = _LOOK_FIRST
-            self._look_later()
-
-    def _look_later(self) -> None:
-        self._look = self.site.reactor.callLater(self._look_s, self._look_again)
-        self._look_s = min(self._look_s * 2, _LOOK_LAST)
+            self._delivery.watch(self._look_again)
 
     def _look_again(self) -> None:
-        self._look = None
         if self._look_now():
             return
         if has_failed(self.transport):  # neither reading nor writing would report it
             self.drop(ClientGone("the connection was reset"))
-            return
-        if self._is_held and has_peer_left(self.transport):
+        elif self._is_held and has_peer_left(self.transport):
             self._discarding = True  # nobody is there to get what else was asked for
             self._let_go()
-        self._look_later()
 
     def _look_now(self) -> bool:
         """Go on if the client has acknowledged all that was written; return whether it has."""
-        if pending_bytes(self.transport) or unacknowledged_bytes(self.transport):
+        if not self._delivery.is_acknowledged:
             return False
-        if self._look is not None:
-            self._look.cancel()
-            self._look = None
+        self._delivery.rest()
         if self.phase is Phase.SENDING:
             self._taken_whole()
         elif self._lingers and not self._has_ended:
@@ -705,8 +668,7 @@ class ClientConnection(http.HTTPChannel):
     def _wait_for_close(self) -> None:
         self.enter(Phase.CLOSING, None)
         if not (self._has_ended and self._look_now()):
-            self._look_s = _LOOK_FIRST
-            self._look_later()
+            self._delivery.watch(self._look_again)
 
     def _close(self) -> None:
         """Close the socket: the client has acknowledged all, our end as well."""
@@ -717,10 +679,8 @@ class ClientConnection(http.HTTPChannel):
 
         A response that is written whole, and for which the client had room, is none of that.
         """
-        if self.phase is Phase.SENDING and self.requests:
-            room = not pending_bytes(self.transport) and unsent_bytes(self.transport) <= _FAREWELL
-            if room:
-                self.requests.pop(0).taken()
+        if self.phase is Phase.SENDING and self.requests and self._delivery.had_room:
+            self.requests.pop(0).taken()
         for request in list(self.requests):
             request.abort(why)
         self._abandon_next(why)
@@ -736,10 +696,10 @@ class ClientConnection(http.HTTPChannel):
             self.transport.abortConnection()
 
     def _cancel_calls(self) -> None:
-        for call in (self._look, self._turn):
-            if call is not None:
-                call.cancel()
-        self._look = self._turn = None
+        self._delivery.rest()
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
 
     # -- the sweep ------------------------------------------------------------------------------
 
@@ -748,7 +708,10 @@ class ClientConnection(http.HTTPChannel):
         if now >= self.deadline:
             self._expire(now)
         elif self.phase not in (Phase.IDLE, Phase.HANDSHAKE, Phase.HANDED_OVER):
-            self._check_stall(now)
+            if self.requests:
+                self._stall_after = self.requests[0].stall_after  # also for what is left to send
+            if self._delivery.is_stalled(now, self._stall_after, self.written):
+                self.drop(ClientStalled())
 
     def _expire(self, now: float) -> None:
         if self.phase is Phase.BODY:
@@ -765,22 +728,3 @@ class ClientConnection(http.HTTPChannel):
             self.abort()
         else:
             self.loseConnection()
-
-    def _check_stall(self, now: float) -> None:
-        """Drop a client that took no byte for ``client_stall`` although some waited for it."""
-        if self.requests:
-            self._stall_after = self.requests[0].stall_after  # it stays for what is left to send
-        limit, waiting = self._stall_after, pending_bytes(self.transport)
-        if limit is None or (not waiting and now < self._look_at):
-            return
-        # The kernel asks for more only when much of its queue is free again, and what is all with
-        # it may be for a client that is no more: progress is what the client acknowledges.
-        waiting += unacknowledged_bytes(self.transport)
-        self._look_at = now + limit / _LOOKS
-        taken = self.written - waiting  # what TLS adds may make it too few, and always by as much
-        if not waiting:
-            self._taken = -math.inf  # the time begins with the first look at which something waits
-        elif taken > self._taken:
-            self._taken, self._taken_at = taken, now
-        elif now - self._taken_at >= limit:
-            self.drop(ClientStalled())

@@ -62,12 +62,11 @@ def end_of(ask: RequestFacts) -> str:
 def _lacks_its_marker(ask: RequestFacts) -> bool:
     """Return whether the response is a whole stream that the tap reads, without end marker.
 
-    A stream with other bytes than events or lines of JSON degrades the tap, which judges no more.
+    Other bytes than events or lines of JSON degrade the tap, but none of them is the marker.
     """
     part = ask.part
     is_read = ask.known and ask.method == "POST" and part.status in (200, 201)
-    says_nothing = part.media == "application/x-ndjson" and not content(part, 0, 0)
-    return is_read and (part.media == "text/event-stream" or says_nothing)
+    return is_read and part.media in ("text/event-stream", "application/x-ndjson")
 
 
 class Records:
