@@ -79,7 +79,8 @@ def parse_request_head(head: bytes) -> RequestHead:
     """Read a request's head, without its empty line (RFC 9112, section 3).
 
     Raises:
-        BadMessage: 400 for what is malformed, and for a missing, second or malformed ``Host``; 431
+        BadMessage: 400 for what is malformed, for a missing, second or malformed ``Host``, and for
+            a second ``Content-Type`` (RFC 9110, section 5.3: it is no list); 431
             for too many fields; 505 for a version other than 1.0 and 1.1.
     """
     lines = head.split(b"\r\n")
@@ -96,6 +97,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise BadMessage("exactly one Host field is needed")
     if host is not None and _HOST.fullmatch(host) is None:
         raise BadMessage("the Host field is malformed")
+    if len(first) < len(fields) and len(field_values(fields, b"content-type")) > 1:
+        raise BadMessage("more than one Content-Type field")  # readers differ in which counts
     return RequestHead(match[1], match[2], minor, fields, first)
 
 

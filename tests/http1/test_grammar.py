@@ -125,6 +125,8 @@ def test_request_heads(
         (b"GET / HTTP/1.1\nHost: h", 400),
         (b"GET / HTTP/1.1\r\nHost: h\nX: y", 400),
         (b"GET / HTTP/1.1\r\nHost: h\r\nX: a\0", 400),
+        (b"POST / HTTP/1.1\r\nContent-Type: a/b\r\nHost: h\r\ncontent-type: a/b", 400),
+        (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\nX: y\r\nContent-Type:", 400),
         (b"GET / HTTP/1.1\r\nHost: h" + b"\r\na: b" * MAX_FIELDS, 431),
     ],
 )

@@ -26,6 +26,7 @@ def post(*fields: str, version: str = "1.1") -> bytes:
 BROKEN = {
     "nonsense": (400, b"nonsense\r\n\r\n"),
     "spaced-name": (400, request("GET", "/p/x", "Spaced : x")),
+    "two-types": (400, post("Content-Type: application/json", "Content-Type: text/plain")),
     "nul": (400, request("GET", "/p/x", "X-A: a\0b")),
     "two-lengths": (400, post("Content-Length: 1", "Content-Length: 2")),
     "length-and-coding": (400, post("Content-Length: 1", "Transfer-Encoding: chunked")),
