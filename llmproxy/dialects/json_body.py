@@ -1,50 +1,54 @@
 """What a JSON body says to the proxy: the model that it names, and whether it asks for a stream.
 
-These are pure functions over the bytes of a body, or of a path that names a model.  ``request.py``
-calls them before a route is chosen, and the gateway replaces the model with :func:`replace_model`.
-Nothing here does I/O, or knows a client, a route or a provider; nothing decodes a body and encodes
-it again.
+These are pure functions over the bytes of a body.  ``request.py`` calls them before a route is
+chosen.  Nothing here does I/O, or knows a client, a route or a provider; nothing decodes a body and
+encodes it again.
 
 Theory of operation: the one danger is that the provider reads another model than the proxy did.  So
 a body that two readers could read differently is a :class:`BodyError`; a body that is accepted can
-be read in one way only.  No Python code runs for each byte, token or bracket: C code checks the
-JSON (``json_spans.py``).  Nesting is bounded, and every pass is linear.  Usual bodies take a short
-path; a body that is not plain takes the long one.
+be read in one way only (ADR-0016).  A usual body takes one pass of C code, which is short as the
+body is.  Every other body is read in bounded steps (``json_spans.py``), whatever its size or shape.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from llmproxy.dialects.json_spans import BodyError, Span, member_spans
+from llmproxy.dialects.json_spans import (
+    DEPTH,
+    BodyError,
+    Span,
+    Steps,
+    finish,
+    member_spans,
+)
 from llmproxy.http1.headers import media_type
 
-DEPTH: Final = 512  # arrays and objects in each other; CPython's own json gives up near 1000
 MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
 
 _SLICE: Final = 65_536  # bytes decoded at once to check UTF-8: text can take four times its memory
-_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: in is 1, out is -1
-_NOT_MARKS: Final = bytes(set(range(256)) - set(b'[]{}"'))
-_SHORT: Final = 262_144  # bytes of a body that may take the short path; fewer than hold MEMBERS
+_SHORT: Final = 262_144  # bytes of a body that may take the short path: two milliseconds at most
+_MODEL_JSON_BYTES: Final = 6 * MODEL_BYTES + 2  # quotes, and each byte as an escape
 _MODEL_NAME = re.compile(rb'"model"\s*+:\s*+')
 _FLAGS: Final = {b"true": True, b"false": False, b"null": None}
-_MODEL_VERB = re.compile(rb"([^:]+):[A-Za-z]+")
-_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_JSON = re.compile(rb"application/(?:.+\+)?json")
+_FOLDING = re.compile(rb"\xc5\xbf|\xef\xac")  # the long s, and ligatures that fold to an s
+_JSON = re.compile(rb"application/(?:[!#$%&'*+\-.^_`|~0-9a-z]+\+)?json")
 
 
 class JsonFacts(NamedTuple):
-    """What the top-level members of a JSON body say.  Null counts as absent, but has a span."""
+    """What the top-level members of a JSON body say.  Null counts as absent, but has a span.
+
+    ``is_misspelt``: ``model`` stands there in another case alone, which some readers take for it.
+    """
 
     model: str | None = None
     model_span: Span | None = None
     stream: bool | None = None
+    is_misspelt: bool = False
 
 
 class _Asked(msgspec.Struct):
@@ -67,35 +71,40 @@ def inspect_json(body: bytes) -> JsonFacts:
 
     Raises:
         BodyError: it is not JSON; it is not UTF-8, or begins with a byte order mark (section 8.1);
-            it has more than ``DEPTH`` levels or ``MEMBERS`` top-level members; two of these are
-            named ``model`` or ``stream``, in any case (Go's encoding/json takes them for one);
+            it has more than ``DEPTH`` levels, or nests in too many places (``ROUNDS``); two of its
+            top-level members are named ``model`` or ``stream``, in any case (Go's encoding/json
+            takes them for one);
             ``model`` is neither a string nor null, or is longer than ``MODEL_BYTES``; ``stream`` is
             neither a boolean nor null.
     """
     if not body:
         return JsonFacts()
-    facts = _plain_facts(body)
-    return _all_facts(body) if facts is None else facts
+    facts = plain_facts(body)
+    return finish(all_facts(body)) if facts is None else facts
 
 
-def _plain_facts(body: bytes) -> JsonFacts | None:
-    """Return the facts of a body in which neither name can stand twice; None for the long path.
+def plain_facts(body: bytes) -> JsonFacts | None:
+    """Return the facts of a usual body in one pass of C code; None where it must be read in steps.
 
-    In ASCII without escapes of letters, a name has one spelling.  If that stands in the body at
-    most once, in any case and at any depth, it does not stand at the top twice.
+    Without escapes of letters, and without the characters beyond ASCII that fold to a letter in
+    it, a name has one spelling.  If that stands in the body at most once, in any case and at any
+    depth, it does not stand at the top twice.
     """
-    if len(body) > _SHORT or not body.isascii() or b"\\u0" in body:
+    if len(body) > _SHORT or b"\\u0" in body or _FOLDING.search(body):
         return None
     folded = body.lower()
-    if folded.count(b'"model"') > 1 or folded.count(b'"stream"') > 1:
+    names = folded.count(b'"model"')
+    if names > 1 or folded.count(b'"stream"') > 1 or names != body.count(b'"model"'):
         return None
     if _openings(body) > DEPTH:
         return None
     try:
+        if not body.isascii():
+            body.decode()
         asked = _decode_asked(body)
         raw = bytes(asked.model)
         name = _decode_name(raw) if raw else None
-    except (msgspec.DecodeError, RecursionError):
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
         return None
     flag = bytes(asked.stream)
     if flag and flag not in _FLAGS:
@@ -110,30 +119,23 @@ def _plain_facts(body: bytes) -> JsonFacts | None:
     return JsonFacts(known, span, _FLAGS[flag] if flag else None)
 
 
-def _all_facts(body: bytes) -> JsonFacts:
-    _check_text(body)
-    spans = member_spans(body, ("model", "stream"))
-    if _openings(body) > DEPTH and _depth(body) > DEPTH:
-        raise BodyError(f"The body has more than {DEPTH} arrays and objects in each other.")
+def all_facts(body: bytes) -> Steps[JsonFacts]:
+    """Do as :func:`inspect_json`, in steps, for a body of any size and shape that is not empty."""
+    yield from _check_text(body)
+    spans = yield from member_spans(body, ("model", "stream"))
     model, stream = spans.get("model"), spans.get("stream")
     flag = body[slice(*stream)] if stream else b"null"
     if flag not in _FLAGS:
         raise BodyError('"stream" must be true or false.')
+    if model and model.end - model.start > _MODEL_JSON_BYTES:
+        raise _too_long()
     try:
         name = msgspec.json.decode(body[slice(*model)], type=str | None) if model else None
     except msgspec.DecodeError:
         raise BodyError('"model" must be a string, and of whole characters.') from None
     known = None if name is None else model_text(name.encode())
-    return JsonFacts(known, model, _FLAGS[flag])
-
-
-def replace_model(body: bytes, span: Span, model: str) -> bytes:
-    """Return the body with ``model`` as a JSON string at ``span``, the body's ``model_span``.
-
-    Only the bytes of that value change.  A body without a model gets none.
-    """
-    view = memoryview(body)
-    return b"".join((view[: span.start], msgspec.json.encode(model), view[span.end :]))
+    other = not model and any(spelling.casefold() == "model" for spelling in spans)
+    return JsonFacts(known, model, _FLAGS[flag], other)
 
 
 def is_json(content_type: bytes | None) -> bool:
@@ -141,30 +143,7 @@ def is_json(content_type: bytes | None) -> bool:
     return bool(_JSON.fullmatch(media_type(content_type)))
 
 
-def path_model(path: bytes) -> str | None:
-    """Return the model that a path names: ``/deployments/M`` or ``/models/M:verb``.
-
-    The first such pair of segments counts; without one, None.  Segments are compared after
-    percent-decoding, the fixed ones in any case.  A verb is letters after the only colon; without a
-    verb, ``/models/M`` is a resource and no call.
-
-    Args:
-        path: raw, without the query.
-
-    Raises:
-        BodyError: a name is not percent-encoded UTF-8, or is longer than ``MODEL_BYTES``.
-    """
-    for before, segment in pairwise(path.split(b"/")):
-        kind, name = unquote_to_bytes(before).lower(), unquote_to_bytes(segment)
-        call = _MODEL_VERB.fullmatch(name) if kind == b"models" else None
-        if call or (name and kind == b"deployments"):
-            if _BAD_ESCAPE.search(segment):
-                raise BodyError("The path has a malformed percent escape in the model's name.")
-            return model_text(call[1] if call else name)
-    return None
-
-
-def _check_text(body: bytes) -> None:
+def _check_text(body: bytes) -> Steps[None]:
     """Raise BodyError unless this is UTF-8 without a byte order mark."""
     if body.startswith(codecs.BOM_UTF8):
         raise BodyError("The body begins with a byte order mark; JSON has none.")
@@ -173,6 +152,7 @@ def _check_text(body: bytes) -> None:
         while at < len(view):
             piece = view[at : at + _SLICE]
             at += codecs.utf_8_decode(piece, "strict", len(piece) < _SLICE)[1]
+            yield
     except UnicodeDecodeError:
         raise BodyError("The body is not UTF-8.") from None
 
@@ -182,13 +162,8 @@ def _openings(body: bytes) -> int:
     return 2 * len(body) - len(body.replace(b"[", b"")) - len(body.replace(b"{", b""))
 
 
-def _depth(body: bytes) -> int:
-    """Return how deep arrays and objects nest in valid JSON."""
-    # Without escapes, each quote is the edge of a string; two edges in a row enclose no bracket.
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = unescaped.translate(None, _NOT_MARKS).replace(b'""', b"")
-    outside = b"".join(marks.split(b'"')[::2])
-    return max(accumulate(memoryview(outside.translate(_STEPS)).cast("b")), default=0)
+def _too_long() -> BodyError:
+    return BodyError(f'"model" is longer than {MODEL_BYTES} bytes.')
 
 
 def model_text(name: bytes) -> str:
@@ -198,7 +173,7 @@ def model_text(name: bytes) -> str:
         BodyError: the name is longer than ``MODEL_BYTES``, or not UTF-8.
     """
     if len(name) > MODEL_BYTES:
-        raise BodyError(f'"model" is longer than {MODEL_BYTES} bytes.')
+        raise _too_long()
     try:
         return name.decode()
     except UnicodeDecodeError:

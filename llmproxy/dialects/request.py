@@ -1,38 +1,45 @@
 """Request facts: which models a request names, and whether it asks for a stream.
 
-The facts come from the body (``json_body.py``, ``multipart.py``) and from the path.  The gateway
-asks for them before a route is chosen.  A body is read only if its type is a form, JSON, or one
-that a provider might read as JSON; every other body is opaque.  Nothing here knows a client or a
-route.
+The facts come from the body (``json_body.py``, ``multipart.py``) and from the target
+(``path_model.py``).  The gateway asks for them before a route is chosen.  A body is read only if
+its type is a form, JSON, or one that a provider might read as JSON; every other body is opaque.
+Where the model decides something, an opaque body is refused (ADR-0016).  Nothing here knows a
+client or a route.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
-from llmproxy.dialects.json_body import (
-    JsonFacts,
-    inspect_json,
-    is_json,
-    path_model,
-)
-from llmproxy.dialects.json_spans import Span
+from llmproxy.dialects.json_body import JsonFacts, all_facts, is_json, plain_facts
+from llmproxy.dialects.json_spans import BodyError, Span, Steps
 from llmproxy.dialects.multipart import multipart_model
-from llmproxy.http1.headers import media_type
+from llmproxy.dialects.path_model import path_models, query_models
+from llmproxy.http1.headers import is_utf8, media_type
 
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 """Types that curl and old SDKs give to JSON; Ollama, for example, reads it as JSON nevertheless."""
 
 _NO_FACTS = JsonFacts()
+_LISTS = (b"/models", b"/api/tags")
+_opens_object = re.compile(rb"[ \t\r\n]*+\{").match
+_MOST_BLANK = 65_536
 
-# Callers use a few types and paths, again and again.
+# Callers use a few types, again and again.
 _is_json = lru_cache(maxsize=64)(is_json)
-_path_model = lru_cache(maxsize=256)(path_model)
+
+Source = Literal["body", "form", "path", "query"]
+"""Where a request names the model that routing uses."""
+
+
+class UnknownBody(BodyError):
+    """The type of a body does not surely say how a provider reads it."""
 
 
 class RequestFacts(NamedTuple):
@@ -40,15 +47,19 @@ class RequestFacts(NamedTuple):
 
     Attributes:
         models: every model that the request names; routing uses the first one.
-        model_span: where the JSON body names its model, so that it can be replaced.
+        source: where that one stands, or None if the request names none.
+        model_span: where the body names its model, so that it can be replaced.
         json: whether the body was read as JSON.
         facts: what the JSON body says.
+        in_query: the query names a model.
     """
 
     models: tuple[str, ...]
+    source: Source | None
     model_span: Span | None
     json: bool
     facts: JsonFacts
+    in_query: bool = False
 
     @property
     def model(self) -> str | None:
@@ -68,28 +79,58 @@ class RequestFacts(NamedTuple):
         return row is not None and row.streams_by_default
 
 
-def read_request(content_type: bytes | None, body: bytes, path: bytes) -> RequestFacts:
-    """Return what a request asks for.
+def usual_request(content_type: bytes | None, body: bytes, target: bytes) -> RequestFacts | None:
+    """Return what a usual request asks for, at once: its body is plain JSON, or it has none.
+
+    It does as :func:`read_request`, and returns None for a request that needs that.
+    """
+    if not body:
+        return _facts(None, None, None, target)
+    if not _is_json(content_type) or not is_utf8(content_type):
+        return None
+    facts = plain_facts(body)
+    return None if facts is None else _facts(facts.model, "body", facts.model_span, target, facts)
+
+
+def read_request(
+    content_type: bytes | None, body: bytes, target: bytes, *, strict: bool
+) -> Steps[RequestFacts]:
+    """Return what a request asks for, in short steps.
 
     Args:
         content_type: the request's, or None.
         body: all of it, without a Content-Encoding; empty if it cannot be read.
-        path: raw, without the query.
+        target: raw path and query.
+        strict: the model decides something, so that nothing may be left unread.
 
     Raises:
+        UnknownBody: with ``strict``, the type is none that is read, or names a character set.
         BodyError: the body is not what its type says, or could be read in two ways.
     """
-    facts, json, named = _NO_FACTS, False, None
-    if body and (_is_json(content_type) or _may_be_json(content_type, body)):
-        facts, json = inspect_json(body), True
-        named = facts.model
-    elif body and media_type(content_type) == _FORM:
-        named = multipart_model(content_type or b"", body)
-    by_path = _path_model(path)
-    models = () if named is None else (named,)
-    if by_path is not None and by_path != named:
-        models = (*models, by_path)
-    return RequestFacts(models, facts.model_span, json, facts)
+    kind = media_type(content_type)
+    if body and strict and not (is_readable(content_type) and is_utf8(content_type)):
+        raise UnknownBody("The type of the body must be JSON or a form here, in UTF-8.")
+    if body and kind == _FORM:
+        form = yield from multipart_model(content_type or b"", body)
+        return _facts(form.model, "form", form.span, target)
+    is_known = _is_json(content_type)
+    if not body or not (is_known or (kind in _PERHAPS_JSON and (strict or _may_be_json(body)))):
+        return _facts(None, None, None, target)
+    try:
+        facts = plain_facts(body) or (yield from all_facts(body))
+    except BodyError:
+        if is_known or _may_be_json(body):
+            raise
+        raise UnknownBody("The body must be JSON or a form here, and say so.") from None
+    if strict and facts.is_misspelt:
+        raise BodyError('"model" must be written in lower case.')
+    return _facts(facts.model, "body", facts.model_span, target, facts)
+
+
+def is_readable(content_type: bytes | None) -> bool:
+    """Return whether a body of this type is read for its model."""
+    kind = media_type(content_type)
+    return _is_json(content_type) or kind == _FORM or kind in _PERHAPS_JSON
 
 
 def is_held(content_type: bytes | None, model_matters: Callable[[], bool]) -> bool:
@@ -104,6 +145,30 @@ def is_held(content_type: bytes | None, model_matters: Callable[[], bool]) -> bo
     return model_matters() if kind == _FORM else kind in _PERHAPS_JSON
 
 
-def _may_be_json(content_type: bytes | None, body: bytes) -> bool:
-    opens_object = body[:64].lstrip(b" \t\r\n").startswith(b"{")
-    return opens_object and media_type(content_type) in _PERHAPS_JSON
+def reads_list(method: bytes, path: bytes) -> bool:
+    """Return whether a request without a body reads a list of models."""
+    return method in (b"GET", b"HEAD") and path.removesuffix(b"/").endswith(_LISTS)
+
+
+def _may_be_json(body: bytes) -> bool:
+    return _opens_object(body, 0, _MOST_BLANK) is not None
+
+
+def _facts(
+    named: str | None,
+    source: Source | None,
+    span: Span | None,
+    target: bytes,
+    facts: JsonFacts | None = None,
+) -> RequestFacts:
+    """Add what the target names to what the body names."""
+    path, _, query = target.partition(b"?")
+    in_path = path_models(path).names
+    in_query = query_models(query) if query else ()
+    models = () if named is None else (named,)
+    if named is None:
+        source = "path" if in_path else "query" if in_query else None
+    if in_path or in_query:
+        models = tuple(dict.fromkeys((*models, *in_path, *in_query)))
+    is_json = facts is not None
+    return RequestFacts(models, source, span, is_json, facts or _NO_FACTS, bool(in_query))

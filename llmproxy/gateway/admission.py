@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import field_values, list_tokens
 from llmproxy.http1.headers import nominated, refuse_disguised
@@ -19,6 +20,8 @@ from llmproxy.server.request import Request
 
 _USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
 """What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
+_ABOUT_THE_BODY = {b"content-type", b"content-encoding"}
+"""Fields without which a provider would read another body than we did."""
 
 
 class Rules(NamedTuple):
@@ -56,6 +59,9 @@ def admit(request: Request, rules: Rules) -> None:
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.guarded)
+    if b"connection" in first and _ABOUT_THE_BODY & nominated(request.fields):
+        text = "Connection names a header that says how the body is to be read."
+        raise ProxyError(400, "bad_header", text)
 
 
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
@@ -64,10 +70,39 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
         admit(request, rules)
         client = rules.auth.identify(request.fields, request.uri, place.keys)
         place.require()
+        if place.needs_model(client):
+            refuse_unread(request)
         request.belongs_to(client.name)
     except ProxyError as error:
         return error
     return None
+
+
+def needs_model(request: Request, place: PathMatch, rules: Rules) -> bool:
+    """Return whether the model of ``request`` decides something for whoever calls."""
+    if not place.needs_model():
+        return False
+    try:
+        client = rules.auth.identify(request.fields, request.uri, place.keys)
+    except ProxyError:
+        return False  # it will be refused
+    return place.needs_model(client)
+
+
+def refuse_unread(request: Request) -> None:
+    """Refuse a body whose model must be known, if its type is none that is read.
+
+    Raises:
+        ProxyError: 415.
+    """
+    if not is_readable(request.first.get(b"content-type")):
+        raise unread_body("The type of the body must be JSON or a form here.")
+
+
+def unread_body(text: str) -> ProxyError:
+    """Return the refusal of a type, which says what types would do (RFC 9110, section 15.5.16)."""
+    accept = (b"accept", b"application/json, multipart/form-data")
+    return ProxyError(415, "unread_body", text, fields=(accept,))
 
 
 def _asks_for_websocket(request: Request) -> bool:

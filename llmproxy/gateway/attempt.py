@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 from twisted.web.iweb import IBodyProducer
 
-from llmproxy.dialects.include_usage import ask_for_usage
-from llmproxy.dialects.json_body import replace_model
+from llmproxy.dialects.include_usage import usage_edit
+from llmproxy.dialects.json_spans import Edit, edited, finish
 from llmproxy.dialects.request import RequestFacts
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.looking import AT_ONCE
+from llmproxy.net.turns import Turns
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
@@ -31,12 +34,19 @@ class Attempts:
         metrics: counts attempts.
         clock: monotonic seconds.
         via: our pseudonym in ``Via``.
+        turns: reads a large body in steps.
     """
 
     def __init__(
-        self, upstream: Upstream, metrics: Metrics, clock: Callable[[], float], via: bytes
+        self,
+        upstream: Upstream,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        via: bytes,
+        turns: Turns,
     ) -> None:
         self._upstream = upstream
+        self._turns = turns
         self._metrics = metrics
         self._clock = clock
         self._via_1_1, self._via_1_0 = b"1.1 " + via, b"1.0 " + via
@@ -47,13 +57,25 @@ class Attempts:
         """Send the request to ``candidate``, and return the head of its response.
 
         Raises:
-            ProxyError: no connection, no head in time, or a head that is not HTTP.
+            ProxyError: no connection, no head in time, or a head that is not HTTP; 400, where the
+                request names its model in a way that cannot be overridden.
             Exception: the request was cancelled; the exchange knows why.
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
-        body = _body(exchange, match, candidate, facts)
+        target = match.target(candidate)
+        edits = _override(candidate, facts) if candidate.model is not None else []
+        if match.route.include_usage == "inject" and trace.stream and exchange.plain:
+            steps = usage_edit(exchange.plain, candidate.provider.dialect, target)
+            short = len(exchange.plain) <= AT_ONCE
+            usage = finish(steps) if short else await self._turns.run(steps)
+            edits += () if usage is None else (usage,)
+        body: bytes | IBodyProducer = request.body if request.upload is None else request.upload
+        fields = request.fields
+        if edits:
+            body = edited(exchange.plain, edits)
+            fields = [field for field in fields if field[0] != b"content-encoding"]
         fields = candidate.rewriter.for_provider(
-            request.fields,
+            fields,
             via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),
@@ -67,7 +89,7 @@ class Attempts:
             exchange.response = await self._upstream.send(
                 candidate.provider,
                 request.method.decode("ascii"),
-                match.target(candidate),
+                target,
                 fields,
                 body,
                 credential=pool_key(candidate.provider, candidate.credential, request.fields),
@@ -90,16 +112,16 @@ class Attempts:
         return exchange.response
 
 
-def _body(
-    exchange: Exchange, match: RouteMatch, candidate: Candidate, facts: RequestFacts
-) -> bytes | IBodyProducer:
-    """Return the request body for ``candidate``, whole or as what produces it."""
-    request = exchange.request
-    if request.upload is not None:
-        return request.upload
-    body = request.body
-    if candidate.model is not None and facts.model_span is not None:
-        body = replace_model(body, facts.model_span, candidate.model)
-    if match.route.include_usage == "inject" and exchange.trace.stream:
-        body = ask_for_usage(body, candidate.provider.dialect, match.target(candidate))
-    return body
+def _override(candidate: Candidate, facts: RequestFacts) -> list[Edit]:
+    """Return what gives the body the candidate's own model.
+
+    Raises:
+        ProxyError: 400, where the query names one, too, which crosses byte for byte.
+    """
+    if facts.in_query:
+        text = "The query names a model, which cannot be overridden there."
+        raise ProxyError(400, "bad_query", text)
+    if facts.model_span is None or candidate.model is None:
+        return []
+    model = msgspec.json.encode(candidate.model) if facts.json else candidate.model.encode()
+    return [Edit(facts.model_span, model)]

@@ -16,19 +16,20 @@ from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
-from llmproxy.dialects.json_spans import BodyError
-from llmproxy.dialects.request import RequestFacts, is_held, read_request
+from llmproxy.dialects.request import RequestFacts, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
-from llmproxy.gateway.admission import Rules, admit, early_refusal
+from llmproxy.gateway.admission import Rules, admit, early_refusal, needs_model
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.inspection import Inspection
+from llmproxy.gateway.looking import Looking
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
+from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
-from llmproxy.policy.routes import PathMatch, RouteMatch, Routes
+from llmproxy.policy.routes import Named, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
 from llmproxy.server.handler import Handler
@@ -80,7 +81,9 @@ class Gateway(Handler):
         )
         via = config.proxy.via.encode("ascii")
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))
-        self._attempts = Attempts(upstream, metrics, clock, via)
+        turns = Turns(reactor, clock)
+        self._looking = Looking(turns)
+        self._attempts = Attempts(upstream, metrics, clock, via, turns)
 
     # -- what the server asks before a request is served ----------------------------------------
 
@@ -92,7 +95,7 @@ class Gateway(Handler):
     def holds_body(self, request: Request) -> bool:
         """Return whether the body must be whole before the request is served, or else streams."""
         kind = request.first.get(b"content-type")
-        return is_held(kind, request.kept.needs_model)
+        return is_held(kind, lambda: needs_model(request, request.kept, self._rules))
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
@@ -119,11 +122,12 @@ class Gateway(Handler):
         request, trace = exchange.request, exchange.trace
         admit(request, self._rules)
         client = self._identify(exchange, place)
-        facts = self._look_inside(exchange, place, client)
+        facts = await self._looking.inside(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
 
         response = await self._attempts.send(exchange, match, match.candidates[0], facts)
         request.release()
+        exchange.plain = b""
 
         request.start(response.code, for_client(response.fields, trace.id.encode("ascii")))
         await self._pump(exchange, match, response)
@@ -171,30 +175,15 @@ class Gateway(Handler):
             request.belongs_to(client.name)
         return client
 
-    def _look_inside(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:
-        """Read what routing needs from the body and the path."""
-        request, trace = exchange.request, exchange.trace
-        encoding = request.first.get(b"content-encoding")
-        body = request.body
-        if encoding is not None and body:
-            if place.needs_model(client):
-                raise ProxyError(
-                    415, "encoded_body", "The body must be sent without a Content-Encoding here."
-                )
-            body = b""
-        try:
-            facts = read_request(request.first.get(b"content-type"), body, request.path)
-        except BodyError as error:
-            raise ProxyError(400, "bad_body", str(error)) from error
-        trace.model = facts.model
-        return facts
-
     def _choose(
         self, exchange: Exchange, place: PathMatch, client: Client, facts: RequestFacts
     ) -> RouteMatch:
         """Find the route, and let the exchange go by it."""
         request, trace = exchange.request, exchange.trace
-        match = place.choose(client, request.uri, facts.models)
+        has_body = request.body_bytes > 0 or request.upload is not None
+        named: tuple[Named, ...] = facts.models or ((False,) if has_body else (None,))
+        is_read = named[0] is None and reads_list(request.method, request.path)
+        match = place.choose(client, request.uri, named, reads_list=is_read)
         request.limit_body(match.body_limit)
         candidate = match.candidates[0]
         provider = candidate.provider

@@ -8,6 +8,7 @@ owns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Container
 from functools import lru_cache
 
@@ -49,6 +50,7 @@ _ANTI_BUFFERING = (
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
 )
+_CHARSET = re.compile(rb'charset="?utf-?8"?(?![^;])')
 _STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
 
 
@@ -209,6 +211,18 @@ def is_ndjson(content_type: bytes | None) -> bool:
 def media_type(content_type: bytes | None) -> bytes:
     """Return the type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
     return without_parameters(content_type or b"")
+
+
+@lru_cache(maxsize=256)
+def is_utf8(content_type: bytes | None) -> bool:
+    """Return whether a type names no character set, or only UTF-8.
+
+    Starlette decodes the fields of a form by it, Express JSON; both know UTF-7, in which ASCII says
+    something else.
+    """
+    if b"charset" not in (plain := (content_type or b"").lower()):
+        return True
+    return plain.count(b"charset") == 1 and _CHARSET.search(plain.replace(b" ", b"")) is not None
 
 
 def without_parameters(value: bytes) -> bytes:

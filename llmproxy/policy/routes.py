@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import dialect_of_path
+from llmproxy.dialects.json_spans import BodyError
+from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
@@ -26,6 +28,12 @@ from llmproxy.policy.auth import KeyPlaces, cut_keys
 from llmproxy.upstream.client import credential_field
 
 _ANY_MODEL = ("*",)
+
+Named = str | None | Literal[False]
+"""A model; None if a request has no body and its target names none; False if its body names none.
+
+A provider takes some model of its own for a body that names none, so only ``*`` covers that.
+"""
 
 _MOST_KNOWN = 1024
 _LONGEST_KNOWN = 256
@@ -73,8 +81,18 @@ class RouteMatch(NamedTuple):
     query: bytes
 
     def target(self, candidate: Candidate) -> bytes:
-        """Return path and query for this candidate, byte for byte."""
-        return (candidate.base + self.path or b"/") + self.query
+        """Return path and query for this candidate, byte for byte but for an overridden model.
+
+        Raises:
+            ProxyError: 400, where the path names a model in a way that cannot be overridden.
+        """
+        path = candidate.base + self.path or b"/"
+        if candidate.model is not None:
+            try:
+                path = replaced(path, candidate.model)
+            except BodyError as error:
+                raise ProxyError(400, "bad_path", str(error)) from error
+        return path + self.query
 
 
 class _Prepared(NamedTuple):
@@ -86,7 +104,12 @@ class _Prepared(NamedTuple):
     path: bytes
     prefix: bytes
     hosts: frozenset[str] | None
-    allows: Callable[[str | None], bool]
+    allows: Callable[[Named], bool]
+
+    @property
+    def joins_model(self) -> bool:
+        """Whether the provider's own path may make a model of what a request's path begins with."""
+        return any(len(one.base) > 1 for one in self.candidates)
 
     @property
     def needs_model(self) -> bool:
@@ -105,13 +128,16 @@ class _Clients:
         self.are_restricted = any(one.models != _ANY_MODEL for one in config.clients.values())
         self._models = {one.name: _matcher(one.models) for one in config.clients.values()}
 
-    def permit(self, client: Client, route: Route, models: tuple[str | None, ...]) -> None:
+    def permit(self, client: Client, route: Route, models: tuple[Named, ...]) -> None:
         """Refuse a client that may not use the route, or one of the models, with a 403."""
         if "*" not in client.routes and route.name not in client.routes:
             raise ProxyError(403, "route_forbidden", "This client may not use this route.")
         allows = self._models.get(client.name)
         if allows is not None and not all(map(allows, models)):
-            raise ProxyError(403, "model_forbidden", "This client may not use this model.")
+            text = "This client may not use this model."
+            if models == (False,):
+                text = "The request must name a model that this client may use."
+            raise ProxyError(403, "model_forbidden", text)
 
 
 class PathMatch:
@@ -122,6 +148,7 @@ class PathMatch:
             that of the API which the path looks like (design 8).
         body_limit: the most bytes that any route here takes as a request body.
         keys: where callers' keys stand on the first route here.
+        may_add: whether something may be added to a request body on some route here.
     """
 
     def __init__(
@@ -130,6 +157,7 @@ class PathMatch:
         self._found = found
         self._clients = clients
         self._needs_model = any(one.needs_model for one in found)
+        self.may_add = any(one.route.include_usage == "inject" for one in found)
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
@@ -153,28 +181,41 @@ class PathMatch:
         if not self._found:
             raise _no_route(path_known=False)
 
-    def choose(self, client: Client, target: bytes, models: tuple[str, ...]) -> RouteMatch:
+    def choose(
+        self, client: Client, target: bytes, models: tuple[Named, ...], *, reads_list: bool = False
+    ) -> RouteMatch:
         """Return where a request goes.
 
         Args:
             client: who calls.
             target: path and query, as the request has them; the path is this one.
-            models: every model that the request names; the first decides, all must be allowed.
+            models: every model that the request names, or what stands for none (none at all is
+                ``(None,)``); the route must take all of them, and the client may use them.
+            reads_list: the request reads a list of models, which needs no model.
 
         Raises:
             ProxyError: 404 where no route matches, 403 where the client may not use the route or
                 model.
         """
-        named: tuple[str | None, ...] = models or (None,)
-        for one in self._found:
-            if one.allows(named[0]):
-                break
+        models = models or (None,)
+        found = self._found
+        if reads_list and found:  # the longest path, and of its routes one that needs no model
+            found = [one for one in found if one.path == found[0].path]
+            one = next((one for one in found if one.allows(None)), found[0])
         else:
-            raise _no_route(path_known=bool(self._found))
-        self._clients.permit(client, one.route, named)
+            for one in found:
+                if all(map(one.allows, models)):
+                    break
+            else:
+                raise _no_route(path_known=bool(found))
         path, mark, query = cut_keys(target, one.candidates[0].keys.query)[1].partition(b"?")
         if one.route.strip and one.path != b"/":
             path = path[len(one.path) :]
+        if one.joins_model and not reads_list and self.needs_model(client):
+            models = _joined(one, path, models)
+            if not all(map(one.allows, models)):
+                raise _no_route(path_known=True)
+        self._clients.permit(client, one.route, () if reads_list else models)
         return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query)
 
 
@@ -255,10 +296,21 @@ def _rank(one: _Prepared) -> tuple[int, int]:
     return -len(one.prefix), -said
 
 
-def _matcher(patterns: Iterable[str]) -> Callable[[str | None], bool]:
-    """Return a test for a model, or for None where a request names no model."""
+def _joined(one: _Prepared, path: bytes, models: tuple[Named, ...]) -> tuple[Named, ...]:
+    """Return the models with those that a provider reads in its own path and the request's."""
+    try:
+        names = [name for to in one.candidates for name in path_models(to.base + path).names]
+    except BodyError as error:
+        raise ProxyError(400, "bad_path", str(error)) from error
+    if not names:
+        return models
+    return tuple(dict.fromkeys((*(name for name in models if isinstance(name, str)), *names)))
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[Named], bool]:
+    """Return a test for a model, or for what stands for none."""
     patterns = tuple(patterns)
-    unnamed = "*" in patterns or "-" in patterns
+    unnamed = "-" in patterns
     if "*" in patterns:
         return lambda model: True
     expression = "|".join(
@@ -267,7 +319,13 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str | None], bool]:
         if pattern != "-"
     )
     named = re.compile(expression or r"(?!)", re.DOTALL)
-    return lambda model: unnamed if model is None else named.fullmatch(model) is not None
+
+    def allows(model: Named) -> bool:
+        if model is None or model is False:
+            return unnamed and model is None
+        return named.fullmatch(model) is not None
+
+    return allows
 
 
 def _no_route(*, path_known: bool) -> ProxyError:

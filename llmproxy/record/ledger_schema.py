@@ -83,8 +83,9 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX sessions_by_last_time ON sessions (last_time)",
         _FIRST_SESSIONS,
     ),
+    ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
 )
-"""The statements of each step: the first makes the traces, the second their sessions."""
+"""The statements of each step: the traces, their sessions, where a request named its model."""
 
 
 class LedgerError(OSError):

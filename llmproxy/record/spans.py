@@ -83,6 +83,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.paused_s", "paused_s", _double),
     ("llmproxy.usage", "usage", _string),
     ("llmproxy.on_disconnect", "on_disconnect", _string),
+    ("llmproxy.model_from", "model_from", _string),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 

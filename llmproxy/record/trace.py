@@ -85,6 +85,7 @@ class Trace(msgspec.Struct, kw_only=True):
     usage: str | None = None
     degraded: list[str] = msgspec.field(default_factory=list)
     on_disconnect: str | None = None
+    model_from: str | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET

@@ -204,6 +204,17 @@ class Request(server.Request):
         if not self.site.memory.assign(self, owner):
             raise memory_full()
 
+    def hold(self, count: int) -> None:
+        """Count so many bytes more that are held with the whole body, until that is let go of.
+
+        Raises:
+            ProxyError: 503, where there is no room for them.
+        """
+        memory = self.site.memory
+        if not memory.hold(self, count):
+            raise memory_full()
+        memory.complete(self)
+
     def release(self) -> None:
         """Let go of the body; what it held counts no more."""
         if self.held:

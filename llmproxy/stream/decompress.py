@@ -1,4 +1,6 @@
-"""Decompresses the tap's copy of a body, piece by piece: gzip, deflate, brotli and zstd.
+"""Decompresses a copy of a body, piece by piece: gzip, deflate, brotli and zstd.
+
+The tap reads a response from such a copy, and the gateway a request that it must look inside.
 
 Brotli and zstd need the extra ``codings``; from Python 3.14 on, zstd does not.  The output comes in
 bounded pieces.  A body has a credit of work, which time brings; one that asks for more
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
 try:
@@ -44,6 +46,10 @@ of the reactor.  So a body has 15 ms at once, and a sixth of the reactor in the 
 well it is compressed.
 """
 
+_RATIO = 100
+_ALLOWANCE = 1024**2
+"""A request's body may grow to this and a hundred times its size."""
+
 _ZSTD_WINDOW_LOG = 23
 
 
@@ -52,7 +58,11 @@ class BadCoding(Exception):
 
 
 class Bomb(Exception):
-    """The body makes too much work for the time in which it came."""
+    """The body makes too much work for the time in which it came, or for its size."""
+
+
+class TooLong(Exception):
+    """The body is longer than is allowed."""
 
 
 class _Decoder(Protocol):
@@ -83,6 +93,8 @@ class _Decoder(Protocol):
 class Decompressor:
     """Decompresses one body.
 
+    ``_alone``: a second member is refused, and so are bytes behind the end.
+
     Args:
         coding: the value of Content-Encoding, one coding.
         clock: monotonic seconds.
@@ -90,6 +102,8 @@ class Decompressor:
     Raises:
         BadCoding: the coding is not known here.
     """
+
+    _alone = False
 
     def __init__(self, coding: bytes, clock: Callable[[], float]) -> None:
         known = _CODINGS.get(coding.strip(b" \t").lower())
@@ -141,7 +155,9 @@ class Decompressor:
             if self._decoder.is_over:
                 data = self._decoder.rest
                 self._decoder = None
-                self._is_over = not self._coding.has_members
+                self._is_over = self._alone or not self._coding.has_members
+        if data and self._alone:
+            raise BadCoding("more than one member")
 
     def _member(self, decoder: _Decoder, data: bytes) -> Iterator[bytes]:
         while True:
@@ -270,3 +286,69 @@ def _codings() -> dict[bytes, _Coding]:
 
 
 _CODINGS = _codings()
+
+KNOWN_CODINGS = tuple(coding for coding in _CODINGS if not coding.startswith(b"x-"))
+"""The codings that are known here, as ``Accept-Encoding`` lists them."""
+
+
+class _WholeBody(Decompressor):
+    """Decompresses a body that is there as a whole; its work is bounded by its size.
+
+    Readers differ in what they do with a second member, and with bytes behind the end: in a request
+    there must be none.
+
+    Attributes:
+        taken: how many bytes of the body were fed.
+    """
+
+    _alone = True
+
+    def __init__(self, coding: bytes) -> None:
+        super().__init__(coding, lambda: 0.0)
+        self.taken = 0
+        self._given = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the one member has ended."""
+        return self._is_over
+
+    def spend(self, cost: int) -> None:
+        """Count output."""
+        self._given += cost
+        if self._given > _ALLOWANCE + _RATIO * self.taken:
+            raise Bomb
+
+
+def decompressed(
+    body: bytes, coding: bytes, most: int, hold: Callable[[int], None]
+) -> Generator[None, None, bytes]:
+    """Decompress a whole body in short steps.
+
+    Args:
+        body: one member in the coding, and nothing behind it.
+        coding: one coding.
+        most: bytes that the result may have.
+        hold: called with the length of each piece of the result before it is kept.
+
+    Raises:
+        BadCoding: the coding is not known here, or ``body`` is not whole in it.
+        Bomb: there is too much output.
+        TooLong: there is more of it than ``most``.
+    """
+    decompressor = _WholeBody(coding)
+    pieces: list[bytes] = []
+    length = 0
+    for at in range(0, len(body), _IN):
+        decompressor.taken = min(at + _IN, len(body))
+        for piece in decompressor.feed(body[at : at + _IN]):
+            length += len(piece)
+            if length > most:
+                raise TooLong
+            hold(len(piece))
+            pieces.append(piece)
+            yield
+        yield
+    if not decompressor.is_whole:
+        raise BadCoding("the body is cut")
+    return b"".join(pieces)

@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.include_usage import ask_for_usage
-from llmproxy.dialects.json_body import inspect_json, replace_model
+from llmproxy.dialects.include_usage import OPTIONS_BYTES, usage_edit
+from llmproxy.dialects.json_body import inspect_json
+from llmproxy.dialects.json_spans import Edit, edited, finish
 from tests.support.written_json import TEXT, VALUES, write
 
 CHAT = b"/v1/chat/completions"
 ADDED = b',"stream_options":{"include_usage":true}'
 
 
-def asked(body: bytes, target: bytes = CHAT) -> bytes:
-    """Return what an OpenAI provider gets."""
-    return ask_for_usage(body, Dialect.OPENAI, target)
+def asked(body: bytes, target: bytes = CHAT, dialect: Dialect = Dialect.OPENAI) -> bytes:
+    """Return what a provider gets."""
+    edit = finish(usage_edit(body, dialect, target))
+    return body if edit is None else edited(body, [edit])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,14 @@ def test_other_endpoints_are_left_alone(target: bytes) -> None:
 @pytest.mark.parametrize("dialect", [d for d in Dialect if d is not Dialect.OPENAI])
 def test_other_dialects_are_left_alone(dialect: Dialect) -> None:
     """No other dialect knows the option, whatever the path says."""
-    assert ask_for_usage(b'{"stream":true}', dialect, CHAT) == b'{"stream":true}'
+    assert asked(b'{"stream":true}', dialect=dialect) == b'{"stream":true}'
+
+
+def test_options_of_many_bytes_are_left_alone() -> None:
+    """They would have to be read in one step; no API has such options."""
+    for size in (OPTIONS_BYTES - 8, OPTIONS_BYTES - 7):
+        body = b'{"stream":true,"stream_options":{"x":"%b"}}' % (b"x" * size)
+        assert (asked(body) == body) is (size + 8 > OPTIONS_BYTES)
 
 
 _OPTIONS = st.fixed_dictionaries(
@@ -211,14 +220,18 @@ def test_any_body_says_the_same_and_the_option(value: dict[str, Any], rng: rando
 def test_option_goes_with_an_override(
     value: dict[str, Any], rng: random.Random, model: str
 ) -> None:
-    """After the model was replaced the rest is added to as if it had always stood there."""
+    """Both are done at once, in either order in the body, as if one after the other."""
     value = {**value, "model": "old"}
     before = write(value, rng).encode()
     span = inspect_json(before).model_span
     assert span is not None
-    overridden = replace_model(before, span, model)
+    edits = [Edit(span, json.dumps(model).encode())]
+    overridden = edited(before, edits)
+    if (usage := finish(usage_edit(before, Dialect.OPENAI, CHAT))) is not None:
+        edits.append(usage)
 
-    assert json.loads(asked(overridden)) == {**json.loads(asked(before)), "model": model}
+    assert edited(before, edits) == asked(overridden)
+    assert json.loads(edited(before, edits)) == {**json.loads(asked(before)), "model": model}
 
 
 @given(st.binary(max_size=80) | st.binary(max_size=40).map(lambda b: b'{"stream":true,' + b))

@@ -5,13 +5,31 @@ from __future__ import annotations
 import pytest
 
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.json_spans import BodyError
-from llmproxy.dialects.request import is_held, read_request
+from llmproxy.dialects.json_spans import BodyError, finish
+from llmproxy.dialects.request import (
+    RequestFacts,
+    UnknownBody,
+    is_held,
+    is_readable,
+    reads_list,
+    usual_request,
+)
+from llmproxy.dialects.request import read_request as read_in_steps
 
 JSON = b"application/json"
 BODY = b'{"model": "m", "stream": true}'
 FORM = b"multipart/form-data; boundary=x"
 FORM_BODY = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x--\r\n'
+
+
+def read_request(
+    kind: bytes | None, body: bytes, target: bytes, *, strict: bool = False
+) -> RequestFacts:
+    """Return what a request asks for; a usual one is read alike in both ways."""
+    facts = finish(read_in_steps(kind, body, target, strict=strict))
+    usual = usual_request(kind, body, target)
+    assert usual is None or usual == facts
+    return facts
 
 
 @pytest.mark.parametrize(
@@ -60,30 +78,118 @@ def test_other_bodies_are_opaque(kind: bytes | None, body: bytes) -> None:
 
 
 def test_a_form_names_its_model() -> None:
-    """The field ``model`` of a multipart form counts; there is nothing to override."""
+    """The field ``model`` of a multipart form counts, and can be overridden."""
     facts = read_request(FORM, FORM_BODY, b"/v1/audio")
 
-    assert (facts.model, facts.json, facts.model_span) == ("whisper", False, None)
+    assert (facts.model, facts.source, facts.json) == ("whisper", "form", False)
+    assert facts.model_span is not None
+    assert FORM_BODY[slice(*facts.model_span)] == b"whisper"
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "path", "models"),
+    ("kind", "body", "target", "models", "source"),
     [
-        (JSON, b"{}", b"/deployments/d/chat", ("d",)),
-        (None, b"", b"/v1/models/g:generate", ("g",)),
-        (JSON, BODY, b"/deployments/d/chat", ("m", "d")),
-        (JSON, BODY, b"/deployments/m/chat", ("m",)),
-        (FORM, FORM_BODY, b"/deployments/d/audio", ("whisper", "d")),
+        (JSON, b"{}", b"/deployments/d/chat", ("d",), "path"),
+        (None, b"", b"/v1/models/g:generate", ("g",), "path"),
+        (JSON, BODY, b"/deployments/d/chat", ("m", "d"), "body"),
+        (JSON, BODY, b"/deployments/m/chat", ("m",), "body"),
+        (FORM, FORM_BODY, b"/deployments/d/audio", ("whisper", "d"), "form"),
+        (JSON, BODY, b"/deployments/d%2Fe/chat?model=q", ("m", "d/e", "d", "q"), "body"),
+        (None, b"", b"/v1/realtime?model=q", ("q",), "query"),
+        (JSON, b"{}", b"/v1/models", (), None),
+        (None, b"", b"/v1/models", (), None),
     ],
 )
-def test_the_path_names_models_too(
-    kind: bytes | None, body: bytes, path: bytes, models: tuple[str, ...]
+def test_the_target_names_models_too(
+    kind: bytes | None, body: bytes, target: bytes, models: tuple[str, ...], source: str | None
 ) -> None:
     """What the body names comes first; what both name counts once."""
-    facts = read_request(kind, body, path)
+    facts = read_request(kind, body, target)
 
-    assert facts.models == models
-    assert facts.model == models[0]
+    assert (facts.models, facts.source) == (models, source)
+    assert facts.model == (models[0] if models else None)
+    assert facts.in_query is (b"?" in target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"application/octet-stream", BODY),
+        (b"application/json\xa0", BODY),
+        (b"application/json, a/b", BODY),
+        (b"a/b, application/json", BODY),
+        (b"application/a/b+json", BODY),
+        (b"application/json; charset=utf-7", BODY),
+        (b"application/json; charset=utf-8; charset=utf-16", BODY),
+        (b"application/json; charset*=utf-7''", BODY),
+        (FORM + b"; charset=utf-7", FORM_BODY),
+        (b"multipart/mixed; boundary=x", FORM_BODY),
+        (b"audio/wav", b"RIFF"),
+        (b"text/plain", b"model=m"),
+        (b"application/x-www-form-urlencoded", b"model=m&stream=true"),
+        (None, b"hello {"),
+        (None, '{"model":"m"}'.encode("utf-16")),
+    ],
+)
+def test_where_the_model_matters_nothing_is_left_unread(kind: bytes | None, body: bytes) -> None:
+    """A body of which it is not sure how a provider reads it is refused; elsewhere it crosses."""
+    with pytest.raises(UnknownBody):
+        read_request(kind, body, b"/", strict=True)
+    if kind != FORM + b"; charset=utf-7":
+        read_request(kind, body, b"/")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (JSON, BODY),
+        (b'application/json; charset="UTF-8"', BODY),
+        (b"application/json;charset=utf8;x=y", BODY),
+        (None, BODY),
+        (b"text/plain", BODY),
+        (b"text/plain", b" " * 100 + BODY),
+        (FORM, FORM_BODY.replace(b"whisper", b"m")),
+    ],
+)
+def test_where_the_model_matters_what_is_understood_is_read(
+    kind: bytes | None, body: bytes
+) -> None:
+    """JSON and forms in UTF-8 are, under the types that curl and old SDKs give to JSON, too."""
+    assert read_request(kind, body, b"/", strict=True).model == "m"
+
+
+def test_where_the_model_matters_its_name_has_one_spelling() -> None:
+    """Go's reader takes ``Model`` for it, others do not."""
+    with pytest.raises(BodyError, match="lower case"):
+        read_request(JSON, b'{"Model":"m"}', b"/", strict=True)
+    assert read_request(JSON, b'{"Model":"m"}', b"/").models == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "reads"),
+    [
+        (b"GET", b"/v1/models", True),
+        (b"HEAD", b"/openai/models/", True),
+        (b"GET", b"/api/tags", True),
+        (b"GET", b"/v1/models/m", False),
+        (b"GET", b"/tags", False),
+        (b"GET", b"/v1/mymodels", False),
+        (b"POST", b"/v1/models", False),
+        (b"DELETE", b"/v1/models", False),
+    ],
+)
+def test_what_reads_a_list_of_models(method: bytes, path: bytes, reads: bool) -> None:
+    """Of OpenAI, Anthropic and Gemini, and of Ollama."""
+    assert reads_list(method, path) is reads
+
+
+@pytest.mark.parametrize(
+    ("kind", "readable"),
+    [(JSON, True), (None, True), (FORM, True), (b"audio/wav", False), (b"multipart/mixed", False)],
+)
+def test_which_types_are_read(kind: bytes | None, readable: bool) -> None:
+    """JSON, what is perhaps JSON, and forms."""
+    assert is_readable(kind) is readable
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_a_record_tells_the_whole_story() -> None:
         "method": "POST",
         "path": "/p/v1",
         "model": "m",
+        "model_from": "body",
         "stream": True,
         "status": 200,
         "end_reason": "complete",
@@ -431,6 +432,7 @@ def test_an_encoded_body_is_refused_if_the_model_matters() -> None:
     )
     for played in (strict, easy):
         played.call("POST", "/p", "Content-Encoding: gzip", body=b"\x1f\x8b")
+        played.clock.advance(0)  # a coded body is read a turn later
     assert strict.got()[0] == 415
     assert strict.trace().error == "encoded_body"
     assert easy.asked.body == b"\x1f\x8b"

@@ -19,9 +19,13 @@ def route(path: str, name: str, more: str = "") -> str:
     return route_table(path, name, f'name = "{name}"', more)
 
 
+JSON = "Content-Type: application/json"
+
 CONFIG = "".join(
     [
-        *map(provider, ("short", "long", "host", "model", "both", "gpt", "unnamed", "root")),
+        *map(
+            provider, ("short", "long", "host", "model", "both", "gpt", "unnamed", "root", "listed")
+        ),
         *map(provider, ("override", "first", "second")),
         provider("local", "ollama"),
         route("/v", "short"),
@@ -36,7 +40,12 @@ CONFIG = "".join(
         route("/over", "override", '[routes.override]\noverride = { model = "new \\"m\\" ü" }'),
         route("/local", "local"),
         route("/", "root"),
-        client_config("limited", "limited-key", 'routes = ["short", "gpt"]\nmodels = ["ok-*"]'),
+        route("/listed", "listed", 'models = ["gpt-*"]'),
+        provider("azure"),
+        route("/azure", "azure", '[routes.override]\nazure = { model = "prod" }'),
+        client_config(
+            "limited", "limited-key", 'routes = ["short", "gpt", "listed"]\nmodels = ["ok-*"]'
+        ),
         client_config("nameless", "nameless-key", 'models = ["-"]'),
     ]
 )
@@ -85,12 +94,27 @@ def test_the_longest_path_wins_then_the_route_that_says_more(
 
 
 def test_a_request_that_names_no_model_needs_a_route_for_that(live: LiveProxy) -> None:
-    """`-` and `*` take it; a route for other models does not."""
-    assert picked(live.ask(request("GET", "/only/models"))) == "unnamed"
-    assert picked(live.ask(post("/only/x", b'{"model":null}'))) == "unnamed"
+    """`-` takes it if it has no body; a route for some models does not, one for all does."""
+    assert picked(live.ask(request("GET", "/only/models/x"))) == "unnamed"
+    assert picked(live.ask(request("DELETE", "/only/x"))) == "unnamed"
     assert picked(live.ask(request("GET", "/v/x"))) == "short"
-    got = live.get(post("/only/x", model("claude")))
-    assert got.status in (200, 404)
+    assert picked(live.ask(post("/v/x", b'{"model":null}'))) == "short"
+    for body in (b'{"model":null}', b"{}", b"[]", model("claude")):
+        assert picked(live.ask(post("/only/x", body))) == "root"
+
+
+def test_a_list_of_models_needs_no_model(live: LiveProxy) -> None:
+    """Whoever may use the route may read it, also where no route has `-`."""
+    for target in ("/listed/v1/models", "/listed/api/tags", "/v/v1/models?limit=5"):
+        sent = request("GET", target, "x-llmproxy-key: limited-key")
+        expected = "listed" if "listed" in target else "short"
+        assert picked(live.ask(sent)) == expected
+    got = live.reject(request("GET", "/v/deep/models", "x-llmproxy-key: limited-key"))
+    assert got.error == "route_forbidden"
+    got = live.reject(request("GET", "/v/v1/models/x", "x-llmproxy-key: limited-key"))
+    assert got.error == "model_forbidden"
+    sent = request("GET", "/v/v1/models", "x-llmproxy-key: limited-key", JSON, body=b"{}")
+    assert live.reject(sent).error == "model_forbidden"
 
 
 @pytest.mark.parametrize(
@@ -160,15 +184,116 @@ def test_an_override_inserts_nothing(live: LiveProxy) -> None:
         ("limited-key", "/v/x", b"{}", 403, [b"model_forbidden"]),
         ("limited-key", "/v/deep/x", model("ok-1"), 403, [b"route_forbidden"]),
         ("limited-key", "/v/deployments/bad/x", model("ok-1"), 403, [b"model_forbidden"]),
-        ("nameless-key", "/v/x", b"{}", 200, []),
+        ("limited-key", "/v/deployments%2Fbad/x", model("ok-1"), 403, [b"model_forbidden"]),
+        ("limited-key", "/v/deployments//bad/x", model("ok-1"), 403, [b"model_forbidden"]),
+        ("limited-key", "/v/deployments;a=b/bad/x", model("ok-1"), 403, [b"model_forbidden"]),
+        ("limited-key", "/v/deployments/ok-2/x", model("ok-1"), 200, []),
+        ("limited-key", "/v/x?model=bad", model("ok-1"), 403, [b"model_forbidden"]),
+        ("limited-key", "/v/x", b'{"Model":"ok-1"}', 400, [b"bad_body"]),
+        ("nameless-key", "/v/x", b"{}", 403, [b"model_forbidden"]),
         ("nameless-key", "/v/x", model("any"), 403, [b"model_forbidden"]),
     ],
 )
 def test_a_client_may_use_its_routes_and_models_alone(
     live: LiveProxy, key: str, target: str, body: bytes, status: int, reason: list[bytes]
 ) -> None:
-    """403, whichever of body and path names the model that is not allowed."""
+    """403, whichever of body, path and query names the model that is not allowed."""
     sent = post(target, body, f"x-llmproxy-key: {key}")
     got = live.ask(sent)[1] if status == 200 else live.reject(sent)
     assert got.status == status
     assert got.values(b"x-llmproxy-error") == reason
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
+FORM_TYPE = "Content-Type: multipart/form-data; boundary=b"
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "before", "sent_to", "after"),
+    [
+        ("/azure/x", JSON, model("big"), "/x", model("prod")),
+        (
+            "/azure/deployments/big/x?a=1",
+            JSON,
+            model("big"),
+            "/deployments/prod/x?a=1",
+            model("prod"),
+        ),
+        ("/azure/deployments/big/x", JSON, b"{}", "/deployments/prod/x", b"{}"),
+        ("/azure/models/big:chat", JSON, model("a"), "/models/prod:chat", model("prod")),
+        ("/azure/audio", FORM_TYPE, FORM % b"big", "/audio", FORM % b"prod"),
+        ("/azure/audio", FORM_TYPE, b"--b--\r\n", "/audio", b"--b--\r\n"),
+        ("/azure/x", "Content-Type: text/plain", model("big"), "/x", model("prod")),
+        ("/azure/x", "X-No: type", model("big"), "/x", model("prod")),
+    ],
+)
+def test_every_place_of_a_model_is_overridden(
+    live: LiveProxy, target: str, kind: str, before: bytes, sent_to: str, after: bytes
+) -> None:
+    """Body, form and path name the candidate's own model, and nothing else of them changes."""
+    received, got = live.ask(request("POST", target, kind, body=before))
+
+    assert (received.target.decode(), received.body) == (sent_to, after)
+    assert received.values(b"content-length") == [b"%d" % len(after)]
+    assert got.status == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "body", "status", "reason"),
+    [
+        ("/azure/x?model=big", [JSON], model("big"), 400, "bad_query"),
+        ("/azure/deployments%2Fbig/x", [JSON], model("big"), 400, "bad_path"),
+        ("/azure/deployments//big/x", [JSON], model("big"), 400, "bad_path"),
+        ("/azure/deployments/a/deployments/b", [JSON], model("big"), 400, "bad_path"),
+        ("/azure/x", ["Content-Type: application/octet-stream"], model("a"), 415, "unread_body"),
+        ("/azure/x", ["Content-Type: audio/wav"], b"RIFF", 415, "unread_body"),
+        ("/azure/x", ["Content-Type: application/json, a/b"], model("a"), 415, "unread_body"),
+        ("/azure/x", ["Content-Type: application/json\xa0"], model("a"), 415, "unread_body"),
+        ("/azure/x", [JSON + "; charset=utf-7"], model("a"), 415, "unread_body"),
+        ("/azure/x", ["Content-Type: text/plain"], b"model=a", 415, "unread_body"),
+        ("/azure/x", [], "{}".encode("utf-16"), 415, "unread_body"),
+        ("/azure/x", [JSON], b'{"Model":"a"}', 400, "bad_body"),
+        ("/azure/x", [FORM_TYPE], model("a"), 400, "bad_body"),
+        ("/azure/x", [JSON, "Connection: Content-Type"], model("a"), 400, "bad_header"),
+        ("/v/x", [JSON, "Connection: x, content-encoding"], model("a"), 400, "bad_header"),
+    ],
+)
+def test_what_a_provider_might_read_otherwise_is_refused(
+    live: LiveProxy, target: str, fields: list[str], body: bytes, status: int, reason: str
+) -> None:
+    """Where the model is overridden, it must be sure which one the provider reads."""
+    got = live.reject(request("POST", target, *fields, body=body))
+
+    assert (got.status, got.error) == (status, reason)
+    if status == 415:
+        assert got.values(b"accept") == [b"application/json, multipart/form-data"]
+
+
+def test_a_body_that_nobody_reads_is_refused_before_it_comes(live: LiveProxy) -> None:
+    """A client that announces it and waits gets the 415 at once, and no other client does."""
+    length = "Content-Length: 1000000"
+    sent = request("POST", "/azure/x", "Content-Type: audio/wav", length, "Expect: 100-continue")
+    assert live.get(sent).error == "unread_body"
+    sent = request("POST", "/local/x", "Content-Type: audio/wav", body=b"RIFF")
+    assert live.ask(sent)[0].body == b"RIFF"
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "body", "source"),
+    [
+        ("/local/x", [JSON], model("m"), "body"),
+        ("/local/deployments/m/x", [JSON], model("m"), "body"),
+        ("/local/deployments/m/x", [JSON], b"{}", "path"),
+        ("/local/x?model=m", [JSON], b"{}", "query"),
+        ("/over/audio", [FORM_TYPE], FORM % b"m", "form"),
+    ],
+)
+def test_the_record_says_what_decided_the_model(
+    live: LiveProxy, target: str, fields: list[str], body: bytes, source: str
+) -> None:
+    """Its name, and where it stood."""
+    record = live.trace(live.ask(request("POST", target, *fields, body=body))[1])
+
+    assert (record["model"], record["model_from"]) == ("m", source)
+    nothing = live.trace(live.ask(request("GET", "/local/x"))[1])
+    assert (nothing["model"], nothing["model_from"]) == (None, None)

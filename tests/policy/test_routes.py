@@ -9,7 +9,7 @@ import pytest
 from llmproxy.config import Client, parse
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ProxyError
-from llmproxy.policy.routes import RouteMatch, Routes, refuse_dots
+from llmproxy.policy.routes import Named, RouteMatch, Routes, refuse_dots
 
 KEY = "sha256:" + hashlib.sha256(b"key").hexdigest()
 
@@ -20,13 +20,18 @@ class Routing(Routes):
     client: Client
 
     def to(
-        self, target: bytes, *models: str, host: str = "h", client: Client | None = None
+        self,
+        target: bytes,
+        *models: Named,
+        host: str = "h",
+        client: Client | None = None,
+        reads_list: bool = False,
     ) -> RouteMatch:
         """Return where a request goes."""
         place = self.at(target.partition(b"?")[0], host)
-        return place.choose(client or self.client, target, models)
+        return place.choose(client or self.client, target, models, reads_list=reads_list)
 
-    def refusal(self, target: bytes, *models: str, host: str = "h") -> ProxyError:
+    def refusal(self, target: bytes, *models: Named, host: str = "h") -> ProxyError:
         """Return why a request goes nowhere."""
         with pytest.raises(ProxyError) as caught:
             self.to(target, *models, host=host)
@@ -170,33 +175,92 @@ def test_hosts_are_compared_where_a_route_names_some() -> None:
 @pytest.mark.parametrize(
     ("patterns", "good", "bad"),
     [
-        ('["*"]', ["m", "", "a\nb", None], []),
-        ('["m"]', ["m"], ["M", "mm", "m\n", "", None]),
+        ('["*"]', ["m", "", "a\nb", None, False], []),
+        ('["m"]', ["m"], ["M", "mm", "m\n", "", None, False]),
         ('["gpt-*"]', ["gpt-", "gpt-4", "gpt-a\nb"], ["gpt", "xgpt-4", None]),
         ('["*-mini", "a*b*c"]', ["x-mini", "abc", "aXbYc"], ["mini", "acb", None]),
         ('["g.t", "[ab]+"]', ["g.t", "[ab]+"], ["gpt", "a", None]),
-        ('["-"]', [None], ["m", "-", ""]),
-        ('["m", "-"]', [None, "m"], ["n", "-"]),
+        ('["-"]', [None], ["m", "-", "", False]),
+        ('["m", "-"]', [None, "m"], ["n", "-", False]),
     ],
 )
-def test_model_patterns(patterns: str, good: list[str | None], bad: list[str | None]) -> None:
-    """``*`` stands for anything, ``-`` for no model, everything else for itself."""
+def test_model_patterns(patterns: str, good: list[Named], bad: list[Named]) -> None:
+    """``*`` stands for anything, ``-`` for no body, everything else for itself."""
     routed = configured(f'path = "/a"\nmodels = {patterns}')
     allowed = configured('path = "/a"', client=f"models = {patterns}")
     for routing, status in ((routed, 404), (allowed, 403)):
         for model in good:
-            assert routing.to(b"/a", *([] if model is None else [model])).route.name == "a"
+            assert routing.to(b"/a", model).route.name == "a"
         for model in bad:
-            assert routing.refusal(b"/a", *([] if model is None else [model])).status == status
+            assert routing.refusal(b"/a", model).status == status
+        if None in good:
+            assert routing.to(b"/a").route.name == "a"
 
 
-def test_the_first_model_routes_and_all_must_be_allowed() -> None:
+def test_all_models_must_be_allowed() -> None:
     """A path cannot smuggle in a model that the body does not name, nor the other way round."""
-    routing = configured('path = "/a"\nmodels = ["x"]', client='models = ["x", "y"]')
+    routing = configured('path = "/a"\nmodels = ["x", "y"]', client='models = ["x", "z"]')
 
-    assert routing.to(b"/a", "x", "y").route.name == "a"
-    assert routing.refusal(b"/a", "x", "z").status == 403
-    assert routing.refusal(b"/a", "y", "x").status == 404
+    assert routing.to(b"/a", "x", "x").route.name == "a"
+    for models in (("x", "y"), ("y", "x")):
+        assert routing.refusal(b"/a", *models).status == 403
+    for models in (("x", "z"), ("z", "x")):
+        assert routing.refusal(b"/a", *models).status == 404
+
+
+def test_a_list_is_read_by_whoever_may_use_the_route() -> None:
+    """The route that takes a request without a model comes first, or else any at the path."""
+    routing = configured(
+        'path = "/a"\nname = "few"\nmodels = ["x"]',
+        'path = "/b"\nname = "one"\nmodels = ["y"]',
+        'path = "/b"\nname = "two"',
+        client='models = ["x"]\nroutes = ["few", "two"]',
+    )
+
+    assert routing.to(b"/a", None, reads_list=True).route.name == "few"
+    assert routing.to(b"/b", None, reads_list=True).route.name == "two"
+    for target, status in ((b"/c", 404), (b"/a", 404)):
+        assert routing.refusal(target, None).status == status
+
+
+@pytest.mark.parametrize("base", ["/openai/deployments", "/openai/deployments/", "/x/models"])
+def test_what_a_path_says_behind_the_providers_own_counts(base: str) -> None:
+    """A provider's URL may end where the name of a model begins."""
+    routing = configured(
+        'path = "/a"\nproviders = ["az"]\nmodels = ["x", "y"]',
+        'path = "/over"\nproviders = ["az"]\n[routes.override]\naz = { model = "prod" }',
+        provider=f'[providers.az]\nurl = "https://az.example{base}"\ndialect = "openai"',
+        client='models = ["x", "z"]',
+    )
+
+    path = b"/a/%b:chat" if base.endswith("models") else b"/a/%b/chat"
+    assert routing.to(path % b"x", "x").route.name == "a"
+    assert routing.refusal(path % b"y", "x").status == 403
+    assert routing.refusal(path % b"z", "x").status == 404
+    match = routing.to(path.replace(b"/a", b"/over") % b"x", "x")
+    assert b"prod" in sent_to(match)
+
+
+# --- what is known of places ----------------------------------------------------------------------
+
+
+def test_the_places_that_are_remembered_are_bounded() -> None:
+    """A caller who makes up paths or hosts takes a bounded memory for them."""
+    routing = configured('path = "/a"')
+    for number in range(1500):
+        routing.at(b"/a/%d" % number, "h")
+    assert len(routing._known) == 1024
+    assert routing.at(b"/a/1499", "h").body_limit == routing.at(b"/a/0", "h").body_limit
+
+
+def test_a_long_place_is_not_remembered() -> None:
+    """The memory of one is bounded, too."""
+    routing = configured('path = "/a"')
+    for path, host in ((b"/" * 256, "h"), (b"/a", "h" * 300), (b"/a" * 64, "h" * 128)):
+        routing.at(path, host)
+    assert not routing._known
+    routing.at(b"/a", "h")
+    assert len(routing._known) == 1
 
 
 def test_a_candidate_has_the_model_of_the_override() -> None:

@@ -1,0 +1,91 @@
+"""A look inside a request: what its body and its target ask for, before a route is chosen.
+
+Where the model decides something for this caller and path, a body that is not surely understood is
+refused; elsewhere it crosses unread (ADR-0016).  A body with a Content-Encoding is decoded as a
+bounded copy, and is sent as it came.  What takes longer than a moment is done in steps, over
+several turns of the reactor (``net/turns.py``).
+"""
+
+from __future__ import annotations
+
+from llmproxy.config import Client
+from llmproxy.dialects.json_spans import BodyError, Steps, finish
+from llmproxy.dialects.request import RequestFacts, UnknownBody, read_request, usual_request
+from llmproxy.errors import ProxyError
+from llmproxy.gateway.admission import refuse_unread, unread_body
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.http1.grammar import field_values, list_tokens
+from llmproxy.net.turns import Turns
+from llmproxy.policy.routes import PathMatch
+from llmproxy.server.error_response import too_large
+from llmproxy.server.request import Request
+from llmproxy.stream.decompress import KNOWN_CODINGS, BadCoding, Bomb, TooLong, decompressed
+
+AT_ONCE = 131_072
+"""Bytes of a body that are read in one turn: five milliseconds for the worst."""
+
+
+class Looking:
+    """Looks inside requests.
+
+    Args:
+        turns: does what takes longer.
+    """
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    async def inside(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:
+        """Read what routing needs from the body and the target.
+
+        Raises:
+            ProxyError: 400, 413 or 415.
+        """
+        request, trace = exchange.request, exchange.trace
+        strict = place.needs_model(client)
+        if strict and (request.body or request.upload is not None):
+            refuse_unread(request)
+        exchange.plain = body = request.body
+        kind, facts = request.first.get(b"content-type"), None
+        try:
+            if b"content-encoding" not in request.first or not body:
+                facts = usual_request(kind, body, request.uri)
+            if facts is None:
+                steps = _steps(exchange, place, strict=strict)
+                short = len(body) <= AT_ONCE and b"content-encoding" not in request.first
+                facts = finish(steps) if short else await self._turns.run(steps)
+        except UnknownBody as error:
+            raise unread_body(str(error)) from error
+        except BodyError as error:
+            raise ProxyError(400, "bad_body", str(error)) from error
+        trace.model, trace.model_from = facts.model, facts.source
+        return facts
+
+
+def _steps(exchange: Exchange, place: PathMatch, *, strict: bool) -> Steps[RequestFacts]:
+    request = exchange.request
+    codings = list_tokens(field_values(request.fields, b"content-encoding"))
+    codings = [coding for coding in codings if coding != b"identity"]
+    if codings and request.body:
+        exchange.plain = b""
+        if strict or place.may_add:
+            exchange.plain = yield from _decoded(request, codings, place.body_limit, strict=strict)
+    kind = request.first.get(b"content-type")
+    return (yield from read_request(kind, exchange.plain, request.uri, strict=strict))
+
+
+def _decoded(request: Request, codings: list[bytes], most: int, *, strict: bool) -> Steps[bytes]:
+    """Return the body without its coding; nothing, if it cannot be decoded and need not be."""
+    try:
+        if len(codings) > 1:
+            raise BadCoding("more than one")
+        return (yield from decompressed(request.body, codings[0], most, request.hold))
+    except TooLong:
+        raise too_large(most) from None
+    except (BadCoding, Bomb):
+        if not strict:
+            return b""
+        known = b", ".join(KNOWN_CODINGS)
+        text = "The body must be sent in one of the codings of Accept-Encoding here, or in none."
+        fields = ((b"accept-encoding", known),)
+        raise ProxyError(415, "encoded_body", text, fields=fields) from None

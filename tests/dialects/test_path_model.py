@@ -1,0 +1,135 @@
+"""The models that a target names, as the strictest and the laxest of servers read it."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmproxy.dialects.json_body import MODEL_BYTES
+from llmproxy.dialects.json_spans import BodyError
+from llmproxy.dialects.path_model import path_models, query_models, replaced
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        (b"/openai/deployments/gpt-4o/chat/completions", "gpt-4o"),
+        (b"/v1/engines/davinci/completions", "davinci"),
+        (b"/v1beta/tunedModels/m:generateContent", "m"),
+        (b"/deployments/gpt-4o", "gpt-4o"),
+        (b"/openai/Deploy%6Dents/gpt-4o/x", "gpt-4o"),
+        (b"/deployments/b%C3%A9%20/x", "bé "),
+        (b"/deployments/a:b/x", "a:b"),
+        (b"/v1beta/models/gemini-2.5-pro:streamGenerateContent", "gemini-2.5-pro"),
+        (b"/v1/projects/p/publishers/google/models/m%401:predict", "m@1"),
+        (b"/v1beta/models/gemini%3AgenerateContent", "gemini"),
+        (b"/v1/models/gpt-4", None),
+        (b"/v1/models/ft:gpt-4o:org::abc", None),
+        (b"/v1/models/llama3:8b", None),
+        (b"/v1/models/:generateContent", None),
+        (b"/v1/models", None),
+        (b"/v1/mymodels/m:generateContent", None),
+        (b"/deployments", None),
+        (b"/deployments/", None),
+        (b"/v1/chat/completions", None),
+        (b"", None),
+    ],
+)
+def test_a_path_names_a_deployment_or_a_called_model(path: bytes, model: str | None) -> None:
+    """A deployment's segment and a model with a verb are names; a model's resource is none."""
+    assert path_models(path).names == (() if model is None else (model,))
+    assert (path_models(path).span is None) is (model is None)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (b"/deployments/a/deployments/b", ("a", "b")),
+        (b"/deployments/a%2Fb/x", ("a/b", "a")),
+        (b"/deployments/a%252Fb/x", ("a%2Fb", "a")),
+        (b"/deployments%2Fbig/chat", ("big",)),
+        (b"/deployments%252fbig/chat", ("big",)),
+        (b"/deployments//big/chat", ("big",)),
+        (b"/deployments/%2Fbig/chat", ("/big", "big")),
+        (b"/deployments\\big/chat", ("big",)),
+        (b"/deployments;a=b/big/chat", ("big",)),
+        (b"/deployments%3Ba=b/big/chat", ("big",)),
+        (b"/deployments/big;v=1/chat", ("big;v=1", "big")),
+        (b"/deployments%20/big/chat", ("big",)),
+        (b"/models//big:generateContent", ("big",)),
+        (b"/models/big:generateContent%2Fx", ("big",)),
+        (b"/models/big:generateContent;x", ("big",)),
+        (b"/models/a:predict/deployments//b", ("a", "b")),
+    ],
+)
+def test_what_servers_read_differently_is_read_in_both_ways(
+    path: bytes, names: tuple[str, ...]
+) -> None:
+    """Every name that some server finds counts, and none of them can be overridden."""
+    found = path_models(path)
+    assert found.names == names
+    assert found.span is None
+    with pytest.raises(BodyError, match="cannot be overridden"):
+        replaced(path, "new")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"/deployments/big/chat", b"/deployments/new%2Fm%C3%A9/chat"),
+        (b"/deployments/b%C3%A9%20", b"/deployments/new%2Fm%C3%A9"),
+        (b"/models/big:generateContent", b"/models/new%2Fm%C3%A9:generateContent"),
+        (b"/%6dodels/b%69g%3AgenerateContent/x", b"/%6dodels/new%2Fm%C3%A9%3AgenerateContent/x"),
+        (b"/models/b%69g%3agener%61teContent", b"/models/new%2Fm%C3%A9%3agener%61teContent"),
+        (b"/models/big", b"/models/big"),
+        (b"/v1/chat//completions;x", b"/v1/chat//completions;x"),
+    ],
+)
+def test_an_override_changes_the_name_alone(before: bytes, after: bytes) -> None:
+    """Every other byte of the path stays as it was."""
+    assert replaced(before, "new/mé") == after
+
+
+@pytest.mark.parametrize(
+    ("query", "models"),
+    [
+        (b"", ()),
+        (b"?", ()),
+        (b"model=m", ("m",)),
+        (b"?a=b&Model=m%2Fn+o&x", ("m/n o",)),
+        (b"a;mod%65l=m", ("m",)),
+        (b"model=a&model=b", ("a", "b")),
+        (b"model", ("",)),
+        (b"models=m&amodel=n&x=model", ()),
+    ],
+)
+def test_a_query_names_models(query: bytes, models: tuple[str, ...]) -> None:
+    """Every parameter of the name counts, in any case and however it is encoded."""
+    assert query_models(query) == models
+
+
+def test_what_is_known_of_paths_is_bounded() -> None:
+    """A caller who makes up paths takes no memory for them."""
+    for number in range(1000):
+        path_models(b"/x/%d" % number)
+    assert path_models.cache_info().currsize <= 256
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/deployments/%ff/x",
+        b"/deployments/%zz/x",
+        b"/deployments/a%2",
+        b"/models/%c3:predict",
+        b"/deployments/" + b"a" * (MODEL_BYTES + 1),
+    ],
+)
+def test_a_path_with_a_malformed_name_is_refused(path: bytes) -> None:
+    """A name in a path is percent-encoded UTF-8 of bounded length."""
+    with pytest.raises(BodyError):
+        path_models(path)
+
+
+def test_malformed_segments_elsewhere_are_left_to_the_provider() -> None:
+    """Only the name is read, so only the name is checked."""
+    assert path_models(b"/%ff/%zz/deployments/m/%ff").names == ("m",)

@@ -1,0 +1,231 @@
+"""A look inside: bodies in a Content-Encoding, and large ones, which take several turns."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+import sys
+import zlib
+from collections.abc import Callable
+
+import brotli
+import pytest
+from twisted.internet.error import ConnectionDone
+
+from llmproxy.net.turns import BUDGET_S
+from tests.gateway.played import BODY, JSON, PlayedGateway
+from tests.support.turning import TurningReactor
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+STRICT = 'models = ["m", "n"]'
+OVERRIDE = '[routes.override]\np = { model = "n" }'
+INJECT = 'include_usage = "inject"'
+OTHER = BODY.replace(b'"m"', b'"n"')
+CHAT = "/p/v1/chat/completions"
+
+
+def raw_deflate(data: bytes) -> bytes:
+    """Compress without zlib's frame, as some clients do."""
+    coder = zlib.compressobj(wbits=-15)
+    return coder.compress(data) + coder.flush()
+
+
+ENCODERS: dict[str, list[Callable[[bytes], bytes]]] = {
+    "gzip": [gzip.compress],
+    "deflate": [zlib.compress, raw_deflate],
+    "br": [brotli.compress],
+    "zstd": [zstd.compress],
+}
+CODED = [(coding, coder) for coding, coders in ENCODERS.items() for coder in coders]
+
+
+def called(played: PlayedGateway, body: bytes, *fields: str, target: str = CHAT) -> PlayedGateway:
+    """Let a request come in, and the turns pass that it takes to read it."""
+    played.call("POST", target, JSON, *fields, body=body)
+    played.clock.advance(0)
+    return played
+
+
+def coded(played: PlayedGateway, body: bytes, coding: str, target: str = CHAT) -> PlayedGateway:
+    """Let a coded request come in."""
+    return called(played, body, f"Content-Encoding: {coding}", target=target)
+
+
+@pytest.mark.parametrize(("coding", "encode"), CODED)
+@pytest.mark.parametrize("name", ["{}", "{} ", "identity, {}", "X"])
+def test_a_coded_body_is_read_and_sent_as_it_came(
+    coding: str, encode: Callable[[bytes], bytes], name: str
+) -> None:
+    """Its model decides; the provider gets the caller's own bytes, and the coding's name."""
+    value = coding.upper() if name == "X" else name.format(coding)
+    sent = encode(BODY)
+    played = coded(PlayedGateway(route=STRICT), sent, value)
+
+    assert played.asked.body == sent
+    assert (b"content-encoding", value.strip().encode()) in played.asked.fields
+    assert played.site.memory.held == 0 or played.site.memory.held == len(sent) + len(BODY)
+    played.response().end()
+    trace = played.trace()
+    assert (trace.model, trace.model_from, trace.stream) == ("m", "body", True)
+    assert trace.bytes_in == len(sent)
+
+
+@pytest.mark.parametrize(("coding", "encode"), CODED)
+def test_a_coded_body_cannot_hide_its_model(coding: str, encode: Callable[[bytes], bytes]) -> None:
+    """What is not allowed is refused in every coding."""
+    played = coded(PlayedGateway(client='models = ["x"]'), encode(BODY), coding)
+
+    assert played.refusal() == (403, "model_forbidden")
+    assert not played.upstream.asked
+
+
+@pytest.mark.parametrize(("coding", "encode"), CODED)
+def test_a_coded_body_that_is_changed_goes_without_its_coding(
+    coding: str, encode: Callable[[bytes], bytes]
+) -> None:
+    """An override and an added option make an identity body of it."""
+    played = coded(PlayedGateway(route=f"{INJECT}\n{OVERRIDE}"), encode(BODY), coding)
+
+    assert json.loads(played.asked.body) == {
+        "model": "n",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert not [name for name, _ in played.asked.fields if name == b"content-encoding"]
+    only_added = coded(PlayedGateway(route=INJECT), encode(BODY), coding)
+    assert json.loads(only_added.asked.body)["stream_options"] == {"include_usage": True}
+    played.response().end()
+    assert played.trace().model == "m"
+
+
+def test_a_coded_form_is_overridden() -> None:
+    """The field of the form changes, and nothing else."""
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
+    played = PlayedGateway(route=OVERRIDE)
+    kind = "Content-Type: multipart/form-data; boundary=b"
+    played.call("POST", CHAT, kind, "Content-Encoding: gzip", body=gzip.compress(form % b"m"))
+    played.clock.advance(0)
+
+    assert played.asked.body == form % b"n"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", BODY),
+        ("gzip", gzip.compress(BODY)[:-9]),
+        ("gzip", gzip.compress(BODY) + b"x"),
+        ("gzip", gzip.compress(BODY) + gzip.compress(b" ")),
+        ("gzip", gzip.compress(BODY) + b"\0\0"),
+        ("zstd", zstd.compress(BODY) + zstd.compress(b" ")),
+        ("zstd", b"\x28\xb5\x2f\xfd" + b"\xff" * 200),
+        ("br", brotli.compress(BODY) + b"x"),
+        ("deflate", zlib.compress(BODY) + b"x"),
+        ("gzip", gzip.compress(b" " * 10**7 + BODY)),
+        ("gzip, gzip", gzip.compress(gzip.compress(BODY))),
+        ("compress", BODY),
+        ("exi", BODY),
+    ],
+    ids=itertools.count(),
+)
+def test_a_body_in_an_unclear_coding_is_refused_where_it_must_be_read(
+    strict: bool, coding: str, body: bytes
+) -> None:
+    """The refusal names the codings that would do; elsewhere the body crosses unread."""
+    route = STRICT if strict else INJECT
+    played = coded(PlayedGateway(route=route), body, coding)
+
+    if strict:
+        status, fields, text = played.got()
+        assert (status, fields[b"x-llmproxy-error"]) == (415, b"encoded_body")
+        assert fields[b"accept-encoding"] == b"gzip, deflate, br, zstd"
+        assert b"Accept-Encoding" in text
+    else:
+        assert played.asked.body == body
+        assert dict(played.asked.fields)[b"content-encoding"] == coding.encode()
+        played.response().end()
+    assert played.trace().model is None
+
+
+def test_two_lines_of_codings_are_one_list() -> None:
+    """A second line is a second coding."""
+    body = gzip.compress(BODY)
+    lines = ("Content-Encoding: gzip", "Content-Encoding: gzip")
+    assert called(PlayedGateway(route=STRICT), body, *lines).refusal()[0] == 415
+    lines = ("Content-Encoding: identity", "Content-Encoding: identity")
+    assert called(PlayedGateway(route=STRICT), BODY, *lines).asked.body == BODY
+
+
+def test_a_decoded_body_is_bounded_by_the_routes_limit() -> None:
+    """A body that is larger than the route takes once it is decoded is a 413."""
+    noise = random.Random(1).randbytes(20_000).hex()
+    body = gzip.compress(b'{"model":"m","x":"%b"}' % noise.encode())
+    for limit, status in (("39KiB", 413), ("40KiB", None)):
+        played = coded(PlayedGateway(route=f'{STRICT}\nrequest_body = "{limit}"'), body, "gzip")
+        if status is None:
+            assert played.asked.body == body
+        else:
+            assert played.refusal() == (413, "body_too_large")
+            assert played.trace().error == "body_too_large"
+
+
+def test_a_decoded_body_counts_as_held() -> None:
+    """It takes of ``request_memory``, and gives it back."""
+    body = gzip.compress(b'{"model":"m","x":"%b"}' % (b"x" * 50_000))
+    for memory, good in (("40KiB", False), ("80KiB", True)):
+        more = f'[limits]\nrequest_memory = "{memory}"'
+        played = coded(PlayedGateway(route=STRICT, more=more), body, "gzip")
+        if good:
+            assert played.site.memory.held == len(body) + 50_020
+            played.response().end()
+        else:
+            assert played.refusal() == (503, "memory_full")
+        played.trace()  # asserts that nothing is held any more
+
+
+def in_turns(route: str) -> tuple[PlayedGateway, TurningReactor]:
+    """Return a gateway that reads large bodies step by step, one or two in a turn."""
+    played, reactor = PlayedGateway(route=route), TurningReactor()
+    ticks = itertools.count()
+    turns = played.gateway._looking._turns
+    turns._reactor, turns._clock = reactor, lambda: next(ticks) * BUDGET_S / 2
+    return played, reactor
+
+
+@pytest.mark.parametrize("unit", [b"[],", b'"\\u0041",', b'{"a":[1]},', b"1,"])
+@pytest.mark.parametrize("route", [STRICT, INJECT, OVERRIDE])
+def test_a_large_body_is_read_in_several_turns(unit: bytes, route: str) -> None:
+    """Whatever it holds, and whatever is done with it."""
+    head = b'{"model":"m","stream":true,"x":['
+    body = head + unit * (2_000_000 // len(unit)) + b"1]}"
+    played, reactor = in_turns(route)
+    played.call("POST", CHAT, body=body)
+    turns = 0
+    while not played.upstream.asked:
+        assert reactor.calls
+        reactor.turn()
+        turns += 1
+    assert turns > 10
+    assert json.loads(played.asked.body)["x"] == json.loads(body)["x"]
+
+
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+def test_a_client_that_leaves_ends_the_reading_of_its_body(coding: str) -> None:
+    """Nothing more is read of it, and nothing of it is held."""
+    body = b'{"model":"m","x":[' + b"[]," * 500_000 + b"1]}"
+    played, reactor = in_turns(STRICT)
+    sent = gzip.compress(body) if coding == "gzip" else body
+    played.call("POST", CHAT, JSON, f"Content-Encoding: {coding}", body=sent)
+    reactor.turn()
+    assert reactor.calls
+    played.transport.end(ConnectionDone())
+
+    assert not reactor.calls
+    assert played.trace().end_reason == "client_gone"
