@@ -90,16 +90,19 @@ def plain_facts(body: bytes) -> JsonFacts | None:
     it, a name has one spelling.  If that stands in the body at most once, in any case and at any
     depth, it does not stand at the top twice.
     """
-    if len(body) > _SHORT or b"\\u0" in body or _FOLDING.search(body):
+    if len(body) > _SHORT or b"\\u0" in body:
+        return None
+    is_ascii = body.isascii()
+    if not is_ascii and _FOLDING.search(body):
         return None
     folded = body.lower()
     names = folded.count(b'"model"')
-    if names > 1 or folded.count(b'"stream"') > 1 or names != body.count(b'"model"'):
+    if names > 1 or folded.count(b'"stream"') > 1 or (names and b'"model"' not in body):
         return None
     if _openings(body) > DEPTH:
         return None
     try:
-        if not body.isascii():
+        if not is_ascii:
             body.decode()
         asked = _decode_asked(body)
         raw = bytes(asked.model)

@@ -10,6 +10,7 @@ client, a route or a provider.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -20,11 +21,16 @@ from llmproxy.dialects.json_spans import BodyError, Span
 
 _WHOLE: Final = (b"deployments", b"engines")  # the next segment is a model
 _CALLED: Final = (b"models", b"tunedmodels")  # it is one if a verb follows the name
-_CALL = re.compile(rb"([^:]+):[A-Za-z]+")
+_CALL = re.compile(rb"([^:]+):[A-Za-z][^:]*")
 _COLON = re.compile(rb":|%3[Aa]")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ODD = re.compile(rb"[%;\\]|//")
 _BETWEEN = re.compile(rb"[/\\]+")
+_KIND = re.compile(rb"deployments|engines|models", re.IGNORECASE)
 _MOST_DECODINGS: Final = 4
+_MOST_SEGMENTS: Final = 256
+_MOST_PARAMETERS: Final = 1000
+"""Paths and queries of real calls are far shorter; these bound what one costs."""
 
 
 class PathModels(NamedTuple):
@@ -46,15 +52,23 @@ _NONE = PathModels()
 def path_models(path: bytes) -> PathModels:
     """Return the models that a path names: ``/deployments/M`` or ``/models/M:verb``.
 
-    Segments are compared after percent-decoding, the fixed ones in any case.  A verb is letters
-    after the only colon; without a verb, ``/models/M`` is a resource and no call.
+    Segments are compared after percent-decoding, the fixed ones in any case.  A verb begins with a
+    letter and follows the only colon; without a verb, ``/models/M`` is a resource and no call.
 
     Args:
         path: raw, without the query.
 
     Raises:
-        BodyError: a name is not percent-encoded UTF-8, or is longer than ``MODEL_BYTES``.
+        BodyError: a name is not percent-encoded UTF-8, or is longer than ``MODEL_BYTES``; there are
+            too many segments.
     """
+    texts = [path]
+    while b"%" in texts[-1] and len(texts) < _MOST_DECODINGS:
+        texts.append(unquote_to_bytes(texts[-1]))
+    if not _KIND.search(texts[-1]):
+        return _NONE
+    if texts[-1].count(b"/") + texts[-1].count(b"\\") > _MOST_SEGMENTS:
+        raise BodyError("The path has too many segments for one that names a model.")
     found, at = [], 0
     for before, segment in pairwise(path.split(b"/")):
         at += len(before) + 1
@@ -68,11 +82,10 @@ def path_models(path: bytes) -> PathModels:
         end = at + (colon.start() if colon else len(segment))
         found.append((model_text(name), Span(at, end)))
     strict = [name for name, _ in found]
-    lax = _lax_names(path)
-    if not strict and not lax:
-        return _NONE
-    is_clear = len(found) == 1 and lax == strict
-    return PathModels(tuple(dict.fromkeys((*strict, *lax))), found[0][1] if is_clear else None)
+    readings = [strict, *(_lax_readings(texts) if _ODD.search(path) else ())]
+    names = tuple(dict.fromkeys(name for names in readings for name in names))
+    is_clear = len(found) == 1 and all(names == strict for names in readings)
+    return PathModels(names, found[0][1] if is_clear else None)
 
 
 def query_models(query: bytes) -> tuple[str, ...]:
@@ -80,11 +93,18 @@ def query_models(query: bytes) -> tuple[str, ...]:
 
     Args:
         query: raw, with or without its question mark.
+
+    Raises:
+        BodyError: there are too many parameters, or a name is too long.
     """
-    if b"m" not in query and b"M" not in query and b"%" not in query:
+    text = query.removeprefix(b"?").decode()
+    if "model" not in unquote_plus(text).casefold():
         return ()
-    pairs = (pair.partition("=") for pair in re.split("[&;]", query.removeprefix(b"?").decode()))
-    values = (unquote_plus(v) for name, _, v in pairs if unquote_plus(name).casefold() == "model")
+    pairs = re.split("[&;]", text)
+    if len(pairs) > _MOST_PARAMETERS:
+        raise BodyError("The query has too many parameters for one that names a model.")
+    split = (pair.partition("=") for pair in pairs)
+    values = (unquote_plus(v) for name, _, v in split if unquote_plus(name).casefold() == "model")
     return tuple(model_text(value.encode()) for value in values)
 
 
@@ -111,12 +131,15 @@ def _name(kind: bytes, segment: bytes) -> bytes | None:
     return segment if segment and kind in _WHOLE else None
 
 
-def _lax_names(path: bytes) -> list[str]:
-    plain = path
-    for _ in range(_MOST_DECODINGS):
-        if b"%" not in plain:
-            break
-        plain = unquote_to_bytes(plain)
-    segments = [segment.partition(b";")[0] for segment in _BETWEEN.split(plain)]
-    names = (_name(before.strip().lower(), segment) for before, segment in pairwise(segments))
-    return [model_text(name) for name in names if name is not None]
+def _lax_readings(texts: list[bytes]) -> Iterator[list[str]]:
+    """Yield the names that each lax server finds: slashes merged, decoded early or often.
+
+    Args:
+        texts: the path, decoded as often as nothing, once, twice and so on.
+    """
+    for text in texts:
+        whole = [unquote_to_bytes(segment) for segment in _BETWEEN.split(text)]
+        bare = [segment.partition(b";")[0] for segment in whole]
+        for segments in (whole, bare):
+            names = (_name(one.strip().lower(), two) for one, two in pairwise(segments))
+            yield [model_text(name) for name in names if name is not None]

@@ -45,7 +45,11 @@ def test_a_path_names_a_deployment_or_a_called_model(path: bytes, model: str | N
     [
         (b"/deployments/a/deployments/b", ("a", "b")),
         (b"/deployments/a%2Fb/x", ("a/b", "a")),
-        (b"/deployments/a%252Fb/x", ("a%2Fb", "a")),
+        (b"/deployments/a%252Fb/x", ("a%2Fb", "a/b", "a")),
+        (b"/deployments//a%2Fb/x", ("a/b", "a")),
+        (b"/models//a%2Fb:predict", ("a/b",)),
+        (b"/deployments//big;v=1/x", ("big;v=1", "big")),
+        (b"/deployments/a/deployments//a/x", ("a",)),
         (b"/deployments%2Fbig/chat", ("big",)),
         (b"/deployments%252fbig/chat", ("big",)),
         (b"/deployments//big/chat", ("big",)),
@@ -56,8 +60,7 @@ def test_a_path_names_a_deployment_or_a_called_model(path: bytes, model: str | N
         (b"/deployments/big;v=1/chat", ("big;v=1", "big")),
         (b"/deployments%20/big/chat", ("big",)),
         (b"/models//big:generateContent", ("big",)),
-        (b"/models/big:generateContent%2Fx", ("big",)),
-        (b"/models/big:generateContent;x", ("big",)),
+        (b"/models/big:x%2Fmodels%2Fother:y", ("big", "other")),
         (b"/models/a:predict/deployments//b", ("a", "b")),
     ],
 )
@@ -80,6 +83,8 @@ def test_what_servers_read_differently_is_read_in_both_ways(
         (b"/models/big:generateContent", b"/models/new%2Fm%C3%A9:generateContent"),
         (b"/%6dodels/b%69g%3AgenerateContent/x", b"/%6dodels/new%2Fm%C3%A9%3AgenerateContent/x"),
         (b"/models/b%69g%3agener%61teContent", b"/models/new%2Fm%C3%A9%3agener%61teContent"),
+        (b"/models/big:generateContent%2Fx", b"/models/new%2Fm%C3%A9:generateContent%2Fx"),
+        (b"/models/big:generateContent;x", b"/models/new%2Fm%C3%A9:generateContent;x"),
         (b"/models/big", b"/models/big"),
         (b"/v1/chat//completions;x", b"/v1/chat//completions;x"),
     ],
@@ -105,6 +110,17 @@ def test_an_override_changes_the_name_alone(before: bytes, after: bytes) -> None
 def test_a_query_names_models(query: bytes, models: tuple[str, ...]) -> None:
     """Every parameter of the name counts, in any case and however it is encoded."""
     assert query_models(query) == models
+
+
+def test_what_a_long_target_costs_is_bounded() -> None:
+    """One that might name a model may not have more parts than a call has; any other may."""
+    for part in (b"/%41", b"//", b"/\\", b"/;"):
+        assert path_models(part * 8000).names == ()
+        with pytest.raises(BodyError, match="too many segments"):
+            path_models(b"/models" + part * 8000)
+    assert query_models(b"&a=%41" * 8000) == ()
+    with pytest.raises(BodyError, match="too many parameters"):
+        query_models(b"&a=%41" * 8000 + b"&model=m")
 
 
 def test_what_is_known_of_paths_is_bounded() -> None:

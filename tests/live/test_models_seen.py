@@ -171,12 +171,14 @@ def test_the_servers_see_what_the_tricks_hide(peers: Peers) -> None:
             assert "big" in seen, name
 
 
-@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("server", ["fastapi", "go", "node"])
 @pytest.mark.parametrize("rule", RULES)
-def test_no_trick_walks_around_the_rules(peers: Peers, rule: str, trick: str) -> None:
-    """It is refused, or the servers see what they may see."""
-    for server in peers.ports:
-        check(peers, rule, server, TRICKS[trick])
+def test_no_trick_walks_around_the_rules(peers: Peers, rule: str, server: str) -> None:
+    """Each is refused, or the server sees what it may see."""
+    if server not in peers.ports:
+        pytest.skip(f"{server} is not installed")
+    for sent in TRICKS.values():
+        check(peers, rule, server, sent)
 
 
 def check(peers: Peers, rule: str, server: str, sent: Sent) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -66,6 +68,23 @@ def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: LiveProxy
     assert received.body == body
     assert got.body == b"ok"
     assert roomy.trace(got)["bytes_in"] == len(body)
+
+
+@pytest.mark.parametrize("unit", [b'["["],', b"[" * 500 + b"]" * 500 + b","])
+def test_a_body_of_brackets_does_not_hold_up_the_others(roomy: LiveProxy, unit: bytes) -> None:
+    """While thirty megabytes of them are read, which takes seconds, others are responded to."""
+    body = b'{"x":[' + unit * (30_000_000 // len(unit)) + b"1]}"
+    roomy.reply(OK)
+    longest = 0.0
+    with roomy.connect() as client, ThreadPoolExecutor(1) as pool:
+        client.send(post("/p/brackets", body))
+        response = pool.submit(read_response, client)
+        while not response.done():
+            began = time.monotonic()
+            assert roomy.daemon.admin("/livez") == "alive\n"
+            longest = max(longest, time.monotonic() - began)
+        assert response.result().status == 200
+    assert longest < 0.5
 
 
 @pytest.mark.parametrize(
