@@ -389,7 +389,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     addresses in brackets."""
 
     models: Annotated[tuple[str, ...] | None, Key(MODELS, stated="default: any")] = None
-    """The route takes only requests that name one of these models."""
+    """The route takes only requests that name one of these models, and reads of a list of
+    models."""
 
     strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether the proxy cuts ``path`` off before it sends the request."""
@@ -456,7 +457,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """The names of the routes that the client may use. ``"*"`` is all routes."""
 
     models: Annotated[tuple[str, ...], Key(MODELS)] = ("*",)
-    """The models that the client may ask for."""
+    """The models that the client may ask for. Without ``"*"`` among them, the client's bodies must
+    be JSON or forms that name a model."""
 
     def __repr__(self) -> str:
         return (
