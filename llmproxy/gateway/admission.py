@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import field_values, list_tokens
-from llmproxy.http1.headers import nominated, refuse_disguised
+from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
 from llmproxy.policy.auth import Auth
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
@@ -20,8 +20,6 @@ from llmproxy.server.request import Request
 
 _USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
 """What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
-_ABOUT_THE_BODY = {b"content-type", b"content-encoding"}
-"""Fields without which a provider would read another body than we did."""
 
 
 class Rules(NamedTuple):
@@ -59,7 +57,7 @@ def admit(request: Request, rules: Rules) -> None:
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.guarded)
-    if b"connection" in first and _ABOUT_THE_BODY & nominated(request.fields):
+    if b"connection" in first and BODY_FIELDS & nominated(request.fields):
         text = "Connection names a header that says how the body is to be read."
         raise ProxyError(400, "bad_header", text)
 

@@ -35,6 +35,8 @@ ACCOUNT_FIELDS = (
     *("openai-organization", "openai-project", "chatgpt-account-id", "x-goog-user-project"),
 )
 """Fields that choose whose account a credential acts for: ours is for the operator to choose."""
+BODY_FIELDS = frozenset((b"content-type", b"content-encoding"))
+"""Fields without which, or with another value, a provider would read another body than we did."""
 
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
@@ -87,7 +89,7 @@ def nominated(fields: Fields) -> set[bytes]:
 
 
 def refuse_disguised(names: Collection[bytes], guarded: Container[bytes] = ()) -> None:
-    """Refuse a name with ``_`` that spells a field which the proxy owns or drops.
+    """Refuse a name with ``_`` that spells a field which the proxy owns, drops or reads.
 
     Servers behind CGI-like gateways read ``x_api_key`` and ``x-api-key`` as one.
 
@@ -104,7 +106,7 @@ def refuse_disguised(names: Collection[bytes], guarded: Container[bytes] = ()) -
         if b"_" in name:
             spelt = name.replace(b"_", b"-")
             hides = spelt in guarded and name not in guarded
-            if hides or is_owned(spelt) or spelt in KEY_FIELDS:
+            if hides or is_owned(spelt) or spelt in KEY_FIELDS or spelt in BODY_FIELDS:
                 raise ProxyError(
                     400, "bad_header", f"The header {name.decode('ascii')} is not accepted."
                 )

@@ -256,6 +256,7 @@ def test_every_place_of_a_model_is_overridden(
         ("/azure/x", [FORM_TYPE], model("a"), 400, "bad_body"),
         ("/azure/x", [JSON, "Connection: Content-Type"], model("a"), 400, "bad_header"),
         ("/v/x", [JSON, "Connection: x, content-encoding"], model("a"), 400, "bad_header"),
+        ("/v/x", [JSON, "Content_Type: text/plain"], model("a"), 400, "bad_header"),
     ],
 )
 def test_what_a_provider_might_read_otherwise_is_refused(
