@@ -32,6 +32,7 @@ from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
 from llmproxy.policy.routes import Named, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
+from llmproxy.server.error_response import too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
@@ -185,6 +186,8 @@ class Gateway(Handler):
         is_read = named[0] is None and reads_list(request.method, request.path)
         match = place.choose(client, request.uri, named, reads_list=is_read)
         request.limit_body(match.body_limit)
+        if len(exchange.plain) > match.body_limit:
+            raise too_large(match.body_limit)
         candidate = match.candidates[0]
         provider = candidate.provider
         # The model may lead to a route on which keys stand elsewhere; who calls must be the same.

@@ -45,14 +45,16 @@ class Looking:
         strict = place.needs_model(client)
         if strict and (request.body or request.upload is not None):
             refuse_unread(request)
-        exchange.plain = body = request.body
-        kind, facts = request.first.get(b"content-type"), None
+        is_coded = b"content-encoding" in request.first
+        body = b"" if is_coded and not (strict or place.may_add) else request.body
+        exchange.plain = body
         try:
-            if b"content-encoding" not in request.first or not body:
-                facts = usual_request(kind, body, request.uri)
+            facts = None
+            if not (is_coded and body):
+                facts = usual_request(request.first.get(b"content-type"), body, request.uri)
             if facts is None:
-                steps = _steps(exchange, place, strict=strict)
-                short = len(body) <= AT_ONCE and b"content-encoding" not in request.first
+                steps = _steps(exchange, place.body_limit, strict=strict)
+                short = len(body) <= AT_ONCE and not is_coded
                 facts = finish(steps) if short else await self._turns.run(steps)
         except UnknownBody as error:
             raise unread_body(str(error)) from error
@@ -62,14 +64,13 @@ class Looking:
         return facts
 
 
-def _steps(exchange: Exchange, place: PathMatch, *, strict: bool) -> Steps[RequestFacts]:
+def _steps(exchange: Exchange, most: int, *, strict: bool) -> Steps[RequestFacts]:
+    """Return what a request asks for; its body may be coded, and has at most ``most`` bytes."""
     request = exchange.request
     codings = list_tokens(field_values(request.fields, b"content-encoding"))
     codings = [coding for coding in codings if coding != b"identity"]
-    if codings and request.body:
-        exchange.plain = b""
-        if strict or place.may_add:
-            exchange.plain = yield from _decoded(request, codings, place.body_limit, strict=strict)
+    if codings:
+        exchange.plain = yield from _decoded(request, codings, most, strict=strict)
     kind = request.first.get(b"content-type")
     return (yield from read_request(kind, exchange.plain, request.uri, strict=strict))
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Turns:
-    """All work of one process that is done in steps, one piece of work after the other in a turn.
+    """All work that is done in steps, one piece of work after the other in a turn.
 
     Args:
         reactor: calls for the next turn.

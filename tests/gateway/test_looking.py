@@ -176,6 +176,19 @@ def test_a_decoded_body_is_bounded_by_the_routes_limit() -> None:
             assert played.trace().error == "body_too_large"
 
 
+def test_a_decoded_body_is_bounded_by_the_route_that_it_takes() -> None:
+    """Another route at the path may take more."""
+    body = gzip.compress(b'{"model":"m","x":"%b"}' % (b"x" * 2000))
+    more = '[[routes]]\npath = "/p"\nname = "q"\nproviders = ["p"]\nrequest_body = "4KiB"'
+    for model, refusal in (("m", (413, "body_too_large")), ("n", None)):
+        route = f'models = ["{model}"]\nrequest_body = "1KiB"'
+        played = coded(PlayedGateway(route=route, more=more), body, "gzip")
+        if refusal is None:
+            assert played.asked.body == body
+        else:
+            assert played.refusal() == refusal
+
+
 def test_a_decoded_body_counts_as_held() -> None:
     """It takes of ``request_memory``, and gives it back."""
     body = gzip.compress(b'{"model":"m","x":"%b"}' % (b"x" * 50_000))
