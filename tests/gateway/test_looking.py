@@ -16,6 +16,7 @@ from twisted.internet.error import ConnectionDone
 
 from llmproxy.net.turns import BUDGET_S
 from tests.gateway.played import BODY, JSON, PlayedGateway
+from tests.support.sockets import request
 from tests.support.turning import TurningReactor
 
 if sys.version_info >= (3, 14):
@@ -152,6 +153,29 @@ def test_a_body_in_an_unclear_coding_is_refused_where_it_must_be_read(
         assert dict(played.asked.fields)[b"content-encoding"] == coding.encode()
         played.response().end()
     assert played.trace().model is None
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 4", "Transfer-Encoding: chunked"])
+def test_a_type_that_is_not_read_is_refused_where_the_model_matters(length: str) -> None:
+    """It is refused before the body comes, and where that came along; elsewhere it streams."""
+    head = ("X-Api-Key: key", "Content-Type: audio/wav", length)
+    for body in (b"", b"RIFF" if "Length" in length else b"4\r\nRIFF\r\n0\r\n\r\n"):
+        for route in (STRICT, OVERRIDE):
+            played = PlayedGateway(route=route)
+            played.send(request("POST", CHAT, *head) + body)
+            status, fields, _ = played.got()
+            assert (status, fields[b"x-llmproxy-error"]) == (415, b"unread_body")
+            assert fields[b"accept"] == b"application/json, multipart/form-data"
+        played = PlayedGateway(route=INJECT)
+        played.send(request("POST", CHAT, *head) + body)
+        assert played.asked.body is not None
+
+
+def test_a_body_that_can_be_read_in_two_ways_is_refused() -> None:
+    """Whether its model matters or not."""
+    for route in (STRICT, ""):
+        played = called(PlayedGateway(route=route), b'{"model":"m","model":"n"}')
+        assert played.refusal() == (400, "bad_body")
 
 
 def test_two_lines_of_codings_are_one_list() -> None:
