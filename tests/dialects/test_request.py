@@ -229,9 +229,11 @@ def test_what_asks_for_a_stream(dialect: Dialect, path: bytes, body: bytes, stre
     ],
 )
 def test_a_body_that_is_not_what_it_says_is_refused(kind: bytes, body: bytes) -> None:
-    """What two readers could read differently is an error."""
-    with pytest.raises(BodyError):
-        read_request(kind, body, b"/")
+    """What two readers could read differently is an error, and not one of its type."""
+    for strict in (False, True):
+        with pytest.raises(BodyError) as caught:
+            read_request(kind, body, b"/", strict=strict)
+        assert not isinstance(caught.value, UnknownBody)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,9 @@ def test_cancelled_work_is_ended(begun: bool) -> None:
     other.cancel()
     assert results[1][0].check(CancelledError)
     assert not played.reactor.calls
+    later = outcome(played.turns.run(played.work("c", 0)))
+    played.turn()
+    assert later == ["c"]
 
 
 def test_what_a_result_begins_waits_for_its_turn() -> None:
