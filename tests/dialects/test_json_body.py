@@ -265,6 +265,20 @@ def test_many_members_at_the_top_are_read() -> None:
             inspect_json(body + b'"model":"m","mod\\u0065l":1}')
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{" + b'"a":[{"b":"c"}],' * 100_000 + b'"z":1}',
+        b'{"x":[' + b'{"a":[{"b":"c"}]},' * 100_000 + b"1]}",
+        b'{"x":{"y":{' + b'"a":[{"b":"c"}],' * 100_000 + b'"z":1}}}',
+    ],
+    ids=len,
+)
+def test_what_nests_little_is_read_in_runs(body: bytes) -> None:
+    """A pattern takes a slice full of members or elements at once."""
+    assert sum(1 for _ in all_facts(body)) < len(body) / 2000
+
+
 def test_what_python_code_reads_one_by_one_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that nests in more places than any API needs is refused."""
     monkeypatch.setattr(json_spans, "ROUNDS", 100)
