@@ -72,19 +72,19 @@ def test_a_large_body_is_exact_for_a_provider_that_reads_slowly(roomy: LiveProxy
 
 @pytest.mark.parametrize("unit", [b'["["],', b"[" * 500 + b"]" * 500 + b","])
 def test_a_body_of_brackets_does_not_hold_up_the_others(roomy: LiveProxy, unit: bytes) -> None:
-    """While thirty megabytes of them are read, which takes seconds, others are responded to."""
+    """While thirty megabytes of them are read, nobody waits for a large part of that time."""
     body = b'{"x":[' + unit * (30_000_000 // len(unit)) + b"1]}"
     roomy.reply(OK)
     longest = 0.0
     with roomy.connect() as client, ThreadPoolExecutor(1) as pool:
         client.send(post("/p/brackets", body))
-        response = pool.submit(read_response, client)
+        response, start = pool.submit(read_response, client), time.monotonic()
         while not response.done():
             began = time.monotonic()
             assert roomy.daemon.admin("/livez") == "alive\n"
             longest = max(longest, time.monotonic() - began)
         assert response.result().status == 200
-    assert longest < 0.5
+    assert longest < (time.monotonic() - start) / 3
 
 
 @pytest.mark.parametrize(
