@@ -39,6 +39,9 @@ class OutputDetails(Part, gc=False):
     reasoning_tokens: Count | None = None
 
 
+_NO_INPUT, _NO_OUTPUT = InputDetails(), OutputDetails()
+
+
 class _Usage(Part, gc=False):
     """OpenAI's counts, and behind them what other vendors call theirs."""
 
@@ -209,15 +212,20 @@ def _keep_calls(calls: list[_Call], seen: Accumulated) -> None:
 
 
 def _count(usage: _Usage, seen: Accumulated) -> None:
-    read = usage.prompt_tokens_details or InputDetails()
-    made = usage.completion_tokens_details or OutputDetails()
-    cached = _first(read.cached_tokens, usage.cached_tokens, usage.prompt_cache_hit_tokens)
+    read = usage.prompt_tokens_details or _NO_INPUT
+    made = usage.completion_tokens_details or _NO_OUTPUT
+    taken, given = usage.prompt_tokens, usage.completion_tokens
+    cached, reasoning = read.cached_tokens, made.reasoning_tokens
+    if cached is None:
+        cached = usage.cached_tokens
+        if cached is None:
+            cached = usage.prompt_cache_hit_tokens
     seen.count(
-        input_tokens=_first(usage.prompt_tokens, usage.input_tokens),
-        output_tokens=_first(usage.completion_tokens, usage.output_tokens),
+        input_tokens=usage.input_tokens if taken is None else taken,
+        output_tokens=usage.output_tokens if given is None else given,
         cache_read_tokens=cached,
         cache_write_tokens=read.cache_write_tokens,
-        reasoning_tokens=_first(made.reasoning_tokens, usage.reasoning_tokens),
+        reasoning_tokens=usage.reasoning_tokens if reasoning is None else reasoning,
     )
 
 
@@ -226,10 +234,6 @@ def _count_timings(timings: _Timings, seen: Accumulated) -> None:
     read, cached = timings.prompt_n, timings.cache_n
     whole = None if read is None or cached is None else read + cached
     seen.count(input_tokens=whole, output_tokens=timings.predicted_n, cache_read_tokens=cached)
-
-
-def _first(*counts: int | None) -> int | None:
-    return next((count for count in counts if count is not None), None)
 
 
 def _read_embeddings(data: bytes, seen: Accumulated) -> None:

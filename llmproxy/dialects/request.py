@@ -166,9 +166,9 @@ def _facts(
     in_path = path_models(path).names
     in_query = query_models(query) if query else ()
     models = () if named is None else (named,)
+    is_json, facts = facts is not None, facts or _NO_FACTS
     if named is None:
         source = "path" if in_path else "query" if in_query else None
     if in_path or in_query:
         models = tuple(dict.fromkeys((*models, *in_path, *in_query)))
-    is_json = facts is not None
-    return RequestFacts(models, source, span, is_json, facts or _NO_FACTS, bool(in_query))
+    return RequestFacts(models, source, span, is_json, facts, bool(in_query))

@@ -66,7 +66,7 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
     try:
         admit(request, rules)
-        client = rules.auth.identify(request.fields, request.uri, place.keys)
+        client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
         place.require()
         if place.needs_model(client):
             refuse_unread(request)
@@ -81,7 +81,7 @@ def needs_model(request: Request, place: PathMatch, rules: Rules) -> bool:
     if not place.needs_model():
         return False
     try:
-        client = rules.auth.identify(request.fields, request.uri, place.keys)
+        client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
     except ProxyError:
         return False  # it will be refused
     return place.needs_model(client)

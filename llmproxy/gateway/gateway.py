@@ -123,7 +123,9 @@ class Gateway(Handler):
         request, trace = exchange.request, exchange.trace
         admit(request, self._rules)
         client = self._identify(exchange, place)
-        facts = await self._looking.inside(exchange, place, client)
+        facts = self._looking.at_once(exchange)
+        if facts is None:
+            facts = await self._looking.inside(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
 
         response = await self._attempts.send(exchange, match, match.candidates[0], facts)
@@ -170,9 +172,9 @@ class Gateway(Handler):
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
         request = exchange.request
-        client = self._rules.auth.identify(request.fields, request.uri, place.keys)
+        client = self._rules.auth.identify(request.fields, request.uri, place.keys, request.first)
         exchange.trace.client = client.name
-        if request.owner is None:
+        if request.owner is None and request.site.memory.is_filling:
             request.belongs_to(client.name)
         return client
 

@@ -35,6 +35,20 @@ class Looking:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
+    def at_once(self, exchange: Exchange) -> RequestFacts | None:
+        """Return what a usual request asks for; None if :meth:`inside` must look into it."""
+        request = exchange.request
+        if request.upload is not None or b"content-encoding" in request.first:
+            return None
+        exchange.plain = body = request.body
+        try:
+            facts = usual_request(request.first.get(b"content-type"), body, request.uri)
+        except BodyError:
+            return None  # that says why
+        if facts is not None:
+            exchange.trace.model, exchange.trace.model_from = facts.model, facts.source
+        return facts
+
     async def inside(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:
         """Read what routing needs from the body and the target.
 
@@ -49,13 +63,9 @@ class Looking:
         body = b"" if is_coded and not (strict or place.may_add) else request.body
         exchange.plain = body
         try:
-            facts = None
-            if not (is_coded and body):
-                facts = usual_request(request.first.get(b"content-type"), body, request.uri)
-            if facts is None:
-                steps = _steps(exchange, place.body_limit, strict=strict)
-                short = len(body) <= AT_ONCE and not is_coded
-                facts = finish(steps) if short else await self._turns.run(steps)
+            steps = _steps(exchange, place.body_limit, strict=strict)
+            short = len(body) <= AT_ONCE and not is_coded
+            facts = finish(steps) if short else await self._turns.run(steps)
         except UnknownBody as error:
             raise unread_body(str(error)) from error
         except BodyError as error:

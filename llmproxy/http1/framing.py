@@ -91,7 +91,9 @@ def _framing(fields: Fields, first: dict[bytes, bytes], minor: int) -> tuple[boo
     """Return whether a body is in the chunked coding, and its length where the head says one."""
     length = None
     if b"content-length" in first:
-        length = parse_length(field_values(fields, b"content-length"))
+        repeats = len(first) < len(fields)
+        values = field_values(fields, b"content-length") if repeats else [first[b"content-length"]]
+        length = parse_length(values)
     if b"transfer-encoding" not in first:
         return False, length
     if length is not None or minor == 0:

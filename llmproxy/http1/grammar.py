@@ -93,11 +93,12 @@ def parse_request_head(head: bytes) -> RequestHead:
     fields = parse_fields(lines[1:], longest=len(head))
     first = first_values(fields)
     host = first.get(b"host")
-    if minor if host is None else len(field_values(fields, b"host")) > 1:
+    repeats = len(first) < len(fields)
+    if minor if host is None else repeats and len(field_values(fields, b"host")) > 1:
         raise BadMessage("exactly one Host field is needed")
     if host is not None and _HOST.fullmatch(host) is None:
         raise BadMessage("the Host field is malformed")
-    if len(first) < len(fields) and len(field_values(fields, b"content-type")) > 1:
+    if repeats and len(field_values(fields, b"content-type")) > 1:
         raise BadMessage("more than one Content-Type field")  # readers differ in which counts
     return RequestHead(match[1], match[2], minor, fields, first)
 

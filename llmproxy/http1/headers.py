@@ -52,6 +52,9 @@ _ANTI_BUFFERING = (
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
 )
+_MOST_KNOWN, _LONGEST_KNOWN = 512, 64
+"""How many names of fields are remembered, and of how many bytes."""
+
 _CHARSET = re.compile(rb'charset="?utf-?8"?(?![^;])')
 _STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
 
@@ -112,6 +115,37 @@ def refuse_disguised(names: Collection[bytes], guarded: Container[bytes] = ()) -
                 )
 
 
+class _Crossing(dict[bytes, bool]):
+    """Whether a field of some name crosses; names come again and again.
+
+    Args:
+        dropped: the names that do not cross.
+        prefixes: how others begin that do not.
+    """
+
+    def __init__(self, dropped: Collection[bytes], prefixes: tuple[bytes, ...]) -> None:
+        super().__init__()
+        self._dropped = frozenset(dropped)
+        self._prefixes = prefixes
+
+    def __missing__(self, name: bytes) -> bool:
+        crosses = name not in self._dropped and not name.startswith(self._prefixes)
+        if len(self) < _MOST_KNOWN and len(name) <= _LONGEST_KNOWN:
+            self[name] = crosses
+        return crosses
+
+    def of(self, fields: Fields) -> Fields:
+        """Return the fields that cross, also by what ``Connection`` says of them."""
+        kept = [field for field in fields if self[field[0]]]
+        if listed := nominated(fields):
+            kept = [field for field in kept if field[0] not in listed]
+        return kept
+
+
+_STREAM_CROSSES = _Crossing(_STREAM_DROPPED, _RESPONSE_PREFIXES)
+_RESPONSE_CROSSES = _Crossing(_RESPONSE_DROPPED, _RESPONSE_PREFIXES)
+
+
 class HeaderRewriter:
     """What crosses towards one provider, prepared once for all requests.
 
@@ -133,11 +167,12 @@ class HeaderRewriter:
         defaults: tuple[tuple[bytes, bytes], ...],
         accept_events: bool,
     ) -> None:
-        self._dropped = _REQUEST_DROPPED | set(dropped)
+        names = _REQUEST_DROPPED | set(dropped)
         if not pass_credential:
-            self._dropped |= set(KEY_FIELDS)
+            names |= set(KEY_FIELDS)
         if credential is not None:
-            self._dropped |= {credential[0]}
+            names |= {credential[0]}
+        self._crosses = _Crossing(names, _REQUEST_PREFIXES)
         self._credential = credential
         self._defaults = defaults
         self._accept_events = accept_events
@@ -154,14 +189,7 @@ class HeaderRewriter:
             streams: the request asks for a stream.
             identity: a stream is asked for unencoded, whatever the client accepts.
         """
-        dropped = self._dropped
-        if listed := nominated(fields):
-            dropped |= listed
-        kept = [
-            field
-            for field in fields
-            if field[0] not in dropped and not field[0].startswith(_REQUEST_PREFIXES)
-        ]
+        kept = self._crosses.of(fields)
         names = {name for name, _ in kept}
         if b"via" in names:
             hops = [value for name, value in kept if name == b"via"]
@@ -185,14 +213,7 @@ class HeaderRewriter:
 def for_client(fields: Fields, request_id: bytes) -> Fields:
     """Return the fields of a provider's response that the client gets, with our id."""
     streams = is_stream(value_of(fields, b"content-type"))
-    dropped = _STREAM_DROPPED if streams else _RESPONSE_DROPPED
-    if listed := nominated(fields):
-        dropped |= listed
-    kept = [
-        field
-        for field in fields
-        if field[0] not in dropped and not field[0].startswith(_RESPONSE_PREFIXES)
-    ]
+    kept = (_STREAM_CROSSES if streams else _RESPONSE_CROSSES).of(fields)
     if streams:
         kept += _ANTI_BUFFERING
     kept.append((b"x-llmproxy-request-id", request_id))

@@ -26,8 +26,11 @@ _KEEPALIVE = (
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
 
-_SIOCOUTQNSD = 0x894B
+SIOCOUTQNSD = 0x894B
 """linux/sockios.h: bytes in the send queue that were not sent, for which the peer has no room."""
+
+NO_BYTES = b"\0\0\0\0"
+"""None, as the kernel answers both; also what it is asked with."""
 
 
 def raw_transport(transport: Any) -> Any:
@@ -58,7 +61,7 @@ def unacknowledged_bytes(transport: Any) -> int:
 
 def unsent_bytes(transport: Any) -> int:
     """Return how many bytes the kernel holds that it could not send yet; 0 if closed."""
-    return _ask_kernel(transport, _SIOCOUTQNSD)
+    return _ask_kernel(transport, SIOCOUTQNSD)
 
 
 def _ask_kernel(transport: Any, request: int) -> int:
@@ -66,7 +69,7 @@ def _ask_kernel(transport: Any, request: int) -> int:
     if not isinstance(handle, socket.socket) or (number := handle.fileno()) < 0:
         return 0
     try:
-        return int.from_bytes(fcntl.ioctl(number, request, b"\0\0\0\0"), sys.byteorder)
+        return int.from_bytes(fcntl.ioctl(number, request, NO_BYTES), sys.byteorder)
     except OSError:
         return 0  # a Unix socket knows nothing that is not sent
 

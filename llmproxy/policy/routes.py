@@ -105,11 +105,7 @@ class _Prepared(NamedTuple):
     prefix: bytes
     hosts: frozenset[str] | None
     allows: Callable[[Named], bool]
-
-    @property
-    def joins_model(self) -> bool:
-        """Whether the provider's own path may make a model of what a request's path begins with."""
-        return any(len(one.base) > 1 for one in self.candidates)
+    joins_model: bool  # the provider's own path may make a model of what a request's begins with
 
     @property
     def needs_model(self) -> bool:
@@ -208,7 +204,9 @@ class PathMatch:
                     break
             else:
                 raise _no_route(path_known=bool(found))
-        path, mark, query = cut_keys(target, one.candidates[0].keys.query)[1].partition(b"?")
+        if (key := one.candidates[0].keys.query) is not None:
+            target = cut_keys(target, key)[1]
+        path, mark, query = target.partition(b"?")
         if one.route.strip and one.path != b"/":
             path = path[len(one.path) :]
         if one.joins_model and not reads_list and self.needs_model(client):
@@ -257,14 +255,16 @@ def _prepare(config: Config, route: Route) -> _Prepared:
     path = route.path.encode("ascii")
     limit = config.limits.request_body if route.request_body is None else route.request_body
     providers = (config.providers[name] for name in route.providers)
+    candidates = tuple(_candidate(config, route, provider) for provider in providers)
     return _Prepared(
         route=route,
-        candidates=tuple(_candidate(config, route, provider) for provider in providers),
+        candidates=candidates,
         body_limit=limit,
         path=path,
         prefix=path if path.endswith(b"/") else path + b"/",
         hosts=None if route.hosts is None else frozenset(route.hosts),
         allows=_matcher(_ANY_MODEL if route.models is None else route.models),
+        joins_model=any(len(one.base) > 1 for one in candidates),
     )
 
 

@@ -47,6 +47,10 @@ class BodyMemory:
 
     def hold(self, request: Any, size: int) -> bool:
         """Count ``size`` more bytes of a request's body; return False where there is no room."""
+        if request.owner is None and self.held + size <= self.limit:
+            self.held += size
+            request.held += size
+            return True
         if not self._has_room(request.owner, size) and not self._make_room(request, size):
             return False
         self.held += size
@@ -56,6 +60,11 @@ class BodyMemory:
             self._unfinished.pop(request, None)
             self._unfinished[request] = self._clock()
         return True
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether it matters whose a whole body is; below a half it does not."""
+        return self.held + self.held > self.limit
 
     def assign(self, request: Any, owner: str) -> bool:
         """Count a request's body as ``owner``'s; return False where that is too much for one."""

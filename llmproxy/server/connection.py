@@ -281,7 +281,7 @@ class ClientConnection(http.HTTPChannel):
         """Take what is buffered, but for a request behind one that was served in this turn."""
         self._advancing = True
         try:
-            while self._turn is None and self._advance():
+            while self._advance() and self._buffer and self._turn is None:
                 pass
         finally:
             self._advancing = False
@@ -554,7 +554,10 @@ class ClientConnection(http.HTTPChannel):
         """The response is whole: when its client has it, wait for the next request, or close."""
         if self._discarding or (request.upload is not None and not request.upload.complete):
             self.persistent = False
-        self._send_out(closes=not self.persistent)
+        if self.persistent and self._delivery.is_sent:  # as nearly always
+            self._taken_whole()
+        else:
+            self._send_out(closes=not self.persistent)
 
     def request_cut(self, request: Request) -> None:
         """The response is short of its framing: close after what is queued, without its end."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from llmproxy.net.tcp import DirectTransport
 from llmproxy.net.transport import (
     pending_bytes,
     raw_transport,
@@ -37,10 +38,14 @@ class Delivery:
         reactor: keeps the time of looks.
     """
 
-    __slots__ = ("_look_at", "_next", "_reactor", "_seconds", "_taken", "_taken_at", "_transport")
+    __slots__ = (
+        *("_direct", "_look_at", "_next", "_reactor", "_seconds", "_taken", "_taken_at"),
+        "_transport",
+    )
 
     def __init__(self, transport: Any, reactor: Any) -> None:
         self._transport = transport
+        self._direct = transport if isinstance(transport, DirectTransport) else None
         self._reactor = reactor
         self._next: Any = None
         self._seconds = _FIRST
@@ -51,6 +56,8 @@ class Delivery:
     @property
     def is_sent(self) -> bool:
         """Whether the kernel has sent everything: the client has room for it."""
+        if self._direct is not None:
+            return self._direct.is_sent
         return not pending_bytes(self._transport) and not unsent_bytes(self._transport)
 
     @property

@@ -170,7 +170,8 @@ class Request(server.Request):
         if self.upload is not None:
             self.upload.end()
             return
-        self.site.memory.complete(self)
+        if self.owner is not None:
+            self.site.memory.complete(self)
         self.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts = []
         self.process()
@@ -196,7 +197,7 @@ class Request(server.Request):
         self._limit = min(self._limit, limit)
 
     def belongs_to(self, owner: str) -> None:
-        """Count the body as that of one client among several.
+        """Count the body, and what comes of it, as that of one client among several.
 
         Raises:
             ProxyError: 503, where that client holds too much.
@@ -217,8 +218,11 @@ class Request(server.Request):
 
     def release(self) -> None:
         """Let go of the body; what it held counts no more."""
-        if self.held:
+        if self.owner is not None:
             self.site.memory.release(self)
+        elif self.held:
+            self.site.memory.held -= self.held
+            self.held = 0
         self._parts = []
         self.body = b""
 
@@ -254,13 +258,13 @@ class Request(server.Request):
         self.startedWriting = 1
         self.status = self.code = status
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        head = [status_line(status)]
-        for name, value in fields:
-            if name == b"content-length":
-                if status == 204:  # whoever reads one there waits for a body: RFC 9110, 8.6
-                    continue
-                self._length = int(value)
-            head += (name, b": ", value, b"\r\n")
+        fields = list(fields)
+        if (length := dict(fields).get(b"content-length")) is not None:
+            if status == 204:  # whoever reads one there waits for a body: RFC 9110, 8.6
+                fields = [field for field in fields if field[0] != b"content-length"]
+            else:
+                self._length = int(length)
+        head = [status_line(status), *[b"%b: %b\r\n" % field for field in fields]]
         if self._length is None and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
@@ -367,7 +371,12 @@ class Request(server.Request):
 
     def taken(self) -> None:
         """The client has the response."""
-        self._be_over(None)
+        if not self.is_over:
+            self.is_over = True
+            self.site.ended += self._served
+            if self._taken is not None:
+                waiting, self._taken = self._taken, None
+                waiting.callback(None)
 
     def break_off(self) -> None:
         """End the response so that the client cannot take it for whole.
@@ -444,17 +453,11 @@ class Request(server.Request):
                 self.site.abandoned(self, why)
             if gone is not None:
                 gone(why)
-        self._be_over(why)
-
-    def _be_over(self, why: ClientGone | None) -> None:
-        """Count the request, and report whether its client has the response."""
         if not self.is_over:
             self.is_over = True
             self.site.ended += self._served
-            waiting, self._taken = self._taken, None
-            if waiting is not None and why is None:
-                waiting.callback(None)
-            elif waiting is not None:
+            if self._taken is not None:
+                waiting, self._taken = self._taken, None
                 waiting.errback(why)
 
     def _end(self) -> None:

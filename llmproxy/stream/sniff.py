@@ -27,6 +27,12 @@ _DECLARED: dict[bytes, _Maker] = {
     b"application/json": Document,
 }
 
+_USUAL: dict[_Maker | None, tuple[bytes, ...]] = {
+    Document: (b"{",),
+    ServerSentEvents: (b"data:", b"event:"),
+}
+"""How nearly all bodies of a content type begin; nothing else has to be looked at then."""
+
 _SHORTEST = 7
 """Bytes that say whether a body begins with a field of SSE: the longest one is ``event``."""
 
@@ -59,7 +65,8 @@ class Sniffer:
         *,
         has_lines: bool,
     ) -> None:
-        self._declared = _DECLARED.get(media_type(content_type))
+        declared = self._declared = _DECLARED.get(media_type(content_type))
+        self._usual = () if has_lines else _USUAL.get(declared, ())
         self._limit = limit
         self._overlong = overlong
         self._choose = choose
@@ -87,6 +94,8 @@ class Sniffer:
         """Return the events that these bytes complete."""
         if self._is_known:
             return () if self._chosen is None else self._chosen.feed(data)
+        if data.startswith(self._usual) and not self._held:
+            return self._begin(self._declared, data)
         self._held += data
         start = self._start()
         if self._says(start):
@@ -114,12 +123,14 @@ class Sniffer:
         )
 
     def _go_on(self, start: bytes) -> Sequence[Event]:
-        maker = self._maker(start)
-        self._is_known = True
         held, self._held = self._held, b""
-        self._chosen = None if maker is None else maker(self._limit, self._overlong)
-        self._choose(self._chosen)
-        return () if self._chosen is None else self._chosen.feed(held)
+        return self._begin(self._maker(start), held)
+
+    def _begin(self, maker: _Maker | None, data: bytes) -> Sequence[Event]:
+        self._is_known = True
+        self._chosen = framing = None if maker is None else maker(self._limit, self._overlong)
+        self._choose(framing)
+        return () if framing is None else framing.feed(data)
 
     def _maker(self, start: bytes) -> _Maker | None:
         if not start.startswith(_JSON):
