@@ -76,6 +76,7 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         fields = candidate.rewriter.for_provider(
             fields,
+            request.first,
             via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),

@@ -132,7 +132,8 @@ class Gateway(Handler):
         request.release()
         exchange.plain = b""
 
-        request.start(response.code, for_client(response.fields, trace.id.encode("ascii")))
+        name = trace.id.encode("ascii")
+        request.start(response.code, for_client(response.fields, response.first, name))
         await self._pump(exchange, match, response)
         request.finish()
         if (taken := request.when_taken()) is not None:

@@ -9,7 +9,7 @@ owns.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from functools import lru_cache
 
 from llmproxy.errors import ProxyError
@@ -57,14 +57,6 @@ _MOST_KNOWN, _LONGEST_KNOWN = 512, 64
 
 _CHARSET = re.compile(rb'charset="?utf-?8"?(?![^;])')
 _STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
-
-
-def value_of(fields: Fields, name: bytes) -> bytes | None:
-    """Return the first value of the field ``name`` (lower case), or None."""
-    for key, value in fields:
-        if key == name:
-            return value
-    return None
 
 
 @lru_cache(maxsize=256)
@@ -134,10 +126,15 @@ class _Crossing(dict[bytes, bool]):
             self[name] = crosses
         return crosses
 
-    def of(self, fields: Fields) -> Fields:
-        """Return the fields that cross, also by what ``Connection`` says of them."""
+    def of(self, fields: Fields, first: Container[bytes]) -> Fields:
+        """Return the fields that cross, also by what ``Connection`` says of them.
+
+        Args:
+            first: has the name of each field.
+        """
         kept = [field for field in fields if self[field[0]]]
-        if listed := nominated(fields):
+        if b"connection" in first:
+            listed = nominated(fields)
             kept = [field for field in kept if field[0] not in listed]
         return kept
 
@@ -178,19 +175,27 @@ class HeaderRewriter:
         self._accept_events = accept_events
 
     def for_provider(
-        self, fields: Fields, *, via: bytes, request_id: bytes, streams: bool, identity: bool
+        self,
+        fields: Fields,
+        first: Container[bytes],
+        *,
+        via: bytes,
+        request_id: bytes,
+        streams: bool,
+        identity: bool,
     ) -> Fields:
         """Return the fields to send upstream, without ``Host`` and framing.
 
         Args:
             fields: as the client sent them.
+            first: has the name of each of them.
             via: this hop, as ``1.1 pseudonym``.
             request_id: added as ``x-request-id`` where the client sent none.
             streams: the request asks for a stream.
             identity: a stream is asked for unencoded, whatever the client accepts.
         """
-        kept = self._crosses.of(fields)
-        names = {name for name, _ in kept}
+        kept = self._crosses.of(fields, first)
+        names = dict(kept)
         if b"via" in names:
             hops = [value for name, value in kept if name == b"via"]
             kept = [field for field in kept if field[0] != b"via"]
@@ -210,10 +215,16 @@ class HeaderRewriter:
         return kept
 
 
-def for_client(fields: Fields, request_id: bytes) -> Fields:
-    """Return the fields of a provider's response that the client gets, with our id."""
-    streams = is_stream(value_of(fields, b"content-type"))
-    kept = (_STREAM_CROSSES if streams else _RESPONSE_CROSSES).of(fields)
+def for_client(fields: Fields, first: Mapping[bytes, bytes], request_id: bytes) -> Fields:
+    """Return the fields of a provider's response that the client gets, with our id.
+
+    Args:
+        fields: as the provider sent them.
+        first: the first value of each name.
+        request_id: ours.
+    """
+    streams = is_stream(first.get(b"content-type"))
+    kept = (_STREAM_CROSSES if streams else _RESPONSE_CROSSES).of(fields, first)
     if streams:
         kept += _ANTI_BUFFERING
     kept.append((b"x-llmproxy-request-id", request_id))
