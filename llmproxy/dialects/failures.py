@@ -9,6 +9,7 @@ word of their own in its place.  And others wrap the whole response into an enve
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -25,11 +26,19 @@ _SHORTEST = 12
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-_ERRORS = ("errorText", "error_code", "error_msg", "error_message", "errors", "detail")
-"""Members that only a failure has: the AI SDK, Baidu, others, GraphQL and FastAPI."""
+_ERRORS = ("errorText", "error_code", "error_msg", "error_message", "errors")
+"""Members that only a failure has: the AI SDK, Baidu, others, GraphQL."""
 
-_MESSAGES = ("message", "msg", *_ERRORS, "status_msg")
+_PROBLEM = frozenset(("type", "title", "status", "detail", "instance", "code"))
+"""The members of a failure that is told by ``detail``: FastAPI's, and RFC 9457's."""
+
+_FAILS = re.compile("error|exception|fail|denied|invalid|overload|limit|exceed|unavail|abort", re.I)
+"""Types that speak of a failure; others, such as ``status``, speak of how far something is."""
+
+_MESSAGES = ("message", "msg", *_ERRORS, "detail", "status_msg")
 """Where the sentence of an error may stand; the first one counts."""
+
+_FIRST_FAILURE = 400
 
 _FINE = (None, "", 0, 200, "0", "200", "success", "Success", "ok", "OK")
 """Values of ``code`` that stand for no error (Zhipu, Baidu, DashScope)."""
@@ -74,7 +83,7 @@ def read_error_event(data: bytes, seen: Accumulated) -> None:
 
 
 def _read_failure(members: dict[str, msgspec.Raw], seen: Accumulated) -> None:
-    known = ("type", "object", "status", "success", "code", "base_resp", *_MESSAGES)
+    known = ("type", "param", "object", "status", "success", "code", "base_resp", *_MESSAGES)
     said = {name: _value(members[name]) for name in known if name in members}
     inner = said.get("base_resp")  # MiniMax
     if isinstance(inner, dict) and inner.get("status_code"):
@@ -83,15 +92,29 @@ def _read_failure(members: dict[str, msgspec.Raw], seen: Accumulated) -> None:
         "error" in (said.get("type"), said.get("object"), said.get("status"))
         or said.get("success") is False
         or any(said.get(name) for name in _ERRORS)
+        or (
+            said.get("detail")
+            and _PROBLEM.issuperset(members)
+            and said.get("status") not in _FINE[3:]
+        )
         or (_is_failing(said) and _message(said) is not None)
     ):
         seen.fail(_kind(said), _message(said))
 
 
 def _is_failing(said: dict[str, Any]) -> bool:
-    """Return whether an object with a sentence is an error: it has a type, or a code of one."""
-    code = said.get("code")
-    return isinstance(said.get("type"), str) or (isinstance(code, str | int) and code not in _FINE)
+    """Return whether an object with a sentence is an error: it has the type, or the code, of one.
+
+    Only OpenAI's own error has a ``param``.  A code is a word, or a number from 400 on.
+    """
+    code, kind = said.get("code"), said.get("type")
+    if isinstance(kind, str) and ("param" in said or _FAILS.search(kind)):
+        return True
+    if isinstance(code, str) and code.isdecimal():
+        code = int(code[:9])
+    if isinstance(code, int):
+        return code >= _FIRST_FAILURE
+    return isinstance(code, str) and code not in _FINE
 
 
 def _kind(said: dict[str, Any]) -> str | None:

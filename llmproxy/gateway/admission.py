@@ -57,7 +57,9 @@ def admit(request: Request, rules: Rules) -> None:
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.guarded)
-    if b"connection" in first and BODY_FIELDS & nominated(request.fields):
+    options = first.get(b"connection", b"close").lower()
+    is_usual = options in (b"keep-alive", b"close") and len(first) == len(request.fields)
+    if not is_usual and BODY_FIELDS & nominated(request.fields):
         text = "Connection names a header that says how the body is to be read."
         raise ProxyError(400, "bad_header", text)
 
@@ -71,6 +73,7 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
         if place.needs_model(client):
             refuse_unread(request)
         request.belongs_to(client.name)
+        request.caller = client
     except ProxyError as error:
         return error
     return None

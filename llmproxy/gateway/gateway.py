@@ -121,7 +121,6 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
-        admit(request, self._rules)
         client = self._identify(exchange, place)
         facts = self._looking.at_once(exchange)
         if facts is None:
@@ -136,9 +135,9 @@ class Gateway(Handler):
         request.start(response.code, for_client(response.fields, response.first, name))
         await self._pump(exchange, match, response)
         request.finish()
-        if (taken := request.when_taken()) is not None:
+        if (delivered := request.when_delivered()) is not None:
             exchange.stop_timer()
-            await taken
+            await delivered
         return EndReason.COMPLETE if response.code < 400 else EndReason.UPSTREAM_REFUSED
 
     async def _serve(self, exchange: Exchange, place: PathMatch) -> None:
@@ -173,7 +172,13 @@ class Gateway(Handler):
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
         request = exchange.request
-        client = self._rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+        client: Client | None = request.caller
+        if client is None:
+            admit(request, self._rules)
+            auth = self._rules.auth
+            client = auth.identify(request.fields, request.uri, place.keys, request.first)
+        elif request.refusal is not None:  # of its body: it was admitted before that came
+            raise request.refusal
         exchange.trace.client = client.name
         if request.owner is None and request.site.memory.is_filling:
             request.belongs_to(client.name)

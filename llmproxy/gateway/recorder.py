@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.policy.auth import holds_made_key
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Sink, Trace, timestamp
@@ -154,13 +155,15 @@ def _new_id() -> str:
 
 
 def _path(path: bytes) -> str:
-    """Return the path for the record, or nothing of another target: that may hold a password."""
-    return path.decode("ascii", "backslashreplace")[:2048] if path.startswith(b"/") else ""
+    """Return the path for the record; nothing of one with a key, or of a target with a password."""
+    if not path.startswith(b"/") or holds_made_key(path):
+        return ""
+    return path.decode("ascii", "backslashreplace")[:2048]
 
 
 def _text(value: bytes | None) -> str | None:
     """Return a header's value for the record, where it is short and printable."""
-    if value is None:
+    if value is None or holds_made_key(value):
         return None
     text = value.decode("utf-8", "replace")[:256]
     return text if text.isprintable() else None

@@ -35,8 +35,9 @@ ACCOUNT_FIELDS = (
     *("openai-organization", "openai-project", "chatgpt-account-id", "x-goog-user-project"),
 )
 """Fields that choose whose account a credential acts for: ours is for the operator to choose."""
+
 BODY_FIELDS = frozenset((b"content-type", b"content-encoding"))
-"""Fields without which, or with another value, a provider would read another body than we did."""
+"""Fields that decide how a provider reads the body."""
 
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")

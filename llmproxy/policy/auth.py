@@ -37,7 +37,14 @@ what a client wrote itself is then in no record."""
 
 NO_FIELDS: Mapping[bytes, bytes] = {}
 
+_OWN_KEY_FIELDS = frozenset((OWN_KEY_FIELD,))
 _ALL_KEY_FIELDS = frozenset((OWN_KEY_FIELD, *KEY_FIELDS))
+
+_GLANCE = 1024
+"""Bytes of a request without a key in which a key is looked for, to say where it should stand."""
+
+_MOST_WORDS = 1000
+"""How many words of a value, or parameters of a query, are looked at; each is hashed."""
 
 _UNMISTAKABLE = 16
 """Length from which a key is found within a longer word; a shorter one may be in it by chance."""
@@ -92,7 +99,7 @@ class Auth:
             if usual is not None:
                 return usual
         keys, target = cut_keys(target, places.query)
-        names = (OWN_KEY_FIELD,) if places.passes else (OWN_KEY_FIELD, *KEY_FIELDS)
+        names = _OWN_KEY_FIELDS if places.passes else _ALL_KEY_FIELDS
         crossing = []
         for name, value in fields:
             if name not in names:
@@ -100,7 +107,11 @@ class Auth:
             elif key := _key(name, value):
                 keys.append(key)
         client = self._named_by(keys)
-        self._keep_here(keys, b"\n".join([target, *crossing]), fields, target, places)
+        said = b"\n".join([target, *crossing])
+        is_short = len(said) <= _GLANCE or _PREFIX in said
+        if client is None and not (self._anonymous or places.passes or is_short):
+            raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
+        self._refuse_misplaced(keys, said, fields, target, places)
         if client is not None:
             return client
         if self._anonymous:
@@ -143,7 +154,7 @@ class Auth:
 
     # -- no key of a client's crosses -------------------------------------------------------------
 
-    def _keep_here(
+    def _refuse_misplaced(
         self, keys: list[bytes], crossing: bytes, fields: Fields, target: bytes, places: KeyPlaces
     ) -> None:
         """Refuse a client's key in anything that crosses: the provider would get it.
@@ -216,6 +227,8 @@ def _unquoted(text: bytes) -> bytes:
 
 def _values(query: bytes) -> Iterator[bytes]:
     """Yield what a query says, decoded: the values, and the names of those without one."""
+    if query.count(b"&") >= _MOST_WORDS:
+        raise _too_much("The query has more parameters than are looked at.")
     for piece in query.split(b"&"):
         name, mark, value = piece.partition(b"=")
         yield _unquoted(value if mark else name)
@@ -225,7 +238,10 @@ def _words(value: bytes) -> set[bytes]:
     """Return whatever in ``value`` may be a key, within the usual separators and Basic."""
     if _MARKS.search(value) is None:
         return {value}
-    words = {value, *_MARKS.split(value)}
+    parts = _MARKS.split(value, _MOST_WORDS)
+    if len(parts) > _MOST_WORDS:
+        raise _too_much("A value has more words than are looked at.")
+    words = {value, *parts}
     for word in _GAPS.split(value):
         words |= {word, word.partition(b"=")[2].strip(b"\"'")}
     scheme, _, rest = value.partition(b" ")
@@ -247,7 +263,8 @@ def _places(
         yield place, raw
         yield place, unquote_to_bytes(raw)
     for name, value in fields:
-        if not is_owned(name) and (places.passes or name not in KEY_FIELDS):
+        owned = is_owned(name) and name != b"via"  # the client's hops stand before ours
+        if not owned and (places.passes or name not in KEY_FIELDS):
             yield f"the header {name.decode('ascii')}", value
 
 
@@ -255,6 +272,15 @@ def _misplaced(place: str) -> ProxyError:
     text = f"A client key of this proxy stands in {place}, which is sent to the provider."
     text += " Send the key in x-llmproxy-key."
     return _unauthorized(MISPLACED, text, place)
+
+
+def holds_made_key(value: bytes) -> bool:
+    """Return whether a value holds what looks like a key that we made."""
+    return _PREFIX in value and _MADE_KEY.search(value) is not None
+
+
+def _too_much(text: str) -> ProxyError:
+    return ProxyError(400, "bad_query", text)
 
 
 def _unauthorized(reason: str, message: str, place: str | None = None) -> ProxyError:

@@ -15,6 +15,7 @@ and only the bound on all applies to it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from llmproxy.server.error_response import memory_full
@@ -100,11 +101,12 @@ class BodyMemory:
     def _make_room(self, request: Any, size: int) -> bool:
         """Drop bodies that do not go on, until there is room; return whether there is."""
         long_ago = self._clock() - _IDLE
-        idle = [one for one, at in self._unfinished.items() if at <= long_ago and one != request]
-        for victim in idle:
-            most = max(self._by_owner.values())
-            if self._by_owner[victim.owner] == most:
+        idle = list(takewhile(lambda one: one[1] <= long_ago, self._unfinished.items()))
+        most = max(self._by_owner.values(), default=0)
+        for victim, _ in idle:
+            if victim is not request and self._by_owner.get(victim.owner) == most:
                 victim.refuse(memory_full())
                 if self._has_room(request.owner, size):
                     return True
+                most = max(self._by_owner.values(), default=0)
         return False

@@ -213,7 +213,7 @@ class ClientConnection(http.HTTPChannel):
         why = ClientGone(reason.getErrorMessage())
         why.had_room = self._delivery.had_room
         if self.phase is Phase.SENDING and self.requests and why.had_room and not self._aborted:
-            self.requests.pop(0).taken()
+            self.requests.pop(0).delivered()
         for request in self.requests:
             request.leave(why)
         self._abandon_next(why)
@@ -555,7 +555,7 @@ class ClientConnection(http.HTTPChannel):
         if self._discarding or (request.upload is not None and not request.upload.complete):
             self.persistent = False
         if self.persistent and self._delivery.is_sent:  # as nearly always
-            self._taken_whole()
+            self._delivered()
         else:
             self._send_out(closes=not self.persistent)
 
@@ -574,15 +574,15 @@ class ClientConnection(http.HTTPChannel):
     def _send_out(self, *, closes: bool) -> None:
         """The response is written: end it when the client has all, which mostly is now.
 
-        What the kernel has sent is in the client's own, or as good as that.  Where it still waits
-        for room, the response is over when the client has acknowledged it.
+        What the kernel has sent counts as received: the client had room for it.  If something
+        waits for room, the response is over when the client has acknowledged everything.
         """
         is_sent = self._delivery.is_sent
         if closes:
             self._end_writing()
         self.enter(Phase.SENDING, None)
         if is_sent and not self._resets:
-            self._taken_whole()
+            self._delivered()
         elif is_sent or not self._look_now():
             self._delivery.watch(self._look_again)
 
@@ -599,18 +599,18 @@ class ClientConnection(http.HTTPChannel):
         """Go on if the client has acknowledged all that was written; return whether it has."""
         if not self._delivery.is_acknowledged:
             return False
-        self._delivery.rest()
+        self._delivery.stop_watching()
         if self.phase is Phase.SENDING:
-            self._taken_whole()
+            self._delivered()
         elif self._lingers and not self._has_ended:
             self.enter(Phase.CLOSING, _LINGER)
         else:
             self._close()
         return True
 
-    def _taken_whole(self) -> None:
+    def _delivered(self) -> None:
         """The client has the whole response."""
-        self.requests.pop(0).taken()
+        self.requests.pop(0).delivered()
         if self._resets:
             self.enter(Phase.CLOSING, None)
             self.abort()
@@ -629,7 +629,7 @@ class ClientConnection(http.HTTPChannel):
         self._discarding = True  # as far as HTTP is concerned
         self._stall_after = request.stall_after
         self.requests.remove(request)
-        request.taken()
+        request.delivered()
         self.enter(Phase.HANDED_OVER, None)
         self._networkProducer.unregisterProducer()
         self.write(head)
@@ -683,7 +683,7 @@ class ClientConnection(http.HTTPChannel):
         A response that is written whole, and for which the client had room, is none of that.
         """
         if self.phase is Phase.SENDING and self.requests and self._delivery.had_room:
-            self.requests.pop(0).taken()
+            self.requests.pop(0).delivered()
         for request in list(self.requests):
             request.abort(why)
         self._abandon_next(why)
@@ -699,7 +699,7 @@ class ClientConnection(http.HTTPChannel):
             self.transport.abortConnection()
 
     def _cancel_calls(self) -> None:
-        self._delivery.rest()
+        self._delivery.stop_watching()
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None

@@ -20,7 +20,7 @@ from llmproxy.net.transport import (
     unsent_bytes,
 )
 
-_FAREWELL = 64
+_CLOSE_BYTES = 64
 """Most bytes of a FIN and of an alert of TLS, such as close_notify, behind a whole response."""
 
 _FIRST, _LAST = 0.01, 0.5
@@ -74,15 +74,15 @@ class Delivery:
         """
         lost = getattr(raw_transport(self._transport), "unsent", 0)
         left = max(lost, unsent_bytes(self._transport))
-        return not pending_bytes(self._transport) and left <= _FAREWELL
+        return not pending_bytes(self._transport) and left <= _CLOSE_BYTES
 
     def watch(self, look: Callable[[], object]) -> None:
-        """Call ``look`` in 10 ms, and again, less and less often, until :meth:`rest`."""
-        self.rest()
+        """Call ``look`` in 10 ms, and again, less and less often, until :meth:`stop_watching`."""
+        self.stop_watching()
         self._seconds = _FIRST
         self._next = self._reactor.callLater(self._seconds, self._look, look)
 
-    def rest(self) -> None:
+    def stop_watching(self) -> None:
         """Look no more."""
         if self._next is not None:
             self._next.cancel()
@@ -96,8 +96,9 @@ class Delivery:
     def is_stalled(self, now: float, limit: float | None, written: int) -> bool:
         """Return whether the client took no byte for ``limit`` although some waited for it.
 
-        The kernel asks for more only when much of its queue is free again, and what is all with it
-        may be for a client that is no more: progress is what the client acknowledges.
+        The kernel asks for more only when much of its queue is free again.  When the kernel has
+        taken everything, the client may be gone already.  So progress is what the client
+        acknowledges.
 
         Args:
             now: monotonic seconds.

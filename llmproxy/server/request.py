@@ -52,6 +52,7 @@ class Request(server.Request):
         refusal: why the request cannot be served, where that is known before it is served.
         held: how many bytes of the body are held.
         owner: the client whose body it is, once that is known.
+        caller: whatever the handler found out of its client before the body came.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
         status: the status that was sent, or None.
@@ -61,8 +62,19 @@ class Request(server.Request):
     """
 
     __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request
-        *("_bodiless", "_flows", "_head", "_length", "_limit", "_parts", "_served", "_taken"),
-        *("body", "body_bytes", "ended", "fields", "first", "gone", "handler", "held", "is_over"),
+        *("_bodiless", "_flows", "_head", "_length", "_limit", "_parts", "_served", "_waiting"),
+        *(
+            "body",
+            "body_bytes",
+            "caller",
+            "ended",
+            "fields",
+            "first",
+            "gone",
+            "handler",
+            "held",
+            "is_over",
+        ),
         *("kept", "owner", "refusal", "sent", "stall_after", "status", "upload"),
     )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
@@ -91,6 +103,7 @@ class Request(server.Request):
         self._limit = 0
         self.held = 0
         self.owner: str | None = None
+        self.caller: Any = None
         self.handler: Any = channel.site.router.find(self.method, self.path)
         self.kept: Any = None
         self._served = False
@@ -101,7 +114,7 @@ class Request(server.Request):
         self.sent = 0
         self.ended = False
         self.is_over = False
-        self._taken: Deferred[None] | None = None
+        self._waiting: Deferred[None] | None = None
         self._head = b""
         self._length: int | None = None
         self._bodiless = False
@@ -357,7 +370,7 @@ class Request(server.Request):
         self._end()
         self._part(self.channel.requestDone)
 
-    def when_taken(self) -> Deferred[None] | None:
+    def when_delivered(self) -> Deferred[None] | None:
         """Return when the client has the response that was ended; None where it has it already.
 
         Returns:
@@ -366,16 +379,16 @@ class Request(server.Request):
         """
         if self.is_over:
             return None
-        self._taken = Deferred()
-        return self._taken
+        self._waiting = Deferred()
+        return self._waiting
 
-    def taken(self) -> None:
+    def delivered(self) -> None:
         """The client has the response."""
         if not self.is_over:
             self.is_over = True
             self.site.ended += self._served
-            if self._taken is not None:
-                waiting, self._taken = self._taken, None
+            if self._waiting is not None:
+                waiting, self._waiting = self._waiting, None
                 waiting.callback(None)
 
     def break_off(self) -> None:
@@ -456,8 +469,8 @@ class Request(server.Request):
         if not self.is_over:
             self.is_over = True
             self.site.ended += self._served
-            if self._taken is not None:
-                waiting, self._taken = self._taken, None
+            if self._waiting is not None:
+                waiting, self._waiting = self._waiting, None
                 waiting.errback(why)
 
     def _end(self) -> None:

@@ -56,6 +56,11 @@ class Sniffer:
         has_lines: whether the endpoint's streams are lines of JSON.
     """
 
+    __slots__ = (
+        *("_choose", "_chosen", "_declared", "_has_lines", "_held", "_is_known", "_limit"),
+        *("_overlong", "_usual"),
+    )
+
     def __init__(
         self,
         content_type: bytes | None,

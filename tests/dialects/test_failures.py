@@ -80,6 +80,12 @@ def test_the_body_of_an_error_as_sdks_hold_it(row: Endpoint) -> None:
         {"base_resp": {"status_code": 0, "status_msg": "success"}},
         {"message": {"content": "hello"}, "done": False},
         {"status": "queued", "message": "waiting"},
+        {"type": "status", "message": "Searching the web"},
+        {"type": "progress", "message": "half"},
+        {"event": "x", "detail": "thinking"},
+        {"status": "success", "detail": "warming up"},
+        {"code": 1, "message": "queued"},
+        {"code": "1", "message": "queued"},
     ],
 )
 @ROWS

@@ -177,6 +177,27 @@ def test_a_key_that_would_cross_is_in_no_record(
     assert trace.path == path
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "key"),
+    [
+        ("TRACE", "/p/KEY", "key"),
+        ("GET", "/p/../KEY", "key"),
+        ("GET", "/p/KEY", "unknown"),
+        ("GET", "/nowhere/KEY", "unknown"),
+    ],
+)
+def test_a_key_is_in_no_record_of_a_request_that_is_refused_before(
+    method: str, target: str, key: str
+) -> None:
+    """Nobody is identified yet: whatever looks like a key that we made is left out."""
+    made = "llmp_" + "k" * 43
+    played = PlayedGateway()
+    fields = [f"X-Api-Key: {key}", f"User-Agent: {made}", f"X-Session-Id: {made}"]
+    played.send(request(method, target.replace("KEY", made), *fields))
+    assert played.refusal()[0] >= 400
+    assert made not in repr(played.trace())
+
+
 @pytest.mark.parametrize("via", ["1.1 other", "1.0 usa, 1.1 a (us)", "us", "1.1 a us"])
 def test_hops_of_other_names_are_no_loop(via: str) -> None:
     """Our own name is a pseudonym of a hop, and no other word; we are the last hop."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 from urllib.parse import quote_from_bytes
 
 import pytest
@@ -12,7 +15,7 @@ from llmproxy.config import Client, Config, Proxy
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ProxyError
-from llmproxy.http1.grammar import Fields
+from llmproxy.http1.grammar import Fields, first_values
 from llmproxy.http1.headers import KEY_FIELDS
 from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces, cut_keys
 
@@ -41,9 +44,28 @@ def identify(
     anonymous: bool = False,
     places: KeyPlaces = _HERE,
 ) -> str:
-    """Return the name of the client that fields and target identify."""
+    """Return the name of the client that fields and target identify.
+
+    The short way, which knows the first value of each field, must come to the same.
+    """
     auth = Auth(Config(proxy=Proxy(anonymous=anonymous), clients=CLIENTS))
-    return auth.identify(fields, target, places).name
+    found, other = (
+        _outcome(partial(auth.identify, fields, target, places, *first))
+        for first in ((), (first_values(fields),))
+    )
+    if isinstance(found, ProxyError) and isinstance(other, ProxyError):
+        assert (found.reason, str(found)) == (other.reason, str(other))
+        raise found
+    assert found is other
+    name: str = found.name
+    return name
+
+
+def _outcome(call: Callable[[], Client]) -> Any:
+    try:
+        return call()
+    except ProxyError as error:
+        return error
 
 
 def refusal(
@@ -366,3 +388,17 @@ def test_what_only_looks_like_a_key_crosses() -> None:
     dropped = [(b"proxy-authorization", b"Bearer key-a"), (b"x-forwarded-key", MADE.encode())]
 
     assert identify([shown, *fields, *dropped, (b"api-key", b"key-a")], b"/key-a/b?c=key-ab") == "a"
+
+
+@pytest.mark.parametrize("query", [b"&".join([b"a"] * 1001), b"a=" + b"+".join([b"b"] * 1001)])
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_what_is_hashed_of_a_query_is_bounded(query: bytes, anonymous: bool) -> None:
+    """Whoever shows no key gets no work done; else a query with too many words is refused."""
+    refused = refusal([], b"/x?" + query, anonymous=anonymous)
+    assert refused.reason == ("bad_query" if anonymous else "no_key")
+
+
+def test_a_key_does_not_cross_as_a_hop() -> None:
+    """The client's ``Via`` stands before ours."""
+    key = LONG.encode()
+    assert refusal([(b"x-api-key", key), (b"via", b"1.1 " + key)]).cause == "the header via"

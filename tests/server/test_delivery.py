@@ -23,8 +23,8 @@ def test_looks_become_rare() -> None:
     delivery.watch(lambda: looks.append(0.0))
     clock.advance(0.01)
     assert looks[-1] == 0.0
-    delivery.rest()
-    delivery.rest()
+    delivery.stop_watching()
+    delivery.stop_watching()
     assert not clock.getDelayedCalls()
 
 

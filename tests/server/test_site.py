@@ -169,7 +169,7 @@ def test_the_rest_of_a_response_is_sent_while_the_client_takes_some(
         caller.transport.hold(held)
         if held == 4:
             caller.respond()
-            waiting = current.when_taken()
+            waiting = current.when_delivered()
             assert waiting is not None
             waiting.addBoth(ends.append)
         caller.pass_time(9)
@@ -240,7 +240,7 @@ def test_a_client_that_leaves_has_a_response_or_not(end: Exception | None, held:
     current = caller.request
     caller.transport.hold(10)
     caller.respond()
-    waiting = current.when_taken()
+    waiting = current.when_delivered()
     assert waiting is not None
     ends: list[Any] = []
     waiting.addBoth(ends.append)
