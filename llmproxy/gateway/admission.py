@@ -57,11 +57,19 @@ def admit(request: Request, rules: Rules) -> None:
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.guarded)
-    options = first.get(b"connection", b"close").lower()
-    is_usual = options in (b"keep-alive", b"close") and len(first) == len(request.fields)
-    if not is_usual and BODY_FIELDS & nominated(request.fields):
+    if (
+        b"connection" in first
+        and not _is_usual(request)
+        and BODY_FIELDS & nominated(request.fields)
+    ):
         text = "Connection names a header that says how the body is to be read."
         raise ProxyError(400, "bad_header", text)
+
+
+def _is_usual(request: Request) -> bool:
+    """Return whether ``Connection`` says nothing but whether to keep the connection."""
+    option = request.first[b"connection"].lower()
+    return option in (b"keep-alive", b"close") and len(request.first) == len(request.fields)
 
 
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
