@@ -24,6 +24,7 @@ from bench.peers import KEY, PATH, Upstream, daemon_config
 from bench.quick import Case
 from bench.quick_cases import HEAD, chunk
 from llmproxy.config import load
+from llmproxy.record.log_writer import open_log
 from llmproxy.service import ProxyService
 
 reactor: Any = _reactor
@@ -128,7 +129,7 @@ class Stage:
         self._service = ProxyService(
             load(str(config), environ={}),
             reactor,
-            log_file=lambda: (folder / "log.jsonl").open("w"),
+            log_file=lambda: open_log(str(folder / "log.jsonl")),
             handle_signals=False,
         )
         self._service.setServiceParent(Application("llmproxy"))

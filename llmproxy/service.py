@@ -9,13 +9,14 @@ reactor and the clocks enter the program here and nowhere else.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred
@@ -37,7 +38,8 @@ from llmproxy.ops.notify import Notify
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
-from llmproxy.record.log import JsonLog, log_opener
+from llmproxy.record.log import JsonLog, log_opener, log_writer
+from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
@@ -114,7 +116,7 @@ class ProxyService(Service):
         *,
         reread: Callable[[], Config] | None = None,
         instance: str = "0",
-        log_file: Callable[[], IO[str]] | None = None,
+        log_file: Callable[[], LogFile] | None = None,
         environ: Mapping[str, str] | None = None,
         handle_signals: bool = True,
     ) -> None:
@@ -128,6 +130,7 @@ class ProxyService(Service):
         self.ready = False
         self._stops_asked = 0
         self._json_log: JsonLog | None = None
+        self._log_writer: LogWriter | None = None
         self._untune: Callable[[], None] = lambda: None
 
     def setServiceParent(self, parent: Any) -> None:
@@ -136,9 +139,9 @@ class ProxyService(Service):
         twistd begins to log only after this, and asks the application for an observer.
         """
         if self._log_file is not None and isinstance(parent, Componentized):
-            self._json_log = JsonLog(
-                self._log_file(), wall=time.time, later=self._reactor.callLater
-            )
+            self._log_writer = log_writer(self._log_file(), wall=time.time)
+            atexit.register(self._log_writer.flush)
+            self._json_log = JsonLog(self._log_writer, wall=time.time)
             parent.setComponent(ILogObserver, self._json_log)
         super().setServiceParent(IServiceCollection(parent, parent))
 
@@ -151,6 +154,8 @@ class ProxyService(Service):
             SystemExit: 1, where a file cannot be opened or an address not be bound.
         """
         super().privilegedStartService()
+        if self._log_writer is not None:
+            self._log_writer.start()  # twistd has forked by now
         try:
             if self._handle_signals:
                 self._take_early_signals()
@@ -252,13 +257,14 @@ class ProxyService(Service):
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
+            log=self._log_writer,
         )
 
     def _reopen(self) -> None:
         """Open the files anew that logrotate has renamed."""
         self.sinks.reopen()
-        if self._json_log is not None and self._log_file is not None:
-            self._json_log.reopen(self._log_file)
+        if self._log_writer is not None and self._log_file is not None:
+            self._log_writer.reopen(self._log_file)
 
     # -- signals --------------------------------------------------------------------------------
 

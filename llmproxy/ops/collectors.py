@@ -9,6 +9,7 @@ from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.site import Site
@@ -23,6 +24,7 @@ def expose(
     sink: Sinks,
     drain: Drain,
     reload: Reload,
+    log: LogWriter | None,
 ) -> None:
     """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
     gauge, count = metrics.watch, metrics.watch_count
@@ -78,4 +80,10 @@ def expose(
         "Records that were not written.",
         ["sink"],
         lambda: {(name,): float(lost) for name, lost in sink.losses().items()},
+    )
+    count(
+        "log_lines_lost",
+        "Lines of the log that were not written.",
+        [],
+        lambda: {(): 0.0 if log is None else float(log.lost)},
     )

@@ -9,6 +9,7 @@ state of the process is not known here; a function that makes the status line is
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ _MORE_TIME = 15_000_000
 
 _PATIENCE = 2.0
 """Seconds that a message may wait for the manager which it must not miss."""
+
+_AGAIN = 0.05
+"""Seconds until it is tried again."""
 
 Reloading = Callable[[], AbstractContextManager[None]]
 """What a reload opens around its work: the manager hears of its beginning and its end."""
@@ -62,17 +66,21 @@ class Notify:
         self._more = ""
         self._failing = self._stops = False
         self._socket: socket.socket | None = None
+        self._reactor = reactor
+        self._kept: deque[tuple[str, float]] = deque()
+        self._again: Any = None
         self._looks = LoopingCall(self._tell_status)
         self._pings = LoopingCall(self._send, "WATCHDOG=1")
         self._looks.clock = self._pings.clock = reactor
 
     def ready(self) -> None:
         """Everything listens: report it, and begin to show the status and to feed the watchdog."""
-        if self._address is None:
+        if not self._address:
             return
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        self._socket = socket.socket(socket.AF_UNIX, kind)
         self._told = self._status()
-        self._send(f"READY=1\nSTATUS={self._told}", wait=True)
+        self._send(f"READY=1\nSTATUS={self._told}", keep=True)
         self._looks.start(_STATUS_INTERVAL, now=False)
         if self._watchdog is not None:
             self._pings.start(self._watchdog / 2)
@@ -83,18 +91,18 @@ class Notify:
 
         If the process shuts down meanwhile, the end is not reported.
         """
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", wait=True)
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={int(self._monotonic() * 1e6)}", keep=True)
         try:
             yield
         finally:
             if not self._stops:
                 self._told = self._status()
-                self._send(f"READY=1\nSTATUS={self._told}", wait=True)
+                self._send(f"READY=1\nSTATUS={self._told}", keep=True)
 
     def stopping(self) -> None:
         """The process shuts down, which may take long: report its state, and ask for more time."""
         self._stops = True
-        self._send("STOPPING=1", wait=True)
+        self._send("STOPPING=1", keep=True)
         if self._looks.running:
             self._looks.stop()
             self._more = f"EXTEND_TIMEOUT_USEC={_MORE_TIME}\n"
@@ -106,36 +114,62 @@ class Notify:
             if call.running:
                 call.stop()
         if self._socket is not None:
+            if self._again is not None:
+                self._again.cancel()
+                self._send_kept()
             self._send(f"STATUS={self._status()}")
+            if self._again is not None:
+                self._again.cancel()
             self._socket.close()
             self._socket = None
 
     def _tell_status(self) -> None:
+        if self._kept:
+            return  # the next look is soon enough
         status = self._status()
         if status != self._told or self._more:
             self._told = status
             self._send(f"{self._more}STATUS={status}")
 
-    def _send(self, text: str, *, wait: bool = False) -> None:
-        """Send; a manager that takes nothing is reported in the log, once, and delays nothing."""
-        if self._socket is None or self._address is None:
+    def _send(self, text: str, *, keep: bool = False) -> None:
+        """Send; a manager that takes nothing is reported in the log, once, and delays nothing.
+
+        Args:
+            text: the message.
+            keep: the manager must not miss it, and gets it later if its queue is full now.  Until
+                then it gets nothing else.
+        """
+        if self._socket is None:
             return
-        self._socket.settimeout(_PATIENCE if wait else 0.0)
-        try:
-            self._socket.sendto(text.encode("utf-8"), self._address)
-        except OSError as error:
-            if not self._failing:
-                _log.warn("the service manager cannot be reached: {why}", why=str(error))
-            self._failing = True
-        else:
-            self._failing = False
+        if keep or not self._kept:
+            self._kept.append((text, self._reactor.seconds() + _PATIENCE if keep else 0.0))
+        if self._again is None:
+            self._send_kept()
+
+    def _send_kept(self) -> None:
+        """Send what waits, in its order, as far as the manager takes it."""
+        self._again = None
+        while self._kept and self._socket is not None:
+            text, until = self._kept[0]
+            try:
+                self._socket.sendto(text.encode("utf-8"), self._address)
+            except OSError as error:
+                if isinstance(error, BlockingIOError) and self._reactor.seconds() < until:
+                    self._again = self._reactor.callLater(_AGAIN, self._send_kept)
+                    return
+                if not self._failing:
+                    _log.warn("the service manager cannot be reached: {why}", why=str(error))
+                self._failing = True
+            else:
+                self._failing = False
+            self._kept.popleft()
 
 
-def _address(text: str) -> str | None:
-    """Return the address of a socket: a file's path, or an abstract name behind an ``@``."""
+def _address(text: str) -> str:
+    """Return a socket's address, a file's path or an abstract name behind an ``@``, or nothing."""
     if text.startswith("@"):
         return "\0" + text[1:]
-    return text if text.startswith("/") else None
+    return text if text.startswith("/") else ""
 
 
 def _watchdog(environ: Mapping[str, str], pid: int) -> float | None:

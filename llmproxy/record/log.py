@@ -3,7 +3,7 @@
 Every event of ``twisted.logger`` and of the old ``twisted.python.log`` becomes ``time``, ``level``,
 ``logger`` and ``message``, followed by the event's own fields.  A failure has its traceback in
 ``traceback``.  What is not JSON becomes text; nothing raises.  The access line of a request is made
-here, too, from its trace.
+here, too, from its trace.  ``record/log_writer.py`` writes the lines.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
-from typing import IO, Any, cast
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
-from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent
+from twisted.logger import ILogObserver, LogEvent, formatEvent
 from twisted.python.failure import Failure
-from twisted.python.logfile import LogFile
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
-from llmproxy.record.trace import NAMES, Trace, timestamp
+from llmproxy.record.log_writer import QUEUE, LogFile, LogWriter, open_log
+from llmproxy.record.trace import NAMES, Trace, timestamp, without_content
 
 _FIELDS = tuple(name for name in NAMES if name not in ("attempts", "degraded", "time"))
 _fields_of = attrgetter(*_FIELDS)
@@ -39,101 +40,63 @@ _AccessLine = msgspec.defstruct(
 ACCESS = "llmproxy.access"
 """The logger of access lines."""
 
-GATHER_S = 0.02
-"""Seconds for which an access line waits for others."""
-
-_TOGETHER = 64
-"""Most access lines that are written together."""
-
-_log = Logger()
-
 _PLAIN = (str, int, float, bool, type(None), list, dict)
 _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
 
 
 @implementer(ILogObserver)
 class JsonLog:
-    """Writes events to a text file, one line each, flushed.
+    """Makes each event one line; never blocks and never raises.
 
     Access lines do not pass ``twisted.logger``, which would cost more than the rest of their way.
-    Those that come within :data:`GATHER_S` are written together.  All lines stand in the order in
-    which they came.
+    All lines stand in the order in which they came.
 
     Args:
-        file: an open text file.
+        writer: takes the lines.
         wall: seconds since the epoch, for access lines; events bring their own time.
-        later: calls a function in so many seconds.  Without it, access lines are written at once.
     """
 
-    def __init__(
-        self,
-        file: IO[str],
-        *,
-        wall: Callable[[], float],
-        later: Callable[[float, Callable[[], None]], object] | None = None,
-    ) -> None:
-        self._file = file
-        self._bytes: Any = getattr(file, "buffer", None)
+    def __init__(self, writer: LogWriter, *, wall: Callable[[], float]) -> None:
+        self._writer = writer
         self._wall = wall
-        self._later = later
-        self._ended: list[tuple[float, Trace, str | None, str | None]] = []
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
-        self._write(b"%b%b" % (self._access_lines(), _line(event)))
-
-    def reopen(self, opened: Callable[[], IO[str]]) -> None:
-        """Continue in the file that ``opened`` returns; if that fails, in the present one.
-
-        Twisted's own ``LogFile.reopen`` closes first, and has no file if it then fails to open.
-        """
-        try:
-            file = opened()
-        except OSError as error:
-            _log.error("the log cannot be opened anew: {reason}", reason=str(error))
-            return
-        self._flush()
-        before = self._file
-        if file is not before:
-            self._file, self._bytes = file, getattr(file, "buffer", None)
-            before.close()
+        self._writer.put(_line(event) + b"\n")
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
-        """Write the access line of a request that has ended, soon.
+        """Write the access line of a request that has ended.
 
         Args:
             trace: its record.
             cause: distinguishes failures that have the same reason.
             detail: what went wrong, for the operator alone.
         """
-        ended = self._ended
-        ended.append((self._wall(), trace, cause, detail))
-        if self._later is None or len(ended) >= _TOGETHER or trace.text is not UNSET:
-            self._flush()
-        elif len(ended) == 1:
-            self._later(GATHER_S, self._flush)
+        if trace.text is not UNSET:  # a line waits longer than so much text should
+            trace = without_content(trace)
+        self._writer.put_access(partial(_access_line, self._wall(), trace, cause, detail))
 
-    def _flush(self) -> None:
-        if self._ended:
-            self._write(self._access_lines().removesuffix(b"\n"))
 
-    def _access_lines(self) -> bytes:
-        """Return the lines of ended requests that are not written yet."""
-        if not self._ended:
-            return b""
-        ended, self._ended = self._ended, []
-        return b"".join([_access_line(*one) for one in ended])
+def log_writer(file: LogFile, *, wall: Callable[[], float], queue: int = QUEUE) -> LogWriter:
+    """Return a writer of JSON lines.
 
-    def _write(self, line: bytes) -> None:
-        try:
-            if self._bytes is None:
-                self._file.write(line.decode() + "\n")
-                self._file.flush()
-            else:  # JSON is UTF-8, whatever the file would encode text in
-                self._bytes.write(line + b"\n")
-                self._bytes.flush()
-        except (OSError, ValueError):
-            return  # a log that cannot be written must not stop a stream
+    Args:
+        file: where they go.
+        wall: seconds since the epoch, for the line that says how many were lost.
+        queue: how much may wait.
+    """
+    return LogWriter(file, lambda count, why: _lost_line(wall(), count, why), queue=queue)
+
+
+def _lost_line(at: float, count: int, why: str) -> bytes:
+    line = {
+        "time": timestamp(at),
+        "level": "warn",
+        "logger": LogWriter.__module__,
+        "message": f"{count} lines of the log were lost: {why}",
+        "count": count,
+    }
+    return msgspec.json.encode(line) + b"\n"
 
 
 def _access_line(at: float, trace: Trace, cause: str | None, detail: str | None) -> bytes:
@@ -201,18 +164,22 @@ def _render(event: LogEvent) -> dict[str, Any]:
     return rendered
 
 
-def log_opener(twistd: Mapping[str, Any] | None) -> Callable[[], IO[str]] | None:
+def log_opener(twistd: Mapping[str, Any] | None) -> Callable[[], LogFile] | None:
     """Return a function that opens the log file which twistd's options name.
 
     Returns:
         None if there are no options.  None also if the operator chose an observer of Twisted's own
-        (``--logger``, ``--syslog``), which then decides the format.
+        (``--logger``, ``--syslog``), which then decides the format, and may block.
     """
     if twistd is None or twistd.get("logger") or twistd.get("syslog"):
         return None
     name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
+    if name == "-" and sys.stdout is None:  # it was closed, and its number is free for a socket
+        name = os.devnull
     if name == "-":
-        stdout = sys.stdout  # twistd is about to put its log in this place
+        # twistd is about to put its log in the place of sys.stdout.  The descriptor is written to
+        # without Python's buffer, whose lock would keep a process with a full pipe from ending.
+        stdout = LogFile(sys.stdout.fileno(), owned=False)
         return lambda: stdout
     path = os.path.abspath(name)  # twistd goes to another folder before a reload comes
-    return lambda: cast("IO[str]", LogFile.fromFullPath(path, rotateLength=None))
+    return lambda: open_log(path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -217,3 +219,45 @@ def test_a_manager_that_reads_nothing_delays_nothing(manager: Manager) -> None:
     manager.status = "again"
     manager.clock.advance(5)
     assert manager.received() == ["STATUS=again"]
+
+
+def fill(manager: Manager) -> None:
+    """Fill the manager's queue, as one does that hangs."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                other.sendto(b"STATUS=full", manager.socket.getsockname())
+
+
+def test_what_a_manager_must_not_miss_waits_without_delaying_anything(manager: Manager) -> None:
+    """While its queue is full, nothing waits here; with room again, all comes in its order."""
+    fill(manager)
+    began = time.monotonic()
+    manager.notify.ready()
+    with manager.notify.reloading():
+        pass
+    manager.status = "better"
+    manager.clock.advance(1.0)
+    assert time.monotonic() - began < 1.0
+    assert set(manager.received()) == {"STATUS=full"}
+    manager.clock.advance(0.1)
+    assert manager.received() == [
+        "READY=1\nSTATUS=fine",
+        "RELOADING=1\nMONOTONIC_USEC=12500000",
+        "READY=1\nSTATUS=fine",
+    ]
+    manager.clock.advance(4.0)
+    assert manager.received() == ["STATUS=better"]
+
+
+def test_a_manager_that_hangs_is_given_up(manager: Manager, logged: Listening) -> None:
+    """After two seconds the message is gone; the log says so once."""
+    fill(manager)
+    manager.notify.ready()
+    manager.clock.pump([0.1] * 30)
+    assert set(manager.received()) == {"STATUS=full"}
+    manager.clock.pump([0.1] * 30)
+    assert manager.received() == []
+    reports = [e for e in logged if "cannot be reached" in formatEvent(e)]
+    assert len(reports) == 1

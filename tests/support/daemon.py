@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -103,6 +104,8 @@ class Daemon:
         self._changed = threading.Condition()
         self._instance = instance
         self._inherit = inherit
+        self._may_read = threading.Event()
+        self._may_read.set()
 
     def __enter__(self) -> Self:
         command = twistd(self.config_path)
@@ -143,6 +146,7 @@ class Daemon:
             self.process.wait()
             raise
         finally:
+            self._may_read.set()
             self._reader.join(WAIT)
             assert self.process.stdout is not None
             assert self.process.stderr is not None
@@ -157,6 +161,7 @@ class Daemon:
     def _read_log(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self._may_read.wait()
             with self._changed:
                 self.log.append(json.loads(line))
                 self._changed.notify_all()
@@ -192,6 +197,17 @@ class Daemon:
         if not enough:
             raise TimeoutError(f"{len(lines)} of {count} requests ended: {lines}")
         return lines
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Let nobody read its standard output, which is a pipe that is soon full."""
+        assert self.process.stdout is not None
+        self._may_read.clear()
+        fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        try:
+            yield
+        finally:
+            self._may_read.set()
 
     def terminate(self) -> None:
         """Send SIGTERM."""

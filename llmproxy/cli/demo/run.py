@@ -6,6 +6,7 @@ of file that an operator writes.  Here, as in ``service.py``, the reactor enters
 
 from __future__ import annotations
 
+import atexit
 import sys
 from typing import Any
 
@@ -20,7 +21,8 @@ from twisted.logger import (
 from llmproxy.cli.demo.provider import demo_site
 from llmproxy.cli.demo.texts import curl_lines, demo_config
 from llmproxy.config import parse
-from llmproxy.record.log import JsonLog
+from llmproxy.record.log import JsonLog, log_writer
+from llmproxy.record.log_writer import LogFile
 from llmproxy.service import ProxyService
 
 
@@ -56,5 +58,8 @@ def run(*, proxy_port: int, admin_port: int) -> None:
 def _log_warnings(reactor: Any) -> None:
     """Let warnings and worse through to standard error; what goes well is quiet."""
     worth_a_word = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    observer = FilteringLogObserver(JsonLog(sys.stderr, wall=reactor.seconds), [worth_a_word])
+    writer = log_writer(LogFile(sys.stderr.fileno(), owned=False), wall=reactor.seconds)
+    writer.start()
+    atexit.register(writer.flush)
+    observer = FilteringLogObserver(JsonLog(writer, wall=reactor.seconds), [worth_a_word])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
