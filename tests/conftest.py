@@ -5,9 +5,12 @@ It looks neither at the log nor at the reactor's delayed calls, and while the re
 pytest-timeout cannot reach the test; the hooks and fixtures here do all three.
 ``test_conftest.py`` proves each.
 
-It also says how the suite runs, which ``test_running.py`` proves.  Hypothesis draws the same
-examples each time.  ``LLMPROXY_TEST_SEARCH=N`` makes a search of it: others at each run, N times as
-many.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on Twisted's own loop.)
+It also says how the suite runs, which ``test_running.py`` proves.  All that is drawn (Hypothesis's
+examples, lives, what the fuzzer tries) comes from one seed.  The seed is the commit's, so that each
+commit is judged by draws of its own, and always by the same.  ``LLMPROXY_TEST_SEED=S`` draws what
+another commit has drawn; the header and a report of failures name S.  ``LLMPROXY_TEST_SEARCH=N``
+makes a search of it: N times as many examples.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on
+Twisted's own loop.)
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import gc
 import inspect
 import os
 import signal
+import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
@@ -31,6 +35,24 @@ from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+
+def _seed_of_commit() -> int:
+    """Return a number that is the commit's; 1 where there is no commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return 1
+    return int(found.stdout[:7], 16) or 1
+
+
+SEED = int(os.environ.get("LLMPROXY_TEST_SEED") or _seed_of_commit())
+"""What everything that is drawn comes from; below 2 ** 28, and never 0."""
+
+# xdist's workers, and tests that draw by themselves, read it there.
+os.environ["LLMPROXY_TEST_SEED"] = str(SEED)
+hypothesis.core.global_force_seed = SEED  # type: ignore[assignment]  # None is only its default
+
 SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
 """How many times as many examples a search takes, and as much time; 0 is no search."""
 
@@ -41,8 +63,8 @@ setting changes, end behind the timeout, and then no example is shown at all."""
 hypothesis_engine.MAX_SHRINKING_SECONDS = SHRINKING_S
 # A time limit for one example would measure what else the machine does; the test's timeout stays.
 hypothesis.settings.register_profile(
-    "same",
-    derandomize=True,
+    "usual",
+    derandomize=False,  # it would draw the same for every commit
     database=None,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
@@ -50,12 +72,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile(
     "search",
-    parent=hypothesis.settings.get_profile("same"),
-    derandomize=False,
+    parent=hypothesis.settings.get_profile("usual"),
     max_examples=SEARCH * 100 or 1,
     print_blob=True,
 )
-hypothesis.settings.load_profile("search" if SEARCH else "same")
+hypothesis.settings.load_profile("search" if SEARCH else "usual")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +86,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests/traps on Twisted's and treq's own parts, to see them fail",
     )
+
+
+def pytest_report_header() -> str:
+    """Say where everything that is drawn comes from."""
+    return f"drawn from: LLMPROXY_TEST_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """Say it behind failures, too: a quiet run has no header."""
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"drawn from: LLMPROXY_TEST_SEED={SEED}")
 
 
 @implementer(ILogObserver)

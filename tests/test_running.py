@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -44,23 +45,48 @@ DRAWN = """
     """
 
 
-def test_examples_are_the_same_each_time_unless_they_are_searched(
+def test_examples_are_drawn_from_a_seed(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change is judged by what was judged before it; a search draws others, and more of them."""
+    """The same seed draws the same; another seed draws others; a search draws more of them."""
 
-    def drawn(search: str) -> list[int]:
+    def drawn(seed: str, search: str = "") -> list[int]:
+        monkeypatch.setenv("LLMPROXY_TEST_SEED", seed)
         monkeypatch.setenv("LLMPROXY_TEST_SEARCH", search)
-        assert outcomes(pytester, DRAWN)[0] == {"passed": 2}
+        counts, output = outcomes(pytester, DRAWN)
+        assert counts == {"passed": 2}
+        assert f"drawn from: LLMPROXY_TEST_SEED={seed}\n" in output
         found: list[int] = json.loads((pytester.path / "drawn").read_text())
         return found
 
-    usual = drawn("")
+    usual = drawn("7")
     assert len(usual) == 100
-    assert drawn("0") == usual
-    searched = drawn("3")
+    assert drawn("7", "0") == usual
+    assert drawn("8") != usual
+    searched = drawn("7", "3")
     assert len(searched) == 300
-    assert searched[:100] != usual
+    assert searched[:50] == usual[:50]
+
+
+def test_the_seed_is_the_commits(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a commit it is a fixed one; a quiet run names it when a test fails."""
+    monkeypatch.delenv("LLMPROXY_TEST_SEED")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(pytester.path.parent))
+    failing = "def test_it(): assert False"
+    assert "LLMPROXY_TEST_SEED=1\n" in outcomes(pytester, failing, "-q")[1]
+
+    def git(*command: str) -> str:
+        own = ("-c", "user.name=t", "-c", "user.email=t@example.com")
+        return subprocess.run(
+            ["git", *own, *command], cwd=pytester.path, capture_output=True, text=True, check=True
+        ).stdout
+
+    git("init")
+    git("commit", "--allow-empty", "--message=one", "--no-gpg-sign")
+    seed = int(git("rev-parse", "HEAD")[:7], 16)
+    assert f"LLMPROXY_TEST_SEED={seed}\n" in outcomes(pytester, failing, "-q")[1]
 
 
 def test_files_with_the_longest_tests_begin(pytester: pytest.Pytester) -> None:

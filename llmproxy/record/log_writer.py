@@ -23,7 +23,7 @@ QUEUE = 25_000
 It has room for a line about each of the streams that ``max_connections`` allows by default.
 """
 
-GATHER_S = 0.02
+GATHER_S = 0.05
 """Seconds for which the thread waits for more lines: to wake it costs more than a line."""
 
 CLOSING_S = 2.0

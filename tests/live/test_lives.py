@@ -4,7 +4,7 @@ Each life is drawn from a seed (``tests/support/lives``) and lived over real soc
 saw and what was recorded must fit what was drawn; in the end nothing may be left.  A failure prints
 what to set to live the same lives again::
 
-    LLMPROXY_LIVES_SEED=7 LLMPROXY_LIVES_ONLY=41,97 pytest tests/live/test_lives.py
+    LLMPROXY_TEST_SEED=7 LLMPROXY_LIVES_ONLY=41,97 pytest tests/live/test_lives.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 LIVES = int(os.environ.get("LLMPROXY_LIVES", "5000"))
-SEED = int(os.environ.get("LLMPROXY_LIVES_SEED", "1"))
+SEED = int(os.environ["LLMPROXY_TEST_SEED"])  # tests/conftest.py
 
 ENDS = {
     "complete",
@@ -82,7 +82,7 @@ def judge(world: World, *, cut: bool = False) -> None:
             failed[caller.life.number] = complaints
     report = [f"{len(failed)} of {len(world.lives)} lives went wrong; to live them again:"]
     only = ",".join(map(str, list(failed)[:50]))
-    report.append(f"LLMPROXY_LIVES_SEED={SEED} LLMPROXY_LIVES_ONLY={only}")
+    report.append(f"LLMPROXY_TEST_SEED={SEED} LLMPROXY_LIVES_ONLY={only}")
     for number, complaints in list(failed.items())[:_SHOWN]:
         report += [repr(world.lives[number]), *(f"    {text}" for text in complaints)]
         report += [f"    {record}" for record in records if f"/{number}/" in record["path"]]
