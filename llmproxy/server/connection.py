@@ -216,10 +216,14 @@ class ClientConnection(http.HTTPChannel):
             self.requests.pop(0).delivered()
         for request in self.requests:
             request.leave(why)
-        self._abandon_next(why)
+        if not self._aborted:
+            self._abandon_next(why)
 
     def _abandon_next(self, why: ClientGone) -> None:
-        """Let the request that came behind the last one, and is never begun, have a record, too."""
+        """Let the request that came behind the last one, and is never begun, have a record, too.
+
+        It has none if this side ends the connection: then its client has not left.
+        """
         buffer, self._buffer = self._buffer, b""
         if self.phase is not Phase.BODY and (end := buffer.find(b"\r\n\r\n")) >= 0:
             with suppress(BadMessage):

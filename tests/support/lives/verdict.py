@@ -260,6 +260,9 @@ class LifeVerdict:
             plain.add("client_gone")
             if leave.way is Departure.WAIT and leave.moment in (Moment.HEAD, Moment.BODY):
                 plain.add("rejected")
-            if leave.pause and ask.route in STERN:
+            # Behind a closed window a FIN may be a half close, and the client's kernel answers
+            # probes for a client that is gone.
+            shut = leave.way is Departure.PAUSE_CLOSE
+            if leave.pause and (shut or ask.route in STERN):
                 plain.add("client_stalled")
         return plain

@@ -150,9 +150,9 @@ class World:
             idle = "60s"
             client_stall = "8s"
             connect = "30s"
-            request_head = "2s"
-            request_body = "2s"
-            client_idle = "2s"
+            request_head = "6s"
+            request_body = "6s"
+            client_idle = "6s"
             pool_idle = "1s"
             [limits]
             request_body = "{BODY_LIMIT // 1024}KiB"
