@@ -4,7 +4,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
+PIP    := $(BIN)/python $(PIP_OPTIONS)
+environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
 PEERS  := nginx curl slowhttptest go:golang-go node:nodejs debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
 ARGS   ?=
@@ -23,7 +25,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint fmt docs bench bench-quick bench-capacity peers dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -33,6 +35,26 @@ run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foregr
 
 test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
 	@$(BIN)/python -m pytest -q $(AT_ONCE) $(ARGS)
+
+# Each has an environment of its own, in which pip takes what it finds at that moment; constraints.txt is
+# about another one.
+UNPINNED = --deselect tests/test_versions.py::test_what_the_promises_need_is_pinned_too
+
+test-lowest: ## the tests with the lowest versions that setup.cfg allows (ARGS="-k relay" for pytest)
+	@$(call environment,lowest)
+	@sed -n 's/^ *\([A-Za-z0-9._-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\).*/\1==\3/p' setup.cfg > $(VENV)-lowest/constraints.txt
+	@$(VENV)-lowest/bin/python $(PIP_OPTIONS) install --upgrade -c $(VENV)-lowest/constraints.txt -e '.[test]'
+	@$(VENV)-lowest/bin/python -m pytest -q $(AT_ONCE) $(UNPINNED) $(ARGS)
+
+test-newest: ## the tests with the newest versions that setup.cfg allows (ARGS="-k relay" for pytest)
+	@$(call environment,newest)
+	@$(VENV)-newest/bin/python $(PIP_OPTIONS) install --upgrade --upgrade-strategy eager -e '.[test]'
+	@$(VENV)-newest/bin/python -m pytest -q $(AT_ONCE) $(UNPINNED) $(ARGS)
+
+audit: ## known vulnerabilities of what constraints.txt names, asked of PyPI (ARGS="-s osv" asks OSV)
+	@$(call environment,audit)
+	@$(VENV)-audit/bin/python $(PIP_OPTIONS) install pip-audit
+	@$(VENV)-audit/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 lint: $(DEV_STAMP) ## form, style, types and docstrings
 	$(call quietly,$(BIN)/ruff format --check .)
@@ -74,7 +96,7 @@ dist: $(DEV_STAMP) ## sdist and wheel, in dist/
 	$(call quietly,$(BIN)/python -m build --no-isolation)
 
 clean: ## away with everything that was made here
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -f twisted/plugins/dropin.cache
 
