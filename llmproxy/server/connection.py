@@ -472,7 +472,8 @@ class ClientConnection(http.HTTPChannel):
         if self._upload_paused_at is not None:
             self._upload_paused_at = None
             self._watch.cancel()
-            self.deadline = self.site.clock() + self._upload_left
+            if self.phase is Phase.BODY:  # else the body is whole, and what follows has its own
+                self.deadline = self.site.clock() + self._upload_left
             if not self._is_held:
                 self._networkProducer.resumeProducing()
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor as real_reactor
+from twisted.internet.testing import StringTransport
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, ClientStalled, Cut
 from llmproxy.http1.grammar import MAX_FIELDS
+from llmproxy.server import connection
 from llmproxy.server.connection import Phase
 from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
@@ -91,6 +93,35 @@ def test_a_response_has_no_deadline() -> None:
     caller.respond()
 
     assert caller.status == 200
+
+
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_a_response_to_an_upload_has_no_deadline(
+    is_connected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload's own ends with it, also if its last piece has to wait for the provider."""
+    monkeypatch.setattr(connection, "has_peer_left", lambda transport: False)  # it has no socket
+    caller = Caller(request_body=10)
+    caller.handler.holds = False
+    body = bytes(70_000)
+    caller.send(request("POST", "/", f"Content-Length: {len(body)}"), body[:1])
+    upload = caller.request.upload
+    assert upload is not None
+    provider = StringTransport()
+    if is_connected:
+        upload.startProducing(provider)
+        monkeypatch.setattr(provider, "write", lambda data: upload.pauseProducing())  # it is full
+    caller.send(body[1:])
+    if not is_connected:
+        assert caller.transport.is_paused()
+        upload.startProducing(provider)
+    assert caller.transport.count("pause") == 1
+    assert not caller.transport.is_paused()
+    caller.pass_time(500)
+    caller.respond()
+
+    assert caller.status == 200
+    assert caller.is_open()
 
 
 def test_deadlines_can_be_off() -> None:
