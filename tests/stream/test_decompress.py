@@ -132,6 +132,23 @@ def test_a_bomb_is_refused(coding: bytes) -> None:
     assert sum(sizes) <= CREDIT + 128 * 1024
 
 
+@pytest.mark.parametrize("size", [65_535, 65_536, 65_537, 98_272, 98_273, 400_000])
+@pytest.mark.parametrize("coding", PACKERS)
+def test_a_last_read_may_bring_several_pieces(coding: bytes, size: int) -> None:
+    """All of them come, although the decoder has taken the whole input before the first one."""
+    plain = b"".join(b"%06d " % number for number in range(60_000))[:size]
+    assert opened(coding, [PACKERS[coding](plain)]) == plain
+
+
+@pytest.mark.parametrize("window", [22, 23, 24])
+def test_a_brotli_window_is_bounded(window: int) -> None:
+    """A window is filled in one step: 16 MiB would hold up the reactor for 30 ms."""
+    packed = brotli.compress(b"\0" * 20 * 1024**2, lgwin=window)
+    decompressor = Decompressor(b"br", no_time)
+    with pytest.raises(Bomb if window == 22 else BadCoding):
+        list(decompressor.feed(packed))
+
+
 READ = 80 * 1024
 """Most bytes of one read of a connection."""
 
