@@ -40,7 +40,7 @@ class Delivery:
 
     __slots__ = (
         *("_direct", "_look_at", "_next", "_reactor", "_seconds", "_taken", "_taken_at"),
-        "_transport",
+        *("_transport", "_waiting"),
     )
 
     def __init__(self, transport: Any, reactor: Any) -> None:
@@ -52,6 +52,7 @@ class Delivery:
         self._look_at = 0.0
         self._taken = -math.inf  # how many bytes the client had taken when it last took one, and
         self._taken_at = 0.0  # when that was
+        self._waiting = 0  # how many bytes waited at the last look
 
     @property
     def is_sent(self) -> bool:
@@ -110,10 +111,11 @@ class Delivery:
             return False
         waiting += unacknowledged_bytes(self._transport)
         self._look_at = now + limit / _LOOKS
-        taken = written - waiting  # what TLS adds may make it too few, and always by as much
+        before, self._waiting = self._waiting, waiting
+        taken = written - waiting  # too few by what TLS added to what the kernel took
         if not waiting:
             self._taken = -math.inf  # the time begins with the first look at which something waits
-        elif taken > self._taken:
+        elif taken > self._taken or waiting < before:  # nothing but the client makes it wait less
             self._taken, self._taken_at = taken, now
         else:
             return now - self._taken_at >= limit

@@ -50,3 +50,18 @@ def test_a_client_that_takes_some_does_not_stall() -> None:
     assert not delivery.is_stalled(120, 10, 100)
     assert not delivery.is_stalled(121, None, 100)
     assert delivery.is_stalled(121, 10, 100)
+
+
+def test_what_tls_adds_hides_no_progress() -> None:
+    """The kernel took records that are larger than their content; then the client goes on."""
+    transport = FakeTransport()
+    delivery = Delivery(transport, Clock())
+    transport.hold(100)
+    assert not delivery.is_stalled(0, 10, 1000)
+    transport.hold(100 + 1000 + 300)  # 300 are TLS's own
+    assert not delivery.is_stalled(9, 10, 2000)
+    for second in range(9, 59, 5):
+        transport.hold(1400 - second)
+        assert not delivery.is_stalled(second, 10, 2000)
+    assert not delivery.is_stalled(63, 10, 2000)
+    assert delivery.is_stalled(65, 10, 2000)
