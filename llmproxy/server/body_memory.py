@@ -6,7 +6,8 @@ client that is alone gets four fifths, two get four ninths each, and something i
 another one.  No share has to be configured, and nothing is looked up below four fifths.
 
 If there is no room, bodies that do not go on make some: unfinished ones of the client that holds
-most, of which nothing has come for a second.  A whole body is being served, and stays.
+most, of which nothing has come for a second, a few of the largest.  A whole body is being served,
+and stays.
 
 Who a client is, the handler says (``Request.belongs_to``).  Until then a body counts as nobody's,
 and only the bound on all applies to it.
@@ -26,6 +27,9 @@ IEEE/ACM Transactions on Networking 6, 1998)."""
 
 _IDLE = 1.0
 """Seconds without a byte after which a body may make room for another one."""
+
+_MOST_DROPPED = 16
+"""Bodies that may make room for one piece of another; each gets a response in the same turn."""
 
 
 class BodyMemory:
@@ -101,12 +105,16 @@ class BodyMemory:
     def _make_room(self, request: Any, size: int) -> bool:
         """Drop bodies that do not go on, until there is room; return whether there is."""
         long_ago = self._clock() - _IDLE
-        idle = list(takewhile(lambda one: one[1] <= long_ago, self._unfinished.items()))
-        most = max(self._by_owner.values(), default=0)
-        for victim, _ in idle:
-            if victim is not request and self._by_owner.get(victim.owner) == most:
-                victim.refuse(memory_full())
-                if self._has_room(request.owner, size):
-                    return True
-                most = max(self._by_owner.values(), default=0)
+        old = takewhile(lambda one: one[1] <= long_ago, self._unfinished.items())
+        idle = [one for one, _ in old if one is not request]
+        idle.sort(key=lambda one: one.held, reverse=True)  # of two alike the older one is first
+        for _ in range(_MOST_DROPPED):
+            most = max(self._by_owner.values(), default=0)
+            victim = next((one for one in idle if self._by_owner.get(one.owner) == most), None)
+            if victim is None:
+                return False
+            idle.remove(victim)
+            victim.refuse(memory_full())
+            if self._has_room(request.owner, size):
+                return True
         return False

@@ -102,6 +102,26 @@ def test_bodies_that_do_not_go_on_make_room(memory: BodyMemory, clock: Clock) ->
     assert second.refusal.status == 503
 
 
+def test_room_is_made_in_short_steps(memory: BodyMemory, clock: Clock) -> None:
+    """Each body that is dropped gets a response: thousands in one turn would hold up the others.
+
+    Those go first that hold most.
+    """
+    small = [Body(memory, "a") for _ in range(1000)]
+    large = [Body(memory, "a") for _ in range(3)]
+    for body, size in [(body, 1000) for body in small] + [(body, 24 * MIB) for body in large]:
+        assert body.take(size)
+        clock.advance(0.001)
+    clock.advance(2)
+    late = Body(memory, "b")
+    assert late.take(30 * MIB)
+    assert [body.refusal is None for body in large] == [False, True, True]
+    for body in large[1:]:
+        memory.complete(body)
+    assert not late.take(30 * MIB)
+    assert sum(body.refusal is not None for body in small) <= 16
+
+
 def test_whole_bodies_stay(memory: BodyMemory, clock: Clock) -> None:
     """They are being served."""
     bodies = [Body(memory, "a") for _ in range(4)]
