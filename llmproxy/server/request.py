@@ -480,6 +480,8 @@ class Request(server.Request):
         self._flows = False
         self.finished = 1
         self.release()
+        if self.upload is not None:
+            self.upload.stopProducing()  # where none took it, the client was not read from so far
 
     def _part(self, leave: Callable[[Request], None]) -> None:
         """Leave the connection by one of its methods, and fire what waits for the end."""

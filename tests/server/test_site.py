@@ -124,6 +124,26 @@ def test_a_response_to_an_upload_has_no_deadline(
     assert caller.is_open()
 
 
+def test_an_upload_that_nobody_took_stops_no_further_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was whole before a provider was connected, and none was: the next request is read."""
+    monkeypatch.setattr(connection, "has_peer_left", lambda transport: False)  # it has no socket
+    caller = Caller()
+    caller.handler.holds = False
+    caller.send(request("POST", "/", body=bytes(70_000)))
+    assert caller.transport.is_paused()
+    caller.respond()
+
+    assert caller.status == 200
+    assert not caller.transport.is_paused()
+    caller.send(GET)
+    assert len(caller.handler.requests) == 2
+    caller.respond()
+    caller.transport.end(FIN)
+    assert [call.getTime() for call in caller.clock.getDelayedCalls()] == []
+
+
 def test_deadlines_can_be_off() -> None:
     """A deadline that is off never closes a connection."""
     caller = Caller(client_idle=None, request_head=None, request_body=None, client_stall=None)
