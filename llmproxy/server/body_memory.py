@@ -16,7 +16,7 @@ and only the bound on all applies to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from llmproxy.server.error_response import memory_full
@@ -27,6 +27,9 @@ IEEE/ACM Transactions on Networking 6, 1998)."""
 
 _IDLE = 1.0
 """Seconds without a byte after which a body may make room for another one."""
+
+_MOST_LOOKED = 500
+"""Idle bodies that are looked at for one piece of another, the oldest ones."""
 
 _MOST_DROPPED = 16
 """Bodies that may make room for one piece of another; each gets a response in the same turn."""
@@ -106,7 +109,7 @@ class BodyMemory:
         """Drop bodies that do not go on, until there is room; return whether there is."""
         long_ago = self._clock() - _IDLE
         old = takewhile(lambda one: one[1] <= long_ago, self._unfinished.items())
-        idle = [one for one, _ in old if one is not request]
+        idle = [one for one, _ in islice(old, _MOST_LOOKED) if one is not request]
         idle.sort(key=lambda one: one.held, reverse=True)  # of two alike the older one is first
         for _ in range(_MOST_DROPPED):
             most = max(self._by_owner.values(), default=0)
