@@ -28,7 +28,7 @@ IEEE/ACM Transactions on Networking 6, 1998)."""
 _IDLE = 1.0
 """Seconds without a byte after which a body may make room for another one."""
 
-_MOST_LOOKED = 500
+_MOST_LOOKED = 2000
 """Idle bodies that are looked at for one piece of another, the oldest ones."""
 
 _MOST_DROPPED = 16
