@@ -17,7 +17,7 @@ from llmproxy.dialects.json_spans import Edit, edited, finish
 from llmproxy.dialects.request import RequestFacts
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
-from llmproxy.gateway.looking import AT_ONCE
+from llmproxy.gateway.request_reader import AT_ONCE
 from llmproxy.net.turns import Turns
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
@@ -64,15 +64,15 @@ class Attempts:
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         target = match.target(candidate)
         edits = _override(candidate, facts) if candidate.model is not None else []
-        if match.route.include_usage == "inject" and trace.stream and exchange.plain:
-            steps = usage_edit(exchange.plain, candidate.provider.dialect, target)
-            short = len(exchange.plain) <= AT_ONCE
+        if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
+            steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
+            short = len(exchange.decoded_body) <= AT_ONCE
             usage = finish(steps) if short else await self._turns.run(steps)
             edits += () if usage is None else (usage,)
         body: bytes | IBodyProducer = request.body if request.upload is None else request.upload
         fields = request.fields
         if edits:
-            body = edited(exchange.plain, edits)
+            body = edited(exchange.decoded_body, edits)
             fields = [field for field in fields if field[0] != b"content-encoding"]
         fields = candidate.rewriter.for_provider(
             fields,

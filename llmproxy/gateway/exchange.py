@@ -29,8 +29,8 @@ class Exchange:
 
     Attributes:
         match: the route that it takes, once that is chosen.
-        plain: the request's body without its Content-Encoding, where it was read, and until it was
-            sent.
+        decoded_body: the request's body without its Content-Encoding, where it was read, and until
+            it was sent.
         left: why the client is gone, if it is.
         is_late: the request took longer than ``total``.
         has_asked: the provider may have a byte of the request, and do the work.
@@ -44,8 +44,8 @@ class Exchange:
     """
 
     __slots__ = (
-        *("content_encoding", "content_type", "detached_timer", "endpoint", "has_asked"),
-        *("has_length", "is_detached", "is_late", "left", "match", "plain", "relay", "request"),
+        *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
+        *("has_asked", "has_length", "is_detached", "is_late", "left", "match", "relay", "request"),
         *("response", "started", "status", "tap", "task", "timer", "trace"),
     )
 
@@ -54,7 +54,7 @@ class Exchange:
         self.trace = trace
         self.started = started
         self.match: RouteMatch | None = None
-        self.plain = b""
+        self.decoded_body = b""
         self.left: ClientGone | None = None
         self.is_late = False
         self.has_asked = False

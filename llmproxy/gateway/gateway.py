@@ -23,13 +23,13 @@ from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.inspection import Inspection
-from llmproxy.gateway.looking import Looking
 from llmproxy.gateway.recorder import Recorder
+from llmproxy.gateway.request_reader import RequestReader
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
-from llmproxy.policy.routes import Named, PathMatch, RouteMatch, Routes
+from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import too_large
@@ -83,7 +83,7 @@ class Gateway(Handler):
         via = config.proxy.via.encode("ascii")
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))
         turns = Turns(reactor, clock)
-        self._looking = Looking(turns)
+        self._reader = RequestReader(turns)
         self._attempts = Attempts(upstream, metrics, clock, via, turns)
 
     # -- what the server asks before a request is served ----------------------------------------
@@ -122,14 +122,14 @@ class Gateway(Handler):
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
         client = self._identify(exchange, place)
-        facts = self._looking.at_once(exchange)
+        facts = self._reader.read_at_once(exchange)
         if facts is None:
-            facts = await self._looking.inside(exchange, place, client)
+            facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
 
         response = await self._attempts.send(exchange, match, match.candidates[0], facts)
         request.release()
-        exchange.plain = b""
+        exchange.decoded_body = b""
 
         name = trace.id.encode("ascii")
         request.start(response.code, for_client(response.fields, response.first, name))
@@ -190,11 +190,13 @@ class Gateway(Handler):
         """Find the route, and let the exchange go by it."""
         request, trace = exchange.request, exchange.trace
         has_body = request.body_bytes > 0 or request.upload is not None
-        named: tuple[Named, ...] = facts.models or ((False,) if has_body else (None,))
-        is_read = named[0] is None and reads_list(request.method, request.path)
+        named: tuple[Named, ...] = facts.models
+        if not named:
+            named = (NoModel.WITH_BODY,) if has_body else (NoModel.WITHOUT_BODY,)
+        is_read = named[0] is NoModel.WITHOUT_BODY and reads_list(request.method, request.path)
         match = place.choose(client, request.uri, named, reads_list=is_read)
         request.limit_body(match.body_limit)
-        if len(exchange.plain) > match.body_limit:
+        if len(exchange.decoded_body) > match.body_limit:
             raise too_large(match.body_limit)
         candidate = match.candidates[0]
         provider = candidate.provider

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from enum import Enum
+from typing import NamedTuple
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
@@ -29,11 +30,16 @@ from llmproxy.upstream.client import credential_field
 
 _ANY_MODEL = ("*",)
 
-Named = str | None | Literal[False]
-"""A model; None if a request has no body and its target names none; False if its body names none.
 
-A provider takes some model of its own for a body that names none, so only ``*`` covers that.
-"""
+class NoModel(Enum):
+    """What stands for the model of a request that names none."""
+
+    WITHOUT_BODY = "the request has no body: '-' covers it"
+    WITH_BODY = "a provider takes a model of its own for the body: only '*' covers it"
+
+
+Named = str | NoModel
+"""A model, or what stands for none."""
 
 _MOST_KNOWN = 1024
 _LONGEST_KNOWN = 256
@@ -131,7 +137,7 @@ class _Clients:
         allows = self._models.get(client.name)
         if allows is not None and not all(map(allows, models)):
             text = "This client may not use this model."
-            if models == (False,):
+            if models == (NoModel.WITH_BODY,):
                 text = "The request must name a model that this client may use."
             raise ProxyError(403, "model_forbidden", text)
 
@@ -185,19 +191,18 @@ class PathMatch:
         Args:
             client: who calls.
             target: path and query, as the request has them; the path is this one.
-            models: every model that the request names, or what stands for none (none at all is
-                ``(None,)``); the route must take all of them, and the client may use them.
+            models: every model that the request names, or the one that stands for none; the route
+                must take all of them, and the client may use them.
             reads_list: the request reads a list of models, which needs no model.
 
         Raises:
             ProxyError: 404 where no route matches, 403 where the client may not use the route or
                 model.
         """
-        models = models or (None,)
         found = self._found
         if reads_list and found:  # the longest path, and of its routes one that needs no model
             found = [one for one in found if one.path == found[0].path]
-            one = next((one for one in found if one.allows(None)), found[0])
+            one = next((one for one in found if one.allows(NoModel.WITHOUT_BODY)), found[0])
         else:
             for one in found:
                 if all(map(one.allows, models)):
@@ -321,8 +326,8 @@ def _matcher(patterns: Iterable[str]) -> Callable[[Named], bool]:
     named = re.compile(expression or r"(?!)", re.DOTALL)
 
     def allows(model: Named) -> bool:
-        if model is None or model is False:
-            return unnamed and model is None
+        if isinstance(model, NoModel):
+            return unnamed and model is NoModel.WITHOUT_BODY
         return named.fullmatch(model) is not None
 
     return allows

@@ -9,9 +9,12 @@ import pytest
 from llmproxy.config import Client, parse
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ProxyError
-from llmproxy.policy.routes import Named, RouteMatch, Routes, refuse_dots
+from llmproxy.policy.routes import Named, NoModel, RouteMatch, Routes, refuse_dots
 
 KEY = "sha256:" + hashlib.sha256(b"key").hexdigest()
+
+
+NO_BODY, UNNAMED = NoModel.WITHOUT_BODY, NoModel.WITH_BODY
 
 
 class Routing(Routes):
@@ -29,7 +32,8 @@ class Routing(Routes):
     ) -> RouteMatch:
         """Return where a request goes."""
         place = self.at(target.partition(b"?")[0], host)
-        return place.choose(client or self.client, target, models, reads_list=reads_list)
+        named = models or (NO_BODY,)
+        return place.choose(client or self.client, target, named, reads_list=reads_list)
 
     def refusal(self, target: bytes, *models: Named, host: str = "h") -> ProxyError:
         """Return why a request goes nowhere."""
@@ -175,13 +179,13 @@ def test_hosts_are_compared_where_a_route_names_some() -> None:
 @pytest.mark.parametrize(
     ("patterns", "good", "bad"),
     [
-        ('["*"]', ["m", "", "a\nb", None, False], []),
-        ('["m"]', ["m"], ["M", "mm", "m\n", "", None, False]),
-        ('["gpt-*"]', ["gpt-", "gpt-4", "gpt-a\nb"], ["gpt", "xgpt-4", None]),
-        ('["*-mini", "a*b*c"]', ["x-mini", "abc", "aXbYc"], ["mini", "acb", None]),
-        ('["g.t", "[ab]+"]', ["g.t", "[ab]+"], ["gpt", "a", None]),
-        ('["-"]', [None], ["m", "-", "", False]),
-        ('["m", "-"]', [None, "m"], ["n", "-", False]),
+        ('["*"]', ["m", "", "a\nb", NO_BODY, UNNAMED], []),
+        ('["m"]', ["m"], ["M", "mm", "m\n", "", NO_BODY, UNNAMED]),
+        ('["gpt-*"]', ["gpt-", "gpt-4", "gpt-a\nb"], ["gpt", "xgpt-4", NO_BODY]),
+        ('["*-mini", "a*b*c"]', ["x-mini", "abc", "aXbYc"], ["mini", "acb", NO_BODY]),
+        ('["g.t", "[ab]+"]', ["g.t", "[ab]+"], ["gpt", "a", NO_BODY]),
+        ('["-"]', [NO_BODY], ["m", "-", "", UNNAMED]),
+        ('["m", "-"]', [NO_BODY, "m"], ["n", "-", UNNAMED]),
     ],
 )
 def test_model_patterns(patterns: str, good: list[Named], bad: list[Named]) -> None:
@@ -193,7 +197,7 @@ def test_model_patterns(patterns: str, good: list[Named], bad: list[Named]) -> N
             assert routing.to(b"/a", model).route.name == "a"
         for model in bad:
             assert routing.refusal(b"/a", model).status == status
-        if None in good:
+        if NO_BODY in good:
             assert routing.to(b"/a").route.name == "a"
 
 
@@ -217,10 +221,10 @@ def test_a_list_is_read_by_whoever_may_use_the_route() -> None:
         client='models = ["x"]\nroutes = ["few", "two"]',
     )
 
-    assert routing.to(b"/a", None, reads_list=True).route.name == "few"
-    assert routing.to(b"/b", None, reads_list=True).route.name == "two"
+    assert routing.to(b"/a", NO_BODY, reads_list=True).route.name == "few"
+    assert routing.to(b"/b", NO_BODY, reads_list=True).route.name == "two"
     for target, status in ((b"/c", 404), (b"/a", 404)):
-        assert routing.refusal(target, None).status == status
+        assert routing.refusal(target, NO_BODY).status == status
 
 
 @pytest.mark.parametrize("base", ["/openai/deployments", "/openai/deployments/", "/x/models"])

@@ -1,4 +1,4 @@
-"""A look inside a request: what its body and its target ask for, before a route is chosen.
+"""Reads requests: what body and target ask for, before a route is chosen.
 
 Where the model decides something for this caller and path, a body that is not surely understood is
 refused; elsewhere it crosses unread (ADR-0016).  A body with a Content-Encoding is decoded as a
@@ -25,8 +25,8 @@ AT_ONCE = 131_072
 """Bytes of a body that are read in one turn: five milliseconds for the worst."""
 
 
-class Looking:
-    """Looks inside requests.
+class RequestReader:
+    """Reads what each request asks for.
 
     Args:
         turns: does what takes longer.
@@ -35,12 +35,12 @@ class Looking:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
-    def at_once(self, exchange: Exchange) -> RequestFacts | None:
-        """Return what a usual request asks for; None if :meth:`inside` must look into it."""
+    def read_at_once(self, exchange: Exchange) -> RequestFacts | None:
+        """Return what a usual request asks for; None if :meth:`read` must read it."""
         request = exchange.request
         if request.upload is not None or b"content-encoding" in request.first:
             return None
-        exchange.plain = body = request.body
+        exchange.decoded_body = body = request.body
         try:
             facts = usual_request(request.first.get(b"content-type"), body, request.uri)
         except BodyError:
@@ -49,7 +49,7 @@ class Looking:
             exchange.trace.model, exchange.trace.model_from = facts.model, facts.source
         return facts
 
-    async def inside(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:
+    async def read(self, exchange: Exchange, place: PathMatch, client: Client) -> RequestFacts:
         """Read what routing needs from the body and the target.
 
         Raises:
@@ -61,7 +61,7 @@ class Looking:
             refuse_unread(request)
         is_coded = b"content-encoding" in request.first
         body = b"" if is_coded and not (strict or place.may_add) else request.body
-        exchange.plain = body
+        exchange.decoded_body = body
         try:
             steps = _steps(exchange, place.body_limit, strict=strict)
             short = len(body) <= AT_ONCE and not is_coded
@@ -80,9 +80,9 @@ def _steps(exchange: Exchange, most: int, *, strict: bool) -> Steps[RequestFacts
     codings = list_tokens(field_values(request.fields, b"content-encoding"))
     codings = [coding for coding in codings if coding != b"identity"]
     if codings:
-        exchange.plain = yield from _decoded(request, codings, most, strict=strict)
+        exchange.decoded_body = yield from _decoded(request, codings, most, strict=strict)
     kind = request.first.get(b"content-type")
-    return (yield from read_request(kind, exchange.plain, request.uri, strict=strict))
+    return (yield from read_request(kind, exchange.decoded_body, request.uri, strict=strict))
 
 
 def _decoded(request: Request, codings: list[bytes], most: int, *, strict: bool) -> Steps[bytes]:

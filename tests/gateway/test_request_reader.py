@@ -231,7 +231,7 @@ def in_turns(route: str) -> tuple[PlayedGateway, TurningReactor]:
     """Return a gateway that reads large bodies step by step, one or two in a turn."""
     played, reactor = PlayedGateway(route=route), TurningReactor()
     ticks = itertools.count()
-    turns = played.gateway._looking._turns
+    turns = played.gateway._reader._turns
     turns._reactor, turns._clock = reactor, lambda: next(ticks) * BUDGET_S / 2
     return played, reactor
 
