@@ -13,11 +13,10 @@ import msgspec
 from twisted.web.iweb import IBodyProducer
 
 from llmproxy.dialects.include_usage import usage_edit
-from llmproxy.dialects.json_spans import Edit, edited, finish
+from llmproxy.dialects.json_spans import Edit, edited
 from llmproxy.dialects.request import RequestFacts
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
-from llmproxy.gateway.request_reader import AT_ONCE
 from llmproxy.net.turns import Turns
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
@@ -34,7 +33,7 @@ class Attempts:
         metrics: counts attempts.
         clock: monotonic seconds.
         via: our pseudonym in ``Via``.
-        turns: reads a large body in steps.
+        turns: reads a body in steps.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class Attempts:
         edits = _override(candidate, facts) if candidate.model is not None else []
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
-            short = len(exchange.decoded_body) <= AT_ONCE
-            usage = finish(steps) if short else await self._turns.run(steps)
+            usage = await self._turns.run(steps)
             edits += () if usage is None else (usage,)
         body: bytes | IBodyProducer = request.body if request.upload is None else request.upload
         fields = request.fields

@@ -2,14 +2,15 @@
 
 Where the model decides something for this caller and path, a body that is not surely understood is
 refused; elsewhere it crosses unread (ADR-0016).  A body with a Content-Encoding is decoded as a
-bounded copy, and is sent as it came.  What takes longer than a moment is done in steps, over
-several turns of the reactor (``net/turns.py``).
+bounded copy, and is sent as it came.  A usual body is read in one pass, whose time is bounded by
+its length.  Any other is read in steps, over several turns of the reactor if it takes long
+(``net/turns.py``): a length says little of how long that is.
 """
 
 from __future__ import annotations
 
 from llmproxy.config import Client
-from llmproxy.dialects.json_spans import BodyError, Steps, finish
+from llmproxy.dialects.json_spans import BodyError, Steps
 from llmproxy.dialects.request import RequestFacts, UnknownBody, read_request, usual_request
 from llmproxy.errors import ProxyError
 from llmproxy.gateway.admission import refuse_unread, unread_body
@@ -20,9 +21,6 @@ from llmproxy.policy.routes import PathMatch
 from llmproxy.server.error_response import too_large
 from llmproxy.server.request import Request
 from llmproxy.stream.decompress import KNOWN_CODINGS, BadCoding, Bomb, TooLong, decompressed
-
-AT_ONCE = 131_072
-"""Bytes of a body that are read in one turn: five milliseconds for the worst."""
 
 
 class RequestReader:
@@ -63,9 +61,7 @@ class RequestReader:
         body = b"" if is_coded and not (strict or place.may_add) else request.body
         exchange.decoded_body = body
         try:
-            steps = _steps(exchange, place.body_limit, strict=strict)
-            short = len(body) <= AT_ONCE and not is_coded
-            facts = finish(steps) if short else await self._turns.run(steps)
+            facts = await self._turns.run(_steps(exchange, place.body_limit, strict=strict))
         except UnknownBody as error:
             raise unread_body(str(error)) from error
         except BodyError as error:

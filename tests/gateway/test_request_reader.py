@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import itertools
 import json
 import random
@@ -253,6 +254,39 @@ def test_a_large_body_is_read_in_several_turns(unit: bytes, route: str) -> None:
     assert json.loads(played.asked.body)["x"] == json.loads(body)["x"]
 
 
+DEAR = {
+    "brackets": b'{"model":"m","stream":true,"x":[' + b"[[[[[]]]]]," * 11_000 + b"1]}",
+    "wanted": b'{"model":"m","stream":true,' + b'"\\u0073x":1,' * 10_000 + b'"z":1}',
+    "nested": b'{"model":"m","stream":true,"x":['
+    + (b'{"a":' * 6 + b"1" + b"}" * 6 + b",") * 3400
+    + b"1]}",
+    "escapes": b'{"model":"m","stream":true,' + b'"\\/":1,' * 18_000 + b'"z":1}',
+}
+"""Bodies of some 120 KB that take long to read for their length."""
+
+
+@pytest.mark.parametrize("name", DEAR)
+def test_a_short_body_that_takes_long_is_read_in_several_turns(name: str) -> None:
+    """How long a body is does not tell how long it takes; an option is added in turns, too."""
+    played, reactor = in_turns(INJECT)
+    played.call("POST", CHAT, body=DEAR[name])
+    turns = 0
+    while not played.upstream.asked:
+        reactor.turn()
+        turns += 1
+    assert turns > 1000
+    assert len(played.asked.body) > len(DEAR[name])
+
+
+@pytest.mark.parametrize("fields", [(), ("Content-Encoding: gzip",)])
+def test_an_ordinary_body_is_read_at_once(fields: tuple[str, ...]) -> None:
+    """It waits for no turn if there is time left in this one, however it must be read."""
+    body = rb'{"model":"m","stream":true,"messages":[{"content":"\u00e9 says \"model\""}]}'
+    played = PlayedGateway(route=INJECT)
+    played.call("POST", CHAT, JSON, *fields, body=gzip.compress(body) if fields else body)
+    assert b"include_usage" in played.asked.body
+
+
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
 def test_a_client_that_leaves_ends_the_reading_of_its_body(coding: str) -> None:
     """Nothing more is read of it, and nothing of it is held."""
@@ -262,7 +296,10 @@ def test_a_client_that_leaves_ends_the_reading_of_its_body(coding: str) -> None:
     played.call("POST", CHAT, JSON, f"Content-Encoding: {coding}", body=sent)
     reactor.turn()
     assert reactor.calls
+    work, _ = played.gateway._reader._turns._waiting[0]
     played.transport.end(ConnectionDone())
 
+    assert inspect.getgeneratorstate(work) == inspect.GEN_CLOSED
+    reactor.turn()
     assert not reactor.calls
     assert played.trace().end_reason == "client_gone"
