@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Container, Mapping
-from functools import lru_cache
 
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
+from llmproxy.http1.known import known
 
 KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 """Fields in which an SDK sends its key, and which cross with ``pass_credential``."""
@@ -60,7 +60,7 @@ _CHARSET = re.compile(rb'charset="?utf-?8"?(?![^;])')
 _STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
 
 
-@lru_cache(maxsize=256)
+@known(256)
 def host_of(host: bytes | None) -> str:
     """Return the name in the value of ``Host``, in lower case, without its port."""
     value = (host or b"").decode("ascii", "replace").lower()
@@ -242,13 +242,13 @@ def is_ndjson(content_type: bytes | None) -> bool:
     return media_type(content_type) in _STREAM_TYPES[1:]
 
 
-@lru_cache(maxsize=256)
+@known(256)
 def media_type(content_type: bytes | None) -> bytes:
     """Return the type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
     return without_parameters(content_type or b"")
 
 
-@lru_cache(maxsize=256)
+@known(256)
 def is_utf8(content_type: bytes | None) -> bool:
     """Return whether a type names no character set, or only UTF-8.
 

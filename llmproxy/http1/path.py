@@ -13,6 +13,9 @@ from urllib.parse import unquote_to_bytes
 _MOST_DECODED = 4
 """Rounds of decoding, of which the last must change nothing; real paths need two, or three."""
 
+_MOST_ESCAPES = 1024
+"""Escapes of a path; real ones have some hundred at most, for names beyond ASCII."""
+
 _PERCENT = re.compile(rb"%(?:25)+")
 """A percent sign, encoded as often as somebody likes."""
 
@@ -26,13 +29,16 @@ _DOT_SEGMENT = re.compile(rb"(?:\A|[/\\])\.{1,2}(?:[/\\;?#\x00-\x20\x7f]|\Z)")
 def has_dot_segment(path: bytes) -> bool:
     """Return whether some reader may find a ``.`` or ``..`` segment in ``path``.
 
-    A path that is encoded more often than any real one counts as well.
+    A path that is encoded more often than any real one counts as well, and one with more escapes:
+    it would take milliseconds to read.
 
     Args:
         path: raw, without its query.
     """
     if b"%" not in path:
         return b"." in path and _DOT_SEGMENT.search(path) is not None
+    if path.count(b"%") > _MOST_ESCAPES:
+        return True
     for _ in range(_MOST_DECODED):
         plain = unquote_to_bytes(_PERCENT.sub(b"%", path))
         for overlong, character in _OVERLONG:

@@ -103,6 +103,13 @@ def quote_all(path: bytes) -> bytes:
     return b"".join(b"%%%02x" % byte for byte in path)
 
 
+def test_a_path_with_more_escapes_than_any_real_one_is_refused() -> None:
+    """It would take milliseconds to read, here and further on; a long name beyond ASCII is good."""
+    assert not has_dot_segment(b"/" + quote_all(b"a" * 1024))
+    assert has_dot_segment(b"/" + quote_all(b"a" * 1025))
+    assert has_dot_segment(b"/models/" + b"%25" * 10_000)
+
+
 def test_a_path_that_is_encoded_again_and_again_is_found_in_bounded_time() -> None:
     """No path of the longest head takes many rounds; one that would is refused."""
     encoded = [b"a"]
