@@ -29,6 +29,10 @@ from llmproxy.dialects.json_spans import (
 from llmproxy.http1.headers import media_type
 
 MODEL_BYTES: Final = 1024  # a model's name, as UTF-8
+OTHER_MODELS: Final = (
+    *("models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks"),
+)
+"""Members by which gateways take another model than ``model`` (OpenRouter, LiteLLM, Bifrost)."""
 
 _SLICE: Final = 65_536  # bytes decoded at once to check UTF-8: text can take four times its memory
 _SHORT: Final = 262_144  # bytes of a body that may take the short path: two milliseconds at most
@@ -88,7 +92,7 @@ def plain_facts(body: bytes) -> JsonFacts | None:
 
     Without escapes of letters, and without the characters beyond ASCII that fold to a letter in
     it, a name has one spelling.  If that stands in the body at most once, in any case and at any
-    depth, it does not stand at the top twice.
+    depth, it does not stand at the top twice.  A body with one of ``OTHER_MODELS`` is not usual.
     """
     if len(body) > _SHORT or b"\\u0" in body:
         return None
@@ -96,10 +100,14 @@ def plain_facts(body: bytes) -> JsonFacts | None:
     if not is_ascii and _FOLDING.search(body):
         return None
     folded = body.lower()
-    names = folded.count(b'"model"')
+    names = folded.count(b'"model')
+    if names > 1:  # other strings begin so
+        if b'"models"' in folded:
+            return None
+        names = folded.count(b'"model"')
     if names > 1 or folded.count(b'"stream"') > 1 or (names and b'"model"' not in body):
         return None
-    if _openings(body) > DEPTH:
+    if b'fallbacks"' in folded or _openings(body) > DEPTH:
         return None
     try:
         if not is_ascii:
@@ -122,10 +130,19 @@ def plain_facts(body: bytes) -> JsonFacts | None:
     return JsonFacts(known, span, _FLAGS[flag] if flag else None)
 
 
-def all_facts(body: bytes) -> Steps[JsonFacts]:
-    """Do as :func:`inspect_json`, in steps, for a body of any size and shape that is not empty."""
+def all_facts(body: bytes, *, strict: bool = False) -> Steps[JsonFacts]:
+    """Do as :func:`inspect_json`, in steps, for a body of any size and shape that is not empty.
+
+    Args:
+        strict: the body may name no models in ``OTHER_MODELS``.
+    """
     yield from _check_text(body)
-    spans = yield from member_spans(body, ("model", "stream"))
+    spans = yield from member_spans(body, ("model", "stream", *(OTHER_MODELS if strict else ())))
+    for member, span in spans.items():
+        if member.casefold() in OTHER_MODELS and body[slice(*span)] not in (b"null", b"[]"):
+            raise BodyError(
+                'Beside "model", the body names further models, which is not taken here.'
+            )
     model, stream = spans.get("model"), spans.get("stream")
     flag = body[slice(*stream)] if stream else b"null"
     if flag not in _FLAGS:

@@ -50,7 +50,11 @@ def _element(depth: int) -> bytes:
 
 
 _ANY = _element(_RUN_DEPTH)
-_TRUE_NAME = rb'"(?!(?i:model|stream|stream_options|include_usage)")[^"\\\x00-\x1f\x80-\xff]*+"'
+_WANTED = (
+    rb"models?|stream|stream_options|include_usage"
+    rb"|fallbacks|context_window_fallbacks|content_policy_fallbacks"
+)
+_TRUE_NAME = rb'"(?!(?i:%b)")[^"\\\x00-\x1f\x80-\xff]*+"' % _WANTED
 
 _blank = re.compile(_BLANK).match
 _characters = re.compile(_CHARACTERS).match

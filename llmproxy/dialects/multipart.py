@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from llmproxy.dialects.json_body import MODEL_BYTES, model_text
+from llmproxy.dialects.json_body import MODEL_BYTES, OTHER_MODELS, model_text
 from llmproxy.dialects.json_spans import BodyError, Span, Steps
 from llmproxy.http1.headers import is_utf8, without_parameters
 
@@ -44,12 +44,12 @@ def multipart_model(content_type: bytes, body: bytes) -> Steps[FormModel]:
 
     Raises:
         BodyError: the boundary is not valid (RFC 2046, section 5.1.1); there are two ``model``
-            fields, or one in another case; the value is not UTF-8, or longer than ``MODEL_BYTES``;
-            there are more than ``PARTS`` parts.  Also what servers read differently: text before
-            the first or after the last delimiter, a delimiter after a bare CR or LF, none at the
-            end, part headers or parameters that are malformed or repeated, ``name*``, a field
-            ``_charset_`` (RFC 7578, section 4.6), and for ``model`` an empty or encoded file name,
-            a charset other than UTF-8 or a Content-Transfer-Encoding.
+            fields, or one in another case, or one of ``OTHER_MODELS``; the value is not UTF-8, or
+            longer than ``MODEL_BYTES``; there are more than ``PARTS`` parts.  Also what servers
+            read differently: text before the first or after the last delimiter, a delimiter after a
+            bare CR or LF, none at the end, part headers or parameters that are malformed or
+            repeated, ``name*``, a field ``_charset_`` (RFC 7578, section 4.6), and for ``model`` an
+            empty or encoded file name, a charset other than UTF-8 or a Content-Transfer-Encoding.
     """
     boundary = _parameters(content_type).get(b"boundary", b"")
     if not _BOUNDARY.fullmatch(boundary):
@@ -132,6 +132,8 @@ def _is_model_field(head: bytes) -> bool:
         raise BodyError("A part of the form has no plain field name.")
     if name.lower() == b"_charset_":
         raise BodyError("The form names a character set.")
+    if name.lower().decode("latin-1") in OTHER_MODELS:
+        raise BodyError('Beside "model", the form names further models, which is not taken here.')
     if name.lower() != b"model" or parameters.get(b"filename"):
         return False
     if name != b"model":

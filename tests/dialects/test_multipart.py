@@ -71,7 +71,7 @@ def test_a_boundary_may_use_all_that_mime_allows(boundary: bytes) -> None:
     [
         _form(),
         _form(FILE),
-        _form(_field(b'name="models"')),
+        _form(_field(b'name="modes"')),
         _form(_field(b'name="model"; filename="m.txt"')),
         _form(_field(b"filename=m; name=model")),
     ],
