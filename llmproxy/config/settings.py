@@ -351,7 +351,8 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
     """What a route changes for one of its candidates."""
 
     model: Annotated[str | None, Key(value(text), stated="default: the caller's")] = None
-    """The model that the proxy asks the provider for, in place of the caller's."""
+    """The model that the proxy asks the provider for, in place of the caller's. A request with a
+    body must name one, in the body or in the path."""
 
 
 OVERRIDE = Section.of(Override, "weight")
@@ -390,7 +391,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     models: Annotated[tuple[str, ...] | None, Key(MODELS, stated="default: any")] = None
     """The route takes only requests that name one of these models, and reads of a list of
-    models."""
+    models. Names are looked for in the body, the path and the query; ADR-0016 says where some
+    providers take others from."""
 
     strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether the proxy cuts ``path`` off before it sends the request."""

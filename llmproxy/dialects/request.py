@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from llmproxy.dialects.dialect import Dialect
@@ -21,6 +20,7 @@ from llmproxy.dialects.json_spans import BodyError, Span, Steps
 from llmproxy.dialects.multipart import multipart_model
 from llmproxy.dialects.path_model import path_models, query_models
 from llmproxy.http1.headers import is_utf8, media_type
+from llmproxy.http1.known import known
 
 _FORM = b"multipart/form-data"
 _PERHAPS_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
@@ -32,10 +32,22 @@ _opens_object = re.compile(rb"[ \t\r\n]*+\{").match
 _MOST_BLANK = 65_536
 
 # Callers use a few types, again and again.
-_is_json = lru_cache(maxsize=64)(is_json)
+_is_json = known(64)(is_json)
 
 Source = Literal["body", "form", "path", "query"]
 """Where a request names the model that routing uses."""
+
+
+class _Body(NamedTuple):
+    """What a body says: its model, where that stands, and the facts of JSON."""
+
+    model: str | None = None
+    source: Source | None = None
+    model_span: Span | None = None
+    facts: JsonFacts | None = None
+
+
+_NOTHING = _Body()
 
 
 class UnknownBody(BodyError):
@@ -79,21 +91,30 @@ class RequestFacts(NamedTuple):
         return row is not None and row.streams_by_default
 
 
-def usual_request(content_type: bytes | None, body: bytes, target: bytes) -> RequestFacts | None:
+def usual_request(
+    content_type: bytes | None, body: bytes, target: bytes, method: bytes = b"POST"
+) -> RequestFacts | None:
     """Return what a usual request asks for, at once: its body is plain JSON, or it has none.
 
     It does as :func:`read_request`, and returns None for a request that needs that.
     """
     if not body:
-        return _facts(None, None, None, target)
+        return _facts(_NOTHING, target, method, strict=True)
     if not _is_json(content_type) or not is_utf8(content_type):
         return None
     facts = plain_facts(body)
-    return None if facts is None else _facts(facts.model, "body", facts.model_span, target, facts)
+    if facts is None:
+        return None
+    return _facts(_Body(facts.model, "body", facts.model_span, facts), target, method, strict=True)
 
 
 def read_request(
-    content_type: bytes | None, body: bytes, target: bytes, *, strict: bool
+    content_type: bytes | None,
+    body: bytes,
+    target: bytes,
+    method: bytes = b"POST",
+    *,
+    strict: bool,
 ) -> Steps[RequestFacts]:
     """Return what a request asks for, in short steps.
 
@@ -101,30 +122,41 @@ def read_request(
         content_type: the request's, or None.
         body: all of it, without a Content-Encoding; empty if it cannot be read.
         target: raw path and query.
-        strict: the model decides something, so that nothing may be left unread.
+        method: the request's.
+        strict: the model decides something, so that nothing may be left unread.  Otherwise a body
+            is left unread that is not what its type says, unless that is JSON; and so is a path.
 
     Raises:
         UnknownBody: with ``strict``, the type is none that is read, or names a character set.
         BodyError: the body is not what its type says, or could be read in two ways.
     """
-    kind = media_type(content_type)
     if body and strict and not (is_readable(content_type) and is_utf8(content_type)):
         raise UnknownBody("The type of the body must be JSON or a form here, in UTF-8.")
+    try:
+        said = yield from _read_body(content_type, body, strict=strict)
+    except BodyError:
+        if not strict and not _is_json(content_type):
+            said = _NOTHING
+        elif media_type(content_type) in _PERHAPS_JSON and not _may_be_json(body):
+            raise UnknownBody("The body must be JSON or a form here, and say so.") from None
+        else:
+            raise
+    return _facts(said, target, method, strict=strict)
+
+
+def _read_body(content_type: bytes | None, body: bytes, *, strict: bool) -> Steps[_Body]:
+    """Return what a body says, or nothing, if it is none that is read."""
+    kind = media_type(content_type)
     if body and kind == _FORM:
         form = yield from multipart_model(content_type or b"", body)
-        return _facts(form.model, "form", form.span, target)
-    is_known = _is_json(content_type)
-    if not body or not (is_known or (kind in _PERHAPS_JSON and (strict or _may_be_json(body)))):
-        return _facts(None, None, None, target)
-    try:
-        facts = plain_facts(body) or (yield from all_facts(body))
-    except BodyError:
-        if is_known or _may_be_json(body):
-            raise
-        raise UnknownBody("The body must be JSON or a form here, and say so.") from None
+        return _Body(form.model, "form", form.span)
+    is_read = _is_json(content_type) or (kind in _PERHAPS_JSON and (strict or _may_be_json(body)))
+    if not body or not is_read:
+        return _NOTHING
+    facts = plain_facts(body) or (yield from all_facts(body, strict=strict))
     if strict and facts.is_misspelt:
         raise BodyError('"model" must be written in lower case.')
-    return _facts(facts.model, "body", facts.model_span, target, facts)
+    return _Body(facts.model, "body", facts.model_span, facts)
 
 
 def is_readable(content_type: bytes | None) -> bool:
@@ -145,30 +177,35 @@ def is_held(content_type: bytes | None, model_matters: Callable[[], bool]) -> bo
     return model_matters() if kind == _FORM else kind in _PERHAPS_JSON
 
 
+def is_call(method: bytes) -> bool:
+    """Return whether a request may call a model, and does not only read a resource."""
+    return method not in (b"GET", b"HEAD")
+
+
 def reads_list(method: bytes, path: bytes) -> bool:
     """Return whether a request without a body reads a list of models."""
-    return method in (b"GET", b"HEAD") and path.removesuffix(b"/").endswith(_LISTS)
+    return not is_call(method) and path.removesuffix(b"/").endswith(_LISTS)
 
 
 def _may_be_json(body: bytes) -> bool:
     return _opens_object(body, 0, _MOST_BLANK) is not None
 
 
-def _facts(
-    named: str | None,
-    source: Source | None,
-    span: Span | None,
-    target: bytes,
-    facts: JsonFacts | None = None,
-) -> RequestFacts:
-    """Add what the target names to what the body names."""
+def _facts(said: _Body, target: bytes, method: bytes, *, strict: bool) -> RequestFacts:
+    """Add what the target names to what the body says."""
     path, _, query = target.partition(b"?")
-    in_path = path_models(path).names
-    in_query = query_models(query) if query else ()
+    named, source, span, facts = said
+    try:
+        in_path = path_models(path, is_call=is_call(method)).names
+        in_query = query_models(query) if query else ()
+    except BodyError:
+        if strict:
+            raise
+        in_path = in_query = ()
     models = () if named is None else (named,)
-    is_json, facts = facts is not None, facts or _NO_FACTS
     if named is None:
         source = "path" if in_path else "query" if in_query else None
     if in_path or in_query:
         models = tuple(dict.fromkeys((*models, *in_path, *in_query)))
-    return RequestFacts(models, source, span, is_json, facts, bool(in_query))
+    is_json = facts is not None
+    return RequestFacts(models, source, span, is_json, facts or _NO_FACTS, bool(in_query))

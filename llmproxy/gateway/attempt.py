@@ -62,7 +62,7 @@ class Attempts:
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         target = match.target(candidate)
-        edits = _override(candidate, facts) if candidate.model is not None else []
+        edits = [] if candidate.model is None else _override(exchange, match, candidate, facts)
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
             usage = await self._turns.run(steps)
@@ -111,16 +111,22 @@ class Attempts:
         return exchange.response
 
 
-def _override(candidate: Candidate, facts: RequestFacts) -> list[Edit]:
+def _override(
+    exchange: Exchange, match: RouteMatch, candidate: Candidate, facts: RequestFacts
+) -> list[Edit]:
     """Return what gives the body the candidate's own model.
 
     Raises:
-        ProxyError: 400, where the query names one, too, which crosses byte for byte.
+        ProxyError: 400, where the query names one, too, which crosses byte for byte; and where a
+            body is sent, but neither body nor path names one: the provider would take its own.
     """
     if facts.in_query:
         text = "The query names a model, which cannot be overridden there."
         raise ProxyError(400, "bad_query", text)
     if facts.model_span is None or candidate.model is None:
+        if exchange.has_body and not match.names_model(candidate):
+            text = 'The body must name a "model" here, which the route then replaces.'
+            raise ProxyError(400, "bad_body", text)
         return []
     model = msgspec.json.encode(candidate.model) if facts.json else candidate.model.encode()
     return [Edit(facts.model_span, model)]

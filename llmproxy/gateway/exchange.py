@@ -113,6 +113,11 @@ class Exchange:
             self.cancel()
 
     @property
+    def has_body(self) -> bool:
+        """Whether the request has a body, which may still be coming."""
+        return self.request.body_bytes > 0 or self.request.upload is not None
+
+    @property
     def bytes_out(self) -> int:
         """How many bytes of the body were written to the client so far."""
         return self.request.sent + (0 if self.relay is None else self.relay.statistics.verbatim)

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
-from llmproxy.dialects.request import RequestFacts, is_held, reads_list
+from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import Rules, admit, early_refusal, needs_model
 from llmproxy.gateway.attempt import Attempts
@@ -189,12 +189,12 @@ class Gateway(Handler):
     ) -> RouteMatch:
         """Find the route, and let the exchange go by it."""
         request, trace = exchange.request, exchange.trace
-        has_body = request.body_bytes > 0 or request.upload is not None
         named: tuple[Named, ...] = facts.models
         if not named:
-            named = (NoModel.WITH_BODY,) if has_body else (NoModel.WITHOUT_BODY,)
+            named = (NoModel.WITH_BODY,) if exchange.has_body else (NoModel.WITHOUT_BODY,)
         is_read = named[0] is NoModel.WITHOUT_BODY and reads_list(request.method, request.path)
-        match = place.choose(client, request.uri, named, reads_list=is_read)
+        calls = is_call(request.method)
+        match = place.choose(client, request.uri, named, reads_list=is_read, is_call=calls)
         request.limit_body(match.body_limit)
         if len(exchange.decoded_body) > match.body_limit:
             raise too_large(match.body_limit)

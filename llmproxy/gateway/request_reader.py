@@ -40,7 +40,8 @@ class RequestReader:
             return None
         exchange.decoded_body = body = request.body
         try:
-            facts = usual_request(request.first.get(b"content-type"), body, request.uri)
+            kind = request.first.get(b"content-type")
+            facts = usual_request(kind, body, request.uri, request.method)
         except BodyError:
             return None  # that says why
         if facts is not None:
@@ -77,8 +78,8 @@ def _steps(exchange: Exchange, most: int, *, strict: bool) -> Steps[RequestFacts
     codings = [coding for coding in codings if coding != b"identity"]
     if codings:
         exchange.decoded_body = yield from _decoded(request, codings, most, strict=strict)
-    kind = request.first.get(b"content-type")
-    return (yield from read_request(kind, exchange.decoded_body, request.uri, strict=strict))
+    kind, body = request.first.get(b"content-type"), exchange.decoded_body
+    return (yield from read_request(kind, body, request.uri, request.method, strict=strict))
 
 
 def _decoded(request: Request, codings: list[bytes], most: int, *, strict: bool) -> Steps[bytes]:
@@ -87,8 +88,10 @@ def _decoded(request: Request, codings: list[bytes], most: int, *, strict: bool)
         if len(codings) > 1:
             raise BadCoding("more than one")
         return (yield from decompressed(request.body, codings[0], most, request.hold))
-    except TooLong:
-        raise too_large(most) from None
+    except (TooLong, ProxyError) as error:  # or there is no room for the copy
+        if not strict:
+            return b""
+        raise (too_large(most) if isinstance(error, TooLong) else error) from None
     except (BadCoding, Bomb):
         if not strict:
             return b""

@@ -78,6 +78,7 @@ class RouteMatch(NamedTuple):
         path: what of the request's path the provider gets, byte for byte.
         query: the request's query with its question mark, or nothing; a key of the caller's is cut
             out of it.
+        is_call: the request may call a model that its path names.
     """
 
     route: Route
@@ -85,6 +86,11 @@ class RouteMatch(NamedTuple):
     body_limit: int
     path: bytes
     query: bytes
+    is_call: bool
+
+    def names_model(self, candidate: Candidate) -> bool:
+        """Return whether the path that this candidate gets names a model."""
+        return bool(path_models(candidate.base + self.path, is_call=self.is_call).names)
 
     def target(self, candidate: Candidate) -> bytes:
         """Return path and query for this candidate, byte for byte but for an overridden model.
@@ -95,7 +101,7 @@ class RouteMatch(NamedTuple):
         path = candidate.base + self.path or b"/"
         if candidate.model is not None:
             try:
-                path = replaced(path, candidate.model)
+                path = replaced(path, candidate.model, is_call=self.is_call)
             except BodyError as error:
                 raise ProxyError(400, "bad_path", str(error)) from error
         return path + self.query
@@ -184,7 +190,13 @@ class PathMatch:
             raise _no_route(path_known=False)
 
     def choose(
-        self, client: Client, target: bytes, models: tuple[Named, ...], *, reads_list: bool = False
+        self,
+        client: Client,
+        target: bytes,
+        models: tuple[Named, ...],
+        *,
+        reads_list: bool = False,
+        is_call: bool = True,
     ) -> RouteMatch:
         """Return where a request goes.
 
@@ -194,6 +206,7 @@ class PathMatch:
             models: every model that the request names, or the one that stands for none; the route
                 must take all of them, and the client may use them.
             reads_list: the request reads a list of models, which needs no model.
+            is_call: it may call a model that its path names.
 
         Raises:
             ProxyError: 404 where no route matches, 403 where the client may not use the route or
@@ -215,11 +228,11 @@ class PathMatch:
         if one.route.strip and one.path != b"/":
             path = path[len(one.path) :]
         if one.joins_model and not reads_list and self.needs_model(client):
-            models = _joined(one, path, models)
+            models = _joined(one, path, models, is_call=is_call)
             if not all(map(one.allows, models)):
                 raise _no_route(path_known=True)
         self._clients.permit(client, one.route, () if reads_list else models)
-        return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query)
+        return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query, is_call)
 
 
 class Routes:
@@ -301,12 +314,15 @@ def _rank(one: _Prepared) -> tuple[int, int]:
     return -len(one.prefix), -said
 
 
-def _joined(one: _Prepared, path: bytes, models: tuple[Named, ...]) -> tuple[Named, ...]:
+def _joined(
+    one: _Prepared, path: bytes, models: tuple[Named, ...], *, is_call: bool
+) -> tuple[Named, ...]:
     """Return the models with those that a provider reads in its own path and the request's."""
     try:
-        names = [name for to in one.candidates for name in path_models(to.base + path).names]
+        found = [path_models(to.base + path, is_call=is_call) for to in one.candidates]
     except BodyError as error:
         raise ProxyError(400, "bad_path", str(error)) from error
+    names = [name for place in found for name in place.names]
     if not names:
         return models
     return tuple(dict.fromkeys((*(name for name in models if isinstance(name, str)), *names)))

@@ -23,11 +23,16 @@ FORM_BODY = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper
 
 
 def read_request(
-    kind: bytes | None, body: bytes, target: bytes, *, strict: bool = False
+    kind: bytes | None,
+    body: bytes,
+    target: bytes,
+    method: bytes = b"POST",
+    *,
+    strict: bool = False,
 ) -> RequestFacts:
     """Return what a request asks for; a usual one is read alike in both ways."""
-    facts = finish(read_in_steps(kind, body, target, strict=strict))
-    usual = usual_request(kind, body, target)
+    facts = finish(read_in_steps(kind, body, target, method, strict=strict))
+    usual = usual_request(kind, body, target, method)
     assert usual is None or usual == facts
     return facts
 
@@ -218,22 +223,111 @@ def test_what_asks_for_a_stream(dialect: Dialect, path: bytes, body: bytes, stre
     assert read_request(JSON, body, path).wants_stream(dialect, path) is streams
 
 
+BROKEN = [
+    (JSON, b"{"),
+    (JSON, b'{"model":"a","model":"b"}'),
+    (b"text/plain", b' {"model": 5}'),
+    (None, b'{"model":"a","model":"b"}'),
+    (FORM, b"--x"),
+    (b"multipart/form-data", FORM_BODY),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), BROKEN)
+def test_a_body_that_is_not_what_it_says_is_refused(kind: bytes | None, body: bytes) -> None:
+    """What two readers could read differently is an error, and not one of its type."""
+    with pytest.raises(BodyError) as caught:
+        read_request(kind, body, b"/", strict=True)
+    assert not isinstance(caught.value, UnknownBody)
+
+
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
-        (JSON, b"{"),
-        (JSON, b'{"model":"a","model":"b"}'),
-        (b"text/plain", b' {"model": 5}'),
-        (FORM, b"--x"),
-        (b"multipart/form-data", FORM_BODY),
+        *BROKEN[2:],
+        (b"text/plain", b"{name}, hello"),
+        (None, b"{{template}}"),
+        (b"application/x-www-form-urlencoded", b'{"a":1'),
+        (None, b"{" * 1000),
     ],
 )
-def test_a_body_that_is_not_what_it_says_is_refused(kind: bytes, body: bytes) -> None:
-    """What two readers could read differently is an error, and not one of its type."""
-    for strict in (False, True):
-        with pytest.raises(BodyError) as caught:
-            read_request(kind, body, b"/", strict=strict)
-        assert not isinstance(caught.value, UnknownBody)
+def test_where_the_model_decides_nothing_a_body_need_not_be_json(
+    kind: bytes | None, body: bytes
+) -> None:
+    """Only what says that it is JSON must be; another body crosses, and says nothing."""
+    facts = read_request(kind, body, b"/")
+    assert (facts.models, facts.json, facts.wants_stream(Dialect.OLLAMA, b"/api/chat")) == (
+        (),
+        False,
+        None,
+    )
+    for broken in BROKEN[:2]:
+        with pytest.raises(BodyError):
+            read_request(*broken, b"/")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [b"/deployments/%ff/x", b"/models/" + b"m" * 2000, b"/?model=" + b"m" * 2000, b"/models" * 20],
+)
+def test_where_the_model_decides_nothing_a_target_need_not_be_clear(target: bytes) -> None:
+    """What is wrong with a name in it is an error only where it matters."""
+    for kind, body, models in ((None, b"", ()), (JSON, BODY, ("m",))):
+        assert finish(read_in_steps(kind, body, target, strict=False)).models == models
+        with pytest.raises(BodyError):
+            finish(read_in_steps(kind, body, target, strict=True))
+        with pytest.raises(BodyError):
+            usual_request(kind, body, target)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b'"models":["big"]',
+        b'"Models":["big"]',
+        rb'"model\u0073":["big"]',
+        b'"fallbacks":["big"]',
+        b'"FALLBACKS":[{"x":["big"]}]',
+        b'"context_window_fallbacks":[{"m":["big"]}]',
+        b'"content_policy_fallbacks":[{"m":["big"]}]',
+    ],
+)
+def test_where_the_model_matters_no_other_member_chooses_one(member: bytes) -> None:
+    """Gateways behind us take further models from these; elsewhere they cross."""
+    for body in (b'{"model":"m",%b}' % member, b'{%b,"model":"m","x":1}' % member):
+        assert usual_request(JSON, body, b"/") is None
+        with pytest.raises(BodyError, match="further models"):
+            read_request(JSON, body, b"/", strict=True)
+        assert read_request(JSON, body + b" ", b"/").models == ("m",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'"models":null,"fallbacks":[]',
+        b'"x":{"models":["big"],"fallbacks":["big"]}',
+        b'"x":"fallbacks","y":"models","model_x":1',
+        b'"my_fallbacks":1,"modelss":1',
+    ],
+)
+def test_members_that_choose_nothing_are_taken(text: bytes) -> None:
+    """What is empty, stands further inside, or is called otherwise."""
+    body = b'{"model":"m",%b}' % text
+    assert read_request(JSON, body, b"/", strict=True).models == ("m",)
+
+
+def test_a_form_names_no_further_models() -> None:
+    """Some gateways read the fields of a form as they read JSON."""
+    body = FORM_BODY.replace(b'"model"', b'"fallbacks"')
+    with pytest.raises(BodyError, match="further models"):
+        read_request(FORM, body, b"/", strict=True)
+
+
+def test_a_path_names_a_model_for_a_call() -> None:
+    """A resource that is read needs none."""
+    path = b"/v1/models/org/m"
+    for method, models in ((b"POST", ("org", "org/m")), (b"GET", ()), (b"HEAD", ())):
+        assert read_request(None, b"", path, method).models == models
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,24 @@ def test_a_decoded_body_is_bounded_by_the_routes_limit() -> None:
             assert played.trace().error == "body_too_large"
 
 
+@pytest.mark.parametrize("more", ['request_body = "39KiB"', '[limits]\nrequest_memory = "40KiB"'])
+def test_a_body_that_need_not_be_decoded_crosses_unread(more: str) -> None:
+    """Where it would be decoded for an option alone, too much of it is no reason to refuse it."""
+    noise = random.Random(1).randbytes(20_000).hex()
+    body = gzip.compress(b'{"model":"m","stream":true,"x":"%b"}' % noise.encode())
+    is_limit = more.startswith("[")
+    played = coded(
+        PlayedGateway(
+            route=INJECT if is_limit else f"{INJECT}\n{more}", more=more if is_limit else ""
+        ),
+        body,
+        "gzip",
+    )
+    assert played.asked.body == body
+    played.response().end()
+    assert played.trace().model is None
+
+
 def test_a_decoded_body_is_bounded_by_the_route_that_it_takes() -> None:
     """Another route at the path may take more."""
     body = gzip.compress(b'{"model":"m","x":"%b"}' % (b"x" * 2000))
@@ -252,6 +270,69 @@ def test_a_large_body_is_read_in_several_turns(unit: bytes, route: str) -> None:
         turns += 1
     assert turns > 10
     assert json.loads(played.asked.body)["x"] == json.loads(body)["x"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (JSON, b"{}"),
+        (JSON, b'{"stream":true,"input":"x"}'),
+        (JSON, b"[]"),
+        (JSON, b" "),
+        ("Content-Type: text/plain", b'{"x":1}'),
+        ("Content-Type: multipart/form-data; boundary=b", b"--b--\r\n"),
+    ],
+)
+def test_an_override_is_not_walked_around_by_naming_no_model(kind: str, body: bytes) -> None:
+    """The provider would take a model of its own."""
+    for fields in ((kind,), (kind, "Content-Encoding: gzip")):
+        played = PlayedGateway(route=OVERRIDE)
+        sent = gzip.compress(body) if len(fields) > 1 else body
+        played.call("POST", CHAT, *fields, body=sent)
+        assert played.refusal()[0] == 400
+        assert not played.upstream.asked
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "sent"),
+    [
+        ("POST", "/p/v1", b'{"model":null}', ("/base/v1", b'{"model":"n"}')),
+        ("POST", "/p/deployments/m/completions", b"{}", ("/base/deployments/n/completions", b"{}")),
+        ("POST", "/p/models/o/m:x", b'{"model":"m"}', ("/base/models/n:x", b'{"model":"n"}')),
+        ("POST", "/p/model/n/invoke", b"{}", ("/base/model/n/invoke", b"{}")),
+        ("GET", "/p/v1/models/m", b"", ("/base/v1/models/m", b"")),
+        ("POST", "/p/v1/cancel", b"", ("/base/v1/cancel", b"")),
+    ],
+)
+def test_an_override_replaces_every_name(
+    method: str, target: str, body: bytes, sent: tuple[str, bytes]
+) -> None:
+    """In the body, in the path, or in both; a request without a body and a name needs none."""
+    played = PlayedGateway(route=OVERRIDE)
+    played.call(method, target, body=body)
+    assert (played.asked.target.decode(), played.asked.body) == sent
+
+
+@pytest.mark.parametrize(
+    ("target", "refusal"),
+    [
+        ("/p/v1beta/models/org/BIG:generateContent", (403, "model_forbidden")),
+        ("/p/model/BIG/invoke", (403, "model_forbidden")),
+        ("/p/v1/models/org/BIG/predictions", (403, "model_forbidden")),
+        ("/p/models/m/BIG", (403, "model_forbidden")),
+        ("/p/deployments/org/m/chat/completions", None),
+        ("/p/deployments/org%2Fm/chat/completions", None),
+        ("/p/model/org%2Fm/converse", None),
+    ],
+)
+def test_a_name_with_slashes_is_read_whole(target: str, refusal: tuple[int, str] | None) -> None:
+    """A client needs the name alone, and gets no other."""
+    played = PlayedGateway(client='models = ["org/m", "m"]')
+    played.call("POST", target, body=b'{"model":"m"}')
+    if refusal is None:
+        assert played.asked.target.decode() == target.replace("/p/", "/base/")
+    else:
+        assert played.refusal() == refusal
 
 
 DEAR = {
