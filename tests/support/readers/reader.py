@@ -23,9 +23,13 @@ async def _in_body(request: Request) -> list[Any]:
     return seen
 
 
-@app.api_route("/{before:path}/deployments/{model}/{rest:path}", methods=["GET", "POST", "PUT"])
-@app.api_route("/{before:path}/models/{model}:{verb}", methods=["GET", "POST", "PUT"])
+# The decorator next to the function adds its route first, so the route of all paths comes last.
 @app.api_route("/{rest:path}", methods=["GET", "POST", "PUT"])
+@app.api_route("/{before:path}/deployments/{model}/{rest:path}", methods=["GET", "POST", "PUT"])
+@app.api_route("/{before:path}/model/{model:path}/invoke", methods=["POST", "PUT"])
+@app.api_route("/{before:path}/models/{model:path}/predictions", methods=["POST", "PUT"])
+@app.api_route("/{before:path}/models/{model:path}:{verb}", methods=["POST", "PUT"])
+@app.api_route("/{before:path}/models/{model}:{verb}", methods=["GET", "POST", "PUT"])
 async def read(request: Request, model: str = "") -> dict[str, list[str]]:
     """Say what there is of models."""
     named = request.path_params.get("model")
