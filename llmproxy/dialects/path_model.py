@@ -189,6 +189,8 @@ def _called(kind: bytes, segments: list[bytes], at: int) -> Iterator[_Name]:
     end = _operation(segments, at)
     if end is not None:
         yield _Name(b"/".join(segments[at:end]), at, end - 1)
+        if end - 1 > at and _VERSION.fullmatch(segments[end - 1]):  # of the operation, or the name
+            yield _Name(b"/".join(segments[at : end - 1]), at, end - 2, is_fixed=True)
     elif kind in _WHOLE:
         yield _Name(segments[at], at, at)
     elif not verbs or kind in _INVOKED:
@@ -197,14 +199,11 @@ def _called(kind: bytes, segments: list[bytes], at: int) -> Iterator[_Name]:
 
 
 def _operation(segments: list[bytes], at: int) -> int | None:
-    """Return where a known operation begins that ends a path, behind a name that begins at ``at``.
-
-    A version may stand before it.
-    """
+    """Return where a known operation begins that ends a path, behind a name from ``at`` on."""
     end = len(segments) - (not segments[-1])
     for begin in range(max(at + 1, end - 3), end):
         if b"/".join(segments[begin:end]).lower() in _OPERATIONS:
-            return begin - (begin - 1 > at and bool(_VERSION.fullmatch(segments[begin - 1])))
+            return begin
     return None
 
 
