@@ -140,8 +140,10 @@ class ProxyService(Service):
         """
         if self._log_file is not None and isinstance(parent, Componentized):
             self._log_writer = log_writer(self._log_file(), wall=time.time)
-            atexit.register(self._log_writer.flush)
-            self._json_log = JsonLog(self._log_writer, wall=time.time)
+            self._json_log = JsonLog(
+                self._log_writer, wall=time.time, later=self._reactor.callLater
+            )
+            atexit.register(self._json_log.flush)
             parent.setComponent(ILogObserver, self._json_log)
         super().setServiceParent(IServiceCollection(parent, parent))
 

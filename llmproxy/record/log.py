@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -23,7 +22,7 @@ from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
 from llmproxy.record.log_writer import QUEUE, LogFile, LogWriter, open_log
-from llmproxy.record.trace import NAMES, Trace, timestamp, without_content
+from llmproxy.record.trace import NAMES, Trace, timestamp
 
 _FIELDS = tuple(name for name in NAMES if name not in ("attempts", "degraded", "time"))
 _fields_of = attrgetter(*_FIELDS)
@@ -40,6 +39,12 @@ _AccessLine = msgspec.defstruct(
 ACCESS = "llmproxy.access"
 """The logger of access lines."""
 
+GATHER_S = 0.02
+"""Seconds for which an access line waits for others."""
+
+_TOGETHER = 64
+"""Most access lines that are made together."""
+
 _PLAIN = (str, int, float, bool, type(None), list, dict)
 _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
 
@@ -49,20 +54,36 @@ class JsonLog:
     """Makes each event one line; never blocks and never raises.
 
     Access lines do not pass ``twisted.logger``, which would cost more than the rest of their way.
-    All lines stand in the order in which they came.
+    Those that come within :data:`GATHER_S` are made together.  All lines stand in the order in
+    which they came.
 
     Args:
         writer: takes the lines.
         wall: seconds since the epoch, for access lines; events bring their own time.
+        later: calls a function in so many seconds.  Without it, access lines are written at once.
     """
 
-    def __init__(self, writer: LogWriter, *, wall: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        writer: LogWriter,
+        *,
+        wall: Callable[[], float],
+        later: Callable[[float, Callable[[], None]], object] | None = None,
+    ) -> None:
         self._writer = writer
         self._wall = wall
+        self._later = later
+        self._ended: list[tuple[float, Trace, str | None, str | None]] = []
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
+        self._put_access()
         self._writer.put(_line(event) + b"\n")
+
+    def flush(self) -> None:
+        """Write what waits, at the end of the process; see :meth:`LogWriter.flush`."""
+        self._put_access()
+        self._writer.flush()
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
         """Write the access line of a request that has ended.
@@ -72,9 +93,17 @@ class JsonLog:
             cause: distinguishes failures that have the same reason.
             detail: what went wrong, for the operator alone.
         """
-        if trace.text is not UNSET:  # a line waits longer than so much text should
-            trace = without_content(trace)
-        self._writer.put_access(partial(_access_line, self._wall(), trace, cause, detail))
+        ended = self._ended
+        ended.append((self._wall(), trace, cause, detail))
+        if self._later is None or len(ended) >= _TOGETHER or trace.text is not UNSET:
+            self._put_access()
+        elif len(ended) == 1:
+            self._later(GATHER_S, self._put_access)
+
+    def _put_access(self) -> None:
+        if self._ended:
+            ended, self._ended = self._ended, []
+            self._writer.put_access(b"".join([_access_line(*one) for one in ended]))
 
 
 def log_writer(file: LogFile, *, wall: Callable[[], float], queue: int = QUEUE) -> LogWriter:

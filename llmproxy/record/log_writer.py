@@ -23,24 +23,18 @@ QUEUE = 25_000
 It has room for a line about each of the streams that ``max_connections`` allows by default.
 """
 
-GATHER_S = 0.05
-"""Seconds for which the thread waits for more lines: to wake it costs more than a line."""
-
 CLOSING_S = 2.0
 """Seconds for which the end of the process waits for what is not written."""
 
-_TOGETHER = 256
-"""Most lines that are written at once: while they are encoded, the reactor waits."""
+_TOGETHER = 64
+"""Most pieces of the queue that are written at once."""
 
 _KIB = 1024
 
 _log = Logger()
 
-Line = bytes | Callable[[], bytes]
-"""A line with its end, or what makes one; the thread calls it."""
-
-_Waiting = deque[tuple[int, Line | int]]
-"""Lines by their number, and how many were lost in a place."""
+_Waiting = deque[tuple[int, bytes | int]]
+"""By their number, lines with their ends, and how many lines were lost in a place."""
 
 
 class Unwritten(Exception):
@@ -170,7 +164,6 @@ class LogWriter:
         # An unread failure is logged when the collector finds it, also amid a call of this class.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._hurry = threading.Event()
         self._lines: _Waiting = deque()
         self._access: _Waiting = deque()
         self._number = 0
@@ -195,20 +188,21 @@ class LogWriter:
                 self._lose(1)
                 return
             while self._weight + weight > self._most:
-                self._access.pop()
-                self._weight -= 1
-                self._access_weight -= 1
-                self._lose(1)
+                dropped = self._access.pop()[1]
+                self._weight -= _weight(dropped)
+                self._access_weight -= _weight(dropped)
+                self._lose(_count(dropped))
             self._append(self._lines, line, weight)
 
-    def put_access(self, line: Callable[[], bytes]) -> None:
-        """Queue an access line; if the queue is full, it is lost."""
+    def put_access(self, lines: bytes) -> None:
+        """Queue access lines; if the queue is full, they are lost, and those behind them, too."""
+        weight = _weight(lines)
         with self._lock:
-            if self._weight >= self._most:
-                self._lose(1)
+            if self._gap or self._weight + weight > self._most:
+                self._lose(_count(lines))
                 return
-            self._access_weight += 1
-            self._append(self._access, line, 1)
+            self._access_weight += weight
+            self._append(self._access, lines, weight)
 
     def reopen(self, opened: Callable[[], LogFile]) -> None:
         """Continue soon in the file that ``opened`` returns; if that fails, in the present one."""
@@ -224,14 +218,12 @@ class LogWriter:
             except RuntimeError:  # the interpreter is ending, and starts no thread any more
                 self._write(self._take())
                 return
-        self._hurry.set()
         with self._lock:
             self._changed.wait_for(lambda: self._rests and self._is_empty(), seconds)
-        self._hurry.clear()
 
     # -- the queue ------------------------------------------------------------------------------
 
-    def _append(self, waiting: _Waiting, line: Line | int, weight: int) -> None:
+    def _append(self, waiting: _Waiting, line: bytes | int, weight: int) -> None:
         self._number += 1
         waiting.append((self._number, line))
         self._weight += weight
@@ -249,9 +241,9 @@ class LogWriter:
     def _is_empty(self) -> bool:
         return not (self._lines or self._access or self._reopening)
 
-    def _take(self) -> list[Line | int]:
+    def _take(self) -> list[bytes | int]:
         """Take the first lines out of the queue; mark the place of those that were lost."""
-        taken: list[Line | int] = []
+        taken: list[bytes | int] = []
         lines, access = self._lines, self._access
         with self._lock:
             while (lines or access) and len(taken) < _TOGETHER:
@@ -260,8 +252,8 @@ class LogWriter:
                     self._weight -= _weight(taken[-1])
                 else:
                     taken.append(access.popleft()[1])
-                    self._weight -= 1
-                    self._access_weight -= 1
+                    self._weight -= _weight(taken[-1])
+                    self._access_weight -= _weight(taken[-1])
             if self._gap and self._weight < self._most:
                 gap, self._gap = self._gap, 0
                 self._append(lines, gap, _weight(gap))
@@ -280,13 +272,11 @@ class LogWriter:
                 reopening, self._reopening = self._reopening, None
             if reopening is not None:
                 self._reopen(reopening)
-            if len(self._lines) + len(self._access) < _TOGETHER:
-                self._hurry.wait(GATHER_S)
             taken = self._take()
             try:
                 self._write(taken)
             except Exception as error:  # whatever it is, the next lines may be written
-                self._failed(len(taken), repr(error))
+                self._failed(sum(map(_count, taken)), repr(error))
 
     def _reopen(self, opened: Callable[[], LogFile]) -> None:
         try:
@@ -298,7 +288,7 @@ class LogWriter:
         if file is not before:
             before.close()
 
-    def _write(self, taken: Sequence[Line | int]) -> None:
+    def _write(self, taken: Sequence[bytes | int]) -> None:
         whole: list[bytes] = []
         for line in taken:
             if isinstance(line, int):
@@ -307,7 +297,7 @@ class LogWriter:
                 self._unsaid += line
                 self._why = self._why or "they were not taken in time"
             else:
-                whole.append(line if isinstance(line, bytes) else line())
+                whole.append(line)
         self._write_lines(whole)
 
     def _write_lines(self, lines: list[bytes]) -> None:
@@ -318,7 +308,8 @@ class LogWriter:
             if lines:
                 self._file.write(b"".join(lines))
         except Unwritten as error:
-            self._failed(len(lines) if self._unsaid else error.count, str(error))
+            count = sum(map(_count, lines)) if self._unsaid else error.count
+            self._failed(count, str(error))
 
     def _failed(self, count: int, why: str) -> None:
         """Count lines that could not be written; the next line that can be is behind a report."""
@@ -328,5 +319,9 @@ class LogWriter:
             self.lost += count
 
 
-def _weight(line: Line | int) -> int:
-    return 1 + len(line) // _KIB if isinstance(line, bytes) else 1
+def _weight(line: bytes | int) -> int:
+    return max(_count(line), 1 + len(line) // _KIB) if isinstance(line, bytes) else 1
+
+
+def _count(lines: bytes | int) -> int:
+    return lines.count(b"\n") if isinstance(lines, bytes) else 0

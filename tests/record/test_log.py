@@ -6,12 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec import UNSET
 from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, LogPublisher, globalLogPublisher
 from twisted.python import log as old_log
@@ -224,6 +222,23 @@ def test_access_lines_have_their_own_time() -> None:
     assert [line["time"] for line in log.lines()] == [timestamp(0.0), timestamp(0.5)]
 
 
+def test_access_lines_are_made_together() -> None:
+    """They wait a moment for others, up to a number; an event does not overtake them."""
+    log = Log()
+    observer = JsonLog(log.writer, wall=log.clock.seconds, later=log.clock.callLater)
+    for name in ("a", "b"):
+        observer.access(trace(name), None, None)
+    assert log.text() == ""
+    log.clock.advance(1)
+    assert log.names() == ["a", "b"]
+    for number in range(64):
+        observer.access(trace(f"c{number}"), None, None)
+    assert len(log.names()) == 66
+    observer.access(trace("d"), None, None)
+    observer(event("e"))
+    assert log.names()[-2:] == ["d", "e"]
+
+
 def test_the_lines_keep_their_order() -> None:
     """An event does not overtake a request that ended before it."""
     log = Log()
@@ -234,12 +249,11 @@ def test_the_lines_keep_their_order() -> None:
 
 
 def test_an_access_line_holds_no_text() -> None:
-    """Lines that wait do not keep the responses in memory."""
+    """Nor is a response kept in memory until its line is made."""
     log = Log()
+    log.observer = JsonLog(log.writer, wall=log.clock.seconds, later=log.clock.callLater)
     log.observer.access(trace("a", text="words" * 1000), None, None)
-    ((_, line),) = log.writer._access
-    assert isinstance(line, partial)
-    assert line.args[1].text is UNSET
+    assert not log.clock.getDelayedCalls()
     assert log.names() == ["a"]
     assert "words" not in log.text()
 
