@@ -18,7 +18,8 @@ from twisted.internet.defer import Deferred
 
 from tests.support.lives.draw import draw_life
 from tests.support.lives.left import NOTHING, delayed_calls, everything
-from tests.support.lives.plan import Life
+from tests.support.lives.messages import steps
+from tests.support.lives.plan import CURT, IMPATIENT, Life
 from tests.support.lives.verdict import LifeVerdict, Record, Records
 from tests.support.lives.world import World, open_world
 from tests.traps.waits import until
@@ -140,6 +141,21 @@ async def test_no_life_leaves_anything_behind(tmp_path: Path) -> None:
         leavings = {record["on_disconnect"] for record in world.records()}
         assert leavings == {None, "cancel", "drain"} or len(world.lives) < ENOUGH
     assert (await everything()).more_than(at_first)[1:] == NOTHING[1:]
+
+
+def test_no_deadline_falls_between_two_pieces() -> None:
+    """Where a deadline is short, the provider sends all that it will send at once.
+
+    A machine that stands still makes a gap between two pieces as long as it likes.
+    """
+    curt = {
+        (ask, life.number, number)
+        for life in (draw_life(SEED, number) for number in range(ENOUGH))
+        for number, ask in enumerate(life.asks)
+        if ask.route in (*IMPATIENT, *CURT)
+    }
+    counts = {len(steps(*asked)) for asked in curt}
+    assert counts == {0, 1}, "silence from the beginning, and after one piece"
 
 
 @pytest.mark.timeout(120)

@@ -181,6 +181,9 @@ def _draw_part(rng: random.Random, *, small: bool) -> Part:
         kind = Kind.WHOLE
     # What hangs, or has more behind it, comes in one piece, whatever the machine is at.
     part = _faultless(rng, kind, small=small or kind in (Kind.HANGING, Kind.EXTRA))
+    if kind is Kind.HANGING:
+        # The proxy's clock runs on where the machine stands still between two pieces.
+        part = part._replace(pieces=1)
     if kind in BROKEN_BODY:
         # A body that ends with its connection cannot be short by a FIN.
         framings = ["length", "chunked"]
