@@ -6,11 +6,12 @@ pytest-timeout cannot reach the test; the hooks and fixtures here do all three.
 ``test_conftest.py`` proves each.
 
 It also says how the suite runs, which ``test_running.py`` proves.  All that is drawn (Hypothesis's
-examples, lives, what the fuzzer tries) comes from one seed.  The seed is the commit's, so that each
-commit is judged by draws of its own, and always by the same.  ``LLMPROXY_TEST_SEED=S`` draws what
-another commit has drawn; the header and a report of failures name S.  ``LLMPROXY_TEST_SEARCH=N``
-makes a search of it: N times as many examples.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on
-Twisted's own loop.)
+examples, lives, what the fuzzer tries) comes from one seed; the header and a report of failures
+name it.  It is always the same, so that no change fails by what was drawn for it alone.
+``LLMPROXY_TEST_SEARCH=N`` makes a search of the run: N times as many examples, and the commit's
+seed.  ``LLMPROXY_TEST_SEED=commit`` takes the commit's seed without more examples, and a number
+draws again what another run has drawn.  (``LLMPROXY_TEST_TUNED=off`` runs daemons on Twisted's own
+loop.)
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ def _seed_of_commit() -> int:
     return int(found.stdout[:7], 16) or 1
 
 
-SEED = int(os.environ.get("LLMPROXY_TEST_SEED") or _seed_of_commit())
-"""What everything that is drawn comes from; below 2 ** 28, and never 0."""
+SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
+"""How many times as many examples a search takes, and as much time; 0 is no search."""
+
+_asked = os.environ.get("LLMPROXY_TEST_SEED") or ("commit" if SEARCH else "1")
+SEED = _seed_of_commit() if _asked == "commit" else int(_asked)
+"""What everything that is drawn comes from; a commit's is below 2 ** 28, and never 0."""
 
 # xdist's workers, and tests that draw by themselves, read it there.
 os.environ["LLMPROXY_TEST_SEED"] = str(SEED)
 hypothesis.core.global_force_seed = SEED  # type: ignore[assignment]  # None is only its default
-
-SEARCH = int(os.environ.get("LLMPROXY_TEST_SEARCH") or 0)
-"""How many times as many examples a search takes, and as much time; 0 is no search."""
 
 SHRINKING_S = 20
 """Seconds for which Hypothesis makes a failing example smaller: its own five minutes, which no
@@ -64,7 +66,7 @@ hypothesis_engine.MAX_SHRINKING_SECONDS = SHRINKING_S
 # A time limit for one example would measure what else the machine does; the test's timeout stays.
 hypothesis.settings.register_profile(
     "usual",
-    derandomize=False,  # it would draw the same for every commit
+    derandomize=False,  # it would draw the same for every seed
     database=None,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

@@ -68,14 +68,22 @@ def test_examples_are_drawn_from_a_seed(
     assert searched[:50] == usual[:50]
 
 
-def test_the_seed_is_the_commits(
+def test_the_seed_of_a_search_is_the_commits(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a commit it is a fixed one; a quiet run names it when a test fails."""
-    monkeypatch.delenv("LLMPROXY_TEST_SEED")
+    """Else, and without a commit, it is a fixed one; a quiet run names it when a test fails."""
+
+    def seed_of_failure(asked: str, search: str) -> int:
+        monkeypatch.setenv("LLMPROXY_TEST_SEED", asked)
+        monkeypatch.setenv("LLMPROXY_TEST_SEARCH", search)
+        found = re.findall(
+            r"LLMPROXY_TEST_SEED=(\d+)\n",
+            outcomes(pytester, "def test_it(): assert False", "-q")[1],
+        )
+        return int(found[-1])
+
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(pytester.path.parent))
-    failing = "def test_it(): assert False"
-    assert "LLMPROXY_TEST_SEED=1\n" in outcomes(pytester, failing, "-q")[1]
+    assert seed_of_failure("commit", "2") == 1
 
     def git(*command: str) -> str:
         own = ("-c", "user.name=t", "-c", "user.email=t@example.com")
@@ -86,7 +94,8 @@ def test_the_seed_is_the_commits(
     git("init")
     git("commit", "--allow-empty", "--message=one", "--no-gpg-sign")
     seed = int(git("rev-parse", "HEAD")[:7], 16)
-    assert f"LLMPROXY_TEST_SEED={seed}\n" in outcomes(pytester, failing, "-q")[1]
+    asked = [("", ""), ("", "0"), ("", "2"), ("commit", ""), ("7", "2")]
+    assert [seed_of_failure(*one) for one in asked] == [1, 1, seed, seed, 7]
 
 
 def test_files_with_the_longest_tests_begin(pytester: pytest.Pytester) -> None:

@@ -161,7 +161,7 @@ def test_no_deadline_falls_between_two_pieces() -> None:
 @pytest.mark.timeout(120)
 @pytest_twisted.ensureDeferred
 async def test_lives_that_went_wrong_once(tmp_path: Path) -> None:
-    """What other seeds have found stays found, whatever the commit's seed is."""
+    """What other seeds have found stays found, whatever the seed is."""
     lives = [draw_life(seed, number) for seed, numbers in FOUND.items() for number in numbers]
     async with open_world(tmp_path, lives) as world:
         await world.live()
