@@ -255,6 +255,7 @@ def test_a_status_of_success_is_enough(collector: OtlpCollector, status: int, bo
     """The body may be empty, JSON, or something else."""
     collector.status, collector.body = status, body
     Otlp(collector.url, RESOURCE).put([trace(id=ID)])
+    assert len(collector.requests) == 1
 
 
 @pytest.mark.parametrize("count", [b"2", b'"2"'])

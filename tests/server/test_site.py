@@ -305,7 +305,7 @@ def test_a_client_that_leaves_has_a_response_or_not(end: Exception | None, held:
         assert (ends[0].type, ends[0].value.had_room) == (ClientGone, False)
     else:
         assert ends == [None]
-    assert not caller.clock.getDelayedCalls() or not caller.site.connections
+    assert not caller.clock.getDelayedCalls(), caller.site.connections
 
 
 # --- refused uploads ------------------------------------------------------------------------------
