@@ -580,8 +580,11 @@ class ClientConnection(http.HTTPChannel):
         """The response is written: end it when the client has all, which mostly is now.
 
         What the kernel has sent counts as received: the client had room for it.  If something
-        waits for room, the response is over when the client has acknowledged everything.
+        waits for room, the response is over when the client has acknowledged everything.  Behind a
+        reset, which the transport reports in the next turn, nobody gets it.
         """
+        if self._aborted:
+            return
         is_sent = self._delivery.is_sent
         if closes:
             self._end_writing()
@@ -700,6 +703,7 @@ class ClientConnection(http.HTTPChannel):
         """Drop the connection and whatever it still holds; twice would be an error on TLS."""
         if not self._aborted:
             self._aborted = True
+            self.persistent = False
             self._cancel_calls()
             self.transport.abortConnection()
 

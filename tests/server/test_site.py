@@ -308,6 +308,33 @@ def test_a_client_that_leaves_has_a_response_or_not(end: Exception | None, held:
     assert not caller.clock.getDelayedCalls(), caller.site.connections
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_response_that_ends_behind_a_reset_is_not_delivered(is_whole: bool, version: str) -> None:
+    """The transport reports a reset in the next turn; what is ended before that reaches nobody."""
+    caller = Caller(request("GET", "/", version=version))
+    current = caller.start()
+    current.write(b"a part")
+    if version == "1.0":
+        caller.channel.readConnectionLost()  # no other end shows that a part is not the whole
+    else:
+        caller.channel.abort()
+    assert caller.closes() == ["abort"]
+    if is_whole:
+        current.finish()
+    else:
+        current.break_off()
+    waiting = current.when_delivered()
+    assert waiting is not None
+    ends: list[Any] = []
+    waiting.addBoth(ends.append)
+    assert ends == []
+    caller.transport.end(ABORTED)
+    assert [end.type for end in ends] == [ClientGone]
+    assert caller.closes() == ["abort"]
+    assert not caller.clock.getDelayedCalls()
+
+
 # --- refused uploads ------------------------------------------------------------------------------
 
 
