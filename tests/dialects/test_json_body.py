@@ -455,7 +455,7 @@ def test_any_bytes_are_read_as_json_loads_reads_them(body: bytes) -> None:
 
 
 @given(
-    st.dictionaries(KEYS, VALUES, max_size=4),
+    st.dictionaries(KEYS, VALUES, max_size=4) | _OBJECTS,
     st.randoms(use_true_random=False),
     st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), _PIECES | st.just(b"")), max_size=2),
 )

@@ -207,7 +207,10 @@ def test_endless_small_pieces_leave_nothing_behind(make: Make, body: bytes) -> N
     assert peak < 16 * 1024**2
 
 
-@given(st.lists(st.binary(max_size=50), max_size=20), st.sampled_from(MAKERS))
+_MARKS = st.sampled_from([b"data:", b"event: ", b"x", b"{}", b"\n", b"\n\n", b"\r", b"x" * 35])
+
+
+@given(st.lists(st.binary(max_size=50) | _MARKS, max_size=20), st.sampled_from(MAKERS))
 def test_garbage_raises_nothing(chunks: list[bytes], make: Make) -> None:
     """Any bytes are events or none, and nothing exceeds the limit."""
     framing = make(40, lambda: None)
