@@ -171,9 +171,10 @@ def test_an_override_changes_the_bytes_of_the_model_alone(live: LiveProxy) -> No
 
 
 def test_an_override_inserts_nothing(live: LiveProxy) -> None:
-    """A body without a model stays as it is."""
-    received, _ = live.ask(post("/over/x", b'{"input":"x"}'))
-    assert received.body == b'{"input":"x"}'
+    """A body without a model is refused: the provider would take a model of its own."""
+    got = live.reject(post("/over/x", b'{"input":"x"}'))
+    assert (got.status, got.error) == (400, "bad_body")
+    assert "model" in got.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,6 @@ FORM_TYPE = "Content-Type: multipart/form-data; boundary=b"
         ("/azure/deployments/big/x", JSON, b"{}", "/deployments/prod/x", b"{}"),
         ("/azure/models/big:chat", JSON, model("a"), "/models/prod:chat", model("prod")),
         ("/azure/audio", FORM_TYPE, FORM % b"big", "/audio", FORM % b"prod"),
-        ("/azure/audio", FORM_TYPE, b"--b--\r\n", "/audio", b"--b--\r\n"),
         ("/azure/x", "Content-Type: text/plain", model("big"), "/x", model("prod")),
         ("/azure/x", "X-No: type", model("big"), "/x", model("prod")),
     ],
@@ -242,6 +242,7 @@ def test_every_place_of_a_model_is_overridden(
     ("target", "fields", "body", "status", "reason"),
     [
         ("/azure/x?model=big", [JSON], model("big"), 400, "bad_query"),
+        ("/azure/audio", [FORM_TYPE], b"--b--\r\n", 400, "bad_body"),
         ("/azure/deployments%2Fbig/x", [JSON], model("big"), 400, "bad_path"),
         ("/azure/deployments//big/x", [JSON], model("big"), 400, "bad_path"),
         ("/azure/deployments/a/deployments/b", [JSON], model("big"), 400, "bad_path"),

@@ -38,8 +38,8 @@ CONFIG = (
 )
 KEYS = {"team-a": "key-a", "team-b": "key-b", "anonymous": ""}
 ASKED = {
-    "one": ("gpt-a", "gpt-b", "gpt-c", "claude-b", "made\nup", None),
-    "two": ("claude-b", "claude-c"),
+    "one": ("gpt-a", "gpt-b", "gpt-c", "claude-b", "made\nup"),
+    "two": ("claude-b", "claude-c", None),
 }
 PATHS = {"one": "/one/v1/chat/completions", "two": "/two/v1/messages"}
 
