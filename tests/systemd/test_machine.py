@@ -185,8 +185,12 @@ def test_a_start_waits_until_it_listens(simple: Machine, port: int) -> None:
 def test_the_journal_is_readable(simple: Machine, port: int) -> None:
     """Each line is a JSON object, without a complaint about twistd's cache and without a key."""
     assert serves(port)
-    messages = [str(line["message"]) for line in lines(simple, "llmproxy")]
-    assert any(message.endswith("complete") for message in messages), messages
+    until(
+        lambda: any(
+            str(line["message"]).endswith("complete") for line in lines(simple, "llmproxy")
+        ),
+        "the journal has the request",
+    )
     whole = simple.journal("llmproxy")
     assert "dropin.cache" not in whole
     assert "Traceback" not in whole
