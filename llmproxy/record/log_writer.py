@@ -198,7 +198,8 @@ class LogWriter:
         """Queue access lines; if the queue is full, they are lost, and those behind them, too."""
         weight = _weight(lines)
         with self._lock:
-            if self._gap or self._weight + weight > self._most:
+            is_behind = self._gap and not self._is_empty()
+            if is_behind or self._weight + weight > self._most:
                 self._lose(_count(lines))
                 return
             self._access_weight += weight

@@ -10,7 +10,8 @@ most, of which nothing has come for a second, a few of the largest.  A whole bod
 and stays.
 
 Who a client is, the handler says (``Request.belongs_to``).  Until then a body counts as nobody's,
-and only the bound on all applies to it.
+and only the bound on all applies to it.  So does a body that comes in one read while less than half
+of the memory is held.
 """
 
 from __future__ import annotations

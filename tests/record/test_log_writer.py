@@ -242,6 +242,18 @@ def test_a_pipe_whose_reader_is_gone_loses_lines(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_a_line_that_never_fits_costs_no_other_line(tmp_path: Path) -> None:
+    """It is lost; what comes behind it finds the queue empty."""
+    path = tmp_path / "log"
+    writer = LogWriter(open_log(str(path)), note, queue=10)
+    writer.start()
+    writer.put(b"x" * 20_000 + b"\n")
+    writer.put_access(b"access\n")
+    writer.flush(WAIT)
+    assert writer.lost == 1
+    assert b"access\n" in path.read_bytes()
+
+
 def test_an_error_of_ours_stops_no_other_line(tmp_path: Path) -> None:
     """The line counts as lost, and the thread goes on."""
     path = tmp_path / "log"
