@@ -39,10 +39,10 @@ _AccessLine = msgspec.defstruct(
 ACCESS = "llmproxy.access"
 """The logger of access lines."""
 
-GATHER_S = 0.02
-"""Seconds for which an access line waits for others."""
+GATHER_S = 0.1
+"""Seconds for which access lines wait for others: each waking of the thread costs a stream time."""
 
-_TOGETHER = 64
+_TOGETHER = 128
 """Most access lines that are made together."""
 
 _PLAIN = (str, int, float, bool, type(None), list, dict)
@@ -54,7 +54,7 @@ class JsonLog:
     """Makes each event one line; never blocks and never raises.
 
     Access lines do not pass ``twisted.logger``, which would cost more than the rest of their way.
-    Those that come within :data:`GATHER_S` are made together.  All lines stand in the order in
+    Those that come within :data:`GATHER_S` are written together.  All lines stand in the order in
     which they came.
 
     Args:
@@ -74,6 +74,7 @@ class JsonLog:
         self._wall = wall
         self._later = later
         self._ended: list[tuple[float, Trace, str | None, str | None]] = []
+        self._is_timed = False
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
@@ -95,15 +96,25 @@ class JsonLog:
         """
         ended = self._ended
         ended.append((self._wall(), trace, cause, detail))
-        if self._later is None or len(ended) >= _TOGETHER or trace.text is not UNSET:
+        if self._later is None:
+            self._write_access()
+            return
+        if len(ended) >= _TOGETHER or trace.text is not UNSET:
             self._put_access()
-        elif len(ended) == 1:
-            self._later(GATHER_S, self._put_access)
+        if not self._is_timed:
+            self._is_timed = True
+            self._later(GATHER_S, self._write_access)
+
+    def _write_access(self) -> None:
+        self._is_timed = False
+        self._put_access()
+        self._writer.wake()
 
     def _put_access(self) -> None:
         if self._ended:
             ended, self._ended = self._ended, []
-            self._writer.put_access(b"".join([_access_line(*one) for one in ended]))
+            lines = b"".join([_access_line(*one) for one in ended])
+            self._writer.put_access(lines, len(ended))
 
 
 def log_writer(file: LogFile, *, wall: Callable[[], float], queue: int = QUEUE) -> LogWriter:

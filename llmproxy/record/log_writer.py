@@ -33,8 +33,8 @@ _KIB = 1024
 
 _log = Logger()
 
-_Waiting = deque[tuple[int, bytes | int]]
-"""By their number, lines with their ends, and how many lines were lost in a place."""
+_Waiting = deque[tuple[int, bytes | int, int]]
+"""By their number, lines with their ends, or how many were lost in a place; and their weight."""
 
 
 class Unwritten(Exception):
@@ -182,25 +182,34 @@ class LogWriter:
 
     def put(self, line: bytes) -> None:
         """Queue a line; if the queue is full, access lines make room for it, the newest first."""
-        weight = _weight(line)
+        weight = _weight(1, line)
         with self._lock:
             if self._weight - self._access_weight + weight > self._most:
                 self._lose(1)
                 return
             while self._weight + weight > self._most:
-                dropped = self._access.pop()[1]
-                self._weight -= _weight(dropped)
-                self._access_weight -= _weight(dropped)
+                _, dropped, freed = self._access.pop()
+                self._weight -= freed
+                self._access_weight -= freed
                 self._lose(_count(dropped))
             self._append(self._lines, line, weight)
+            self._wake()
 
-    def put_access(self, lines: bytes) -> None:
-        """Queue access lines; if the queue is full, they are lost, and those behind them, too."""
-        weight = _weight(lines)
+    def wake(self) -> None:
+        """Let what waits be written now."""
+        with self._lock:
+            self._wake()
+
+    def put_access(self, lines: bytes, count: int = 1) -> None:
+        """Queue so many access lines; they are written with the next line, or at :meth:`wake`.
+
+        If the queue is full, they are lost, and those behind them, too.
+        """
+        weight = _weight(count, lines)
         with self._lock:
             is_behind = self._gap and not self._is_empty()
             if is_behind or self._weight + weight > self._most:
-                self._lose(_count(lines))
+                self._lose(count)
                 return
             self._access_weight += weight
             self._append(self._access, lines, weight)
@@ -220,20 +229,20 @@ class LogWriter:
                 self._write(self._take())
                 return
         with self._lock:
+            self._wake()
             self._changed.wait_for(lambda: self._rests and self._is_empty(), seconds)
 
     # -- the queue ------------------------------------------------------------------------------
 
     def _append(self, waiting: _Waiting, line: bytes | int, weight: int) -> None:
         self._number += 1
-        waiting.append((self._number, line))
+        waiting.append((self._number, line, weight))
         self._weight += weight
-        if self._rests:
-            self._wake()
 
     def _wake(self) -> None:
-        self._rests = False
-        self._changed.notify_all()
+        if self._rests and not self._is_empty():
+            self._rests = False
+            self._changed.notify_all()
 
     def _lose(self, count: int) -> None:
         self.lost += count
@@ -249,15 +258,15 @@ class LogWriter:
         with self._lock:
             while (lines or access) and len(taken) < _TOGETHER:
                 if not access or (lines and lines[0][0] < access[0][0]):
-                    taken.append(lines.popleft()[1])
-                    self._weight -= _weight(taken[-1])
+                    _, line, weight = lines.popleft()
                 else:
-                    taken.append(access.popleft()[1])
-                    self._weight -= _weight(taken[-1])
-                    self._access_weight -= _weight(taken[-1])
+                    _, line, weight = access.popleft()
+                    self._access_weight -= weight
+                taken.append(line)
+                self._weight -= weight
             if self._gap and self._weight < self._most:
                 gap, self._gap = self._gap, 0
-                self._append(lines, gap, _weight(gap))
+                self._append(lines, gap, 1)
         return taken
 
     # -- the thread -----------------------------------------------------------------------------
@@ -320,8 +329,8 @@ class LogWriter:
             self.lost += count
 
 
-def _weight(line: bytes | int) -> int:
-    return max(_count(line), 1 + len(line) // _KIB) if isinstance(line, bytes) else 1
+def _weight(count: int, lines: bytes) -> int:
+    return max(count, 1 + len(lines) // _KIB)
 
 
 def _count(lines: bytes | int) -> int:

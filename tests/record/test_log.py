@@ -15,7 +15,7 @@ from twisted.logger import Logger, LogLevel, LogPublisher, globalLogPublisher
 from twisted.python import log as old_log
 from twisted.python.failure import Failure
 
-from llmproxy.record.log import JsonLog, log_opener, log_writer
+from llmproxy.record.log import _TOGETHER, JsonLog, log_opener, log_writer
 from llmproxy.record.log_writer import LogFile
 from llmproxy.record.trace import Trace, timestamp
 from tests.support.sockets import WAIT
@@ -231,9 +231,10 @@ def test_access_lines_are_made_together() -> None:
     assert log.text() == ""
     log.clock.advance(1)
     assert log.names() == ["a", "b"]
-    for number in range(64):
+    for number in range(2 * _TOGETHER):
         observer.access(trace(f"c{number}"), None, None)
-    assert len(log.names()) == 66
+    assert len(log.clock.getDelayedCalls()) == 1
+    assert len(log.names()) == 2 + 2 * _TOGETHER
     observer.access(trace("d"), None, None)
     observer(event("e"))
     assert log.names()[-2:] == ["d", "e"]
@@ -252,8 +253,10 @@ def test_an_access_line_holds_no_text() -> None:
     """Nor is a response kept in memory until its line is made."""
     log = Log()
     log.observer = JsonLog(log.writer, wall=log.clock.seconds, later=log.clock.callLater)
-    log.observer.access(trace("a", text="words" * 1000), None, None)
-    assert not log.clock.getDelayedCalls()
+    ended = trace("a", text="words" * 1000)
+    before = sys.getrefcount(ended)
+    log.observer.access(ended, None, None)
+    assert sys.getrefcount(ended) == before
     assert log.names() == ["a"]
     assert "words" not in log.text()
 
