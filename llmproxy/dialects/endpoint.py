@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -54,7 +54,7 @@ It has a type, so that an event of a MiB cannot become a million objects.
 """
 
 
-class Endpoint(NamedTuple):
+class Endpoint(msgspec.Struct, frozen=True):
     """One endpoint of an API: what it does, and how its responses are read.
 
     Attributes:

@@ -17,9 +17,12 @@ Nothing here knows HTTP, framing or the tap.
 
 from __future__ import annotations
 
+from functools import partial
+
 from llmproxy.dialects import anthropic, ollama, openai, openai_responses
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.http1.known import known
 
 TABLE: dict[bytes, Endpoint] = {
     b"chat/completions": openai.CHAT,
@@ -51,7 +54,7 @@ def endpoint(dialect: Dialect, path: bytes) -> Endpoint | None:
     """
     if dialect is Dialect.RAW:
         return None
-    return _row(_ANTHROPIC if dialect is Dialect.ANTHROPIC else TABLE, path)
+    return _of_anthropic(path) if dialect is Dialect.ANTHROPIC else _of_others(path)
 
 
 def endpoint_of_record(path: bytes) -> Endpoint | None:
@@ -66,3 +69,7 @@ def endpoint_of_record(path: bytes) -> Endpoint | None:
 def _row(rows: dict[bytes, Endpoint], path: bytes) -> Endpoint | None:
     segments = path.partition(b"?")[0].removesuffix(b"/").rsplit(b"/", 2)
     return rows.get(b"/".join(segments[-2:])) or rows.get(segments[-1])
+
+
+_of_anthropic = known(256)(partial(_row, _ANTHROPIC))
+_of_others = known(256)(partial(_row, TABLE))

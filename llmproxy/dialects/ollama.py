@@ -122,5 +122,5 @@ CHAT = Endpoint(
     has_lines=True,
     streams_by_default=True,
 )
-GENERATE = CHAT._replace(name="ollama generate", operation="text_completion")
+GENERATE = msgspec.structs.replace(CHAT, name="ollama generate", operation="text_completion")
 EMBED = Endpoint("ollama embed", Dialect.OLLAMA, "embeddings", _read_embeddings, _read_embeddings)

@@ -17,6 +17,8 @@ from itertools import accumulate
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_plus, unquote_to_bytes
 
+import msgspec
+
 from llmproxy.dialects.json_body import model_text
 from llmproxy.dialects.json_spans import BodyError, Span
 from llmproxy.http1.known import known
@@ -53,7 +55,7 @@ _MOST_PARAMETERS: Final = 1000
 """Paths and queries of real calls are far shorter; these bound what one costs."""
 
 
-class PathModels(NamedTuple):
+class PathModels(msgspec.Struct, frozen=True):
     """The models that a path names.
 
     Attributes:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoints import endpoint
@@ -38,7 +40,7 @@ Source = Literal["body", "form", "path", "query"]
 """Where a request names the model that routing uses."""
 
 
-class _Body(NamedTuple):
+class _Body(msgspec.Struct, frozen=True):
     """What a body says: its model, where that stands, and the facts of JSON."""
 
     model: str | None = None
@@ -54,7 +56,7 @@ class UnknownBody(BodyError):
     """The type of a body does not surely say how a provider reads it."""
 
 
-class RequestFacts(NamedTuple):
+class RequestFacts(msgspec.Struct, frozen=True):
     """What a request asks for.
 
     Attributes:
@@ -194,7 +196,7 @@ def _may_be_json(body: bytes) -> bool:
 def _facts(said: _Body, target: bytes, method: bytes, *, strict: bool) -> RequestFacts:
     """Add what the target names to what the body says."""
     path, _, query = target.partition(b"?")
-    named, source, span, facts = said
+    named, source, facts = said.model, said.source, said.facts
     try:
         in_path = path_models(path, is_call=is_call(method)).names
         in_query = query_models(query) if query else ()
@@ -208,4 +210,5 @@ def _facts(said: _Body, target: bytes, method: bytes, *, strict: bool) -> Reques
     if in_path or in_query:
         models = tuple(dict.fromkeys((*models, *in_path, *in_query)))
     is_json = facts is not None
-    return RequestFacts(models, source, span, is_json, facts or _NO_FACTS, bool(in_query))
+    in_json = facts or _NO_FACTS
+    return RequestFacts(models, source, said.model_span, is_json, in_json, bool(in_query))

@@ -7,7 +7,7 @@ refusal says what is wrong, and costs next to nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
@@ -22,7 +22,7 @@ _USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
 """What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
 
 
-class Rules(NamedTuple):
+class Rules(msgspec.Struct, frozen=True):
     """What requests are admitted by.
 
     Attributes:

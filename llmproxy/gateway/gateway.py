@@ -180,7 +180,7 @@ class Gateway(Handler):
         elif request.refusal is not None:  # of its body: it was admitted before that came
             raise request.refusal
         exchange.trace.client = client.name
-        if request.owner is None and request.held and request.site.memory.is_filling:
+        if request.owner is None and request.held and request.site.memory.is_filling():
             request.belongs_to(client.name)
         return client
 

@@ -9,7 +9,10 @@ repaired.  No socket, provider or client is known here.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+import msgspec
+
+from llmproxy.http1.known import known
 
 Fields = list[tuple[bytes, bytes]]
 """Header fields in their order; names in lower case, values without surrounding white space."""
@@ -22,6 +25,7 @@ MAX_FIELDS = 128
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
+_COLON = b": "
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 _FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\x20-\x7e\x80-\xff]*+\r\n)++")
@@ -47,7 +51,7 @@ class BadMessage(ValueError):
         self.status = status
 
 
-class RequestHead(NamedTuple):
+class RequestHead(msgspec.Struct, frozen=True):
     """The head of a request: ``target`` as it came, ``minor`` 0 or 1.
 
     ``first`` has the first value of each name.
@@ -60,19 +64,17 @@ class RequestHead(NamedTuple):
     first: dict[bytes, bytes]
 
 
-class StatusLine(NamedTuple):
-    """The first line of a response; the reason phrase is never kept."""
+@known(256)
+def parse_status_line(line: bytes) -> tuple[int, int]:
+    """Return x and the status in ``HTTP/1.x SP 3DIGIT [SP reason]`` (RFC 9112, section 4).
 
-    minor: int
-    status: int
-
-
-def parse_status_line(line: bytes) -> StatusLine:
-    """Read ``HTTP/1.x SP 3DIGIT [SP reason]`` with a status from 100 to 599 (RFC 9112, 4)."""
+    Raises:
+        BadMessage: it is malformed, or the status is not one from 100 to 599.
+    """
     match = _STATUS_LINE.fullmatch(line)
     if match is None:
         raise BadMessage("the status line is malformed")
-    return StatusLine(int(match[1]), int(match[2]))
+    return int(match[1]), int(match[2])
 
 
 def parse_request_head(head: bytes) -> RequestHead:
@@ -119,7 +121,7 @@ def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = M
     fields = []
     for line in lines:
         name, _, value = line.partition(b":")
-        fields.append((name.lower(), value.strip(b" \t")))
+        fields.append((name.lower(), value.strip()))  # of blanks: no other space is in the block
     return fields
 
 
@@ -141,6 +143,11 @@ def parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:
         # Allowed by RFC 9110, 5.6.3, but llhttp does not see `chunked` beside a tab.
         raise BadMessage("a tab beside a transfer coding")
     return name, value.strip(b" \t")
+
+
+def field_lines(fields: Fields) -> list[bytes]:
+    """Return the lines of fields on the wire, without their ends."""
+    return [*map(_COLON.join, fields)]
 
 
 def first_values(fields: Fields) -> dict[bytes, bytes]:

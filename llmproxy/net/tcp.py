@@ -17,7 +17,6 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from fcntl import ioctl
 from typing import Any
 
 from twisted.internet import tcp
@@ -26,7 +25,7 @@ from twisted.internet.error import ConnectionAborted
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.net.transport import NO_BYTES, SIOCOUTQNSD, unsent_bytes
+from llmproxy.net.transport import has_sent_all, unsent_bytes
 
 READ_SIZE = 80 * 1024
 """Most bytes of one read; ``bufferSize`` is how many may be queued before a producer is paused."""
@@ -77,12 +76,11 @@ class DirectTransport(tcp.Connection):
         elif self._is_pulled:
             self.startWriting()  # a pull producer is asked for more in the next turn
 
-    @property
     def is_sent(self) -> bool:
-        """Whether nothing is queued, and the kernel has sent all that it was given."""
+        """Return whether nothing is queued, and the kernel has sent all that it was given."""
         if self._may_wait and (self._tempDataLen or self.dataBuffer):
             return False
-        return bool(ioctl(self.socket, SIOCOUTQNSD, NO_BYTES) == NO_BYTES)
+        return has_sent_all(self.socket)
 
     def writeSequence(self, iovec: Any) -> None:
         """Send pieces together."""

@@ -26,11 +26,14 @@ _KEEPALIVE = (
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
 
-SIOCOUTQNSD = 0x894B
+_SIOCOUTQNSD = 0x894B
 """linux/sockios.h: bytes in the send queue that were not sent, for which the peer has no room."""
 
-NO_BYTES = b"\0\0\0\0"
-"""None, as the kernel answers both; also what it is asked with."""
+_NONE = b"\0\0\0\0"
+"""None, as the kernel answers both."""
+
+_answer = bytearray(_NONE)
+"""What the kernel answers into: with bytes, each call would raise and drop an exception first."""
 
 
 def raw_transport(transport: Any) -> Any:
@@ -61,7 +64,13 @@ def unacknowledged_bytes(transport: Any) -> int:
 
 def unsent_bytes(transport: Any) -> int:
     """Return how many bytes the kernel holds that it could not send yet; 0 if closed."""
-    return _ask_kernel(transport, SIOCOUTQNSD)
+    return _ask_kernel(transport, _SIOCOUTQNSD)
+
+
+def has_sent_all(handle: socket.socket) -> bool:
+    """Return whether the kernel has sent all that it was given for an open TCP socket."""
+    fcntl.ioctl(handle, _SIOCOUTQNSD, _answer)
+    return _answer == _NONE
 
 
 def _ask_kernel(transport: Any, request: int) -> int:
@@ -69,7 +78,8 @@ def _ask_kernel(transport: Any, request: int) -> int:
     if not isinstance(handle, socket.socket) or (number := handle.fileno()) < 0:
         return 0
     try:
-        return int.from_bytes(fcntl.ioctl(number, request, NO_BYTES), sys.byteorder)
+        fcntl.ioctl(number, request, _answer)
+        return int.from_bytes(_answer, sys.byteorder)
     except OSError:
         return 0  # a Unix socket knows nothing that is not sent
 

@@ -12,8 +12,9 @@ import binascii
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
+
+import msgspec
 
 from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
@@ -38,7 +39,11 @@ what a client wrote itself is then in no record."""
 NO_FIELDS: Mapping[bytes, bytes] = {}
 
 _OWN_KEY_FIELDS = frozenset((OWN_KEY_FIELD,))
-_ALL_KEY_FIELDS = frozenset((OWN_KEY_FIELD, *KEY_FIELDS))
+_KEY_FIELDS = (OWN_KEY_FIELD, *KEY_FIELDS)
+_ALL_KEY_FIELDS = frozenset(_KEY_FIELDS)
+
+# CPython raises and drops a TypeError wherever it looks for bytes in bytes, but not for a number.
+_QUESTION, _PERCENT, _UNDERSCORE = b"?%_"
 
 _GLANCE = 1024
 """Bytes of a request without a key in which a key is looked for, to say where it should stand."""
@@ -54,7 +59,7 @@ _MARKS = re.compile(rb"[\s,;:=&|\"'()<>\[\]{}]+")
 """What may stand between a key and its surroundings; keys of operators' own may hold some of it."""
 
 
-class KeyPlaces(NamedTuple):
+class KeyPlaces(msgspec.Struct, frozen=True):
     """Where the keys of callers stand, as a provider has it.
 
     Attributes:
@@ -124,8 +129,8 @@ class Auth:
         It presents one key in one field, and nothing else of it holds that key or the beginning of
         one that we made.
         """
-        shown = _ALL_KEY_FIELDS & first.keys()
-        if len(shown) != 1 or b"?" in target or b"%" in target:
+        shown = [*filter(first.__contains__, _KEY_FIELDS)]
+        if len(shown) != 1 or _QUESTION in target or _PERCENT in target:
             return None
         (name,) = shown
         key = first[name]
@@ -133,11 +138,12 @@ class Auth:
             if not key.startswith((b"Bearer ", b"bearer ")):
                 return None
             key = key[7:].strip(b" ")
-        client = self._clients.get(hashlib.sha256(key).digest())
-        said = b"\n".join((target, *first.values()))
-        if said.count(key) != 1 or said.count(_PREFIX) != key.count(_PREFIX):
+        if not key:
             return None
-        return client
+        before, _, after = b"\n".join((target, *first.values())).partition(key)
+        if after.find(key) >= 0 or _holds_prefix(before + after):
+            return None
+        return self._clients.get(hashlib.sha256(key).digest())
 
     def _named_by(self, keys: Iterable[bytes]) -> Client | None:
         found: Client | None = None
@@ -164,7 +170,7 @@ class Auth:
             crossing: all that may cross, joined: most requests are done with one look at it.
         """
         path, mark, query = target.partition(b"?")
-        if b"%" in target:
+        if _PERCENT in target:
             crossing += b"\n" + unquote_to_bytes(target)
         if _PREFIX in crossing or any(key in crossing for key in keys):
             for place, value in _places(fields, path, query, places):
@@ -276,7 +282,12 @@ def _misplaced(place: str) -> ProxyError:
 
 def holds_made_key(value: bytes) -> bool:
     """Return whether a value holds what looks like a key that we made."""
-    return _PREFIX in value and _MADE_KEY.search(value) is not None
+    return _holds_prefix(value) and _MADE_KEY.search(value) is not None
+
+
+def _holds_prefix(value: bytes) -> bool:
+    """Return whether a value holds how a key that we made begins; most lack one byte of it."""
+    return _UNDERSCORE in value and _PREFIX in value
 
 
 def _too_much(text: str) -> ProxyError:

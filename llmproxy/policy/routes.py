@@ -15,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import NamedTuple
+
+import msgspec
 
 from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
@@ -46,7 +47,7 @@ _LONGEST_KNOWN = 256
 """How many places are remembered, and of how many characters: callers use a few short paths."""
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True):
     """One provider that a route may use, prepared once for all requests.
 
     Attributes:
@@ -68,7 +69,7 @@ class Candidate(NamedTuple):
     base: bytes
 
 
-class RouteMatch(NamedTuple):
+class RouteMatch(msgspec.Struct, frozen=True):
     """Where a request goes.
 
     Attributes:
@@ -107,7 +108,7 @@ class RouteMatch(NamedTuple):
         return path + self.query
 
 
-class _Prepared(NamedTuple):
+class _Prepared(msgspec.Struct, frozen=True):
     """A route of the configuration, prepared for requests."""
 
     route: Route

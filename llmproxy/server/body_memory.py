@@ -70,9 +70,8 @@ class BodyMemory:
             self._unfinished[request] = self._clock()
         return True
 
-    @property
     def is_filling(self) -> bool:
-        """Whether it matters whose a whole body is; below a half it does not."""
+        """Return whether it matters whose a whole body is; below a half it does not."""
         return self.held + self.held > self.limit
 
     def assign(self, request: Any, owner: str) -> bool:

@@ -339,7 +339,8 @@ class ClientConnection(http.HTTPChannel):
         return self._read_head()
 
     def _read_head(self) -> bool:
-        if self.phase is Phase.IDLE:
+        is_first = self.phase is Phase.IDLE
+        if is_first:
             if self._skips_line:  # one empty line before a request: RFC 9112, section 2.2
                 if self._buffer == b"\r":
                     return False
@@ -347,7 +348,7 @@ class ClientConnection(http.HTTPChannel):
                 self._buffer = self._buffer.removeprefix(b"\r\n")
             if not self._buffer:
                 return False
-            self.enter(Phase.HEAD, self.site.timeouts.request_head)
+            self.phase = Phase.HEAD
             if self.address is None:
                 self._identify()
                 if self._discarding:
@@ -366,6 +367,8 @@ class ClientConnection(http.HTTPChannel):
                 raise BadMessage("the request's head is too long", 414 if in_first else 431)
             if _BARE_LF.search(self._buffer, max(0, seen - 1)):
                 raise BadMessage("a line does not end with CRLF")
+            if is_first:  # most heads come whole, and need no deadline
+                self.enter(Phase.HEAD, self.site.timeouts.request_head)
         except BadMessage as error:
             text = f"The request is not acceptable: {error}."
             reason = _REASONS.get(error.status, "malformed")
@@ -391,8 +394,10 @@ class ClientConnection(http.HTTPChannel):
         if b"connection" in head.first:
             options = list_tokens(field_values(head.fields, b"connection"))
             self.persistent = self.persistent and b"close" not in options
-        self.enter(Phase.BODY, self.site.timeouts.request_body)
         length = self._reader.left if isinstance(self._reader, LengthReader) else None
+        self.phase = Phase.BODY
+        if length is None or len(self._buffer) < length:  # most bodies are here, and are read next
+            self.enter(Phase.BODY, self.site.timeouts.request_body)
         request.gotLength(length)
         expected: list[bytes] = []
         if b"expect" in head.first:
@@ -559,7 +564,7 @@ class ClientConnection(http.HTTPChannel):
         """The response is whole: when its client has it, wait for the next request, or close."""
         if self._discarding or (request.upload is not None and not request.upload.complete):
             self.persistent = False
-        if self.persistent and self._delivery.is_sent:  # as nearly always
+        if self.persistent and self._delivery.is_sent():  # as nearly always
             self._delivered()
         else:
             self._send_out(closes=not self.persistent)
@@ -585,7 +590,7 @@ class ClientConnection(http.HTTPChannel):
         """
         if self._aborted:
             return
-        is_sent = self._delivery.is_sent
+        is_sent = self._delivery.is_sent()
         if closes:
             self._end_writing()
         self.enter(Phase.SENDING, None)

@@ -54,11 +54,10 @@ class Delivery:
         self._taken_at = 0.0  # when that was
         self._waiting = 0  # how many bytes waited at the last look
 
-    @property
     def is_sent(self) -> bool:
-        """Whether the kernel has sent everything: the client has room for it."""
+        """Return whether the kernel has sent everything: the client has room for it."""
         if self._direct is not None:
-            return self._direct.is_sent
+            return self._direct.is_sent()
         return not pending_bytes(self._transport) and not unsent_bytes(self._transport)
 
     @property

@@ -6,7 +6,7 @@ requests.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 
 from twisted.web.http import datetimeToString
@@ -14,7 +14,7 @@ from twisted.web.http import datetimeToString
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ProxyError
-from llmproxy.http1.grammar import Fields
+from llmproxy.http1.grammar import Fields, field_lines
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 """The methods that are served."""
@@ -33,9 +33,9 @@ def bare_response(error: ProxyError, *, now: float, request_id: str | None = Non
         request_id: of its record; None where there is none.
     """
     body = error_body(error, Dialect.OPENAI, request_id or "")
-    fields = error_fields(error, request_id, len(body), now)
-    lines = [b"%b: %b" % field for field in fields]
-    return status_line(error.status) + b"\r\n".join([*lines, b"connection: close", b"", body])
+    lines = field_lines(error_fields(error, request_id, len(body), now))
+    start = status_line(error.status)
+    return b"\r\n".join([start, *lines, b"connection: close", b"", body])
 
 
 def error_fields(error: ProxyError, request_id: str | None, length: int, now: float) -> Fields:
@@ -56,9 +56,10 @@ def error_fields(error: ProxyError, request_id: str | None, length: int, now: fl
 
 
 @lru_cache(maxsize=600)
+@cache
 def status_line(status: int) -> bytes:
     """Return the first line, with the phrase of a known status (RFC 9112, section 4)."""
-    return b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, "").encode("ascii"))
+    return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, "").encode("ascii"))
 
 
 def too_large(limit: int) -> ProxyError:

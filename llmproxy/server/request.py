@@ -26,12 +26,15 @@ from twisted.web.http_headers import Headers
 
 from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.http1.framing import LAST_CHUNK, chunk
-from llmproxy.http1.grammar import RequestHead
+from llmproxy.http1.grammar import RequestHead, field_lines
 from llmproxy.server.error_response import memory_full, status_line, too_large
 from llmproxy.server.upload import Upload
 
 _BODY_GRACE = 1 / 65536
 """Seconds that each received byte of a request body adds to ``request_body``."""
+
+_END = b"\r\n"
+"""What the lines of a head are joined with, and what ends the last one and the head."""
 
 
 class Request(server.Request):
@@ -91,8 +94,9 @@ class Request(server.Request):
         self.queued = False
         self._parsePOSTFormSubmission = False
         # what came in
-        self.method, self.uri, minor, self.fields, self.first = head
-        self.clientproto = b"HTTP/1.1" if minor else b"HTTP/1.0"
+        self.method, self.uri = head.method, head.target
+        self.fields, self.first = head.fields, head.first
+        self.clientproto = b"HTTP/1.1" if head.minor else b"HTTP/1.0"
         self.path = head.target.partition(b"?")[0]
         self.args: dict[bytes, list[bytes]] = {}
         self.body = b""
@@ -277,11 +281,11 @@ class Request(server.Request):
                 fields = [field for field in fields if field[0] != b"content-length"]
             else:
                 self._length = int(length)
-        head = [status_line(status), *[b"%b: %b\r\n" % field for field in fields]]
+        head = [status_line(status), *field_lines(fields)]
         if self._length is None and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
-                head.append(b"transfer-encoding: chunked\r\n")
+                head.append(b"transfer-encoding: chunked")
             else:
                 self.channel.persistent = 0
         is_unread = self.upload is not None and not self.upload.complete
@@ -289,9 +293,9 @@ class Request(server.Request):
         if self.site.draining or is_unread or status == 426:
             self.channel.persistent = 0
         if not self.channel.persistent:
-            head.append(b"connection: close\r\n")
-        head.append(b"\r\n")
-        self._head = b"".join(head)
+            head.append(b"connection: close")
+        head.append(_END)
+        self._head = _END.join(head)
 
     def flush(self) -> None:
         """Send the head now, where nothing has taken it along."""
@@ -450,12 +454,12 @@ class Request(server.Request):
             text = "More came behind the request than is kept until it is responded to."
             raise ProxyError(400, "early_data", text)
         # Neither 1xx nor a 2xx to CONNECT has a length (RFC 9110, 8.6): what follows is no body.
-        lines = [b"%b: %b\r\n" % field for field in fields if field[0] != b"content-length"]
-        head = [status_line(status), *lines, b"\r\n"]
+        fields = [field for field in fields if field[0] != b"content-length"]
+        head = _END.join([status_line(status), *field_lines(fields), _END])
         self.startedWriting = 1
         self.status = self.code = status
         self._end()
-        self._part(lambda request: channel.hand_over(request, b"".join(head), protocol))
+        self._part(lambda request: channel.hand_over(request, head, protocol))
 
     def leave(self, why: ClientGone) -> None:
         """The client is gone, or is being dropped: report that to what serves the request."""

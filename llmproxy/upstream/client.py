@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import msgspec
 import treq.client
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
@@ -53,16 +54,19 @@ _NO_COOKIES = NoCookies()
 
 
 def _lean_request() -> Any:
-    """Return treq's ``request()`` with the agent that it is given in the place of two wrappings.
+    """Return treq's ``request()`` with agent and response in the place of their wrappings.
 
-    treq wraps every agent in one that keeps cookies and one that inflates bodies; neither has
-    anything to do here, and together they cost more than the rest of the call.  The code is treq's;
-    only the two names mean something else to this copy, and treq itself is left as it is.
-    ``tests/upstream/test_client.py`` fails when treq calls them otherwise (ADR-0011).
+    treq wraps every agent in one that keeps cookies and one that inflates bodies, and the response
+    in one that has its cookies; none has anything to do here, and together they cost more than the
+    rest of the call.  The code is treq's; only these names mean something else to this copy, and
+    treq itself is left as it is.  ``tests/upstream/test_client.py`` fails when treq calls them
+    otherwise (ADR-0011).
     """
     unwrapped = {
         "CookieAgent": lambda agent, jar: agent,
         "ContentDecoderAgent": lambda agent, decoders: agent,
+        "_Response": lambda response, jar: response,
+        "_merge_cookies": lambda jar, cookies: jar,
     }
     request = cast(FunctionType, HTTPClient.request)
     names = {**vars(treq.client), **unwrapped}
@@ -72,7 +76,7 @@ def _lean_request() -> Any:
 
 
 class LeanClient(HTTPClient):
-    """treq's client, without the agents that keep cookies and change bodies."""
+    """treq's client, without what keeps cookies and changes bodies."""
 
     request = _lean_request()
 
@@ -137,7 +141,7 @@ class ConnectionKey(NamedTuple):
     direct: bool
 
 
-class _Reached(NamedTuple):
+class _Reached(msgspec.Struct, frozen=True):
     """A provider as requests are sent to it.
 
     Attributes:
@@ -237,7 +241,7 @@ class Upstream:
         reached = self._reached[provider.name]
         outgoing = OutgoingRequest(reached.pool, target, fields, credential, timeouts, began)
         client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
-        response: Deferred[Any] = client.request(
+        response: Deferred[Any] = client.request(  # which wraps none here
             method,
             reached.url,
             headers=_NO_HEADERS,
@@ -247,7 +251,7 @@ class Upstream:
             unbuffered=True,
             reactor=self._reactor,
         )
-        return response.addCallback(lambda wrapped: wrapped.original)
+        return response
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Return the connections by (provider, state), those of retired pools included."""

@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from llmproxy.config import Provider, Timeouts
 from llmproxy.errors import upstream_timeout
-from llmproxy.http1.grammar import Fields
+from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.net.transport import is_quiet, raw_transport
 from llmproxy.upstream.dialer import Dial, Dialer
 from llmproxy.upstream.http1 import Connection, State
@@ -36,6 +36,8 @@ from llmproxy.upstream.response import Response
 _HINT_MARGIN = 1.0
 """Seconds by which an idle connection is given up before its provider says that it does."""
 
+_END = b"\r\n"
+"""What the lines of a head are joined with, and what ends the last one and the head."""
 
 _late = partial(upstream_timeout, may_have_run=True)
 
@@ -128,7 +130,7 @@ class ProviderPool:
         self._expiry: Any = None
         self._expiry_at = math.inf
         host = provider.url.netloc.encode("ascii")
-        self._host_line = b"host: " + host + b"\r\n"
+        self._host_line = b"host: " + host
 
     def counts(self) -> dict[str, int]:
         """Return how many connections there are by state: ``idle``, ``active``, ``connecting``."""
@@ -223,17 +225,16 @@ class ProviderPool:
         return response
 
     def _head(self, method: bytes, outgoing: OutgoingRequest, body: IBodyProducer | None) -> bytes:
-        lines = [method, b" ", outgoing.target, b" HTTP/1.1\r\n", self._host_line]
-        for name, value in outgoing.fields:
-            lines += (name, b": ", value, b"\r\n")
+        start = b"%b %b HTTP/1.1" % (method, outgoing.target)
+        lines = [start, self._host_line, *field_lines(outgoing.fields)]
         if body is not None and body.length is UNKNOWN_LENGTH:
-            lines.append(b"transfer-encoding: chunked\r\n")
+            lines.append(b"transfer-encoding: chunked")
         elif body is not None:
-            lines.append(b"content-length: %d\r\n" % body.length)
+            lines.append(b"content-length: %d" % body.length)
         elif method in (b"POST", b"PUT", b"PATCH"):
-            lines.append(b"content-length: 0\r\n")
-        lines.append(b"\r\n")
-        return b"".join(lines)
+            lines.append(b"content-length: 0")
+        lines.append(_END)
+        return _END.join(lines)
 
     # -- the pool -------------------------------------------------------------------------------
 

@@ -32,9 +32,9 @@ def test_what_waits_in_our_queue_is_neither_sent_nor_acknowledged() -> None:
     """Nor had the client room for it."""
     transport = FakeTransport()
     delivery = Delivery(transport, Clock())
-    assert (delivery.is_sent, delivery.is_acknowledged, delivery.had_room) == (True,) * 3
+    assert (delivery.is_sent(), delivery.is_acknowledged, delivery.had_room) == (True,) * 3
     transport.hold(1)
-    assert (delivery.is_sent, delivery.is_acknowledged, delivery.had_room) == (False,) * 3
+    assert (delivery.is_sent(), delivery.is_acknowledged, delivery.had_room) == (False,) * 3
 
 
 def test_a_client_that_takes_some_does_not_stall() -> None:

@@ -39,16 +39,17 @@ async def test_treq_adds_nothing_to_a_request() -> None:
             assert got.fields == [(b"host", b"127.0.0.1:%d" % provider.port), *fields]
 
 
-def test_only_two_names_of_treqs_request_mean_something_else() -> None:
-    """The call is treq's own code, which asks for both agents by name, and treq keeps its own."""
+def test_only_four_names_of_treqs_request_mean_something_else() -> None:
+    """The call is treq's own code, which asks for each by its name, and treq keeps its own."""
+    names = {"CookieAgent", "ContentDecoderAgent", "_Response", "_merge_cookies"}
     theirs, ours = HTTPClient.request, LeanClient.request
     assert ours.__code__ is theirs.__code__
-    assert {"CookieAgent", "ContentDecoderAgent"} <= set(theirs.__code__.co_names)
+    assert names <= set(theirs.__code__.co_names)
     own, lean = vars(treq.client), ours.__globals__
     changed = {name for name in own if name != "__builtins__" and own[name] is not lean.get(name)}
-    assert changed == {"CookieAgent", "ContentDecoderAgent"}
-    pool = object()
-    assert lean["CookieAgent"](pool, None) is lean["ContentDecoderAgent"](pool, []) is pool
+    assert changed == names
+    given = object()
+    assert [lean[name](given, None) for name in sorted(names)] == [given] * 4
     assert own["CookieAgent"] is twisted.web.client.CookieAgent
 
 
