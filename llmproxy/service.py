@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,6 +30,7 @@ from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.net.loop import Lag, calm_collector, tune
 from llmproxy.net.timers import Timers
+from llmproxy.ops import failed_start
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
@@ -65,7 +65,7 @@ def makeService(options: Options) -> ProxyService:
     """Return the service that ``options`` ask for; called by twistd.
 
     Raises:
-        SystemExit: 1, where the configuration has mistakes; each is a line on standard error.
+        SystemExit: 78, where the configuration has mistakes; each is a line on standard error.
     """
     from twisted.internet import reactor  # twistd may install another one before this
 
@@ -75,8 +75,8 @@ def makeService(options: Options) -> ProxyService:
     try:
         config = read()
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(1) from None
+        failed_start.report(error.problems, os.environ)
+        raise SystemExit(failed_start.MISTAKE) from None
     return ProxyService(
         config,
         reactor,
@@ -165,8 +165,8 @@ class ProxyService(Service):
             self.setup.use(self.setup.prepare(self._config))
             self._config = Config()  # the other is the setup's, and is gone with the next one
         except (OSError, ValueError) as error:
-            sys.stderr.write(f"llmproxy cannot start: {error}\n")
-            raise SystemExit(1) from None
+            failed_start.report([str(error)], self._environ, lead="llmproxy cannot start: ")
+            raise SystemExit(failed_start.FAILED) from None
 
     def startService(self) -> None:
         """Everything listens: be ready."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from twisted.internet.task import LoopingCall
@@ -28,6 +28,9 @@ _MORE_TIME = 15_000_000
 
 _PATIENCE = 2.0
 """Seconds that a message may wait for the manager which it must not miss."""
+
+_LONGEST = 1000
+"""Most characters of a status line: systemd drops a message of more than 4 KiB."""
 
 _AGAIN = 0.05
 """Seconds until it is tried again."""
@@ -163,6 +166,24 @@ class Notify:
             else:
                 self._failing = False
             self._kept.popleft()
+
+
+def send_status(environ: Mapping[str, str], status: str) -> None:
+    """Send a status line from a process that has no reactor, or ends before it runs.
+
+    A manager that cannot be reached misses it.
+
+    Args:
+        environ: where ``NOTIFY_SOCKET`` may stand.
+        status: one line or several, which become one; what is too long is cut.
+    """
+    address = _address(environ.get("NOTIFY_SOCKET", ""))
+    if not address:
+        return
+    line = " ".join(status.split())[:_LONGEST]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
+        with suppress(OSError):
+            manager.sendto(f"STATUS={line}".encode(errors="replace"), address)
 
 
 def _address(text: str) -> str:

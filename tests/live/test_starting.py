@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
+import signal
 import socket
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, environment, provider_config, twistd
-from tests.support.live_proxy import read_response, write_credential
+from tests.support.daemon import ROOT, Daemon, environment, provider_config, twistd
+from tests.support.live_proxy import read_response, until, write_credential
 from tests.support.scripts import OK, reply
 from tests.support.sockets import Provider, connect, request
 
@@ -21,6 +28,9 @@ anonymous = true
 [admin]
 listen = "tcp:{admin}:interface=127.0.0.1"
 """
+
+
+MISTAKE = 78
 
 
 def start(folder: Path, config: str | None, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -39,12 +49,14 @@ def start(folder: Path, config: str | None, **environ: str) -> subprocess.Comple
     )
 
 
-def assert_refused(ended: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_refused(
+    ended: subprocess.CompletedProcess[str], *words: str, code: int = MISTAKE
+) -> None:
     """Check the exit code, and that these words are printed, and no traceback.
 
     Mistakes in the file are printed on standard error; what goes wrong later is a line of the log.
     """
-    assert ended.returncode == 1
+    assert ended.returncode == code
     output = ended.stdout + ended.stderr
     for word in words:
         assert word in output
@@ -53,7 +65,7 @@ def assert_refused(ended: subprocess.CompletedProcess[str], *words: str) -> None
 
 
 def test_every_mistake_in_the_configuration_is_reported(tmp_path: Path) -> None:
-    """One line each on standard error, exit code 1, and nothing listens."""
+    """One line each on standard error, exit code 78, and nothing listens."""
     config = provider_config("ftp://x", route="speed = 3") + '[timeouts]\nidle = "soon"\n'
     ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + config)
     assert_refused(ended)
@@ -66,37 +78,49 @@ def test_every_mistake_in_the_configuration_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "word"),
+    ("config", "word", "code"),
     [
-        (None, "bad.toml"),
-        ("this is no TOML", "TOML"),
-        ("", "providers"),
-        (HEAD.format(proxy="x", admin=0) + provider_config("http://x"), "proxy.listen"),
+        (None, "bad.toml", MISTAKE),
+        ("this is no TOML", "TOML", MISTAKE),
+        ("", "providers", MISTAKE),
+        (HEAD.format(proxy="x", admin=0) + provider_config("http://x"), "proxy.listen", MISTAKE),
         (
             HEAD.format(proxy=0, admin=0)
             + provider_config("http://x")
             + '[trace]\njsonl = "/nowhere/trace.jsonl"\n',
             "/nowhere/trace.jsonl",
+            1,
         ),
     ],
 )
 def test_a_file_that_is_no_configuration_is_rejected(
-    tmp_path: Path, config: str | None, word: str
+    tmp_path: Path, config: str | None, word: str, code: int
 ) -> None:
-    """Exit code 1 and a word; a missing file is named."""
-    assert_refused(start(tmp_path, config), word)
+    """A word, and an exit code that tells a mistake from a failure; a missing file is named.
+
+    The service manager is sent the word, too.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        ended = start(tmp_path, config, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert_refused(ended, word, code=code)
+        status = manager.recv(4096).decode()
+    assert status.startswith("STATUS=cannot start: ")
+    assert word in status
+    assert "\n" not in status
 
 
 @pytest.mark.parametrize("taken_by", ["proxy", "admin"])
 def test_a_port_that_is_taken_stops_the_start(tmp_path: Path, taken_by: str) -> None:
-    """The exit code is 1, and a sentence has the address."""
+    """The exit code is 1, as another start may succeed, and a sentence has the address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         ports = {"proxy": 0, "admin": 0} | {taken_by: port}
         ended = start(tmp_path, HEAD.format(**ports) + provider_config("http://127.0.0.1:1"))
-    assert_refused(ended, "llmproxy cannot start", str(port))
+    assert_refused(ended, "llmproxy cannot start", str(port), code=1)
 
 
 INHERITED = HEAD.replace("tcp:{proxy}:interface=127.0.0.1", "systemd:domain=INET:name=proxy")
@@ -119,7 +143,7 @@ def test_a_socket_that_systemd_did_not_pass_stops_the_start(
     words_before = (
         "llmproxy cannot start: systemd:domain=INET:name=proxy: systemd handed over no such"
     )
-    assert_refused(ended, words_before, words)
+    assert_refused(ended, words_before, words, code=1)
     assert (ended.stdout + ended.stderr).count("cannot start") == 1
 
 
@@ -167,6 +191,95 @@ def test_a_bad_credential_stops_the_start(
     ended = start(tmp_path, HEAD.format(proxy=0, admin=0) + provider + section)
     assert_refused(ended, word)
     assert "sk-secret" not in ended.stdout + ended.stderr
+
+
+SIGNALS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+def unit_command(config: Path) -> list[str]:
+    """Return the command of the unit, with this environment's twistd and this file."""
+    unit = (ROOT / "systemd" / "llmproxy.service").read_text()
+    (line,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    program = str(Path(sys.executable).parent)
+    line = line.replace("/opt/llmproxy/bin", program)
+    return line.replace("/etc/llmproxy/llmproxy.toml", str(config)).split()
+
+
+@contextmanager
+def started(folder: Path, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a daemon that may be asked for anything at any time; it is ended behind the test."""
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read the log up to a line with these words; fail where it ends before."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"no {text!r}: exit code {process.wait()}: {lines}")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_no_signal_ends_a_start(tmp_path: Path, number: signal.Signals) -> None:
+    """From the unit's first instructions on; it can be asked again and again."""
+    config = tmp_path / "llmproxy.toml"
+    config.write_text(HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1"))
+
+    def ignored() -> int:
+        """Return what the process ignores, as the mask of proc(5)."""
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.partition("SigIgn:")[2].split()[0], 16)
+
+    with started(tmp_path, unit_command(config)) as process:
+        until(lambda: ignored() >> (number - 1) & 1, "env has set it up")
+        ended = threading.Event()
+
+        def ask() -> None:
+            while not ended.wait(0.005):
+                process.send_signal(number)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            read_until(process, "admin listens on")
+        finally:
+            ended.set()
+            asking.join()
+        process.send_signal(number)
+        read_until(process, AFTER_START[number])
+
+
+AFTER_START = {
+    signal.SIGHUP: "reloaded;",
+    signal.SIGUSR1: "are being served",
+    signal.SIGUSR2: "opened anew",
+}
+
+
+def test_a_reload_is_not_lost_while_the_file_is_being_read(tmp_path: Path) -> None:
+    """What was written behind the reader's back is in use after the start; twistd alone is enough.
+
+    The file is a FIFO, so that the test knows how far the reader is.
+    """
+    config, new = tmp_path / "llmproxy.toml", tmp_path / "new.toml"
+    os.mkfifo(config)
+    text = HEAD.format(proxy=0, admin=0) + provider_config("http://127.0.0.1:1")
+    with started(tmp_path, twistd(config)) as process:
+        with config.open("w") as file:
+            new.write_text(f"{text}\n[limits]\ndrains = 7\n")
+            new.replace(config)
+            process.send_signal(signal.SIGHUP)
+            file.write(text)
+        read_until(process, "reloaded; changed: limits")
 
 
 def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, formatEvent
 
-from llmproxy.ops.notify import Notify
+from llmproxy.ops.notify import Notify, send_status
 from tests.ops.conftest import Listening
 
 PID = 4711
@@ -261,3 +261,36 @@ def test_a_manager_that_hangs_is_given_up(manager: Manager, logged: Listening) -
     assert manager.received() == []
     reports = [e for e in logged if "cannot be reached" in formatEvent(e)]
     assert len(reports) == 1
+
+
+def test_a_status_can_be_sent_without_a_reactor(manager: Manager, address: str) -> None:
+    """Of several lines it makes one, and what is too long for the manager is cut."""
+    send_status({"NOTIFY_SOCKET": address}, "cannot start:\n no\tport")
+    send_status({"NOTIFY_SOCKET": address}, "\N{EURO SIGN}" * 5000)
+    assert manager.received() == [
+        "STATUS=cannot start: no port",
+        "STATUS=" + "\N{EURO SIGN}" * 1000,
+    ]
+
+
+def test_a_status_of_half_a_character_is_sent(manager: Manager, address: str) -> None:
+    """A file's name may hold bytes that are no UTF-8."""
+    send_status({"NOTIFY_SOCKET": address}, "no file \udcff")
+    assert manager.received() == ["STATUS=no file ?"]
+
+
+@pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "/nowhere"}])
+def test_a_status_without_a_manager_is_no_error(environ: dict[str, str]) -> None:
+    """Nobody hears it, and no descriptor stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+    send_status(environ, "fine")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_status_that_a_full_manager_misses_delays_nothing(
+    manager: Manager, address: str
+) -> None:
+    """The process is about to end, and waits for nobody."""
+    fill(manager)
+    send_status({"NOTIFY_SOCKET": address}, "fine")
+    assert set(manager.received()) == {"STATUS=full"}

@@ -45,6 +45,7 @@ KEY = "sk-the-providers-own"
 DROP_IN = """\
 [Service]
 LoadCredential=openai-key:/etc/llmproxy/credentials/openai-key
+SetCredential=openai-key:\\n
 Environment=LLMPROXY_STUCK=/run/stuck
 RestartSec=100ms
 WatchdogSec=2s
@@ -237,6 +238,51 @@ def test_a_reload_of_a_bad_file_fails_visibly(simple: Machine, port: int) -> Non
     assert serves(port)
 
 
+def assert_failed(machine: Machine, unit: str, reason: str) -> None:
+    """Check that systemd has given a unit up, and that both of its views have the reason."""
+    assert machine.run(f"systemctl is-failed {unit}; true").strip() == "failed"
+    assert reason in machine.show(unit, "StatusText")
+    assert reason in machine.run(f"systemctl status --no-pager {unit}; true")
+
+
+def test_a_mistake_in_the_file_is_a_failure_at_once(simple: Machine, port: int) -> None:
+    """`is-failed` is true after one start, whose reason `systemctl status` has."""
+    good = simple.run(f"cat {CONFIG_PATH}")
+    simple.write(CONFIG_PATH, f"{good}\n[limits]\nspeed = 3\n")
+    assert "code 0" not in simple.run("systemctl restart llmproxy; echo code $?")
+    assert_failed(simple, "llmproxy", "cannot start: limits.speed: unknown key")
+    assert simple.show("llmproxy", "NRestarts") == "0"
+    simple.write(CONFIG_PATH, good)
+    simple.run("systemctl start llmproxy")
+    assert serves(port)
+
+
+def test_a_credential_file_that_is_missing_is_named(simple: Machine, port: int) -> None:
+    """By the key of the configuration that asks for it; systemd itself would name nothing."""
+    path = "/etc/llmproxy/credentials/openai-key"
+    simple.run(f"mv {path} {path}.away")
+    assert "code 0" not in simple.run("systemctl restart llmproxy; echo code $?")
+    assert_failed(simple, "llmproxy", "cannot start: providers.p.credential")
+    simple.run(f"mv {path}.away {path}; systemctl start llmproxy")
+    assert serves(port)
+
+
+def test_a_start_that_fails_for_ever_is_a_failure(simple: Machine, port: int) -> None:
+    """What might heal is tried until the limit of starts; then `is-failed` is true."""
+    limit = "/etc/systemd/system/llmproxy.service.d/limit.conf"
+    good = simple.run(f"cat {CONFIG_PATH}")
+    simple.write(limit, "[Unit]\nStartLimitBurst=4\n")
+    simple.write(CONFIG_PATH, good.replace("/var/log/llmproxy/trace", "/nowhere/trace"))
+    simple.run("systemctl daemon-reload; systemctl restart llmproxy; true")
+    until(lambda: simple.show("llmproxy", "ActiveState") == "failed", "systemd gives up")
+    assert_failed(simple, "llmproxy", "/nowhere/trace-0.jsonl")
+    assert int(simple.show("llmproxy", "NRestarts")) > 1
+    simple.write(CONFIG_PATH, good)
+    simple.run(f"rm {limit}; systemctl daemon-reload; systemctl reset-failed llmproxy")
+    simple.run("systemctl start llmproxy")
+    assert serves(port)
+
+
 def test_a_reactor_that_is_stuck_is_restarted(simple: Machine, port: int) -> None:
     """The watchdog kills the process, and the next one serves."""
     before = invocation(simple, "llmproxy")
@@ -301,16 +347,34 @@ def test_a_restart_of_all_keeps_the_port(several: Machine, port: int, what: str)
 
 
 def test_an_instance_that_cannot_start_harms_no_other(several: Machine, port: int) -> None:
-    """It is started again and again until its file is good; socket and other instance stay."""
+    """It is tried again and again, and says why; socket and other instance stay."""
     good = several.run(f"cat {CONFIG_PATH}")
-    several.write(CONFIG_PATH, "speed = 3\n")
+    several.write(CONFIG_PATH, good.replace("/var/log/llmproxy/trace", "/nowhere/trace"))
     assert "code 0" not in several.run("systemctl restart llmproxy@2; echo code $?")
     until(lambda: int(several.show("llmproxy@2", "NRestarts")) > 6, "it is tried again and again")
     assert several.show("llmproxy.socket", "ActiveState") == "active"
     assert several.show("llmproxy@1", "ActiveState") == "active"
+    until(
+        lambda: "/nowhere/trace-2.jsonl" in several.show("llmproxy@2", "StatusText"),
+        "the reason is shown",
+    )
     assert serves(port)
     several.write(CONFIG_PATH, good)
     until(lambda: several.show("llmproxy@2", "ActiveState") == "active", "it has started")
+    assert serves(port)
+
+
+def test_an_instance_whose_file_has_a_mistake_has_failed(several: Machine, port: int) -> None:
+    """It is not tried again; socket and other instance stay, and a start by hand is enough."""
+    good = several.run(f"cat {CONFIG_PATH}")
+    several.write(CONFIG_PATH, "speed = 3\n")
+    assert "code 0" not in several.run("systemctl restart llmproxy@2; echo code $?")
+    assert_failed(several, "llmproxy@2", "cannot start: speed: unknown key")
+    assert several.show("llmproxy.socket", "ActiveState") == "active"
+    assert several.show("llmproxy@1", "ActiveState") == "active"
+    assert serves(port)
+    several.write(CONFIG_PATH, good)
+    several.run("systemctl start llmproxy@2")
     assert serves(port)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmproxy.config import Proxy
+from llmproxy.ops.failed_start import MISTAKE
 from llmproxy.ops.setup import needed
 from tests.support.daemon import ROOT
 
@@ -137,6 +138,24 @@ def test_no_instance_makes_the_socket_of_the_others_block(name: str) -> None:
     assert values(name, "NonBlocking") == ["yes"]
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_mistake_is_not_tried_again(name: str) -> None:
+    """The unit knows the exit code of a configuration that is refused, and systemd's own of keys."""
+    (codes,) = values(name, "RestartPreventExitStatus")
+    assert codes.split() == [str(MISTAKE), "243"]
+    assert values(name, "ExecStartPre") == []  # its exit code would not count
+
+
+def test_a_service_gives_up_and_an_instance_does_not() -> None:
+    """`is-failed` becomes true within minutes; an instance's limit would close the socket of all."""
+    (burst,) = values("llmproxy.service", "StartLimitBurst")
+    (interval,) = values("llmproxy.service", "StartLimitIntervalSec")
+    (pause,) = values("llmproxy.service", "RestartSec")
+    slowest_start_s = 3
+    assert int(burst) * (seconds(pause) + slowest_start_s) <= seconds(interval.removesuffix("in"))
+    assert values("llmproxy@.service", "StartLimitIntervalSec") == ["0"]
+
+
 def test_the_services_differ_in_what_they_must() -> None:
     """The service with a socket differs from the other one by its instance's name alone."""
 
@@ -159,3 +178,4 @@ def test_every_credential_of_the_sample_has_a_line() -> None:
     assert len(wanted) >= 4
     assert lines == [(name, name) for name, _ in lines]
     assert {name for name, _ in lines} == set(wanted)
+    assert re.findall(r"^#?SetCredential=(\S+):\\n$", text, re.M) == [name for name, _ in lines]
