@@ -19,7 +19,7 @@ from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred
-from twisted.logger import ILogObserver
+from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
@@ -49,6 +49,8 @@ from llmproxy.version import version
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
+_log = Logger()
+
 
 class Options(usage.Options):
     """What ``twistd llmproxy`` takes."""
@@ -68,6 +70,8 @@ def makeService(options: Options) -> ProxyService:
         SystemExit: 78, where the configuration has mistakes; each is a line on standard error.
     """
     from twisted.internet import reactor  # twistd may install another one before this
+
+    hold_signals()
 
     def read() -> Config:
         return load(options["config"], instance=options["instance"], environ=os.environ)
@@ -98,8 +102,8 @@ class ProxyService(Service):
         log_file: opens the file for JSON log lines; None leaves the log as it is.
         environ: where the service manager says how to reach it; by default there is no manager.
         handle_signals: the process is ours: take SIGTERM and SIGINT (drain, then cut), SIGHUP
-            (reload) and SIGUSR1 (log the streams), raise its limit of descriptors, and set its
-            garbage collector.
+            (reload), SIGUSR1 (log the streams) and SIGUSR2 (reopen files), raise its limit of
+            descriptors, and set its garbage collector.
 
     Attributes:
         proxy_ports, admin_ports: what is listened on, for clients and for operators.
@@ -271,14 +275,23 @@ class ProxyService(Service):
     # -- signals --------------------------------------------------------------------------------
 
     def _take_early_signals(self) -> None:
-        """Take the signals that would end the process, before a reload can be asked for."""
-        calls = {signal.SIGHUP: lambda: self.reload(), signal.SIGUSR1: lambda: self.streams.log()}
+        """Take the signals that would end the process, and those that came during the start."""
+        calls = {
+            signal.SIGHUP: lambda: self.reload(),
+            signal.SIGUSR1: lambda: self.streams.log(),
+            signal.SIGUSR2: self._asked_to_reopen,
+        }
         take_signals(self._reactor, calls)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, calls)
 
     def _take_signals(self) -> None:
         """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
         calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._asked_to_stop)
         take_signals(self._reactor, calls)
+
+    def _asked_to_reopen(self) -> None:
+        self._reopen()
+        _log.info("the log file and the trace file are opened anew")
 
     def _asked_to_stop(self) -> None:
         self._stops_asked += 1
@@ -312,6 +325,17 @@ class ProxyService(Service):
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())
+
+
+def hold_signals() -> None:
+    """Let the signals wait that would end a process which cannot take them yet.
+
+    Who sends one does not know how far the start has come.  A process that knew nothing of the
+    signal would end, and one that ignored it would go on with a file that it read before.
+    """
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    )
 
 
 def take_signals(reactor: Any, calls: Mapping[signal.Signals, Callable[[], None]]) -> None:

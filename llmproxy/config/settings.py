@@ -476,8 +476,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     jsonl: Annotated[str | None, Key(FILE)] = None
-    """Absolute path of a file that gets one line of JSON for each request. SIGHUP reopens the file,
-    for logrotate."""
+    """Absolute path of a file that gets one line of JSON for each request. SIGUSR2 and SIGHUP
+    reopen the file, for logrotate."""
 
     ledger: Annotated[str | None, Key(FILE)] = None
     """Absolute path of an SQLite file that keeps each request, and the totals of each session.
