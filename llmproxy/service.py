@@ -333,9 +333,7 @@ def hold_signals() -> None:
     Who sends one does not know how far the start has come.  A process that knew nothing of the
     signal would end, and one that ignored it would go on with a file that it read before.
     """
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
 
 
 def take_signals(reactor: Any, calls: Mapping[signal.Signals, Callable[[], None]]) -> None:

@@ -74,10 +74,12 @@ def copy(target: Path) -> set[str]:
     return {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
 
 
-def build(tree: Path, *options: str) -> Path:
+def build(tree: Path, *options: str, into: Path | None = None) -> Path:
     """Build with the tools of this environment; give back the folder of what was built."""
-    run(sys.executable, "-m", "build", "--no-isolation", *options, tree, cwd=tree.parent)
-    return tree / "dist"
+    folder = tree / "dist" if into is None else into
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--outdir", folder, *options, tree, cwd=tree.parent)
+    return folder
 
 
 def in_wheel(folder: Path) -> set[str]:
@@ -93,6 +95,20 @@ def in_sdist(folder: Path) -> set[str]:
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         return {member.name.partition("/")[2] for member in archive if member.isfile()}
+
+
+def version_of(folder: Path) -> str:
+    """The version in the name of the one wheel of a folder."""
+    (wheel,) = folder.glob("*.whl")
+    return wheel.name.split("-")[1]
+
+
+def commit(tree: Path) -> None:
+    """Commit all of a tree, which becomes a repository if it is none."""
+    run("git", "init", "-q", cwd=tree)
+    run("git", "add", "--all", cwd=tree)
+    who = ("-c", "user.name=Tester", "-c", "user.email=tester@example.com")
+    run("git", *who, "commit", "-q", "--allow-empty", "-m", "one more", cwd=tree)
 
 
 def edit_setup(tree: Path, section: str, key: str, value: str | None) -> None:
@@ -221,6 +237,49 @@ def test_the_command_of_the_wheel_runs(installed: Environment) -> None:
     """The ``llmproxy`` command starts and explains itself where the wheel is installed."""
     usage = run(installed.bin / "llmproxy", "--help", cwd=installed.elsewhere)
     assert usage.lower().startswith("usage: llmproxy")
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not here")
+
+
+@needs_git
+def test_each_commit_is_a_version_of_its_own(tmp_path: Path) -> None:
+    """``pip install --upgrade`` of a later commit's wheel replaces what is installed, and back."""
+    tree = tmp_path / "llmproxy"
+    copy(tree)
+    environment = Environment(tmp_path / "environment")
+    wheels: list[Path] = []
+    for number in ("first", "second"):
+        commit(tree)
+        wheels += build(tree, "--wheel", into=tmp_path / number).glob("*.whl")
+    versions = []
+    for wheel in (*wheels, wheels[0]):
+        environment.install("--upgrade", wheel)
+        said = run(environment.bin / "llmproxy", "--version", cwd=environment.elsewhere)
+        versions.append(said.split()[1])
+        assert versions[-1] == wheel.name.split("-")[1]
+    assert versions[0] != versions[1]
+
+
+@needs_git
+def test_an_sdist_has_the_version_of_its_commit(tmp_path: Path) -> None:
+    """What is built from it, where there is no git, has the same version."""
+    tree = tmp_path / "llmproxy"
+    copy(tree)
+    commit(tree)
+    (sdist,) = build(tree, "--sdist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert not (source / ".git").exists()
+    version = version_of(build(source, "--wheel"))
+    assert source.name == f"llmproxy-{version}"
+    assert version != "0"
+
+
+def test_a_tree_without_git_can_be_built(built: Path) -> None:
+    """Its version says that nothing is known."""
+    assert version_of(built) == "0"
 
 
 @pytest.mark.trap("P1")

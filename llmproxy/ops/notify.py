@@ -181,9 +181,9 @@ def send_status(environ: Mapping[str, str], status: str) -> None:
     if not address:
         return
     line = " ".join(status.split())[:_LONGEST]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
-        with suppress(OSError):
-            manager.sendto(f"STATUS={line}".encode(errors="replace"), address)
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, kind) as manager, suppress(OSError):
+        manager.sendto(f"STATUS={line}".encode(errors="replace"), address)
 
 
 def _address(text: str) -> str:

@@ -19,7 +19,7 @@ import pytest
 from tests.support.daemon import ROOT, Daemon, environment, provider_config, twistd
 from tests.support.live_proxy import read_response, until, write_credential
 from tests.support.scripts import OK, reply
-from tests.support.sockets import Provider, connect, request
+from tests.support.sockets import WAIT, Provider, connect, request
 
 HEAD = """\
 [proxy]
@@ -201,8 +201,8 @@ def unit_command(config: Path) -> list[str]:
     unit = (ROOT / "systemd" / "llmproxy.service").read_text()
     (line,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     program = str(Path(sys.executable).parent)
-    line = line.replace("/opt/llmproxy/bin", program)
-    return line.replace("/etc/llmproxy/llmproxy.toml", str(config)).split()
+    command: str = line.replace("/opt/llmproxy/bin", program)
+    return command.replace("/etc/llmproxy/llmproxy.toml", str(config)).split()
 
 
 @contextmanager
@@ -280,6 +280,29 @@ def test_a_reload_is_not_lost_while_the_file_is_being_read(tmp_path: Path) -> No
             process.send_signal(signal.SIGHUP)
             file.write(text)
         read_until(process, "reloaded; changed: limits")
+
+
+def test_what_runs_is_told_and_not_what_is_installed(tmp_path: Path) -> None:
+    """Another version is installed beneath the process: its status and metrics stay as they are."""
+    before, after = (tmp_path / f"llmproxy-{n}.dist-info" for n in ("7.7.7", "8.8.8"))
+    before.mkdir()
+    (before / "METADATA").write_text("Metadata-Version: 2.1\nName: llmproxy\nVersion: 7.7.7\n")
+    environ = {
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(environ["NOTIFY_SOCKET"])
+        manager.settimeout(WAIT)
+        with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), environ=environ) as daemon:
+            assert b"version 7.7.7" in manager.recv(4096)
+            metadata = (before / "METADATA").read_text()
+            before.rename(after)
+            (after / "METADATA").write_text(metadata.replace("7.7.7", "8.8.8"))
+            daemon.process.send_signal(signal.SIGHUP)
+            assert b"RELOADING" in manager.recv(4096)
+            assert b"version 7.7.7" in manager.recv(4096)
+            assert daemon.metrics()['llmproxy_build_info{version="7.7.7"}'] == 1
 
 
 def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:

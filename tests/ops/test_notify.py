@@ -287,9 +287,7 @@ def test_a_status_without_a_manager_is_no_error(environ: dict[str, str]) -> None
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_status_that_a_full_manager_misses_delays_nothing(
-    manager: Manager, address: str
-) -> None:
+def test_a_status_that_a_full_manager_misses_delays_nothing(manager: Manager, address: str) -> None:
     """The process is about to end, and waits for nobody."""
     fill(manager)
     send_status({"NOTIFY_SOCKET": address}, "fine")

@@ -18,7 +18,7 @@ from tests.support.load import Load, ask
 from tests.support.scripts import DONE
 from tests.support.sockets import Wire, connect
 from tests.systemd.machine import Impossible, Machine, why_not
-from tests.systemd.wheels import checkout
+from tests.systemd.wheels import checkout, newer
 
 # The first test waits for the base system, the wheels, the boot and the installation.
 pytestmark = pytest.mark.timeout(400)
@@ -52,6 +52,8 @@ WatchdogSec=2s
 TimeoutStopSec=2s
 """
 """What tests cannot wait for is shortened; a stop may take less time than a stream."""
+
+OFFLINE = "cd {} && export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/dist && set -e\n"
 
 # What makes a reactor stuck: imported at each start of the environment's Python, it does nothing
 # unless a file appears.
@@ -88,6 +90,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         machine = Machine(tree)
         checkout(tree)
+        newer(tree / "newer", "7.7.7")
         with machine:
             install(machine)
             yield machine
@@ -97,8 +100,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 def install(machine: Machine) -> None:
     """Install, as the guide says, from the tree that the machine sees; without an index."""
-    offline = "cd /srv && export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/dist && set -e"
-    machine.run(f"{offline}\n{sequence('Install it')}")
+    machine.run(OFFLINE.format("/srv") + sequence("Install it"))
     machine.run("cat > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.py", stdin=STUCK)
     machine.run("echo import stuck > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.pth")
     machine.write("/etc/llmproxy/credentials/openai-key", f"{KEY}\n", mode="600")
@@ -208,6 +210,45 @@ def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) 
     assert simple.run("stat -L -c '%u %a' /var/log/llmproxy").split() == [user, "750"]
     assert simple.run("stat -c '%u %a' /var/log/llmproxy/trace-0.jsonl").split() == [user, "600"]
     assert simple.run("stat -c %a /etc/llmproxy/credentials/openai-key").strip() == "600"
+
+
+def test_an_upgrade_and_the_way_back(simple: Machine, port: int) -> None:
+    """As the guide has it: both versions are shown, and the status is of what runs."""
+
+    def runs() -> str:
+        return simple.show("llmproxy", "StatusText").rpartition(" ")[2]
+
+    assert runs() == "0"
+    said = simple.run(OFFLINE.format("/srv/newer") + sequence("Upgrade"))
+    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["0", "7.7.7"]
+    before = invocation(simple, "llmproxy")
+    simple.run("systemctl reload llmproxy")
+    until(
+        lambda: any("reloaded" in str(line["message"]) for line in lines(simple, "llmproxy")),
+        "the process has said something new",
+    )
+    assert runs() == "0"
+    simple.run("systemctl restart llmproxy")
+    assert invocation(simple, "llmproxy") != before
+    assert runs() == "7.7.7"
+    assert serves(port)
+    said = simple.run(OFFLINE.format("/srv") + sequence("Upgrade"))
+    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["7.7.7", "0"]
+    simple.run("systemctl restart llmproxy")
+    assert runs() == "0"
+    assert serves(port)
+
+
+def test_logrotate_asks_by_a_signal(simple: Machine, port: int) -> None:
+    """What the guide lets logrotate do reaches the daemon, which opens its trace file again."""
+    path = "/var/log/llmproxy/trace-0.jsonl"
+    guide = (ROOT / "docs" / "operations.rst").read_text(encoding="utf-8")
+    (ask_it,) = re.findall(r"postrotate\n +(.*)\n +endscript", guide)
+    until(lambda: simple.run(f"test -e {path} && echo yes; true"), "it writes traces")
+    simple.run(f"mv {path} {path}.1")
+    simple.run(ask_it)
+    until(lambda: simple.run(f"test -e {path} && echo yes; true"), "it is there again")
+    assert serves(port)
 
 
 def test_a_reload_of_a_good_file(simple: Machine, port: int) -> None:

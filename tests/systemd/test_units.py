@@ -140,14 +140,14 @@ def test_no_instance_makes_the_socket_of_the_others_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_mistake_is_not_tried_again(name: str) -> None:
-    """The unit knows the exit code of a configuration that is refused, and systemd's own of keys."""
+    """The unit knows the exit code of a refused configuration, and systemd's own of a key."""
     (codes,) = values(name, "RestartPreventExitStatus")
     assert codes.split() == [str(MISTAKE), "243"]
     assert values(name, "ExecStartPre") == []  # its exit code would not count
 
 
 def test_a_service_gives_up_and_an_instance_does_not() -> None:
-    """`is-failed` becomes true within minutes; an instance's limit would close the socket of all."""
+    """`is-failed` becomes true in minutes; an instance's limit would close the socket of all."""
     (burst,) = values("llmproxy.service", "StartLimitBurst")
     (interval,) = values("llmproxy.service", "StartLimitIntervalSec")
     (pause,) = values("llmproxy.service", "RestartSec")

@@ -27,6 +27,15 @@ def checkout(folder: Path) -> None:
         _repack(distribution(name), house)
 
 
+def newer(folder: Path, version: str) -> None:
+    """Copy the tree to ``folder`` as it could be in a later commit, with its wheel in ``dist``."""
+    copy(folder)
+    settings = folder / "pyproject.toml"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace('fallback_version = "0"', f'fallback_version = "{version}"'))
+    build(folder, "--wheel")
+
+
 def _required() -> set[str]:
     """Return the names of what the installed program requires, directly or not, and is here."""
     wanted = [
