@@ -39,6 +39,7 @@ from llmproxy.config.settings import (
     Client,
     Config,
     Limits,
+    Log,
     Override,
     Provider,
     Proxy,
@@ -57,6 +58,7 @@ __all__ = [
     "ConfigError",
     "Keypair",
     "Limits",
+    "Log",
     "Override",
     "Provider",
     "Proxy",
@@ -171,6 +173,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
         providers={name: read_provider(name, one) for name, one in providers.items()},
         routes=tuple(read_route(one) for one in root.tables("routes", SECTIONS["routes"])),
         trace=read_trace(root.table("trace", SECTIONS["trace"])),
+        log=root.table("log", SECTIONS["log"]).struct(Log),
     )
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)

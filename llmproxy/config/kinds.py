@@ -30,6 +30,7 @@ from llmproxy.config.url import url
 from llmproxy.config.values import (
     Wrong,
     boolean,
+    boolean_or,
     choice,
     duration,
     duration_or_off,
@@ -167,6 +168,7 @@ def _added_headers(table: Table, key: Key) -> tuple[tuple[str, str], ...]:
 
 
 BOOLEAN = value(boolean, "boolean")
+ACCESS = value(boolean_or("errors"), 'boolean or ``"errors"``')
 DURATION = value(duration, "duration", show_duration)
 DURATION_OR_OFF = value(duration_or_off, 'duration or ``"off"``', show_duration)
 SIZE = value(size, "size", _where_set(show_size))

@@ -21,6 +21,7 @@ import msgspec
 from llmproxy.config.credentials import Secret
 from llmproxy.config.keypair import Keypair
 from llmproxy.config.kinds import (
+    ACCESS,
     BOOLEAN,
     CERTIFICATE,
     CREDENTIAL,
@@ -68,6 +69,7 @@ AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]
 OnDisconnect = Literal["cancel", "drain"]
 Capture = Literal["usage", "content"]
+AccessLines = bool | Literal["errors"]
 
 _FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
 _FOR_BOTH = frozenset({"providers.*.timeouts", "routes.timeouts"})
@@ -500,6 +502,16 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     framing owns."""
 
 
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """What the log has."""
+
+    access: Annotated[AccessLines, Key(ACCESS)] = True
+    """Whether each request that has ended gets a line in the log, the access line. With
+    ``"errors"`` only a request whose end reason is not ``complete`` gets one: a request that was
+    refused or cut, or whose caller left. A provider's own error status is a complete response, and
+    has no line then. This key changes neither the records of ``[trace]`` nor the metrics."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The whole configuration, checked; ``routes`` stand in the order of the file."""
 
@@ -511,6 +523,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     routes: tuple[Route, ...] = ()
     clients: dict[str, Client] = {}
     trace: Trace = Trace()
+    log: Log = Log()
 
     def timeouts_for(self, route: Route, provider: Provider) -> Timeouts:
         """Return the deadlines of one request: the route's, else the provider's, else ours."""
@@ -531,6 +544,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "routes": [{"name": one.name, **redacted(one)} for one in self.routes],
             "clients": {name: redacted(one) for name, one in self.clients.items()},
             "trace": redacted(self.trace),
+            "log": redacted(self.log),
         }
 
 
@@ -549,6 +563,7 @@ SECTIONS: Mapping[str, Section] = {
         Client, "max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"
     ),
     "trace": Section.of(Trace),
+    "log": Section.of(Log),
 }
 """Every section of the file; ``*`` stands for a name that the operator chooses."""
 

@@ -77,6 +77,17 @@ def boolean(value: object) -> bool:
     return value
 
 
+def boolean_or(word: str) -> Callable[[object], bool | str]:
+    """Return a reader of true, false or one word."""
+
+    def read(value: object) -> bool | str:
+        if value != word and not isinstance(value, bool):
+            raise Wrong(f"true, false or {json.dumps(word)}")
+        return value if isinstance(value, bool) else word
+
+    return read
+
+
 def integer(lowest: int, highest: int) -> Callable[[object], int]:
     """Return a reader of whole numbers from ``lowest`` to ``highest``."""
 

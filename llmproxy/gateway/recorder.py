@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from typing import Literal
 
 from twisted.logger import Logger
 
@@ -56,7 +57,7 @@ class Recorder:
     ) -> None:
         self._metrics = metrics
         self._sink = sink
-        self._access = access
+        self._access = self._access_line = access
         self._clock = clock
         self.now = wall
         self._instance = instance
@@ -76,6 +77,17 @@ class Recorder:
     def follow(self, session_header: str) -> None:
         """Take a request's session from this field from now on; its name is in lower case."""
         self._session_header = session_header.encode("ascii")
+
+    def write_access(self, which: bool | Literal["errors"]) -> None:
+        """Write the access lines of all requests from now on, of none, or of those that failed."""
+        if which == "errors":
+            self._access = self._access_if_failed
+        else:
+            self._access = self._access_line if which else _no_access
+
+    def _access_if_failed(self, trace: Trace, cause: str | None, detail: str | None) -> None:
+        if trace.end_reason != EndReason.COMPLETE:
+            self._access_line(trace, cause, detail)
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
@@ -127,6 +139,10 @@ class Recorder:
             self._access(trace, error.cause, error.detail)
         else:
             self._access(trace, None, None)
+
+
+def _no_access(trace: Trace, cause: str | None, detail: str | None) -> None:
+    """Write nothing."""
 
 
 def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:

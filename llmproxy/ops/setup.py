@@ -156,6 +156,7 @@ class Setup:
         config, gateway = prepared.config, prepared.gateway
         self._sinks.use(prepared.writers)
         self._recorder.follow(config.trace.session_header)
+        self._recorder.write_access(config.log.access)
         self._detached.allow(config.limits.drains)
         self._drain.timeout = config.proxy.drain_timeout
         self._site.limiter.limit(

@@ -126,6 +126,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "otlp": None,
             "session_header": "x-session-id",
         },
+        "log": {"access": True},
     }
     config = accepted({})
     assert json.dumps(config.redacted()) == json.dumps(expected)

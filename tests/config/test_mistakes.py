@@ -164,6 +164,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].override", '"m"', "", "expected a table"),
     ("routes[0].timeouts", '{ pool_idle = "1s" }', ".pool_idle", "only be set in [timeouts]"),
     ("routes[0].timeouts", '{ first_byte = "x" }', ".first_byte", "a duration"),
+    ("log.access", '"all"', "", 'true, false or "errors", got "all"'),
+    ("log.access", "1", "", 'true, false or "errors", got 1'),
     ("routes[0].capture", '"text"', "", 'one of "usage", "content", got "text"'),
     ("limits.event", '"0"', "", "above"),
     ("routes[0].accept_encoding", '"gzip"', "", 'one of "identity", "pass", got "gzip"'),
