@@ -79,7 +79,7 @@ def makeService(options: Options) -> ProxyService:
     try:
         config = read()
     except ConfigError as error:
-        failed_start.report(error.problems, os.environ)
+        failed_start.report_mistakes(error.problems, os.environ, wall=time.time)
         raise SystemExit(failed_start.MISTAKE) from None
     return ProxyService(
         config,
@@ -143,9 +143,11 @@ class ProxyService(Service):
         twistd begins to log only after this, and asks the application for an observer.
         """
         if self._log_file is not None and isinstance(parent, Componentized):
-            self._log_writer = log_writer(self._log_file(), wall=time.time)
+            file = self._log_file()
+            journal = file.is_journal(self._environ)
+            self._log_writer = log_writer(file, wall=time.time, journal=journal)
             self._json_log = JsonLog(
-                self._log_writer, wall=time.time, later=self._reactor.callLater
+                self._log_writer, wall=time.time, later=self._reactor.callLater, journal=journal
             )
             atexit.register(self._json_log.flush)
             parent.setComponent(ILogObserver, self._json_log)
@@ -162,6 +164,8 @@ class ProxyService(Service):
         super().privilegedStartService()
         if self._log_writer is not None:
             self._log_writer.start()  # twistd has forked by now
+            if self._handle_signals:
+                self._log_writer.catch_crash()
         try:
             if self._handle_signals:
                 self._take_early_signals()
@@ -169,7 +173,7 @@ class ProxyService(Service):
             self.setup.use(self.setup.prepare(self._config))
             self._config = Config()  # the other is the setup's, and is gone with the next one
         except (OSError, ValueError) as error:
-            failed_start.report([str(error)], self._environ, lead="llmproxy cannot start: ")
+            failed_start.report_failure(str(error), self._environ)
             raise SystemExit(failed_start.FAILED) from None
 
     def startService(self) -> None:

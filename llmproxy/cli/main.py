@@ -21,6 +21,7 @@ from llmproxy.config import Config, ConfigError, load
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
 from llmproxy.policy.auth import KEY_PREFIX
+from llmproxy.record.journal import PRIORITIES, is_journal
 from llmproxy.version import version
 
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
@@ -78,10 +79,15 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def _tell_problems(problems: Sequence[str], *, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"ok": False, "problems": problems}))
+        print(f"{_mark(1)}{json.dumps({'ok': False, 'problems': problems})}")
     else:
-        print("\n".join(problems), file=sys.stderr)
+        print("\n".join(f"{_mark(2)}{problem}" for problem in problems), file=sys.stderr)
     return 1
+
+
+def _mark(descriptor: int) -> str:
+    """Return what makes a line an error, if it is for the journal."""
+    return PRIORITIES["error"].decode() if is_journal(descriptor, os.environ) else ""
 
 
 def _counts(config: Config) -> dict[str, int]:

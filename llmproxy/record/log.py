@@ -3,7 +3,8 @@
 Every event of ``twisted.logger`` and of the old ``twisted.python.log`` becomes ``time``, ``level``,
 ``logger`` and ``message``, followed by the event's own fields.  A failure has its traceback in
 ``traceback``.  What is not JSON becomes text; nothing raises.  The access line of a request is made
-here, too, from its trace.  ``record/log_writer.py`` writes the lines.
+here, too, from its trace.  Where systemd's journal reads, a line that is no information has its
+priority before it.  ``record/log_writer.py`` writes the lines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
 
+from llmproxy.record.journal import PRIORITIES
 from llmproxy.record.log_writer import QUEUE, LogFile, LogWriter, open_log
 from llmproxy.record.trace import NAMES, Trace, timestamp
 
@@ -61,6 +63,7 @@ class JsonLog:
         writer: takes the lines.
         wall: seconds since the epoch, for access lines; events bring their own time.
         later: calls a function in so many seconds.  Without it, access lines are written at once.
+        journal: whether systemd's journal reads the lines.
     """
 
     def __init__(
@@ -69,8 +72,10 @@ class JsonLog:
         *,
         wall: Callable[[], float],
         later: Callable[[float, Callable[[], None]], object] | None = None,
+        journal: bool = False,
     ) -> None:
         self._writer = writer
+        self._prefixes = PRIORITIES if journal else {}
         self._wall = wall
         self._later = later
         self._ended: list[tuple[float, Trace, str | None, str | None]] = []
@@ -79,7 +84,8 @@ class JsonLog:
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
         self._put_access()
-        self._writer.put(_line(event) + b"\n")
+        prefix = self._prefixes.get(_level(event), b"")
+        self._writer.put(b"%b%b\n" % (prefix, _line(event)))
 
     def flush(self) -> None:
         """Write what waits, at the end of the process; see :meth:`LogWriter.flush`."""
@@ -117,26 +123,42 @@ class JsonLog:
             self._writer.put_access(lines, len(ended))
 
 
-def log_writer(file: LogFile, *, wall: Callable[[], float], queue: int = QUEUE) -> LogWriter:
+def log_writer(
+    file: LogFile, *, wall: Callable[[], float], queue: int = QUEUE, journal: bool = False
+) -> LogWriter:
     """Return a writer of JSON lines.
 
     Args:
         file: where they go.
         wall: seconds since the epoch, for the line that says how many were lost.
         queue: how much may wait.
+        journal: whether systemd's journal reads the lines.
     """
-    return LogWriter(file, lambda count, why: _lost_line(wall(), count, why), queue=queue)
+
+    def note(count: int, why: str) -> bytes:
+        message = f"{count} lines of the log were lost: {why}"
+        more = {"count": count}
+        return plain_line(wall(), "warn", LogWriter.__module__, message, journal=journal, **more)
+
+    return LogWriter(file, note, queue=queue)
 
 
-def _lost_line(at: float, count: int, why: str) -> bytes:
-    line = {
-        "time": timestamp(at),
-        "level": "warn",
-        "logger": LogWriter.__module__,
-        "message": f"{count} lines of the log were lost: {why}",
-        "count": count,
-    }
-    return msgspec.json.encode(line) + b"\n"
+def plain_line(
+    at: float, level: str, logger: str, message: str, *, journal: bool, **fields: object
+) -> bytes:
+    """Return a line that was no event of ``twisted.logger``.
+
+    Args:
+        at: seconds since the epoch.
+        level: the name of one of its levels.
+        logger: what the line is about.
+        message: a sentence.
+        journal: whether systemd's journal reads the line.
+        fields: more of it.
+    """
+    line = {"time": timestamp(at), "level": level, "logger": logger, "message": message, **fields}
+    prefix = PRIORITIES.get(level, b"") if journal else b""
+    return b"%b%b\n" % (prefix, msgspec.json.encode(line))
 
 
 def _access_line(at: float, trace: Trace, cause: str | None, detail: str | None) -> bytes:
@@ -160,6 +182,11 @@ def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[st
         zip((*_FIELDS, "cause", "detail"), (*_fields_of(trace), cause, detail), strict=True)
     )
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _level(event: LogEvent) -> str:
+    name = getattr(event.get("log_level"), "name", None)
+    return name if isinstance(name, str) else "info"
 
 
 def _line(event: LogEvent) -> bytes:
@@ -187,10 +214,9 @@ def _shown(value: object) -> str:
 
 
 def _render(event: LogEvent) -> dict[str, Any]:
-    level = event.get("log_level")
     rendered: dict[str, Any] = {
         "time": timestamp(event["log_time"]),
-        "level": getattr(level, "name", "info"),
+        "level": _level(event),
         "logger": event.get("log_namespace", "-"),
         "message": formatEvent(event),
     }

@@ -8,14 +8,17 @@ says.  The traces of requests have a queue of their own (``record/writer.py``).
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from twisted.logger import Logger
+
+from llmproxy.record.journal import is_journal
 
 QUEUE = 25_000
 """How much may wait: lines, a long line counting once for each KiB; about 25 MB at most.
@@ -64,6 +67,17 @@ class LogFile:
         self._owned = owned
         self._is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
         self._is_torn = False
+
+    def is_journal(self, environ: Mapping[str, str]) -> bool:
+        """Return whether systemd's journal reads the lines; see ``record/journal.py``."""
+        return is_journal(self._descriptor, environ)
+
+    def catch_crash(self) -> None:
+        """Write the stack of each thread here if the process is ended by a fault or by SIGABRT.
+
+        SIGABRT is what systemd's watchdog sends.
+        """
+        faulthandler.enable(self._descriptor)
 
     def write(self, lines: bytes) -> None:
         """Write whole lines, however long that takes.
@@ -173,7 +187,13 @@ class LogWriter:
         self._unsaid, self._why = 0, ""  # the thread's: lost, and not in the log yet
         self._reopening: Callable[[], LogFile] | None = None
         self._rests = False
+        self._catches_crash = False
         self._thread: threading.Thread | None = None
+
+    def catch_crash(self) -> None:
+        """Let the file have the stack of each thread if the process crashes; see LogFile."""
+        self._catches_crash = True
+        self._file.catch_crash()
 
     def start(self) -> None:
         """Begin to write; from now on the process must not fork."""
@@ -295,6 +315,8 @@ class LogWriter:
             _log.error("the log cannot be opened anew: {reason}", reason=str(error))
             return
         before, self._file = self._file, file
+        if self._catches_crash:
+            file.catch_crash()  # before the other's number can become a client's socket
         if file is not before:
             before.close()
 

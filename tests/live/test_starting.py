@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -109,6 +110,27 @@ def test_a_file_that_is_no_configuration_is_rejected(
     assert status.startswith("STATUS=cannot start: ")
     assert word in status
     assert "\n" not in status
+
+
+def test_mistakes_are_errors_for_the_journal(tmp_path: Path) -> None:
+    """Where the journal reads standard error, each is a line as the log's, with its priority."""
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    environ = environment(JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
+    (tmp_path / "bad.toml").write_text("speed = 3\nlight = 4\n")
+    command = twistd(tmp_path / "bad.toml")
+    with os.fdopen(reading) as journal:
+        ended = subprocess.run(command, stderr=writing, env=environ, timeout=20, check=False)
+        os.close(writing)
+        lines = journal.read().splitlines()
+    assert ended.returncode == MISTAKE
+    assert {line[:3] for line in lines} == {"<3>"}
+    decoded = [json.loads(line[3:]) for line in lines]
+    assert {line["level"] for line in decoded} == {"error"}
+    assert [line["message"].partition(" key")[0] for line in decoded[:2]] == [
+        "llmproxy cannot start: speed: unknown",
+        "llmproxy cannot start: light: unknown",
+    ]
 
 
 @pytest.mark.parametrize("taken_by", ["proxy", "admin"])

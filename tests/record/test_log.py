@@ -16,19 +16,23 @@ from twisted.python import log as old_log
 from twisted.python.failure import Failure
 
 from llmproxy.record.log import _TOGETHER, JsonLog, log_opener, log_writer
-from llmproxy.record.log_writer import LogFile
+from llmproxy.record.log_writer import QUEUE, LogFile
 from llmproxy.record.trace import Trace, timestamp
 from tests.support.sockets import WAIT
 
 
 class Log:
-    """A log in memory, behind Twisted's new API."""
+    """A log in memory, behind Twisted's new API.
 
-    def __init__(self) -> None:
+    Args:
+        journal: the lines are written as for systemd's journal.
+    """
+
+    def __init__(self, *, journal: bool = False) -> None:
         self.file = os.memfd_create("log")
-        self.writer = log_writer(LogFile(self.file), wall=float)
+        self.writer = log_writer(LogFile(self.file), wall=float, journal=journal)
         self.clock = Clock()
-        self.observer = JsonLog(self.writer, wall=self.clock.seconds)
+        self.observer = JsonLog(self.writer, wall=self.clock.seconds, journal=journal)
         self.logger = Logger(namespace="llmproxy.test", observer=LogPublisher(self.observer))
 
     def text(self) -> str:
@@ -361,3 +365,28 @@ def test_a_log_that_cannot_be_reopened_goes_on() -> None:
     assert first["level"] == "error"
     assert first["message"] == "the log cannot be opened anew: no such folder"
     assert second["message"] == "on"
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_the_journal_gets_priorities(journal: bool) -> None:
+    """They stand before the lines that are no information, and for nobody else before any."""
+    log = Log(journal=journal)
+    for level in LogLevel.iterconstants():
+        log.logger.emit(level, "words")
+    log.observer.access(trace("id"), None, None)
+    log.writer.put_access(b"x\n" * QUEUE * 2, QUEUE * 2)
+    log.logger.info("behind what was lost")
+    found = {}
+    for line in log.text().splitlines():
+        prefix, brace, rest = line.partition("{")
+        found[json.loads(brace + rest)["level"], "lost" in rest] = prefix
+    expected = {
+        ("debug", False): "<7>",
+        ("info", False): "",
+        ("warn", False): "<4>",
+        ("error", False): "<3>",
+        ("critical", False): "<2>",
+        ("warn", True): "<4>",
+        ("info", True): "",
+    }
+    assert found == (expected if journal else dict.fromkeys(expected, ""))

@@ -190,7 +190,7 @@ def test_the_journal_is_readable(simple: Machine, port: int) -> None:
     assert serves(port)
     until(
         lambda: any(
-            str(line["message"]).endswith("complete") for line in lines(simple, "llmproxy")
+            str(line.get("message")).endswith("complete") for line in lines(simple, "llmproxy")
         ),
         "the journal has the request",
     )
@@ -198,6 +198,27 @@ def test_the_journal_is_readable(simple: Machine, port: int) -> None:
     assert "dropin.cache" not in whole
     assert "Traceback" not in whole
     assert KEY not in whole
+
+
+def test_errors_are_found_by_their_priority(simple: Machine, port: int) -> None:
+    """`journalctl -p err` has what failed, and each line of ours is still JSON and nothing else."""
+    ours = "journalctl -u llmproxy -t llmproxy -o cat --no-pager"
+    good = simple.run(f"cat {CONFIG_PATH}")
+    simple.run("systemctl reload llmproxy")
+    simple.write(CONFIG_PATH, f"{good}\n[limits]\nspeed = 3\n")
+    assert "code 0" not in simple.run("systemctl reload llmproxy; echo code $?")
+    simple.run("systemctl kill --kill-who=main -s HUP llmproxy")  # what no check has seen
+    until(lambda: "reload failed" in simple.run(f"{ours} -p err"), "the daemon's own error")
+    simple.run("systemctl restart llmproxy; true")
+    simple.write(CONFIG_PATH, good)
+    simple.run("systemctl start llmproxy; journalctl --sync")
+    errors = [json.loads(line) for line in simple.run(f"{ours} -p err").splitlines()]
+    words = [str(one.get("message", one.get("problems"))) for one in errors]
+    for said in ("reload failed, nothing has changed: limits", "cannot start: limits", "['limits"):
+        assert any(said in word for word in words), (said, words)
+    assert not any("listens on" in word for word in words)
+    every = [json.loads(line) for line in simple.run(ours).splitlines()]
+    assert any("listens on" in str(one.get("message")) for one in every)
 
 
 def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) -> None:
@@ -224,7 +245,7 @@ def test_an_upgrade_and_the_way_back(simple: Machine, port: int) -> None:
     before = invocation(simple, "llmproxy")
     simple.run("systemctl reload llmproxy")
     until(
-        lambda: any("reloaded" in str(line["message"]) for line in lines(simple, "llmproxy")),
+        lambda: any("reloaded" in str(line.get("message")) for line in lines(simple, "llmproxy")),
         "the process has said something new",
     )
     assert runs() == "0"
@@ -256,7 +277,7 @@ def test_a_reload_of_a_good_file(simple: Machine, port: int) -> None:
     before = simple.show("llmproxy", "MainPID")
     simple.run("systemctl reload llmproxy || { journalctl -u llmproxy -n 20; false; }")
     until(
-        lambda: any("reloaded" in str(line["message"]) for line in lines(simple, "llmproxy")),
+        lambda: any("reloaded" in str(line.get("message")) for line in lines(simple, "llmproxy")),
         "the reload is in the journal",
     )
     until(lambda: simple.show("llmproxy", "ActiveState") == "active", "it is ready again")
@@ -275,7 +296,9 @@ def test_a_reload_of_a_bad_file_fails_visibly(simple: Machine, port: int) -> Non
     assert "limits.speed: unknown key" in simple.journal("llmproxy")
     assert simple.show("llmproxy", "ActiveState") == "active"
     assert simple.show("llmproxy", "MainPID") == before
-    assert not any("reload failed" in str(line["message"]) for line in lines(simple, "llmproxy"))
+    assert not any(
+        "reload failed" in str(line.get("message")) for line in lines(simple, "llmproxy")
+    )
     assert serves(port)
 
 
@@ -333,7 +356,11 @@ def test_a_reactor_that_is_stuck_is_restarted(simple: Machine, port: int) -> Non
     until(lambda: simple.show("llmproxy", "ActiveState") == "active", "it has started again")
     assert invocation(simple, "llmproxy") != before
     assert simple.show("llmproxy", "NRestarts") == "1"
-    assert "Watchdog timeout" in simple.journal("llmproxy")
+    journal = simple.journal("llmproxy")
+    assert "Watchdog timeout" in journal
+    stack = journal.partition("Fatal Python error: Aborted")[2]
+    assert "most recent call first" in stack
+    assert "in runUntilCurrent" in stack
     assert serves(port)
 
 
