@@ -35,6 +35,7 @@ from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
+from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
@@ -268,6 +269,7 @@ class ProxyService(Service):
             drain=self.drain,
             reload=self.reload,
             log=self._log_writer,
+            process=Process(time.time),
         )
 
     def _reopen(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
+from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
 from llmproxy.record.log_writer import LogWriter
@@ -25,8 +26,10 @@ def expose(
     drain: Drain,
     reload: Reload,
     log: LogWriter | None,
+    process: Process,
 ) -> None:
     """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
+    metrics.registry.register(process)
     gauge, count = metrics.watch, metrics.watch_count
     gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.connections)})
     gauge(

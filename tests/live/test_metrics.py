@@ -153,4 +153,13 @@ def test_both_formats_can_be_parsed_and_have_the_same_names(live: LiveProxy) -> 
         assert names >= set(BUILT.split())
         assert all(family.documentation for family in found)
         assert all(family.type != "unknown" for family in found)
-        assert all(family.name.startswith("llmproxy_") for family in found)
+        assert all(family.name.startswith(("llmproxy_", "process_")) for family in found)
+
+
+def test_the_process_is_among_the_metrics(live: LiveProxy) -> None:
+    """Descriptors and their limit, memory, CPU time and start have the names that all know."""
+    metrics = live.daemon.metrics()
+    assert abs(metrics["process_open_fds"] - len(live.daemon.descriptors())) <= 2
+    assert metrics["process_max_fds"] >= metrics["process_open_fds"]
+    assert metrics["process_resident_memory_bytes"] > 10 << 20
+    assert metrics["process_cpu_seconds_total"] > 0

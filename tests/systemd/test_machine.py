@@ -53,6 +53,14 @@ TimeoutStopSec=2s
 """
 """What tests cannot wait for is shortened; a stop may take less time than a stream."""
 
+FETCH = """\
+import socket
+admin = socket.socket(socket.AF_UNIX)
+admin.connect("/run/llmproxy/admin.sock")
+admin.sendall(b"GET /metrics HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+print(admin.makefile().read())
+"""
+
 OFFLINE = "cd {} && export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/dist && set -e\n"
 
 # What makes a reactor stuck: imported at each start of the environment's Python, it does nothing
@@ -219,6 +227,16 @@ def test_errors_are_found_by_their_priority(simple: Machine, port: int) -> None:
     assert not any("listens on" in word for word in words)
     every = [json.loads(line) for line in simple.run(ours).splitlines()]
     assert any("listens on" in str(one.get("message")) for one in every)
+
+
+def test_the_sandbox_hides_no_metric_of_the_process(simple: Machine, port: int) -> None:
+    """Memory, descriptors and start are there, although the units hide most of /proc."""
+    page = simple.run(f"python3 -c '{FETCH}'")
+    found = dict(re.findall(r"^(process_\w+) (\S+)$", page, re.MULTILINE))
+    assert float(found["process_resident_memory_bytes"]) > 10 << 20
+    assert float(found["process_open_fds"]) > 5
+    now = float(simple.run("date +%s"))
+    assert now - 3600 < float(found["process_start_time_seconds"]) < now + 2
 
 
 def test_files_belong_to_a_user_of_the_services_own(simple: Machine, port: int) -> None:
