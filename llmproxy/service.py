@@ -30,7 +30,7 @@ from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.net.loop import Lag, calm_collector, tune
 from llmproxy.net.timers import Timers
-from llmproxy.ops import failed_start
+from llmproxy.ops import failed_start, listeners
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
@@ -79,6 +79,8 @@ def makeService(options: Options) -> ProxyService:
 
     try:
         config = read()
+        if problems := listeners.mistakes(config, os.environ):
+            raise ConfigError(problems)
     except ConfigError as error:
         failed_start.report_mistakes(error.problems, os.environ, wall=time.time)
         raise SystemExit(failed_start.MISTAKE) from None

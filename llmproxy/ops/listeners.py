@@ -9,13 +9,14 @@ an operator sees the process shut down.  How an endpoint becomes a listening soc
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.logger import Logger
 
 from llmproxy.config import Config
-from llmproxy.server.listen import close, is_inherited, listen, share
+from llmproxy.server.listen import close, is_inherited, listen, share, unclaimed
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 
@@ -178,6 +179,26 @@ class Listeners:
 
     def _close_all(self, whose: Literal["proxy", "admin"]) -> Deferred[Any]:
         return DeferredList([_close(one) for one in self._open if one.place.whose == whose])
+
+
+def mistakes(config: Config, environ: Mapping[str, str]) -> list[str]:
+    """Return what is wrong if systemd holds the port and the configuration does not know it.
+
+    Both ways to run the daemon are enabled then, or the file is that of the other way: each process
+    would bind the port for itself, and all but one would fail.
+
+    Args:
+        config: what the file says.
+        environ: where systemd says what it has handed over.
+    """
+    proxy, admin = config.proxy, config.admin
+    texts = [*proxy.listen, *proxy.listen_tls, admin.listen, admin.metrics_listen or ""]
+    return [
+        f"proxy.listen: expected an endpoint such as systemd:domain=INET:name={name}, because "
+        "systemd handed over that socket; without one, disable the .socket unit, llmproxy.target "
+        "and the instances, and start llmproxy.service"
+        for name in unclaimed(texts, environ, pid=os.getpid())
+    ]
 
 
 def _close(listener: Listener) -> Deferred[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -212,6 +213,25 @@ def _endpoint(reactor: Any, text: str) -> Any:
                 f"{text}: systemd handed over no such socket, {_handed_over()}"
             ) from error
         raise ValueError(f"{text}: not an endpoint: {type(error).__name__}: {error}") from error
+
+
+def unclaimed(texts: Iterable[str], environ: Mapping[str, str], *, pid: int) -> list[str]:
+    """Return the names of sockets that systemd handed to this process, and that no endpoint names.
+
+    Args:
+        texts: the endpoints of the configuration.
+        environ: where systemd says what it handed over, and to whom; Twisted may have taken
+            ``LISTEN_PID`` away by now.
+        pid: this process's number.
+    """
+    if environ.get("LISTEN_PID", str(pid)) != str(pid):
+        return []
+    inherited = [text for text in texts if is_inherited(text)]
+    if any(":index=" in text for text in inherited):
+        return []  # whatever its name is
+    claimed = {part for text in inherited for part in text.split(":")}
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    return [name for name in names if name and f"name={name}" not in claimed]
 
 
 def _handed_over() -> str:

@@ -169,6 +169,23 @@ def test_a_socket_that_systemd_did_not_pass_stops_the_start(
     assert (ended.stdout + ended.stderr).count("cannot start") == 1
 
 
+@pytest.mark.parametrize("endpoint", ["tcp:0", "systemd:domain=INET:name=proxy2"])
+def test_a_socket_that_no_endpoint_names_stops_the_start(tmp_path: Path, endpoint: str) -> None:
+    """systemd holds the port, and the file is that of a process that binds its own."""
+    config = HEAD.format(proxy=0, admin=0).replace("tcp:0", endpoint, 1)
+    config += provider_config("http://127.0.0.1:1")
+    ended = start(tmp_path, config, LISTEN_FDNAMES="proxy")
+    assert_refused(ended, "proxy.listen: expected an endpoint such as systemd:domain=INET:name=")
+    assert "name=proxy, because" in ended.stderr
+
+
+def test_a_socket_for_another_process_is_none_of_ours(tmp_path: Path) -> None:
+    """A daemon that was started by hand in a service's shell binds its own port."""
+    environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "proxy"}
+    with Daemon(tmp_path, provider_config("http://127.0.0.1:1"), environ=environ) as daemon:
+        assert daemon.admin("/readyz") == "ready\n"
+
+
 def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
     """It goes from a shell's limit to what max_connections may need, without a log line."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

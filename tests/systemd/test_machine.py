@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ if "LLMPROXY_STUCK" in os.environ:
 def sequence(heading: str) -> str:
     """Return the first shell commands that stand below a heading of the operators' guide."""
     guide = (ROOT / "docs" / "operations.rst").read_text(encoding="utf-8")
-    section = guide.partition(f"\n{heading}\n---")[2]
+    section = re.split(rf"\n{heading}\n[-~]{{3,}}\n", guide)[-1]
     block = re.search(r"::\n\n((?:    .*\n|\n)+)", section)
     assert block is not None, heading
     return "\n".join(line[4:] for line in block[1].splitlines())
@@ -257,24 +258,24 @@ def test_an_upgrade_and_the_way_back(simple: Machine, port: int) -> None:
     def runs() -> str:
         return simple.show("llmproxy", "StatusText").rpartition(" ")[2]
 
-    assert runs() == "0"
+    assert runs() == "0.0"
     said = simple.run(OFFLINE.format("/srv/newer") + sequence("Upgrade"))
-    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["0", "7.7.7"]
+    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["0.0", "7.7.7"]
     before = invocation(simple, "llmproxy")
     simple.run("systemctl reload llmproxy")
     until(
         lambda: any("reloaded" in str(line.get("message")) for line in lines(simple, "llmproxy")),
         "the process has said something new",
     )
-    assert runs() == "0"
+    assert runs() == "0.0"
     simple.run("systemctl restart llmproxy")
     assert invocation(simple, "llmproxy") != before
     assert runs() == "7.7.7"
     assert serves(port)
     said = simple.run(OFFLINE.format("/srv") + sequence("Upgrade"))
-    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["7.7.7", "0"]
+    assert re.findall(r"^llmproxy (\S+)$", said, re.MULTILINE) == ["7.7.7", "0.0"]
     simple.run("systemctl restart llmproxy")
-    assert runs() == "0"
+    assert runs() == "0.0"
     assert serves(port)
 
 
@@ -486,6 +487,61 @@ def test_service_and_target_exclude_each_other(several: Machine, demo: Demo, por
     assert serves(port)
     several.run("systemctl start llmproxy.target; systemctl stop llmproxy.target")
     assert several.show("llmproxy", "ActiveState") == "inactive"
+
+
+BOTH = "llmproxy llmproxy.socket llmproxy@1 llmproxy@2 llmproxy.target"
+
+
+def test_both_ways_at_boot_are_one_or_an_error(several: Machine, demo: Demo, port: int) -> None:
+    """If both are enabled, the port has one owner; instances without their file say so."""
+    several.run(f"systemctl stop llmproxy.target; systemctl enable {BOTH}")
+    try:
+        several.run("systemctl isolate multi-user.target")
+        until(lambda: serving(several, port), "one of both serves")
+        assert several.show("llmproxy", "ActiveState") == "inactive"
+
+        listen = f"tcp:{port}:interface=127.0.0.1"
+        several.run(f"systemctl stop {BOTH}")
+        several.write(CONFIG_PATH, CONFIG.format(listen=listen, folder="llmproxy", url=demo.url))
+        several.run("systemctl isolate multi-user.target")
+        for name in "12":
+            unit = f"llmproxy@{name}"
+            until(partial(has_failed, several, unit), f"{unit} has failed")
+            assert_failed(several, unit, "proxy.listen: expected an endpoint such as systemd:")
+    finally:
+        several.run(f"systemctl disable {BOTH}; systemctl stop {BOTH}; true")
+
+
+def has_failed(machine: Machine, unit: str) -> bool:
+    """Return whether systemd has given a unit up."""
+    return machine.show(unit, "ActiveState") == "failed"
+
+
+def serving(machine: Machine, port: int) -> bool:
+    """Return whether both instances are active and serve."""
+    active = all(machine.show(f"llmproxy@{name}", "ActiveState") == "active" for name in "12")
+    return active and serves(port)
+
+
+def test_the_port_moves(several: Machine, port: int) -> None:
+    """With the lines of the guide; the file of the configuration stays as it is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        moved = free.getsockname()[1]
+    several.run(f"systemctl enable {BOTH.removeprefix('llmproxy ')}")
+    try:
+        several.write(
+            "/etc/systemd/system/llmproxy.socket.d/test.conf",
+            f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{moved}\n",
+        )
+        several.run("systemctl daemon-reload")  # as `systemctl edit` does
+        assert serves(port)
+        several.run(sequence("Move the port"))
+        until(lambda: serving(several, moved), "it serves there")
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+    finally:
+        several.run(f"systemctl disable {BOTH.removeprefix('llmproxy ')}")
 
 
 def test_nothing_of_a_machine_stays() -> None:
