@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 FOLDERS = ("llmproxy", "tests", "systemd", "docs", "changelog.d")
 FILES = (
     "CONTRIBUTING.rst",
+    "Containerfile",
     "LICENSE",
     "MANIFEST.in",
     "Makefile",
@@ -274,12 +275,12 @@ def test_an_sdist_has_the_version_of_its_commit(tmp_path: Path) -> None:
     assert not (source / ".git").exists()
     version = version_of(build(source, "--wheel"))
     assert source.name == f"llmproxy-{version}"
-    assert version != "0"
+    assert version != "0.0"
 
 
 def test_a_tree_without_git_can_be_built(built: Path) -> None:
     """Its version says that nothing is known."""
-    assert version_of(built) == "0"
+    assert version_of(built) == "0.0"
 
 
 @pytest.mark.trap("P1")

@@ -32,7 +32,7 @@ def newer(folder: Path, version: str) -> None:
     copy(folder)
     settings = folder / "pyproject.toml"
     text = settings.read_text(encoding="utf-8")
-    settings.write_text(text.replace('fallback_version = "0"', f'fallback_version = "{version}"'))
+    settings.write_text(text.replace('fallback_version = "0.0"', f'fallback_version = "{version}"'))
     build(folder, "--wheel")
 
 
