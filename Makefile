@@ -25,7 +25,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity soak peers dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -78,6 +78,9 @@ bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a min
 
 bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one port (ARGS="--help")
 	@$(BIN)/python -m bench.capacity $(ARGS)
+
+soak: $(DEV_STAMP) ## whether memory goes flat under load and reloads, for two hours (ARGS="--help")
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 peers: ## the other programs that tests talk to, by apt-get
 	@set -e; missing=; \
