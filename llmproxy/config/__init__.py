@@ -174,6 +174,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     )
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)
+    _check_route_headers(config, problems)
     names = [route.name for route in config.routes]
     # If a route has no name, clients may mean that route: what they say of routes is not judged.
     context.routes = names if all(names) else None
@@ -201,6 +202,17 @@ def _check_session_header(config: Config, problems: list[str]) -> None:
             "trace.session_header: expected a header that carries no key, "
             f"but a provider's `header` is {show(name)}"
         )
+
+
+def _check_route_headers(config: Config, problems: list[str]) -> None:
+    for at, route in enumerate(config.routes):
+        carriers = {config.providers[name].header for name in route.providers}
+        for name, _ in route.headers:
+            if name in carriers:
+                problems.append(
+                    f"routes[{at}].headers.{name}: expected no header that carries a key here: "
+                    "the provider's `header` does"
+                )
 
 
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:

@@ -32,6 +32,10 @@ _PATH = re.compile(r"/[!-~]*")
 _HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _PARAMETER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WORD_MARKS = re.compile(r"[._-]")
+_KEY_PARAMETERS = frozenset(
+    ("key", "apikey", "xapikey", "accesstoken", "token", "authorization", "subscriptionkey", "sig")
+)
 _OF_NOTHING = hashlib.sha256().hexdigest()
 _NOT_TOKEN = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 _FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
@@ -156,6 +160,28 @@ def added_header_name(value: object, credential: str) -> str:
     if lower == credential or _carries_key(lower):
         raise Wrong("no header that carries a key here: use `credential`, `header` and `format`")
     return lower
+
+
+def parameter_name(value: object) -> str:
+    """Read the name of a parameter of the query."""
+    if not isinstance(value, str) or not _PARAMETER.fullmatch(value):
+        raise Wrong("the name of a parameter in letters, digits, `.`, `_` and `-`", hidden=True)
+    return value
+
+
+def added_parameter_name(value: object) -> str:
+    """Read the name of a parameter that the proxy adds to the query; none that carries a key."""
+    name = parameter_name(value)
+    if _WORD_MARKS.sub("", name).lower() in _KEY_PARAMETERS:
+        raise Wrong("no parameter that carries a key here: use `credential`, `header` and `format`")
+    return name
+
+
+def parameter_value(value: object) -> str:
+    """Read the value of a parameter of the query, which may be empty."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise Wrong("a string without control characters", hidden=True)
+    return value
 
 
 def key_query(value: object) -> str | None:

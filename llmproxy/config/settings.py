@@ -27,6 +27,7 @@ from llmproxy.config.kinds import (
     DIALECT,
     DIGESTS,
     DROPPED,
+    DROPPED_PARAMETERS,
     DURATION,
     DURATION_OR_OFF,
     ENDPOINT,
@@ -37,8 +38,10 @@ from llmproxy.config.kinds import (
     HOSTS,
     KEY_QUERY,
     MODELS,
+    PARAMETERS,
     PRIVATE_KEY,
     PROVIDERS,
+    ROUTE_HEADERS,
     ROUTES,
     SIZE,
     SIZE_ABOVE_ZERO,
@@ -336,6 +339,19 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     which the proxy's credential acts: ``openai-organization``, ``openai-project``,
     ``chatgpt-account-id`` and ``x-goog-user-project``."""
 
+    query: Annotated[tuple[tuple[str, str], ...], Key(PARAMETERS)] = ()
+    """Parameters that the proxy adds to the query of a request if the caller sent none of that
+    name, such as ``{ api-version = "2024-10-21" }``. They stand behind what the caller sent, which
+    crosses byte for byte. Write the values as they are: the proxy encodes them. To set a parameter
+    whatever the caller says, name it in ``drop_query``, too. A parameter that carries a key is
+    refused here."""
+
+    drop_query: Annotated[tuple[str, ...], Key(DROPPED_PARAMETERS)] = ()
+    """Parameters of callers' queries that this provider does not get, in whatever case and spelling
+    they are written. As they do not cross, a client's key or a model in them does not count; if
+    several routes share a path, a model in one counts unless all of them drop it. What ``query``
+    sets is added in any case."""
+
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
     others."""
@@ -402,6 +418,22 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     timeouts: Annotated[dict[str, float | None], Key(part(ROUTE_TIMEOUTS))] = {}
     """This route's own deadlines, as named below."""
+
+    headers: Annotated[tuple[tuple[str, str], ...], Key(ROUTE_HEADERS)] = ()
+    """Headers that the proxy adds on this route, as ``headers`` of the provider does. If both have
+    a name, the route's value counts."""
+
+    drop_headers: Annotated[tuple[str, ...], Key(DROPPED)] = ()
+    """Headers of callers that do not cross on this route, beside the provider's
+    ``drop_headers``."""
+
+    query: Annotated[tuple[tuple[str, str], ...], Key(PARAMETERS)] = ()
+    """Parameters that the proxy adds to the query on this route, as ``query`` of the provider does.
+    If both have a name, the route's value counts."""
+
+    drop_query: Annotated[tuple[str, ...], Key(DROPPED_PARAMETERS)] = ()
+    """Parameters of callers' queries that do not cross on this route, beside the provider's
+    ``drop_query``."""
 
     accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
     """Which compression a request for a stream asks the provider for: ``"identity"`` asks for none,

@@ -122,7 +122,7 @@ class Gateway(Handler):
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
         client = self._identify(exchange, place)
-        facts = self._reader.read_at_once(exchange)
+        facts = self._reader.read_at_once(exchange, place)
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
@@ -246,7 +246,8 @@ class Gateway(Handler):
 
 def _guarded(config: Config) -> frozenset[bytes]:
     """Return the fields that carry providers' credentials, and those that some provider lacks."""
-    fields = set()
+    dropped = [name for route in config.routes for name in route.drop_headers]
+    fields = {name.encode("ascii") for name in dropped}
     for provider in config.providers.values():
         fields |= {name.encode("ascii") for name in provider.drop_headers}
         if (credential := credential_field(provider)) is not None:

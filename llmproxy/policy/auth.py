@@ -20,6 +20,7 @@ from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, is_owned
+from llmproxy.http1.query import without
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """The client of a request without a key, where such requests are allowed."""
@@ -65,10 +66,13 @@ class KeyPlaces(msgspec.Struct, frozen=True):
     Attributes:
         passes: the SDK's key fields are the provider's, and cross; only ``x-llmproxy-key`` speaks.
         query: the parameter of the query that holds a key, or None.
+        dropped: the parameters of the query that do not cross, from ``names_of``: what stands in
+            them is not looked at.
     """
 
     passes: bool = False
     query: bytes | None = None
+    dropped: frozenset[bytes] = frozenset()
 
 
 class Auth:
@@ -104,6 +108,8 @@ class Auth:
             if usual is not None:
                 return usual
         keys, target = cut_keys(target, places.query)
+        if places.dropped:
+            target = without(target, places.dropped)
         names = _OWN_KEY_FIELDS if places.passes else _ALL_KEY_FIELDS
         crossing = []
         for name, value in fields:

@@ -26,6 +26,7 @@ from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
+from llmproxy.http1.query import QueryRewriter, names_of, without
 from llmproxy.policy.auth import KeyPlaces, cut_keys
 from llmproxy.upstream.client import credential_field
 
@@ -57,6 +58,7 @@ class Candidate(msgspec.Struct, frozen=True):
         credential: the field that carries the provider's credential, or None.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
+        query: writes the query that the provider gets, or None where that is the client's.
         base: the path of the provider's URL, which stands before every target.
     """
 
@@ -66,6 +68,7 @@ class Candidate(msgspec.Struct, frozen=True):
     credential: tuple[bytes, bytes] | None
     keys: KeyPlaces
     rewriter: HeaderRewriter
+    query: QueryRewriter | None
     base: bytes
 
 
@@ -94,7 +97,10 @@ class RouteMatch(msgspec.Struct, frozen=True):
         return bool(path_models(candidate.base + self.path, is_call=self.is_call).names)
 
     def target(self, candidate: Candidate) -> bytes:
-        """Return path and query for this candidate, byte for byte but for an overridden model.
+        """Return path and query for this candidate.
+
+        They are the client's, byte for byte, but for an overridden model and what the operator
+        adds to the query or drops from it.
 
         Raises:
             ProxyError: 400, where the path names a model in a way that cannot be overridden.
@@ -105,6 +111,8 @@ class RouteMatch(msgspec.Struct, frozen=True):
                 path = replaced(path, candidate.model, is_call=self.is_call)
             except BodyError as error:
                 raise ProxyError(400, "bad_path", str(error)) from error
+        if candidate.query is not None:
+            return path + candidate.query.for_provider(self.query)
         return path + self.query
 
 
@@ -157,6 +165,7 @@ class PathMatch:
             that of the API which the path looks like (design 8).
         body_limit: the most bytes that any route here takes as a request body.
         keys: where callers' keys stand on the first route here.
+        drops: the parameters of the query that cross on no route here.
         may_add: whether something may be added to a request body on some route here.
     """
 
@@ -171,6 +180,8 @@ class PathMatch:
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
         self.keys = found[0].candidates[0].keys if found else KeyPlaces()
+        dropped = [to.keys.dropped for one in found for to in one.candidates]
+        self.drops: frozenset[bytes] = frozenset.intersection(*dropped) if dropped else frozenset()
 
     def needs_model(self, client: Client | None = None) -> bool:
         """Return whether the model of a request decides anything here.
@@ -180,6 +191,10 @@ class PathMatch:
         """
         restricted = self._clients.are_restricted if client is None else client.models != _ANY_MODEL
         return restricted or self._needs_model
+
+    def crossing(self, target: bytes) -> bytes:
+        """Return ``target``, path and query, without what of the query crosses on no route here."""
+        return without(target, self.drops) if self.drops else target
 
     def require(self) -> None:
         """Refuse a path and host to which no route leads, whatever the model.
@@ -290,6 +305,10 @@ def _prepare(config: Config, route: Route) -> _Prepared:
 def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
     override = route.override.get(provider.name)
     credential = credential_field(provider)
+    headers = {**dict(provider.headers), **dict(route.headers)}
+    drop_headers = (*provider.drop_headers, *route.drop_headers)
+    drop_query = (*provider.drop_query, *route.drop_query)
+    query = {name.lower(): (name, value) for name, value in (*provider.query, *route.query)}
     return Candidate(
         provider=provider,
         model=None if override is None else override.model,
@@ -298,14 +317,16 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         keys=KeyPlaces(
             passes=provider.pass_credential,
             query=None if provider.key_query is None else provider.key_query.encode("ascii"),
+            dropped=names_of(drop_query),
         ),
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
-            dropped=tuple(name.encode("ascii") for name in provider.drop_headers),
+            dropped=tuple(name.encode("ascii") for name in drop_headers),
             credential=credential,
-            defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in provider.headers),
+            defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in headers.items()),
             accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
         ),
+        query=QueryRewriter(drop_query, query.values()) if drop_query or query else None,
         base=provider.url.path.encode("ascii"),
     )
 

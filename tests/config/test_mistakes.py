@@ -118,6 +118,21 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.drop_headers", '["a b"]', "[0]", "a token"),
     ("providers.p.drop_headers", '["via"]', "[0]", "a header that neither the proxy nor HTTP's"),
     ("providers.p.drop_headers", '["connection"]', "[0]", "a header that neither the proxy nor"),
+    ("providers.p.query", '"a=b"', "", "expected a table, got a string"),
+    ("providers.p.query", '{ "a b" = "a" }', '."a b"', "the name of a parameter"),
+    ("providers.p.query", '{ Api-Key = "a" }', ".Api-Key", "no parameter that carries a key here"),
+    ("providers.p.query", '{ key = "a" }', ".key", "use `credential`"),
+    ("providers.p.query", '{ A = "a", a = "a" }', ".a", 'but "A" stands there already'),
+    ("providers.p.query", '{ a = "b\\n" }', ".a", "a string without control characters"),
+    ("providers.p.query", "{ a = 1 }", ".a", "a string without control characters"),
+    ("providers.p.drop_query", '"a"', "", "an array"),
+    ("providers.p.drop_query", '["a=b"]', "[0]", "the name of a parameter"),
+    ("routes[0].query", '{ access_token = "a" }', ".access_token", "no parameter that carries"),
+    ("routes[0].drop_query", '["a&b"]', "[0]", "the name of a parameter"),
+    ("routes[0].headers", '{ X-Api-Key = "a" }', ".X-Api-Key", "no header that carries a key"),
+    ("routes[0].headers", '{ Authorization = "a" }', ".Authorization", "no header that carries"),
+    ("routes[0].headers", '{ via = "a" }', ".via", "neither the proxy nor HTTP's framing owns"),
+    ("routes[0].drop_headers", '["host"]', "[0]", "neither the proxy nor HTTP's framing owns"),
     ("providers.p.ca", '"ca.pem"', "", "an absolute path"),
     ("providers.p.ca", '"/no/such.pem"', "", "a PEM file of certificates (No such file"),
     ("providers.p.ca", '"/dev/null"', "", "a PEM file of certificates"),
@@ -241,6 +256,13 @@ def test_headers_that_carry_a_key(name: str) -> None:
     )
     assert added.startswith(f"providers.p.headers.{name}: expected no header that carries a key")
     assert recorded.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_a_route_does_not_set_a_providers_credential() -> None:
+    """The field in which its provider gets the credential is the credential's alone."""
+    changes = {"providers.p.header": '"X-Custom"', "routes[0].headers": '{ x-custom = "a" }'}
+    (problem,) = problems_of(changes)
+    assert problem.startswith("routes[0].headers.x-custom: expected no header that carries a key")
 
 
 @pytest.mark.parametrize("name", ["accept", "cookie", "user-agent", "x-session", "openai-beta"])
@@ -395,9 +417,10 @@ ORDER = """
     limits request_head, request_body, request_memory, response_head, accumulate, event,
         connections_per_address, drains
     providers.q dialect, pass_credential, key_query, header, url, credential, format, headers,
-        drop_headers, ca, pool, timeouts
-    routes[1] path, providers, name, hosts, models, strip, override, timeouts, accept_encoding,
-        include_usage, on_disconnect, drain_for, error_event, capture, request_body
+        drop_headers, query, drop_query, ca, pool, timeouts
+    routes[1] path, providers, name, hosts, models, strip, override, timeouts, headers,
+        drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
+        drain_for, error_event, capture, request_body
     trace jsonl, ledger, keep, otlp, session_header
     clients.c keys, routes, models
 """
