@@ -22,6 +22,7 @@ from llmproxy.gateway.admission import Rules, admit, early_refusal, needs_model
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
@@ -132,7 +133,10 @@ class Gateway(Handler):
         exchange.decoded_body = b""
 
         name = trace.id.encode("ascii")
-        request.start(response.code, for_client(response.fields, response.first, name))
+        fields = for_client(response.fields, response.first, name)
+        if response.code == NOT_FOUND:
+            fields += hint_fields(match)
+        request.start(response.code, fields)
         await self._pump(exchange, match, response)
         request.finish()
         if (delivered := request.when_delivered()) is not None:

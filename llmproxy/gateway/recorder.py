@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.hints import NOT_FOUND, hint_for_operator
 from llmproxy.policy.auth import holds_made_key
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
@@ -91,7 +92,8 @@ class Recorder:
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
-        self._write(exchange.trace, exchange.labels(), error)
+        hint = None if exchange.status != NOT_FOUND else hint_for_operator(exchange)
+        self._write(exchange.trace, exchange.labels(), error, hint)
 
     def close_all(self) -> None:
         """End the requests that outlive their clients, each with what is known of it so far."""
@@ -120,13 +122,19 @@ class Recorder:
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
         return bare_response(error, now=now, request_id=trace.id)
 
-    def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
+    def _write(
+        self,
+        trace: Trace,
+        labels: tuple[str, ...],
+        error: ProxyError | None,
+        hint: str | None = None,
+    ) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
         self._sink.write(trace)
         if error is not None and error.detail:
             self._access(trace, error.cause, error.detail)
         else:
-            self._access(trace, None, None)
+            self._access(trace, None, hint)
 
 
 def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:

@@ -96,6 +96,11 @@ class RouteMatch(msgspec.Struct, frozen=True):
         """Return whether the path that this candidate gets names a model."""
         return bool(path_models(candidate.base + self.path, is_call=self.is_call).names)
 
+    def doubled(self, candidate: Candidate) -> bytes:
+        """Return the segment that ends this candidate's own path and begins ours, or nothing."""
+        last = candidate.base.rpartition(b"/")[2]
+        return last if last and self.path.split(b"/", 2)[1:2] == [last] else b""
+
     def target(self, candidate: Candidate) -> bytes:
         """Return path and query for this candidate.
 
@@ -257,7 +262,10 @@ class Routes:
     def __init__(self, config: Config) -> None:
         self._default_limit = config.limits.request_body
         self._clients = _Clients(config)
-        self._routes = sorted((_prepare(config, route) for route in config.routes), key=_rank)
+        self._routes = sorted(
+            (_prepare(config, route) for route in config.routes),
+            key=lambda one: _rank_of(one.route),
+        )
         self._known: dict[tuple[bytes, str], PathMatch] = {}
 
     def at(self, path: bytes, host: str) -> PathMatch:
@@ -273,6 +281,31 @@ class Routes:
             if len(self._known) < _MOST_KNOWN and len(path) + len(host) < _LONGEST_KNOWN:
                 self._known[path, host] = match
         return match
+
+
+def shadowed(config: Config) -> list[tuple[int, int]]:
+    """Return the routes to which no request can come, by their places in the file.
+
+    Each comes with the route that takes all that it would take: it has the same path, is tried
+    earlier, and takes the same hosts and models, or more.
+    """
+    ranked = sorted(enumerate(config.routes), key=lambda one: _rank_of(one[1]))
+    found = []
+    for place, (at, route) in enumerate(ranked):
+        for before, other in ranked[:place]:
+            if other.path == route.path and _takes_all_of(other, route):
+                found.append((at, before))
+                break
+    return sorted(found)
+
+
+def _takes_all_of(one: Route, other: Route) -> bool:
+    """Return whether a route takes every host and model that another one takes."""
+    hosts = one.hosts is None or (other.hosts is not None and set(other.hosts) <= set(one.hosts))
+    models = _ANY_MODEL if other.models is None else other.models
+    takes = _matcher(_ANY_MODEL if one.models is None else one.models)
+    # A star of a pattern is matched, as if it were a letter, only by another pattern's star.
+    return hosts and all(takes(NoModel.WITHOUT_BODY if m == "-" else m) for m in models)
 
 
 def refuse_dots(path: bytes) -> None:
@@ -331,9 +364,10 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
     )
 
 
-def _rank(one: _Prepared) -> tuple[int, int]:
-    said = (one.hosts is not None) + (one.route.models is not None)
-    return -len(one.prefix), -said
+def _rank_of(route: Route) -> tuple[int, int]:
+    """Return what routes are sorted by: the longest path first, then the one that says more."""
+    said = (route.hosts is not None) + (route.models is not None)
+    return -len(route.path.rstrip("/")), -said
 
 
 def _joined(
