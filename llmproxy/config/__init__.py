@@ -149,6 +149,10 @@ def _text_of(path: str) -> str:
 
 
 def _toml(text: str, source: str) -> dict[str, object]:
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            [f"{source}: expected TOML without the byte order mark that it begins with"]
+        )
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -161,7 +165,13 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     context = root.context
     files = root.table("credentials", SECTIONS["credentials"])
     providers = root.named("providers", SECTIONS["providers.*"], provider_name)
-    context.credentials = Credentials(files.take("directory"), environ, problems)
+    context.credentials = Credentials(
+        files.take("directory"),
+        environ,
+        problems,
+        is_named=not files.lacks("directory"),
+        open_to_others=files.take("open_to_others"),
+    )
     context.providers = tuple(providers)
     config = Config(
         proxy=read_proxy(root.table("proxy", SECTIONS["proxy"])),

@@ -114,18 +114,26 @@ class Section:
         not_built: keys that the design has and this version has not; they are refused, never read
             and ignored.
         elsewhere: keys that are only known in ``[timeouts]``.
+        instead: what to write instead of keys that operators expect here, by those; ``{}`` stands
+            for the table's own name.
     """
 
     names: Collection[str]
     keys: Mapping[str, Key] = field(default_factory=dict)
     not_built: frozenset[str] = frozenset()
     elsewhere: Collection[str] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, struct: type[msgspec.Struct], *not_built: str) -> Section:
+    def of(
+        cls,
+        struct: type[msgspec.Struct],
+        *not_built: str,
+        instead: Mapping[str, str] | None = None,
+    ) -> Section:
         """Return the section whose keys ``struct`` declares."""
         keys = keys_of(struct)
-        return cls(tuple(keys), keys, frozenset(not_built))
+        return cls(tuple(keys), keys, frozenset(not_built), instead=instead or {})
 
     @classmethod
     def part_of(cls, struct: type[msgspec.Struct], name: str) -> Section:
@@ -134,14 +142,16 @@ class Section:
         own = {one: key for one, key in keys.items() if name in key.also_in}
         return cls(tuple(own), own, elsewhere=keys.keys() - own.keys())
 
-    def objection(self, name: str) -> str | None:
-        """Return what is wrong with a key of this ``name``, or ``None``."""
+    def objection(self, name: str, table: str = "") -> str | None:
+        """Return what is wrong with a key of this ``name`` in a ``table``, or ``None``."""
         if name in self.names:
             return None
         if name in self.not_built:
             return NOT_BUILT_YET
         if name in self.elsewhere:
             return "can only be set in [timeouts]"
+        if (instead := self.instead.get(name.lower().replace("-", "_"))) is not None:
+            return f"unknown key; {instead.format(table)}"
         return f"unknown key; {_hint(name, self.names)}"
 
 
@@ -195,7 +205,7 @@ class Table:
         if not self._is_table:
             problems.append(f"{path}: expected a table, got {kind(data)}")
         for key in self._data:
-            if section is not None and (objection := section.objection(key)):
+            if section is not None and (objection := section.objection(key, name)):
                 self.problem(key, objection)
 
     def __contains__(self, key: str) -> bool:

@@ -175,6 +175,11 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
     the start (``LoadCredential=``). Of that directory only the permissions of others are checked,
     because systemd may open the directory to the service by an access control list."""
 
+    open_to_others: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether others may read the directory, as Docker and Kubernetes mount one: everybody may
+    enter it, it belongs to root, and its files may be links. Set this key only where the container
+    keeps others away. A directory in which others may replace files is refused in any case."""
+
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Every deadline, in seconds; ``None`` is off."""
@@ -566,19 +571,32 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+_INLINE = ("key", "api_key", "apikey", "token", "access_token", "secret", "password", "auth")
+_WRITE_A_FILE = (
+    "no secret stands in this file: write the key into a file of its own in the credentials "
+    "directory, and here `credential` with the file's name"
+)
+_MAKE_A_KEY = (
+    "no key stands in this file: `llmproxy keys new {}` makes a key and prints its `keys` line"
+)
+
 SECTIONS: Mapping[str, Section] = {
     "proxy": Section.of(Proxy),
     "admin": Section.of(Admin, "token"),
     "credentials": Section.of(CredentialFiles),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),
-    "providers.*": Section.of(Provider, "max_streams"),
+    "providers.*": Section.of(
+        Provider, "max_streams", instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)
+    ),
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
     "routes": Section.of(Route, "balance", "retry_on", "heartbeat", "padding"),
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(
-        Client, "max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"
+        Client,
+        *("max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"),
+        instead=dict.fromkeys(_INLINE, _MAKE_A_KEY),
     ),
     "trace": Section.of(Trace),
 }

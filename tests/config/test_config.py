@@ -443,6 +443,7 @@ def test_what_a_file_sets_is_shown(directory: Path) -> None:
         (b"a = 1\nb =\n", "line 2"),
         (b"[proxy\n", "expected TOML"),
         (b"\xff", "expected UTF-8"),
+        (b"\xef\xbb\xbf[proxy]\n", "expected TOML without the byte order mark"),
         (b"a = " + b"[" * 100_000, "nested too deeply"),
         (b"a = " + b"9" * 5000, "expected TOML"),
     ],
