@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 
+from llmproxy.cli.check import check
 from llmproxy.cli.usage import add_usage
-from llmproxy.config import Config, ConfigError, load
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
 from llmproxy.policy.auth import KEY_PREFIX
@@ -36,21 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
-
-
-def check(args: argparse.Namespace) -> int:
-    """Check a configuration file, with the credential files that it names."""
-    try:
-        config = load(args.file, instance=args.instance, environ=os.environ)
-    except ConfigError as error:
-        return _tell_problems(error.problems, as_json=args.json)
-    counts = _counts(config)
-    if args.json:
-        print(json.dumps({"ok": True, "problems": [], **counts}))
-    else:
-        words = (f"{count} {noun if count != 1 else noun[:-1]}" for noun, count in counts.items())
-        print(f"{args.file}: ok: {', '.join(words)}")
-    return 0
 
 
 def keys_new(args: argparse.Namespace) -> int:
@@ -76,22 +59,6 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_problems(problems: Sequence[str], *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"ok": False, "problems": problems}))
-    else:
-        print("\n".join(problems), file=sys.stderr)
-    return 1
-
-
-def _counts(config: Config) -> dict[str, int]:
-    return {
-        "routes": len(config.routes),
-        "providers": len(config.providers),
-        "clients": len(config.clients),
-    }
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmproxy",
@@ -112,8 +79,10 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "check",
         help="check a configuration file",
         description="Check a configuration file as the daemon does at its start and at a reload. "
-        "Every problem is one line of stderr.",
-        epilog=_CODES.format(ok="the file can be used", no="it cannot"),
+        "Every problem is one line of stderr, and so is every warning: what can never work, what "
+        "is likely not meant, and what only the start can tell. A warning does not change the exit "
+        "code.",
+        epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
     )
     command.add_argument("file", metavar="FILE", help="the configuration file")
     command.add_argument(
@@ -124,7 +93,15 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what {instance} in the file stands for (default: %(default)s)",
     )
     command.add_argument(
-        "--json", action="store_true", help='print an object with "ok" and "problems" to stdout'
+        "--credentials",
+        metavar="DIR",
+        help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
+        "the folder of the files that LoadCredential= names",
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help='print an object with "ok", "problems" and "warnings" to stdout',
     )
     command.set_defaults(run=check)
 
