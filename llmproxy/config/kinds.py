@@ -12,13 +12,12 @@ from typing import Any, get_args
 
 import msgspec
 
+from llmproxy.config.endpoints import endpoint, endpoint_for_tls
 from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
     digest,
-    endpoint,
-    endpoint_for_tls,
     field_value,
     file_of_instance,
     header_name,

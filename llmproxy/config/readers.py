@@ -1,4 +1,4 @@
-"""Values that mean something to a proxy: endpoints, names, header fields, key digests.
+"""Values that mean something to a proxy: names, header fields, key digests.
 
 Each reader follows the promise of ``values.py``: it returns the value or raises ``Wrong``.  Nothing
 here knows a section or a struct.  A value that may be a secret that went astray is never shown.
@@ -13,17 +13,10 @@ import socket
 import ssl
 from collections.abc import Callable, Collection
 
+from llmproxy.config.endpoints import of_instance
 from llmproxy.config.url import has_odd_segment, host
-from llmproxy.config.values import Wrong, absolute_path, show, text, token
+from llmproxy.config.values import Wrong, absolute_path, show, token
 from llmproxy.http1.headers import KEY_FIELDS, is_owned
-
-#: Server endpoints of Twisted that make sense for a daemon.  The arguments are only glanced at:
-#: the reactor has the last word when it listens.
-_ENDPOINTS = frozenset({"tcp", "tcp6", "ssl", "tls", "unix", "systemd", "haproxy"})
-_PORTED = frozenset({"tcp", "tcp6", "ssl", "tls"})
-_ENDPOINT_SAMPLES = (
-    '"tcp:8080:interface=127.0.0.1", "unix:/run/llmproxy.sock" or "systemd:domain=INET:name=proxy"'
-)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
@@ -48,37 +41,13 @@ def instance_name(value: object) -> str:
     return value
 
 
-def endpoint(instance: str) -> Callable[[object], str]:
-    """Return a reader of Twisted's server endpoints, ``{instance}`` filled in."""
-
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not _is_endpoint(value):
-            raise Wrong(f"an endpoint such as {_ENDPOINT_SAMPLES}")
-        return _of_instance(text(value), instance)
-
-    return read
-
-
-def endpoint_for_tls(instance: str) -> Callable[[object], str]:
-    """Return a reader of endpoints below TLS, which is ended with the listener's own key."""
-    below = endpoint(instance)
-
-    def read(value: object) -> str:
-        found = below(value)
-        if found.removeprefix("haproxy:").split(":")[0] in ("ssl", "tls"):
-            raise Wrong('an endpoint without TLS of its own, such as "tcp:8443"')
-        return found
-
-    return read
-
-
 def file_of_instance(instance: str) -> Callable[[object], str]:
     """Return a reader of a file's absolute path, ``{instance}`` filled in."""
 
     def read(value: object) -> str:
         if absolute_path(value).endswith("/"):
             raise Wrong("the absolute path of a file")
-        return _of_instance(str(value), instance)
+        return of_instance(str(value), instance)
 
     return read
 
@@ -249,22 +218,3 @@ def key_hint(client: str) -> str:
 
 def _carries_key(name: str) -> bool:
     return name.encode("ascii") in KEY_FIELDS
-
-
-def _is_endpoint(value: str) -> bool:
-    kind, _, arguments = value.partition(":")
-    if kind not in _ENDPOINTS or not arguments:
-        return False
-    if kind == "haproxy":
-        return not arguments.startswith("haproxy:") and _is_endpoint(arguments)
-    first = arguments.split(":")[0]
-    if kind in _PORTED and "=" not in first and "{" not in first:
-        return first.isascii() and first.isdigit() and len(first) < 6 and int(first) <= 65535
-    return True
-
-
-def _of_instance(value: str, instance: str) -> str:
-    filled = value.replace("{instance}", instance)
-    if "{" in filled or "}" in filled:
-        raise Wrong('no braces but those of "{instance}"')
-    return filled

@@ -83,16 +83,18 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     listen: Annotated[tuple[str, ...], Key(ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
-    """Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
+    r"""Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
     ``unix:`` and ``systemd:`` (a socket that systemd opened). ``haproxy:`` can stand before any of
-    them (PROXY protocol). The check looks at the shape of an endpoint only; the start shows whether
-    the address is free. The array may be empty if there is a ``listen_tls``. Up to 4096 connections
-    wait to be accepted, or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint
-    sets another number. The kernel probes a connection after 30 s of silence, and ends it if the
-    caller has vanished (TCP keepalive). The socket file of ``unix:`` is open to its owner and group
-    (mode 0660); ``mode=`` in an endpoint sets another one. A ``haproxy:`` listener believes the
-    PROXY header of whoever reaches it: only the balancer may reach it, by ``interface=``, a
-    firewall or a ``unix:`` socket. Otherwise any caller can say any address."""
+    them (PROXY protocol). An IPv6 address has a backslash before each colon, so write it in single
+    quotes: ``'tcp6:8080:interface=\:\:1'``. ``llmproxy check`` refuses what cannot be listened on;
+    only the start shows whether the address is free. The array may be empty if there is a
+    ``listen_tls``. Up to 4096 connections wait to be accepted, or as many as ``net.core.somaxconn``
+    allows; ``backlog=`` in an endpoint sets another number. The kernel probes a connection after 30
+    s of silence, and ends it if the caller has vanished (TCP keepalive). The socket file of
+    ``unix:`` is open to its owner and group (mode 0660); ``mode=`` in an endpoint sets another one.
+    A ``haproxy:`` listener believes the PROXY header of whoever reaches it: only the balancer may
+    reach it, by ``interface=``, a firewall or a ``unix:`` socket. Otherwise any caller can say any
+    address."""
 
     listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
     """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see

@@ -80,7 +80,8 @@ def test_check_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_check_for_an_instance(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is checked for the instance that is named."""
     assert main(["check", str(config_file), "--instance", "7"]) == 0
-    assert main(["check", str(config_file), "--instance", "x"]) == 0
+    assert main(["check", str(config_file), "--instance", "x"]) == 1
+    assert "a port from 0 to 65535" in capsys.readouterr().err
     config_file.write_text(GOOD.replace("tcp:808{instance}", "tcp:{instnace}"))
     assert main(["check", str(config_file), "--instance", "7"]) == 1
     assert "proxy.listen[0]" in capsys.readouterr().err

@@ -236,7 +236,6 @@ def test_urls(written: str, url: tuple[str, str, int, str], netloc: str | None) 
         "tcp:0",
         "tcp:port=8080:interface=0.0.0.0",
         "tcp6:8080",
-        "ssl:8443:privateKey=/k.pem",
         "unix:/run/a b.sock:mode=660",
         "systemd:domain=INET:name=proxy",
         "haproxy:tcp:8080",

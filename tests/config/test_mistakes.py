@@ -25,6 +25,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("proxy.listen", '["tcp:"]', "[0]", "an endpoint"),
     ("proxy.listen", '["tcp:http"]', "[0]", "an endpoint"),
     ("proxy.listen", '["tcp:65536"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["tcp:port=65536"]', "[0]", "a port from 0 to 65535"),
     ("proxy.listen", '["haproxy:8080"]', "[0]", "an endpoint"),
     ("proxy.listen", '["unix:/a\\u0000"]', "[0]", "without control characters"),
     ("proxy.listen", '["unix:/{instnace}"]', "[0]", 'no braces but those of "{instance}"'),
