@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``check``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``keys``, ``usage`` and ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llmproxy.cli.check import check
-from llmproxy.cli.usage import add_usage
+from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
 from llmproxy.policy.auth import KEY_PREFIX
@@ -50,6 +50,18 @@ def keys_new(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_daemon(args: argparse.Namespace) -> int:
+    """Run the daemon in the foreground, just as twistd does."""
+    # Not at the top: twistd brings much that no other command needs.
+    from twisted.scripts.twistd import run
+
+    # twistd reads the command line of the process.
+    sys.argv = ["twistd", "-n", "--pidfile=", "llmproxy", *("--config", args.config)]
+    sys.argv += ["--instance", args.instance]
+    run()
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     """Run the proxy with an embedded provider until it is interrupted."""
     # Not at the top: the demo brings the reactor, and no other command needs one.
@@ -62,16 +74,46 @@ def run_demo(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmproxy",
-        description="Tools beside the daemon, which `twistd -n llmproxy --config FILE` starts.",
+        description="The daemon, and tools beside it.",
         epilog=_CODES.format(ok="done", no="the answer is no, or it failed"),
     )
     parser.add_argument("--version", action="version", version=f"llmproxy {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
     _add_check(commands)
     _add_keys(commands)
     add_usage(commands)
     _add_demo(commands)
     return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "run",
+        help="run the daemon in the foreground",
+        description="Run the daemon in the foreground: the same as "
+        "`twistd -n --pidfile= llmproxy --config FILE`. It logs JSON to stdout. SIGTERM and Ctrl-C "
+        "let running responses end, SIGHUP reads the configuration again.",
+        epilog=_CODES.format(ok="it was stopped", no="it could not start"),
+    )
+    command.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="the configuration file (default: %(default)s)",
+    )
+    _add_instance(command)
+    command.set_defaults(run=run_daemon)
+
+
+def _add_instance(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--instance",
+        default="0",
+        type=_value_of(instance_name),
+        metavar="NAME",
+        help="what {instance} in the file stands for (default: %(default)s)",
+    )
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -85,13 +127,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
     )
     command.add_argument("file", metavar="FILE", help="the configuration file")
-    command.add_argument(
-        "--instance",
-        default="0",
-        type=_value_of(instance_name),
-        metavar="NAME",
-        help="what {instance} in the file stands for (default: %(default)s)",
-    )
+    _add_instance(command)
     command.add_argument(
         "--credentials",
         metavar="DIR",

@@ -147,6 +147,8 @@ def test_a_person_reads_what_to_do_with_a_key(
         (["nothing"], "invalid choice"),
         (["check"], "FILE"),
         (["check", "a", "--instance", "a/b"], "expected up to 64 letters"),
+        (["run", "--instance", "a/b"], "expected up to 64 letters"),
+        (["run", "FILE"], "unrecognized arguments"),
         (["keys"], "COMMAND"),
         (["keys", "new"], "NAME"),
         (["keys", "new", "a b"], "expected a name"),
@@ -175,7 +177,9 @@ def test_a_wrong_command_line(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]], ids=" ".join
+    "command",
+    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]],
+    ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The help of each command names the exit codes, in plain ASCII."""
