@@ -206,12 +206,13 @@ def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:
 
 
 def _check_session_header(config: Config, problems: list[str]) -> None:
-    name = config.trace.session_header
-    if any(name == provider.header for provider in config.providers.values()):
-        problems.append(
-            "trace.session_header: expected a header that carries no key, "
-            f"but a provider's `header` is {show(name)}"
-        )
+    carriers = {provider.header for provider in config.providers.values()}
+    for name in config.trace.session_header:
+        if name in carriers:
+            problems.append(
+                "trace.session_header: expected a header that carries no key, "
+                f"but a provider's `header` is {show(name)}"
+            )
 
 
 def _check_route_headers(config: Config, problems: list[str]) -> None:

@@ -117,6 +117,20 @@ def array(
     return Kind("array of strings", read, show)
 
 
+def one_or_more(reader: Reader[Any]) -> Kind:
+    """Return the kind of an array of values, or of one value that stands for an array of it."""
+    several = array(lambda table: reader, may_be_empty=True)
+    missing = object()
+
+    def read(table: Table, key: Key) -> object:
+        if not table.is_string(key.name):
+            return several.read(table, key)
+        found = table.read(key.name, reader, missing)
+        return table.default(key) if found is missing else (found,)
+
+    return Kind("array of strings, or string", read, several.show)
+
+
 def part(section: Section) -> Kind:
     """Return the kind of a table in which some of the keys of ``section`` are set."""
 

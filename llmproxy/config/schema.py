@@ -214,6 +214,10 @@ class Table:
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
 
+    def is_string(self, key: str) -> bool:
+        """Tell whether ``key`` holds a string."""
+        return isinstance(self._data.get(key), str)
+
     def lacks(self, key: str) -> bool:
         """Tell whether ``key`` is absent; nothing is absent from what is no table at all."""
         return self._is_table and key not in self._data

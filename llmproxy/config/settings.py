@@ -48,6 +48,7 @@ from llmproxy.config.kinds import (
     URL,
     by_name,
     candidate,
+    one_or_more,
     part,
     value,
     whole_number,
@@ -511,7 +512,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where the record of each request goes; ``None`` is nowhere.
 
-    ``keep`` is in seconds (``None``: for ever), ``session_header`` lower-case.
+    ``keep`` is in seconds (``None``: for ever), names in ``session_header`` lower-case.
     """
 
     jsonl: Annotated[str | None, Key(FILE)] = None
@@ -533,10 +534,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     ``/v1/traces`` below this URL. With ``https`` the system must trust the collector's
     certificate."""
 
-    session_header: Annotated[str, Key(value(session_header))] = "x-session-id"
-    """The header in which callers name their session. Up to 256 printable characters are recorded.
-    The header may not be one that carries a key, nor ``cookie``, nor one that the proxy or HTTP's
-    framing owns."""
+    session_header: Annotated[tuple[str, ...], Key(one_or_more(session_header))] = (
+        *("x-session-id", "x-claude-code-session-id", "session_id", "session-id"),
+    )
+    """The headers in which callers name their session: the first one of this array that a request
+    has counts. Up to 256 printable characters are recorded. A header may not be one that carries a
+    key, nor ``cookie``, nor one that the proxy or HTTP's framing owns. By default: opencode and
+    programs of your own send ``x-session-id``, Claude Code ``x-claude-code-session-id``, Codex
+    ``session-id``, and older releases of Codex ``session_id``."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,7 +61,7 @@ class Recorder:
         self._clock = clock
         self.now = wall
         self._instance = instance
-        self._session_header = b"x-session-id"
+        self._session_headers: tuple[bytes, ...] = (b"x-session-id",)
         self._running: set[Exchange] = set()
 
     @property
@@ -74,13 +74,17 @@ class Recorder:
         """The requests that are being served."""
         return self._running
 
-    def follow(self, session_header: str) -> None:
-        """Take a request's session from this field from now on; its name is in lower case."""
-        self._session_header = session_header.encode("ascii")
+    def follow(self, session_headers: tuple[str, ...]) -> None:
+        """Take a request's session from the first of these fields that it has from now on.
+
+        Args:
+            session_headers: names in lower case.
+        """
+        self._session_headers = tuple(name.encode("ascii") for name in session_headers)
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        trace = new_trace(request, self._session_header, time=self.now(), instance=self._instance)
+        trace = new_trace(request, self._session_headers, time=self.now(), instance=self._instance)
         exchange = Exchange(request, trace, self._clock())
         self._running.add(exchange)
         self._metrics.request_began()
@@ -137,14 +141,21 @@ class Recorder:
             self._access(trace, None, hint)
 
 
-def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:
+def new_trace(
+    request: Request, session_headers: tuple[bytes, ...], *, time: float, instance: str
+) -> Trace:
     """Return the record of a request that has just come in, with a new id.
 
     Args:
-        session_header: the field in which callers name their session, in lower case.
+        session_headers: the fields in which callers name their session, in lower case.
         time: seconds since the epoch.
     """
     first = request.first
+    session = None
+    for name in session_headers:
+        if name in first:
+            session = _text(first[name])
+            break
     return Trace(
         time=timestamp(time),
         id=_new_id(),
@@ -152,7 +163,7 @@ def new_trace(request: Request, session_header: bytes, *, time: float, instance:
         instance=instance,
         peer=request.channel.peer_name,
         user_agent=_text(first.get(b"user-agent")),
-        session=_text(first.get(session_header)),
+        session=session,
         method=request.method.decode("ascii", "backslashreplace"),
         path=_path(request.path),
     )

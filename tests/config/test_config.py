@@ -130,7 +130,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "ledger": None,
             "keep": "30d",
             "otlp": None,
-            "session_header": "x-session-id",
+            "session_header": [
+                *("x-session-id", "x-claude-code-session-id", "session_id", "session-id"),
+            ],
         },
     }
     config = accepted({})
@@ -281,7 +283,7 @@ def test_a_whole_trace() -> None:
         ledger="/var/ledger",
         keep=36 * 3600,
         otlp=Url(scheme="https", host="otel.example", port=4318, path="/base"),
-        session_header="x-conversation",
+        session_header=("x-conversation",),
     )
     kept = accepted({"trace.ledger": '"/var/ledger"', "trace.keep": '"off"'})
     assert kept.trace.keep is None
@@ -290,6 +292,15 @@ def test_a_whole_trace() -> None:
 def test_a_session_is_not_named_by_the_key_of_a_provider() -> None:
     """The field that carries a credential is not recorded, whatever it is called."""
     (problem,) = problems_of({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
+    assert problem.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_sessions_may_be_named_in_several_fields() -> None:
+    """Their order is kept; no field names no session."""
+    for written, read in (('["X-B", "x-a"]', ("x-b", "x-a")), ("[]", ())):
+        assert accepted({"trace.session_header": written}).trace.session_header == read
+    carrier = {"providers.p.header": '"x-key"', "trace.session_header": '["x-a", "X-Key"]'}
+    (problem,) = problems_of(carrier)
     assert problem.startswith("trace.session_header: expected a header that carries no key")
 
 

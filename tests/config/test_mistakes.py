@@ -69,6 +69,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.otlp", '"http://key@host"', "", "without a user or password"),
     ("trace.session_header", '"x session"', "", "a header's name"),
     ("trace.session_header", '"cookie"', "", "a header that carries no key"),
+    ("trace.session_header", '["x-a", "cookie"]', "[1]", "a header that carries no key"),
+    ("trace.session_header", "1", "", "expected an array"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
     ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
     ("providers.p.url", "1", "", "an http:// or https:// URL"),
