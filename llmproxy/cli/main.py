@@ -9,7 +9,9 @@ Exit codes: 0 done, 1 the answer is no (or it failed), 2 the command line is wro
 from __future__ import annotations
 
 import argparse
+import getpass
 import hashlib
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from llmproxy.config.values import Wrong
 from llmproxy.policy.auth import KEY_PREFIX
 from llmproxy.version import version
 
+_KEY_LINE = re.compile(rb"([!-~]+)(?:\r?\n)?")
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
 
@@ -40,7 +43,7 @@ def keys_new(args: argparse.Namespace) -> int:
     """Print a new key, and the line of the configuration that lets it in."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     print(key)
-    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+    _print_keys_line(key)
     if sys.stderr.isatty():
         print(
             f"The first line is the key: hand it over and keep no copy.\n"
@@ -48,6 +51,27 @@ def keys_new(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def keys_hash(args: argparse.Namespace) -> int:
+    """Print the line of the configuration that lets a key in which the caller has already."""
+    if args.argument:
+        args.parser.error("the key is read from standard input: arguments are seen by everybody")
+    asks = sys.stdin.isatty()
+    read = getpass.getpass("Key: ").encode() if asks else sys.stdin.buffer.read()
+    key = _KEY_LINE.fullmatch(read)
+    if key is None:
+        print(
+            "expected one key on standard input: a line of visible ASCII, no spaces",
+            file=sys.stderr,
+        )
+        return 1
+    _print_keys_line(key[1].decode("ascii"))
+    return 0
+
+
+def _print_keys_line(key: str) -> None:
+    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
 
 
 def run_daemon(args: argparse.Namespace) -> int:
@@ -145,11 +169,12 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     keys = commands.add_parser(
         "keys",
-        help="make keys for clients",
-        description="Make keys for clients.",
+        help="make keys for clients, or let existing ones in",
+        description="Make keys for clients, or let existing ones in.",
         epilog=_CODES.format(ok="done", no="it failed"),
     )
-    command = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    parsers = keys.add_subparsers(required=True, metavar="COMMAND")
+    command = parsers.add_parser(
         "new",
         help="print a new key and its line for the configuration",
         description="Print a new key on the first line and, on the second, the line for "
@@ -160,6 +185,16 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "name", metavar="NAME", type=_value_of(client_name), help="the client that gets the key"
     )
     command.set_defaults(run=keys_new)
+    command = parsers.add_parser(
+        "hash",
+        help="read a key from stdin and print its line for the configuration",
+        description="Read an existing key from standard input (on a terminal it is asked for, and "
+        "not shown) and print the line for [clients.NAME] that lets it in. The key is never an "
+        "argument, which everybody on the machine can see.",
+        epilog=_CODES.format(ok="done", no="what was read is no key"),
+    )
+    command.add_argument("argument", nargs="*", help=argparse.SUPPRESS)
+    command.set_defaults(run=keys_hash, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -213,7 +213,10 @@ def digest(client: str) -> Callable[[object], bytes]:
 def key_hint(client: str) -> str:
     """Return how an operator gets a key for ``client`` and its line for the file."""
     named = client if _NAME.fullmatch(client) and client != "anonymous" else "NAME"
-    return f"`llmproxy keys new {named}` makes a key and prints this line"
+    return (
+        f"`llmproxy keys new {named}` makes a key and prints this line; "
+        "`llmproxy keys hash` prints it for a key that is there"
+    )
 
 
 def _carries_key(name: str) -> bool:

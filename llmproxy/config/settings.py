@@ -493,7 +493,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     ``Bearer``), ``x-api-key``, ``api-key``, ``x-goog-api-key`` or ``x-llmproxy-key``; an empty one
     counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex
     digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
-    line, and this line of the file on its second. No two clients share a key."""
+    line, and this line of the file on its second. ``llmproxy keys hash`` reads an existing key from
+    standard input, and prints this line. No two clients share a key."""
 
     routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
     """The names of the routes that the client may use. ``"*"`` is all routes."""

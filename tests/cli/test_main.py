@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import sys
@@ -140,6 +141,54 @@ def test_a_person_reads_what_to_do_with_a_key(
     assert "llmp_" not in captured.err
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_the_digest_of_an_existing_key(
+    end: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is read from standard input; what is printed lets it in, and does not show it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"their-Key=1" + end.encode())))
+    assert main(["keys", "hash"]) == 0
+    captured = capsys.readouterr()
+    digest = hashlib.sha256(b"their-Key=1").hexdigest()
+    assert (captured.out, captured.err) == (f'keys = ["sha256:{digest}"]\n', "")
+
+
+@pytest.mark.parametrize(
+    "read", [b"", b"\n", b"a\nb\n", b" a\n", b"a ", b"a b", b"\xff", b"\xc3\xa4", b"a\0", b"a\n\n"]
+)
+def test_what_is_no_key_has_no_digest(
+    read: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client could send it in a header, so its digest would let nobody in."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(read)))
+    assert main(["keys", "hash"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        captured.err == "expected one key on standard input: a line of visible ASCII, no spaces\n"
+    )
+
+
+def test_a_person_types_a_key_unseen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal the key is asked for, and not shown."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "k" if prompt == "Key: " else "")
+    assert main(["keys", "hash"]) == 0
+    assert hashlib.sha256(b"k").hexdigest() in capsys.readouterr().out
+
+
+def test_a_key_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever gives it as one has shown it to the machine; the command does not show it again."""
+    with pytest.raises(SystemExit) as caught:
+        main(["keys", "hash", "their-key"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "standard input" in captured.err
+    assert "their-key" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,7 +227,7 @@ def test_a_wrong_command_line(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]],
+    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["keys", "hash"], ["usage"], ["demo"]],
     ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
