@@ -31,6 +31,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 
 run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foreground (ARGS="--help")
+	@echo "Starting the proxy with a demo provider ..."
 	@exec $(BIN)/llmproxy demo $(ARGS)
 
 test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
@@ -101,12 +102,15 @@ clean: ## away with everything that was made here
 	@rm -f twisted/plugins/dropin.cache
 
 $(BIN)/python:
+	@echo "Making a Python environment in $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(RUN_STAMP): $(BIN)/python $(INPUTS)
+	@echo "Installing the proxy and what it needs into $(VENV), once; it can take a minute ..."
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(DEV_STAMP): $(BIN)/python $(INPUTS)
+	@echo "Installing what tests and checks need into $(VENV), once; it can take some minutes ..."
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(RUN_STAMP) $@
