@@ -115,6 +115,8 @@ class Credentials:
             self._looked = True
             self._usable = self._from_environment()
         if self._usable is None:
+            if not _NAME.fullmatch(value):
+                raise _no_key("the credentials directory")
             return None
         return _content(self._usable, value)
 
@@ -177,14 +179,19 @@ def _content(directory: str, name: str) -> bytes:
             return file.read(_LARGEST_BYTES + len(b"\r\n") + 1)
     except OSError as error:
         if not shown:
-            raise Wrong(
-                "the name of a credential file, and no key: write the key into a file of its own "
-                f"in {directory}, and the file's name here",
-                hidden=True,
-            ) from None
+            raise _no_key(directory) from None
         raise Wrong(
             f"a file{shown} in {directory} that can be read ({error.strerror})", hidden=True
         ) from None
+
+
+def _no_key(directory: str) -> Wrong:
+    """Return what is wrong with what looks like a key in the place of a file's name."""
+    return Wrong(
+        "the name of a credential file, and no key: write the key into a file of its own "
+        f"in {directory}, and the file's name here",
+        hidden=True,
+    )
 
 
 def _value(content: bytes) -> str:

@@ -114,8 +114,8 @@ class Section:
         not_built: keys that the design has and this version has not; they are refused, never read
             and ignored.
         elsewhere: keys that are only known in ``[timeouts]``.
-        instead: what to write instead of keys that operators expect here, by those; ``{}`` stands
-            for the table's own name.
+        instead: what to write instead of keys that operators expect here, by those; ``*`` stands
+            for every other that is no slip. ``{}`` stands for the table's own name.
     """
 
     names: Collection[str]
@@ -150,9 +150,10 @@ class Section:
             return NOT_BUILT_YET
         if name in self.elsewhere:
             return "can only be set in [timeouts]"
-        if (instead := self.instead.get(name.lower().replace("-", "_"))) is not None:
-            return f"unknown key; {instead.format(table)}"
-        return f"unknown key; {_hint(name, self.names)}"
+        instead = self.instead.get(name.lower().replace("-", "_"))
+        if instead is None and not _close_to(name, self.names):
+            instead = self.instead.get("*")
+        return f"unknown key; {instead.format(table) if instead else _hint(name, self.names)}"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -327,8 +328,12 @@ def _default_of(one: msgspec.structs.FieldInfo) -> Callable[[], object] | None:
     return None if one.default_factory is msgspec.NODEFAULT else one.default_factory
 
 
+def _close_to(key: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(key[:80].lower(), known, n=1)
+
+
 def _hint(key: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(key[:80].lower(), known, n=1)
+    close = _close_to(key, known)
     if close:
         return f"did you mean {json.dumps(close[0])}?"
     return "expected one of " + ", ".join(known)

@@ -584,6 +584,7 @@ _WRITE_A_FILE = (
     "no secret stands in this file: write the key into a file of its own in the credentials "
     "directory, and here `credential` with the file's name"
 )
+_FILES = "no secret stands in this file: each has a file of its own in `directory`"
 _MAKE_A_KEY = (
     "no key stands in this file: `llmproxy keys new {}` makes a key and prints its `keys` line"
 )
@@ -591,7 +592,7 @@ _MAKE_A_KEY = (
 SECTIONS: Mapping[str, Section] = {
     "proxy": Section.of(Proxy),
     "admin": Section.of(Admin, "token"),
-    "credentials": Section.of(CredentialFiles),
+    "credentials": Section.of(CredentialFiles, instead={"*": _FILES}),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),
     "providers.*": Section.of(

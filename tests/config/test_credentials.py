@@ -132,6 +132,30 @@ def test_a_provider_with_a_key_inline(name: str, value: str) -> None:
     )
 
 
+def test_a_key_inline_before_there_is_a_directory() -> None:
+    """The first thing that a newcomer tries is reported for what it is, too."""
+    directory, problem = problems_of({"providers.p.credential": f'"{SECRET}"'})
+    assert directory.startswith("credentials.directory: expected a directory")
+    assert problem == (
+        "providers.p.credential: expected the name of a credential file, and no key: "
+        "write the key into a file of its own in the credentials directory, "
+        "and the file's name here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("openai-key", "no secret stands in this file: each has a file of its own in `directory`"),
+        ("directry", 'did you mean "directory"?'),
+    ],
+)
+def test_the_table_of_credentials_holds_none(name: str, words: str) -> None:
+    """It says where they are; a slip in that is still taken for one."""
+    (problem,) = problems_of({f"credentials.{name}": f'"{SECRET}"'})
+    assert problem == f"credentials.{name}: unknown key; {words}"
+
+
 @pytest.mark.parametrize("name", ["key", "api_key", "token", "secret", "password"])
 def test_a_client_with_a_key_inline(name: str) -> None:
     """The problem says how a client's key is given."""
