@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from llmproxy.config import Config, ConfigError, Provider, Route, load
 from llmproxy.config.credentials import ENVIRONMENT
+from llmproxy.config.endpoints import socket_path
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.policy.routes import shadowed
 
@@ -65,10 +66,23 @@ def warnings_of(config: Config) -> list[str]:
             f"routes[{at}]: no request comes here: "
             f"routes[{before}] takes all that this route would take"
         )
+    for key, endpoint in _endpoints(config):
+        if (path := socket_path(endpoint)) is not None:
+            found += _of_folder(key, os.path.dirname(path))
     for key, path in (("trace.jsonl", config.trace.jsonl), ("trace.ledger", config.trace.ledger)):
         if path is not None:
-            found += _of_records(key, path)
+            found += _of_folder(key, os.path.dirname(path)) or _of_records(key, path)
     return found
+
+
+def _endpoints(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield all that is listened on, each with its key."""
+    proxy, admin = config.proxy, config.admin
+    yield from (("proxy.listen", one) for one in proxy.listen)
+    yield from (("proxy.listen_tls", one) for one in proxy.listen_tls)
+    yield "admin.listen", admin.listen
+    if admin.metrics_listen is not None:
+        yield "admin.metrics_listen", admin.metrics_listen
 
 
 def _of_url(provider: Provider, routes: Sequence[Route]) -> Iterator[str]:
@@ -101,18 +115,23 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
-def _of_records(key: str, path: str) -> Iterator[str]:
-    """Yield what may keep the start from writing records to ``path``."""
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        yield (
-            f"{key}: {folder} is no folder: the start fails, "
-            "unless systemd makes it (LogsDirectory=, StateDirectory=)"
-        )
-    elif os.path.exists(path) and not os.path.isfile(path):
-        yield f"{key}: {path} is no file: the start fails"
-    elif not os.access(path if os.path.exists(path) else folder, os.W_OK, effective_ids=True):
-        yield f"{key}: the user of this check may not write {path}: the daemon's user must"
+def _of_folder(key: str, folder: str) -> list[str]:
+    """Return what may keep the start from making a file in ``folder``."""
+    if os.path.isdir(folder or "."):
+        return []
+    makers = "RuntimeDirectory=, LogsDirectory=, StateDirectory="
+    return [f"{key}: {folder} is no folder: the start fails, unless systemd makes it ({makers})"]
+
+
+def _of_records(key: str, path: str) -> list[str]:
+    """Return what may keep the start from writing records to ``path``, whose folder is there."""
+    exists = os.path.exists(path)
+    if exists and not os.path.isfile(path):
+        return [f"{key}: {path} is no file: the start fails"]
+    place = path if exists else os.path.dirname(path)
+    if not os.access(place, os.W_OK, effective_ids=True):
+        return [f"{key}: the user of this check may not write {path}: the daemon's user must"]
+    return []
 
 
 def _of_file(path: str) -> Iterator[str]:

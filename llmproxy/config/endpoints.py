@@ -17,7 +17,11 @@ _KINDS = frozenset({"tcp", "tcp6", "ssl", "tls", "unix", "systemd", "haproxy"})
 """Server endpoints that make sense for a daemon."""
 
 _PORTED = frozenset({"tcp", "tcp6", "ssl", "tls"})
-_POSITIONS = {"tcp": ("port", "interface", "backlog"), "systemd": ("domain", "index", "name")}
+_POSITIONS = {
+    "tcp": ("port", "interface", "backlog"),
+    "systemd": ("domain", "index", "name"),
+    "unix": ("address", "mode", "backlog"),
+}
 _SAMPLES = (
     '"tcp:8080:interface=127.0.0.1", "unix:/run/llmproxy.sock" or "systemd:domain=INET:name=proxy"'
 )
@@ -57,6 +61,12 @@ def endpoint_for_tls(instance: str) -> Callable[[object], str]:
         return below(value)
 
     return read
+
+
+def socket_path(endpoint: str) -> str | None:
+    """Return where an endpoint that was read puts its Unix socket, or None if it has none."""
+    kind, _, rest = endpoint.removeprefix("haproxy:").partition(":")
+    return _arguments(kind, rest).get("address") if kind == "unix" else None
 
 
 def of_instance(value: str, instance: str) -> str:

@@ -216,6 +216,23 @@ def test_a_folder_for_records_that_cannot_be_written(as_somebody: Path, capsys: 
     assert warning.startswith("trace.jsonl: the user of this check may not write")
 
 
+@pytest.mark.parametrize("key", ["proxy.listen", "admin.listen", "admin.metrics_listen"])
+def test_a_folder_for_a_unix_socket_that_is_not_there(
+    key: str, tmp_path: Path, capsys: Printed
+) -> None:
+    """It is as with records: systemd may make it; other endpoints need no folder."""
+    folder = tmp_path / "run: here"
+    quoted = str(folder).replace(":", "\\\\:")
+    endpoint = f'"unix:{quoted}/socket:mode=600"'
+    changes: dict[str, str | None] = {
+        key: f'["tcp:1", {endpoint}]' if key == "proxy.listen" else endpoint
+    }
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith(f"{key}: {folder} is no folder: the start fails, unless systemd")
+    folder.mkdir()
+    assert warnings_of(tmp_path, capsys, changes) == []
+
+
 # --- credentials ----------------------------------------------------------------------------------
 
 
