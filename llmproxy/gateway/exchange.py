@@ -38,6 +38,7 @@ class Exchange:
         endpoint: how the response can be read, or None where it cannot be.
         tap: reads the response.
         is_detached: the response is read on although the client has left, or was.
+        is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
         task: runs the gateway's story.
         timer: rings after ``total``.
@@ -45,8 +46,8 @@ class Exchange:
 
     __slots__ = (
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_asked", "has_length", "is_detached", "is_late", "left", "match", "relay", "request"),
-        *("response", "started", "status", "tap", "task", "timer", "trace"),
+        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
+        *("relay", "request", "response", "started", "status", "tap", "task", "timer", "trace"),
     )
 
     def __init__(self, request: Request, trace: Trace, started: float) -> None:
@@ -67,6 +68,7 @@ class Exchange:
         self.endpoint: Endpoint | None = None
         self.tap: StreamAccumulator | None = None
         self.is_detached = False
+        self.is_read_out = False
         self.detached_timer: Any = None
         self.task: Task | None = None
         self.timer: Any = None

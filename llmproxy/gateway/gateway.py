@@ -162,6 +162,7 @@ class Gateway(Handler):
                 end = EndReason.INTERNAL
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
+            exchange.is_read_out = end is EndReason.COMPLETE
             end, error = exchange.left.end, None  # no client waits for an error
         elif error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
