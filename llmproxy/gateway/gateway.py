@@ -25,10 +25,12 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
-from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
+from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
+from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
@@ -121,6 +123,12 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
+        if place.origins:
+            exchange.page = page_fields(request.first, place.origins)
+            if (fields := self._preflight(request, place)) is not None:
+                request.start(204, fields)
+                request.finish()
+                return EndReason.COMPLETE
         client = self._identify(exchange, place)
         facts = self._reader.read_at_once(exchange)
         if facts is None:
@@ -132,7 +140,10 @@ class Gateway(Handler):
         exchange.decoded_body = b""
 
         name = trace.id.encode("ascii")
-        request.start(response.code, for_client(response.fields, response.first, name))
+        fields = for_client(response.fields, response.first, name)
+        if exchange.page:
+            fields = for_page(fields, exchange.page)
+        request.start(response.code, fields)
         await self._pump(exchange, match, response)
         request.finish()
         if (delivered := request.when_delivered()) is not None:
@@ -171,6 +182,13 @@ class Gateway(Handler):
 
     # -- its steps ------------------------------------------------------------------------------
 
+    def _preflight(self, request: Request, place: PathMatch) -> Fields | None:
+        """Return the response to a preflight of a browser's, which shows no key; or None."""
+        fields = preflight_fields(request.method, request.first, place.origins)
+        if fields is not None:
+            admit(request, self._rules)
+        return fields
+
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
         request = exchange.request
         client: Client | None = request.caller
@@ -178,6 +196,8 @@ class Gateway(Handler):
             admit(request, self._rules)
             auth = self._rules.auth
             client = auth.identify(request.fields, request.uri, place.keys, request.first)
+            if client is ANONYMOUS and not place.keys.passes:
+                refuse_page(request.first, place.origins)
         elif request.refusal is not None:  # of its body: it was admitted before that came
             raise request.refusal
         exchange.trace.client = client.name
@@ -207,6 +227,8 @@ class Gateway(Handler):
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match
+        if exchange.page:
+            self._meet_page(exchange, client, match)
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
         trace.dialect = provider.dialect
@@ -215,6 +237,13 @@ class Gateway(Handler):
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _meet_page(self, exchange: Exchange, client: Client, match: RouteMatch) -> None:
+        """Go by the origins of the route alone: several may share the path."""
+        first, allowed = exchange.request.first, match.route.allowed_origins
+        exchange.page = page_fields(first, allowed)
+        if client is ANONYMOUS and not match.candidates[0].keys.passes:
+            refuse_page(first, allowed)
 
     async def _pump(self, exchange: Exchange, match: RouteMatch, response: Response) -> None:
         """Relay the body to the client, and a copy of it to the tap."""
