@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx curl slowhttptest go:golang-go node:nodejs debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
+PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
 ARGS   ?=
 # How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
 # file stay together, for they share what stands for their module; tests/conftest.py orders the files.
@@ -25,7 +25,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers peer-programs dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -80,7 +80,11 @@ bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a min
 bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one port (ARGS="--help")
 	@$(BIN)/python -m bench.capacity $(ARGS)
 
-peers: ## the other programs that tests talk to, by apt-get
+peers: peer-programs ## the other programs that tests talk to, by apt-get and npm
+	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser"; exit 0; fi; \
+	output=$$(npm ci --prefix tests/browser 2>&1) || { printf '%s\n' "$$output"; exit 1; }
+
+peer-programs:
 	@set -e; missing=; \
 	for peer in $(PEERS); do \
 	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${peer%:*} >/dev/null || missing="$$missing $${peer#*:}"; \

@@ -26,6 +26,7 @@ from llmproxy.config.readers import (
     parameter_name,
     parameter_value,
     reference,
+    web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
 from llmproxy.config.url import url
@@ -219,6 +220,7 @@ ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance)
 PROVIDERS = array(lambda table: reference(table.context.providers, "a provider"))
 ROUTES = array(_allowed_route)
 HOSTS = array(lambda table: host_value)
+ORIGINS = array(lambda table: web_origin, may_be_empty=True)
 DROPPED = array(lambda table: header_name, may_be_empty=True)
 KEY_QUERY = value(key_query, "boolean or string", lambda name: name or False)
 MODELS = array(lambda table: model_pattern)

@@ -23,6 +23,8 @@ _ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 _INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PATH = re.compile(r"/[!-~]*")
 _HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _PARAMETER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _WORD_MARKS = re.compile(r"[._-]")
@@ -110,6 +112,16 @@ def host_value(value: object) -> str:
         raise Wrong("a host's name or address without a port")
     found = host(value)
     return f"[{found}]" if ":" in found else found
+
+
+def web_origin(value: object) -> str:
+    """Read an origin as browsers write it in ``Origin`` (RFC 6454, section 6.1), or ``*``."""
+    if value == "*":
+        return "*"
+    if not isinstance(value, str) or not _ORIGIN.fullmatch(value.lower()):
+        raise Wrong('"*" or an origin such as "https://app.example", without a path')
+    scheme, _, place = value.lower().partition("://")
+    return f"{scheme}://{place.removesuffix(_DEFAULT_PORTS.get(scheme, ''))}"
 
 
 def header_name(value: object) -> str:

@@ -38,6 +38,7 @@ from llmproxy.config.kinds import (
     HOSTS,
     KEY_QUERY,
     MODELS,
+    ORIGINS,
     PARAMETERS,
     PRIVATE_KEY,
     PROVIDERS,
@@ -417,6 +418,14 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The route takes only requests that name one of these models, and reads of a list of
     models. Names are looked for in the body, the path and the query; ADR-0016 says where some
     providers take others from."""
+
+    allowed_origins: Annotated[tuple[str, ...], Key(ORIGINS)] = ()
+    """Web pages of these origins may call from a browser (CORS), such as ``"https://app.example"``;
+    ``"*"`` is any. A preflight gets its response from the proxy, and needs no key. Pages can read
+    all headers of a response, and errors of the proxy's own. The provider does not get ``Origin``,
+    and what it says of origins itself does not reach the page. Without this key, responses say
+    nothing of origins. A page of another site that shows no key gets a 403 in any case, if
+    ``anonymous`` would let it call with the provider's credential."""
 
     strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether the proxy cuts ``path`` off before it sends the request."""

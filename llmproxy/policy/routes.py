@@ -172,6 +172,7 @@ class PathMatch:
         keys: where callers' keys stand on the first route here.
         drops: the parameters of the query that cross on no route here.
         may_add: whether something may be added to a request body on some route here.
+        origins: of web pages that may call some route here.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class PathMatch:
         self._clients = clients
         self._needs_model = any(one.needs_model for one in found)
         self.may_add = any(one.route.include_usage == "inject" for one in found)
+        self.origins = frozenset(origin for one in found for origin in one.route.allowed_origins)
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)

@@ -24,6 +24,7 @@ from llmproxy.config import (
     load,
     parse,
 )
+from llmproxy.config.readers import web_origin
 from llmproxy.config.settings import SECTIONS
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
 from llmproxy.dialects.dialect import Dialect
@@ -108,6 +109,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "providers": ["p"],
                 "hosts": None,
                 "models": None,
+                "allowed_origins": [],
                 "strip": True,
                 "override": {},
                 "timeouts": {},
@@ -500,3 +502,19 @@ def test_instance_names(instance: str) -> None:
 def test_the_parameter_of_a_query_that_holds_a_key(value: str, name: str | None) -> None:
     """``true`` is the name that Google's clients use."""
     assert accepted({"providers.p.key_query": value}).providers["p"].key_query == name
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("*", "*"),
+        ("HTTPS://App.Example", "https://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example:80", "http://app.example"),
+        ("http://[::1]:5173", "http://[::1]:5173"),
+        ("tauri://localhost", "tauri://localhost"),
+    ],
+)
+def test_origins_are_as_browsers_write_them(written: str, read: str) -> None:
+    """In lower case, and without the port that the scheme has anyway."""
+    assert web_origin(written) == read

@@ -174,6 +174,11 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].hosts", '["[::1]:80"]', "[0]", "without a port"),
     ("routes[0].hosts", "[1]", "[0]", "a host's name"),
     ("routes[0].models", '"gpt"', "", "an array"),
+    ("routes[0].allowed_origins", '"*"', "", "an array"),
+    *(
+        ("routes[0].allowed_origins", f'["{odd}"]', "[0]", 'such as "https://app.example"')
+        for odd in ("app.example", "https://a/", "https://a/b", "null", "https://*.a", "http://")
+    ),
     ("routes[0].models", '["gpt", ""]', "[1]", 'a pattern such as "gpt-*"'),
     ("routes[0].strip", '"no"', "", "true or false"),
     ("routes[0].override", '{ q = { model = "m" } }', ".q", "one of the route's providers"),
@@ -421,8 +426,8 @@ ORDER = """
         connections_per_address, drains
     providers.q dialect, pass_credential, key_query, header, url, credential, format, headers,
         drop_headers, query, drop_query, ca, pool, timeouts
-    routes[1] path, providers, name, hosts, models, strip, override, timeouts, headers,
-        drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
+    routes[1] path, providers, name, hosts, models, allowed_origins, strip, override, timeouts,
+        headers, drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
         drain_for, error_event, capture, request_body
     trace jsonl, ledger, keep, otlp, session_header
     clients.c keys, routes, models
