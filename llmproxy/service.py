@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
@@ -48,9 +50,9 @@ from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
 from llmproxy.version import version
 
-DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
-
 _log = Logger()
+
+DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
 
 class Options(usage.Options):
@@ -88,6 +90,7 @@ def makeService(options: Options) -> ProxyService:
         config,
         reactor,
         reread=read,
+        source=options["config"],
         instance=options["instance"],
         log_file=log_opener(options.parent),
         environ=os.environ,
@@ -101,6 +104,7 @@ class ProxyService(Service):
         config: the checked configuration.
         reactor: connects, listens and keeps time.
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
+        source: the file that the configuration is from, for the log.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
         environ: where the service manager says how to reach it; by default there is no manager.
@@ -122,6 +126,7 @@ class ProxyService(Service):
         reactor: Any,
         *,
         reread: Callable[[], Config] | None = None,
+        source: str = "",
         instance: str = "0",
         log_file: Callable[[], LogFile] | None = None,
         environ: Mapping[str, str] | None = None,
@@ -130,6 +135,7 @@ class ProxyService(Service):
         self._config = config
         self._reactor = reactor
         self._reread = (lambda: self.setup.config) if reread is None else reread
+        self._source = source
         self._instance = instance
         self._log_file = log_file
         self._environ = environ or {}
@@ -169,6 +175,8 @@ class ProxyService(Service):
             self._log_writer.start()  # twistd has forked by now
             if self._handle_signals:
                 self._log_writer.catch_crash()
+        if self._source:
+            self._report_start()
         try:
             if self._handle_signals:
                 self._take_early_signals()
@@ -178,6 +186,18 @@ class ProxyService(Service):
         except (OSError, ValueError) as error:
             failed_start.report_failure(str(error), self._environ)
             raise SystemExit(failed_start.FAILED) from None
+
+    def _report_start(self) -> None:
+        """Begin the log with what runs, and what it goes by."""
+        _log.info(
+            "llmproxy {version} starts with {config}",
+            version=version(),
+            config=self._source,
+            instance=self._instance,
+            python=platform.python_version(),
+            twisted=metadata.version("twisted"),
+            reactor=type(self._reactor).__name__,
+        )
 
     def startService(self) -> None:
         """Everything listens: be ready."""

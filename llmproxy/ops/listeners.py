@@ -122,7 +122,7 @@ class Listeners:
                 _log.info(
                     "{site} listens no more on {address}",
                     site=listener.place.whose,
-                    address=str(listener.port.getHost()),
+                    address=_in_words(listener.port.getHost()),
                 )
                 _close(listener)
 
@@ -130,11 +130,12 @@ class Listeners:
         """Write to the log where the process listens; each port is reported once."""
         for place, port in self._unreported:
             where = port.getHost()
+            tls = place.tls is not None
             _log.info(
-                "{site} listens on {address}",
+                "{site} listens on {address} with TLS" if tls else "{site} listens on {address}",
                 site=place.whose,
-                tls=place.tls is not None,
-                address=str(where),
+                tls=tls,
+                address=_in_words(where),
                 port=getattr(where, "port", None),
             )
         self._unreported = []
@@ -199,6 +200,15 @@ def mistakes(config: Config, environ: Mapping[str, str]) -> list[str]:
         "and the instances, and start llmproxy.service"
         for name in unclaimed(texts, environ, pid=os.getpid())
     ]
+
+
+def _in_words(where: Any) -> str:
+    """Return an address of Twisted's as people write it."""
+    host = getattr(where, "host", None)
+    if host is None:
+        name = getattr(where, "name", None)
+        return f"unix:{os.fsdecode(name)}" if name else str(where)
+    return f"[{host}]:{where.port}" if ":" in host else f"{host}:{where.port}"
 
 
 def _close(listener: Listener) -> Deferred[Any]:

@@ -10,10 +10,10 @@ import pytest
 from tests.support.daemon import provider_config, route_table
 from tests.support.kernel import held
 from tests.support.live_proxy import Link, LiveProxy, assert_settles, live_fixture, trace_of
-from tests.support.scripts import Notes
+from tests.support.scripts import Notes, hold
 from tests.support.sockets import WAIT, Wire, request
 
-SHORT = 'timeouts = { first_byte = "150ms", idle = "150ms" }'
+NO_HEAD, SILENT = 'timeouts = { first_byte = "150ms" }', 'timeouts = { idle = "150ms" }'
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
 CLOSE = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -47,7 +47,10 @@ PHASES = {
 
 # Only a provider that falls silent has to be given up soon; the other breaks may take their time.
 live = live_fixture(
-    provider_config("URL", provider="KEYS") + route_table("/stall", "p", SHORT), both_links=True
+    provider_config("URL", provider="KEYS")
+    + route_table("/no-head", "p", NO_HEAD)
+    + route_table("/silent", "p", SILENT),
+    both_links=True,
 )
 
 
@@ -64,11 +67,12 @@ class StoppingProvider:
 
     def __call__(self, wire: Wire) -> None:
         """Serve one connection."""
+        if self._how == "stall":
+            hold(self.ended, self._sent)(wire)
+            return
         wire.read_request()
         wire.send(self._sent)
-        if self._how == "stall":
-            self.ended.put(wire.wait_closed())
-        elif self._how == "close_notify":
+        if self._how == "close_notify":
             wire.close_notify()
         elif self._how == "reset":
             _wait_acknowledged(wire)
@@ -103,7 +107,8 @@ def test_a_break_is_called_by_its_name_in_every_phase(
     script = live.script = StoppingProvider(phase.sent, how)
     tls = link.context is not None
     reason = expected(phase, how, tls)
-    route = "/stall/" if how == "stall" else "/p/"
+    short = "/no-head/" if phase.content is None else "/silent/"
+    route = short if how == "stall" else "/p/"
     path = route + request.node.callspec.id.replace(" ", "-")
     if phase.content is None:
         got = live.get(_get(path))

@@ -90,11 +90,18 @@ def stream(turn: Turn, *pieces: bytes, head: bytes = SSE) -> Script:
 
 
 def hold(ended: Notes, *raw: bytes) -> Script:
-    """Send these bytes and then nothing; note how the proxy ended the connection."""
+    """Send these bytes and then nothing; note how the proxy ended the connection.
+
+    It may have ended before all of that, where a deadline is short and the machine busy.
+    """
 
     def script(wire: Wire) -> None:
-        wire.read_request()
-        wire.send(*raw)
+        try:
+            wire.read_request()
+            wire.send(*raw)
+        except (OSError, EOFError):
+            ended.put("early")
+            raise
         ended.put(wire.wait_closed())
 
     return script
