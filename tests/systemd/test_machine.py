@@ -112,6 +112,7 @@ def install(machine: Machine) -> None:
     machine.run(OFFLINE.format("/srv") + sequence("Install it"))
     machine.run("cat > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.py", stdin=STUCK)
     machine.run("echo import stuck > $(echo /opt/llmproxy/lib/python3.*/site-packages)/stuck.pth")
+    machine.run("install -d -m 700 /etc/llmproxy/credentials")
     machine.write("/etc/llmproxy/credentials/openai-key", f"{KEY}\n", mode="600")
     for unit in ("llmproxy.service", "llmproxy@.service"):
         machine.write(f"/etc/systemd/system/{unit}.d/test.conf", DROP_IN)
