@@ -67,6 +67,7 @@ from llmproxy.net.tls import TlsTransport
 from llmproxy.net.transport import (
     has_failed,
     has_peer_left,
+    host_of,
     pending_bytes,
     raw_transport,
 )
@@ -264,7 +265,7 @@ class ClientConnection(http.HTTPChannel):
     def peer_name(self) -> str:
         """The client's address in words."""
         if self._peer_name is None:
-            self._peer_name = str(getattr(self.peer, "host", "unix"))
+            self._peer_name = host_of(self.peer) or "unix"
         return self._peer_name
 
     # -- in: heads ------------------------------------------------------------------------------
@@ -377,7 +378,7 @@ class ClientConnection(http.HTTPChannel):
 
     def _identify(self) -> None:
         """Count the client's address where a balancer had to say it first, or reject it."""
-        host = getattr(self.getPeer(), "host", None)
+        host = host_of(self.getPeer())
         refusal = None if host is None else self.site.limiter.recognise(host)
         if refusal is None:
             self.address = host
