@@ -86,8 +86,11 @@ With one read from the provider behind it (``net.tcp.READ_SIZE``) and all that a
 response holds less than 128 KiB.
 """
 
-_DRAIN_GRACE = 1.0
-"""Seconds for which an idle connection may still bring a request that was on its way."""
+_DRAIN_GRACE, _FIRST_GRACE = 1.0, 5.0
+"""Seconds for which an idle connection may still bring a request that was on its way in a drain.
+
+A client that has just connected will send one, and on a busy machine that takes longer.
+"""
 
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
@@ -194,7 +197,9 @@ class ClientConnection(http.HTTPChannel):
 
     def await_request(self) -> None:
         """Wait for the next request; while the process shuts down, for a short grace."""
-        idle = _DRAIN_GRACE if self.site.draining else self.site.timeouts.client_idle
+        idle = self.site.timeouts.client_idle
+        if self.site.draining:
+            idle = _DRAIN_GRACE if self.written else _FIRST_GRACE
         self.enter(Phase.IDLE, idle)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
