@@ -287,7 +287,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         Key(
             value(header_name),
             stated='default ``"x-api-key"`` for the dialect ``anthropic``, '
-            '``"authorization"`` for all others',
+            '``"x-goog-api-key"`` for ``gemini``, ``"authorization"`` for all others',
         ),
     ] = "authorization"
     """The header that carries the credential. It may not be a header that the proxy or HTTP's
@@ -297,7 +297,8 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Key(
             value(credential_format),
-            stated='default ``"{}"`` for the dialect ``anthropic``, ``"Bearer {}"`` for all others',
+            stated='default ``"{}"`` for the dialects ``anthropic`` and ``gemini``, '
+            '``"Bearer {}"`` for all others',
         ),
     ] = "Bearer {}"
     """The value of ``header``. ``{}`` stands for the credential, exactly once. The default follows

@@ -7,6 +7,8 @@ knows header fields, sockets or routes.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from llmproxy.dialects.dialect import Dialect
@@ -31,6 +33,23 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 
+_GEMINI_STATUSES = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+    501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+_looks_like_gemini = re.compile(
+    rb"/v1(?:alpha|beta)/(?!openai/)"
+    rb"|/v1/.*:(?:(?:streamG|g)enerateContent|countTokens|embedContent|batchEmbedContents)\Z"
+).match
+"""Below ``/v1beta/openai`` Google speaks OpenAI's API."""
+
 
 def dialect_of_path(path: bytes) -> Dialect:
     """Return the dialect of errors at a path to which no route leads.
@@ -42,6 +61,8 @@ def dialect_of_path(path: bytes) -> Dialect:
     """
     if path.startswith(b"/v1/messages"):
         return Dialect.ANTHROPIC
+    if _looks_like_gemini(path):
+        return Dialect.GEMINI
     return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
 
 
@@ -73,6 +94,10 @@ def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[
         }
     if dialect is Dialect.OLLAMA:
         return {"error": error.message}
+    if dialect is Dialect.GEMINI:
+        other = "INVALID_ARGUMENT" if error.status < 500 else "INTERNAL"
+        word = _GEMINI_STATUSES.get(error.status, other)
+        return {"error": {"code": error.status, "message": error.message, "status": word}}
     kind = _OPENAI_TYPES.get(error.status, _fallback_type(error.status, "server_error"))
     return {"error": {"message": error.message, "type": kind, "code": error.reason, "param": None}}
 

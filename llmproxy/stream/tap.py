@@ -31,6 +31,7 @@ from llmproxy.errors import EndReason
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from llmproxy.stream.document import Document, ends_of
 from llmproxy.stream.events import Event, Framing
+from llmproxy.stream.items import Items
 from llmproxy.stream.sniff import Sniffer
 
 _PIECE = 128 * 1024
@@ -150,7 +151,12 @@ class StreamAccumulator:
         self._decompressor: Decompressor | None = None
         self._framing: Framing | None
         self._framing = sniffer = Sniffer(
-            content_type, event, self._overlong, self._choose, has_lines=endpoint.has_lines
+            content_type,
+            event,
+            self._overlong,
+            self._choose,
+            has_lines=endpoint.has_lines,
+            has_array=endpoint.has_array,
         )
         self._is_stream = sniffer.expects_stream
         self._is_document = False
@@ -273,7 +279,7 @@ class StreamAccumulator:
                 if self._framing is None:
                     return
                 events = framing.feed(opened)
-                decompressor.spend(len(events) * _EVENT_COST)
+                decompressor.spend(len(events) * _EVENT_COST + framing.work)
                 self._take(events)
         except BadCoding:
             self._give_up(Degraded.ENCODING)
@@ -335,6 +341,8 @@ class StreamAccumulator:
         if is_cut and end is EndReason.COMPLETE:
             self._degrade(Degraded.ENCODING)
         self._take(events)
+        if isinstance(framing, Items) and not framing.is_closed:
+            self._seen.has_ended = False
         if is_long and not self._seen.has_counts:
             self._degrade(Degraded.OVERLONG)
 

@@ -26,6 +26,7 @@ CHAT = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
 RESPONSES = endpoint(Dialect.OPENAI, b"/v1/responses")
 MESSAGES = endpoint(Dialect.ANTHROPIC, b"/v1/messages")
 OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
+GEMINI = endpoint(Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:streamGenerateContent")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,23 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
         (Dialect.OLLAMA, b"/v1/messages", "anthropic messages"),
         (Dialect.OLLAMA, b"/v1/messages?beta=true", "anthropic messages"),
         (Dialect.OLLAMA, b"/v1/responses", "openai responses"),
+        (Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:generateContent", "gemini generate"),
+        (Dialect.GEMINI, b"/v1/models/m:streamGenerateContent?alt=sse", "gemini stream"),
+        (Dialect.GEMINI, b"/v1beta/models/m%3AstreamGenerateContent", "gemini stream"),
+        (Dialect.GEMINI, b"/v1beta/tunedModels/a:b:generateContent", "gemini generate"),
+        (Dialect.GEMINI, b"/v1beta/models/m:embedContent", "gemini embed"),
+        (Dialect.GEMINI, b"/v1beta/models/m:batchEmbedContents", "gemini embed"),
+        (
+            Dialect.GEMINI,
+            b"/v1/projects/p/locations/l/publishers/google/models/m:generateContent",
+            "gemini generate",
+        ),
+        (Dialect.GEMINI, b"/v1beta/models/m:countTokens", None),
+        (Dialect.GEMINI, b"/v1beta/models/m:batchGenerateContent", None),
+        (Dialect.GEMINI, b"/v1beta/models/generateContent", None),
+        (Dialect.GEMINI, b"/v1beta/openai/chat/completions", "openai chat"),
+        (Dialect.OPENAI, b"/v1beta/models/m:generateContent", "gemini generate"),
+        (Dialect.RAW, b"/v1beta/models/m:generateContent", None),
         (Dialect.RAW, b"/v1/messages", None),
         (Dialect.RAW, b"/v1/chat/completions", None),
     ],
@@ -76,7 +94,7 @@ def test_the_row_is_found_by_the_last_segments(
 def test_every_row_but_embeddings_has_an_end_marker() -> None:
     """Every row with an end marker says what an unread one may look like."""
     unmarked = {row.name for row in TABLE.values() if not row.end_marker}
-    assert unmarked == {"openai embeddings", "ollama embed"}
+    assert unmarked == {"openai embeddings", "ollama embed", "gemini embed"}
     assert {row.name for row in TABLE.values() if row.may_end is NEVER} == unmarked
 
 
@@ -95,6 +113,10 @@ def test_every_row_but_embeddings_has_an_end_marker() -> None:
         (b"/api/embeddings", "embeddings"),
         (b"/generate", "text_completion"),
         (b"/v2/chat", "chat"),
+        (b"/v1beta/models/m:generateContent", "generate_content"),
+        (b"/v1beta/models/m:streamGenerateContent", "generate_content"),
+        (b"/v1beta/models/m:embedContent", "embeddings"),
+        (b"/v1beta/models/m:countTokens", None),
         (b"/v1/messages/count_tokens", None),
         (b"/v1/models", None),
         (b"/api/tags", None),
@@ -136,6 +158,14 @@ def test_a_path_has_its_row_at_every_dialect(dialect: Dialect) -> None:
         ),
         (MESSAGES, {"type": "error"}, ProviderError(None, None)),
         (OLLAMA, {"error": "e"}, ProviderError(None, "e")),
+        (
+            GEMINI,
+            {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "m"}},
+            ProviderError("RESOURCE_EXHAUSTED", "m"),
+        ),
+        (GEMINI, {"error": {"code": 500, "message": "m"}}, ProviderError("500", "m")),
+        (GEMINI, {"error": "e"}, ProviderError(None, "e")),
+        (GEMINI, {"error": None}, None),
     ],
 )
 def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
@@ -164,6 +194,15 @@ def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
         (MESSAGES, {"type": "of tomorrow", "usage": {"output_tokens": 5}}),
         (OLLAMA, {"message": {"role": "assistant", "content": ""}, "done": False}),
         (OLLAMA, {}),
+        (GEMINI, {}),
+        (GEMINI, {"candidates": []}),
+        (GEMINI, {"candidates": [{"content": {"parts": [{"text": "hm", "thought": True}]}}]}),
+        (GEMINI, {"candidates": [{"content": {"parts": [{"executableCode": {"code": "1"}}]}}]}),
+        (GEMINI, {"candidates": [{"content": None, "finishReason": None}]}),
+        (GEMINI, {"candidates": [{"finishReason": "FINISH_REASON_UNSPECIFIED"}]}),
+        (GEMINI, {"candidates": [{"index": 1, "content": {"parts": [{"text": "other"}]}}]}),
+        (GEMINI, {"promptFeedback": {"safetyRatings": []}}),
+        (GEMINI, {"usageMetadata": {}}),
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
@@ -227,6 +266,10 @@ def test_custom_tools_of_responses() -> None:
 
 START = {"type": "message_start", "message": {"usage": {"input_tokens": 10, "output_tokens": 1}}}
 BARE = {"type": "message_start", "message": {"usage": {"input_tokens": 10}}}
+SAYS: Any = {
+    "candidates": [{"content": {"parts": [{"text": "a"}]}}],
+    "usageMetadata": {"promptTokenCount": 3},
+}
 WORD = {"choices": [{"delta": {"content": "a"}}]}
 STOP = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 LLAMA = {"prompt_n": 5, "cache_n": 4, "predicted_n": 7, "predicted_ms": 3.5}
@@ -275,6 +318,32 @@ METRICS = {"inputTokenCount": 9, "outputTokenCount": 7, "cacheReadInputTokenCoun
             None,
         ),
         (MESSAGES, {"type": "message_stop", "amazon-bedrock-invocationMetrics": METRICS}, 0),
+        (GEMINI, {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 7}}, None),
+        (
+            GEMINI,
+            {
+                "usageMetadata": {
+                    "promptTokenCount": 4,
+                    "toolUsePromptTokenCount": 5,
+                    "candidatesTokenCount": 1,
+                    "thoughtsTokenCount": 6,
+                    "cachedContentTokenCount": 4,
+                    "totalTokenCount": 16,
+                }
+            },
+            4,
+        ),
+        (
+            GEMINI,
+            {
+                "usageMetadata": {
+                    "promptTokenCount": 9,
+                    "thoughtsTokenCount": 7,
+                    "totalTokenCount": 16,
+                }
+            },
+            None,
+        ),
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
@@ -335,6 +404,8 @@ def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
         (CHAT, [WORD, {**STOP, "usage": {"prompt_tokens": 3}}, STOP], "reported"),
         (CHAT, [WORD, STOP, {"choices": [], "usage": {"prompt_tokens": 3}}], "reported"),
         (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {"choices": []}], "reported"),
+        (GEMINI, [SAYS, {"candidates": [{"content": None}]}], "partial"),
+        (GEMINI, [SAYS, {"candidates": [{"finishReason": "STOP"}]}], "reported"),
         (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True}], "partial"),
         (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True, "eval_count": 2}], "reported"),
     ],
@@ -345,3 +416,38 @@ def test_counts_of_the_beginning_are_partial(
 ) -> None:
     """Counts that came before the response went on are final only if others follow."""
     assert accumulated(row, *events, keeps=keeps).usage(is_final=True).provenance == provenance
+
+
+# --- Gemini ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("usage", "output"),
+    [
+        ({"promptTokenCount": 9}, None),
+        ({"promptTokenCount": 9, "totalTokenCount": 9}, 0),
+        ({"promptTokenCount": 9, "totalTokenCount": 16}, 7),
+        ({"promptTokenCount": 9, "totalTokenCount": 3}, 0),
+        ({"promptTokenCount": 9, "candidatesTokenCount": 2, "totalTokenCount": 16}, 2),
+    ],
+)
+def test_the_total_says_what_a_missing_count_was(usage: Any, output: int | None) -> None:
+    """Protobuf leaves a zero out; without the total, nothing is known."""
+    found = accumulated(GEMINI, {"usageMetadata": usage}).usage(is_final=True)
+    assert (found.input_tokens, found.output_tokens) == (9, output)
+
+
+def test_a_stream_of_two_candidates_ends_with_the_second_one() -> None:
+    """Where one of them goes on, the stream does."""
+    one = {"candidates": [{"index": 0, "finishReason": "STOP"}]}
+    other: Any = {"candidates": [{"index": 1, "content": {"parts": [{"text": "b"}]}}]}
+    assert accumulated(GEMINI, one).has_ended
+    assert not accumulated(GEMINI, one, other).has_ended
+    last = {"candidates": [{"index": 1, "finishReason": "MAX_TOKENS"}]}
+    assert accumulated(GEMINI, one, other, last, {"usageMetadata": {}}).has_ended
+
+
+def test_a_blocked_prompt_ends_the_stream() -> None:
+    """There are no candidates then; the reason is the finish reason, and no failure."""
+    seen = accumulated(GEMINI, {"promptFeedback": {"blockReason": "SAFETY"}})
+    assert (seen.finish_reason, seen.has_ended, seen.error) == ("SAFETY", True, None)

@@ -58,11 +58,35 @@ def test_an_error_has_the_shape_of_its_dialect(status: int, openai: str, anthrop
 
 
 @pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (400, "INVALID_ARGUMENT"),
+        (401, "UNAUTHENTICATED"),
+        (403, "PERMISSION_DENIED"),
+        (404, "NOT_FOUND"),
+        (413, "INVALID_ARGUMENT"),
+        (429, "RESOURCE_EXHAUSTED"),
+        (500, "INTERNAL"),
+        (501, "UNIMPLEMENTED"),
+        (502, "UNAVAILABLE"),
+        (503, "UNAVAILABLE"),
+        (504, "DEADLINE_EXCEEDED"),
+        (508, "INTERNAL"),
+    ],
+)
+def test_an_error_of_gemini_has_googles_word(status: int, word: str) -> None:
+    """``code`` is the status of HTTP, and ``status`` is a name of ``google.rpc.Code``."""
+    error = {"code": status, "message": 'Say "why".', "status": word}
+    assert body_of(status, Dialect.GEMINI) == {"error": error}
+
+
+@pytest.mark.parametrize(
     ("dialect", "ndjson", "start", "end"),
     [
         (Dialect.OPENAI, False, b"data: {", b"}\n\n"),
         (Dialect.ANTHROPIC, False, b"event: error\ndata: {", b"}\n\n"),
         (Dialect.OLLAMA, True, b"{", b"}\n"),
+        (Dialect.GEMINI, False, b"data: {", b"}\n\n"),
         (Dialect.OPENAI, True, b"{", b"}\n"),
     ],
 )
@@ -105,6 +129,16 @@ def test_details_are_for_the_operator(dialect: Dialect) -> None:
         (b"/api/", Dialect.OLLAMA),
         (b"/api", Dialect.OPENAI),
         (b"/v1/chat/completions", Dialect.OPENAI),
+        (b"/v1beta/models/gemini-2.5-flash:generateContent", Dialect.GEMINI),
+        (b"/v1beta/models/m:countTokens", Dialect.GEMINI),
+        (b"/v1beta/models", Dialect.GEMINI),
+        (b"/v1alpha/files", Dialect.GEMINI),
+        (b"/v1/models/m:streamGenerateContent", Dialect.GEMINI),
+        (b"/v1/projects/p/locations/l/publishers/google/models/m:embedContent", Dialect.GEMINI),
+        (b"/v1/models/m:batchEmbedContents", Dialect.GEMINI),
+        (b"/v1beta/openai/chat/completions", Dialect.OPENAI),
+        (b"/v1/models/ft:gpt-4o:org", Dialect.OPENAI),
+        (b"/v1/models", Dialect.OPENAI),
         (b"/", Dialect.OPENAI),
         (b"*", Dialect.OPENAI),
     ],

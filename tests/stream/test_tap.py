@@ -90,7 +90,7 @@ def test_marker_and_error_decide_the_end(
 ENDED = [
     one.file
     for one in RECORDED
-    if one.result.is_complete and not one.file.endswith((".json", "odd.sse"))
+    if one.result.is_complete and not one.file.endswith((".json", ".array", "odd.sse"))
 ]
 
 
@@ -104,6 +104,17 @@ def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
     cut = separator.join(lines[:-1]) + separator
     assert one.read([cut]).end_reason is EndReason.UNFINISHED
     assert one.read([cut], "usage").end_reason is EndReason.UNFINISHED
+
+
+@pytest.mark.parametrize("end", [EndReason.COMPLETE, EndReason.CLIENT_GONE])
+def test_an_array_must_be_closed(end: EndReason) -> None:
+    """Gemini's last item ends no stream that no reader of JSON can read."""
+    one = BY_FILE["gemini-generate.array"]
+    assert one.read([one.data], end=end).end_reason is EndReason.COMPLETE
+    items = one.data.rstrip(b"]\n")
+    lost = EndReason.UNFINISHED if end is EndReason.COMPLETE else end
+    assert one.read([items], end=end).end_reason is lost
+    assert one.read([items[: items.rfind(b",\r\n")], b"]"], end=end).end_reason is lost
 
 
 @pytest.mark.parametrize(
