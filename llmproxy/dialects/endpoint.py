@@ -66,6 +66,7 @@ class Endpoint(msgspec.Struct, frozen=True):
         end_marker: what ends a stream, in words; None where nothing does.
         may_end: found in the data of an event that may be the end marker although it cannot be
             read.
+        needs_blank_line: SDKs drop the last event of SSE if it lacks the blank line behind it.
         has_long_marker: the end marker may be longer than ``limits.event``.
         has_lines: a stream is lines of JSON; a document is such a line.
         has_array: a stream may be one JSON array, whose items are the events.
@@ -84,6 +85,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     document: Reader
     end_marker: str | None = None
     may_end: re.Pattern[bytes] = NEVER
+    needs_blank_line: bool = False
     has_long_marker: bool = False
     has_lines: bool = False
     has_array: bool = False
