@@ -231,3 +231,5 @@ RESPONSES = Endpoint(
     has_long_marker=True,
     text_only=_TEXT_ONLY,
 )
+COMPACT = msgspec.structs.replace(RESPONSES, name="openai compact")
+"""``POST /responses/compact``: a document with ``output`` and ``usage``, and no status."""

@@ -1,6 +1,6 @@
 """Google's SDK through the proxy, before a provider that speaks Gemini's API as the test says.
 
-The demo has no Gemini, so these tests bring their provider along.  Each call is made with the sync
+The demo has no Played, so these tests bring their provider along.  Each call is made with the sync
 and with the async client.
 """
 
@@ -10,26 +10,24 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from google import genai
 from google.genai import errors, types
 
+from tests.sdk.played import Played
 from tests.sdk.sdks import KEY
 from tests.support.daemon import Daemon, provider_table, route_table
 from tests.support.golden import BY_FILE
 from tests.support.live_proxy import (
-    Response,
     client_config,
     post,
-    read_response,
     trace_of,
     write_credential,
 )
-from tests.support.scripts import LAST
-from tests.support.sockets import WAIT, Provider, Received, Wire, chunked, connect
+from tests.support.sockets import WAIT, Provider
 
 MODEL = "gemini-2.5-flash"
 PROVIDER_KEY = "AIza-key-of-the-provider"
@@ -44,49 +42,11 @@ VECTORS = (
 )
 
 
-@dataclass
-class Gemini:
-    """The proxy, and the provider behind it.
-
-    Attributes:
-        response: the whole response to each request; its connection is closed then.
-        received: the requests so far, oldest first.
-        session: the ``x-session-id`` of this test's requests, by which their record is found.
-    """
-
-    response: bytes = b""
-    received: list[Received] = field(default_factory=list)
-    session: str = ""
-    daemon: Daemon = field(init=False)
-
-    def play(self, wire: Wire) -> None:
-        """Serve one request; a script for ``tests.support.sockets.Provider``."""
-        self.received.append(wire.read_request())
-        wire.send(self.response)
-
-    def says(self, body: bytes, kind: str = "application/json; charset=UTF-8") -> None:
-        """Respond with a whole body from now on."""
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-        self.response = head.encode() + b"Connection: close\r\n\r\n" + body
-
-    def streams(self, body: bytes, kind: str = "text/event-stream", last: bytes = LAST) -> None:
-        """Respond with a chunk for each line end of a body from now on."""
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n"
-        pieces = chunked(*body.splitlines(keepends=True))
-        self.response = head.encode() + b"Connection: close\r\n\r\n" + pieces + last
-
-    def get(self, sent: bytes) -> Response:
-        """Send one request without the SDK, and return the response."""
-        with connect(self.daemon.port) as wire:
-            wire.send(sent)
-            return read_response(wire)
-
-
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemini]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """A proxy with three routes to one provider, and ``gone``, whose provider is not there."""
     folder = tmp_path_factory.mktemp("gemini")
-    pair = Gemini()
+    pair = Played()
     config = client_config("team", KEY) + write_credential(folder, "google", PROVIDER_KEY)
     with Provider(pair.play) as provider:
         keyed = 'credential = "google"\nkey_query = true\n'
@@ -101,7 +61,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemini]:
 
 
 @pytest.fixture
-def gemini(running: Gemini) -> Gemini:
+def gemini(running: Played) -> Played:
     """The same, with no request so far."""
     running.received = []
     running.session = uuid.uuid4().hex
@@ -138,18 +98,18 @@ class Caller:
 
     is_async: bool
 
-    def ask(self, pair: Gemini, call: Call, route: str = "gemini", key: str = KEY) -> Any:
+    def ask(self, pair: Played, call: Call, route: str = "gemini", key: str = KEY) -> Any:
         """Return what a call gives, a list of chunks for a stream; raise what it raises."""
         options = types.HttpOptions(
             base_url=f"http://127.0.0.1:{pair.daemon.port}/{route}",
             headers={"x-session-id": pair.session},
             timeout=int(WAIT * 1000),
         )
-        client = genai.Client(api_key=key, http_options=options)
-        if self.is_async:
-            return asyncio.run(self._ask(client, call))
-        found = call(client)
-        return list(found) if call is stream else found
+        with genai.Client(api_key=key, http_options=options) as client:
+            if self.is_async:
+                return asyncio.run(self._ask(client, call))
+            found = call(client)
+            return list(found) if call is stream else found
 
     async def _ask(self, client: genai.Client, call: Call) -> Any:
         async with client.aio as aio:
@@ -164,7 +124,7 @@ def caller(request: pytest.FixtureRequest) -> Caller:
 
 
 @pytest.fixture
-def ended(gemini: Gemini) -> Callable[[], dict[str, Any]]:
+def ended(gemini: Played) -> Callable[[], dict[str, Any]]:
     """Return what waits for the record of this test's one request."""
     return lambda: trace_of(gemini.daemon, session=gemini.session)
 
@@ -186,7 +146,7 @@ def text_of(chunks: list[Any]) -> str:
 # -- responses -------------------------------------------------------------------------------------
 
 
-def test_a_stream_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_a_stream_of_the_sdk(gemini: Played, caller: Caller, ended: Ended) -> None:
     """The caller gets the text, the record has model, counts and end, all known from the path."""
     chunks = caller.ask(gemini, stream)
     assert text_of(chunks) == SAID.text
@@ -204,7 +164,7 @@ def test_a_stream_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ended) -> No
     assert asked.values(b"accept-encoding") == [b"identity"]
 
 
-def test_a_whole_response_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_a_whole_response_of_the_sdk(gemini: Played, caller: Caller, ended: Ended) -> None:
     """Text and the call of a function are the caller's, and the record's where it keeps them."""
     gemini.says(BY_FILE["gemini-generate.json"].data)
     found = caller.ask(gemini, generate, "kept")
@@ -220,7 +180,7 @@ def test_a_whole_response_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ende
     assert tokens(record) == (17, 27, 4, 18, "reported")
 
 
-def test_function_calls_in_a_stream(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_function_calls_in_a_stream(gemini: Played, caller: Caller, ended: Ended) -> None:
     """Each comes whole, in one chunk."""
     gemini.streams(BY_FILE["gemini-generate-tools.sse"].data)
     chunks = caller.ask(gemini, stream, "kept")
@@ -229,7 +189,7 @@ def test_function_calls_in_a_stream(gemini: Gemini, caller: Caller, ended: Ended
 
 
 @pytest.mark.parametrize("call", [generate, stream])
-def test_a_blocked_prompt(gemini: Gemini, caller: Caller, ended: Ended, call: Call) -> None:
+def test_a_blocked_prompt(gemini: Played, caller: Caller, ended: Ended, call: Call) -> None:
     """It is a whole response without candidates; its input is counted."""
     gemini.says(BY_FILE["gemini-blocked.json"].data)
     if call is stream:
@@ -242,7 +202,7 @@ def test_a_blocked_prompt(gemini: Gemini, caller: Caller, ended: Ended, call: Ca
     assert tokens(record) == (7, 0, None, None, "reported")
 
 
-def test_embeddings_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_embeddings_of_the_sdk(gemini: Played, caller: Caller, ended: Ended) -> None:
     """Several texts are one request, and it counts what Google says of it."""
     gemini.says(VECTORS)
     assert [one.values for one in caller.ask(gemini, embed).embeddings] == [[0.5], [0.25]]
@@ -252,7 +212,7 @@ def test_embeddings_of_the_sdk(gemini: Gemini, caller: Caller, ended: Ended) -> 
     assert tokens(record) == (2, None, None, None, "reported")
 
 
-def test_counting_tokens_uses_none(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_counting_tokens_uses_none(gemini: Played, caller: Caller, ended: Ended) -> None:
     """What is counted there was not used."""
     gemini.says(b'{"totalTokens": 31, "promptTokensDetails": []}')
     assert caller.ask(gemini, count).total_tokens == 31
@@ -262,7 +222,7 @@ def test_counting_tokens_uses_none(gemini: Gemini, caller: Caller, ended: Ended)
 
 
 @pytest.mark.parametrize("query", ["", "?key=" + KEY, "?prettyPrint=true&key=" + KEY])
-def test_a_stream_without_sse_is_an_array(gemini: Gemini, ended: Ended, query: str) -> None:
+def test_a_stream_without_sse_is_an_array(gemini: Played, ended: Ended, query: str) -> None:
     """It crosses byte for byte, is read item by item, and a key in the query is cut out of it."""
     gemini.streams(ARRAY, "application/json; charset=UTF-8")
     fields = [f"x-session-id: {gemini.session}"]
@@ -280,7 +240,7 @@ def test_a_stream_without_sse_is_an_array(gemini: Gemini, ended: Ended, query: s
     assert asked.target.endswith(b"Content?prettyPrint=true" if "pretty" in query else b"Content")
 
 
-def test_the_provider_sees_its_own_key(gemini: Gemini, caller: Caller) -> None:
+def test_the_provider_sees_its_own_key(gemini: Played, caller: Caller) -> None:
     """It stands where Google's clients put theirs, and the caller's does not cross."""
     caller.ask(gemini, stream)
     (asked,) = gemini.received
@@ -302,7 +262,7 @@ def test_the_provider_sees_its_own_key(gemini: Gemini, caller: Caller) -> None:
     ],
 )
 def test_our_errors_are_the_sdks_own(
-    gemini: Gemini, caller: Caller, call: Call, route: str, key: str, code: int, status: str
+    gemini: Played, caller: Caller, call: Call, route: str, key: str, code: int, status: str
 ) -> None:
     """Its exception has our status, Google's word for it, and our sentence."""
     kind = errors.ClientError if code < 500 else errors.ServerError
@@ -313,7 +273,7 @@ def test_our_errors_are_the_sdks_own(
     assert gemini.received == []
 
 
-def test_an_error_of_google_is_forwarded(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_an_error_of_google_is_forwarded(gemini: Played, caller: Caller, ended: Ended) -> None:
     """The SDK raises what Google said."""
     body = BY_FILE["gemini-error.json"].data
     head = b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -324,7 +284,7 @@ def test_an_error_of_google_is_forwarded(gemini: Gemini, caller: Caller, ended: 
     assert ended()["end_reason"] == "upstream_refused"
 
 
-def test_an_error_inside_a_stream(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_an_error_inside_a_stream(gemini: Played, caller: Caller, ended: Ended) -> None:
     """The SDK raises it, and the record says who failed."""
     gemini.streams(BY_FILE["gemini-generate-error.sse"].data)
     with pytest.raises(errors.ServerError, match="overloaded"):
@@ -333,7 +293,7 @@ def test_an_error_inside_a_stream(gemini: Gemini, caller: Caller, ended: Ended) 
 
 
 def test_a_stream_without_a_finish_reason_is_unfinished(
-    gemini: Gemini, caller: Caller, ended: Ended
+    gemini: Played, caller: Caller, ended: Ended
 ) -> None:
     """The SDK takes it in silence; the record does not."""
     gemini.streams(BY_FILE["gemini-generate-partial.sse"].data)
@@ -342,14 +302,14 @@ def test_a_stream_without_a_finish_reason_is_unfinished(
     assert (record["end_reason"], record["usage"]) == ("unfinished", "partial")
 
 
-def test_a_last_event_needs_no_blank_line(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_a_last_event_needs_no_blank_line(gemini: Played, caller: Caller, ended: Ended) -> None:
     """The SDK hands the event on without it, so the stream is whole."""
     gemini.streams(STREAM.rstrip())
     assert caller.ask(gemini, stream)[-1].candidates[0].finish_reason is types.FinishReason.STOP
     assert ended()["end_reason"] == "complete"
 
 
-def test_a_break_is_reported_in_an_event(gemini: Gemini, caller: Caller, ended: Ended) -> None:
+def test_a_break_is_reported_in_an_event(gemini: Played, caller: Caller, ended: Ended) -> None:
     """On a route with ``error_event`` the SDK raises our error in place of its transport's."""
     gemini.streams(BY_FILE["gemini-generate-partial.sse"].data, last=b"")
     with pytest.raises(errors.ServerError) as caught:
