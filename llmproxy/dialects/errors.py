@@ -12,6 +12,8 @@ import re
 import msgspec
 
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.dialects.openai_responses import RESPONSES
 from llmproxy.errors import ProxyError
 
 _OPENAI_TYPES = {
@@ -71,17 +73,44 @@ def error_body(error: ProxyError, dialect: Dialect, request_id: str) -> bytes:
     return msgspec.json.encode(_error_object(error, dialect, request_id))
 
 
-def error_event(error: ProxyError, dialect: Dialect, request_id: str, *, ndjson: bool) -> bytes:
+def error_event(
+    error: ProxyError,
+    dialect: Dialect,
+    request_id: str,
+    *,
+    ndjson: bool,
+    row: Endpoint | None = None,
+    number: int = 0,
+) -> bytes:
     """Return one event that reports ``error`` inside a stream that has already begun.
 
     Args:
         ndjson: the stream is NDJSON, so that the event is a line; else it is SSE.
+        row: the endpoint of the stream, or None where it is not known.
+        number: how many events came before this one.
     """
-    payload = error_body(error, dialect, request_id)
     if ndjson:
-        return payload + b"\n"
+        return error_body(error, dialect, request_id) + b"\n"
+    if row is RESPONSES:
+        return _event_of_responses(error, request_id, number)
     name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
-    return name + b"data: " + payload + b"\n\n"
+    return name + b"data: " + error_body(error, dialect, request_id) + b"\n\n"
+
+
+def _event_of_responses(error: ProxyError, request_id: str, number: int) -> bytes:
+    """Return an event with the members of that API's own, which the AI SDK insists on.
+
+    OpenAI's SDKs raise an exception for the ``error`` member; without it, they hand the event on.
+    """
+    event = {
+        "type": "error",
+        "sequence_number": number,
+        "code": error.reason,
+        "message": error.message,
+        "param": None,
+        **_error_object(error, Dialect.OPENAI, request_id),
+    }
+    return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.dialects.errors import dialect_of_path, error_body, error_event
 from llmproxy.errors import (
     ProxyError,
@@ -103,6 +104,24 @@ def test_an_error_inside_a_stream_is_one_event(
     assert b"\n" not in payload
     assert b"\r" not in payload
     assert payload == error_body(error, dialect, "id-1")
+
+
+@pytest.mark.parametrize("dialect", [Dialect.OPENAI, Dialect.OLLAMA, Dialect.ANTHROPIC])
+def test_responses_have_an_error_event_of_their_own(dialect: Dialect) -> None:
+    """The path says so, whatever the dialect; a document and a line are as ever."""
+    error = ProxyError(502, "word", "two\nlines\r\n\r\n")
+    row = endpoint(dialect, b"/v1/responses")
+    event = error_event(error, dialect, "id-1", ndjson=False, row=row, number=7)
+    assert event.count(b"\n") == 3
+    assert event.startswith(b"event: error\ndata: {")
+    found = json.loads(event.removeprefix(b"event: error\ndata: "))
+    inner = {"message": error.message, "type": "server_error", "code": "word", "param": None}
+    own = {"type": "error", "sequence_number": 7, "code": "word", "message": error.message}
+    assert found == {**own, "param": None, "error": inner}
+    other = endpoint(dialect, b"/v1/chat/completions")
+    for ndjson, one in ((True, row), (False, other)):
+        plain = error_event(error, dialect, "id-1", ndjson=ndjson)
+        assert error_event(error, dialect, "id-1", ndjson=ndjson, row=one, number=7) == plain
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
