@@ -406,9 +406,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
     """Which compression a request for a stream asks the provider for: ``"identity"`` asks for none,
-    ``"pass"`` forwards what the caller asked for. Gzip and deflate responses are always read for
-    their usage. Responses in brotli or zstd are read if the extra ``codings`` is installed
-    (``pip install llmproxy[codings]``)."""
+    ``"pass"`` forwards what the caller asked for. Responses in gzip, deflate, brotli and zstd are
+    read for their usage."""
 
     include_usage: Annotated[IncludeUsage, Key(word_of(IncludeUsage))] = "as-asked"
     """Whether a stream of OpenAI's chat completions or completions reports its token counts.
