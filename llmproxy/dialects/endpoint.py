@@ -66,7 +66,8 @@ class Endpoint(msgspec.Struct, frozen=True):
         end_marker: what ends a stream, in words; None where nothing does.
         may_end: found in the data of an event that may be the end marker although it cannot be
             read.
-        needs_blank_line: SDKs drop the last event of SSE if it lacks the blank line behind it.
+        needs_blank_line: some SDK of the API drops the last event of SSE, or fails, if the event
+            lacks the blank line behind it.
         has_long_marker: the end marker may be longer than ``limits.event``.
         has_lines: a stream is lines of JSON; a document is such a line.
         has_array: a stream may be one JSON array, whose items are the events.

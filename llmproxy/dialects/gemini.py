@@ -192,6 +192,7 @@ STREAM = Endpoint(
     _read,
     end_marker="finishReason or blockReason",
     may_end=re.compile(rb'"(?:finish|block)Reason"'),
+    needs_blank_line=True,
     has_long_marker=True,
     has_array=True,
     streams=True,

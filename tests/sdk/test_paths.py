@@ -28,7 +28,7 @@ import pytest
 from packaging.version import Version
 
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoints import endpoint
+from llmproxy.dialects.endpoints import TABLE, endpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "endpoints.rst"
 
@@ -238,6 +238,19 @@ def test_the_tap_does_what_the_page_says(sdk: Sdk) -> None:
         name = re.match(r"``(.+?)``", said)
         assert (row and row.name) == (name and name[1]), call
         assert bool(name) is not said.startswith(_NOTHING), call
+
+
+def test_the_page_says_what_ends_a_stream() -> None:
+    """Every endpoint with an end marker is there, and whether that needs its blank line."""
+    text = PAGE.read_text(encoding="utf-8")
+    section = text.split(".. ends of streams\n", 1)[1].split("\n.. end of ends\n", 1)[0]
+    said = dict(re.findall(r"^``(.+?)`` +(``.+?`` +(?:yes|no))$", section, re.MULTILINE))
+    words = {True: "yes", False: "no"}
+    assert {name: re.sub(" +", " ", end) for name, end in said.items()} == {
+        row.name: f"``{row.end_marker}`` {words[row.needs_blank_line]}"
+        for row in TABLE.values()
+        if row.end_marker is not None
+    }
 
 
 def test_counts_are_found_in_types() -> None:

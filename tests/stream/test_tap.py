@@ -106,7 +106,7 @@ def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
     assert one.read([cut], "usage").end_reason is EndReason.UNFINISHED
 
 
-NEED_THEIR_BLANK_LINE = ("anthropic-messages", "openai-responses")
+NEED_THEIR_BLANK_LINE = ("anthropic-messages", "openai-responses", "gemini-generate")
 
 
 @pytest.mark.parametrize("file", ENDED)
