@@ -1,7 +1,7 @@
 """Google's SDK through the proxy, before a provider that speaks Gemini's API as the test says.
 
-The demo has no Played, so these tests bring their provider along.  Each call is made with the sync
-and with the async client.
+Most tests bring their provider along: the demo has no blocked prompts and no embeddings.  Each call
+is made with the sync and with the async client.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from google.genai import errors, types
 from tests.sdk.played import Played
 from tests.sdk.sdks import KEY
 from tests.support.daemon import Daemon, provider_table, route_table
+from tests.support.demo import Demo
 from tests.support.golden import BY_FILE
 from tests.support.live_proxy import (
     client_config,
@@ -43,8 +44,8 @@ VECTORS = (
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    """A proxy with three routes to one provider, and ``gone``, whose provider is not there."""
+def running(tmp_path_factory: pytest.TempPathFactory, demo: Demo) -> Iterator[Played]:
+    """A proxy with three routes to one provider, and ``demo`` and ``gone`` for themselves."""
     folder = tmp_path_factory.mktemp("gemini")
     pair = Played()
     config = client_config("team", KEY) + write_credential(folder, "google", PROVIDER_KEY)
@@ -56,6 +57,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
         config += route_table("/kept", "google") + 'capture = "content"\n'
         config += route_table("/event", "google") + "error_event = true\n"
         config += route_table("/gone", "gone")
+        config += provider_table("demo", url=demo.url, dialect="gemini")
+        config += route_table("/demo", "demo")
         with Daemon(folder, config, proxy="") as pair.daemon:
             yield pair
 
@@ -80,6 +83,14 @@ def generate(client: Any) -> Any:
 def stream(client: Any) -> Any:
     """Ask for a stream."""
     return client.models.generate_content_stream(model=MODEL, contents="Hello")
+
+
+def stream_demo(client: Any) -> Any:
+    """Ask the demo for one."""
+    return client.models.generate_content_stream(model="demo-fast", contents="Hello")
+
+
+STREAMS = (stream, stream_demo)
 
 
 def embed(client: Any) -> Any:
@@ -109,12 +120,12 @@ class Caller:
             if self.is_async:
                 return asyncio.run(self._ask(client, call))
             found = call(client)
-            return list(found) if call is stream else found
+            return list(found) if call in STREAMS else found
 
     async def _ask(self, client: genai.Client, call: Call) -> Any:
         async with client.aio as aio:
             found = await call(aio)
-            return [chunk async for chunk in found] if call is stream else found
+            return [chunk async for chunk in found] if call in STREAMS else found
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
@@ -238,6 +249,17 @@ def test_a_stream_without_sse_is_an_array(gemini: Played, ended: Ended, query: s
     (asked,) = gemini.received
     assert KEY.encode() not in asked.target
     assert asked.target.endswith(b"Content?prettyPrint=true" if "pretty" in query else b"Content")
+
+
+def test_the_demo_speaks_gemini(gemini: Played, caller: Caller, ended: Ended) -> None:
+    """The SDK reads its stream, and the record counts as many tokens."""
+    chunks = caller.ask(gemini, stream_demo, "demo")
+    assert text_of(chunks).startswith("You said: Hello. This is the demo provider.")
+    record = ended()
+    assert (record["end_reason"], record["served_model"]) == ("complete", "demo-fast")
+    used = chunks[-1].usage_metadata
+    said = (used.prompt_token_count, used.candidates_token_count, None, None, "reported")
+    assert tokens(record) == said
 
 
 def test_the_provider_sees_its_own_key(gemini: Played, caller: Caller) -> None:
