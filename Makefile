@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx curl slowhttptest go:golang-go node:nodejs debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
+PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container
 ARGS   ?=
 # How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
 # file stay together, for they share what stands for their module; tests/conftest.py orders the files.
@@ -25,12 +25,13 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity peers peer-programs dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 
 run: $(RUN_STAMP) ## the demo: a provider and the proxy before it, in the foreground (ARGS="--help")
+	@echo "Starting the proxy with a demo provider ..."
 	@exec $(BIN)/llmproxy demo $(ARGS)
 
 test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
@@ -79,7 +80,11 @@ bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a min
 bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one port (ARGS="--help")
 	@$(BIN)/python -m bench.capacity $(ARGS)
 
-peers: ## the other programs that tests talk to, by apt-get
+peers: peer-programs ## the other programs that tests talk to, by apt-get and npm
+	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser"; exit 0; fi; \
+	output=$$(npm ci --prefix tests/browser 2>&1) || { printf '%s\n' "$$output"; exit 1; }
+
+peer-programs:
 	@set -e; missing=; \
 	for peer in $(PEERS); do \
 	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${peer%:*} >/dev/null || missing="$$missing $${peer#*:}"; \
@@ -101,12 +106,15 @@ clean: ## away with everything that was made here
 	@rm -f twisted/plugins/dropin.cache
 
 $(BIN)/python:
+	@echo "Making a Python environment in $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(RUN_STAMP): $(BIN)/python $(INPUTS)
+	@echo "Installing the proxy and what it needs into $(VENV), once; it can take a minute ..."
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(DEV_STAMP): $(BIN)/python $(INPUTS)
+	@echo "Installing what tests and checks need into $(VENV), once; it can take some minutes ..."
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(RUN_STAMP) $@

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred
-from twisted.logger import ILogObserver
+from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
@@ -46,6 +48,8 @@ from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
 from llmproxy.version import version
+
+_log = Logger()
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
@@ -81,6 +85,7 @@ def makeService(options: Options) -> ProxyService:
         config,
         reactor,
         reread=read,
+        source=options["config"],
         instance=options["instance"],
         log_file=log_opener(options.parent),
         environ=os.environ,
@@ -94,6 +99,7 @@ class ProxyService(Service):
         config: the checked configuration.
         reactor: connects, listens and keeps time.
         reread: reads the configuration again at SIGHUP; by default that changes nothing.
+        source: the file that the configuration is from, for the log.
         instance: this process's name among several.
         log_file: opens the file for JSON log lines; None leaves the log as it is.
         environ: where the service manager says how to reach it; by default there is no manager.
@@ -115,6 +121,7 @@ class ProxyService(Service):
         reactor: Any,
         *,
         reread: Callable[[], Config] | None = None,
+        source: str = "",
         instance: str = "0",
         log_file: Callable[[], LogFile] | None = None,
         environ: Mapping[str, str] | None = None,
@@ -123,6 +130,7 @@ class ProxyService(Service):
         self._config = config
         self._reactor = reactor
         self._reread = (lambda: self.setup.config) if reread is None else reread
+        self._source = source
         self._instance = instance
         self._log_file = log_file
         self._environ = environ or {}
@@ -158,6 +166,8 @@ class ProxyService(Service):
         super().privilegedStartService()
         if self._log_writer is not None:
             self._log_writer.start()  # twistd has forked by now
+        if self._source:
+            self._report_start()
         try:
             if self._handle_signals:
                 self._take_early_signals()
@@ -167,6 +177,18 @@ class ProxyService(Service):
         except (OSError, ValueError) as error:
             sys.stderr.write(f"llmproxy cannot start: {error}\n")
             raise SystemExit(1) from None
+
+    def _report_start(self) -> None:
+        """Begin the log with what runs, and what it goes by."""
+        _log.info(
+            "llmproxy {version} starts with {config}",
+            version=version(),
+            config=self._source,
+            instance=self._instance,
+            python=platform.python_version(),
+            twisted=metadata.version("twisted"),
+            reactor=type(self._reactor).__name__,
+        )
 
     def startService(self) -> None:
         """Everything listens: be ready."""

@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``check``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``keys``, ``usage`` and ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -9,20 +9,21 @@ Exit codes: 0 done, 1 the answer is no (or it failed), 2 the command line is wro
 from __future__ import annotations
 
 import argparse
+import getpass
 import hashlib
-import json
-import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 
-from llmproxy.cli.usage import add_usage
-from llmproxy.config import Config, ConfigError, load
+from llmproxy.cli.check import check
+from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong
 from llmproxy.policy.auth import KEY_PREFIX
 from llmproxy.version import version
 
+_KEY_LINE = re.compile(rb"([!-~]+)(?:\r?\n)?")
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
 
@@ -38,32 +39,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(args)
 
 
-def check(args: argparse.Namespace) -> int:
-    """Check a configuration file, with the credential files that it names."""
-    try:
-        config = load(args.file, instance=args.instance, environ=os.environ)
-    except ConfigError as error:
-        return _tell_problems(error.problems, as_json=args.json)
-    counts = _counts(config)
-    if args.json:
-        print(json.dumps({"ok": True, "problems": [], **counts}))
-    else:
-        words = (f"{count} {noun if count != 1 else noun[:-1]}" for noun, count in counts.items())
-        print(f"{args.file}: ok: {', '.join(words)}")
-    return 0
-
-
 def keys_new(args: argparse.Namespace) -> int:
     """Print a new key, and the line of the configuration that lets it in."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     print(key)
-    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+    _print_keys_line(key)
     if sys.stderr.isatty():
         print(
             f"The first line is the key: hand it over and keep no copy.\n"
             f"The second line belongs under [clients.{args.name}].",
             file=sys.stderr,
         )
+    return 0
+
+
+def keys_hash(args: argparse.Namespace) -> int:
+    """Print the line of the configuration that lets a key in which the caller has already."""
+    if args.argument:
+        args.parser.error("the key is read from standard input: arguments are seen by everybody")
+    asks = sys.stdin.isatty()
+    read = getpass.getpass("Key: ").encode() if asks else sys.stdin.buffer.read()
+    key = _KEY_LINE.fullmatch(read)
+    if key is None:
+        print(
+            "expected one key on standard input: a line of visible ASCII, no spaces",
+            file=sys.stderr,
+        )
+        return 1
+    _print_keys_line(key[1].decode("ascii"))
+    return 0
+
+
+def _print_keys_line(key: str) -> None:
+    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+
+
+def run_daemon(args: argparse.Namespace) -> int:
+    """Run the daemon in the foreground, just as twistd does."""
+    # Not at the top: twistd brings much that no other command needs.
+    from twisted.scripts.twistd import run
+
+    # twistd reads the command line of the process.
+    sys.argv = ["twistd", "-n", "--pidfile=", "llmproxy", *("--config", args.config)]
+    sys.argv += ["--instance", args.instance]
+    run()
     return 0
 
 
@@ -76,30 +95,15 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_problems(problems: Sequence[str], *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"ok": False, "problems": problems}))
-    else:
-        print("\n".join(problems), file=sys.stderr)
-    return 1
-
-
-def _counts(config: Config) -> dict[str, int]:
-    return {
-        "routes": len(config.routes),
-        "providers": len(config.providers),
-        "clients": len(config.clients),
-    }
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmproxy",
-        description="Tools beside the daemon, which `twistd -n llmproxy --config FILE` starts.",
+        description="The daemon, and tools beside it.",
         epilog=_CODES.format(ok="done", no="the answer is no, or it failed"),
     )
     parser.add_argument("--version", action="version", version=f"llmproxy {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
     _add_check(commands)
     _add_keys(commands)
     add_usage(commands)
@@ -107,15 +111,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "check",
-        help="check a configuration file",
-        description="Check a configuration file as the daemon does at its start and at a reload. "
-        "Every problem is one line of stderr.",
-        epilog=_CODES.format(ok="the file can be used", no="it cannot"),
+        "run",
+        help="run the daemon in the foreground",
+        description="Run the daemon in the foreground: the same as "
+        "`twistd -n --pidfile= llmproxy --config FILE`. It logs JSON to stdout. SIGTERM and Ctrl-C "
+        "let running responses end, SIGHUP reads the configuration again.",
+        epilog=_CODES.format(ok="it was stopped", no="it could not start"),
     )
-    command.add_argument("file", metavar="FILE", help="the configuration file")
+    command.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="the configuration file (default: %(default)s)",
+    )
+    _add_instance(command)
+    command.set_defaults(run=run_daemon)
+
+
+def _add_instance(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--instance",
         default="0",
@@ -123,8 +138,30 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="what {instance} in the file stands for (default: %(default)s)",
     )
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "check",
+        help="check a configuration file",
+        description="Check a configuration file as the daemon does at its start and at a reload. "
+        "Every problem is one line of stderr, and so is every warning: what can never work, what "
+        "is likely not meant, and what only the start can tell. A warning does not change the exit "
+        "code.",
+        epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
+    )
+    command.add_argument("file", metavar="FILE", help="the configuration file")
+    _add_instance(command)
     command.add_argument(
-        "--json", action="store_true", help='print an object with "ok" and "problems" to stdout'
+        "--credentials",
+        metavar="DIR",
+        help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
+        "the folder of the files that LoadCredential= names",
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help='print an object with "ok", "problems" and "warnings" to stdout',
     )
     command.set_defaults(run=check)
 
@@ -132,11 +169,12 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     keys = commands.add_parser(
         "keys",
-        help="make keys for clients",
-        description="Make keys for clients.",
+        help="make keys for clients, or let existing ones in",
+        description="Make keys for clients, or let existing ones in.",
         epilog=_CODES.format(ok="done", no="it failed"),
     )
-    command = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    parsers = keys.add_subparsers(required=True, metavar="COMMAND")
+    command = parsers.add_parser(
         "new",
         help="print a new key and its line for the configuration",
         description="Print a new key on the first line and, on the second, the line for "
@@ -147,6 +185,16 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "name", metavar="NAME", type=_value_of(client_name), help="the client that gets the key"
     )
     command.set_defaults(run=keys_new)
+    command = parsers.add_parser(
+        "hash",
+        help="read a key from stdin and print its line for the configuration",
+        description="Read an existing key from standard input (on a terminal it is asked for, and "
+        "not shown) and print the line for [clients.NAME] that lets it in. The key is never an "
+        "argument, which everybody on the machine can see.",
+        epilog=_CODES.format(ok="done", no="what was read is no key"),
+    )
+    command.add_argument("argument", nargs="*", help=argparse.SUPPRESS)
+    command.set_defaults(run=keys_hash, parser=command)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

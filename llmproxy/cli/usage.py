@@ -25,6 +25,7 @@ from llmproxy.record.ledger_report import (
     Group,
     Totals,
     checkpoints_of,
+    refused_in,
     usage_of,
 )
 from llmproxy.record.ledger_schema import TOKENS, LedgerError
@@ -41,7 +42,8 @@ _CODES = "exit codes: 0 done; 1 a ledger cannot be read; 2 the command line is w
 _ABOUT = """\
 Show totals of requests and tokens from the ledger ([trace] ledger), of every instance together,
 while the daemon writes. An empty cell is a number that nobody reported, which is not zero;
-"unreported" counts the requests whose tokens were not reported, or not all of them."""
+"unreported" counts the requests whose tokens were not reported, or not all of them. Requests that
+the proxy refused are in no row: their number stands below."""
 
 
 def add_usage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,7 +94,8 @@ def usage(args: argparse.Namespace) -> int:
         if args.sessions:
             _print_sessions(checkpoints_of(paths, since), as_json=args.json)
         else:
-            _print_totals(args.by, usage_of(paths, args.by, since), as_json=args.json)
+            found, refused = usage_of(paths, args.by, since), refused_in(paths, since)
+            _print_totals(args.by, found, refused, as_json=args.json)
     except (LedgerError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -124,7 +127,9 @@ def _ledgers(config: str) -> list[str]:
     return found
 
 
-def _print_totals(by: Sequence[str], found: dict[Group, Totals], *, as_json: bool) -> None:
+def _print_totals(
+    by: Sequence[str], found: dict[Group, Totals], refused: int, *, as_json: bool
+) -> None:
     total = Totals()
     for one in found.values():
         total.add(one)
@@ -133,10 +138,14 @@ def _print_totals(by: Sequence[str], found: dict[Group, Totals], *, as_json: boo
             dict(zip(by, group, strict=True)) | msgspec.structs.asdict(one)
             for group, one in found.items()
         ]
-        print(json.dumps({"by": list(by), "groups": rows, "total": msgspec.structs.asdict(total)}))
+        whole = msgspec.structs.asdict(total)
+        print(json.dumps({"by": list(by), "groups": rows, "total": whole, "refused": refused}))
         return
     cells = [(*map(_word, group), *_figures(one)) for group, one in found.items()]
     _print_table(by, cells, footer=("total", *[""] * (len(by) - 1), *_figures(total)))
+    if refused:
+        noun = "request" if refused == 1 else "requests"
+        print(f"refused by the proxy, and not counted above: {refused:,} {noun}")
 
 
 def _print_sessions(found: list[Checkpoint], *, as_json: bool) -> None:

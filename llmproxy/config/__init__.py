@@ -149,6 +149,10 @@ def _text_of(path: str) -> str:
 
 
 def _toml(text: str, source: str) -> dict[str, object]:
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            [f"{source}: expected TOML without the byte order mark that it begins with"]
+        )
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -161,7 +165,13 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     context = root.context
     files = root.table("credentials", SECTIONS["credentials"])
     providers = root.named("providers", SECTIONS["providers.*"], provider_name)
-    context.credentials = Credentials(files.take("directory"), environ, problems)
+    context.credentials = Credentials(
+        files.take("directory"),
+        environ,
+        problems,
+        is_named=not files.lacks("directory"),
+        open_to_others=files.take("open_to_others"),
+    )
     context.providers = tuple(providers)
     config = Config(
         proxy=read_proxy(root.table("proxy", SECTIONS["proxy"])),
@@ -174,6 +184,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     )
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)
+    _check_route_headers(config, problems)
     names = [route.name for route in config.routes]
     # If a route has no name, clients may mean that route: what they say of routes is not judged.
     context.routes = names if all(names) else None
@@ -195,12 +206,24 @@ def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:
 
 
 def _check_session_header(config: Config, problems: list[str]) -> None:
-    name = config.trace.session_header
-    if any(name == provider.header for provider in config.providers.values()):
-        problems.append(
-            "trace.session_header: expected a header that carries no key, "
-            f"but a provider's `header` is {show(name)}"
-        )
+    carriers = {provider.header for provider in config.providers.values()}
+    for name in config.trace.session_header:
+        if name in carriers:
+            problems.append(
+                "trace.session_header: expected a header that carries no key, "
+                f"but a provider's `header` is {show(name)}"
+            )
+
+
+def _check_route_headers(config: Config, problems: list[str]) -> None:
+    for at, route in enumerate(config.routes):
+        carriers = {config.providers[name].header for name in route.providers}
+        for name, _ in route.headers:
+            if name in carriers:
+                problems.append(
+                    f"routes[{at}].headers.{name}: expected no header that carries a key here: "
+                    "the provider's `header` does"
+                )
 
 
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:

@@ -1,8 +1,9 @@
 """Credential files: from a name in the configuration to a :class:`Secret`.
 
 The directory is ``[credentials] directory``, or else what systemd put into
-``$CREDENTIALS_DIRECTORY``.  It must be closed to others.  No problem quotes a name or a value from
-the file: if an operator writes a key where a file's name belongs, no log shows the key.
+``$CREDENTIALS_DIRECTORY``.  It must be closed to others, unless the operator says that it is not.
+A problem quotes a file's name only if that is written as people write names: if an operator writes
+a key where a file's name belongs, no log shows the key.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ ENVIRONMENT = "CREDENTIALS_DIRECTORY"
 _KEY = "credentials.directory"
 _LARGEST_BYTES = 64 * 1024
 _TOO_LARGE = "a credential file of at most 64KiB"
+_NAME = re.compile(
+    r"(?!(?i:sk|pk|xai|gsk|hf|ghp|pplx|r8|llmp|nvapi|eyj|aiza|akia|bearer)(?![a-z]))"
+    r"(?:[a-z]{1,20}|[A-Z]{1,20}|[A-Z][a-z]{1,19})?[0-9]{0,4}"
+    r"(?:[._-](?:[a-z]{1,20}|[A-Z]{1,20}|[A-Z][a-z]{1,19})?[0-9]{0,4})*"
+)
+"""A file's name: short words and numbers, and not as keys of well-known providers begin."""
+
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
@@ -57,16 +65,24 @@ class Credentials:
         directory: what ``[credentials] directory`` says, or ``None``.
         environ: where ``$CREDENTIALS_DIRECTORY`` may stand.
         problems: gathers what is wrong with the directory itself, once.
+        is_named: the file has that key, so no other place is looked at.
+        open_to_others: others may read the directory.
     """
 
     def __init__(
-        self, directory: str | None, environ: Mapping[str, str], problems: list[str]
+        self,
+        directory: str | None,
+        environ: Mapping[str, str],
+        problems: list[str],
+        *,
+        is_named: bool,
+        open_to_others: bool,
     ) -> None:
-        self._directory = directory
         self._environ = environ
         self._problems = problems
+        self._open_to_others = open_to_others
         self._usable: str | None = None
-        self._looked = directory is not None
+        self._looked = is_named
         if directory is not None:
             self._usable = self._fit(_KEY, directory, check_group=True)
 
@@ -99,15 +115,18 @@ class Credentials:
             self._looked = True
             self._usable = self._from_environment()
         if self._usable is None:
+            if not _NAME.fullmatch(value):
+                raise _no_key("the credentials directory")
             return None
-        return _content(os.path.join(self._usable, value))
+        return _content(self._usable, value)
 
     def _from_environment(self) -> str | None:
         directory = self._environ.get(ENVIRONMENT)
         if not directory:
             self._problems.append(
                 f"{_KEY}: expected a directory, as a credential is named, "
-                f"but it is missing, and ${ENVIRONMENT} is not set either"
+                f"but it is missing, and ${ENVIRONMENT} is not set either (systemd sets it for "
+                "its units; by hand: llmproxy check --credentials DIR)"
             )
             return None
         # systemd may open it to the service's user by an ACL, whose mask then shows as the group's
@@ -116,22 +135,29 @@ class Credentials:
 
     def _fit(self, key: str, directory: str, *, check_group: bool) -> str | None:
         """Return ``directory``, or report what makes it unfit."""
-        words = _why_unfit(directory, check_group=check_group)
+        words = _why_unfit(directory, check_group=check_group, open_to_others=self._open_to_others)
         if words is None:
             return directory
         self._problems.append(f"{key}: expected {words}, got {show(directory)}")
         return None
 
 
-def _why_unfit(directory: str, *, check_group: bool) -> str | None:
+def _why_unfit(directory: str, *, check_group: bool, open_to_others: bool) -> str | None:
     try:
         found = os.stat(directory)
     except OSError as error:
         return f"a directory that can be read ({error.strerror})"
     if not stat.S_ISDIR(found.st_mode):
         return "a directory"
+    if open_to_others:
+        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+            return "a directory that others may not write (chmod o-w)"
+        return None
     if found.st_mode & 0o007:
-        return "a directory closed to others (chmod o-rwx)"
+        return (
+            "a directory closed to others (chmod o-rwx; or credentials.open_to_others = true, "
+            "if a container's platform mounts it so)"
+        )
     own = {*os.getgroups(), os.getegid()}
     if check_group and found.st_mode & 0o070 and found.st_gid not in own:
         return "a directory closed to a group that is not this process's own (chmod g-rwx)"
@@ -142,17 +168,30 @@ def _is_bare_name(value: str) -> bool:
     return bool(value) and value.isprintable() and "/" not in value and value not in (".", "..")
 
 
-def _content(path: str) -> bytes:
+def _content(directory: str, name: str) -> bytes:
     """Return what the file holds, up to one byte more than a credential and its line end."""
+    path = os.path.join(directory, name)
+    shown = f" {show(name)}" if _NAME.fullmatch(name) else ""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Wrong("the name of a regular file in the credentials directory", hidden=True)
+            raise Wrong(f"a regular file{shown} in {directory}", hidden=True)
         with open(path, "rb") as file:
             return file.read(_LARGEST_BYTES + len(b"\r\n") + 1)
     except OSError as error:
+        if not shown:
+            raise _no_key(directory) from None
         raise Wrong(
-            f"a file that can be read in the credentials directory ({error.strerror})", hidden=True
+            f"a file{shown} in {directory} that can be read ({error.strerror})", hidden=True
         ) from None
+
+
+def _no_key(directory: str) -> Wrong:
+    """Return what is wrong with what looks like a key in the place of a file's name."""
+    return Wrong(
+        "the name of a credential file, and no key: write the key into a file of its own "
+        f"in {directory}, and the file's name here",
+        hidden=True,
+    )
 
 
 def _value(content: bytes) -> str:

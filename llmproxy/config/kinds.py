@@ -12,18 +12,21 @@ from typing import Any, get_args
 
 import msgspec
 
+from llmproxy.config.endpoints import endpoint, endpoint_for_tls
 from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.readers import (
     added_header_name,
+    added_parameter_name,
     digest,
-    endpoint,
-    endpoint_for_tls,
     field_value,
     file_of_instance,
     header_name,
     host_value,
     key_query,
+    parameter_name,
+    parameter_value,
     reference,
+    web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
 from llmproxy.config.url import url
@@ -115,6 +118,20 @@ def array(
     return Kind("array of strings", read, show)
 
 
+def one_or_more(reader: Reader[Any]) -> Kind:
+    """Return the kind of an array of values, or of one value that stands for an array of it."""
+    several = array(lambda table: reader, may_be_empty=True)
+    missing = object()
+
+    def read(table: Table, key: Key) -> object:
+        if not table.is_string(key.name):
+            return several.read(table, key)
+        found = table.read(key.name, reader, missing)
+        return table.default(key) if found is missing else (found,)
+
+    return Kind("array of strings, or string", read, several.show)
+
+
 def part(section: Section) -> Kind:
     """Return the kind of a table in which some of the keys of ``section`` are set."""
 
@@ -151,19 +168,37 @@ def _allowed_route(table: Table) -> Reader[str]:
     return text if known is None else reference({"*", *known}, 'a route, or "*"')
 
 
-def _added_headers(table: Table, key: Key) -> tuple[tuple[str, str], ...]:
-    inner = table.table(key.name, None)
-    fields: dict[str, str] = {}
-    for one in inner:
-        try:
-            name = added_header_name(one, table.take("header"))
-        except Wrong as wrong:
-            inner.problem(one, f"expected {wrong.expected}")
-            continue
-        if name in fields:
-            inner.problem(one, f"expected each name once, but {show(name)} stands there already")
-        fields[name] = inner.read(one, field_value, "")
-    return tuple(fields.items())
+def pairs(
+    name: Callable[[Table], Reader[str]], value_of: Reader[str], *, same: Callable[[str], str]
+) -> Kind:
+    """Return the kind of a table of names and values, of which only the names are shown.
+
+    Args:
+        name: makes the reader of a name for the table that the pairs' table stands in.
+        value_of: reads a value.
+        same: returns what two names must not share.
+    """
+
+    def read(table: Table, key: Key) -> tuple[tuple[str, str], ...]:
+        inner = table.table(key.name, None)
+        read_name, found = name(table), dict[str, tuple[str, str]]()
+        for one in inner:
+            try:
+                named = read_name(one)
+            except Wrong as wrong:
+                inner.problem(one, f"expected {wrong.expected}")
+                continue
+            if (shared := same(named)) in found:
+                shown = show(found[shared][0])
+                inner.problem(one, f"expected each name once, but {shown} stands there already")
+            found[shared] = named, inner.read(one, value_of, "")
+        return tuple(found.values())
+
+    return Kind("table of strings", read, lambda fields: [name for name, _ in fields])
+
+
+def _added_header(table: Table) -> Reader[str]:
+    return lambda one: added_header_name(one, table.take("header"))
 
 
 BOOLEAN = value(boolean, "boolean")
@@ -185,8 +220,12 @@ ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance)
 PROVIDERS = array(lambda table: reference(table.context.providers, "a provider"))
 ROUTES = array(_allowed_route)
 HOSTS = array(lambda table: host_value)
+ORIGINS = array(lambda table: web_origin, may_be_empty=True)
 DROPPED = array(lambda table: header_name, may_be_empty=True)
 KEY_QUERY = value(key_query, "boolean or string", lambda name: name or False)
 MODELS = array(lambda table: model_pattern)
 DIGESTS = array(lambda table: digest(table.name), show=len)
-HEADERS = Kind("table of strings", _added_headers, lambda fields: [name for name, _ in fields])
+DROPPED_PARAMETERS = array(lambda table: parameter_name)
+HEADERS = pairs(_added_header, field_value, same=str)
+ROUTE_HEADERS = pairs(lambda table: lambda one: added_header_name(one, ""), field_value, same=str)
+PARAMETERS = pairs(lambda table: added_parameter_name, parameter_value, same=str.lower)

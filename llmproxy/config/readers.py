@@ -1,4 +1,4 @@
-"""Values that mean something to a proxy: endpoints, names, header fields, key digests.
+"""Values that mean something to a proxy: names, header fields, key digests.
 
 Each reader follows the promise of ``values.py``: it returns the value or raises ``Wrong``.  Nothing
 here knows a section or a struct.  A value that may be a secret that went astray is never shown.
@@ -13,25 +13,24 @@ import socket
 import ssl
 from collections.abc import Callable, Collection
 
+from llmproxy.config.endpoints import of_instance
 from llmproxy.config.url import has_odd_segment, host
-from llmproxy.config.values import Wrong, absolute_path, show, text, token
+from llmproxy.config.values import Wrong, absolute_path, show, token
 from llmproxy.http1.headers import KEY_FIELDS, is_owned
-
-#: Server endpoints of Twisted that make sense for a daemon.  The arguments are only glanced at:
-#: the reactor has the last word when it listens.
-_ENDPOINTS = frozenset({"tcp", "tcp6", "ssl", "tls", "unix", "systemd", "haproxy"})
-_PORTED = frozenset({"tcp", "tcp6", "ssl", "tls"})
-_ENDPOINT_SAMPLES = (
-    '"tcp:8080:interface=127.0.0.1", "unix:/run/llmproxy.sock" or "systemd:domain=INET:name=proxy"'
-)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 _INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PATH = re.compile(r"/[!-~]*")
 _HOST_AND_PORT = re.compile(r"(?:[^:]*|\[.*\]):[0-9]*")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _PARAMETER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WORD_MARKS = re.compile(r"[._-]")
+_KEY_PARAMETERS = frozenset(
+    ("key", "apikey", "xapikey", "accesstoken", "token", "authorization", "subscriptionkey", "sig")
+)
 _OF_NOTHING = hashlib.sha256().hexdigest()
 _NOT_TOKEN = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 _FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
@@ -44,37 +43,13 @@ def instance_name(value: object) -> str:
     return value
 
 
-def endpoint(instance: str) -> Callable[[object], str]:
-    """Return a reader of Twisted's server endpoints, ``{instance}`` filled in."""
-
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not _is_endpoint(value):
-            raise Wrong(f"an endpoint such as {_ENDPOINT_SAMPLES}")
-        return _of_instance(text(value), instance)
-
-    return read
-
-
-def endpoint_for_tls(instance: str) -> Callable[[object], str]:
-    """Return a reader of endpoints below TLS, which is ended with the listener's own key."""
-    below = endpoint(instance)
-
-    def read(value: object) -> str:
-        found = below(value)
-        if found.removeprefix("haproxy:").split(":")[0] in ("ssl", "tls"):
-            raise Wrong('an endpoint without TLS of its own, such as "tcp:8443"')
-        return found
-
-    return read
-
-
 def file_of_instance(instance: str) -> Callable[[object], str]:
     """Return a reader of a file's absolute path, ``{instance}`` filled in."""
 
     def read(value: object) -> str:
         if absolute_path(value).endswith("/"):
             raise Wrong("the absolute path of a file")
-        return _of_instance(str(value), instance)
+        return of_instance(str(value), instance)
 
     return read
 
@@ -139,6 +114,16 @@ def host_value(value: object) -> str:
     return f"[{found}]" if ":" in found else found
 
 
+def web_origin(value: object) -> str:
+    """Read an origin as browsers write it in ``Origin`` (RFC 6454, section 6.1), or ``*``."""
+    if value == "*":
+        return "*"
+    if not isinstance(value, str) or not _ORIGIN.fullmatch(value.lower()):
+        raise Wrong('"*" or an origin such as "https://app.example", without a path')
+    scheme, _, place = value.lower().partition("://")
+    return f"{scheme}://{place.removesuffix(_DEFAULT_PORTS.get(scheme, ''))}"
+
+
 def header_name(value: object) -> str:
     """Read the name of the field that carries a credential, in lower case."""
     try:
@@ -156,6 +141,28 @@ def added_header_name(value: object, credential: str) -> str:
     if lower == credential or _carries_key(lower):
         raise Wrong("no header that carries a key here: use `credential`, `header` and `format`")
     return lower
+
+
+def parameter_name(value: object) -> str:
+    """Read the name of a parameter of the query."""
+    if not isinstance(value, str) or not _PARAMETER.fullmatch(value):
+        raise Wrong("the name of a parameter in letters, digits, `.`, `_` and `-`", hidden=True)
+    return value
+
+
+def added_parameter_name(value: object) -> str:
+    """Read the name of a parameter that the proxy adds to the query; none that carries a key."""
+    name = parameter_name(value)
+    if _WORD_MARKS.sub("", name).lower() in _KEY_PARAMETERS:
+        raise Wrong("no parameter that carries a key here: use `credential`, `header` and `format`")
+    return name
+
+
+def parameter_value(value: object) -> str:
+    """Read the value of a parameter of the query, which may be empty."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise Wrong("a string without control characters", hidden=True)
+    return value
 
 
 def key_query(value: object) -> str | None:
@@ -218,27 +225,11 @@ def digest(client: str) -> Callable[[object], bytes]:
 def key_hint(client: str) -> str:
     """Return how an operator gets a key for ``client`` and its line for the file."""
     named = client if _NAME.fullmatch(client) and client != "anonymous" else "NAME"
-    return f"`llmproxy keys new {named}` makes a key and prints this line"
+    return (
+        f"`llmproxy keys new {named}` makes a key and prints this line; "
+        "`llmproxy keys hash` prints it for a key that is there"
+    )
 
 
 def _carries_key(name: str) -> bool:
     return name.encode("ascii") in KEY_FIELDS
-
-
-def _is_endpoint(value: str) -> bool:
-    kind, _, arguments = value.partition(":")
-    if kind not in _ENDPOINTS or not arguments:
-        return False
-    if kind == "haproxy":
-        return not arguments.startswith("haproxy:") and _is_endpoint(arguments)
-    first = arguments.split(":")[0]
-    if kind in _PORTED and "=" not in first and "{" not in first:
-        return first.isascii() and first.isdigit() and len(first) < 6 and int(first) <= 65535
-    return True
-
-
-def _of_instance(value: str, instance: str) -> str:
-    filled = value.replace("{instance}", instance)
-    if "{" in filled or "}" in filled:
-        raise Wrong('no braces but those of "{instance}"')
-    return filled

@@ -114,18 +114,26 @@ class Section:
         not_built: keys that the design has and this version has not; they are refused, never read
             and ignored.
         elsewhere: keys that are only known in ``[timeouts]``.
+        instead: what to write instead of keys that operators expect here, by those; ``*`` stands
+            for every other that is no slip. ``{}`` stands for the table's own name.
     """
 
     names: Collection[str]
     keys: Mapping[str, Key] = field(default_factory=dict)
     not_built: frozenset[str] = frozenset()
     elsewhere: Collection[str] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, struct: type[msgspec.Struct], *not_built: str) -> Section:
+    def of(
+        cls,
+        struct: type[msgspec.Struct],
+        *not_built: str,
+        instead: Mapping[str, str] | None = None,
+    ) -> Section:
         """Return the section whose keys ``struct`` declares."""
         keys = keys_of(struct)
-        return cls(tuple(keys), keys, frozenset(not_built))
+        return cls(tuple(keys), keys, frozenset(not_built), instead=instead or {})
 
     @classmethod
     def part_of(cls, struct: type[msgspec.Struct], name: str) -> Section:
@@ -134,15 +142,18 @@ class Section:
         own = {one: key for one, key in keys.items() if name in key.also_in}
         return cls(tuple(own), own, elsewhere=keys.keys() - own.keys())
 
-    def objection(self, name: str) -> str | None:
-        """Return what is wrong with a key of this ``name``, or ``None``."""
+    def objection(self, name: str, table: str = "") -> str | None:
+        """Return what is wrong with a key of this ``name`` in a ``table``, or ``None``."""
         if name in self.names:
             return None
         if name in self.not_built:
             return NOT_BUILT_YET
         if name in self.elsewhere:
             return "can only be set in [timeouts]"
-        return f"unknown key; {_hint(name, self.names)}"
+        instead = self.instead.get(name.lower().replace("-", "_"))
+        if instead is None and not _close_to(name, self.names):
+            instead = self.instead.get("*")
+        return f"unknown key; {instead.format(table) if instead else _hint(name, self.names)}"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -195,7 +206,7 @@ class Table:
         if not self._is_table:
             problems.append(f"{path}: expected a table, got {kind(data)}")
         for key in self._data:
-            if section is not None and (objection := section.objection(key)):
+            if section is not None and (objection := section.objection(key, name)):
                 self.problem(key, objection)
 
     def __contains__(self, key: str) -> bool:
@@ -203,6 +214,10 @@ class Table:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
+
+    def is_string(self, key: str) -> bool:
+        """Tell whether ``key`` holds a string."""
+        return isinstance(self._data.get(key), str)
 
     def lacks(self, key: str) -> bool:
         """Tell whether ``key`` is absent; nothing is absent from what is no table at all."""
@@ -313,8 +328,12 @@ def _default_of(one: msgspec.structs.FieldInfo) -> Callable[[], object] | None:
     return None if one.default_factory is msgspec.NODEFAULT else one.default_factory
 
 
+def _close_to(key: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(key[:80].lower(), known, n=1)
+
+
 def _hint(key: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(key[:80].lower(), known, n=1)
+    close = _close_to(key, known)
     if close:
         return f"did you mean {json.dumps(close[0])}?"
     return "expected one of " + ", ".join(known)

@@ -27,6 +27,7 @@ from llmproxy.config.kinds import (
     DIALECT,
     DIGESTS,
     DROPPED,
+    DROPPED_PARAMETERS,
     DURATION,
     DURATION_OR_OFF,
     ENDPOINT,
@@ -37,14 +38,18 @@ from llmproxy.config.kinds import (
     HOSTS,
     KEY_QUERY,
     MODELS,
+    ORIGINS,
+    PARAMETERS,
     PRIVATE_KEY,
     PROVIDERS,
+    ROUTE_HEADERS,
     ROUTES,
     SIZE,
     SIZE_ABOVE_ZERO,
     URL,
     by_name,
     candidate,
+    one_or_more,
     part,
     value,
     whole_number,
@@ -80,16 +85,18 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     listen: Annotated[tuple[str, ...], Key(ENDPOINTS)] = ("tcp:8080:interface=127.0.0.1",)
-    """Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
+    r"""Endpoints to listen on, in Twisted's notation: ``tcp:``, ``tcp6:``, ``ssl:``, ``tls:``,
     ``unix:`` and ``systemd:`` (a socket that systemd opened). ``haproxy:`` can stand before any of
-    them (PROXY protocol). The check looks at the shape of an endpoint only; the start shows whether
-    the address is free. The array may be empty if there is a ``listen_tls``. Up to 4096 connections
-    wait to be accepted, or as many as ``net.core.somaxconn`` allows; ``backlog=`` in an endpoint
-    sets another number. The kernel probes a connection after 30 s of silence, and ends it if the
-    caller has vanished (TCP keepalive). The socket file of ``unix:`` is open to its owner and group
-    (mode 0660); ``mode=`` in an endpoint sets another one. A ``haproxy:`` listener believes the
-    PROXY header of whoever reaches it: only the balancer may reach it, by ``interface=``, a
-    firewall or a ``unix:`` socket. Otherwise any caller can say any address."""
+    them (PROXY protocol). An IPv6 address has a backslash before each colon, so write it in single
+    quotes: ``'tcp6:8080:interface=\:\:1'``. ``llmproxy check`` refuses what cannot be listened on;
+    only the start shows whether the address is free. The array may be empty if there is a
+    ``listen_tls``. Up to 4096 connections wait to be accepted, or as many as ``net.core.somaxconn``
+    allows; ``backlog=`` in an endpoint sets another number. The kernel probes a connection after 30
+    s of silence, and ends it if the caller has vanished (TCP keepalive). The socket file of
+    ``unix:`` is open to its owner and group (mode 0660); ``mode=`` in an endpoint sets another one.
+    A ``haproxy:`` listener believes the PROXY header of whoever reaches it: only the balancer may
+    reach it, by ``interface=``, a firewall or a ``unix:`` socket. Otherwise any caller can say any
+    address."""
 
     listen_tls: Annotated[tuple[str, ...], Key(ENDPOINTS_FOR_TLS)] = ()
     """Endpoints on which the proxy ends TLS with ``certificate`` and ``key``; see
@@ -171,6 +178,11 @@ class CredentialFiles(msgspec.Struct, frozen=True, kw_only=True):
     refused. Without this key the files are in ``$CREDENTIALS_DIRECTORY``, which systemd fills at
     the start (``LoadCredential=``). Of that directory only the permissions of others are checked,
     because systemd may open the directory to the service by an access control list."""
+
+    open_to_others: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether others may read the directory, as Docker and Kubernetes mount one: everybody may
+    enter it, it belongs to root, and its files may be links. Set this key only where the container
+    keeps others away. A directory in which others may replace files is refused in any case."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -337,6 +349,19 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     which the proxy's credential acts: ``openai-organization``, ``openai-project``,
     ``chatgpt-account-id`` and ``x-goog-user-project``."""
 
+    query: Annotated[tuple[tuple[str, str], ...], Key(PARAMETERS)] = ()
+    """Parameters that the proxy adds to the query of a request if the caller sent none of that
+    name, such as ``{ api-version = "2024-10-21" }``. They stand behind what the caller sent, which
+    crosses byte for byte. Write the values as they are: the proxy encodes them. To set a parameter
+    whatever the caller says, name it in ``drop_query``, too. A parameter that carries a key is
+    refused here."""
+
+    drop_query: Annotated[tuple[str, ...], Key(DROPPED_PARAMETERS)] = ()
+    """Parameters of callers' queries that this provider does not get, in whatever case and spelling
+    they are written. As they do not cross, a client's key or a model in them does not count; if
+    several routes share a path, a model in one counts unless all of them drop it. What ``query``
+    sets is added in any case."""
+
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
     others."""
@@ -395,6 +420,14 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     models. Names are looked for in the body, the path and the query; ADR-0016 says where some
     providers take others from."""
 
+    allowed_origins: Annotated[tuple[str, ...], Key(ORIGINS)] = ()
+    """Web pages of these origins may call from a browser (CORS), such as ``"https://app.example"``;
+    ``"*"`` is any. A preflight gets its response from the proxy, and needs no key. Pages can read
+    all headers of a response, and errors of the proxy's own. The provider does not get ``Origin``,
+    and what it says of origins itself does not reach the page. Without this key, responses say
+    nothing of origins. A page of another site that shows no key gets a 403 in any case, if
+    ``anonymous`` would let it call with the provider's credential."""
+
     strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether the proxy cuts ``path`` off before it sends the request."""
 
@@ -403,6 +436,22 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     timeouts: Annotated[dict[str, float | None], Key(part(ROUTE_TIMEOUTS))] = {}
     """This route's own deadlines, as named below."""
+
+    headers: Annotated[tuple[tuple[str, str], ...], Key(ROUTE_HEADERS)] = ()
+    """Headers that the proxy adds on this route, as ``headers`` of the provider does. If both have
+    a name, the route's value counts."""
+
+    drop_headers: Annotated[tuple[str, ...], Key(DROPPED)] = ()
+    """Headers of callers that do not cross on this route, beside the provider's
+    ``drop_headers``."""
+
+    query: Annotated[tuple[tuple[str, str], ...], Key(PARAMETERS)] = ()
+    """Parameters that the proxy adds to the query on this route, as ``query`` of the provider does.
+    If both have a name, the route's value counts."""
+
+    drop_query: Annotated[tuple[str, ...], Key(DROPPED_PARAMETERS)] = ()
+    """Parameters of callers' queries that do not cross on this route, beside the provider's
+    ``drop_query``."""
 
     accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
     """Which compression a request for a stream asks the provider for: ``"identity"`` asks for none,
@@ -453,7 +502,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     ``Bearer``), ``x-api-key``, ``api-key``, ``x-goog-api-key`` or ``x-llmproxy-key``; an empty one
     counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex
     digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
-    line, and this line of the file on its second. No two clients share a key."""
+    line, and this line of the file on its second. ``llmproxy keys hash`` reads an existing key from
+    standard input, and prints this line. No two clients share a key."""
 
     routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
     """The names of the routes that the client may use. ``"*"`` is all routes."""
@@ -472,7 +522,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where the record of each request goes; ``None`` is nowhere.
 
-    ``keep`` is in seconds (``None``: for ever), ``session_header`` lower-case.
+    ``keep`` is in seconds (``None``: for ever), names in ``session_header`` lower-case.
     """
 
     jsonl: Annotated[str | None, Key(FILE)] = None
@@ -494,10 +544,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     ``/v1/traces`` below this URL. With ``https`` the system must trust the collector's
     certificate."""
 
-    session_header: Annotated[str, Key(value(session_header))] = "x-session-id"
-    """The header in which callers name their session. Up to 256 printable characters are recorded.
-    The header may not be one that carries a key, nor ``cookie``, nor one that the proxy or HTTP's
-    framing owns."""
+    session_header: Annotated[tuple[str, ...], Key(one_or_more(session_header))] = (
+        *("x-session-id", "x-claude-code-session-id", "session_id", "session-id"),
+    )
+    """The headers in which callers name their session: the first one of this array that a request
+    has counts. Up to 256 printable characters are recorded. A header may not be one that carries a
+    key, nor ``cookie``, nor one that the proxy or HTTP's framing owns. By default: opencode and
+    programs of your own send ``x-session-id``, Claude Code ``x-claude-code-session-id``, Codex
+    ``session-id``, and older releases of Codex ``session_id``."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -534,19 +588,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+_INLINE = ("key", "api_key", "apikey", "token", "access_token", "secret", "password", "auth")
+_WRITE_A_FILE = (
+    "no secret stands in this file: write the key into a file of its own in the credentials "
+    "directory, and here `credential` with the file's name"
+)
+_FILES = "no secret stands in this file: each has a file of its own in `directory`"
+_MAKE_A_KEY = (
+    "no key stands in this file: `llmproxy keys new {}` makes a key and prints its `keys` line"
+)
+
 SECTIONS: Mapping[str, Section] = {
     "proxy": Section.of(Proxy),
     "admin": Section.of(Admin, "token"),
-    "credentials": Section.of(CredentialFiles),
+    "credentials": Section.of(CredentialFiles, instead={"*": _FILES}),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),
-    "providers.*": Section.of(Provider, "max_streams"),
+    "providers.*": Section.of(
+        Provider, "max_streams", instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)
+    ),
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
     "routes": Section.of(Route, "balance", "retry_on", "heartbeat", "padding"),
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(
-        Client, "max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"
+        Client,
+        *("max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"),
+        instead=dict.fromkeys(_INLINE, _MAKE_A_KEY),
     ),
     "trace": Section.of(Trace),
 }

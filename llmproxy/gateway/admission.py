@@ -13,7 +13,8 @@ from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import field_values, list_tokens
 from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
-from llmproxy.policy.auth import Auth
+from llmproxy.policy.auth import ANONYMOUS, Auth
+from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.request import Request
@@ -77,6 +78,8 @@ def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyErro
     try:
         admit(request, rules)
         client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+        if client is ANONYMOUS and not place.keys.passes:
+            refuse_page(request.first, place.origins)
         place.require()
         if place.needs_model(client):
             refuse_unread(request)

@@ -18,6 +18,7 @@ from llmproxy.dialects.request import RequestFacts
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.net.turns import Turns
+from llmproxy.policy.origins import ORIGIN
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
@@ -72,6 +73,8 @@ class Attempts:
         if edits:
             body = edited(exchange.decoded_body, edits)
             fields = [field for field in fields if field[0] != b"content-encoding"]
+        if exchange.page:
+            fields = [field for field in fields if field[0] != ORIGIN]
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,

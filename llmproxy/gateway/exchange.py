@@ -13,6 +13,7 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
 from llmproxy.policy.routes import RouteMatch
@@ -35,9 +36,11 @@ class Exchange:
         is_late: the request took longer than ``total``.
         has_asked: the provider may have a byte of the request, and do the work.
         status: the provider's, or 0 before its head has come.
+        page: the fields by which a response speaks to a web page's browser.
         endpoint: how the response can be read, or None where it cannot be.
         tap: reads the response.
         is_detached: the response is read on although the client has left, or was.
+        is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
         task: runs the gateway's story.
         timer: rings after ``total``.
@@ -45,8 +48,9 @@ class Exchange:
 
     __slots__ = (
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_asked", "has_length", "is_detached", "is_late", "left", "match", "relay", "request"),
-        *("response", "started", "status", "tap", "task", "timer", "trace"),
+        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
+        *("page", "relay", "request", "response", "started", "status", "tap", "task"),
+        *("timer", "trace"),
     )
 
     def __init__(self, request: Request, trace: Trace, started: float) -> None:
@@ -54,6 +58,7 @@ class Exchange:
         self.trace = trace
         self.started = started
         self.match: RouteMatch | None = None
+        self.page: Fields = []
         self.decoded_body = b""
         self.left: ClientGone | None = None
         self.is_late = False
@@ -67,6 +72,7 @@ class Exchange:
         self.endpoint: Endpoint | None = None
         self.tap: StreamAccumulator | None = None
         self.is_detached = False
+        self.is_read_out = False
         self.detached_timer: Any = None
         self.task: Task | None = None
         self.timer: Any = None
@@ -133,7 +139,8 @@ class Exchange:
         request, name = self.request, self.trace.id
         if not request.startedWriting:
             body = error_body(error, dialect, name)
-            request.start(error.status, error_fields(error, name, len(body), now))
+            fields = error_fields(error, name, len(body), now)
+            request.start(error.status, [*fields, *self.page])
             request.write(body)
             request.finish()
             return

@@ -22,13 +22,16 @@ from llmproxy.gateway.admission import Rules, admit, early_refusal, needs_model
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
-from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth
+from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
+from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
@@ -121,8 +124,14 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
+        if place.origins:
+            exchange.page = page_fields(request.first, place.origins)
+            if (fields := self._preflight(request, place)) is not None:
+                request.start(204, fields)
+                request.finish()
+                return EndReason.COMPLETE
         client = self._identify(exchange, place)
-        facts = self._reader.read_at_once(exchange)
+        facts = self._reader.read_at_once(exchange, place)
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
@@ -132,7 +141,12 @@ class Gateway(Handler):
         exchange.decoded_body = b""
 
         name = trace.id.encode("ascii")
-        request.start(response.code, for_client(response.fields, response.first, name))
+        fields = for_client(response.fields, response.first, name)
+        if response.code == NOT_FOUND:
+            fields += hint_fields(match)
+        if exchange.page:
+            fields = for_page(fields, exchange.page)
+        request.start(response.code, fields)
         await self._pump(exchange, match, response)
         request.finish()
         if (delivered := request.when_delivered()) is not None:
@@ -162,6 +176,7 @@ class Gateway(Handler):
                 end = EndReason.INTERNAL
                 error = ProxyError(500, "internal", "The proxy failed.", end=end)
         if exchange.left is not None:
+            exchange.is_read_out = end is EndReason.COMPLETE
             end, error = exchange.left.end, None  # no client waits for an error
         elif error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
@@ -170,6 +185,13 @@ class Gateway(Handler):
 
     # -- its steps ------------------------------------------------------------------------------
 
+    def _preflight(self, request: Request, place: PathMatch) -> Fields | None:
+        """Return the response to a preflight of a browser's, which shows no key; or None."""
+        fields = preflight_fields(request.method, request.first, place.origins)
+        if fields is not None:
+            admit(request, self._rules)
+        return fields
+
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
         request = exchange.request
         client: Client | None = request.caller
@@ -177,6 +199,8 @@ class Gateway(Handler):
             admit(request, self._rules)
             auth = self._rules.auth
             client = auth.identify(request.fields, request.uri, place.keys, request.first)
+            if client is ANONYMOUS and not place.keys.passes:
+                refuse_page(request.first, place.origins)
         elif request.refusal is not None:  # of its body: it was admitted before that came
             raise request.refusal
         exchange.trace.client = client.name
@@ -206,6 +230,8 @@ class Gateway(Handler):
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match
+        if exchange.page:
+            self._meet_page(exchange, client, match)
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
         trace.dialect = provider.dialect
@@ -214,6 +240,13 @@ class Gateway(Handler):
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _meet_page(self, exchange: Exchange, client: Client, match: RouteMatch) -> None:
+        """Go by the origins of the route alone: several may share the path."""
+        first, allowed = exchange.request.first, match.route.allowed_origins
+        exchange.page = page_fields(first, allowed)
+        if client is ANONYMOUS and not match.candidates[0].keys.passes:
+            refuse_page(first, allowed)
 
     async def _pump(self, exchange: Exchange, match: RouteMatch, response: Response) -> None:
         """Relay the body to the client, and a copy of it to the tap."""
@@ -246,7 +279,8 @@ class Gateway(Handler):
 
 def _guarded(config: Config) -> frozenset[bytes]:
     """Return the fields that carry providers' credentials, and those that some provider lacks."""
-    fields = set()
+    dropped = [name for route in config.routes for name in route.drop_headers]
+    fields = {name.encode("ascii") for name in dropped}
     for provider in config.providers.values():
         fields |= {name.encode("ascii") for name in provider.drop_headers}
         if (credential := credential_field(provider)) is not None:

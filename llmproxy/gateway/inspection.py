@@ -97,8 +97,10 @@ class Inspection:
             end: why it ended, as far as the wires know.
         """
         trace = exchange.trace
-        if exchange.left is not None:
-            trace.on_disconnect = "drain" if exchange.is_detached else "cancel"
+        if exchange.is_detached:
+            trace.on_disconnect = "drain"
+        elif exchange.left is not None and not exchange.is_read_out:
+            trace.on_disconnect = "cancel"
         if exchange.endpoint is not None:
             trace.usage = "none"
         try:

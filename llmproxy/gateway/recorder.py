@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.hints import NOT_FOUND, hint_for_operator
 from llmproxy.policy.auth import holds_made_key
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
@@ -60,7 +61,7 @@ class Recorder:
         self._clock = clock
         self.now = wall
         self._instance = instance
-        self._session_header = b"x-session-id"
+        self._session_headers: tuple[bytes, ...] = (b"x-session-id",)
         self._running: set[Exchange] = set()
 
     @property
@@ -73,13 +74,17 @@ class Recorder:
         """The requests that are being served."""
         return self._running
 
-    def follow(self, session_header: str) -> None:
-        """Take a request's session from this field from now on; its name is in lower case."""
-        self._session_header = session_header.encode("ascii")
+    def follow(self, session_headers: tuple[str, ...]) -> None:
+        """Take a request's session from the first of these fields that it has from now on.
+
+        Args:
+            session_headers: names in lower case.
+        """
+        self._session_headers = tuple(name.encode("ascii") for name in session_headers)
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        trace = new_trace(request, self._session_header, time=self.now(), instance=self._instance)
+        trace = new_trace(request, self._session_headers, time=self.now(), instance=self._instance)
         exchange = Exchange(request, trace, self._clock())
         self._running.add(exchange)
         self._metrics.request_began()
@@ -91,7 +96,8 @@ class Recorder:
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
-        self._write(exchange.trace, exchange.labels(), error)
+        hint = None if exchange.status != NOT_FOUND else hint_for_operator(exchange)
+        self._write(exchange.trace, exchange.labels(), error, hint)
 
     def close_all(self) -> None:
         """End the requests that outlive their clients, each with what is known of it so far."""
@@ -120,23 +126,36 @@ class Recorder:
         self._write(trace, ("", "", "", "other", f"{error.status // 100}xx"), None)
         return bare_response(error, now=now, request_id=trace.id)
 
-    def _write(self, trace: Trace, labels: tuple[str, ...], error: ProxyError | None) -> None:
+    def _write(
+        self,
+        trace: Trace,
+        labels: tuple[str, ...],
+        error: ProxyError | None,
+        hint: str | None = None,
+    ) -> None:
         self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
         self._sink.write(trace)
         if error is not None and error.detail:
             self._access(trace, error.cause, error.detail)
         else:
-            self._access(trace, None, None)
+            self._access(trace, None, hint)
 
 
-def new_trace(request: Request, session_header: bytes, *, time: float, instance: str) -> Trace:
+def new_trace(
+    request: Request, session_headers: tuple[bytes, ...], *, time: float, instance: str
+) -> Trace:
     """Return the record of a request that has just come in, with a new id.
 
     Args:
-        session_header: the field in which callers name their session, in lower case.
+        session_headers: the fields in which callers name their session, in lower case.
         time: seconds since the epoch.
     """
     first = request.first
+    session = None
+    for name in session_headers:
+        if name in first:
+            session = _text(first[name])
+            break
     return Trace(
         time=timestamp(time),
         id=_new_id(),
@@ -144,7 +163,7 @@ def new_trace(request: Request, session_header: bytes, *, time: float, instance:
         instance=instance,
         peer=request.channel.peer_name,
         user_agent=_text(first.get(b"user-agent")),
-        session=_text(first.get(session_header)),
+        session=session,
         method=request.method.decode("ascii", "backslashreplace"),
         path=_path(request.path),
     )

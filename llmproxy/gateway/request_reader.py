@@ -33,7 +33,7 @@ class RequestReader:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
-    def read_at_once(self, exchange: Exchange) -> RequestFacts | None:
+    def read_at_once(self, exchange: Exchange, place: PathMatch) -> RequestFacts | None:
         """Return what a usual request asks for; None if :meth:`read` must read it."""
         request = exchange.request
         if request.upload is not None or b"content-encoding" in request.first:
@@ -41,7 +41,7 @@ class RequestReader:
         exchange.decoded_body = body = request.body
         try:
             kind = request.first.get(b"content-type")
-            facts = usual_request(kind, body, request.uri, request.method)
+            facts = usual_request(kind, body, place.crossing(request.uri), request.method)
         except BodyError:
             return None  # that says why
         if facts is not None:
@@ -62,7 +62,7 @@ class RequestReader:
         body = b"" if is_coded and not (strict or place.may_add) else request.body
         exchange.decoded_body = body
         try:
-            facts = await self._turns.run(_steps(exchange, place.body_limit, strict=strict))
+            facts = await self._turns.run(_steps(exchange, place, strict=strict))
         except UnknownBody as error:
             raise unread_body(str(error)) from error
         except BodyError as error:
@@ -71,15 +71,16 @@ class RequestReader:
         return facts
 
 
-def _steps(exchange: Exchange, most: int, *, strict: bool) -> Steps[RequestFacts]:
-    """Return what a request asks for; its body may be coded, and has at most ``most`` bytes."""
-    request = exchange.request
+def _steps(exchange: Exchange, place: PathMatch, *, strict: bool) -> Steps[RequestFacts]:
+    """Return what a request asks for; its body may be coded."""
+    request, most = exchange.request, place.body_limit
     codings = list_tokens(field_values(request.fields, b"content-encoding"))
     codings = [coding for coding in codings if coding != b"identity"]
     if codings:
         exchange.decoded_body = yield from _decoded(request, codings, most, strict=strict)
     kind, body = request.first.get(b"content-type"), exchange.decoded_body
-    return (yield from read_request(kind, body, request.uri, request.method, strict=strict))
+    target = place.crossing(request.uri)
+    return (yield from read_request(kind, body, target, request.method, strict=strict))
 
 
 def _decoded(request: Request, codings: list[bytes], most: int, *, strict: bool) -> Steps[bytes]:

@@ -23,6 +23,8 @@ _KEEPALIVE = (
 )
 """Seconds of silence before a probe, between probes, and how many."""
 
+_MAPPED = "::ffff:"
+
 _SIOCOUTQ = 0x5411
 """linux/sockios.h: bytes in the send queue that the peer has not acknowledged."""
 
@@ -34,6 +36,18 @@ _NONE = b"\0\0\0\0"
 
 _answer = bytearray(_NONE)
 """What the kernel answers into: with bytes, each call would raise and drop an exception first."""
+
+
+def host_of(address: Any) -> str | None:
+    """Return the host of an address, or None: that of a Unix socket has none.
+
+    A client that comes by IPv4 to a socket of IPv6 has its IPv4 address (RFC 4291, 2.5.5.2), so
+    that it is one client on whichever socket it comes.
+    """
+    host: str | None = getattr(address, "host", None)
+    if host is not None and host.startswith(_MAPPED) and "." in host:
+        return host.removeprefix(_MAPPED)
+    return host
 
 
 def raw_transport(transport: Any) -> Any:

@@ -82,6 +82,12 @@ def expose(
         lambda: {(name,): float(lost) for name, lost in sink.losses().items()},
     )
     count(
+        "stale_lookups",
+        "Failed lookups of providers' names where addresses of before were used.",
+        [],
+        lambda: {(): float(setup.upstream.stale_lookups)},
+    )
+    count(
         "log_lines_lost",
         "Lines of the log that were not written.",
         [],

@@ -121,7 +121,7 @@ class Listeners:
                 _log.info(
                     "{site} listens no more on {address}",
                     site=listener.place.whose,
-                    address=str(listener.port.getHost()),
+                    address=_in_words(listener.port.getHost()),
                 )
                 _close(listener)
 
@@ -129,11 +129,12 @@ class Listeners:
         """Write to the log where the process listens; each port is reported once."""
         for place, port in self._unreported:
             where = port.getHost()
+            tls = place.tls is not None
             _log.info(
-                "{site} listens on {address}",
+                "{site} listens on {address} with TLS" if tls else "{site} listens on {address}",
                 site=place.whose,
-                tls=place.tls is not None,
-                address=str(where),
+                tls=tls,
+                address=_in_words(where),
                 port=getattr(where, "port", None),
             )
         self._unreported = []
@@ -178,6 +179,15 @@ class Listeners:
 
     def _close_all(self, whose: Literal["proxy", "admin"]) -> Deferred[Any]:
         return DeferredList([_close(one) for one in self._open if one.place.whose == whose])
+
+
+def _in_words(where: Any) -> str:
+    """Return an address of Twisted's as people write it."""
+    host = getattr(where, "host", None)
+    if host is None:
+        name = getattr(where, "name", None)
+        return f"unix:{os.fsdecode(name)}" if name else str(where)
+    return f"[{host}]:{where.port}" if ":" in host else f"{host}:{where.port}"
 
 
 def _close(listener: Listener) -> Deferred[Any]:

@@ -20,6 +20,7 @@ from llmproxy.config import Client, Config
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS, OWN_KEY_FIELD, is_owned
+from llmproxy.http1.query import without
 
 ANONYMOUS = Client(name="anonymous", keys=())
 """The client of a request without a key, where such requests are allowed."""
@@ -35,6 +36,8 @@ _PREFIX = KEY_PREFIX.encode("ascii")
 MISPLACED, THE_PATH = "misplaced_key", "the path"
 """The reason of the error for a key that would cross, and its cause where the path holds the key:
 what a client wrote itself is then in no record."""
+
+_IN_QUERY = b"the query"
 
 NO_FIELDS: Mapping[bytes, bytes] = {}
 
@@ -65,10 +68,13 @@ class KeyPlaces(msgspec.Struct, frozen=True):
     Attributes:
         passes: the SDK's key fields are the provider's, and cross; only ``x-llmproxy-key`` speaks.
         query: the parameter of the query that holds a key, or None.
+        dropped: the parameters of the query that do not cross, from ``names_of``: what stands in
+            them is not looked at.
     """
 
     passes: bool = False
     query: bytes | None = None
+    dropped: frozenset[bytes] = frozenset()
 
 
 class Auth:
@@ -96,27 +102,32 @@ class Auth:
             first: the first value of each field, where that is known already; it saves time.
 
         Raises:
-            ProxyError: 401, where no key is shown and nobody is anonymous, a key is unknown, two
-                keys name different clients, or a client's key stands in what would cross.
+            ProxyError: 401, where no key is shown and nobody is anonymous, none of the keys is
+                known, two of them name different clients, or a client's key stands in what would
+                cross.
         """
         if len(first) == len(fields) and not places.passes:
             usual = self._usual(target, first)
             if usual is not None:
                 return usual
-        keys, target = cut_keys(target, places.query)
+        in_query, target = cut_keys(target, places.query)
+        shown = [(_IN_QUERY, key) for key in in_query]
+        if places.dropped:
+            target = without(target, places.dropped)
         names = _OWN_KEY_FIELDS if places.passes else _ALL_KEY_FIELDS
         crossing = []
         for name, value in fields:
             if name not in names:
                 crossing.append(value)
             elif key := _key(name, value):
-                keys.append(key)
-        client = self._named_by(keys)
+                shown.append((name, key))
+        known = {key: client for _, key in shown if (client := self._client_of(key)) is not None}
+        client = _named_by(shown, known)
         said = b"\n".join([target, *crossing])
         is_short = len(said) <= _GLANCE or _PREFIX in said
         if client is None and not (self._anonymous or places.passes or is_short):
             raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
-        self._refuse_misplaced(keys, said, fields, target, places)
+        self._refuse_misplaced(list(known), said, fields, target, places)
         if client is not None:
             return client
         if self._anonymous:
@@ -143,20 +154,10 @@ class Auth:
         before, _, after = b"\n".join((target, *first.values())).partition(key)
         if after.find(key) >= 0 or _holds_prefix(before + after):
             return None
-        return self._clients.get(hashlib.sha256(key).digest())
+        return self._client_of(key)
 
-    def _named_by(self, keys: Iterable[bytes]) -> Client | None:
-        found: Client | None = None
-        for key in keys:
-            client = self._clients.get(hashlib.sha256(key).digest())
-            if client is None:
-                text = "The key is not one of this proxy's client keys."
-                raise _unauthorized("unknown_key", text)
-            if found is not None and client is not found:
-                text = "The keys of this request name different clients."
-                raise _unauthorized("keys_disagree", text)
-            found = client
-        return found
+    def _client_of(self, key: bytes) -> Client | None:
+        return self._clients.get(hashlib.sha256(key).digest())
 
     # -- no key of a client's crosses -------------------------------------------------------------
 
@@ -191,7 +192,7 @@ class Auth:
         return self._holds_a_key(_MADE_KEY.findall(value))
 
     def _holds_a_key(self, words: Iterable[bytes]) -> bool:
-        return any(hashlib.sha256(word).digest() in self._clients for word in words)
+        return any(self._client_of(word) is not None for word in words)
 
 
 def cut_keys(target: bytes, name: bytes | None) -> tuple[list[bytes], bytes]:
@@ -216,14 +217,44 @@ def cut_keys(target: bytes, name: bytes | None) -> tuple[list[bytes], bytes]:
     return keys, path + mark + b"&".join(kept) if any(kept) else path
 
 
+def _named_by(shown: list[tuple[bytes, bytes]], known: Mapping[bytes, Client]) -> Client | None:
+    """Return the client that the keys name, or None where none is shown.
+
+    A key that is none of ours does not count beside one that is: programs send a key of the
+    provider's from their environment, too.  A known key in ``x-llmproxy-key`` decides.
+
+    Args:
+        shown: the keys, each with its field.
+        known: the clients of those that are ours.
+    """
+    ours = [(name, key) for name, key in shown if key in known]
+    ours = [one for one in ours if one[0] == OWN_KEY_FIELD] or ours
+    clients = {known[key].name: known[key] for _, key in ours}
+    if len(clients) > 1:
+        text = f"The keys in {_listed(ours)} name different clients."
+        raise _unauthorized("keys_disagree", text)
+    if shown and not clients:
+        text = f"The key in {_listed(shown)} is not one of this proxy's client keys."
+        if any(name == b"authorization" and b" " in key for name, key in shown):
+            text += " Authorization must be a Bearer key."
+        raise _unauthorized("unknown_key", text)
+    return next(iter(clients.values()), None)
+
+
+def _listed(shown: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return where keys were shown, in words."""
+    return " and ".join(dict.fromkeys(name.decode("ascii") for name, _ in shown))
+
+
 def _key(name: bytes, value: bytes) -> bytes:
-    """Return the key in a key field, empty where there is none: editors send ``Bearer`` alone."""
-    if name != b"authorization":
+    """Return the key in a key field, empty where there is none: editors send ``Bearer`` alone.
+
+    In another scheme than Bearer it is all of the value and a blank, which is no key of ours.
+    """
+    if name != b"authorization" or not value:
         return value
     scheme, _, key = value.partition(b" ")
-    if value and scheme.lower() != b"bearer":
-        raise _unauthorized("unknown_key", "Authorization must be a Bearer key of this proxy.")
-    return key.strip(b" ")
+    return key.strip(b" ") if scheme.lower() == b"bearer" else value + b" "
 
 
 def _unquoted(text: bytes) -> bytes:

@@ -26,6 +26,7 @@ from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
+from llmproxy.http1.query import QueryRewriter, names_of, without
 from llmproxy.policy.auth import KeyPlaces, cut_keys
 from llmproxy.upstream.client import credential_field
 
@@ -57,6 +58,7 @@ class Candidate(msgspec.Struct, frozen=True):
         credential: the field that carries the provider's credential, or None.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
+        query: writes the query that the provider gets, or None where that is the client's.
         base: the path of the provider's URL, which stands before every target.
     """
 
@@ -66,6 +68,7 @@ class Candidate(msgspec.Struct, frozen=True):
     credential: tuple[bytes, bytes] | None
     keys: KeyPlaces
     rewriter: HeaderRewriter
+    query: QueryRewriter | None
     base: bytes
 
 
@@ -93,8 +96,16 @@ class RouteMatch(msgspec.Struct, frozen=True):
         """Return whether the path that this candidate gets names a model."""
         return bool(path_models(candidate.base + self.path, is_call=self.is_call).names)
 
+    def doubled(self, candidate: Candidate) -> bytes:
+        """Return the segment that ends this candidate's own path and begins ours, or nothing."""
+        last = candidate.base.rpartition(b"/")[2]
+        return last if last and self.path.split(b"/", 2)[1:2] == [last] else b""
+
     def target(self, candidate: Candidate) -> bytes:
-        """Return path and query for this candidate, byte for byte but for an overridden model.
+        """Return path and query for this candidate.
+
+        They are the client's, byte for byte, but for an overridden model and what the operator
+        adds to the query or drops from it.
 
         Raises:
             ProxyError: 400, where the path names a model in a way that cannot be overridden.
@@ -105,6 +116,8 @@ class RouteMatch(msgspec.Struct, frozen=True):
                 path = replaced(path, candidate.model, is_call=self.is_call)
             except BodyError as error:
                 raise ProxyError(400, "bad_path", str(error)) from error
+        if candidate.query is not None:
+            return path + candidate.query.for_provider(self.query)
         return path + self.query
 
 
@@ -157,7 +170,9 @@ class PathMatch:
             that of the API which the path looks like (design 8).
         body_limit: the most bytes that any route here takes as a request body.
         keys: where callers' keys stand on the first route here.
+        drops: the parameters of the query that cross on no route here.
         may_add: whether something may be added to a request body on some route here.
+        origins: of web pages that may call some route here.
     """
 
     def __init__(
@@ -167,10 +182,13 @@ class PathMatch:
         self._clients = clients
         self._needs_model = any(one.needs_model for one in found)
         self.may_add = any(one.route.include_usage == "inject" for one in found)
+        self.origins = frozenset(origin for one in found for origin in one.route.allowed_origins)
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
         self.keys = found[0].candidates[0].keys if found else KeyPlaces()
+        dropped = [to.keys.dropped for one in found for to in one.candidates]
+        self.drops: frozenset[bytes] = frozenset.intersection(*dropped) if dropped else frozenset()
 
     def needs_model(self, client: Client | None = None) -> bool:
         """Return whether the model of a request decides anything here.
@@ -180,6 +198,10 @@ class PathMatch:
         """
         restricted = self._clients.are_restricted if client is None else client.models != _ANY_MODEL
         return restricted or self._needs_model
+
+    def crossing(self, target: bytes) -> bytes:
+        """Return ``target``, path and query, without what of the query crosses on no route here."""
+        return without(target, self.drops) if self.drops else target
 
     def require(self) -> None:
         """Refuse a path and host to which no route leads, whatever the model.
@@ -242,7 +264,10 @@ class Routes:
     def __init__(self, config: Config) -> None:
         self._default_limit = config.limits.request_body
         self._clients = _Clients(config)
-        self._routes = sorted((_prepare(config, route) for route in config.routes), key=_rank)
+        self._routes = sorted(
+            (_prepare(config, route) for route in config.routes),
+            key=lambda one: _rank_of(one.route),
+        )
         self._known: dict[tuple[bytes, str], PathMatch] = {}
 
     def at(self, path: bytes, host: str) -> PathMatch:
@@ -258,6 +283,31 @@ class Routes:
             if len(self._known) < _MOST_KNOWN and len(path) + len(host) < _LONGEST_KNOWN:
                 self._known[path, host] = match
         return match
+
+
+def shadowed(config: Config) -> list[tuple[int, int]]:
+    """Return the routes to which no request can come, by their places in the file.
+
+    Each comes with the route that takes all that it would take: it has the same path, is tried
+    earlier, and takes the same hosts and models, or more.
+    """
+    ranked = sorted(enumerate(config.routes), key=lambda one: _rank_of(one[1]))
+    found = []
+    for place, (at, route) in enumerate(ranked):
+        for before, other in ranked[:place]:
+            if other.path == route.path and _takes_all_of(other, route):
+                found.append((at, before))
+                break
+    return sorted(found)
+
+
+def _takes_all_of(one: Route, other: Route) -> bool:
+    """Return whether a route takes every host and model that another one takes."""
+    hosts = one.hosts is None or (other.hosts is not None and set(other.hosts) <= set(one.hosts))
+    models = _ANY_MODEL if other.models is None else other.models
+    takes = _matcher(_ANY_MODEL if one.models is None else one.models)
+    # A star of a pattern is matched, as if it were a letter, only by another pattern's star.
+    return hosts and all(takes(NoModel.WITHOUT_BODY if m == "-" else m) for m in models)
 
 
 def refuse_dots(path: bytes) -> None:
@@ -290,6 +340,10 @@ def _prepare(config: Config, route: Route) -> _Prepared:
 def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
     override = route.override.get(provider.name)
     credential = credential_field(provider)
+    headers = {**dict(provider.headers), **dict(route.headers)}
+    drop_headers = (*provider.drop_headers, *route.drop_headers)
+    drop_query = (*provider.drop_query, *route.drop_query)
+    query = {name.lower(): (name, value) for name, value in (*provider.query, *route.query)}
     return Candidate(
         provider=provider,
         model=None if override is None else override.model,
@@ -298,21 +352,24 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         keys=KeyPlaces(
             passes=provider.pass_credential,
             query=None if provider.key_query is None else provider.key_query.encode("ascii"),
+            dropped=names_of(drop_query),
         ),
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
-            dropped=tuple(name.encode("ascii") for name in provider.drop_headers),
+            dropped=tuple(name.encode("ascii") for name in drop_headers),
             credential=credential,
-            defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in provider.headers),
+            defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in headers.items()),
             accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
         ),
+        query=QueryRewriter(drop_query, query.values()) if drop_query or query else None,
         base=provider.url.path.encode("ascii"),
     )
 
 
-def _rank(one: _Prepared) -> tuple[int, int]:
-    said = (one.hosts is not None) + (one.route.models is not None)
-    return -len(one.prefix), -said
+def _rank_of(route: Route) -> tuple[int, int]:
+    """Return what routes are sorted by: the longest path first, then the one that says more."""
+    said = (route.hosts is not None) + (route.models is not None)
+    return -len(route.path.rstrip("/")), -said
 
 
 def _joined(

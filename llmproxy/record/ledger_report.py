@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from llmproxy.errors import EndReason
 from llmproxy.record.ledger_schema import TOKENS, LedgerError, open_for_reading
 
 GROUPS = {
@@ -75,7 +76,7 @@ class Checkpoint(msgspec.Struct):
 
 
 def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[Group, Totals]:
-    """Return totals by group, in the order of the groups.
+    """Return totals by group, in the order of the groups, of what the proxy did not refuse.
 
     Args:
         paths: the ledgers.
@@ -89,13 +90,28 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
     columns = ", ".join(GROUPS[one] for one in by)
     query = (
         f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
-        f"FROM traces WHERE time >= ? GROUP BY {columns}"
+        f"FROM traces WHERE time >= ? AND end_reason != ? GROUP BY {columns}"
     )
     for path in paths:
-        for row in _rows(path, query, since):
+        for row in _rows(path, query, since, EndReason.REJECTED.value):
             group, figures = row[: len(by)], row[len(by) :]
             found.setdefault(group, Totals()).add(Totals(*figures))
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def refused_in(paths: Sequence[str], since: str = "") -> int:
+    """Return how many requests the proxy refused: no provider saw them, and they named anything.
+
+    Args:
+        paths: the ledgers.
+        since: RFC 3339 in UTC.
+
+    Raises:
+        LedgerError: one of the ledgers cannot be read.
+    """
+    query = "SELECT count(*) FROM traces WHERE time >= ? AND end_reason = ?"
+    counts = (_rows(path, query, since, EndReason.REJECTED.value) for path in paths)
+    return sum(count for rows in counts for (count,) in rows)
 
 
 def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:

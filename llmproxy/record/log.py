@@ -2,13 +2,15 @@
 
 Every event of ``twisted.logger`` and of the old ``twisted.python.log`` becomes ``time``, ``level``,
 ``logger`` and ``message``, followed by the event's own fields.  A failure has its traceback in
-``traceback``.  What is not JSON becomes text; nothing raises.  The access line of a request is made
-here, too, from its trace.  ``record/log_writer.py`` writes the lines.
+``traceback``.  Twisted's own words on listeners, start and stop are left out.  What is not JSON
+becomes text; nothing raises.  The access line of a request is made here, too, from its trace.
+``record/log_writer.py`` writes the lines.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -16,7 +18,7 @@ from typing import Any
 
 import msgspec
 from msgspec import UNSET
-from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
@@ -44,6 +46,11 @@ GATHER_S = 0.1
 
 _TOGETHER = 128
 """Most access lines that are made together."""
+
+_OLD_LOG = "log_legacy"
+_OF_PORTS = re.compile(r"\S+ starting on .*|\(\S+ Port .* Closed\)")
+_OF_THE_PROCESS = frozenset(("twisted.internet.base", "twisted.scripts._twistd_unix.UnixAppLogger"))
+"""What Twisted says of listeners, start and stop, where each has a line of the service's."""
 
 _PLAIN = (str, int, float, bool, type(None), list, dict)
 _NOISE = frozenset(("log_", "isError", "message", "time", "system", "format", "failure", "why"))
@@ -78,6 +85,8 @@ class JsonLog:
 
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
+        if event.get("log_level") is LogLevel.info and _is_said_already(event):
+            return
         self._put_access()
         self._writer.put(_line(event) + b"\n")
 
@@ -160,6 +169,14 @@ def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[st
         zip((*_FIELDS, "cause", "detail"), (*_fields_of(trace), cause, detail), strict=True)
     )
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_said_already(event: LogEvent) -> bool:
+    """Return whether Twisted only says in its own words what the service says in better ones."""
+    namespace = event.get("log_namespace")
+    if namespace == _OLD_LOG:
+        return _OF_PORTS.fullmatch(formatEvent(event)) is not None
+    return namespace in _OF_THE_PROCESS
 
 
 def _line(event: LogEvent) -> bytes:

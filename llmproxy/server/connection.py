@@ -67,6 +67,7 @@ from llmproxy.net.tls import TlsTransport
 from llmproxy.net.transport import (
     has_failed,
     has_peer_left,
+    host_of,
     pending_bytes,
     raw_transport,
 )
@@ -85,8 +86,11 @@ With one read from the provider behind it (``net.tcp.READ_SIZE``) and all that a
 response holds less than 128 KiB.
 """
 
-_DRAIN_GRACE = 1.0
-"""Seconds for which an idle connection may still bring a request that was on its way."""
+_DRAIN_GRACE, _FIRST_GRACE = 1.0, 5.0
+"""Seconds for which an idle connection may still bring a request that was on its way in a drain.
+
+A client that has just connected will send one, and on a busy machine that takes longer.
+"""
 
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
@@ -193,7 +197,9 @@ class ClientConnection(http.HTTPChannel):
 
     def await_request(self) -> None:
         """Wait for the next request; while the process shuts down, for a short grace."""
-        idle = _DRAIN_GRACE if self.site.draining else self.site.timeouts.client_idle
+        idle = self.site.timeouts.client_idle
+        if self.site.draining:
+            idle = _DRAIN_GRACE if self.written else _FIRST_GRACE
         self.enter(Phase.IDLE, idle)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -264,7 +270,7 @@ class ClientConnection(http.HTTPChannel):
     def peer_name(self) -> str:
         """The client's address in words."""
         if self._peer_name is None:
-            self._peer_name = str(getattr(self.peer, "host", "unix"))
+            self._peer_name = host_of(self.peer) or "unix"
         return self._peer_name
 
     # -- in: heads ------------------------------------------------------------------------------
@@ -377,7 +383,7 @@ class ClientConnection(http.HTTPChannel):
 
     def _identify(self) -> None:
         """Count the client's address where a balancer had to say it first, or reject it."""
-        host = getattr(self.getPeer(), "host", None)
+        host = host_of(self.getPeer())
         refusal = None if host is None else self.site.limiter.recognise(host)
         if refusal is None:
             self.address = host

@@ -21,6 +21,9 @@ METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 
 _ID_FIELDS = (b"x-llmproxy-request-id", b"x-request-id", b"request-id")
 
+_FINAL = frozenset((400, 401, 403, 404, 405, 413, 414, 415, 417, 421, 426, 431, 501, 505, 508))
+"""Statuses of refusals that a retry does not cure; without a word of that, SDKs retry some."""
+
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -50,7 +53,7 @@ def error_fields(error: ProxyError, request_id: str | None, length: int, now: fl
         name = request_id.encode("ascii")
         fields += [(field, name) for field in _ID_FIELDS]
     fields += error.fields
-    if error.may_have_run:
+    if error.may_have_run or error.status in _FINAL:
         fields.append((b"x-should-retry", b"false"))
     return fields
 

@@ -123,20 +123,33 @@ def share(port: Any, text: str, *, reuse_port: bool) -> None:
 def close(port: Any, *, inherited: bool) -> Deferred[Any]:
     """Stop listening.
 
-    Clients that wait in the queue of a socket of our own are accepted first: the kernel would reset
-    them.  A socket that systemd opened stays open, and its queue waits for the other processes.
+    Clients that wait in the queue of a socket of our own are accepted first, and once more right
+    before Twisted closes the socket in the next turn: the kernel would reset them.  A socket that
+    systemd opened stays open, and its queue waits for the other processes.
 
     Returns:
         fires when the socket is closed here.
     """
     if not inherited and port.connected:
-        most = port.sessionno + _BACKLOG
-        while port.sessionno < most and has_input(port.socket):
-            before = port.sessionno
-            port.doRead()
-            if port.sessionno == before:
-                break
+        _empty(port)
+        lose = port.connectionLost
+
+        def lose_last(reason: Failure) -> None:
+            _empty(port)
+            lose(reason)
+
+        port.connectionLost = lose_last
     return maybeDeferred(port.stopListening)
+
+
+def _empty(port: Any) -> None:
+    """Accept whoever waits in a port's queue."""
+    most = port.sessionno + _BACKLOG
+    while port.sessionno < most and has_input(port.socket):
+        before = port.sessionno
+        port.doRead()
+        if port.sessionno == before:
+            break
 
 
 class _Sharing:

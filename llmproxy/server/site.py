@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from llmproxy.config import Limits, Timeouts
 from llmproxy.errors import ClientGone, Cut, ProxyError
-from llmproxy.net.transport import pending_bytes
+from llmproxy.net.transport import host_of, pending_bytes
 from llmproxy.server.body_memory import BodyMemory
 from llmproxy.server.connection import ClientConnection, Phase
 from llmproxy.server.connection_limits import ConnectionLimiter, RejectedConnection
@@ -113,7 +113,7 @@ class Site(Factory):
         Args:
             addr: the client's; None where a balancer is yet to say it.
         """
-        address = getattr(addr, "host", None)  # a Unix socket has none
+        address = host_of(addr)
         refusal = self.limiter.enter(address)
         if refusal is not None:
             return self.limiter.reject(refusal, self.reactor)

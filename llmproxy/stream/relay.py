@@ -226,6 +226,39 @@ class Sink(Protocol):
         """Call ``call`` as soon as the kernel has all that was written, perhaps at once."""
 
 
+class _Nowhere:
+    """A sink whose client is gone.
+
+    Args:
+        most: how many bytes it takes.
+        full: called with the first byte behind them.
+    """
+
+    __slots__ = ("_full", "_left")
+
+    def __init__(self, most: float, full: Callable[[], object]) -> None:
+        self._left = most
+        self._full = full
+
+    def write(self, data: bytes) -> None:
+        """Drop one chunk."""
+        self._left -= len(data)
+        if self._left < 0:
+            self._full()
+
+    def verbatim(self) -> None:
+        """Return None: every chunk is counted."""
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Pause nobody."""
+
+    def unregisterProducer(self) -> None:
+        """Nobody is paused."""
+
+    def when_sent(self, call: Callable[[], object]) -> None:
+        """Drop the call: nothing is sent."""
+
+
 class Source(Protocol):
     """What the relay reads from; ``upstream.response.Response`` is one."""
 
@@ -259,7 +292,8 @@ class Relay(TwistedProtocol):
         delays: called with the seconds from a chunk's arrival until the kernel has it; for one
             chunk of each batch.
         copy: called with each chunk, some time after it was written, or None.
-        stays: called when the sink goes away; returns whether to keep reading, for the copy alone.
+        stays: called when the sink goes away; returns how many more bytes to read at most, for the
+            copy alone: 0 for none, infinity for all.
 
     Attributes:
         statistics: how much came, when, and how it ends.
@@ -280,7 +314,7 @@ class Relay(TwistedProtocol):
         gaps: Callable[[float], None],
         delays: Callable[[float], None],
         copy: Callable[[bytes], None] | None = None,
-        stays: Callable[[], bool] = lambda: False,
+        stays: Callable[[], float] = lambda: 0,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -393,10 +427,12 @@ class Relay(TwistedProtocol):
                 self.transport.resumeProducing()  # type: ignore[attr-defined]  # see start()
 
     def stopProducing(self) -> None:
-        """The client is gone: stop, or keep reading for the copy alone if ``stays`` says so."""
-        if self._stays():
+        """The client is gone: stop, or keep reading for the copy alone as ``stays`` says."""
+        if most := self._stays():
             self._forwarded = self.chunks, self.byte_count
             self._verbatim = None
+            self._sink.unregisterProducer()
+            self._sink = _Nowhere(most, self.leave)
             self.resumeProducing()
         else:
             self.leave()

@@ -260,6 +260,11 @@ class Upstream:
             counts.update({(name, state): count for state, count in pool.counts().items()})
         return dict(counts)
 
+    @property
+    def stale_lookups(self) -> int:
+        """How often addresses of before were used, because a lookup failed."""
+        return self._resolver.stale
+
     def close(self) -> None:
         """Close every connection."""
         for _, pool in self._pools():

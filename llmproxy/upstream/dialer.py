@@ -1,24 +1,20 @@
 """From a provider's URL to a connection on which a request may be sent, or to why there is none.
 
-Name lookup, TCP (to several addresses, a little apart: RFC 8305) and TLS are one step for the pool;
-a :class:`Dial` says in which of the three it is.  Pools and requests are not known here.
+Name lookup, TCP (to several addresses, ``race.py``) and TLS are one step for the pool; a
+:class:`Dial` says in which of the three it is.  Pools and requests are not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from socket import AF_INET, AF_INET6
 from typing import Any, cast
 
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import (
-    HostnameEndpoint,
-    TCP4ClientEndpoint,
-    TCP6ClientEndpoint,
-    wrapClientTLS,
-)
-from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
+from twisted.internet.error import ConnectingCancelledError, DNSLookupError
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.internet.protocol import Factory
 
@@ -27,7 +23,8 @@ from llmproxy.errors import ProxyError, no_descriptors, upstream_tls, upstream_u
 from llmproxy.net.tcp import DirectConnector
 from llmproxy.net.tls import TlsConnector
 from llmproxy.upstream.http1 import Connection
-from llmproxy.upstream.resolver import NO_MORE, ReactorWithResolver, Resolver
+from llmproxy.upstream.race import Address, first_connected, interleaved
+from llmproxy.upstream.resolver import NO_MORE, Resolver
 from llmproxy.upstream.tls import client_options
 
 _NO_TIMEOUT = cast("float", None)
@@ -101,8 +98,6 @@ class Dialer:
             self._tls.remember(connection.transport)
 
     async def _open(self, credential: bytes, dial: Dial) -> Connection:
-        made: list[Connection] = []
-
         def make() -> Connection:
             connection = Connection(
                 max_head=self._max_head,
@@ -111,47 +106,84 @@ class Dialer:
                 secure=self._tls is not None,
             )
             connection.pool_key = credential
-            made.append(connection)
             return connection
 
         factory = Factory.forProtocol(make)
         factory.noisy = False
-        reactor = ReactorWithResolver(self._reactor, self._resolver, self._make)
+        connection: Connection | None = None
         try:
-            connection = await self._endpoint(reactor).connect(cast(IProtocolFactory, factory))
+            addresses = await self._addresses()
+            attempts = [partial(self._attempt, address, factory) for address in addresses]
+            connection = connected = await first_connected(self._reactor, attempts, _give_up)
             dial.phase = "handshake"
             if self._make is not None:
-                connection.transport.protocol = connection  # without the endpoint's wrapper
-            return cast(Connection, await connection.ready)
+                connected.transport.protocol = connected  # without the endpoint's wrapper
+            return cast(Connection, await connected.ready)
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
         except Exception as error:
-            raise self._why_not(error, made, dial) from error
-        finally:
-            reactor.forget()
+            raise self._why_not(error, connection) from error
 
-    def _endpoint(self, reactor: ReactorWithResolver) -> Any:
-        """Return where to connect; an address needs no race and fails at once."""
-        endpoint: Any
+    async def _addresses(self) -> list[Address]:
+        """Return where to connect, in this order.
+
+        Raises:
+            DNSLookupError: the name has no address.
+        """
         if isIPAddress(self._host):
-            endpoint = TCP4ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
-        elif isIPv6Address(self._host):
-            endpoint = TCP6ClientEndpoint(reactor, self._host, self._port, _NO_TIMEOUT)
-        else:
-            endpoint = HostnameEndpoint(reactor, self._host, self._port, timeout=_NO_TIMEOUT)
-        secured = self._tls is None or self._make is not None
-        return endpoint if secured else wrapClientTLS(cast(Any, self._tls), endpoint)
+            return [(AF_INET, self._host)]
+        if isIPv6Address(self._host):
+            return [(AF_INET6, self._host)]
+        addresses = interleaved(await self._resolver.addresses(self._host))
+        if not addresses:
+            raise DNSLookupError(f"no results for hostname lookup: {self._host}")
+        return addresses
 
-    def _why_not(self, error: Exception, made: list[Connection], dial: Dial) -> ProxyError:
-        """Return the error for the way in which connecting failed."""
+    def _attempt(self, address: Address, factory: Any) -> Deferred[Any]:
+        """Begin to connect to one address."""
+        family, host = address
+        kind = TCP4ClientEndpoint if family == AF_INET else TCP6ClientEndpoint
+        reactor = self._reactor if self._make is None else _Connecting(self._reactor, self._make)
+        endpoint: Any = kind(reactor, host, self._port, _NO_TIMEOUT)
+        if self._tls is not None and self._make is None:
+            endpoint = wrapClientTLS(cast(Any, self._tls), endpoint)
+        return cast("Deferred[Any]", endpoint.connect(cast(IProtocolFactory, factory)))
+
+    def _why_not(self, error: Exception, connection: Connection | None) -> ProxyError:
+        """Return the error for the way in which connecting failed, on a connection if there was."""
         underlying = self._resolver.failures.get(self._host)
         for problem in (error, underlying):
             number = getattr(problem, "osError", getattr(problem, "errno", None))
             if number in NO_MORE:
                 return no_descriptors()
         detail = f"{type(error).__name__}: {error}"
-        if dial.phase == "handshake":
-            verdict = made[-1].verdict if made else None
+        if connection is not None:
+            verdict = connection.verdict
             cause = verdict.cause if verdict is not None and verdict.cause else "protocol"
             return upstream_tls(cause, detail)
         return upstream_unreachable(detail if underlying is None else f"{detail} ({underlying})")
+
+
+def _give_up(connection: Any) -> None:
+    connection.abort()
+
+
+class _Connecting:
+    """A reactor as an endpoint wants one, which connects with a transport of ours (``net/``)."""
+
+    def __init__(self, reactor: Any, connector: Callable[..., Any]) -> None:
+        self._reactor = reactor
+        self._connector = connector
+
+    def connectTCP(
+        self,
+        host: str,
+        port: int,
+        factory: Any,
+        timeout: float = 30,
+        bindAddress: Any = None,  # noqa: N803 - IReactorTCP's name
+    ) -> Any:
+        """Connect; see ``IReactorTCP``."""
+        connector = self._connector(host, port, factory, timeout, bindAddress, self._reactor)
+        connector.connect()
+        return connector

@@ -70,8 +70,17 @@ class Connection(Protocol):
 
     __slots__ = (  # more attributes than the dictionaries of instances share (docs/performance.rst)
         *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
-        *("_lost_early", "_max_head", "_method", "_paused", "_persistent", "_reader", "_secure"),
-        *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "pool_key", "ready"),
+        *("_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
+        *(
+            "_transport",
+            "_until_close",
+            "aborted",
+            "expires_at",
+            "keep_for",
+            "persistent",
+            "pool_key",
+            "ready",
+        ),
         *("sending", "serving", "state", "verdict", "_framed"),
     )
 
@@ -95,6 +104,8 @@ class Connection(Protocol):
         """What the TLS handshake found out; ``tls.ProviderTls`` says it."""
         self.serving: Response | None = None
         """The response that comes in on it now."""
+        self.persistent = True
+        """Whether another request may be sent when that response has ended."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
         self._framed: Any = None  # takes a chunk in its coding, while it may
@@ -232,7 +243,7 @@ class Connection(Protocol):
             return False
         self._reader = reader
         self._until_close = isinstance(reader, LengthReader) and reader.left is None
-        self._persistent = response.is_persistent and not self._until_close
+        self.persistent = response.is_persistent and not self._until_close
         self.keep_for = response.keep_alive_hint
         self._early, self._buffer, self._lost_early = self._buffer, b"", None
         self.state = State.RESPONDED
@@ -286,7 +297,7 @@ class Connection(Protocol):
             return
         sending = self.sending is not None and self.sending.active
         unsent = sending or pending_bytes(self._transport) > 0
-        if extra or unsent or not self._persistent or self.aborted:
+        if extra or unsent or not self.persistent or self.aborted:
             self._stop_sending()
             self.abort()
             return

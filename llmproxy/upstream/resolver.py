@@ -3,7 +3,8 @@
 ``getaddrinfo`` blocks a thread for as long as a resolver is silent, and Twisted shares a few
 threads among everything.  Here each name has at most one lookup under way, on a thread of its own.
 So a name that hangs delays no other name, and there are never more threads than names in the
-configuration.  Addresses are kept for a short time (ADR-0006).
+configuration.  Addresses are kept for a short time, and for longer where the name cannot be looked
+up any more: a resolver that is down must not take the providers along (ADR-0006).
 """
 
 from __future__ import annotations
@@ -12,30 +13,27 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from twisted.internet._resolver import HostResolution
-from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.interfaces import (
-    IAddress,
-    IHostnameResolver,
-    IHostResolution,
-    IReactorPluggableNameResolver,
-    IResolutionReceiver,
-)
-from zope.interface import directlyProvides, implementer, providedBy
+from twisted.internet.defer import Deferred
+
+from llmproxy.upstream.race import Address
 
 KEPT = 10.0
 """Seconds for which found addresses are used again; then a provider may have moved."""
 
+STALE = 3600.0
+"""Seconds for which they are used where a later lookup failed."""
+
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)
 """What the lack of descriptors is called; ``getaddrinfo`` says EBUSY where nsswitch asks mdns."""
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 _Lookup = Callable[..., list[Any]]
 
 
-@implementer(IHostnameResolver)
 class Resolver:
     """Resolves names for connections to providers.
 
@@ -46,6 +44,7 @@ class Resolver:
 
     Attributes:
         failures: the error of the last lookup by name, where it failed.
+        stale: how often addresses were used that a failed lookup could not confirm.
     """
 
     def __init__(
@@ -58,37 +57,34 @@ class Resolver:
         self._reactor = reactor
         self._clock = clock
         self._getaddrinfo = getaddrinfo
-        self._kept: dict[str, tuple[float, list[Any]]] = {}
-        self._waiting: dict[str, list[tuple[IResolutionReceiver, int]]] = {}
+        self._kept: dict[str, tuple[float, list[Address]]] = {}
+        self._waiting: dict[str, list[Deferred[list[Address]]]] = {}
         self.failures: dict[str, Exception] = {}
+        self.stale = 0
 
-    def resolveHostName(
-        self,
-        resolutionReceiver: IResolutionReceiver,  # noqa: N803 - IHostnameResolver's name
-        hostName: str,  # noqa: N803 - as above
-        portNumber: int = 0,  # noqa: N803 - as above
-        addressTypes: Sequence[type[IAddress]] | None = None,  # noqa: N803 - as above
-        transportSemantics: str = "TCP",  # noqa: N803 - as above
-    ) -> IHostResolution:
-        """Deliver every address of ``hostName`` for TCP; none where the lookup failed."""
-        resolution = HostResolution(hostName)
-        resolutionReceiver.resolutionBegan(resolution)
-        kept = self._kept.get(hostName)
+    def addresses(self, name: str) -> Deferred[list[Address]]:
+        """Look a name up, or take what was found a moment ago.
+
+        Returns:
+            fires with every address of the name, in the system's order; with none where the lookup
+            failed, and nothing was found before.  Cancelling it leaves the lookup to others.
+        """
+        found: Deferred[list[Address]] = Deferred(lambda cancelled: self._forget(name, cancelled))
+        kept = self._kept.get(name)
         if kept is not None and self._clock() - kept[0] < KEPT:
-            _deliver(kept[1], resolutionReceiver, portNumber)
-            return resolution
-        waiting = self._waiting.get(hostName)
+            found.callback(kept[1])
+            return found
+        waiting = self._waiting.get(name)
         if waiting is None:
-            self._waiting[hostName] = [(resolutionReceiver, portNumber)]
-            self._look_up(hostName)
+            self._waiting[name] = [found]
+            self._look_up(name)
         else:
-            waiting.append((resolutionReceiver, portNumber))
-        return resolution
+            waiting.append(found)
+        return found
 
-    def forget(self, receiver: IResolutionReceiver) -> None:
-        """Deliver nothing more to ``receiver``; its request was cancelled."""
-        for waiting in self._waiting.values():
-            waiting[:] = [row for row in waiting if row[0] is not receiver]
+    def _forget(self, name: str, cancelled: Deferred[list[Address]]) -> None:
+        waiting = self._waiting.get(name, [])
+        waiting[:] = [one for one in waiting if one is not cancelled]
 
     def _look_up(self, name: str) -> None:
         # A daemon thread: one that hangs in the resolver must not keep the process from ending.
@@ -109,13 +105,18 @@ class Resolver:
         self._reactor.callFromThread(self._found, name, rows, error)
 
     def _found(self, name: str, rows: list[Any], error: Exception | None) -> None:
+        found = [(row[0], row[4][0]) for row in rows if row[0] in _FAMILIES]
         if error is None:
-            self._kept[name] = self._clock(), rows
+            self._kept[name] = self._clock(), found
             self.failures.pop(name, None)
         else:
             self.failures[name] = error
-        for receiver, port in self._waiting.pop(name):
-            _deliver(rows, receiver, port)
+            kept = self._kept.get(name)
+            if kept is not None and self._clock() - kept[0] < STALE:
+                found = kept[1]
+                self.stale += 1
+        for waiting in self._waiting.pop(name):
+            waiting.callback(found)
 
 
 def _no_descriptor() -> OSError | None:
@@ -129,65 +130,3 @@ def _no_descriptor() -> OSError | None:
     except OSError as error:
         return error if error.errno in NO_MORE else None
     return None
-
-
-def _deliver(rows: list[Any], receiver: IResolutionReceiver, port: int) -> None:
-    for family, _, _, _, address in rows:
-        kind = {socket.AF_INET: IPv4Address, socket.AF_INET6: IPv6Address}.get(family)
-        if kind is not None:
-            host, _, *rest = address
-            receiver.addressResolved(kind("TCP", host, port, *rest))
-    receiver.resolutionComplete()
-
-
-class ReactorWithResolver:
-    """A reactor as an endpoint wants one for one connection: with a resolver of its own, and ours.
-
-    Args:
-        reactor: does everything else.
-        resolver: resolves.
-        connector: makes what connects; None leaves that to the reactor.
-    """
-
-    def __init__(
-        self, reactor: Any, resolver: Resolver, connector: Callable[..., Any] | None = None
-    ) -> None:
-        self._reactor = reactor
-        self._resolver = resolver
-        self._connector = connector
-        self._receiver: IResolutionReceiver | None = None
-        self.nameResolver = self
-        directlyProvides(self, providedBy(reactor), IReactorPluggableNameResolver)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reactor, name)
-
-    def connectTCP(
-        self,
-        host: str,
-        port: int,
-        factory: Any,
-        timeout: float = 30,
-        bindAddress: Any = None,  # noqa: N803 - IReactorTCP's name
-    ) -> Any:
-        """Connect, with a transport of ours (``net/``)."""
-        if self._connector is None:
-            return self._reactor.connectTCP(host, port, factory, timeout, bindAddress)
-        connector = self._connector(host, port, factory, timeout, bindAddress, self._reactor)
-        connector.connect()
-        return connector
-
-    def resolveHostName(
-        self,
-        resolutionReceiver: IResolutionReceiver,  # noqa: N803 - IHostnameResolver's name
-        *args: Any,
-        **kwargs: Any,
-    ) -> IHostResolution:
-        """Resolve, and keep the receiver: a cancelled endpoint does not report that it is."""
-        self._receiver = resolutionReceiver
-        return self._resolver.resolveHostName(resolutionReceiver, *args, **kwargs)
-
-    def forget(self) -> None:
-        """The request for this name has ended."""
-        if self._receiver is not None:
-            self._resolver.forget(self._receiver)

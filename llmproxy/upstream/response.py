@@ -27,6 +27,7 @@ class Holder(Protocol):
     """The connection that a response comes in on."""
 
     serving: Response | None
+    persistent: bool
 
     def deliver(self, protocol: IProtocol) -> None:
         """Forward the body."""
@@ -83,6 +84,11 @@ class Response:
             if b"close" in options:
                 return False
         return bool(self.version[2] == 1)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the connection may be used again once this response ends; no, when it has."""
+        return self._connection.serving is self and self._connection.persistent
 
     def deliverBody(self, protocol: IProtocol) -> None:
         """Forward the body to ``protocol``, from now on.

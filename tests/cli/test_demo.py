@@ -399,6 +399,7 @@ def test_config_names_the_provider_for_each_dialect_and_a_route_to_each() -> Non
             "listen": ["tcp:2:interface=127.0.0.1"],
             "anonymous": True,
             "drain_timeout": "1s",
+            "max_connections": 500,
         },
         "clients": {"demo": {"keys": [f"sha256:{hashlib.sha256(b'demo').hexdigest()}"]}},
         "admin": {"listen": "tcp:3:interface=127.0.0.1"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import sys
@@ -62,7 +63,8 @@ def test_check_as_json(config_file: Path, capsys: pytest.CaptureFixture[str]) ->
     """A program reads whether the file can be used, and every problem, from stdout."""
     assert main(["check", str(config_file), "--json"]) == 0
     counts = {"routes": 2, "providers": 1, "clients": 0}
-    assert json.loads(capsys.readouterr().out) == {"ok": True, "problems": [], **counts}
+    report = json.loads(capsys.readouterr().out)
+    assert report == {"ok": True, "problems": [], "warnings": [], **counts}
     config_file.write_text(GOOD + "nothing = 1")
     assert main(["check", str(config_file), "--json"]) == 1
     captured = capsys.readouterr()
@@ -79,7 +81,8 @@ def test_check_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_check_for_an_instance(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is checked for the instance that is named."""
     assert main(["check", str(config_file), "--instance", "7"]) == 0
-    assert main(["check", str(config_file), "--instance", "x"]) == 0
+    assert main(["check", str(config_file), "--instance", "x"]) == 1
+    assert "a port from 0 to 65535" in capsys.readouterr().err
     config_file.write_text(GOOD.replace("tcp:808{instance}", "tcp:{instnace}"))
     assert main(["check", str(config_file), "--instance", "7"]) == 1
     assert "proxy.listen[0]" in capsys.readouterr().err
@@ -138,6 +141,54 @@ def test_a_person_reads_what_to_do_with_a_key(
     assert "llmp_" not in captured.err
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_the_digest_of_an_existing_key(
+    end: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is read from standard input; what is printed lets it in, and does not show it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"their-Key=1" + end.encode())))
+    assert main(["keys", "hash"]) == 0
+    captured = capsys.readouterr()
+    digest = hashlib.sha256(b"their-Key=1").hexdigest()
+    assert (captured.out, captured.err) == (f'keys = ["sha256:{digest}"]\n', "")
+
+
+@pytest.mark.parametrize(
+    "read", [b"", b"\n", b"a\nb\n", b" a\n", b"a ", b"a b", b"\xff", b"\xc3\xa4", b"a\0", b"a\n\n"]
+)
+def test_what_is_no_key_has_no_digest(
+    read: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client could send it in a header, so its digest would let nobody in."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(read)))
+    assert main(["keys", "hash"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        captured.err == "expected one key on standard input: a line of visible ASCII, no spaces\n"
+    )
+
+
+def test_a_person_types_a_key_unseen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal the key is asked for, and not shown."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "k" if prompt == "Key: " else "")
+    assert main(["keys", "hash"]) == 0
+    assert hashlib.sha256(b"k").hexdigest() in capsys.readouterr().out
+
+
+def test_a_key_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever gives it as one has shown it to the machine; the command does not show it again."""
+    with pytest.raises(SystemExit) as caught:
+        main(["keys", "hash", "their-key"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "standard input" in captured.err
+    assert "their-key" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -145,6 +196,8 @@ def test_a_person_reads_what_to_do_with_a_key(
         (["nothing"], "invalid choice"),
         (["check"], "FILE"),
         (["check", "a", "--instance", "a/b"], "expected up to 64 letters"),
+        (["run", "--instance", "a/b"], "expected up to 64 letters"),
+        (["run", "FILE"], "unrecognized arguments"),
         (["keys"], "COMMAND"),
         (["keys", "new"], "NAME"),
         (["keys", "new", "a b"], "expected a name"),
@@ -173,7 +226,9 @@ def test_a_wrong_command_line(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["check"], ["keys"], ["keys", "new"], ["usage"], ["demo"]], ids=" ".join
+    "command",
+    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["keys", "hash"], ["usage"], ["demo"]],
+    ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The help of each command names the exit codes, in plain ASCII."""

@@ -85,6 +85,25 @@ def test_a_table(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in text
 
 
+def test_refused_requests_are_no_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What callers without a key, or with a wrong model, asked for makes no row; it is counted."""
+    path = fill(
+        tmp_path / "ledger",
+        trace(1, client="a", model="m", end_reason="complete"),
+        trace(2, model="gpt-nonsense", end_reason="rejected", error="no_key"),
+        trace(3, client="a", model="other", end_reason="rejected", error="model_forbidden"),
+        trace(4, client="a", model="m", end_reason="upstream_refused"),
+    )
+    text = printed(capsys, path)
+    assert text.endswith("\nrefused by the proxy, and not counted above: 2 requests\n")
+    _, *body, total, _ = rows(text)
+    assert body == [["a", "m", "2", "0", "2"]]
+    assert total[:2] == ["total", "2"]
+    report = json_report(capsys, path)
+    assert ([one["model"] for one in report["groups"]], report["refused"]) == (["m"], 2)
+    assert json_report(capsys, path, "--since", "2026-11-03")["refused"] == 0
+
+
 def test_json_report(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A program reads groups and total; unknown is null."""
     report = json_report(capsys, ledger, "--by", "day,client")

@@ -24,6 +24,7 @@ from llmproxy.config import (
     load,
     parse,
 )
+from llmproxy.config.readers import web_origin
 from llmproxy.config.settings import SECTIONS
 from llmproxy.config.values import duration_or_off, show_duration, show_size, size
 from llmproxy.dialects.dialect import Dialect
@@ -94,6 +95,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "key_query": False,
                 "headers": [],
                 "drop_headers": list(ROUTING_FIELDS),
+                "query": [],
+                "drop_query": [],
                 "ca": None,
                 "pool": 1000,
                 "timeouts": {},
@@ -106,9 +109,14 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "providers": ["p"],
                 "hosts": None,
                 "models": None,
+                "allowed_origins": [],
                 "strip": True,
                 "override": {},
                 "timeouts": {},
+                "headers": [],
+                "drop_headers": [],
+                "query": [],
+                "drop_query": [],
                 "accept_encoding": "identity",
                 "include_usage": "as-asked",
                 "on_disconnect": "cancel",
@@ -124,7 +132,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "ledger": None,
             "keep": "30d",
             "otlp": None,
-            "session_header": "x-session-id",
+            "session_header": [
+                *("x-session-id", "x-claude-code-session-id", "session_id", "session-id"),
+            ],
         },
     }
     config = accepted({})
@@ -231,7 +241,6 @@ def test_urls(written: str, url: tuple[str, str, int, str], netloc: str | None) 
         "tcp:0",
         "tcp:port=8080:interface=0.0.0.0",
         "tcp6:8080",
-        "ssl:8443:privateKey=/k.pem",
         "unix:/run/a b.sock:mode=660",
         "systemd:domain=INET:name=proxy",
         "haproxy:tcp:8080",
@@ -277,7 +286,7 @@ def test_a_whole_trace() -> None:
         ledger="/var/ledger",
         keep=36 * 3600,
         otlp=Url(scheme="https", host="otel.example", port=4318, path="/base"),
-        session_header="x-conversation",
+        session_header=("x-conversation",),
     )
     kept = accepted({"trace.ledger": '"/var/ledger"', "trace.keep": '"off"'})
     assert kept.trace.keep is None
@@ -286,6 +295,15 @@ def test_a_whole_trace() -> None:
 def test_a_session_is_not_named_by_the_key_of_a_provider() -> None:
     """The field that carries a credential is not recorded, whatever it is called."""
     (problem,) = problems_of({"providers.p.header": '"X-Key"', "trace.session_header": '"x-KEY"'})
+    assert problem.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_sessions_may_be_named_in_several_fields() -> None:
+    """Their order is kept; no field names no session."""
+    for written, read in (('["X-B", "x-a"]', ("x-b", "x-a")), ("[]", ())):
+        assert accepted({"trace.session_header": written}).trace.session_header == read
+    carrier = {"providers.p.header": '"x-key"', "trace.session_header": '["x-a", "X-Key"]'}
+    (problem,) = problems_of(carrier)
     assert problem.startswith("trace.session_header: expected a header that carries no key")
 
 
@@ -438,6 +456,7 @@ def test_what_a_file_sets_is_shown(directory: Path) -> None:
         (b"a = 1\nb =\n", "line 2"),
         (b"[proxy\n", "expected TOML"),
         (b"\xff", "expected UTF-8"),
+        (b"\xef\xbb\xbf[proxy]\n", "expected TOML without the byte order mark"),
         (b"a = " + b"[" * 100_000, "nested too deeply"),
         (b"a = " + b"9" * 5000, "expected TOML"),
     ],
@@ -484,3 +503,19 @@ def test_instance_names(instance: str) -> None:
 def test_the_parameter_of_a_query_that_holds_a_key(value: str, name: str | None) -> None:
     """``true`` is the name that Google's clients use."""
     assert accepted({"providers.p.key_query": value}).providers["p"].key_query == name
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("*", "*"),
+        ("HTTPS://App.Example", "https://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example:80", "http://app.example"),
+        ("http://[::1]:5173", "http://[::1]:5173"),
+        ("tauri://localhost", "tauri://localhost"),
+    ],
+)
+def test_origins_are_as_browsers_write_them(written: str, read: str) -> None:
+    """In lower case, and without the port that the scheme has anyway."""
+    assert web_origin(written) == read

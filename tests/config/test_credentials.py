@@ -68,9 +68,9 @@ def test_the_largest_credential(directory: Path) -> None:
         *((name, "the bare name of a file") for name in ("../key", "/key", "a/b", "..", ".", "")),
         ("\0", "the bare name of a file"),
         (1, "the bare name of a file"),
-        (SECRET, "a file that can be read in the credentials directory (No such file"),
-        (".hidden", "the name of a regular file"),
-        ("pipe", "the name of a regular file"),
+        (SECRET, "the name of a credential file, and no key"),
+        (".hidden", "a regular file"),
+        ("pipe", "a regular file"),
     ],
 )
 def test_a_name_of_no_credential_file(directory: Path, name: str | int, words: str) -> None:
@@ -83,9 +83,88 @@ def test_a_name_of_no_credential_file(directory: Path, name: str | int, words: s
     (problem,) = problems_of(
         with_credential(directory, **{"providers.p.credential": json.dumps(name)})
     )
-    assert problem.startswith(f"providers.p.credential: expected {words}")
+    assert problem.startswith("providers.p.credential: expected ")
+    assert words in problem
     assert "got" not in problem
     assert SECRET not in problem
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "openai-key", "azure_prod.2", "team-a.key.txt", "OPENAI_API_KEY", "gpt4-eu"]
+)
+def test_a_missing_file_is_named_with_its_directory(directory: Path, name: str) -> None:
+    """What looks like a file's name is one: the operator reads which file is looked for, where."""
+    changes = with_credential(directory, **{"providers.p.credential": json.dumps(name)})
+    assert problems_of(changes) == (
+        f'providers.p.credential: expected a file "{name}" in {directory} that can be read '
+        "(No such file or directory)",
+    )
+
+
+KEYS = [
+    *("sk-abc", "sk-proj-Ab3", "sk_live_a", "llmp_" + "a" * 43, "xai-abcdef", "gsk_abc", "hf_abc"),
+    *("AIzaSyA-b", "ghp_abc", "pplx-abc", "r8_abc", "eyJhbGciOi", "AKIAIOSFODNN7EXAMPLE"),
+    *("0123456789abcdef0123456789abcdef", "3f2504e0-4f89-11d3-9a0c-0305e82c3301"),
+    *("Zm9vYmFyYmF6cXV4", "a1b2c3d4e5", "Bearer abc", "qwertyuiopasdfghjklzxcvbnm"),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_in_place_of_a_files_name_is_not_shown(directory: Path, key: str) -> None:
+    """The problem says how a credential is given; it shows the directory, and never the value."""
+    changes = with_credential(directory, **{"providers.p.credential": json.dumps(key)})
+    (problem,) = problems_of(changes)
+    assert problem == (
+        "providers.p.credential: expected the name of a credential file, and no key: "
+        f"write the key into a file of its own in {directory}, and the file's name here"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "key", "apikey", "API_KEY", "api-key", "token", "secret", "password"]
+)
+@pytest.mark.parametrize("value", [f'"{SECRET}"', '"${OPENAI_API_KEY}"', "{ env = 1 }"])
+def test_a_provider_with_a_key_inline(name: str, value: str) -> None:
+    """The problem says how a credential is given, and shows nothing of what stood there."""
+    assert problems_of({f"providers.p.{name}": value}) == (
+        f"providers.p.{name}: unknown key; no secret stands in this file: write the key into a "
+        "file of its own in the credentials directory, and here `credential` with the file's name",
+    )
+
+
+def test_a_key_inline_before_there_is_a_directory() -> None:
+    """The first thing that a newcomer tries is reported for what it is, too."""
+    directory, problem = problems_of({"providers.p.credential": f'"{SECRET}"'})
+    assert directory.startswith("credentials.directory: expected a directory")
+    assert problem == (
+        "providers.p.credential: expected the name of a credential file, and no key: "
+        "write the key into a file of its own in the credentials directory, "
+        "and the file's name here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("openai-key", "no secret stands in this file: each has a file of its own in `directory`"),
+        ("directry", 'did you mean "directory"?'),
+    ],
+)
+def test_the_table_of_credentials_holds_none(name: str, words: str) -> None:
+    """It says where they are; a slip in that is still taken for one."""
+    (problem,) = problems_of({f"credentials.{name}": f'"{SECRET}"'})
+    assert problem == f"credentials.{name}: unknown key; {words}"
+
+
+@pytest.mark.parametrize("name", ["key", "api_key", "token", "secret", "password"])
+def test_a_client_with_a_key_inline(name: str) -> None:
+    """The problem says how a client's key is given."""
+    changes = {f"clients.c.{name}": f'"{SECRET}"', "clients.c.keys": KEYS_LINE}
+    (problem,) = problems_of(changes)
+    assert problem == (
+        f"clients.c.{name}: unknown key; no key stands in this file: "
+        "`llmproxy keys new c` makes a key and prints its `keys` line"
+    )
 
 
 def test_credentials_from_systemd(directory: Path) -> None:
@@ -121,6 +200,43 @@ def test_a_directory_open_to_others(directory: Path, place: str, mode: int) -> N
         (problem,) = problems_of(with_credential(directory, **changes))
     assert problem.startswith(f"{place}: expected a directory closed to others")
     assert str(directory) in problem
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o775, 0o1777, 0o705])
+def test_a_directory_as_containers_have_it(directory: Path, mode: int) -> None:
+    """It belongs to root, everybody may read it, and its files are links, as Kubernetes has it."""
+    (directory / "..data").mkdir()
+    (directory / "key").rename(directory / "..data" / "key")
+    (directory / "key").symlink_to("..data/key")
+    directory.chmod(mode)
+    changes = {"providers.p.credential": '"key"', "credentials.open_to_others": "true"}
+    environ = {"CREDENTIALS_DIRECTORY": str(directory)}
+    found = accepted(changes, **environ).providers["p"].credential
+    assert found == Secret(SECRET)
+    assert accepted(with_credential(directory, **changes)).providers["p"].credential == found
+    (problem,) = problems_of({**changes, "credentials.open_to_others": "false"}, **environ)
+    assert "credentials.open_to_others = true, if a container" in problem
+
+
+def test_nobody_may_replace_a_credential(directory: Path) -> None:
+    """A directory in which others may rename files is refused in any case."""
+    directory.chmod(0o777)
+    (problem,) = problems_of(with_credential(directory, **{"credentials.open_to_others": "true"}))
+    assert problem.startswith("credentials.directory: expected a directory that others may not")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("credentials.directory", '"credentials"', "an absolute path"),
+        ("credentials.directory", "1", "a non-empty string"),
+        ("credentials", '"/etc"', "a table"),
+    ],
+)
+def test_a_directory_with_a_mistake_is_one_problem(key: str, value: str, words: str) -> None:
+    """A credential is not asked for in another place, which the operator never named."""
+    (problem,) = problems_of({key: value, "providers.p.credential": '"key"'})
+    assert problem.startswith(f"{key}: expected {words}")
 
 
 def test_an_unused_directory_of_systemd_is_not_checked(directory: Path) -> None:

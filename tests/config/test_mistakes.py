@@ -25,6 +25,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("proxy.listen", '["tcp:"]', "[0]", "an endpoint"),
     ("proxy.listen", '["tcp:http"]', "[0]", "an endpoint"),
     ("proxy.listen", '["tcp:65536"]', "[0]", "an endpoint"),
+    ("proxy.listen", '["tcp:port=65536"]', "[0]", "a port from 0 to 65535"),
     ("proxy.listen", '["haproxy:8080"]', "[0]", "an endpoint"),
     ("proxy.listen", '["unix:/a\\u0000"]', "[0]", "without control characters"),
     ("proxy.listen", '["unix:/{instnace}"]', "[0]", 'no braces but those of "{instance}"'),
@@ -68,6 +69,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.otlp", '"http://key@host"', "", "without a user or password"),
     ("trace.session_header", '"x session"', "", "a header's name"),
     ("trace.session_header", '"cookie"', "", "a header that carries no key"),
+    ("trace.session_header", '["x-a", "cookie"]', "[1]", "a header that carries no key"),
+    ("trace.session_header", "1", "", "expected an array"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
     ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
     ("providers.p.url", "1", "", "an http:// or https:// URL"),
@@ -123,6 +126,21 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.drop_headers", '["a b"]', "[0]", "a token"),
     ("providers.p.drop_headers", '["via"]', "[0]", "a header that neither the proxy nor HTTP's"),
     ("providers.p.drop_headers", '["connection"]', "[0]", "a header that neither the proxy nor"),
+    ("providers.p.query", '"a=b"', "", "expected a table, got a string"),
+    ("providers.p.query", '{ "a b" = "a" }', '."a b"', "the name of a parameter"),
+    ("providers.p.query", '{ Api-Key = "a" }', ".Api-Key", "no parameter that carries a key here"),
+    ("providers.p.query", '{ key = "a" }', ".key", "use `credential`"),
+    ("providers.p.query", '{ A = "a", a = "a" }', ".a", 'but "A" stands there already'),
+    ("providers.p.query", '{ a = "b\\n" }', ".a", "a string without control characters"),
+    ("providers.p.query", "{ a = 1 }", ".a", "a string without control characters"),
+    ("providers.p.drop_query", '"a"', "", "an array"),
+    ("providers.p.drop_query", '["a=b"]', "[0]", "the name of a parameter"),
+    ("routes[0].query", '{ access_token = "a" }', ".access_token", "no parameter that carries"),
+    ("routes[0].drop_query", '["a&b"]', "[0]", "the name of a parameter"),
+    ("routes[0].headers", '{ X-Api-Key = "a" }', ".X-Api-Key", "no header that carries a key"),
+    ("routes[0].headers", '{ Authorization = "a" }', ".Authorization", "no header that carries"),
+    ("routes[0].headers", '{ via = "a" }', ".via", "neither the proxy nor HTTP's framing owns"),
+    ("routes[0].drop_headers", '["host"]', "[0]", "neither the proxy nor HTTP's framing owns"),
     ("providers.p.ca", '"ca.pem"', "", "an absolute path"),
     ("providers.p.ca", '"/no/such.pem"', "", "a PEM file of certificates (No such file"),
     ("providers.p.ca", '"/dev/null"', "", "a PEM file of certificates"),
@@ -161,6 +179,11 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].hosts", '["[::1]:80"]', "[0]", "without a port"),
     ("routes[0].hosts", "[1]", "[0]", "a host's name"),
     ("routes[0].models", '"gpt"', "", "an array"),
+    ("routes[0].allowed_origins", '"*"', "", "an array"),
+    *(
+        ("routes[0].allowed_origins", f'["{odd}"]', "[0]", 'such as "https://app.example"')
+        for odd in ("app.example", "https://a/", "https://a/b", "null", "https://*.a", "http://")
+    ),
     ("routes[0].models", '["gpt", ""]', "[1]", 'a pattern such as "gpt-*"'),
     ("routes[0].strip", '"no"', "", "true or false"),
     ("routes[0].override", '{ q = { model = "m" } }', ".q", "one of the route's providers"),
@@ -246,6 +269,13 @@ def test_headers_that_carry_a_key(name: str) -> None:
     )
     assert added.startswith(f"providers.p.headers.{name}: expected no header that carries a key")
     assert recorded.startswith("trace.session_header: expected a header that carries no key")
+
+
+def test_a_route_does_not_set_a_providers_credential() -> None:
+    """The field in which its provider gets the credential is the credential's alone."""
+    changes = {"providers.p.header": '"X-Custom"', "routes[0].headers": '{ x-custom = "a" }'}
+    (problem,) = problems_of(changes)
+    assert problem.startswith("routes[0].headers.x-custom: expected no header that carries a key")
 
 
 @pytest.mark.parametrize("name", ["accept", "cookie", "user-agent", "x-session", "openai-beta"])
@@ -400,9 +430,10 @@ ORDER = """
     limits request_head, request_body, request_memory, response_head, accumulate, event,
         connections_per_address, drains
     providers.q dialect, pass_credential, key_query, header, url, credential, format, headers,
-        drop_headers, ca, pool, timeouts
-    routes[1] path, providers, name, hosts, models, strip, override, timeouts, accept_encoding,
-        include_usage, on_disconnect, drain_for, error_event, capture, request_body
+        drop_headers, query, drop_query, ca, pool, timeouts
+    routes[1] path, providers, name, hosts, models, allowed_origins, strip, override, timeouts,
+        headers, drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
+        drain_for, error_event, capture, request_body
     trace jsonl, ledger, keep, otlp, session_header
     clients.c keys, routes, models
 """

@@ -37,6 +37,7 @@ class PlayedResponse:
         self.first = dict(reversed(self.fields))
         self.transport = FakeTransport()
         self.aborts = 0
+        self.is_kept = False
         self.body: Any = None
 
     def deliverBody(self, protocol: Any) -> None:

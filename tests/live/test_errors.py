@@ -79,6 +79,7 @@ def test_an_error_carries_our_id_where_sdks_look_for_it(live: LiveProxy) -> None
         b"content-type": b"application/json",
         b"content-length": b"%d" % len(got.body),
         b"x-llmproxy-error": b"no_route",
+        b"x-should-retry": b"false",
         b"x-llmproxy-request-id": name,
         b"x-request-id": name,
         b"request-id": name,

@@ -111,7 +111,7 @@ def test_a_provider_without_a_credential_gets_none(live: LiveProxy) -> None:
         (["x-api-key:", "Authorization: Bearer"], b"no_key"),
         (["Authorization: Basic"], b"unknown_key"),
         ([show("x-api-key"), show("Authorization", OTHER)], b"keys_disagree"),
-        ([show("x-api-key"), "api-key: wrong"], b"unknown_key"),
+        (["x-api-key: wrong", "api-key: wrong"], b"unknown_key"),
         ([show("x-api-key"), show("x-api-key", OTHER)], b"keys_disagree"),
     ],
 )

@@ -76,10 +76,11 @@ def test_every_sink_has_every_request(live: LiveProxy, collector: OtlpCollector)
     assert [span["spanId"] for span in collector.spans()] == [one[0][-16:] for one in ids]
     assert [record["session"] for record in records] == ["s-1", "s-1", None]
 
-    groups = live.daemon.usage("--by", "client,provider,session", "--since", "1h")["groups"]
+    usage = live.daemon.usage("--by", "client,provider,session", "--since", "1h")
+    groups = usage["groups"]
     counted = [(one["client"], one["session"], one["requests"], one["complete"]) for one in groups]
-    assert counted == [("anonymous", None, 1, 0), ("team", "s-1", 2, 2)]
-    assert {one["unreported"] for one in groups} == {1, 2}
+    assert counted == [("team", "s-1", 2, 2)]
+    assert ([one["unreported"] for one in groups], usage["refused"]) == ([2], 1)
     (session,) = live.daemon.usage("--sessions")["sessions"]
     assert (session["requests"], session["last_trace"]) == (2, records[1]["id"])
     metrics = live.daemon.metrics()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmproxy.version import version
 from tests.support.daemon import Daemon, environment, provider_config, twistd
 from tests.support.live_proxy import read_response, write_credential
 from tests.support.scripts import OK, reply
@@ -136,7 +137,7 @@ def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
             assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (2512, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert not [line for line in daemon.log if "descriptors" in line["message"]]
+    assert not [line for line in daemon.log if "file descriptors" in line["message"]]
 
 
 def test_a_limit_of_descriptors_that_is_too_low_is_logged(tmp_path: Path) -> None:
@@ -179,7 +180,14 @@ def test_the_log_is_json_lines_and_the_daemon_is_ready(tmp_path: Path) -> None:
                 read_response(client)
             (access,) = daemon.wait_ended(1)
         assert daemon.process.returncode == 0
+    begin, *_, end = daemon.log
+    assert begin["message"] == f"llmproxy {version()} starts with {daemon.config_path}"
+    assert (begin["version"], begin["config"]) == (version(), str(daemon.config_path))
+    assert end["message"] == "drained: 0 finished, 0 cut"
+    where = [line["address"] for line in daemon.log if "listens on" in line["message"]]
+    assert where == [f"127.0.0.1:{daemon.port}", f"127.0.0.1:{daemon.admin_port}"]
     for line in daemon.log:
+        assert line["logger"].startswith("llmproxy."), "Twisted says nothing of its own"
         assert {"time", "level", "logger", "message"} <= set(line)
         assert line["time"].endswith("Z")
     assert access["message"] == "GET /p/x complete"

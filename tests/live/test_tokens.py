@@ -211,6 +211,29 @@ def _after_the_client(live: LiveProxy, wire: Wire, asked: Turn) -> None:
 # -- sessions --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("lines", "session"),
+    [
+        (("X-Claude-Code-Session-Id: claude",), "claude"),
+        (("session_id: codex",), "codex"),
+        (("session-id: codex-2",), "codex-2"),
+        (("X-Session-Id: opencode", "x-session-affinity: other"), "opencode"),
+        (("session-id: 3", "session_id: 2", "x-claude-code-session-id: 1"), "1"),
+        (("session-id: 3", "x-session-id: 0"), "0"),
+        (("x-session-id: a\tb", "session-id: 3"), None),
+    ],
+)
+def test_each_client_names_its_session_otherwise(
+    live: LiveProxy, lines: tuple[str, ...], session: str | None
+) -> None:
+    """The first field of the list that a request has counts, whatever stands in it."""
+    live.reply(whole("two", Used(1, 2)))
+    assert (
+        live.trace(live.get(post("/two/v1/messages", b'{"model":"claude-b"}', *lines)))["session"]
+        == session
+    )
+
+
 def test_a_session_is_named_by_x_session_id(live: LiveProxy) -> None:
     """One that is no printable text is none, and a long one is cut; two clients' are not one."""
     live.reply(whole("two", Used(1, 2)))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor as real_reactor
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, wrapClientTLS
 from twisted.internet.protocol import Protocol, connectionDone
@@ -29,6 +30,7 @@ from twisted.python.failure import Failure
 from llmproxy.net.transport import (
     has_failed,
     has_peer_left,
+    host_of,
     is_quiet,
     notice_vanished_peer,
     pending_bytes,
@@ -273,3 +275,19 @@ async def test_the_kernel_notices_a_vanished_peer(authority: Authority | None) -
         assert handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
         await held.close()
         notice_vanished_peer(transport)  # harmless by then
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        (IPv4Address("TCP", "192.0.2.1", 1), "192.0.2.1"),
+        (IPv6Address("TCP", "::ffff:192.0.2.1", 1), "192.0.2.1"),
+        (IPv6Address("TCP", "::1", 1), "::1"),
+        (IPv6Address("TCP", "::ffff:1", 1), "::ffff:1"),
+        (UNIXAddress(None), None),
+        (None, None),
+    ],
+)
+def test_a_client_has_one_address_on_every_socket(address: Any, host: str | None) -> None:
+    """An IPv4 client of a socket of IPv6 is that IPv4 client."""
+    assert host_of(address) == host

@@ -152,7 +152,8 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
         sites.listeners.report()
         sites.listeners.report()
         where = other.getHost()
-        assert [formatEvent(event) for event in logged[before:]] == [f"proxy listens on {where}"]
+        named = f"127.0.0.2:{where.port}"
+        assert [formatEvent(event) for event in logged[before:]] == [f"proxy listens on {named}"]
         assert await deferToThread(ask, other) == b"127.0.0.1"
         wire = await deferToThread(
             lambda: Wire(socket.create_connection((where.host, where.port), 20))
@@ -160,7 +161,7 @@ async def test_a_listener_comes_and_goes(logged: Listening) -> None:
         with wire:
             await until(lambda: len(sites.site.connections) == 1)
             assert sites.follow(HOME) == [home]
-            assert formatEvent(logged[-1]) == f"proxy listens no more on {where}"
+            assert formatEvent(logged[-1]) == f"proxy listens no more on {named}"
             await until(lambda: refuses(where))
             wire.send(GET)
             assert (await deferToThread(read_response, wire)).body == b"127.0.0.1"
@@ -306,3 +307,27 @@ async def test_a_shutdown_closes_the_sockets_of_systemd(
         with socket.socket() as probe, suppress(ConnectionRefusedError):
             probe.connect(where)
             pytest.fail("the address accepts connections")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("tcp:0:interface=127.0.0.1", "127.0.0.1:{port}"),
+        (r"tcp6:0:interface=\\:\\:1", "[::1]:{port}"),
+        ("unix:{folder}/socket", "unix:{folder}/socket"),
+    ],
+)
+@ensureDeferred
+async def test_an_address_is_written_as_people_write_it(
+    endpoint: str, words: str, tmp_path: Path, logged: Listening
+) -> None:
+    """Whatever kind of socket it is, no object of Twisted's is shown."""
+    if "tcp6" in endpoint and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    async with opened() as sites:
+        (port,) = sites.follow(endpoint.replace("{folder}", str(tmp_path)))
+        sites.listeners.report()
+        number = getattr(port.getHost(), "port", None)
+        address = words.format(port=number, folder=tmp_path)
+        (line,) = [one for one in logged if one.get("site") == "proxy"]
+        assert (line["address"], formatEvent(line)) == (address, f"proxy listens on {address}")

@@ -119,31 +119,72 @@ def test_without_a_key_no_client_is_known() -> None:
         [(b"x-api-key", b"wrong")],
         [(b"x-api-key", b"Bearer key-a")],
         [(b"x-api-key", b"KEY-A")],
-        [(b"x-api-key", b"key-a "), (b"x-llmproxy-key", b"key-a")],
         [(b"authorization", b"key-a")],
         [(b"authorization", b"Bearer key-a key-a")],
         [(b"authorization", b"Basic a2V5LWE=")],
         [(b"authorization", b"Basic")],
         [(b"x-llmproxy-key", hashlib.sha256(b"key-a").hexdigest().encode())],
-        [(b"x-api-key", b"key-a"), (b"api-key", b"wrong")],
-        [(b"x-api-key", b"wrong"), (b"x-api-key", b"key-a")],
+        [(b"x-api-key", b"wrong"), (b"api-key", b"worse")],
     ],
 )
 def test_a_wrong_key_is_refused(fields: Fields, anonymous: bool) -> None:
-    """Whatever else is shown, one unknown key is a 401, also where nobody needs a key."""
+    """Where no key is known, an unknown one is a 401, also where nobody needs a key."""
     error = refusal(fields, anonymous=anonymous)
 
     assert (error.status, error.reason) == (401, "unknown_key")
     assert (b"www-authenticate", b"Bearer") in error.fields
 
 
+OTHERS = {
+    "unknown": b"sk-of-the-environment",
+    "with a blank": b"key-a ",
+    "another scheme": b"Basic a2V5LWI=",
+    "another client's": b"key-b",
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS)[:3])
 @pytest.mark.parametrize("second", KEY_FIELDS)
+@pytest.mark.parametrize("first", [b"x-llmproxy-key", *KEY_FIELDS])
+def test_an_unknown_key_does_not_count_beside_a_known_one(
+    first: bytes, second: bytes, kind: str
+) -> None:
+    """Programs send a key of the provider's from their environment, too; the order is no matter."""
+    good = (first, b"Bearer key-a" if first == b"authorization" else b"key-a")
+    other = (second, OTHERS[kind])
+    assert identify([good, other]) == identify([other, good]) == "a"
+    assert identify([good, (b"x-api-key", b"key-a2"), other]) == "a"
+
+
+@pytest.mark.parametrize("second", KEY_FIELDS)
+def test_our_own_field_decides(second: bytes) -> None:
+    """A known key in ``x-llmproxy-key`` counts, whatever the others; an unknown one does not."""
+    other = (second, b"Bearer key-b" if second == b"authorization" else b"key-b")
+    assert identify([other, (b"x-llmproxy-key", b"key-a")]) == "a"
+    assert identify([other, (b"x-llmproxy-key", b"wrong")]) == "b"
+    error = refusal([(b"x-llmproxy-key", b"key-a"), (b"x-llmproxy-key", b"key-b")])
+    assert error.reason == "keys_disagree"
+
+
+@pytest.mark.parametrize("second", [b"authorization", b"x-api-key", b"x-goog-api-key"])
 def test_keys_that_disagree_are_refused(second: bytes) -> None:
-    """Two clients in one request are a 401."""
+    """Two clients in one request are a 401, which names the fields."""
     value = b"Bearer key-b" if second == b"authorization" else b"key-b"
-    error = refusal([(b"x-llmproxy-key", b"key-a"), (second, value)])
+    error = refusal([(b"api-key", b"key-a"), (second, value), (b"x-api-key", b"unknown")])
 
     assert (error.status, error.reason) == (401, "keys_disagree")
+    said = "api-key and " + second.decode()
+    assert str(error) == f"The keys in {said} name different clients."
+
+
+def test_a_refusal_names_the_fields_at_fault() -> None:
+    """Each field once, and never a value."""
+    shown = [(b"x-api-key", b"wrong"), (b"authorization", b"Bearer w"), (b"x-api-key", b"worse")]
+    text = "The key in x-api-key and authorization is not one of this proxy's client keys."
+    assert str(refusal(shown)) == text
+    hint = " Authorization must be a Bearer key."
+    assert str(refusal([(b"authorization", b"key-a")])).endswith(hint)
+    assert "the query" in str(refusal([], b"/v1?key=wrong", places=IN_QUERY))
 
 
 def test_a_request_without_a_key_may_be_anonymous() -> None:

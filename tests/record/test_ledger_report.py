@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmproxy.record.ledger import Ledger
-from llmproxy.record.ledger_report import GROUPS, Checkpoint, Totals, checkpoints_of, usage_of
+from llmproxy.record.ledger_report import (
+    GROUPS,
+    Checkpoint,
+    Totals,
+    checkpoints_of,
+    refused_in,
+    usage_of,
+)
 from llmproxy.record.ledger_schema import TOKENS, LedgerError
 from llmproxy.record.trace import Trace
 from tests.support.records import trace
@@ -42,6 +49,7 @@ TRACES = st.lists(
         session=words("s", "t", ""),
         is_complete=st.booleans(),
         usage=words("reported", "partial", "none"),
+        end_reason=st.sampled_from(["complete", "client_gone", "rejected", "upstream_refused"]),
         **dict.fromkeys(TOKENS, COUNTS),
     ),
     max_size=30,
@@ -93,12 +101,17 @@ def grouped(traces: list[Trace], by: tuple[str, ...]) -> dict[Any, Totals]:
 def test_sums_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]], by: list[str], since: str
 ) -> None:
-    """Batches, groups and instances change no sum; an empty ledger has none."""
+    """Batches, groups and instances change no sum; an empty ledger has none.
+
+    What the proxy refused is no usage: it is counted by itself, whatever model it named.
+    """
     every = [trace for batches in (one, two) for batch in batches for trace in batch]
     with ledgers(one, two) as paths:
-        found = usage_of(paths, by, since)
-    expected = grouped([one for one in every if one.time >= since], tuple(by))
-    assert found == expected
+        found, refused = usage_of(paths, by, since), refused_in(paths, since)
+    later = [one for one in every if one.time >= since]
+    served = [one for one in later if one.end_reason != "rejected"]
+    assert found == grouped(served, tuple(by))
+    assert refused == len(later) - len(served)
 
 
 @settings(max_examples=settings().max_examples * 2 // 5)

@@ -146,6 +146,30 @@ def test_events_of_the_old_log_are_lines_too(
     assert ("traceback" in line) is (text == "it broke")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Site starting on 8080",
+        "Site starting on '/run/llmproxy.sock'",
+        "(TCP Port 8080 Closed)",
+        "(UNIX Port /run/llmproxy.sock Closed)",
+    ],
+)
+def test_twisted_does_not_say_what_the_service_says(words: str) -> None:
+    """Listeners, start and stop have lines of our own; whatever else Twisted says is kept."""
+    log = Log()
+    globalLogPublisher.addObserver(log.observer)
+    try:
+        old_log.msg(words)
+        Logger(namespace="twisted.internet.base").info("Main loop terminated.")
+        Logger(namespace="twisted.scripts._twistd_unix.UnixAppLogger").info("Server Shut Down.")
+        old_log.msg(f"another {words}")
+        Logger(namespace="twisted.internet.base").warn("Main loop terminated.")
+    finally:
+        globalLogPublisher.removeObserver(log.observer)
+    assert log.names() == [f"another {words}", "Main loop terminated."]
+
+
 class Strange:
     """An object that JSON does not know."""
 

@@ -137,6 +137,17 @@ async def test_every_connection_in_the_queue_is_served(crowd: list[Wire], closes
         assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
 
 
+@ensureDeferred
+async def test_a_client_that_comes_while_the_listener_closes_is_served(crowd: list[Wire]) -> None:
+    """Twisted closes the socket a turn later; whoever comes until then is not reset."""
+    async with Served() as served:
+        closing = close(served.listening, inherited=False)
+        crowd += [connect(served.port) for _ in range(20)]
+        await closing
+        await served.until_connected(20)
+        assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
+
+
 # --- where it cannot listen -----------------------------------------------------------------------
 
 

@@ -562,7 +562,7 @@ def test_a_drain_closes_idle_connections_and_lets_responses_end() -> None:
     caller.site.drain()
 
     assert (idle.count("half"), caller.is_open()) == (0, True)
-    caller.pass_time(3)
+    caller.pass_time(6)
     assert (idle.count("half"), caller.is_open()) == (1, True)
     caller.request.write(b"more")
     caller.request.finish()
@@ -588,6 +588,23 @@ def test_a_client_that_heard_of_no_drain_may_send_one_more_request() -> None:
 
     assert b"connection: close\r\n" in caller.transport.take()
     assert caller.transport.count("half") == 1
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_first_request_may_take_longer_in_a_drain(served: bool) -> None:
+    """Whoever has just connected sends one; a connection that is kept is closed after a second."""
+    caller = Caller()
+    if served:
+        caller.send(GET)
+        caller.respond()
+    caller.site.drain()
+    caller.pass_time(4)
+    caller.transport.take()
+    caller.send(GET)
+    assert caller.transport.count("half") == served
+    if not served:
+        caller.respond()
+        assert b"connection: close\r\n" in caller.transport.take()
 
 
 @pytest.mark.parametrize("sent", [0, 1, 10, len(GET) - 1])

@@ -27,6 +27,14 @@ BASE = {
 }
 
 
+def vault(folder: Path) -> Path:
+    """Return a directory for credential files that is closed to others, with ``key`` in it."""
+    directory = folder / "credentials"
+    directory.mkdir(mode=0o700)
+    (directory / "key").write_text(SECRET + "\n")
+    return directory
+
+
 def toml(changes: Mapping[str, str | None]) -> str:
     """Return the smallest accepted file with ``changes``; ``None`` leaves a key out."""
     routes: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -67,6 +67,7 @@ class Daemon:
         admin: further keys of ``[admin]``.
         environ: further environment variables.
         instance: its name among several.
+        command: returns the command that starts it with a configuration.
         inherit: a listening socket that it is handed as systemd does; the names of those are the
             environment's ``LISTEN_FDNAMES``.
 
@@ -86,6 +87,7 @@ class Daemon:
         environ: dict[str, str] | None = None,
         instance: str = "0",
         inherit: socket.socket | None = None,
+        command: Callable[[Path], list[str]] = twistd,
     ) -> None:
         self.folder = folder
         self.trace_path = folder / "trace.jsonl"
@@ -104,11 +106,12 @@ class Daemon:
         self._changed = threading.Condition()
         self._instance = instance
         self._inherit = inherit
+        self._command = command
         self._may_read = threading.Event()
         self._may_read.set()
 
     def __enter__(self) -> Self:
-        command = twistd(self.config_path)
+        command = self._command(self.config_path)
         handed = []
         if self._inherit is not None:
             handed = [self._inherit.fileno()]

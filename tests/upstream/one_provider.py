@@ -164,6 +164,9 @@ class OneProviderPool(_Connections):
     ) -> None:
         super().__init__()
         self.lookup = Lookup()
+        self.resolver = resolver or Resolver(
+            self.reactor, self.clock.seconds, getaddrinfo=self.lookup
+        )
         self.pool = ProviderPool(
             self.reactor,
             self.clock.seconds,
@@ -174,8 +177,7 @@ class OneProviderPool(_Connections):
                 ca=None if ca is None else str(ca),
                 pool=size,
             ),
-            resolver=resolver
-            or Resolver(self.reactor, self.clock.seconds, getaddrinfo=self.lookup),
+            resolver=self.resolver,
             pool_idle=pool_idle,
             max_head=4096,
         )

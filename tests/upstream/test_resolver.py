@@ -14,7 +14,7 @@ from twisted.internet import reactor
 
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason
-from llmproxy.upstream.resolver import KEPT, Resolver
+from llmproxy.upstream.resolver import KEPT, STALE, Resolver
 from tests.support.fake_transport import until
 from tests.upstream.one_provider import (
     Lookup,
@@ -75,6 +75,25 @@ async def test_a_failed_lookup_is_not_kept() -> None:
 
 
 @ensureDeferred
+async def test_the_last_addresses_are_used_while_a_name_cannot_be_looked_up() -> None:
+    """For an hour, and each use is counted; then the provider is unreachable, as its name says."""
+    provider = RespondingProvider()
+    async with pool_of(provider, url_of(provider, "p.example"), size=0) as (_, pool):
+        await pool.fetch()
+        pool.lookup.error = socket.gaierror(socket.EAI_AGAIN, "the resolver is down")
+        for count in (1, 2):
+            pool.clock.advance(KEPT)
+            assert await pool.fetch() == b"ok"
+            assert pool.resolver.stale == count
+        pool.clock.advance(STALE)
+        error = await failure_of(pool.send())
+        assert "the resolver is down" in error.detail
+        pool.lookup.error = None
+        assert await pool.fetch() == b"ok"
+        assert pool.resolver.stale == 2
+
+
+@ensureDeferred
 async def test_a_hanging_name_delays_no_other_provider() -> None:
     """Twenty names hang at once; the provider whose name is found is asked meanwhile."""
     lookup = Lookup()
@@ -97,11 +116,12 @@ async def test_a_hanging_name_delays_no_other_provider() -> None:
 class WatchedResolver(Resolver):
     """A resolver that keeps a weak reference to whatever waits for its addresses."""
 
-    receivers: list[weakref.ref[Any]]
+    waiting: list[weakref.ref[Any]]
 
-    def resolveHostName(self, *args: Any, **kwargs: Any) -> Any:
-        self.receivers.append(weakref.ref(args[0]))
-        return super().resolveHostName(*args, **kwargs)
+    def addresses(self, name: str) -> Any:
+        found = super().addresses(name)
+        self.waiting.append(weakref.ref(found))
+        return found
 
 
 @ensureDeferred
@@ -110,7 +130,7 @@ async def test_cancelled_requests_are_not_kept_by_a_name_that_hangs() -> None:
     lookup = Lookup()
     lookup.hangs = lambda name: True
     resolver = WatchedResolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup)
-    resolver.receivers = []
+    resolver.waiting = []
     pool = OneProviderPool(named("hangs.example"), resolver=resolver)
     cancelled: list[weakref.ref[Any]] = []
     for _ in range(5):
@@ -120,8 +140,8 @@ async def test_cancelled_requests_are_not_kept_by_a_name_that_hangs() -> None:
         request.cancel()
         del request
     gc.collect()
-    assert len(resolver.receivers) == 5
-    assert [ref for ref in cancelled + resolver.receivers if ref() is not None] == []
+    assert len(resolver.waiting) == 5
+    assert [ref for ref in cancelled + resolver.waiting if ref() is not None] == []
     lookup.over.set()
     await pool.close()
 

@@ -13,16 +13,17 @@ from typing import Any
 from twisted.internet import reactor as global_reactor
 from twisted.logger import (
     FilteringLogObserver,
+    LogEvent,
     LogLevel,
     LogLevelFilterPredicate,
     globalLogBeginner,
 )
 
 from llmproxy.cli.demo.provider import demo_site
-from llmproxy.cli.demo.texts import curl_lines, demo_config
+from llmproxy.cli.demo.texts import curl_lines, demo_config, request_line
 from llmproxy.config import parse
-from llmproxy.record.log import JsonLog, log_writer
-from llmproxy.record.log_writer import LogFile
+from llmproxy.record.log import ACCESS, JsonLog, log_writer
+from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.service import ProxyService
 
 
@@ -37,7 +38,7 @@ def run(*, proxy_port: int, admin_port: int) -> None:
         SystemExit: 1, where a port is taken.
     """
     reactor: Any = global_reactor
-    _log_warnings(reactor)
+    _begin_log(reactor)
     provider = reactor.listenTCP(0, demo_site(reactor), interface="127.0.0.1")
     text = demo_config(
         provider_port=provider.getHost().port, proxy_port=proxy_port, admin_port=admin_port
@@ -46,20 +47,38 @@ def run(*, proxy_port: int, admin_port: int) -> None:
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    reactor.callWhenRunning(_tell_what_to_do, service)  # Ctrl-C is taken by then
+    reactor.run()
+
+
+def _tell_what_to_do(service: ProxyService) -> None:
+    proxy_port, admin_port = (
+        ports[0].getHost().port for ports in (service.proxy_ports, service.admin_ports)
+    )
     sys.stdout.write(
         f"# The proxy listens on http://127.0.0.1:{proxy_port}, a demo provider behind it.\n"
         "# Paste a command into another terminal; Ctrl-C ends this.\n\n"
     )
     sys.stdout.write(curl_lines(proxy_port, admin_port=admin_port))
     sys.stdout.flush()
-    reactor.run()
 
 
-def _log_warnings(reactor: Any) -> None:
-    """Let warnings and worse through to standard error; what goes well is quiet."""
+def _begin_log(reactor: Any) -> None:
+    """Let warnings and worse through to standard error, and show each request in a short line."""
     worth_a_word = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    writer = log_writer(LogFile(sys.stderr.fileno(), owned=False), wall=reactor.seconds)
+    errors = JsonLog(_writer(reactor, sys.stderr.fileno()), wall=reactor.seconds)
+    shown = _writer(reactor, sys.stdout.fileno())
+
+    def show(event: LogEvent) -> None:
+        if event.get("log_namespace") == ACCESS:
+            shown.put(request_line(event).encode())
+
+    observers: list[Any] = [FilteringLogObserver(errors, [worth_a_word]), show]
+    globalLogBeginner.beginLoggingTo(observers, redirectStandardIO=False)
+
+
+def _writer(reactor: Any, descriptor: int) -> LogWriter:
+    writer = log_writer(LogFile(descriptor, owned=False), wall=reactor.seconds)
     writer.start()
     atexit.register(writer.flush)
-    observer = FilteringLogObserver(JsonLog(writer, wall=reactor.seconds), [worth_a_word])
-    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+    return writer

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Mapping
+from typing import Any
 
 DEMO_KEY = "demo"
 """The one key that the demo's proxy knows."""
@@ -30,7 +33,8 @@ def demo_config(
     """
     parts = [
         f'[proxy]\nlisten = ["tcp:{proxy_port}:interface=127.0.0.1"]\n'
-        'anonymous = true\ndrain_timeout = "1s"\n',
+        'anonymous = true\ndrain_timeout = "1s"\n'
+        "max_connections = 500\n",  # whatever the machine allows: the first words are no warning
         f'[admin]\nlisten = "tcp:{admin_port}:interface=127.0.0.1"\n',
     ]
     # A wrong key is refused even where a caller may have none, and most SDKs insist on one.
@@ -46,6 +50,22 @@ def demo_config(
         quoted = json.dumps(trace, ensure_ascii=False).replace("\x7f", "\\u007f")
         parts.append(f"[trace]\njsonl = {quoted}\n")
     return "\n".join(parts)
+
+
+def request_line(event: Mapping[str, Any]) -> str:
+    """Return an access event as one short line: what was asked for, and what came of it.
+
+    Args:
+        event: as the recorder logs it; fields that are not known are missing.
+    """
+    at = time.strftime("%H:%M:%S", time.localtime(event["log_time"]))
+    words = [at, event["method"], event["path"], event.get("model", "")]
+    asked = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(filter(None, words)))
+    end = event["end_reason"] + (f" ({event['error']})" if "error" in event else "")
+    parts = [f"{event.get('status', 'no')} {end}", f"{event['duration_s']:.2f} s"]
+    if "input_tokens" in event and "output_tokens" in event:
+        parts.append(f"{event['input_tokens']} tokens in, {event['output_tokens']} out")
+    return f"{asked}: {', '.join(parts)}\n"
 
 
 def curl_lines(proxy_port: int, *, admin_port: int = 9080) -> str:

@@ -1,0 +1,251 @@
+"""``llmproxy check``: what it says beside mistakes: what cannot work, or is likely not meant."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from llmproxy.cli.main import main
+from tests.support.configs import KEYS_LINE, toml, vault, with_credential
+
+Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory for credential files, with one in it."""
+    return vault(tmp_path)
+
+
+def warnings_of(folder: Path, printed: Printed, changes: dict[str, str | None]) -> list[str]:
+    """Return the warnings to a file that can be used."""
+    path = folder / "checked.toml"
+    path.write_text(toml(changes))
+    assert main(["check", str(path)]) == 0
+    captured = printed.readouterr()
+    assert captured.out.startswith(f"{path}: ok: ")
+    found = captured.err.splitlines()
+    assert all(line.startswith("warning: ") for line in found)
+    return [line.removeprefix("warning: ") for line in found]
+
+
+def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys: Printed) -> None:
+    """The file can be used; a program finds the warnings beside the problems."""
+    changes: dict[str, str | None] = {"providers.q": '{ url = "https://q.example", dialect="raw" }'}
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning == "providers.q: no route uses this provider"
+    assert main(["check", str(tmp_path / "checked.toml"), "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["ok"], report["problems"], captured.err) == (True, [], "")
+    assert report["warnings"] == [warning]
+
+
+# --- where calls would go -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dialect", "url", "asked", "sent"),
+    [
+        ("openai", "https://a.example/v1", "/a/v1/chat/completions", "/v1/v1/chat/completions"),
+        ("openai", "https://a.example/b/v1/", "/a/v1/chat", "/b/v1/v1/chat/completions"),
+        ("anthropic", "https://a.example/v1", "/a/v1/messages", "/v1/v1/messages"),
+        ("ollama", "https://a.example/api", "/a/api/chat", "/api/api/chat"),
+        ("ollama", "https://a.example/v1", "/a/v1/chat/completions", "/v1/v1/chat/completions"),
+    ],
+)
+def test_a_url_that_ends_with_what_sdks_begin_with(
+    dialect: str, url: str, asked: str, sent: str, tmp_path: Path, capsys: Printed
+) -> None:
+    """Every call of an SDK's would go to a path that no provider has: it is shown."""
+    changes = {"providers.p.url": f'"{url}"', "providers.p.dialect": f'"{dialect}"'}
+    (warning,) = warnings_of(tmp_path, capsys, {**changes})
+    assert warning.startswith("providers.p.url: SDKs put /")
+    assert f"a call to {asked}" in warning
+    assert f"would go to https://a.example{sent}" in warning
+    assert f'write "{url.rpartition("/v1")[0] or url.rpartition("/api")[0]}"' in warning
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"providers.p.url": '"https://a.example"'},
+        {"providers.p.url": '"https://a.example/v1"', "routes[0].path": '"/v1"'},
+        {"providers.p.url": '"https://a.example/v1"', "routes[0].path": '"/x/v1"'},
+        {"providers.p.url": '"https://a.example/v1/x"'},
+        {"providers.p.url": '"https://a.example/v1"', "providers.p.dialect": '"raw"'},
+        {"providers.p.url": '"https://a.example/api"'},
+    ],
+)
+def test_urls_that_are_right(
+    changes: dict[str, str | None], tmp_path: Path, capsys: Printed
+) -> None:
+    """The route cuts the segment off that the URL puts back, or the URL does not end with it."""
+    assert warnings_of(tmp_path, capsys, changes) == []
+
+
+def test_a_kept_path_may_double_it_too(tmp_path: Path, capsys: Printed) -> None:
+    """Where the route's own path is not cut off, it is part of what is sent."""
+    changes: dict[str, str | None] = {
+        "providers.p.url": '"https://a.example/v1"',
+        "routes[0].path": '"/v1"',
+        "routes[0].strip": "false",
+    }
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert "would go to https://a.example/v1/v1/chat/completions" in warning
+
+
+# --- what can never work, or is not safe ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shadowed"),
+    [
+        ({}, {}, True),
+        ({"models": '["gpt-*"]'}, {"models": '["gpt-4*", "gpt-x"]'}, True),
+        ({"models": '["*"]'}, {}, True),
+        ({"models": '["a", "-"]'}, {"models": '["-"]'}, True),
+        ({"hosts": '["a.example", "b.example"]'}, {"hosts": '["b.example"]'}, True),
+        ({"models": '["gpt-4*"]'}, {"models": '["gpt-*"]'}, False),
+        ({"models": '["gpt-4"]'}, {"models": '["*-4"]'}, False),
+        ({"models": '["a*"]'}, {"models": '["-"]'}, False),
+        ({"models": '["a*"]'}, {}, False),
+        ({}, {"models": '["a*"]'}, False),
+        ({"hosts": '["a.example"]'}, {}, False),
+        ({"hosts": '["a.example"]'}, {"hosts": '["b.example"]'}, False),
+        ({"path": '"/b"'}, {}, False),
+        ({"path": '"/"'}, {}, False),
+    ],
+)
+def test_a_route_that_can_never_match(
+    first: dict[str, str],
+    second: dict[str, str],
+    shadowed: bool,
+    tmp_path: Path,
+    capsys: Printed,
+) -> None:
+    """A route before it takes all that it would take; what may match once is left alone."""
+    changes: dict[str, str | None] = {
+        "routes[1].path": '"/a"',
+        "routes[1].name": '"second"',
+        "routes[1].providers": '["p"]',
+        **{f"routes[0].{key}": value for key, value in first.items()},
+        **{f"routes[1].{key}": value for key, value in second.items()},
+    }
+    words = "routes[1]: no request comes here: routes[0] takes all that this route would take"
+    assert warnings_of(tmp_path, capsys, changes) == ([words] if shadowed else [])
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("http://a.example", True),
+        ("http://10.0.0.1:8000", True),
+        ("https://a.example", False),
+        ("http://localhost:8000", False),
+        ("http://127.0.0.2", False),
+        ("http://[::1]:1", False),
+    ],
+)
+def test_a_credential_in_the_clear(
+    url: str, warned: bool, directory: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    """Whoever is on the way to another machine can read it."""
+    changes = with_credential(directory, **{"providers.p.url": f'"{url}"'})
+    found = warnings_of(tmp_path, capsys, {**changes})
+    passing = {"providers.p.url": f'"{url}"', "providers.p.pass_credential": "true"}
+    assert len(found) == warned
+    assert all("providers.p.url: " in one and "without TLS" in one for one in found)
+    assert len(warnings_of(tmp_path, capsys, {**passing})) == warned
+    assert warnings_of(tmp_path, capsys, {"providers.p.url": f'"{url}"'}) == []
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o602])
+def test_a_file_that_everybody_may_write(mode: int, tmp_path: Path, capsys: Printed) -> None:
+    """Whoever may write the file decides where the credentials go."""
+    path = tmp_path / "a.toml"
+    path.write_text(toml({}))
+    path.chmod(mode)
+    assert main(["check", str(path)]) == 0
+    warning = f"warning: {path}: everybody on this machine may write this file (chmod o-w)\n"
+    assert capsys.readouterr().err == (warning if mode & 0o002 else "")
+
+
+@pytest.mark.parametrize("key", ["jsonl", "ledger"])
+def test_a_folder_for_records_that_is_not_there(key: str, tmp_path: Path, capsys: Printed) -> None:
+    """The start would fail, unless systemd makes the folder, as the units have it."""
+    folder = tmp_path / "no" / "folder"
+    changes: dict[str, str | None] = {f"trace.{key}": f'"{folder}/records"'}
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith(f"trace.{key}: {folder} is no folder: the start fails")
+    assert "LogsDirectory" in warning
+    folder.mkdir(parents=True)
+    assert warnings_of(tmp_path, capsys, changes) == []
+    (folder / "records").mkdir()
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith(f"trace.{key}: {folder}/records is no file")
+
+
+@pytest.fixture
+def as_somebody() -> Iterator[Path]:
+    """A folder whose one file everybody may write, while the test is not root's."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "closed").mkdir()
+        (folder / "checked.toml").touch()
+        (folder / "checked.toml").chmod(0o666)
+        for one in (folder, folder / "closed"):
+            one.chmod(0o555)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(before)
+        folder.chmod(0o700)
+
+
+def test_a_folder_for_records_that_cannot_be_written(as_somebody: Path, capsys: Printed) -> None:
+    """The check knows only what its own user may do, and says so."""
+    changes: dict[str, str | None] = {"trace.jsonl": f'"{as_somebody}/closed/records"'}
+    _, warning = warnings_of(as_somebody, capsys, changes)
+    assert warning.startswith("trace.jsonl: the user of this check may not write")
+
+
+@pytest.mark.parametrize("key", ["proxy.listen", "admin.listen", "admin.metrics_listen"])
+def test_a_folder_for_a_unix_socket_that_is_not_there(
+    key: str, tmp_path: Path, capsys: Printed
+) -> None:
+    """It is as with records: systemd may make it; other endpoints need no folder."""
+    folder = tmp_path / "run: here"
+    quoted = str(folder).replace(":", "\\\\:")
+    endpoint = f'"unix:{quoted}/socket:mode=600"'
+    changes: dict[str, str | None] = {
+        key: f'["tcp:1", {endpoint}]' if key == "proxy.listen" else endpoint
+    }
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith(f"{key}: {folder} is no folder: the start fails, unless systemd")
+    folder.mkdir()
+    assert warnings_of(tmp_path, capsys, changes) == []
+
+
+# --- credentials ----------------------------------------------------------------------------------
+
+
+def test_credentials_that_systemd_hands_over(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    """By hand the folder is named; without it the check says how."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    path = tmp_path / "a.toml"
+    path.write_text(toml({"providers.p.credential": '"key"', "clients.c.keys": KEYS_LINE}))
+    assert main(["check", str(path)]) == 1
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert "llmproxy check --credentials DIR" in problem
+    assert main(["check", str(path), "--credentials", str(directory)]) == 0
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "none"))
+    assert main(["check", str(path), "--credentials", str(directory)]) == 0

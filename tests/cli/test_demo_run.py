@@ -1,0 +1,113 @@
+"""``llmproxy demo`` as a newcomer runs it: what stands on the terminal, and in which order."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import environment
+from tests.support.sockets import WAIT
+
+COMMAND = [str(Path(sys.executable).parent / "llmproxy"), "demo", "--port", "0"]
+COMMAND += ["--admin-port", "0"]
+FEW = 4096
+"""As many descriptors as a usual machine allows at most."""
+
+
+def limited() -> None:
+    """Allow few descriptors, in the child."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, FEW))
+
+
+class RunningDemo:
+    """A demo under way.
+
+    Attributes:
+        begin: all that it printed at its start.
+        port: the proxy's.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        lines = [self.line()]
+        while not lines[-1].endswith("/metrics\n"):
+            lines.append(self.line())
+        self.begin = "".join(lines)
+        found = re.search(r"http://127\.0\.0\.1:([0-9]+)", self.begin)
+        assert found is not None
+        self.port = int(found[1])
+
+    def line(self) -> str:
+        """Return the next line of standard output."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "it has ended"
+        return line
+
+    def post(self, path: str, model: str) -> int:
+        """Ask a model for a stream, read that, and return its status."""
+        body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=WAIT)) as connection:
+            kind = {"content-type": "application/json"}
+            connection.request("POST", path, json.dumps(body).encode(), kind)
+            response = connection.getresponse()
+            response.read()
+            return response.status
+
+
+@pytest.fixture
+def demo() -> Iterator[RunningDemo]:
+    """A demo on ports of the kernel's choice; at its end nothing may stand on standard error."""
+    with subprocess.Popen(
+        COMMAND,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limited,
+    ) as process:
+        try:
+            yield RunningDemo(process)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_the_first_words_are_what_to_do(demo: RunningDemo) -> None:
+    """Not a warning, where the machine allows few descriptors; the ports are the real ones."""
+    first, second, *_ = demo.begin.splitlines()
+    assert first == (
+        f"# The proxy listens on http://127.0.0.1:{demo.port}, a demo provider behind it."
+    )
+    assert second == "# Paste a command into another terminal; Ctrl-C ends this."
+    assert demo.port != 0
+    assert ":0/" not in demo.begin
+
+
+def test_each_request_is_a_short_line(demo: RunningDemo) -> None:
+    """It says what was asked for, what came of it, and how long and how much it was."""
+    assert demo.post("/openai/v1/chat/completions", "demo-fast") == 200
+    line = demo.line()
+    assert re.fullmatch(
+        r"[0-9]{2}:[0-9]{2}:[0-9]{2} POST /openai/v1/chat/completions demo-fast: "
+        r"200 complete, [0-9]+\.[0-9]{2} s(, [0-9]+ tokens in, [0-9]+ out)?\n",
+        line,
+    ), line
+    for path in ("/openai/v1/chat/completions", "/nowhere"):
+        assert demo.post(path, "\x1b[2J") == 404
+    assert r"/completions \x1b[2J: 404 upstream_refused, " in demo.line()
+    assert re.fullmatch(
+        r"POST /nowhere.*: 404 rejected \(no_route\), 0\.[0-9]{2} s\n", demo.line()[9:]
+    )
