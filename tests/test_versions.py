@@ -77,6 +77,17 @@ def test_every_promise_is_pinned() -> None:
     assert unmet(wanted, pins((ROOT / "constraints.txt").read_text())) == []
 
 
+def test_a_default_install_reads_all_codings() -> None:
+    """What opens brotli and zstd is no extra; the extra of old is still a name, of nothing."""
+    setup = ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split("\n")
+    markers = {wanted.name: str(wanted.marker) for wanted in map(Requirement, filter(None, lines))}
+    assert markers["brotli"] == "None"
+    assert markers["backports-zstd"] == 'python_version < "3.14"'
+    assert setup["options.extras_require"]["codings"] == ""
+
+
 def test_every_promise_is_a_range() -> None:
     """Each requirement of setup.cfg says from which version on."""
     assert [str(r) for r in promised() if not any(s.operator == ">=" for s in r.specifier)] == []

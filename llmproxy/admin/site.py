@@ -9,6 +9,7 @@ is passed in, so that this module knows neither gateway nor upstream.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Container
 from typing import Any
@@ -25,6 +26,9 @@ from llmproxy.server.site import Site
 
 _JSON = b"application/json"
 _TEXT = b"text/plain; charset=utf-8"
+
+_is_refused = re.compile(r";\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", re.IGNORECASE).search
+"""Finds the weight of a format that is not acceptable, which the client library overlooks."""
 
 Response = tuple[int, bytes, bytes]
 """Status, content type, body."""
@@ -109,7 +113,8 @@ def admin_router(
         return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"not ready\n")
 
     def metrics(request: Request) -> Response:
-        accept = (request.first.get(b"accept", b"")).decode("latin-1")
+        asked = (request.first.get(b"accept", b"")).decode("latin-1").split(",")
+        accept = ",".join(one for one in asked if not _is_refused(one))
         encode, kind = choose_encoder(accept)
         return 200, kind.encode("ascii"), encode(registry)
 

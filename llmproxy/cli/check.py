@@ -28,6 +28,7 @@ _SDK_PATHS = {
     (Dialect.ANTHROPIC, "v1"): "/messages",
     (Dialect.OLLAMA, "v1"): "/chat/completions",
     (Dialect.OLLAMA, "api"): "/chat",
+    (Dialect.GEMINI, "v1beta"): "/models/NAME:generateContent",
 }
 """What SDKs put behind the segment with which they begin a path, by dialect and segment."""
 

@@ -48,10 +48,14 @@ def read_trace(table: Table) -> Trace:
     return table.struct(Trace)
 
 
+_KEY_FIELDS = {Dialect.ANTHROPIC: "x-api-key", Dialect.GEMINI: "x-goog-api-key"}
+"""The headers of credentials that stand there alone, by dialect."""
+
+
 def read_provider(name: str, table: Table) -> Provider:
     """Read one ``[providers.NAME]``; ``header`` and ``format`` follow the dialect."""
-    if table.take("dialect") is Dialect.ANTHROPIC:
-        table.defaults.update(header="x-api-key", format="{}")
+    if (field := _KEY_FIELDS.get(table.take("dialect"))) is not None:
+        table.defaults.update(header=field, format="{}")
     if table.take("pass_credential") and "credential" in table:
         table.problem(
             "pass_credential", "expected either this or `credential`: only one key can be sent"

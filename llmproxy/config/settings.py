@@ -301,7 +301,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         Key(
             value(header_name),
             stated='default ``"x-api-key"`` for the dialect ``anthropic``, '
-            '``"authorization"`` for all others',
+            '``"x-goog-api-key"`` for ``gemini``, ``"authorization"`` for all others',
         ),
     ] = "authorization"
     """The header that carries the credential. It may not be a header that the proxy or HTTP's
@@ -311,7 +311,8 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Key(
             value(credential_format),
-            stated='default ``"{}"`` for the dialect ``anthropic``, ``"Bearer {}"`` for all others',
+            stated='default ``"{}"`` for the dialects ``anthropic`` and ``gemini``, '
+            '``"Bearer {}"`` for all others',
         ),
     ] = "Bearer {}"
     """The value of ``header``. ``{}`` stands for the credential, exactly once. The default follows
@@ -456,9 +457,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     accept_encoding: Annotated[AcceptEncoding, Key(word_of(AcceptEncoding))] = "identity"
     """Which compression a request for a stream asks the provider for: ``"identity"`` asks for none,
-    ``"pass"`` forwards what the caller asked for. Gzip and deflate responses are always read for
-    their usage. Responses in brotli or zstd are read if the extra ``codings`` is installed
-    (``pip install llmproxy[codings]``)."""
+    ``"pass"`` forwards what the caller asked for. Responses in gzip, deflate, brotli and zstd are
+    read for their usage."""
 
     include_usage: Annotated[IncludeUsage, Key(word_of(IncludeUsage))] = "as-asked"
     """Whether a stream of OpenAI's chat completions or completions reports its token counts.

@@ -1,1 +1,1 @@
-"""All that is known of OpenAI, Anthropic and Ollama: requests, responses and errors."""
+"""All that is known of OpenAI, Anthropic, Ollama and Gemini: requests, responses and errors."""

@@ -205,6 +205,7 @@ MESSAGES = Endpoint(
     _read_document,
     end_marker="message_stop",
     may_end=re.compile(rb"message_stop"),
+    needs_blank_line=True,
     input_has_cached=False,
     text_only=_TEXT_ONLY,
 )

@@ -16,7 +16,7 @@ import msgspec
 from llmproxy.dialects.accumulated import Accumulated
 from llmproxy.dialects.dialect import Dialect
 
-Operation = Literal["chat", "text_completion", "embeddings"]
+Operation = Literal["chat", "text_completion", "embeddings", "generate_content"]
 """What an endpoint does, in the words of OpenTelemetry (``gen_ai.operation.name``)."""
 
 Reader = Callable[[bytes, Accumulated], object]
@@ -66,11 +66,15 @@ class Endpoint(msgspec.Struct, frozen=True):
         end_marker: what ends a stream, in words; None where nothing does.
         may_end: found in the data of an event that may be the end marker although it cannot be
             read.
+        needs_blank_line: some SDK of the API drops the last event of SSE, or fails, if the event
+            lacks the blank line behind it.
         has_long_marker: the end marker may be longer than ``limits.event``.
         has_lines: a stream is lines of JSON; a document is such a line.
+        has_array: a stream may be one JSON array, whose items are the events.
         input_has_cached: the count of the input includes tokens read from and written to a cache.
         text_only: names of SSE events that hold text alone: they need not be decoded for the usage.
         streams_by_default: a body that does not mention ``stream`` asks for a stream.
+        streams: whether a request asks for a stream, if the path alone says so; else None.
         usage_option: matches the whole path, without the query, where a stream has its counts only
             if ``stream_options.include_usage`` asks for them; None where no path needs that.
     """
@@ -82,11 +86,14 @@ class Endpoint(msgspec.Struct, frozen=True):
     document: Reader
     end_marker: str | None = None
     may_end: re.Pattern[bytes] = NEVER
+    needs_blank_line: bool = False
     has_long_marker: bool = False
     has_lines: bool = False
+    has_array: bool = False
     input_has_cached: bool = True
     text_only: frozenset[bytes] = frozenset()
     streams_by_default: bool = False
+    streams: bool | None = None
     usage_option: re.Pattern[bytes] | None = None
 
 

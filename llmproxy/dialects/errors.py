@@ -7,9 +7,13 @@ knows header fields, sockets or routes.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoint import Endpoint
+from llmproxy.dialects.openai_responses import RESPONSES
 from llmproxy.errors import ProxyError
 
 _OPENAI_TYPES = {
@@ -31,6 +35,23 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 
+_GEMINI_STATUSES = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+    501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+_looks_like_gemini = re.compile(
+    rb"/v1(?:alpha|beta)/(?!openai/)"
+    rb"|/v1/.*:(?:(?:streamG|g)enerateContent|countTokens|embedContent|batchEmbedContents)\Z"
+).match
+"""Below ``/v1beta/openai`` Google speaks OpenAI's API."""
+
 
 def dialect_of_path(path: bytes) -> Dialect:
     """Return the dialect of errors at a path to which no route leads.
@@ -42,6 +63,8 @@ def dialect_of_path(path: bytes) -> Dialect:
     """
     if path.startswith(b"/v1/messages"):
         return Dialect.ANTHROPIC
+    if _looks_like_gemini(path):
+        return Dialect.GEMINI
     return Dialect.OLLAMA if path.startswith(b"/api/") else Dialect.OPENAI
 
 
@@ -50,17 +73,44 @@ def error_body(error: ProxyError, dialect: Dialect, request_id: str) -> bytes:
     return msgspec.json.encode(_error_object(error, dialect, request_id))
 
 
-def error_event(error: ProxyError, dialect: Dialect, request_id: str, *, ndjson: bool) -> bytes:
+def error_event(
+    error: ProxyError,
+    dialect: Dialect,
+    request_id: str,
+    *,
+    ndjson: bool,
+    row: Endpoint | None = None,
+    number: int = 0,
+) -> bytes:
     """Return one event that reports ``error`` inside a stream that has already begun.
 
     Args:
         ndjson: the stream is NDJSON, so that the event is a line; else it is SSE.
+        row: the endpoint of the stream, or None where it is not known.
+        number: how many events came before this one.
     """
-    payload = error_body(error, dialect, request_id)
     if ndjson:
-        return payload + b"\n"
+        return error_body(error, dialect, request_id) + b"\n"
+    if row is RESPONSES:
+        return _event_of_responses(error, request_id, number)
     name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
-    return name + b"data: " + payload + b"\n\n"
+    return name + b"data: " + error_body(error, dialect, request_id) + b"\n\n"
+
+
+def _event_of_responses(error: ProxyError, request_id: str, number: int) -> bytes:
+    """Return an event with the members of that API's own, which the AI SDK insists on.
+
+    OpenAI's SDKs raise an exception for the ``error`` member; without it, they hand the event on.
+    """
+    event = {
+        "type": "error",
+        "sequence_number": number,
+        "code": error.reason,
+        "message": error.message,
+        "param": None,
+        **_error_object(error, Dialect.OPENAI, request_id),
+    }
+    return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[str, object]:
@@ -73,6 +123,10 @@ def _error_object(error: ProxyError, dialect: Dialect, request_id: str) -> dict[
         }
     if dialect is Dialect.OLLAMA:
         return {"error": error.message}
+    if dialect is Dialect.GEMINI:
+        other = "INVALID_ARGUMENT" if error.status < 500 else "INTERNAL"
+        word = _GEMINI_STATUSES.get(error.status, other)
+        return {"error": {"code": error.status, "message": error.message, "status": word}}
     kind = _OPENAI_TYPES.get(error.status, _fallback_type(error.status, "server_error"))
     return {"error": {"message": error.message, "type": kind, "code": error.reason, "param": None}}
 

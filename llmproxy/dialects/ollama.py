@@ -16,6 +16,7 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Count, Endpoint, ErrorMember, Part, read_error
 from llmproxy.dialects.failures import read_unknown
 from llmproxy.dialects.lenient import decoder, raw_text
+from llmproxy.dialects.openai_others import DECISIONS
 
 _CALLS = 1024
 """Most tool calls that are looked at in one line."""
@@ -124,3 +125,5 @@ CHAT = Endpoint(
 )
 GENERATE = msgspec.structs.replace(CHAT, name="ollama generate", operation="text_completion")
 EMBED = Endpoint("ollama embed", Dialect.OLLAMA, "embeddings", _read_embeddings, _read_embeddings)
+SYSTEMONE = msgspec.structs.replace(DECISIONS, name="ollama systemone", dialect=Dialect.OLLAMA)
+"""``POST /v1/systemone``: one document, with model and usage as OpenAI's decisions have them."""

@@ -247,7 +247,7 @@ def _read_embeddings(data: bytes, seen: Accumulated) -> None:
         read_unknown(data, seen)
 
 
-_MAY_END = re.compile(rb"(?is)\A[^{]{0,32}done|\A\s*\[D?O?N?\Z")
+MAY_END = re.compile(rb"(?is)\A[^{]{0,32}done|\A\s*\[D?O?N?\Z")
 """What is no object and speaks of an end: ``[done]``, say, or a part of the marker."""
 
 
@@ -258,7 +258,7 @@ CHAT = Endpoint(
     _read,
     _read,
     end_marker="[DONE]",
-    may_end=_MAY_END,
+    may_end=MAY_END,
     usage_option=re.compile(rb"(?:.*/)?chat/completions"),
 )
 COMPLETIONS = Endpoint(
@@ -268,7 +268,7 @@ COMPLETIONS = Endpoint(
     _read,
     _read,
     end_marker="[DONE]",
-    may_end=_MAY_END,
+    may_end=MAY_END,
     # With a version before it, without one, or below one of Azure's deployments.  Behind another
     # word, "/completions" is a provider's own endpoint, which may refuse unknown members.
     usage_option=re.compile(

@@ -227,6 +227,9 @@ RESPONSES = Endpoint(
     _read_document,
     end_marker="response.completed, .incomplete or .failed",
     may_end=re.compile(rb"response\.(?:completed|incomplete|failed)"),
+    needs_blank_line=True,
     has_long_marker=True,
     text_only=_TEXT_ONLY,
 )
+COMPACT = msgspec.structs.replace(RESPONSES, name="openai compact")
+"""``POST /responses/compact``: a document with ``output`` and ``usage``, and no status."""

@@ -15,8 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from llmproxy.dialects.dialect import Dialect
-from llmproxy.dialects.endpoints import endpoint
+from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.json_body import JsonFacts, all_facts, is_json, plain_facts
 from llmproxy.dialects.json_spans import BodyError, Span, Steps
 from llmproxy.dialects.multipart import multipart_model
@@ -80,16 +79,18 @@ class RequestFacts(msgspec.Struct, frozen=True):
         """The model that routing uses, or None if the request names none."""
         return self.models[0] if self.models else None
 
-    def wants_stream(self, dialect: Dialect, path: bytes) -> bool | None:
-        """Return whether the request asks for a stream; None if the body is not JSON.
+    def wants_stream(self, row: Endpoint | None) -> bool | None:
+        """Return whether the request asks for a stream; None if nothing says so.
+
+        The path says it for some endpoints, for others a body of JSON.
 
         Args:
-            dialect: the provider's.
-            path: raw, without the query.
+            row: the endpoint, or None where it is not known.
         """
+        if row is not None and row.streams is not None:
+            return row.streams
         if not self.json or self.facts.stream is not None:
             return self.facts.stream
-        row = endpoint(dialect, path)
         return row is not None and row.streams_by_default
 
 

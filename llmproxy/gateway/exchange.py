@@ -145,8 +145,15 @@ class Exchange:
             request.finish()
             return
         if self.match is not None and self.match.route.error_event and self._is_between_events():
-            ndjson = is_ndjson(self.content_type)
-            request.write(error_event(error, dialect, name, ndjson=ndjson))
+            event = error_event(
+                error,
+                dialect,
+                name,
+                ndjson=is_ndjson(self.content_type),
+                row=self.endpoint,
+                number=0 if self.tap is None else self.tap.events,
+            )
+            request.write(event)
         request.break_off()
 
     def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:

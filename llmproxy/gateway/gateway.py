@@ -235,8 +235,8 @@ class Gateway(Handler):
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
         trace.dialect = provider.dialect
-        trace.stream = facts.wants_stream(provider.dialect, request.path)
         exchange.endpoint = self._inspection.endpoint_of(exchange, match, candidate)
+        trace.stream = facts.wants_stream(exchange.endpoint)
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match

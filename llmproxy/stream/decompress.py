@@ -2,11 +2,10 @@
 
 The tap reads a response from such a copy, and the gateway a request that it must look inside.
 
-Brotli and zstd need the extra ``codings``; from Python 3.14 on, zstd does not.  The output comes in
-bounded pieces.  A body has a credit of work, which time brings; one that asks for more
-(:class:`Bomb`) is given up, so that none holds up the reactor (ADR-0017).  In addition, a decoder
-holds its window: 32 KiB for gzip and deflate, at most 4 MiB for brotli and 8 MiB for zstd (RFC
-9659).
+From Python 3.14 on, zstd is the standard library's.  The output comes in bounded pieces.  A body
+has a credit of work, which time brings; one that asks for more (:class:`Bomb`) is given up, so that
+none holds up the reactor (ADR-0017).  In addition, a decoder holds its window: 32 KiB for gzip and
+deflate, at most 4 MiB for brotli and 8 MiB for zstd (RFC 9659).
 
 Nothing here knows what the bytes mean.
 """
@@ -18,18 +17,12 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
-try:
-    import brotli
-except ImportError:
-    brotli = None
+import brotli
 
-try:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-except ImportError:
-    zstd = None  # type: ignore[assignment]  # _codings() leaves it out then
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 _IN = 16 * 1024
 """Most bytes that are decompressed at once: each member's end copies the bytes behind it."""
@@ -284,17 +277,15 @@ class _Coding(NamedTuple):
     padding: bytes = b""
 
 
-def _codings() -> dict[bytes, _Coding]:
-    gzip = _Coding(lambda _: _Zlib(31), has_members=True, padding=b"\0")
-    known = {b"gzip": gzip, b"x-gzip": gzip, b"deflate": _Coding(_deflate)}
-    if brotli is not None:
-        known[b"br"] = _Coding(_Brotli)
-    if zstd is not None:
-        known[b"zstd"] = _Coding(lambda _: _Zstd(), has_members=True)
-    return known
+_GZIP = _Coding(lambda _: _Zlib(31), has_members=True, padding=b"\0")
 
-
-_CODINGS = _codings()
+_CODINGS: dict[bytes, _Coding] = {
+    b"gzip": _GZIP,
+    b"x-gzip": _GZIP,
+    b"deflate": _Coding(_deflate),
+    b"br": _Coding(_Brotli),
+    b"zstd": _Coding(lambda _: _Zstd(), has_members=True),
+}
 
 KNOWN_CODINGS = tuple(coding for coding in _CODINGS if not coding.startswith(b"x-"))
 """The codings that are known here, as ``Accept-Encoding`` lists them."""

@@ -44,6 +44,8 @@ class Document:
         overlong: called once if the document is longer, so that a part of it is left out.
     """
 
+    work = 0
+
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
         self._limit = limit
         self._overlong = overlong

@@ -36,6 +36,10 @@ class Framing(Protocol):
     """Turns bytes into events."""
 
     @property
+    def work(self) -> int:
+        """How long the last feed took besides its events, in bytes of decompressed output."""
+
+    @property
     def held_bytes(self) -> int:
         """How many bytes are held for the event that is not complete yet."""
 
@@ -153,6 +157,8 @@ class ServerSentEvents:
         overlong: called for each longer event.
     """
 
+    work = 0
+
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
         self._limit = limit
         self._overlong = overlong
@@ -233,6 +239,8 @@ class Lines:
         limit: the longest line, in bytes.
         overlong: called for each longer line.
     """
+
+    work = 0
 
     def __init__(self, limit: int, overlong: Callable[[], None]) -> None:
         self._limit = limit

@@ -1,4 +1,4 @@
-"""Finds out how a response is framed: SSE, lines of JSON, or one JSON document.
+"""Finds out how a response is framed: SSE, lines of JSON, an array of JSON, or one JSON document.
 
 The content type says so, but not always rightly: servers call JSON ``text/plain``, a stream
 ``application/json`` and an error ``text/event-stream``, and some say nothing at all.  All that is
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from llmproxy.http1.headers import media_type
 from llmproxy.stream.document import Document
 from llmproxy.stream.events import Event, Framing, Lines, ServerSentEvents
+from llmproxy.stream.items import Items
 
 _Maker = Callable[[int, Callable[[], None]], Framing]
 
@@ -54,11 +55,12 @@ class Sniffer:
         overlong: called for each longer event.
         choose: called once with the framing that the bytes ask for, or None where there is none.
         has_lines: whether the endpoint's streams are lines of JSON.
+        has_array: whether they may be one JSON array.
     """
 
     __slots__ = (
-        *("_choose", "_chosen", "_declared", "_has_lines", "_held", "_is_known", "_limit"),
-        *("_overlong", "_usual"),
+        *("_choose", "_chosen", "_declared", "_has_array", "_has_lines", "_held"),
+        *("_is_known", "_limit", "_overlong", "_usual"),
     )
 
     def __init__(
@@ -69,6 +71,7 @@ class Sniffer:
         choose: Callable[[Framing | None], None],
         *,
         has_lines: bool,
+        has_array: bool = False,
     ) -> None:
         declared = self._declared = _DECLARED.get(media_type(content_type))
         self._usual = () if has_lines else _USUAL.get(declared, ())
@@ -76,6 +79,7 @@ class Sniffer:
         self._overlong = overlong
         self._choose = choose
         self._has_lines = has_lines
+        self._has_array = has_array
         self._held = b""
         self._is_known = False
         self._chosen: Framing | None = None
@@ -89,6 +93,11 @@ class Sniffer:
     def expects_stream(self) -> bool:
         """Whether the content type speaks of a stream."""
         return self._declared in (ServerSentEvents, Lines)
+
+    @property
+    def work(self) -> int:
+        """How long the last feed took besides its events."""
+        return 0 if self._chosen is None else self._chosen.work
 
     @property
     def held_bytes(self) -> int:
@@ -140,6 +149,8 @@ class Sniffer:
     def _maker(self, start: bytes) -> _Maker | None:
         if not start.startswith(_JSON):
             return ServerSentEvents if _SSE_FIELD(start) is not None else self._declared
+        if self._has_array and start.startswith(b"["):
+            return Items
         line, end, _ = start.partition(b"\n")
         is_line = end and line.rstrip(_BLANKS).endswith((b"}", b"]"))
         return Lines if is_line and self._may_be_lines() else Document

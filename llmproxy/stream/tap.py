@@ -30,7 +30,8 @@ from llmproxy.dialects.lenient import FAULTS
 from llmproxy.errors import EndReason
 from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from llmproxy.stream.document import Document, ends_of
-from llmproxy.stream.events import Event, Framing
+from llmproxy.stream.events import Event, Framing, ServerSentEvents
+from llmproxy.stream.items import Items
 from llmproxy.stream.sniff import Sniffer
 
 _PIECE = 128 * 1024
@@ -150,7 +151,12 @@ class StreamAccumulator:
         self._decompressor: Decompressor | None = None
         self._framing: Framing | None
         self._framing = sniffer = Sniffer(
-            content_type, event, self._overlong, self._choose, has_lines=endpoint.has_lines
+            content_type,
+            event,
+            self._overlong,
+            self._choose,
+            has_lines=endpoint.has_lines,
+            has_array=endpoint.has_array,
         )
         self._is_stream = sniffer.expects_stream
         self._is_document = False
@@ -273,7 +279,7 @@ class StreamAccumulator:
                 if self._framing is None:
                     return
                 events = framing.feed(opened)
-                decompressor.spend(len(events) * _EVENT_COST)
+                decompressor.spend(len(events) * _EVENT_COST + framing.work)
                 self._take(events)
         except BadCoding:
             self._give_up(Degraded.ENCODING)
@@ -322,12 +328,13 @@ class StreamAccumulator:
         """Read the events that the end completes.
 
         A body that broke, or whose coding is cut, may have stopped inside an event: then only
-        whole ones are read.
+        whole ones are read.  What SDKs do not see of such an event, its end marker, does not count.
         """
         framing = self._framing
         if framing is None:
             return
         is_long = isinstance(framing, Document) and framing.is_long
+        had_ended = self._seen.has_ended, self._may_have_ended
         events = framing.flush()
         is_cut = self._decompressor is not None and not self._decompressor.is_whole
         if is_cut or end is not EndReason.COMPLETE:
@@ -335,6 +342,10 @@ class StreamAccumulator:
         if is_cut and end is EndReason.COMPLETE:
             self._degrade(Degraded.ENCODING)
         self._take(events)
+        if self._endpoint.needs_blank_line and isinstance(framing, ServerSentEvents):
+            self._seen.has_ended, self._may_have_ended = had_ended
+        elif isinstance(framing, Items) and not framing.is_closed:
+            self._seen.has_ended = False
         if is_long and not self._seen.has_counts:
             self._degrade(Degraded.OVERLONG)
 

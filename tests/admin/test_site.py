@@ -78,6 +78,24 @@ def test_readyz_follows_readiness() -> None:
 
 
 @pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("application/openmetrics-text;q=0", "text/plain"),
+        ("application/openmetrics-text; version=1.0.0; q=0.000, */*", "text/plain"),
+        ("application/openmetrics-text;Q=0 ;version=1.0.0", "text/plain"),
+        ("text/plain;version=0.0.4, application/openmetrics-text; q = 0.", "text/plain"),
+        ("application/openmetrics-text;q=0.001", "application/openmetrics-text"),
+        ("application/openmetrics-text;q=0.5,text/plain;q=0", "application/openmetrics-text"),
+        ("application/openmetrics-text;q=0, text/plain;version=1.0.0;q=0", "text/plain"),
+    ],
+)
+def test_a_format_that_is_refused_is_not_sent(accept: str, kind: str) -> None:
+    """A weight of zero says "not acceptable" (RFC 9110, section 12.4.2)."""
+    status, fields, _ = Admin().get("/metrics", f"Accept: {accept}")
+    assert (status, fields["content-type"].partition(";")[0]) == (200, kind)
+
+
+@pytest.mark.parametrize(
     ("accept", "kind", "parse"),
     [
         ((), "text/plain", parse_text),

@@ -56,6 +56,12 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
         ("openai", "https://a.example/b/v1/", "/a/v1/chat", "/b/v1/v1/chat/completions"),
         ("anthropic", "https://a.example/v1", "/a/v1/messages", "/v1/v1/messages"),
         ("ollama", "https://a.example/api", "/a/api/chat", "/api/api/chat"),
+        (
+            "gemini",
+            "https://a.example/v1beta",
+            "/a/v1beta/models/NAME:generateContent",
+            "/v1beta/v1beta/models/NAME:generateContent",
+        ),
         ("ollama", "https://a.example/v1", "/a/v1/chat/completions", "/v1/v1/chat/completions"),
     ],
 )

@@ -36,6 +36,8 @@ def shape(document: dict[str, Any]) -> str:
     """Return whose error this is."""
     if isinstance(document["error"], str):
         return "ollama"
+    if "status" in document["error"]:
+        return "gemini"
     return "anthropic" if document.get("type") == "error" else "openai"
 
 
@@ -280,6 +282,8 @@ def test_malformed_request_is_a_400_of_the_dialect(path: str, body: bytes) -> No
         ("/v1/files", ["anthropic-version: 2023-06-01"], "anthropic"),
         ("/v1/messages/batches", [], "anthropic"),
         ("/api/show", [], "ollama"),
+        ("/v1beta/files", [], "gemini"),
+        ("/v1beta/models/demo-fast:predict", [], "gemini"),
         *(("/redirected" + path, [], dialect_of(path)) for path in CHATS),
     ],
 )
@@ -386,10 +390,10 @@ def test_limit_of_tokens_ends_the_text(path: str, asked: dict[str, Any], reason:
 # --- configuration and commands ------------------------------------------------------------------
 
 
-def test_config_names_the_provider_three_times_and_a_route_to_each() -> None:
+def test_config_names_the_provider_for_each_dialect_and_a_route_to_each() -> None:
     """The text is TOML that holds these keys and no other."""
     text = demo_config(provider_port=1, proxy_port=2, admin_port=3)
-    dialects = ("openai", "anthropic", "ollama")
+    dialects = ("openai", "anthropic", "ollama", "gemini")
     assert tomllib.loads(text) == {
         "proxy": {
             "listen": ["tcp:2:interface=127.0.0.1"],
@@ -418,15 +422,18 @@ def test_curl_lines_stream_from_each_dialect() -> None:
     words = shlex.split(curl_lines(8080, admin_port=9081), comments=True)
     urls = [word for word in words if word.startswith("http://")]
     assert urls.pop() == "http://127.0.0.1:9081/metrics"
-    prefixes = [f"http://127.0.0.1:8080/{name}" for name in ("openai", "anthropic", "ollama")]
+    names = ("openai", "anthropic", "ollama", "gemini")
+    prefixes = [f"http://127.0.0.1:8080/{name}" for name in names]
     bodies = [word for word in words if word.startswith("{")]
-    for url, prefix, path, body in zip(urls, prefixes, CHATS, bodies, strict=True):
+    content = "/v1beta/models/demo-20tps:streamGenerateContent?alt=sse"
+    ends = {**STREAM_ENDS, content: b'"finishReason":"STOP"'}
+    for url, prefix, path, body in zip(urls, prefixes, (*CHATS, content), bodies, strict=True):
         assert url == prefix + path
         wire = DemoConnection()
         wire.post(path, body.encode())
         written = wire.turn(1.0, turns=60)
         assert written.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert STREAM_ENDS[path] in written
+        assert ends[path] in written
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -492,3 +492,88 @@ def test_every_stream_ends_with_its_marker() -> None:
         *events, last = DemoConnection().events(path)
         assert end in last
         assert end not in b"".join(events)
+
+
+# --- Gemini ---------------------------------------------------------------------------------------
+
+CONTENTS: Any = {"contents": [{"role": "user", "parts": [{"text": SAID}]}]}
+CONTENT = "/v1beta/models/{}:{}"
+
+
+def contents(verb: str, model: str = "demo-fast", **more: Any) -> tuple[bytes, DemoConnection]:
+    """Ask Gemini's API; return all that was written, and the connection."""
+    wire = DemoConnection()
+    wire.post(CONTENT.format(model, verb), json.dumps({**CONTENTS, **more}).encode())
+    return wire.turn(turns=80), wire
+
+
+def body_of(written: bytes) -> bytes:
+    """Return the body of a whole response, chunked or not."""
+    head, body = written.split(b"\r\n\r\n", 1)
+    if b"transfer-encoding" not in head.lower():
+        return body
+    whole = b""
+    while body:
+        size, body = body.split(b"\r\n", 1)
+        whole, body = whole + body[: int(size, 16)], body[int(size, 16) + 2 :]
+    return whole
+
+
+def test_content_of_gemini_in_three_ways() -> None:
+    """The document, the events and the items of the array say the same, and count the same."""
+    document = json.loads(body_of(contents("generateContent")[0]))
+    events = body_of(contents("streamGenerateContent?alt=sse")[0]).decode().split("\n\n")
+    sse = [json.loads(event.removeprefix("data: ")) for event in events if event]
+    array = json.loads(body_of(contents("streamGenerateContent")[0]))
+    for chunks in ([document], sse, array):
+        parts = [part for one in chunks for part in one["candidates"][0]["content"]["parts"]]
+        assert "".join(part["text"] for part in parts).startswith(f"You said: {SAID}.")
+        assert chunks[-1]["usageMetadata"] == document["usageMetadata"]
+        reasons = [one["candidates"][0].get("finishReason") for one in chunks]
+        assert reasons == [None] * (len(chunks) - 1) + ["STOP"]
+    assert document["usageMetadata"]["promptTokenCount"] == len(SAID.split())
+
+
+def test_functions_limits_and_counts_of_gemini() -> None:
+    """A function is called, a text is cut, and words are counted, where that is asked for."""
+    tools = [{"functionDeclarations": [{"name": "weather", "parameters": SCHEMA}]}]
+    asked: Any = {"contents": [{"parts": [{"text": "Please use the tool"}]}], "tools": tools}
+    document = json.loads(body_of(contents("generateContent", **asked)[0]))
+    (part,) = document["candidates"][0]["content"]["parts"]
+    assert part == {"functionCall": {"name": "weather", "args": ARGUMENTS}}
+    cut = json.loads(
+        body_of(contents("generateContent", generationConfig={"maxOutputTokens": 2})[0])
+    )
+    assert cut["candidates"][0]["finishReason"] == "MAX_TOKENS"
+    assert cut["usageMetadata"]["candidatesTokenCount"] == 2
+    assert json.loads(body_of(contents("countTokens")[0])) == {"totalTokens": len(SAID.split())}
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "word"),
+    [
+        ("no-such-model", 404, "NOT_FOUND"),
+        ("demo-429", 429, "RESOURCE_EXHAUSTED"),
+        ("demo-503", 503, "UNAVAILABLE"),
+        ("demo-fail", 500, "INTERNAL"),
+    ],
+)
+def test_refusals_of_gemini(model: str, status: int, word: str) -> None:
+    """They have Google's shape; a stream that fails ends with such an error."""
+    written, _ = contents("generateContent", model)
+    assert written.startswith(b"HTTP/1.1 %d " % status)
+    error = json.loads(body_of(written))["error"]
+    assert (error["code"], error["status"]) == (status, word)
+    if model == "demo-fail":
+        events = body_of(contents("streamGenerateContent?alt=sse", model)[0]).split(b"\n\n")
+        assert json.loads(events[-2].removeprefix(b"data: "))["error"]["status"] == word
+
+
+def test_models_of_gemini() -> None:
+    """The list has each model, and each can be read by its name."""
+    wire = DemoConnection()
+    wire.get("/v1beta/models")
+    _, listed = wire.response()
+    wire.get("/v1beta/models/demo-fast")
+    assert wire.response() == (200, listed["models"][0])
+    assert listed["models"][0]["name"] == "models/demo-fast"

@@ -148,6 +148,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("openai", "authorization", "Bearer {}"),
         ("anthropic", "x-api-key", "{}"),
+        ("gemini", "x-goog-api-key", "{}"),
         ("ollama", "authorization", "Bearer {}"),
         ("raw", "authorization", "Bearer {}"),
     ],

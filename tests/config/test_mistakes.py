@@ -97,7 +97,12 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.url", '"https://a/b/../c"', "", "segments"),
     ("providers.p.url", '"https://a/%2E/c"', "", "segments"),
     ("providers.p.url", '"https://a//b"', "", "segments"),
-    ("providers.p.dialect", '"openia"', "", 'one of "openai", "anthropic", "ollama", "raw"'),
+    (
+        "providers.p.dialect",
+        '"openia"',
+        "",
+        'one of "openai", "anthropic", "ollama", "gemini", "raw"',
+    ),
     ("providers.p.dialect", "1", "", "one of"),
     ("providers.p.header", '"Authorization: Bearer"', "", "a token"),
     ("providers.p.format", '"Bearer"', "", 'exactly one "{}"'),

@@ -26,6 +26,7 @@ CHAT = endpoint(Dialect.OPENAI, b"/v1/chat/completions")
 RESPONSES = endpoint(Dialect.OPENAI, b"/v1/responses")
 MESSAGES = endpoint(Dialect.ANTHROPIC, b"/v1/messages")
 OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
+GEMINI = endpoint(Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:streamGenerateContent")
 
 
 @pytest.mark.parametrize(
@@ -40,10 +41,23 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
         (Dialect.OPENAI, b"/v1/embeddings", "openai embeddings"),
         (Dialect.OPENAI, b"/v1/responses", "openai responses"),
         (Dialect.OPENAI, b"/v1/responses/resp_1", None),
+        (Dialect.OPENAI, b"/v1/responses/compact?beta=true", "openai compact"),
+        (Dialect.OPENAI, b"/v1/responses/input_tokens", None),
+        (Dialect.OPENAI, b"/v1/decisions", "openai decisions"),
+        (Dialect.OPENAI, b"/v1/images/generations", "openai images"),
+        (Dialect.OPENAI, b"/v1/images/edits", "openai images"),
+        (Dialect.OPENAI, b"/v1/images/variations", "openai images"),
+        (Dialect.OPENAI, b"/openai/deployments/d/audio/transcriptions", "openai transcriptions"),
+        (Dialect.OPENAI, b"/v1/threads/runs", "openai runs"),
+        (Dialect.OPENAI, b"/v1/threads/t/runs", "openai runs"),
+        (Dialect.OPENAI, b"/v1/threads/t/runs/?x", "openai runs"),
+        (Dialect.OPENAI, b"/v1/threads/t/runs/r/submit_tool_outputs", "openai runs"),
+        (Dialect.OPENAI, b"/v1/threads/t/runs/r", None),
+        (Dialect.OPENAI, b"/v1/threads/t/runs/r/cancel", None),
+        (Dialect.OPENAI, b"/v1/evals/e/runs", None),
         (Dialect.OPENAI, b"/v1/messages", "anthropic messages"),
         (Dialect.OPENAI, b"/v1/threads/thread_1/messages", None),
         (Dialect.OPENAI, b"/api/chat", "ollama chat"),
-        (Dialect.OPENAI, b"/v1/images/generations", None),
         (Dialect.OPENAI, b"/v1/audio/speech", None),
         (Dialect.OPENAI, b"/v1/xcompletions", None),
         (Dialect.OPENAI, b"/", None),
@@ -56,11 +70,29 @@ OLLAMA = endpoint(Dialect.OLLAMA, b"/api/chat")
         (Dialect.OLLAMA, b"/api/chat", "ollama chat"),
         (Dialect.OLLAMA, b"/ollama/api/generate", "ollama generate"),
         (Dialect.OLLAMA, b"/api/embed", "ollama embed"),
+        (Dialect.OLLAMA, b"/v1/systemone", "ollama systemone"),
         (Dialect.OLLAMA, b"/api/tags", None),
         (Dialect.OLLAMA, b"/v1/chat/completions", "openai chat"),
         (Dialect.OLLAMA, b"/v1/messages", "anthropic messages"),
         (Dialect.OLLAMA, b"/v1/messages?beta=true", "anthropic messages"),
         (Dialect.OLLAMA, b"/v1/responses", "openai responses"),
+        (Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:generateContent", "gemini generate"),
+        (Dialect.GEMINI, b"/v1/models/m:streamGenerateContent?alt=sse", "gemini stream"),
+        (Dialect.GEMINI, b"/v1beta/models/m%3AstreamGenerateContent", "gemini stream"),
+        (Dialect.GEMINI, b"/v1beta/tunedModels/a:b:generateContent", "gemini generate"),
+        (Dialect.GEMINI, b"/v1beta/models/m:embedContent", "gemini embed"),
+        (Dialect.GEMINI, b"/v1beta/models/m:batchEmbedContents", "gemini embed"),
+        (
+            Dialect.GEMINI,
+            b"/v1/projects/p/locations/l/publishers/google/models/m:generateContent",
+            "gemini generate",
+        ),
+        (Dialect.GEMINI, b"/v1beta/models/m:countTokens", None),
+        (Dialect.GEMINI, b"/v1beta/models/m:batchGenerateContent", None),
+        (Dialect.GEMINI, b"/v1beta/models/generateContent", None),
+        (Dialect.GEMINI, b"/v1beta/openai/chat/completions", "openai chat"),
+        (Dialect.OPENAI, b"/v1beta/models/m:generateContent", "gemini generate"),
+        (Dialect.RAW, b"/v1beta/models/m:generateContent", None),
         (Dialect.RAW, b"/v1/messages", None),
         (Dialect.RAW, b"/v1/chat/completions", None),
     ],
@@ -76,7 +108,10 @@ def test_the_row_is_found_by_the_last_segments(
 def test_every_row_but_embeddings_has_an_end_marker() -> None:
     """Every row with an end marker says what an unread one may look like."""
     unmarked = {row.name for row in TABLE.values() if not row.end_marker}
-    assert unmarked == {"openai embeddings", "ollama embed"}
+    assert unmarked == {
+        *("openai embeddings", "openai decisions", "openai transcriptions"),
+        *("ollama embed", "ollama systemone", "gemini embed"),
+    }
     assert {row.name for row in TABLE.values() if row.may_end is NEVER} == unmarked
 
 
@@ -95,6 +130,15 @@ def test_every_row_but_embeddings_has_an_end_marker() -> None:
         (b"/api/embeddings", "embeddings"),
         (b"/generate", "text_completion"),
         (b"/v2/chat", "chat"),
+        (b"/v1/responses/compact", "chat"),
+        (b"/v1/threads/t/runs", "chat"),
+        (b"/v1/images/edits", "generate_content"),
+        (b"/v1/evals/e/runs", None),
+        (b"/compact", None),
+        (b"/v1beta/models/m:generateContent", "generate_content"),
+        (b"/v1beta/models/m:streamGenerateContent", "generate_content"),
+        (b"/v1beta/models/m:embedContent", "embeddings"),
+        (b"/v1beta/models/m:countTokens", None),
         (b"/v1/messages/count_tokens", None),
         (b"/v1/models", None),
         (b"/api/tags", None),
@@ -136,6 +180,14 @@ def test_a_path_has_its_row_at_every_dialect(dialect: Dialect) -> None:
         ),
         (MESSAGES, {"type": "error"}, ProviderError(None, None)),
         (OLLAMA, {"error": "e"}, ProviderError(None, "e")),
+        (
+            GEMINI,
+            {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "m"}},
+            ProviderError("RESOURCE_EXHAUSTED", "m"),
+        ),
+        (GEMINI, {"error": {"code": 500, "message": "m"}}, ProviderError("500", "m")),
+        (GEMINI, {"error": "e"}, ProviderError(None, "e")),
+        (GEMINI, {"error": None}, None),
     ],
 )
 def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
@@ -164,6 +216,15 @@ def test_errors(row: Endpoint, event: Any, error: ProviderError | None) -> None:
         (MESSAGES, {"type": "of tomorrow", "usage": {"output_tokens": 5}}),
         (OLLAMA, {"message": {"role": "assistant", "content": ""}, "done": False}),
         (OLLAMA, {}),
+        (GEMINI, {}),
+        (GEMINI, {"candidates": []}),
+        (GEMINI, {"candidates": [{"content": {"parts": [{"text": "hm", "thought": True}]}}]}),
+        (GEMINI, {"candidates": [{"content": {"parts": [{"executableCode": {"code": "1"}}]}}]}),
+        (GEMINI, {"candidates": [{"content": None, "finishReason": None}]}),
+        (GEMINI, {"candidates": [{"finishReason": "FINISH_REASON_UNSPECIFIED"}]}),
+        (GEMINI, {"candidates": [{"index": 1, "content": {"parts": [{"text": "other"}]}}]}),
+        (GEMINI, {"promptFeedback": {"safetyRatings": []}}),
+        (GEMINI, {"usageMetadata": {}}),
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
@@ -227,6 +288,10 @@ def test_custom_tools_of_responses() -> None:
 
 START = {"type": "message_start", "message": {"usage": {"input_tokens": 10, "output_tokens": 1}}}
 BARE = {"type": "message_start", "message": {"usage": {"input_tokens": 10}}}
+SAYS: Any = {
+    "candidates": [{"content": {"parts": [{"text": "a"}]}}],
+    "usageMetadata": {"promptTokenCount": 3},
+}
 WORD = {"choices": [{"delta": {"content": "a"}}]}
 STOP = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
 LLAMA = {"prompt_n": 5, "cache_n": 4, "predicted_n": 7, "predicted_ms": 3.5}
@@ -275,6 +340,32 @@ METRICS = {"inputTokenCount": 9, "outputTokenCount": 7, "cacheReadInputTokenCoun
             None,
         ),
         (MESSAGES, {"type": "message_stop", "amazon-bedrock-invocationMetrics": METRICS}, 0),
+        (GEMINI, {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 7}}, None),
+        (
+            GEMINI,
+            {
+                "usageMetadata": {
+                    "promptTokenCount": 4,
+                    "toolUsePromptTokenCount": 5,
+                    "candidatesTokenCount": 1,
+                    "thoughtsTokenCount": 6,
+                    "cachedContentTokenCount": 4,
+                    "totalTokenCount": 16,
+                }
+            },
+            4,
+        ),
+        (
+            GEMINI,
+            {
+                "usageMetadata": {
+                    "promptTokenCount": 9,
+                    "thoughtsTokenCount": 7,
+                    "totalTokenCount": 16,
+                }
+            },
+            None,
+        ),
     ],
 )
 @pytest.mark.parametrize("keeps", [True, False])
@@ -335,6 +426,8 @@ def test_the_usage_of_a_chunk_stands_before_its_timings() -> None:
         (CHAT, [WORD, {**STOP, "usage": {"prompt_tokens": 3}}, STOP], "reported"),
         (CHAT, [WORD, STOP, {"choices": [], "usage": {"prompt_tokens": 3}}], "reported"),
         (CHAT, [{**WORD, "usage": {"prompt_tokens": 3}}, {"choices": []}], "reported"),
+        (GEMINI, [SAYS, {"candidates": [{"content": None}]}], "partial"),
+        (GEMINI, [SAYS, {"candidates": [{"finishReason": "STOP"}]}], "reported"),
         (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True}], "partial"),
         (OLLAMA, [{"done": False, "eval_count": 1}, {"done": True, "eval_count": 2}], "reported"),
     ],
@@ -345,3 +438,183 @@ def test_counts_of_the_beginning_are_partial(
 ) -> None:
     """Counts that came before the response went on are final only if others follow."""
     assert accumulated(row, *events, keeps=keeps).usage(is_final=True).provenance == provenance
+
+
+# --- Gemini ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("usage", "output"),
+    [
+        ({"promptTokenCount": 9}, None),
+        ({"promptTokenCount": 9, "totalTokenCount": 9}, 0),
+        ({"promptTokenCount": 9, "totalTokenCount": 16}, 7),
+        ({"promptTokenCount": 9, "totalTokenCount": 3}, 0),
+        ({"promptTokenCount": 9, "candidatesTokenCount": 2, "totalTokenCount": 16}, 2),
+    ],
+)
+def test_the_total_says_what_a_missing_count_was(usage: Any, output: int | None) -> None:
+    """Protobuf leaves a zero out; without the total, nothing is known."""
+    found = accumulated(GEMINI, {"usageMetadata": usage}).usage(is_final=True)
+    assert (found.input_tokens, found.output_tokens) == (9, output)
+
+
+def test_a_stream_of_two_candidates_ends_with_the_second_one() -> None:
+    """Where one of them goes on, the stream does."""
+    one = {"candidates": [{"index": 0, "finishReason": "STOP"}]}
+    other: Any = {"candidates": [{"index": 1, "content": {"parts": [{"text": "b"}]}}]}
+    assert accumulated(GEMINI, one).has_ended
+    assert not accumulated(GEMINI, one, other).has_ended
+    last = {"candidates": [{"index": 1, "finishReason": "MAX_TOKENS"}]}
+    assert accumulated(GEMINI, one, other, last, {"usageMetadata": {}}).has_ended
+
+
+def test_a_blocked_prompt_ends_the_stream() -> None:
+    """There are no candidates then; the reason is the finish reason, and no failure."""
+    seen = accumulated(GEMINI, {"promptFeedback": {"blockReason": "SAFETY"}})
+    assert (seen.finish_reason, seen.has_ended, seen.error) == ("SAFETY", True, None)
+
+
+# --- OpenAI's other endpoints ---------------------------------------------------------------------
+
+USED = {
+    "input_tokens": 9,
+    "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 1},
+    "output_tokens": 7,
+    "output_tokens_details": {"reasoning_tokens": 2},
+}
+RUN = {"object": "thread.run", "id": "run_1", "model": "gpt-4o"}
+
+
+@pytest.mark.parametrize(
+    ("path", "event", "counts", "model"),
+    [
+        (
+            b"/v1/responses/compact",
+            {"id": "r", "object": "response.compaction", "output": [], "usage": USED},
+            (9, 7, 4, 1, 2),
+            None,
+        ),
+        (b"/v1/decisions", {"answers": [], "model": "m", "usage": USED}, (9, 7, 4, 1, 2), "m"),
+        (
+            b"/v1/systemone",
+            {"model": "m", "answers": {}, "usage": {"input_tokens": 9, "output_tokens": 7}},
+            (9, 7, None, None, None),
+            "m",
+        ),
+        (
+            b"/v1/images/generations",
+            {"created": 1, "data": [{"b64_json": "eA=="}], "usage": USED},
+            (9, 7, 4, 1, 2),
+            None,
+        ),
+        (
+            b"/v1/images/edits",
+            {
+                "usage": {"input_tokens": 9, "output_tokens": 7},
+                "svg_usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 1},
+            },
+            (10, 9, None, None, 1),
+            None,
+        ),
+        (
+            b"/v1/images/edits",
+            {"usage": None, "svg_usage": {"input_tokens": 1, "output_tokens": 2}},
+            (1, 2, None, None, None),
+            None,
+        ),
+        (
+            b"/v1/images/generations",
+            {"type": "image_generation.completed", "b64_json": "eA==", "usage": USED},
+            (9, 7, 4, 1, 2),
+            None,
+        ),
+        (
+            b"/v1/audio/transcriptions",
+            {"text": "t", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 7}},
+            (9, 7, None, None, None),
+            None,
+        ),
+        (
+            b"/v1/audio/transcriptions",
+            {"type": "transcript.text.done", "usage": {"input_tokens": 9, "output_tokens": 7}},
+            (9, 7, None, None, None),
+            None,
+        ),
+        (
+            b"/v1/audio/transcriptions",
+            {"text": "t", "usage": {"type": "duration", "seconds": 3.5}},
+            (None, None, None, None, None),
+            None,
+        ),
+        (
+            b"/v1/threads/t/runs",
+            {**RUN, "status": "completed", "usage": {"prompt_tokens": 9, "completion_tokens": 7}},
+            (9, 7, None, None, None),
+            "gpt-4o",
+        ),
+        (
+            b"/v1/threads/t/runs",
+            {"object": "thread.run.step", "usage": {"prompt_tokens": 9, "completion_tokens": 7}},
+            (None, None, None, None, None),
+            None,
+        ),
+    ],
+)
+def test_other_endpoints_have_counts(
+    path: bytes, event: Any, counts: tuple[int | None, ...], model: str | None
+) -> None:
+    """An event and a document are read alike."""
+    row = endpoint(Dialect.OPENAI, path)
+    assert row is not None
+    document = Accumulated(keeps=False, budget=0)
+    row.document(json.dumps(event).encode(), document)
+    for seen in (
+        (accumulated(row, event), document) if row.name != "openai compact" else (document,)
+    ):
+        usage = seen.usage(is_final=True)
+        assert (
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+        ) == counts
+        assert (seen.model, seen.error, seen.is_odd) == (model, None, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("image_generation.partial_image", False),
+        ("image_generation.completed", True),
+        ("image_edit.completed", True),
+        ("transcript.text.delta", False),
+        ("transcript.text.done", True),
+    ],
+)
+def test_the_last_event_of_images_and_transcriptions(kind: str, ends: bool) -> None:
+    """Its name says that it is the last one."""
+    row = endpoint(Dialect.OPENAI, b"/v1/images/generations")
+    assert accumulated(row, {"type": kind}).has_ended is ends
+
+
+@pytest.mark.parametrize(
+    ("event", "finish", "error"),
+    [
+        ({**RUN, "status": "in_progress", "usage": None}, None, None),
+        ({**RUN, "status": "requires_action", "usage": None}, "requires_action", None),
+        (
+            {**RUN, "status": "failed", "last_error": {"code": "server_error", "message": "m"}},
+            "failed",
+            ProviderError("server_error", "m"),
+        ),
+        ({"error": {"type": "t", "message": "m"}}, None, ProviderError("t", "m")),
+        ({"object": "error", "message": "m"}, None, ProviderError(None, "m")),
+        ({"object": "thread.message", "status": "incomplete", "id": "msg_1"}, None, None),
+    ],
+)
+def test_the_state_of_a_run(event: Any, finish: str | None, error: ProviderError | None) -> None:
+    """A run that has failed is the provider's failure; one that goes on says nothing."""
+    seen = accumulated(endpoint(Dialect.OPENAI, b"/v1/threads/t/runs"), event)
+    assert (seen.finish_reason, seen.error) == (finish, error)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.dialects.errors import dialect_of_path, error_body, error_event
 from llmproxy.errors import (
     ProxyError,
@@ -58,11 +59,35 @@ def test_an_error_has_the_shape_of_its_dialect(status: int, openai: str, anthrop
 
 
 @pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (400, "INVALID_ARGUMENT"),
+        (401, "UNAUTHENTICATED"),
+        (403, "PERMISSION_DENIED"),
+        (404, "NOT_FOUND"),
+        (413, "INVALID_ARGUMENT"),
+        (429, "RESOURCE_EXHAUSTED"),
+        (500, "INTERNAL"),
+        (501, "UNIMPLEMENTED"),
+        (502, "UNAVAILABLE"),
+        (503, "UNAVAILABLE"),
+        (504, "DEADLINE_EXCEEDED"),
+        (508, "INTERNAL"),
+    ],
+)
+def test_an_error_of_gemini_has_googles_word(status: int, word: str) -> None:
+    """``code`` is the status of HTTP, and ``status`` is a name of ``google.rpc.Code``."""
+    error = {"code": status, "message": 'Say "why".', "status": word}
+    assert body_of(status, Dialect.GEMINI) == {"error": error}
+
+
+@pytest.mark.parametrize(
     ("dialect", "ndjson", "start", "end"),
     [
         (Dialect.OPENAI, False, b"data: {", b"}\n\n"),
         (Dialect.ANTHROPIC, False, b"event: error\ndata: {", b"}\n\n"),
         (Dialect.OLLAMA, True, b"{", b"}\n"),
+        (Dialect.GEMINI, False, b"data: {", b"}\n\n"),
         (Dialect.OPENAI, True, b"{", b"}\n"),
     ],
 )
@@ -79,6 +104,24 @@ def test_an_error_inside_a_stream_is_one_event(
     assert b"\n" not in payload
     assert b"\r" not in payload
     assert payload == error_body(error, dialect, "id-1")
+
+
+@pytest.mark.parametrize("dialect", [Dialect.OPENAI, Dialect.OLLAMA, Dialect.ANTHROPIC])
+def test_responses_have_an_error_event_of_their_own(dialect: Dialect) -> None:
+    """The path says so, whatever the dialect; a document and a line are as ever."""
+    error = ProxyError(502, "word", "two\nlines\r\n\r\n")
+    row = endpoint(dialect, b"/v1/responses")
+    event = error_event(error, dialect, "id-1", ndjson=False, row=row, number=7)
+    assert event.count(b"\n") == 3
+    assert event.startswith(b"event: error\ndata: {")
+    found = json.loads(event.removeprefix(b"event: error\ndata: "))
+    inner = {"message": error.message, "type": "server_error", "code": "word", "param": None}
+    own = {"type": "error", "sequence_number": 7, "code": "word", "message": error.message}
+    assert found == {**own, "param": None, "error": inner}
+    other = endpoint(dialect, b"/v1/chat/completions")
+    for ndjson, one in ((True, row), (False, other)):
+        plain = error_event(error, dialect, "id-1", ndjson=ndjson)
+        assert error_event(error, dialect, "id-1", ndjson=ndjson, row=one, number=7) == plain
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
@@ -105,6 +148,16 @@ def test_details_are_for_the_operator(dialect: Dialect) -> None:
         (b"/api/", Dialect.OLLAMA),
         (b"/api", Dialect.OPENAI),
         (b"/v1/chat/completions", Dialect.OPENAI),
+        (b"/v1beta/models/gemini-2.5-flash:generateContent", Dialect.GEMINI),
+        (b"/v1beta/models/m:countTokens", Dialect.GEMINI),
+        (b"/v1beta/models", Dialect.GEMINI),
+        (b"/v1alpha/files", Dialect.GEMINI),
+        (b"/v1/models/m:streamGenerateContent", Dialect.GEMINI),
+        (b"/v1/projects/p/locations/l/publishers/google/models/m:embedContent", Dialect.GEMINI),
+        (b"/v1/models/m:batchEmbedContents", Dialect.GEMINI),
+        (b"/v1beta/openai/chat/completions", Dialect.OPENAI),
+        (b"/v1/models/ft:gpt-4o:org", Dialect.OPENAI),
+        (b"/v1/models", Dialect.OPENAI),
         (b"/", Dialect.OPENAI),
         (b"*", Dialect.OPENAI),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.endpoints import endpoint
 from llmproxy.dialects.json_spans import BodyError, finish
 from llmproxy.dialects.request import (
     RequestFacts,
@@ -56,7 +57,7 @@ def test_what_a_provider_may_read_as_json_is_read(kind: bytes | None) -> None:
     assert (facts.model, facts.models, facts.json) == ("m", ("m",), True)
     assert facts.model_span is not None
     assert BODY[slice(*facts.model_span)] == b'"m"'
-    assert facts.wants_stream(Dialect.OPENAI, b"/v1/chat") is True
+    assert facts.wants_stream(endpoint(Dialect.OPENAI, b"/v1/chat")) is True
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ def test_other_bodies_are_opaque(kind: bytes | None, body: bytes) -> None:
     facts = read_request(kind, body, b"/v1/chat")
 
     assert (facts.model, facts.models, facts.json, facts.model_span) == (None, (), False, None)
-    assert facts.wants_stream(Dialect.OPENAI, b"/v1/chat") is None
-    assert facts.wants_stream(Dialect.OLLAMA, b"/api/chat") is None
+    assert facts.wants_stream(endpoint(Dialect.OPENAI, b"/v1/chat")) is None
+    assert facts.wants_stream(endpoint(Dialect.OLLAMA, b"/api/chat")) is None
 
 
 def test_a_form_names_its_model() -> None:
@@ -214,13 +215,19 @@ def test_which_types_are_read(kind: bytes | None, readable: bool) -> None:
         (Dialect.OLLAMA, b"/api/embed", b"{}", False),
         (Dialect.OLLAMA, b"/api/tags", b"{}", False),
         (Dialect.OLLAMA, b"/v1/chat/completions", b"{}", False),
+        (Dialect.GEMINI, b"/v1beta/models/m:streamGenerateContent", b"{}", True),
+        (Dialect.GEMINI, b"/v1beta/models/m:streamGenerateContent", b'{"stream":false}', True),
+        (Dialect.GEMINI, b"/v1beta/models/m:streamGenerateContent", b"", True),
+        (Dialect.GEMINI, b"/v1beta/models/m:generateContent", b'{"stream":true}', False),
+        (Dialect.GEMINI, b"/v1beta/models/m:embedContent", b"{}", False),
+        (Dialect.GEMINI, b"/v1beta/models/m:countTokens", b"{}", False),
         (Dialect.RAW, b"/api/chat", b"{}", False),
         (Dialect.RAW, b"/", b'{"stream":true}', True),
     ],
 )
 def test_what_asks_for_a_stream(dialect: Dialect, path: bytes, body: bytes, streams: bool) -> None:
-    """``"stream": true``, and in Ollama's own API also by leaving it out."""
-    assert read_request(JSON, body, path).wants_stream(dialect, path) is streams
+    """``"stream": true``, in Ollama's own API also by leaving it out, and Gemini's path."""
+    assert read_request(JSON, body, path).wants_stream(endpoint(dialect, path)) is streams
 
 
 BROKEN = [
@@ -256,7 +263,11 @@ def test_where_the_model_decides_nothing_a_body_need_not_be_json(
 ) -> None:
     """Only what says that it is JSON must be; another body crosses, and says nothing."""
     facts = read_request(kind, body, b"/")
-    assert (facts.models, facts.json, facts.wants_stream(Dialect.OLLAMA, b"/api/chat")) == (
+    assert (
+        facts.models,
+        facts.json,
+        facts.wants_stream(endpoint(Dialect.OLLAMA, b"/api/chat")),
+    ) == (
         (),
         False,
         None,

@@ -55,6 +55,27 @@ def test_an_openai_stream_ends_with_an_event_of_its_shape(live: LiveProxy) -> No
     assert trace_of(live.daemon, path="/openai/x")["end_reason"] == "upstream_broken"
 
 
+@pytest.mark.parametrize("name", ["openai", "ollama"])
+def test_a_stream_of_responses_ends_with_an_event_of_that_api(live: LiveProxy, name: str) -> None:
+    """It has the members of its own events, the next number, and an error object besides."""
+    events = [b"event: response.created\n" + event(n) for n in range(2)]
+    path = f"/{name}/v1/responses"
+    added = broken(live, path, SSE, *events).removeprefix(b"".join(events))
+    assert added.startswith(b"event: error\ndata: ")
+    assert added.endswith(b"\n\n")
+    found = json.loads(added.removeprefix(b"event: error\ndata: "))
+    error = found.pop("error")
+    assert set(error) == {"message", "type", "code", "param"}
+    assert found == {
+        "type": "error",
+        "sequence_number": 2,
+        "code": "upstream_broken",
+        "message": error["message"],
+        "param": None,
+    }
+    assert trace_of(live.daemon, path=path)["end_reason"] == "upstream_broken"
+
+
 def test_an_anthropic_stream_ends_with_an_error_event(live: LiveProxy) -> None:
     """The `error` event has the request id in it."""
     added = broken(live, "/anthropic/x", SSE, event(0)).removeprefix(event(0))

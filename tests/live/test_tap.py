@@ -9,7 +9,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import brotli
 import pytest
+from backports import zstd
 
 from tests.support.daemon import route_table
 from tests.support.live_proxy import (
@@ -211,14 +213,13 @@ def deflated() -> tuple[Coder, Callable[[], bytes]]:
 
 
 def brotlied() -> tuple[Coder, Callable[[], bytes]]:
-    """The same in brotli, where that is installed."""
-    coder = pytest.importorskip("brotli").Compressor()
+    """The same in brotli."""
+    coder = brotli.Compressor()
     return lambda data: coder.process(data) + coder.flush(), coder.finish
 
 
 def zstandard() -> tuple[Coder, Callable[[], bytes]]:
-    """The same in zstd, where that is installed."""
-    zstd = pytest.importorskip("backports.zstd")
+    """The same in zstd."""
     coder = zstd.ZstdCompressor()
     return lambda data: coder.compress(data, coder.FLUSH_BLOCK), coder.flush
 

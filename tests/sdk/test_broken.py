@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.sdk.clients import KITS, Kit
-from tests.sdk.directed_provider import DirectedProvider, chunked_events, stream_head
+from tests.sdk.directed_provider import DirectedProvider, chunked_events, events, stream_head
 from tests.sdk.sdks import (
     STREAMS,
     WAYS,
@@ -25,7 +25,8 @@ from tests.sdk.sdks import (
     trace_of,
 )
 from tests.support.daemon import Daemon
-from tests.support.sockets import Received, Wire
+from tests.support.scripts import LAST
+from tests.support.sockets import Received, Wire, chunked
 
 BROKEN = [("demo-break", "upstream_broken"), ("demo-malformed", "upstream_protocol")]
 
@@ -101,6 +102,39 @@ def test_break_is_reported_in_an_event_where_the_route_says_so(
     else:
         assert type(error) is ollama.ResponseError
     assert_recorded_as_broken(proxy, outcome.session, reason)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("model", "reason"), BROKEN)
+def test_break_of_responses_is_an_error_of_the_sdk(
+    is_async: bool, model: str, reason: str, proxy: Daemon
+) -> None:
+    """It is raised, with our code and words, and not handed over as one more event."""
+    way = Way("openai", is_async, stream=True, endpoint="responses")
+    outcome = way.ask(Question(base=route(proxy, "event-openai"), model=model))
+    error = outcome.failure
+    assert (type(error), error.code, error.type) == (openai.APIError, reason, "server_error")
+    assert "The provider" in error.message
+    assert {item.type for item in outcome.objects}.isdisjoint({"error", "response.completed"})
+    assert_recorded_as_broken(proxy, outcome.session, reason)
+
+
+@pytest.mark.parametrize("way", STREAMS, ids=str)
+def test_the_record_sees_a_last_event_as_the_sdk_does(way: Way, directed: DirectedProvider) -> None:
+    """Without the line end behind it, Anthropic's SDK drops the last event; others do not."""
+
+    def leave_it_out(wire: Wire, request: Received) -> None:
+        *pieces, last = events(way.sdk)
+        wire.send(stream_head(way.sdk), chunked(*pieces, last.rstrip()), LAST)
+
+    directed.response = leave_it_out
+    outcome = way.ask(Question(base=route(directed.proxy, way.sdk)))
+    is_seen = looks_complete(way.sdk, outcome.response)
+    if way.sdk == "anthropic":
+        is_seen = any(item.type == "message_stop" for item in outcome.objects)
+    assert is_seen is (way.sdk != "anthropic")
+    reason = trace_of(directed.proxy, outcome.session)["end_reason"]
+    assert reason == ("complete" if is_seen else "unfinished")
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.stream], ids=str)

@@ -25,6 +25,7 @@ from llmproxy.cli.demo.anthropic import Messages
 from llmproxy.cli.demo.chat import ChatCompletions
 from llmproxy.cli.demo.completions import Completions
 from llmproxy.cli.demo.dialect import Streamed
+from llmproxy.cli.demo.gemini import Generate as GenerateContent
 from llmproxy.cli.demo.ollama import Chat, Generate
 from llmproxy.cli.demo.openai_responses import Responses
 from llmproxy.cli.demo.response import Asked, Tool, response
@@ -156,6 +157,7 @@ DEMO: list[tuple[Streamed, str]] = [
     (Messages(), "anthropic-messages.sse"),
     (Chat(), "ollama-chat.ndjson"),
     (Generate(), "ollama-generate.ndjson"),
+    (GenerateContent(), "gemini-generate.sse"),
 ]
 TOOLLESS = (Completions, Generate)
 

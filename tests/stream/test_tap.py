@@ -90,7 +90,7 @@ def test_marker_and_error_decide_the_end(
 ENDED = [
     one.file
     for one in RECORDED
-    if one.result.is_complete and not one.file.endswith((".json", "odd.sse"))
+    if one.result.is_complete and not one.file.endswith((".json", ".array", "odd.sse"))
 ]
 
 
@@ -104,6 +104,46 @@ def test_a_stream_without_its_last_event_is_unfinished(file: str) -> None:
     cut = separator.join(lines[:-1]) + separator
     assert one.read([cut]).end_reason is EndReason.UNFINISHED
     assert one.read([cut], "usage").end_reason is EndReason.UNFINISHED
+
+
+NEED_THEIR_BLANK_LINE = ("anthropic-messages", "openai-responses", "gemini-generate")
+
+
+@pytest.mark.parametrize("file", ENDED)
+@pytest.mark.parametrize("end", [EndReason.COMPLETE, EndReason.CLIENT_GONE])
+def test_a_marker_without_its_blank_line_is_none_where_sdks_do_not_see_it(
+    file: str, end: EndReason
+) -> None:
+    """The SDKs of some APIs drop such an event; its counts are read nevertheless."""
+    one = BY_FILE[file]
+    data = one.data.rstrip()
+    is_lost = file.startswith(NEED_THEIR_BLANK_LINE)
+    lost = EndReason.UNFINISHED if end is EndReason.COMPLETE else end
+    for chunks in ([data], [data[:-1], data[-1:]], [data, b"\n"]):
+        result = one.read(chunks, end=end)
+        assert result.end_reason is (lost if is_lost else EndReason.COMPLETE)
+        assert result.usage.output_tokens == one.result.usage.output_tokens
+    assert one.read([data, b"\n", b"\n"], end=end).end_reason is EndReason.COMPLETE
+
+
+def test_an_odd_marker_without_its_blank_line_is_none_either() -> None:
+    """An event that cannot be read may be the marker only if the SDKs see it."""
+    one = BY_FILE["anthropic-messages.sse"]
+    odd = one.data.replace(b'"type":"message_stop"', b'"type":"message_stop",}').rstrip()
+    assert odd != one.data.rstrip()
+    assert one.read([odd, b"\n\n"]).end_reason is EndReason.COMPLETE
+    assert one.read([odd]).end_reason is EndReason.UNFINISHED
+
+
+@pytest.mark.parametrize("end", [EndReason.COMPLETE, EndReason.CLIENT_GONE])
+def test_an_array_must_be_closed(end: EndReason) -> None:
+    """Gemini's last item ends no stream that no reader of JSON can read."""
+    one = BY_FILE["gemini-generate.array"]
+    assert one.read([one.data], end=end).end_reason is EndReason.COMPLETE
+    items = one.data.rstrip(b"]\n")
+    lost = EndReason.UNFINISHED if end is EndReason.COMPLETE else end
+    assert one.read([items], end=end).end_reason is lost
+    assert one.read([items[: items.rfind(b",\r\n")], b"]"], end=end).end_reason is lost
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ CONTENT_TYPES = {
     ".sse": b"text/event-stream; charset=utf-8",
     ".ndjson": b"application/x-ndjson",
     ".json": b"application/json",
+    ".array": b"application/json; charset=UTF-8",
 }
 
 
@@ -131,6 +132,10 @@ _messages = partial(_golden, ("anthropic-messages", Dialect.ANTHROPIC, b"/v1/mes
 _ollama = partial(_golden, ("ollama-chat", Dialect.OLLAMA, b"/api/chat"))
 _generate = partial(_golden, ("ollama-generate", Dialect.OLLAMA, b"/api/generate"))
 _embed = partial(_golden, ("ollama-embed", Dialect.OLLAMA, b"/api/embed"))
+_gemini = partial(
+    _golden,
+    ("gemini-generate", Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:streamGenerateContent"),
+)
 
 # Who sent it: the model, and the id of the response.
 _NOBODY = (None, None)
@@ -139,12 +144,14 @@ _41 = ("gpt-4.1-2025-04-14", "resp_67c9fdcecf488190bdd9a0409de3a1ec07b8b0ad4e5eb
 _INSTRUCT = ("gpt-3.5-turbo-instruct", "cmpl-7iA7iJjj8V2zOkCGvWF2hAkWhkvIs")
 _SONNET = ("claude-sonnet-4-5-20250929", "msg_014p7gG3wDgGV9EUtLvnow3U")
 _LLAMA = ("llama3.2", None)
+_FLASH = ("gemini-2.5-flash", "fOcrae2KNY-k7dcPx5ukwQk")
 
 _WEATHER = "call_unDUaX7dlAFXEZyhtVoGqMhN"
 _TOOLU = "toolu_01T1x1fJ34qAmk2tNTrN7Up6"
 _GREETING = 'Grüße "usage": {"prompt_tokens": 7} aus 東京 🗼\n\ndata: [DONE]'
 _HELLO = "Hello! How can I assist you today? 😀"
 _37 = _usage(37, 11, 5, 0, 2)
+_TOKYO = 'Grüße aus 東京 🗼 {"finishReason": "STOP"}]'
 
 RECORDED = (
     _chat(".sse", _4O, 10, "stop", _GREETING),
@@ -292,6 +299,75 @@ RECORDED = (
         _NOBODY,
         1,
         error=(None, 'model "llama9" not found, try pulling it first'),
+    ),
+    _gemini(".sse", _FLASH, 4, "STOP", _TOKYO, usage=_usage(12, 27, 4, None, 18)),
+    _gemini(".array", _FLASH, 4, "STOP", _TOKYO, usage=_usage(12, 27, 4, None, 18)),
+    _gemini(
+        "-tools.sse",
+        _FLASH,
+        2,
+        "STOP",
+        calls=(
+            ToolCall(None, "get_weather", '{"city":"Łódź"}'),
+            ToolCall("fc_1", "now", "{}"),
+        ),
+        usage=_usage(65, 61, None, None, 40),
+    ),
+    _gemini("-cut.sse", _FLASH, 2, "MAX_TOKENS", "Half of", usage=_usage(12, 2)),
+    _gemini(
+        "-partial.sse",
+        _FLASH,
+        1,
+        text="Half",
+        usage=_usage(12, 1, provenance="partial"),
+        end=EndReason.UNFINISHED,
+    ),
+    _gemini("-blocked.sse", _FLASH, 1, "PROHIBITED_CONTENT", usage=_usage(7, 0)),
+    _gemini(
+        "-error.sse",
+        _FLASH,
+        2,
+        text="Hel",
+        usage=_usage(12, 1, provenance="partial"),
+        error=("UNAVAILABLE", "The model is overloaded. Please try again later."),
+    ),
+    _gemini(
+        ".json",
+        _FLASH,
+        1,
+        "STOP",
+        "Hello 🌍",
+        calls=(ToolCall(None, "f", '{"a":1}'),),
+        usage=_usage(17, 27, 4, None, 18),
+    ),
+    _golden(
+        ("gemini-blocked", Dialect.GEMINI, b"/v1beta/models/gemini-2.5-flash:generateContent"),
+        ".json",
+        _FLASH,
+        1,
+        "PROHIBITED_CONTENT",
+        usage=_usage(7, 0),
+    ),
+    _golden(
+        ("gemini-embed", Dialect.GEMINI, b"/v1beta/models/gemini-embedding-2:embedContent"),
+        ".json",
+        _NOBODY,
+        1,
+        usage=_usage(8),
+    ),
+    _golden(
+        ("gemini-batch-embed", Dialect.GEMINI, b"/v1/models/e:batchEmbedContents"),
+        ".json",
+        _NOBODY,
+        1,
+        usage=_usage(3),
+    ),
+    _golden(
+        ("gemini-error", Dialect.GEMINI, b"/v1beta/models/gemini-9:generateContent"),
+        ".json",
+        _NOBODY,
+        1,
+        error=("NOT_FOUND", "models/gemini-9 is not found for API version v1beta."),
     ),
 )
 """Every file, with what it holds."""

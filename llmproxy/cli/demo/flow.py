@@ -43,6 +43,7 @@ class Reply(Protocol):
 
     method: bytes
     path: bytes
+    uri: bytes
     content: BinaryIO
     transport: Any
 

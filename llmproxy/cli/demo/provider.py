@@ -1,8 +1,8 @@
 """The embedded demo provider: a provider to put behind the proxy where none is at hand.
 
 A real HTTP server, on loopback and on a port of its own, that the proxy reaches as it reaches any
-provider.  It speaks OpenAI, Anthropic and Ollama, echoes what it is told at the pace that the
-model's name says, and fails on demand.  Here are its resource and site, the configuration of a
+provider.  It speaks OpenAI, Anthropic, Ollama and Gemini, echoes what it is told at the pace that
+the model's name says, and fails on demand.  Here are its resource and site, the configuration of a
 proxy in front of it, and the commands with which a person tries both.
 
 It needs no key and records nothing.  It may not know anything of the proxy but the configuration's
@@ -12,6 +12,7 @@ key names: what it sends must not come from the code that is to be shown or test
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -38,6 +39,9 @@ from llmproxy.cli.demo.dialect import (
 )
 from llmproxy.cli.demo.embeddings import Embeddings
 from llmproxy.cli.demo.flow import Ending, Flow, Reply, Time
+from llmproxy.cli.demo.gemini import GEMINI, GenerateArray
+from llmproxy.cli.demo.gemini import CountTokens as CountContents
+from llmproxy.cli.demo.gemini import Generate as GenerateContent
 from llmproxy.cli.demo.ollama import OLLAMA, Chat, Embed, Generate, OldEmbeddings
 from llmproxy.cli.demo.openai import OPENAI
 from llmproxy.cli.demo.openai_responses import Responses
@@ -57,6 +61,17 @@ _ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
         "/api/embeddings": OldEmbeddings(),
     }
 )
+_CONTENT = re.compile(r"/v1(?:beta)?/models/([^/:]+):([A-Za-z]+)")
+_VERBS: Mapping[str, Endpoint] = MappingProxyType(
+    {
+        "generateContent": GenerateContent(),
+        "streamGenerateContent": GenerateArray(),
+        "streamGenerateContent?alt=sse": GenerateContent(),
+        "countTokens": CountContents(),
+    }
+)
+"""Gemini's endpoints, whose paths name the model; two ways to stream are told by the query."""
+
 _REDIRECTED = "/redirected"
 _REFUSALS: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
@@ -87,12 +102,14 @@ class _Refused(Exception):
 
 
 class DemoProvider(resource.Resource):
-    """Three providers in one resource; the path says which one is meant.
+    """Four providers in one resource; the path says which one is meant.
 
     ``POST`` answers at ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``,
     ``/v1/embeddings``, ``/v1/messages``, ``/v1/messages/count_tokens``, ``/api/chat``,
-    ``/api/generate``, ``/api/embed`` and ``/api/embeddings``; ``GET /v1/models``,
-    ``/v1/models/NAME``, ``/api/tags`` and ``/api/version`` tell what there is.  A request with
+    ``/api/generate``, ``/api/embed`` and ``/api/embeddings``, and below ``/v1beta/models`` (or
+    ``/v1/models``) at ``NAME:generateContent``, ``NAME:streamGenerateContent`` and
+    ``NAME:countTokens``; ``GET /v1/models``, ``/v1/models/NAME``, ``/api/tags``, ``/api/version``,
+    ``/v1beta/models`` and ``/v1beta/models/NAME`` tell what there is.  A request with
     ``anthropic-version`` gets Anthropic's lists.  Everything else is a 404 in the dialect of the
     path.
 
@@ -125,17 +142,18 @@ class DemoProvider(resource.Resource):
         path = unquote(reply.path.decode("latin-1"))
         dialect = _dialect_of(path, reply)
         try:
-            if reply.method == b"POST" and path in _ENDPOINTS:
-                return self._serve(reply, _ENDPOINTS[path])
+            endpoint, given = _endpoint_at(path, reply)
+            if reply.method == b"POST" and endpoint is not None:
+                return self._serve(reply, endpoint, given)
             if reply.method in (b"GET", b"HEAD"):
                 return self._say(reply, dialect, 200, _listed(path, dialect))
             raise _unknown_path(reply.method, path)
         except _Refused as refused:
             return self._refuse(reply, dialect, refused)
 
-    def _serve(self, reply: Reply, endpoint: Endpoint) -> bytes | int:
+    def _serve(self, reply: Reply, endpoint: Endpoint, given: Document) -> bytes | int:
         """One request for a response, in order: read it, refuse it or answer it."""
-        ask = _read_ask(reply, endpoint)
+        ask = _read_ask(reply, endpoint, given)
         if ask.model == "demo-redirect":
             self._set_head(reply, endpoint.dialect, 307)
             reply.setHeader(b"location", _REDIRECTED.encode() + reply.path)
@@ -211,10 +229,23 @@ def demo_site(reactor: IReactorTime, *, pace: float | None = None) -> server.Sit
     return _SilentSite(provider, reactor=reactor)  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
 
 
+def _endpoint_at(path: str, reply: Reply) -> tuple[Endpoint | None, Document]:
+    """The endpoint at a path, and what the path says in place of the body."""
+    called = _CONTENT.fullmatch(path)
+    if called is None:
+        return _ENDPOINTS.get(path), {}
+    name, verb = called.groups()
+    is_sse = b"alt=sse" in reply.uri.partition(b"?")[2].split(b"&")
+    endpoint = _VERBS.get(f"{verb}?alt=sse" if is_sse else verb, _VERBS.get(verb))
+    return endpoint, {"model": name, "stream": verb == "streamGenerateContent"}
+
+
 def _dialect_of(path: str, reply: Reply) -> Dialect:
     path = path.removeprefix(_REDIRECTED)
     if path in _ENDPOINTS:
         return _ENDPOINTS[path].dialect
+    if path.startswith("/v1beta/") or _CONTENT.fullmatch(path):
+        return GEMINI
     if path == "/api" or path.startswith("/api/"):
         return OLLAMA
     if path.startswith("/v1/messages/") or reply.getHeader(b"anthropic-version") is not None:
@@ -228,12 +259,12 @@ def _listed(path: str, dialect: Dialect) -> Document:
     Raises:
         _Refused: there is nothing at that path.
     """
-    if path in ("/v1/models", "/api/tags"):
+    if path in ("/v1/models", "/api/tags", "/v1beta/models"):
         return dialect.models()
     if path == "/api/version":
         return {"version": "0.0.0-demo"}
-    if path.startswith("/v1/models/"):
-        name = path.removeprefix("/v1/models/")
+    if path.startswith(("/v1/models/", "/v1beta/models/")):
+        name = path.partition("/models/")[2]
         if not answering.model_exists(name):
             raise _Refused(404, dialect.unknown_model(name))
         return dialect.model(name)
@@ -244,14 +275,14 @@ def _unknown_path(method: bytes, path: str) -> _Refused:
     return _Refused(404, BadAsk(f"Unknown request URL: {method.decode('latin-1')} {path}"))
 
 
-def _read_ask(reply: Reply, endpoint: Endpoint) -> Asked:
-    """What a request asks of an endpoint.
+def _read_ask(reply: Reply, endpoint: Endpoint, given: Document) -> Asked:
+    """What a request asks of an endpoint; ``given`` is what its path says.
 
     Raises:
         _Refused: it cannot be read, or names a model that does not exist or always refuses.
     """
     try:
-        ask = endpoint.ask(_read_object(reply))
+        ask = endpoint.ask({**_read_object(reply), **given})
     except BadAsk as bad:
         raise _Refused(400, bad) from bad
     if not answering.model_exists(ask.model):

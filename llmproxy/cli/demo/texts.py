@@ -14,14 +14,16 @@ from typing import Any
 DEMO_KEY = "demo"
 """The one key that the demo's proxy knows."""
 
+_DIALECTS = ("openai", "anthropic", "ollama", "gemini")
+
 
 def demo_config(
     *, provider_port: int, proxy_port: int, admin_port: int, trace: str | None = None
 ) -> str:
     """The TOML configuration of a proxy in front of the demo provider, all on loopback.
 
-    SDKs reach it with the base URLs ``http://127.0.0.1:PORT/openai/v1``, ``.../anthropic`` and
-    ``.../ollama``, with the key ``demo`` or none.
+    SDKs reach it with the base URLs ``http://127.0.0.1:PORT/openai/v1``, ``.../anthropic``,
+    ``.../ollama`` and ``.../gemini``, with the key ``demo`` or none.
 
     Args:
         provider_port: where the demo provider listens.
@@ -38,10 +40,10 @@ def demo_config(
     # A wrong key is refused even where a caller may have none, and most SDKs insist on one.
     digest = hashlib.sha256(DEMO_KEY.encode()).hexdigest()
     parts.append(f'[clients.demo]\nkeys = ["sha256:{digest}"]\n')
-    for dialect in ("openai", "anthropic", "ollama"):
+    for dialect in _DIALECTS:
         url = f"http://127.0.0.1:{provider_port}"
         parts.append(f'[providers.demo-{dialect}]\nurl = "{url}"\ndialect = "{dialect}"\n')
-    for dialect in ("openai", "anthropic", "ollama"):
+    for dialect in _DIALECTS:
         parts.append(f'[[routes]]\npath = "/{dialect}"\nproviders = ["demo-{dialect}"]\n')
     if trace is not None:
         # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
@@ -83,6 +85,8 @@ def curl_lines(proxy_port: int, *, admin_port: int = 9080) -> str:
             ("Ollama", {}),
         )
     )
+    contents = [{"role": "user", "parts": [{"text": "Hello Gemini, through the proxy"}]}]
+    gemini = json.dumps({"contents": contents})
     return f"""\
 # OpenAI
 curl -N {base}/openai/v1/chat/completions -H 'content-type: application/json' \\
@@ -97,10 +101,16 @@ curl -N {base}/anthropic/v1/messages -H 'content-type: application/json' \\
 curl -N {base}/ollama/api/chat -H 'content-type: application/json' \\
   -d '{ollama}'
 
+# Gemini
+curl -N '{base}/gemini/v1beta/models/demo-20tps:streamGenerateContent?alt=sse' \\
+  -H 'content-type: application/json' \\
+  -d '{gemini}'
+
 # Other models: demo-fast, demo-slow, demo-Ntps, and failures: demo-429, demo-500, demo-503,
 # demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail, demo-redirect
 # Other paths: /openai/v1/completions, /openai/v1/responses, /openai/v1/embeddings,
-# /anthropic/v1/messages/count_tokens, /ollama/api/generate, /ollama/api/embed
+# /anthropic/v1/messages/count_tokens, /ollama/api/generate, /ollama/api/embed,
+# /gemini/v1beta/models/NAME:generateContent, /gemini/v1beta/models/NAME:countTokens
 
 # Metrics
 curl http://127.0.0.1:{admin_port}/metrics
