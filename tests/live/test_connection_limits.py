@@ -322,6 +322,13 @@ def test_without_descriptors_it_goes_on(tmp_path: Path, secure: bool) -> None:
     assert_logged_a_little(daemon)
 
 
+def is_served(daemon: Daemon) -> bool:
+    """Tell whether a client that comes now is served."""
+    with suppress(OSError, EOFError), connect(daemon.port) as wire:
+        return ask(wire).body == b"ok"
+    return False
+
+
 def assert_logged_a_little(daemon: Daemon) -> None:
     """Check that the log has something of it, and no more than a few lines for each client."""
     lines = [line for line in daemon.log if "EMFILE" in line["message"]]
@@ -343,9 +350,7 @@ def test_without_any_descriptor_it_does_not_spin(tmp_path: Path) -> None:
             assert_waits_quietly(daemon, kept)
             for wire in crowd:
                 wire.close()
-            until(lambda: is_left_with(daemon, 1), "the crowd is gone")
-            with connect(daemon.port) as wire:
-                assert ask(wire).body == b"ok"
+            until(lambda: is_served(daemon), "the crowd is gone")  # also from the kernel's queue
         # Twisted says at `critical` that it has lost the descriptor that it keeps in reserve.
         daemon.log = [line for line in daemon.log if "Could not reserve" not in line["message"]]
 
