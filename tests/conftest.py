@@ -20,6 +20,7 @@ import gc
 import inspect
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -88,6 +89,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests/traps on Twisted's and treq's own parts, to see them fail",
     )
+
+
+def pytest_sessionstart() -> None:
+    """Say at once what a machine lacks without which half of the tests fail, each otherwise."""
+    try:
+        socket.getaddrinfo("localhost", 0, socket.AF_INET)
+    except OSError as error:
+        pytest.exit(
+            f'this machine does not know the name "localhost" ({error}): '
+            'the tests need "127.0.0.1 localhost" in /etc/hosts',
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def pytest_report_header() -> str:
