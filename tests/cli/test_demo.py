@@ -281,7 +281,7 @@ def test_malformed_request_is_a_400_of_the_dialect(path: str, body: bytes) -> No
         ("/v1/files", [], "openai"),
         ("/v1/files", ["anthropic-version: 2023-06-01"], "anthropic"),
         ("/v1/messages/batches", [], "anthropic"),
-        ("/api/show", [], "ollama"),
+        ("/api/pull", [], "ollama"),
         ("/v1beta/files", [], "gemini"),
         ("/v1beta/models/demo-fast:predict", [], "gemini"),
         *(("/redirected" + path, [], dialect_of(path)) for path in CHATS),
@@ -327,6 +327,15 @@ def test_one_model_is_looked_up(field: str, dialect: str) -> None:
     wire.get("/v1/models/gpt-4o", field)
     status, document = wire.response()
     assert (status, shape(document)) == (404, dialect)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"model": ""}', b"[]", b"no JSON"])
+def test_ollama_shows_no_model_without_a_name(body: bytes) -> None:
+    """A body that names no model is a 400 with a sentence."""
+    wire = DemoConnection()
+    wire.post("/api/show", body)
+    status, document = wire.response()
+    assert (status, shape(document)) == (400, "ollama")
 
 
 def test_ollama_has_a_version() -> None:

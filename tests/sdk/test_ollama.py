@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,40 @@ def test_models_are_the_same(client: ollama.Client, direct: ollama.Client, proxy
     tags = client.list()
     assert tags == direct.list() == asyncio.run(scene())
     assert "demo-slow" in [model.model for model in tags.models]
+
+
+def test_models_are_told_apart(client: ollama.Client) -> None:
+    """Each model has a digest of its own: programs take equal digests for names of one model."""
+    models = client.list().models
+    digests = {model.digest for model in models}
+    assert len(digests) == len(models) > 1
+    assert all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in digests)
+
+
+def test_each_listed_model_is_shown(client: ollama.Client, direct: ollama.Client) -> None:
+    """Programs ask what a model can do before they use it; those that fail are shown, too."""
+    for model in client.list().models:
+        shown = client.show(str(model.model))
+        assert shown == direct.show(str(model.model))
+        assert shown.details == model.details
+        assert set(shown.capabilities or ()) == {"completion", "tools", "embedding"}
+        info = shown.modelinfo or {}
+        assert info[f"{info['general.architecture']}.context_length"] > 0
+
+
+def test_unknown_model_is_not_shown(client: ollama.Client) -> None:
+    """It is a 404 in Ollama's words."""
+    with pytest.raises(ollama.ResponseError, match="'gpt-4o' not found") as unknown:
+        client.show("gpt-4o")
+    assert unknown.value.status_code == 404
+
+
+def test_running_models_are_those_of_the_list(client: ollama.Client) -> None:
+    """All are in memory, with their digests."""
+    running = client.ps().models
+    listed = [(model.model, model.digest) for model in client.list().models]
+    assert [(model.model, model.digest) for model in running] == listed
+    assert all(model.context_length and model.expires_at for model in running)
 
 
 def test_counts_stand_in_the_last_line(client: ollama.Client) -> None:

@@ -1,4 +1,4 @@
-"""The demo provider's Ollama dialect: lines of JSON, embeddings, tags and errors.
+"""The demo provider's Ollama dialect: lines of JSON, embeddings, models and errors.
 
 It knows the published shapes of that API and what ``dialect.py`` offers; no HTTP, no reactor.
 """
@@ -6,6 +6,7 @@ It knows the published shapes of that API and what ``dialect.py`` offers; no HTT
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 from llmproxy.cli.demo.dialect import (
@@ -37,6 +38,8 @@ from llmproxy.cli.demo.vector import vector
 STREAM_TYPE = b"application/x-ndjson"
 
 _UNPACED_TPS = 1_000_000  # what an unpaced response claims: clients divide by the duration
+_CONTEXT_TOKENS = 8192  # what a model claims to hold; nothing is cut off for it
+_FAR = 4_102_444_800  # 2100-01-01: the demo's models never leave the memory
 
 
 class Ollama(Dialect):
@@ -65,8 +68,26 @@ class Ollama(Dialect):
             "model": name,
             "modified_at": rfc3339(RELEASED),
             "size": 0,
-            "digest": "0" * 64,
-            "details": {"format": "demo", "family": "demo", "families": ["demo"]},
+            "digest": sha256(name.encode()).hexdigest(),  # clients take equal ones for one model
+            "details": _details(),
+        }
+
+    def running(self) -> Document:
+        """``GET /api/ps``: all models, as if they were in memory for ever."""
+        more = {"expires_at": rfc3339(_FAR), "size_vram": 0, "context_length": _CONTEXT_TOKENS}
+        return {"models": [{**self.model(name), **more} for name in MODELS]}
+
+    def shown(self) -> Document:
+        """``POST /api/show``: what a model is and can do, the same for each."""
+        return {
+            "modified_at": rfc3339(RELEASED),
+            "template": "{{ .Prompt }}",
+            "details": _details(),
+            "model_info": {
+                "general.architecture": "demo",
+                "demo.context_length": _CONTEXT_TOKENS,
+            },
+            "capabilities": ["completion", "tools", "embedding"],
         }
 
 
@@ -188,6 +209,17 @@ class OldEmbeddings(Embed):
     def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """One vector, and nothing of counts."""
         return {"embedding": vector(ask.prompt[0], ask.dimensions)}
+
+
+def _details() -> Document:
+    return {
+        "parent_model": "",
+        "format": "demo",
+        "family": "demo",
+        "families": ["demo"],
+        "parameter_size": "0B",
+        "quantization_level": "none",
+    }
 
 
 def _line(document: Document, tokens: int = 0) -> Event:

@@ -45,6 +45,7 @@ from llmproxy.cli.demo.gemini import Generate as GenerateContent
 from llmproxy.cli.demo.ollama import OLLAMA, Chat, Embed, Generate, OldEmbeddings
 from llmproxy.cli.demo.openai import OPENAI
 from llmproxy.cli.demo.openai_responses import Responses
+from llmproxy.cli.demo.reading import model_named
 from llmproxy.cli.demo.response import Asked, BadAsk, Response
 
 _ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
@@ -121,6 +122,9 @@ class DemoProvider(resource.Resource):
     response as if it were whole.  ``demo-fail`` says three tokens and then the dialect's own error
     event; asked for no stream, it refuses with a 500.
 
+    Ollama's ``POST /api/show`` and ``GET /api/ps`` tell the same of every model, also of those that
+    fail: clients look at models before they use one.
+
     Args:
         reactor: gives the time.
         pace: tokens per second for every model, whatever its name says; None: as the names say.
@@ -147,6 +151,8 @@ class DemoProvider(resource.Resource):
                 return self._serve(reply, endpoint, given)
             if reply.method in (b"GET", b"HEAD"):
                 return self._say(reply, dialect, 200, _listed(path, dialect))
+            if reply.method == b"POST" and path == "/api/show":
+                return self._say(reply, dialect, 200, _shown(reply))
             raise _unknown_path(reply.method, path)
         except _Refused as refused:
             return self._refuse(reply, dialect, refused)
@@ -261,6 +267,8 @@ def _listed(path: str, dialect: Dialect) -> Document:
     """
     if path in ("/v1/models", "/api/tags", "/v1beta/models"):
         return dialect.models()
+    if path == "/api/ps":
+        return OLLAMA.running()
     if path == "/api/version":
         return {"version": "0.0.0-demo"}
     if path.startswith(("/v1/models/", "/v1beta/models/")):
@@ -269,6 +277,21 @@ def _listed(path: str, dialect: Dialect) -> Document:
             raise _Refused(404, dialect.unknown_model(name))
         return dialect.model(name)
     raise _unknown_path(b"GET", path)
+
+
+def _shown(reply: Reply) -> Document:
+    """What Ollama says of the model that the body names.
+
+    Raises:
+        _Refused: the body names none, or one that does not exist.
+    """
+    try:
+        name = model_named(_read_object(reply))
+    except BadAsk as bad:
+        raise _Refused(400, bad) from bad
+    if not answering.model_exists(name):
+        raise _Refused(404, OLLAMA.unknown_model(name))
+    return OLLAMA.shown()
 
 
 def _unknown_path(method: bytes, path: str) -> _Refused:
