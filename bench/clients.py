@@ -101,7 +101,7 @@ CLIENTS: Mapping[str, Client] = {
         """\
 import pathlib, subprocess, sys
 pathlib.Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml").write_text(
-    f"- model_id: demo\\n  model_name: {MODEL}\\n  api_base: {BASE}/openai/v1\\n")
+    f"- {{model_id: demo, model_name: {MODEL}, api_base: {BASE}/openai/v1, api_key_name: ours}}")
 
 def call():
     command = [sys.executable, "-m", "llm", "-m", "demo", "--key", KEY, ASKED]
@@ -162,18 +162,18 @@ def call():
 """,
     ),
     "instructor": Client(
-        ("instructor==1.17.0",),
+        ("instructor==1.17.0", "openai==3.3.0"),
         """\
 import instructor, openai, pydantic
-client = instructor.from_openai(openai.OpenAI(base_url=f"{BASE}/openai/v1", api_key=KEY))
+# Without async it gives all parts at the end.
+client = instructor.from_openai(openai.AsyncOpenAI(base_url=f"{BASE}/openai/v1", api_key=KEY))
+Trip = pydantic.create_model("Trip", **{f"stop_{n}": (str, ...) for n in range(12)})
 
-class Trip(pydantic.BaseModel):
-    city: str
-    days: int
-
-def call():
-    yield from client.chat.completions.create_partial(
-        model=MODEL, response_model=Trip, messages=MESSAGES)
+async def call():
+    async for part in client.chat.completions.create_partial(
+        model=MODEL, response_model=Trip, messages=MESSAGES
+    ):
+        yield part
 """,
     ),
     "openai-agents": Client(
