@@ -204,6 +204,33 @@ def call():
         yield chunk.choices[0].delta.content
 """,
     ),
+    "llm-ollama": Client(
+        ("llm-ollama==0.19.1", "llm==0.36", "ollama==0.6.3"),
+        """\
+import subprocess, sys
+os.environ["OLLAMA_HOST"] = f"{BASE}/ollama"
+
+def call():
+    with subprocess.Popen(
+        [sys.executable, "-m", "llm", "-m", f"ollama/{MODEL}", ASKED], stdout=subprocess.PIPE
+    ) as process:
+        while piece := os.read(process.stdout.fileno(), 65536):
+            yield piece
+    assert process.returncode == 0
+""",
+    ),
+    "llama-index-ollama": Client(
+        ("llama-index-llms-ollama==0.11.0", "llama-index-core==0.14.25", "ollama==0.6.3"),
+        """\
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.ollama import Ollama
+model = Ollama(model=MODEL, base_url=f"{BASE}/ollama")
+
+def call():
+    for chunk in model.stream_chat([ChatMessage(role="user", content=ASKED)]):
+        yield chunk.delta
+""",
+    ),
     "openai (npm)": Client(
         ("openai@7.59.0", NODE),
         """\
@@ -386,12 +413,16 @@ def environment(folder: Path, daemon: Daemon) -> dict[str, str]:
 
 
 def records_of(path: Path) -> list[dict[str, object]]:
-    """Return the records of all calls, which come behind the clients' own ends."""
+    """Return the records of the calls, which come behind the clients' own ends.
+
+    A response that is no model's, such as a list of models, has no ``usage``.
+    """
     over = time.monotonic() + WAIT
     while True:
-        lines = path.read_text().splitlines() if path.exists() else []
-        if len(lines) >= CALLS or time.monotonic() > over:
-            return [json.loads(line) for line in lines]
+        lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+        records = [record for record in map(json.loads, lines) if record["usage"] is not None]
+        if len(records) >= CALLS or time.monotonic() > over:
+            return records
         time.sleep(0.05)
 
 
