@@ -313,9 +313,16 @@ class ProxyService(Service):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, calls)
 
     def _take_signals(self) -> None:
-        """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing."""
+        """Replace Twisted's handlers: its second SIGTERM logs an error and cuts nothing.
+
+        When all is over, further ones are ignored: the interpreter gives the handlers up before it
+        ends, and the process would have been killed by a signal.
+        """
         calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._asked_to_stop)
         take_signals(self._reactor, calls)
+        for number in calls:
+            ignore = partial(signal.signal, number, signal.SIG_IGN)
+            self._reactor.addSystemEventTrigger("after", "shutdown", ignore)
 
     def _asked_to_reopen(self) -> None:
         self._reopen()

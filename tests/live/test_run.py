@@ -45,7 +45,7 @@ def test_both_commands_start_the_same_daemon(command: Command, tmp_path: Path) -
 
 @BOTH
 def test_both_commands_refuse_the_same(command: Command, tmp_path: Path) -> None:
-    """A problem is a line of standard error, and the code is 1."""
+    """A problem is a line of standard error, and the code is 78, which no restart cures."""
     path = tmp_path / "bad.toml"
     path.write_text("[proxy]\nlisen = 1\n")
     ended = subprocess.run(
@@ -57,6 +57,6 @@ def test_both_commands_refuse_the_same(command: Command, tmp_path: Path) -> None
         timeout=20,
         check=False,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 78
     assert ended.stderr.startswith('proxy.lisen: unknown key; did you mean "listen"?\n')
     assert ended.stdout == ""

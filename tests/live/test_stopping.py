@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.live_proxy import PLAIN, Link, begin, post, read_response, trace_of, until
-from tests.support.scripts import KEPT, Notes, PacedStream, Turn, event, hold, reply
+from tests.support.scripts import KEPT, Notes, PacedStream, Turn, event, hold, keep_replying, reply
 from tests.support.sockets import WAIT, Script, Wire, connect, request
 
 
@@ -217,3 +217,12 @@ def test_a_second_signal_cuts_what_runs_and_more_are_no_error(
                     daemon.process.send_signal(number)
             daemon.wait_log("draining")
         assert_cut(daemon, client, script)
+
+
+def test_signals_up_to_the_last_moment_are_no_error(tmp_path: Path) -> None:
+    """The interpreter gives up its handlers before it ends; the exit code is 0 all the same."""
+    with running(tmp_path, keep_replying) as daemon:
+        while daemon.process.poll() is None:
+            with suppress(ProcessLookupError):
+                daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.returncode == 0
