@@ -222,6 +222,7 @@ def test_a_second_signal_cuts_what_runs_and_more_are_no_error(
 def test_signals_up_to_the_last_moment_are_no_error(tmp_path: Path) -> None:
     """The interpreter gives up its handlers before it ends; the exit code is 0 all the same."""
     with running(tmp_path, keep_replying) as daemon:
+        assert daemon.admin("/readyz") == "ready\n"  # it runs, so it has its handlers
         while daemon.process.poll() is None:
             with suppress(ProcessLookupError):
                 daemon.process.send_signal(signal.SIGTERM)
