@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from llmproxy.config import Client
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import field_values, list_tokens
@@ -73,13 +74,23 @@ def _is_usual(request: Request) -> bool:
     return option in (b"keep-alive", b"close") and len(request.first) == len(request.fields)
 
 
+def identify(request: Request, place: PathMatch, rules: Rules) -> Client:
+    """Admit ``request``, and return who calls.
+
+    Raises:
+        ProxyError: it cannot be served, nobody is known, or a web page of somebody else's calls.
+    """
+    admit(request, rules)
+    client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+    if client is ANONYMOUS and not place.keys.passes:
+        refuse_page(request.first, place.origins)
+    return client
+
+
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
     """Return why ``request`` is refused whatever its body says, or None where that depends."""
     try:
-        admit(request, rules)
-        client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
-        if client is ANONYMOUS and not place.keys.passes:
-            refuse_page(request.first, place.origins)
+        client = identify(request, place, rules)
         place.require()
         if place.needs_model(client):
             refuse_unread(request)

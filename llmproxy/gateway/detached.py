@@ -23,7 +23,7 @@ _REST_S, _REST_BYTES = 1.0, 16 * 1024
 
 
 class DetachedStreams:
-    """The responses that are read on now, without a client; ``len`` says for how many tokens count.
+    """The responses that are read on now, without a client; ``len`` counts those read for tokens.
 
     Args:
         most: how many may be at once.

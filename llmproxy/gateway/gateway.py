@@ -18,7 +18,7 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
-from llmproxy.gateway.admission import Rules, admit, early_refusal, needs_model
+from llmproxy.gateway.admission import Rules, admit, early_refusal, identify, needs_model
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
@@ -196,11 +196,7 @@ class Gateway(Handler):
         request = exchange.request
         client: Client | None = request.caller
         if client is None:
-            admit(request, self._rules)
-            auth = self._rules.auth
-            client = auth.identify(request.fields, request.uri, place.keys, request.first)
-            if client is ANONYMOUS and not place.keys.passes:
-                refuse_page(request.first, place.origins)
+            client = identify(request, place, self._rules)
         elif request.refusal is not None:  # of its body: it was admitted before that came
             raise request.refusal
         exchange.trace.client = client.name
@@ -230,7 +226,7 @@ class Gateway(Handler):
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match
-        if exchange.page:
+        if exchange.page or client is ANONYMOUS:
             self._meet_page(exchange, client, match)
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name

@@ -86,7 +86,7 @@ def expose(
     )
     count(
         "stale_lookups",
-        "Failed lookups of providers' names where addresses of before were used.",
+        "Lookups that failed or hung, where addresses of before were used.",
         [],
         lambda: {(): float(setup.upstream.stale_lookups)},
     )

@@ -6,7 +6,7 @@ requests.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from http import HTTPStatus
 
 from twisted.web.http import datetimeToString
@@ -59,7 +59,6 @@ def error_fields(error: ProxyError, request_id: str | None, length: int, now: fl
 
 
 @lru_cache(maxsize=600)
-@cache
 def status_line(status: int) -> bytes:
     """Return the first line, with the phrase of a known status (RFC 9112, section 4)."""
     return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, "").encode("ascii"))

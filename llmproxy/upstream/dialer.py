@@ -151,7 +151,9 @@ class Dialer:
 
     def _why_not(self, error: Exception, connection: Connection | None) -> ProxyError:
         """Return the error for the way in which connecting failed, on a connection if there was."""
-        underlying = self._resolver.failures.get(self._host)
+        underlying = None
+        if isinstance(error, DNSLookupError):
+            underlying = self._resolver.failures.get(self._host)
         for problem in (error, underlying):
             number = getattr(problem, "osError", getattr(problem, "errno", None))
             if number in NO_MORE:

@@ -71,17 +71,8 @@ class Connection(Protocol):
     __slots__ = (  # more attributes than the dictionaries of instances share (docs/performance.rst)
         *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
         *("_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
-        *(
-            "_transport",
-            "_until_close",
-            "aborted",
-            "expires_at",
-            "keep_for",
-            "persistent",
-            "pool_key",
-            "ready",
-        ),
-        *("sending", "serving", "state", "verdict", "_framed"),
+        *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "persistent"),
+        *("pool_key", "ready", "sending", "serving", "state", "verdict", "_framed"),
     )
 
     def __init__(

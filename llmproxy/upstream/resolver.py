@@ -24,7 +24,10 @@ KEPT = 10.0
 """Seconds for which found addresses are used again; then a provider may have moved."""
 
 STALE = 3600.0
-"""Seconds for which they are used where a later lookup failed."""
+"""Seconds for which they are used where a later lookup fails or hangs."""
+
+PATIENCE = 1.0
+"""Seconds for which a lookup is waited for, where there are addresses of before (RFC 8767, 5)."""
 
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)
 """What the lack of descriptors is called; ``getaddrinfo`` says EBUSY where nsswitch asks mdns."""
@@ -32,6 +35,17 @@ NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 _Lookup = Callable[..., list[Any]]
+
+
+class _Kept:
+    """What was found for one name, when, and until when it is used without asking again."""
+
+    __slots__ = ("addresses", "found_at", "good_until")
+
+    def __init__(self, addresses: list[Address], found_at: float, good_until: float) -> None:
+        self.addresses = addresses
+        self.found_at = found_at
+        self.good_until = good_until
 
 
 class Resolver:
@@ -44,7 +58,7 @@ class Resolver:
 
     Attributes:
         failures: the error of the last lookup by name, where it failed.
-        stale: how often addresses were used that a failed lookup could not confirm.
+        stale: how often addresses were used that a lookup did not confirm.
     """
 
     def __init__(
@@ -57,7 +71,8 @@ class Resolver:
         self._reactor = reactor
         self._clock = clock
         self._getaddrinfo = getaddrinfo
-        self._kept: dict[str, tuple[float, list[Address]]] = {}
+        self._kept: dict[str, _Kept] = {}
+        self._timers: dict[str, Any] = {}
         self._waiting: dict[str, list[Deferred[list[Address]]]] = {}
         self.failures: dict[str, Exception] = {}
         self.stale = 0
@@ -70,10 +85,12 @@ class Resolver:
             failed, and nothing was found before.  Cancelling it leaves the lookup to others.
         """
         found: Deferred[list[Address]] = Deferred(lambda cancelled: self._forget(name, cancelled))
-        kept = self._kept.get(name)
-        if kept is not None and self._clock() - kept[0] < KEPT:
-            found.callback(kept[1])
+        now, kept = self._clock(), self._kept.get(name)
+        if kept is not None and now < kept.good_until:
+            found.callback(kept.addresses)
             return found
+        if kept is not None and now - kept.found_at < STALE and name not in self._timers:
+            self._timers[name] = self._reactor.callLater(PATIENCE, self._use_stale, name)
         waiting = self._waiting.get(name)
         if waiting is None:
             self._waiting[name] = [found]
@@ -85,6 +102,8 @@ class Resolver:
     def _forget(self, name: str, cancelled: Deferred[list[Address]]) -> None:
         waiting = self._waiting.get(name, [])
         waiting[:] = [one for one in waiting if one is not cancelled]
+        if not waiting:
+            self._stop_timer(name)
 
     def _look_up(self, name: str) -> None:
         # A daemon thread: one that hangs in the resolver must not keep the process from ending.
@@ -106,17 +125,31 @@ class Resolver:
 
     def _found(self, name: str, rows: list[Any], error: Exception | None) -> None:
         found = [(row[0], row[4][0]) for row in rows if row[0] in _FAMILIES]
+        self._stop_timer(name)
+        now, kept = self._clock(), self._kept.get(name)
         if error is None:
-            self._kept[name] = self._clock(), found
+            self._kept[name] = _Kept(found, now, now + KEPT)
             self.failures.pop(name, None)
         else:
             self.failures[name] = error
-            kept = self._kept.get(name)
-            if kept is not None and self._clock() - kept[0] < STALE:
-                found = kept[1]
-                self.stale += 1
+            if kept is not None and now - kept.found_at < STALE:
+                self._use_stale(name)
         for waiting in self._waiting.pop(name):
             waiting.callback(found)
+
+    def _use_stale(self, name: str) -> None:
+        """Give whoever waits the addresses of before, and use them for a while without asking."""
+        self._timers.pop(name, None)
+        kept = self._kept[name]
+        kept.good_until = self._clock() + KEPT
+        self.stale += 1
+        waiting, self._waiting[name] = self._waiting[name], []
+        for one in waiting:
+            one.callback(kept.addresses)
+
+    def _stop_timer(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
 
 
 def _no_descriptor() -> OSError | None:

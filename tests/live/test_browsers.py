@@ -21,6 +21,8 @@ ROUTES = (
     + route_table("/own", "own")
     + route_table("/two", "p", ORIGINS, 'name = "two-a"', 'models = ["a"]')
     + route_table("/two", "p", 'name = "two-b"', 'models = ["b"]')
+    + route_table("/mixed", "own", 'name = "mixed-a"', 'models = ["a"]')
+    + route_table("/mixed", "p", 'name = "mixed-b"', 'models = ["b"]')
 )
 live = live_fixture(ROUTES + client_config("team", KEY))
 keyed = live_fixture(ROUTES + client_config("team", KEY), proxy="")
@@ -140,3 +142,16 @@ def test_the_route_of_a_request_decides(live: LiveProxy) -> None:
     fields = (f"Origin: {APP}", "Content-Type: application/json", f"Content-Length: {len(body)}")
     got = live.reject(request("POST", "/two/v1/x", *fields) + body)
     assert (got.status, got.error) == (403, "origin")
+
+
+def test_a_route_with_our_credential_is_guarded_beside_one_without(live: LiveProxy) -> None:
+    """Routes of one path may differ in whose credential they send, too."""
+    for model, status in (("a", 200), ("b", 403)):
+        body = b'{"model":"%b"}' % model.encode()
+        fields = ("Origin: https://evil.example", "Content-Type: text/plain")
+        sent = request("POST", "/mixed/v1/x", *fields, f"Content-Length: {len(body)}") + body
+        if status == 200:
+            _, got = live.ask(sent)
+        else:
+            got = live.reject(sent)
+        assert got.status == status

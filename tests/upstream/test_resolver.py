@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import socket
 import threading
@@ -14,7 +15,7 @@ from twisted.internet import reactor
 
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason
-from llmproxy.upstream.resolver import KEPT, STALE, Resolver
+from llmproxy.upstream.resolver import KEPT, PATIENCE, STALE, Resolver
 from tests.support.fake_transport import until
 from tests.upstream.one_provider import (
     Lookup,
@@ -91,6 +92,40 @@ async def test_the_last_addresses_are_used_while_a_name_cannot_be_looked_up() ->
         pool.lookup.error = None
         assert await pool.fetch() == b"ok"
         assert pool.resolver.stale == 2
+
+
+@ensureDeferred
+async def test_the_last_addresses_are_used_while_a_lookup_hangs() -> None:
+    """A silent resolver costs a request a moment, once in ten seconds, and not its deadline."""
+    provider = RespondingProvider()
+    async with pool_of(provider, url_of(provider, "p.example"), size=0) as (_, pool):
+        await pool.fetch()
+        pool.lookup.hangs = lambda name: True
+        for count in (1, 2):
+            pool.clock.advance(KEPT)
+            waiting = pool.send()
+            pool.clock.advance(PATIENCE - 0.1)
+            assert not waiting.called
+            pool.clock.advance(0.1)
+            (await waiting).abort()
+            assert await pool.fetch() == b"ok"
+            assert pool.resolver.stale == count
+        assert pool.lookup.names == ["p.example"] * 2  # the one that hangs is the only one
+        pool.lookup.over.set()
+        await until(lambda: not [one for one in threading.enumerate() if one.name == "name"])
+
+
+@ensureDeferred
+async def test_a_failed_lookup_does_not_explain_a_refusal() -> None:
+    """Where old addresses refuse, the reason is that; a want of descriptors earlier is not."""
+    pool = OneProviderPool(named("p.example"))
+    for problem in (None, OSError(errno.EMFILE, "no more")):
+        pool.lookup.error = problem
+        error = await failure_of(pool.send())
+        assert (error.end, error.reason) == (EndReason.UPSTREAM_UNREACHABLE, "upstream_unreachable")
+        pool.clock.advance(KEPT)
+    assert pool.resolver.stale == 1
+    await pool.close()
 
 
 @ensureDeferred
