@@ -43,7 +43,7 @@ _ABOUT = """\
 Show totals of requests and tokens from the ledger ([trace] ledger), of every instance together,
 while the daemon writes. An empty cell is a number that nobody reported, which is not zero;
 "unreported" counts the requests whose tokens were not reported, or not all of them. Requests that
-the proxy refused are in no row: their number stands below."""
+the proxy refused are in no row: their number stands below. Preflights of browsers do not count."""
 
 
 def add_usage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -30,6 +30,8 @@ GROUPS = {
 }
 """What requests can be grouped by, and the SQL of each; days are those of UTC."""
 
+_PREFLIGHT = "(method = 'OPTIONS' AND provider IS NULL AND end_reason = 'complete')"
+
 _SUMS = ", ".join(f"sum({name})" for name in TOKENS)
 
 Group = tuple[str | None, ...]
@@ -78,6 +80,8 @@ class Checkpoint(msgspec.Struct):
 def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[Group, Totals]:
     """Return totals by group, in the order of the groups, of what the proxy did not refuse.
 
+    A browser's preflight, to which the proxy responds itself, is no request either.
+
     Args:
         paths: the ledgers.
         by: keys of :data:`GROUPS`.
@@ -90,7 +94,7 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
     columns = ", ".join(GROUPS[one] for one in by)
     query = (
         f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
-        f"FROM traces WHERE time >= ? AND end_reason != ? GROUP BY {columns}"
+        f"FROM traces WHERE time >= ? AND end_reason != ? AND NOT {_PREFLIGHT} GROUP BY {columns}"
     )
     for path in paths:
         for row in _rows(path, query, since, EndReason.REJECTED.value):
