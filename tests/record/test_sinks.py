@@ -29,8 +29,10 @@ def opened(queue: int = QUEUE, **config: Any) -> Iterator[Sinks]:
     """Open the sinks of a configuration, and close them in the end."""
     sinks = Sinks(clock=time.monotonic, wall=lambda: 1_800_000_000.0, instance="7", queue=queue)
     sinks.use(sinks.prepare(TraceConfig(**config)))
-    yield sinks
-    sinks.close()
+    try:
+        yield sinks
+    finally:
+        sinks.close()
 
 
 def sent_to(collector: OtlpCollector) -> list[int]:

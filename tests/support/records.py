@@ -29,10 +29,17 @@ def trace(number: int = 0, **fields: Any) -> Trace:
 
 
 def eventually(condition: Callable[[], Any]) -> None:
-    """Wait for a writer's thread."""
+    """Wait for a writer's thread; in the middle of a write a condition may fail."""
     deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+    while True:
+        is_late = time.monotonic() >= deadline
+        try:
+            if condition():
+                return
+        except AssertionError:
+            if is_late:
+                raise
+        assert not is_late, "it did not come about"
         threading.Event().wait(0.001)
 
 
