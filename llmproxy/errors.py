@@ -138,14 +138,14 @@ def upstream_idle() -> ProxyError:
     )
 
 
-def upstream_broken(detail: str) -> ProxyError:
+def upstream_broken(detail: str, *, may_have_run: bool = True) -> ProxyError:
     """The connection to the provider ended before its response did."""
     return ProxyError(
         502,
         "upstream_broken",
         "The provider broke off its response.",
         end=EndReason.UPSTREAM_BROKEN,
-        may_have_run=True,
+        may_have_run=may_have_run,
         detail=detail,
     )
 

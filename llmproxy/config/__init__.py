@@ -188,6 +188,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)
     _check_route_headers(config, problems)
+    _check_candidates(config, problems)
     names = [route.name for route in config.routes]
     # If a route has no name, clients may mean that route: what they say of routes is not judged.
     context.routes = names if all(names) else None
@@ -227,6 +228,20 @@ def _check_route_headers(config: Config, problems: list[str]) -> None:
                     f"routes[{at}].headers.{name}: expected no header that carries a key here: "
                     "the provider's `header` does"
                 )
+
+
+def _check_candidates(config: Config, problems: list[str]) -> None:
+    """Report candidates to which a route could not send one and the same request."""
+    same = ("dialect", "pass_credential", "key_query")
+    for at, route in enumerate(config.routes):
+        first, *others = (config.providers[name] for name in route.providers)
+        for other in others:
+            for key in same:
+                if getattr(first, key) != getattr(other, key):
+                    problems.append(
+                        f"routes[{at}].providers: expected providers of the same `{key}`, "
+                        f"but {show(first.name)} and {show(other.name)} have not"
+                    )
 
 
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:

@@ -18,6 +18,7 @@ from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
     digest,
+    failure,
     field_value,
     file_of_instance,
     header_name,
@@ -97,6 +98,7 @@ def whole_number(lowest: int, highest: int) -> Kind:
 
 def array(
     reader: Callable[[Table], Reader[Any]],
+    words: str = "array of strings",
     *,
     empty_beside: str = "",
     may_be_empty: bool = False,
@@ -106,6 +108,7 @@ def array(
 
     Args:
         reader: makes the reader of an item for the table that the array stands in.
+        words: as :class:`Kind` has it.
         empty_beside: a key beside which the array may be empty.
         may_be_empty: it may be empty, whatever is beside it.
         show: as :class:`Kind` has it.
@@ -116,7 +119,7 @@ def array(
         bare = may_be_empty or empty_beside in table
         return table.array(key.name, reader(table), default, may_be_empty=bare)
 
-    return Kind("array of strings", read, show)
+    return Kind(words, read, show)
 
 
 def one_or_more(reader: Reader[Any]) -> Kind:
@@ -144,6 +147,16 @@ def part(section: Section) -> Kind:
         return {name: section.keys[name].kind.show(one) for name, one in values.items()}
 
     return Kind("table", read, show_part)
+
+
+def inner(struct: type[msgspec.Struct], section: Section) -> Kind:
+    """Return the kind of a table that is read into a ``struct``; an absent one is the default."""
+
+    def read(table: Table, key: Key) -> object:
+        default = table.default(key)
+        return table.table(key.name, section).struct(struct) if key.name in table else default
+
+    return Kind("table", read, lambda found: None if found is None else redacted(found))
 
 
 def by_name(
@@ -219,6 +232,7 @@ CERTIFICATE = of_table(
 PRIVATE_KEY = of_table(lambda table: table.context.credentials.pem(private_key), show=_presence)
 ENDPOINTS = array(lambda table: endpoint(table.context.instance), empty_beside="listen_tls")
 ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance))
+RETRY_ON = array(lambda table: failure, "array of words and statuses", may_be_empty=True)
 PROVIDERS = array(lambda table: reference(table.context.providers, "a provider"))
 ROUTES = array(_allowed_route)
 HOSTS = array(lambda table: host_value)

@@ -80,6 +80,9 @@ def route_name(value: object) -> str:
     return value
 
 
+_FAILURES = ("connect", "reset", "timeout")
+
+
 def reference(known: Collection[str], what: str) -> Callable[[object], str]:
     """Return a reader of one of the ``known`` names, which are those of ``what``."""
 
@@ -180,6 +183,16 @@ def session_header(value: object) -> str:
     if _carries_key(lower) or lower == "cookie":
         raise Wrong("a header that carries no key: what it says is recorded")
     return lower
+
+
+def failure(value: object) -> str | int:
+    """Read a failure of a provider's after which the next one is asked."""
+    if isinstance(value, str) and value in _FAILURES:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+        return value
+    words = ", ".join(map(show, _FAILURES))
+    raise Wrong(f"one of {words}, or a status from 400 to 599")
 
 
 def field_value(value: object) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
-from llmproxy.config.schema import NOT_BUILT_YET, Table
+from llmproxy.config.schema import Table
 from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace
-from llmproxy.config.values import Wrong
+from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
 
@@ -66,6 +66,8 @@ def read_provider(name: str, table: Table) -> Provider:
         )
     if "credential" in table:
         table.defaults["drop_headers"] = (*ROUTING_FIELDS, *ACCOUNT_FIELDS)
+    if "queue" in table and table.lacks("max_streams"):
+        table.problem("queue", "expected `max_streams` beside it, for which requests wait")
     table.take("header")
     return table.struct(Provider, name=name)
 
@@ -73,8 +75,20 @@ def read_provider(name: str, table: Table) -> Provider:
 def read_route(table: Table) -> Route:
     """Read one ``[[routes]]``; its path names it."""
     path, candidates = table.take("path"), table.take("providers")
-    if len(candidates) > 1:
-        table.problem("providers", f"more than one candidate {NOT_BUILT_YET}")
+    if len(set(candidates)) < len(candidates):
+        table.problem("providers", "expected each provider once")
+    if len(candidates) < 2:
+        for key in ("balance", "retry_on", "sticky"):
+            if key in table and candidates:
+                table.problem(key, "expected more than one item in `providers` beside it")
+    if "sticky_for" in table and table.take("sticky") == "off":
+        table.problem("sticky_for", "expected `sticky` beside it, which it is for")
+    if table.take("balance") != "weighted":
+        for name, one in table.take("override").items():
+            if one.weight != 1:
+                table.problem(
+                    "override", f'expected balance = "weighted" beside the weight of {show(name)}'
+                )
     return table.struct(Route, path=path or "", name=_route_name(table, path))
 
 

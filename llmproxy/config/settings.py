@@ -43,6 +43,7 @@ from llmproxy.config.kinds import (
     PARAMETERS,
     PRIVATE_KEY,
     PROVIDERS,
+    RETRY_ON,
     ROUTE_HEADERS,
     ROUTES,
     SIZE,
@@ -50,6 +51,7 @@ from llmproxy.config.kinds import (
     URL,
     by_name,
     candidate,
+    inner,
     one_or_more,
     part,
     value,
@@ -74,6 +76,8 @@ AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]
 OnDisconnect = Literal["cancel", "drain"]
 Capture = Literal["usage", "content"]
+Balance = Literal["ordered", "least_busy", "weighted"]
+Sticky = Literal["off", "session", "client"]
 AccessLines = bool | Literal["errors"]
 
 _FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
@@ -139,6 +143,10 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     and each reload raise the process's limit of descriptors to twice this number and 512 more, as
     far as the hard limit (``LimitNOFILE`` of the unit) allows. If the hard limit is too low, the
     log warns."""
+
+    tell_provider: Annotated[bool, Key(BOOLEAN)] = True
+    """Whether callers are told which provider a response is from, in ``x-llmproxy-provider``, and
+    how many were asked, in ``x-llmproxy-attempts``."""
 
     tuned_loop: Annotated[bool, Key(BOOLEAN)] = True
     """If Twisted's epoll reactor runs, ``true`` gives it a quicker loop, transports that send at
@@ -270,6 +278,34 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     clients have left, on routes with ``on_disconnect = "drain"``. ``0`` allows none."""
 
 
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """When a provider that fails is left alone for a while (a circuit breaker); in seconds."""
+
+    failures: Annotated[int, Key(whole_number(0, 1_000_000))] = 5
+    """So many failures one after the other open the circuit. ``0`` leaves it closed for ever."""
+
+    window: Annotated[float, Key(DURATION)] = 30.0
+    """Only failures of this last while count."""
+
+    open_for: Annotated[float, Key(DURATION)] = 15.0
+    """How long the provider is not asked. Then one request is sent to it: if that one succeeds, the
+    circuit closes; if it fails, this time begins again."""
+
+
+class Queue(msgspec.Struct, frozen=True, kw_only=True):
+    """Where requests wait while their provider has no free place."""
+
+    size: Annotated[int, Key(whole_number(1, 1_000_000))] = 200
+    """Most requests that wait at once. If the queue is full, a client with fewer waiting requests,
+    by its ``weight``, takes the last place of the client with the most."""
+
+    timeout: Annotated[float, Key(DURATION)] = 10.0
+    """How long a request waits at most. Then it gets a 503."""
+
+
+HEALTH = Section.of(Health)
+QUEUE = Section.of(Queue)
+
 PROVIDER_TIMEOUTS = Section.part_of(Timeouts, "providers.*.timeouts")
 ROUTE_TIMEOUTS = Section.part_of(Timeouts, "routes.timeouts")
 
@@ -371,6 +407,25 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
     """Most idle connections that are kept."""
 
+    max_streams: Annotated[
+        int | None, Key(whole_number(1, 10_000_000), stated="default: no limit")
+    ] = None
+    """Most requests under way at this provider at once, counted from the moment they are sent until
+    the end of their responses, in this process. Another request goes to the next provider of its
+    route that has a free place. If there is none, it waits in ``queue``, or gets a 503 where no
+    ``queue`` is set."""
+
+    queue: Annotated[Queue | None, Key(inner(Queue, QUEUE), stated="default: none")] = None
+    """The queue in which requests wait for one of ``max_streams``, as named below. The clients that
+    wait take turns: in the same time, a client of ``weight = 2`` gets two places where another one
+    gets one, however many requests either of them has there."""
+
+    health: Annotated[Health, Key(inner(Health, HEALTH))] = Health()
+    """When the provider is left alone because it fails, as named below. A connection that does not
+    come about counts for all clients. What a provider does with a request (a status of 500 or more,
+    a 401, a response that breaks off before its head or does not begin in time) counts only for the
+    client whose request it was: no client can make a provider look ill to others."""
+
     timeouts: Annotated[dict[str, float | None], Key(part(PROVIDER_TIMEOUTS))] = {}
     """This provider's own deadlines, as named below."""
 
@@ -382,8 +437,11 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
     """The model that the proxy asks the provider for, in place of the caller's. A request with a
     body must name one, in the body or in the path."""
 
+    weight: Annotated[int, Key(whole_number(1, 1_000_000))] = 1
+    """This provider's share of the requests, with ``balance = "weighted"``."""
 
-OVERRIDE = Section.of(Override, "weight")
+
+OVERRIDE = Section.of(Override)
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -410,8 +468,36 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     too."""
 
     providers: Annotated[tuple[str, ...], Key(PROVIDERS)]
-    """The provider that responds. The array has one item: more than one candidate is not built yet
-    in this version."""
+    """The providers that may respond, each once. A request is sent to one of them. If that one
+    fails as ``retry_on`` says, the request is sent to the next one, until the client has a byte of
+    a response. All of them speak one ``dialect``, and read callers' keys in the same places
+    (``pass_credential``, ``key_query``)."""
+
+    balance: Annotated[Balance, Key(word_of(Balance))] = "ordered"
+    """Which provider is asked first. ``"ordered"``: the first of the array that is healthy.
+    ``"least_busy"``: the one with the fewest requests under way, in this process. ``"weighted"``:
+    the providers in turn, each as often as its ``weight`` says. What comes after the first follows
+    the same rule."""
+
+    retry_on: Annotated[tuple[str | int, ...], Key(RETRY_ON)] = ("connect", 429, 500, 502, 503, 529)
+    """After which failures the next provider is asked. ``"connect"``: no connection came about, or
+    it ended before the request was sent whole. A number: a response of that status, from 400 to
+    599. ``"reset"``: the connection broke after that, or what came was no HTTP. ``"timeout"``: no
+    response within ``first_byte``. In the last two cases the first provider may have done the work,
+    and bills it. A 401 or a 403 that refuses the proxy's own credential is passed over in any case.
+    If all fail, the client gets the last response that a provider gave. A body that is streamed
+    upwards, such as a file, is sent to one provider only, unless nothing of it was sent. ``[]``
+    asks no second provider."""
+
+    sticky: Annotated[Sticky, Key(word_of(Sticky))] = "off"
+    """Whether requests that belong together go to the same provider, while it is healthy, so that
+    its prompt cache is of use. ``"client"``: all requests of one client. ``"session"``: those of
+    one client that name the same session (``trace.session_header``); others go as ``balance`` says.
+    After a failure they move to another provider, and stay there."""
+
+    sticky_for: Annotated[float, Key(DURATION)] = 3600.0
+    """For how long after its last use a provider is remembered. 65,536 sessions are remembered at
+    most; the one that was used longest ago is forgotten first."""
 
     hosts: Annotated[tuple[str, ...] | None, Key(HOSTS, stated="default: any")] = None
     """The route takes only requests to these hosts. Hosts are given without a port, and IPv6
@@ -514,10 +600,13 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """The models that the client may ask for. Without ``"*"`` among them, the client's bodies must
     be JSON or forms that name a model."""
 
+    weight: Annotated[int, Key(whole_number(1, 1_000_000))] = 1
+    """The client's share of a provider's ``queue``."""
+
     def __repr__(self) -> str:
         return (
             f"Client(name={self.name!r}, keys=<{len(self.keys)}>, "
-            f"routes={self.routes!r}, models={self.models!r})"
+            f"routes={self.routes!r}, models={self.models!r}, weight={self.weight!r})"
         )
 
 
@@ -618,11 +707,11 @@ SECTIONS: Mapping[str, Section] = {
     "credentials": Section.of(CredentialFiles, instead={"*": _FILES}),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),
-    "providers.*": Section.of(
-        Provider, "max_streams", instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)
-    ),
+    "providers.*": Section.of(Provider, instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)),
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
-    "routes": Section.of(Route, "balance", "retry_on", "heartbeat", "padding"),
+    "providers.*.health": HEALTH,
+    "providers.*.queue": QUEUE,
+    "routes": Section.of(Route, "heartbeat", "padding"),
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(

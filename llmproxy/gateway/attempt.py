@@ -2,7 +2,7 @@
 
 The gateway chose the route; an attempt makes the outgoing request for one of its candidates (the
 body with the candidate's own model, the header fields that may cross), sends it, waits for the head
-of the response, and writes into trace and metrics how that went.
+of the response, and writes into trace, metrics and the provider's health how that went.
 """
 
 from __future__ import annotations
@@ -15,15 +15,32 @@ from twisted.web.iweb import IBodyProducer
 from llmproxy.dialects.include_usage import usage_edit
 from llmproxy.dialects.json_spans import Edit, edited
 from llmproxy.dialects.request import RequestFacts
+from llmproxy.dialects.retry_after import retry_after
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.net.turns import Turns
+from llmproxy.policy.health import Health
 from llmproxy.policy.origins import ORIGIN
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.upstream.client import Upstream, pool_key
 from llmproxy.upstream.response import Response
+
+UNAUTHORIZED, FORBIDDEN = 401, 403
+
+_BUSY = (429, 503, 529)
+"""The statuses with which a provider may say when to come again."""
+
+_PROVIDERS_FAULT = frozenset(
+    (
+        EndReason.UPSTREAM_UNREACHABLE,
+        EndReason.UPSTREAM_TLS,
+        EndReason.UPSTREAM_TIMEOUT,
+        EndReason.UPSTREAM_BROKEN,
+        EndReason.UPSTREAM_PROTOCOL,
+    )
+)
 
 
 class Attempts:
@@ -35,6 +52,8 @@ class Attempts:
         clock: monotonic seconds.
         via: our pseudonym in ``Via``.
         turns: reads a body in steps.
+        health: is told how it went.
+        wall: seconds since the epoch.
     """
 
     def __init__(
@@ -44,8 +63,13 @@ class Attempts:
         clock: Callable[[], float],
         via: bytes,
         turns: Turns,
+        *,
+        health: Health,
+        wall: Callable[[], float],
     ) -> None:
         self._upstream = upstream
+        self._health = health
+        self._wall = wall
         self._turns = turns
         self._metrics = metrics
         self._clock = clock
@@ -83,12 +107,15 @@ class Attempts:
             streams=bool(trace.stream),
             identity=match.route.accept_encoding == "identity",
         )
+        client = trace.client or ""
+        if self._health.is_troubled:
+            self._health.asks(candidate.provider, client)
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
         outcome: str = "ok"
         cause = None
         try:
-            exchange.response = await self._upstream.send(
+            response = await self._upstream.send(
                 candidate.provider,
                 request.method.decode("ascii"),
                 target,
@@ -98,20 +125,57 @@ class Attempts:
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
+            if (code := response.code) >= 400:
+                outcome, cause = EndReason.UPSTREAM_REFUSED, str(code)
+                self._refused(exchange, candidate, client, response)
+            elif self._health.is_troubled:
+                self._health.succeeded(candidate.provider, client)
         except ProxyError as error:
             outcome, cause = error.end, error.cause
+            if outcome in _PROVIDERS_FAULT:
+                asked = error.may_have_run
+                self._health.failed(candidate.provider, client, was_asked=asked)
+            else:
+                self._health.gave_up(candidate.provider, client)
             raise
         except Exception:
             end = EndReason.UPSTREAM_TIMEOUT if exchange.is_late else EndReason.CLIENT_GONE
             outcome = end if exchange.left is None else exchange.left.end
+            self._health.gave_up(candidate.provider, client)
             raise
         finally:
             seconds = self._clock() - sent_at
             trace.attempts.append(Attempt(name, outcome, round(seconds, 6), cause))
             self._metrics.attempted(name, outcome, cause)
+        exchange.response = response
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
-        return exchange.response
+        return response
+
+    def _refused(
+        self, exchange: Exchange, candidate: Candidate, client: str, response: Response
+    ) -> None:
+        """Note what a status of 400 or more says of the provider."""
+        provider, code = candidate.provider, response.code
+        if code >= 500 or (code == UNAUTHORIZED and refuses_proxy(candidate, code)):
+            self._health.failed(provider, client, was_asked=True)
+        else:
+            self._health.succeeded(provider, client)
+        if code in _BUSY and not provider.pass_credential:  # else the caller's own account is
+            seconds = retry_after(response.first, self._wall())
+            if seconds is not None:
+                model = asked_model(exchange, candidate)
+                self._health.cool_down(provider, model, seconds, code)
+
+
+def asked_model(exchange: Exchange, candidate: Candidate) -> str:
+    """Return the model that a candidate is asked for, or ""."""
+    return candidate.model or exchange.trace.model or ""
+
+
+def refuses_proxy(candidate: Candidate, code: int) -> bool:
+    """Return whether a status refuses the credential that the proxy sent, not the caller's."""
+    return code in (UNAUTHORIZED, FORBIDDEN) and candidate.credential is not None
 
 
 def _override(

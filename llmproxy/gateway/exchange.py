@@ -16,12 +16,14 @@ from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
-from llmproxy.policy.routes import RouteMatch
-from llmproxy.record.trace import Trace
+from llmproxy.policy.fair_queue import Place, Waiting
+from llmproxy.policy.routes import ATTEMPTS, Candidate, RouteMatch
+from llmproxy.record.trace import SKIPPED, Trace
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
 
@@ -30,6 +32,9 @@ class Exchange:
 
     Attributes:
         match: the route that it takes, once that is chosen.
+        candidate: the one of it that is asked, or whose response this is.
+        waiting: its place in a queue, while it waits there.
+        place: the place at a provider that it holds.
         decoded_body: the request's body without its Content-Encoding, where it was read, and until
             it was sent.
         left: why the client is gone, if it is.
@@ -47,6 +52,7 @@ class Exchange:
     """
 
     __slots__ = (
+        *("candidate", "place", "waiting"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
         *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
@@ -58,13 +64,16 @@ class Exchange:
         self.trace = trace
         self.started = started
         self.match: RouteMatch | None = None
+        self.candidate: Candidate | None = None
+        self.waiting: Waiting | None = None
+        self.place: Place | None = None
         self.page: Fields = []
         self.decoded_body = b""
         self.left: ClientGone | None = None
         self.is_late = False
         self.has_asked = False
         self.relay: Relay | None = None
-        self.response: Response | None = None
+        self.response: Response | HeldResponse | None = None
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None
         self.has_length = False
@@ -81,7 +90,7 @@ class Exchange:
         """The provider may do the work from here on."""
         self.has_asked = True
 
-    def keep_of(self, response: Response) -> None:
+    def keep_of(self, response: Response | HeldResponse) -> None:
         """Keep what is needed of the response's head later, and drop both heads.
 
         A stream may last for long, and its heads are the largest part of what it would hold.
@@ -128,6 +137,16 @@ class Exchange:
         """How many bytes of the body were written to the client so far."""
         return self.request.sent + (0 if self.relay is None else self.relay.statistics.verbatim)
 
+    def told_fields(self) -> Fields:
+        """Return how the client is told which provider responds, and how many were asked."""
+        if self.candidate is None or not (told := self.candidate.told):
+            return []
+        attempts = self.trace.attempts
+        if len(attempts) == 1:
+            return told
+        asked = sum(one.outcome != SKIPPED for one in attempts)
+        return [told[0], (ATTEMPTS, b"%d" % asked)]
+
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
         """Tell the client of an error; if it has bytes of a response, break that off.
 
@@ -163,6 +182,8 @@ class Exchange:
                 timer.cancel()
         if self.response is not None:
             self.response.abort()
+        if self.place is not None:
+            self.place.give_back()
         trace, sent = self.trace, self.bytes_out
         relay, self.relay = self.relay, None  # which would keep each other
         self.endpoint = None  # a client that is found to have left only now has nothing to read

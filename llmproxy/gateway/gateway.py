@@ -22,6 +22,7 @@ from llmproxy.gateway.admission import Rules, admit, early_refusal, identify, ne
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.failover import Failover
 from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
@@ -32,7 +33,8 @@ from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
-from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
+from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMatch, Routes
+from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import too_large
@@ -40,6 +42,7 @@ from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.client import Upstream, credential_field
+from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
 _log = Logger()
@@ -57,6 +60,7 @@ class Gateway(Handler):
         metrics: counts what is on the way.
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
+        standing: what is known of providers; by default what this gateway learns.
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
     """
@@ -69,6 +73,7 @@ class Gateway(Handler):
         metrics: Metrics,
         *,
         detached: DetachedStreams | None = None,
+        standing: Standing | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -87,7 +92,13 @@ class Gateway(Handler):
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
-        self._attempts = Attempts(upstream, metrics, clock, via, turns)
+        if standing is None:
+            standing = Standing(reactor, clock)
+            standing.follow(config)
+        attempts = Attempts(
+            upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
+        )
+        self._failover = Failover(attempts, standing, self._meet, clock)
 
     # -- what the server asks before a request is served ----------------------------------------
 
@@ -136,14 +147,15 @@ class Gateway(Handler):
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
 
-        response = await self._attempts.send(exchange, match, match.candidates[0], facts)
+        response = await self._failover.send(exchange, match, client, facts)
         request.release()
         exchange.decoded_body = b""
 
         name = trace.id.encode("ascii")
         fields = for_client(response.fields, response.first, name)
+        fields += exchange.told_fields()
         if response.code == NOT_FOUND:
-            fields += hint_fields(match)
+            fields += hint_fields(exchange)
         if exchange.page:
             fields = for_page(fields, exchange.page)
         request.start(response.code, fields)
@@ -219,23 +231,28 @@ class Gateway(Handler):
         if len(exchange.decoded_body) > match.body_limit:
             raise too_large(match.body_limit)
         candidate = match.candidates[0]
-        provider = candidate.provider
         # The model may lead to a route on which keys stand elsewhere; who calls must be the same.
         if candidate.keys != place.keys:
             found = self._rules.auth.identify(request.fields, request.uri, candidate.keys)
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match
+        self._meet(exchange, match, candidate)
+        trace.stream = facts.wants_stream(exchange.endpoint)
         if exchange.page or client is ANONYMOUS:
             self._meet_page(exchange, client, match)
-        request.stall_after = candidate.timeouts.client_stall
-        trace.route, trace.provider = match.route.name, provider.name
-        trace.dialect = provider.dialect
-        exchange.endpoint = self._inspection.endpoint_of(exchange, match, candidate)
-        trace.stream = facts.wants_stream(exchange.endpoint)
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _meet(self, exchange: Exchange, match: RouteMatch, candidate: Candidate) -> None:
+        """Let the exchange go by the candidate that is asked next."""
+        exchange.candidate = candidate
+        exchange.request.stall_after = candidate.timeouts.client_stall
+        trace, provider = exchange.trace, candidate.provider
+        trace.route, trace.provider = match.route.name, provider.name
+        trace.dialect = provider.dialect
+        exchange.endpoint = self._inspection.endpoint_of(exchange, match, candidate)
 
     def _meet_page(self, exchange: Exchange, client: Client, match: RouteMatch) -> None:
         """Go by the origins of the route alone: several may share the path."""
@@ -244,9 +261,12 @@ class Gateway(Handler):
         if client is ANONYMOUS and not match.candidates[0].keys.passes:
             refuse_page(first, allowed)
 
-    async def _pump(self, exchange: Exchange, match: RouteMatch, response: Response) -> None:
+    async def _pump(
+        self, exchange: Exchange, match: RouteMatch, response: Response | HeldResponse
+    ) -> None:
         """Relay the body to the client, and a copy of it to the tap."""
         began = self._clock()
+        candidate = exchange.candidate or match.candidates[0]
         exchange.keep_of(response)
         exchange.tap = self._inspection.open(exchange, match)
         if exchange.left is not None and not (exchange.tap and exchange.tap.is_promising):
@@ -256,7 +276,7 @@ class Gateway(Handler):
             exchange.request,
             self._reactor,
             self._clock,
-            idle=match.candidates[0].timeouts.idle,
+            idle=candidate.timeouts.idle,
             batch=self._batch,
             gaps=self._metrics.gap.observe,
             delays=self._metrics.relay_delay.observe,

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.http1.grammar import Fields
-from llmproxy.policy.routes import RouteMatch
 
 HINT = b"x-llmproxy-hint"
 NOT_FOUND = 404
 
 
-def hint_fields(match: RouteMatch) -> Fields:
+def hint_fields(exchange: Exchange) -> Fields:
     """Return what the caller gets beside a provider's 404; nothing of where the provider is."""
-    twice = match.doubled(match.candidates[0])
+    twice = _doubled(exchange)
     if not twice:
         return []
     text = (
@@ -35,13 +34,15 @@ def hint_for_operator(exchange: Exchange) -> str | None:
     Args:
         exchange: of a request whose provider responded with 404.
     """
-    if (match := exchange.match) is None:
-        return None
-    candidate = match.candidates[0]
-    twice = match.doubled(candidate).decode("ascii")
+    twice = _doubled(exchange).decode("ascii")
     if not twice:
         return None
     return (
-        f"the url of provider {candidate.provider.name} ends with /{twice}, and the path of the "
+        f"the url of provider {exchange.trace.provider} ends with /{twice}, and the path of the "
         f"request has it, too: the provider was asked for /{twice}/{twice}"
     )
+
+
+def _doubled(exchange: Exchange) -> bytes:
+    match, candidate = exchange.match, exchange.candidate
+    return b"" if match is None or candidate is None else match.doubled(candidate)

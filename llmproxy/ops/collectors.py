@@ -10,6 +10,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
@@ -22,6 +23,7 @@ def expose(
     site: Site,
     setup: Setup,
     detached: DetachedStreams,
+    standing: Standing,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -46,6 +48,24 @@ def expose(
     )
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.memory.held})
     gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
+    gauge(
+        "provider_up",
+        "0 while a circuit of the provider is open, for any client.",
+        ["provider"],
+        lambda: {(name,): standing.health.is_up(name) for name in setup.config.providers},
+    )
+    gauge(
+        "provider_cooldown_seconds",
+        "How long the provider is to be left alone, for some client or model.",
+        ["provider"],
+        lambda: {(name,): standing.health.cooldown_s(name) for name in setup.config.providers},
+    )
+    gauge(
+        "queued_requests",
+        "Requests that wait for a place at a provider with a queue.",
+        ["provider"],
+        lambda: {(name,): float(n) for name, n in standing.places.queued().items()},
+    )
     gauge("draining", "1 while the process shuts down.", [], lambda: {(): drain.begun})
     gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})
     gauge(

@@ -22,6 +22,7 @@ from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
+from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.server.handler import Router
@@ -56,6 +57,7 @@ class Setup:
         recorder: keeps records.
         sinks: keeps traces.
         detached: the responses that are read on.
+        standing: what is known of providers.
         drain: how the process will shut down.
         site: serves clients.
         admin: the sites that serve operators.
@@ -78,6 +80,7 @@ class Setup:
         recorder: Recorder,
         sinks: Sinks,
         detached: DetachedStreams,
+        standing: Standing,
         drain: Drain,
         site: Site,
         admin: tuple[Site, ...],
@@ -91,6 +94,7 @@ class Setup:
         self._recorder = recorder
         self._sinks = sinks
         self._detached = detached
+        self._standing = standing
         self._drain = drain
         self._site = site
         self._admin = admin
@@ -117,6 +121,7 @@ class Setup:
             self._recorder,
             self._metrics,
             detached=self._detached,
+            standing=self._standing,
             reactor=self._timers,
             clock=self._clock,
         )
@@ -158,6 +163,7 @@ class Setup:
         self._recorder.follow(config.trace.session_header)
         self._recorder.write_access(config.log.access)
         self._detached.allow(config.limits.drains)
+        self._standing.follow(config)
         self._drain.timeout = config.proxy.drain_timeout
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address

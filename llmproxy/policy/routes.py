@@ -24,13 +24,18 @@ from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.dialects.json_spans import BodyError
 from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
 from llmproxy.http1.query import QueryRewriter, names_of, without
 from llmproxy.policy.auth import KeyPlaces, cut_keys
+from llmproxy.policy.balance import Balance
 from llmproxy.upstream.client import credential_field
 
 _ANY_MODEL = ("*",)
+
+PROVIDER, ATTEMPTS = b"x-llmproxy-provider", b"x-llmproxy-attempts"
+"""The fields that tell callers which provider a response is from, and how many were asked."""
 
 
 class NoModel(Enum):
@@ -60,6 +65,8 @@ class Candidate(msgspec.Struct, frozen=True):
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
         base: the path of the provider's URL, which stands before every target.
+        told: how callers are told that the response is from this provider, and that no other one
+            was asked; or nothing.
     """
 
     provider: Provider
@@ -70,6 +77,7 @@ class Candidate(msgspec.Struct, frozen=True):
     rewriter: HeaderRewriter
     query: QueryRewriter | None
     base: bytes
+    told: Fields
 
 
 class RouteMatch(msgspec.Struct, frozen=True):
@@ -77,7 +85,9 @@ class RouteMatch(msgspec.Struct, frozen=True):
 
     Attributes:
         route: as the configuration has it.
-        candidates: at least one, in the order in which they are to be tried.
+        candidates: at least one, in the order of the file.
+        balance: in which order they are to be asked, or None where there is but one, and nobody
+            counts who is there.
         body_limit: the most bytes that a request body may have on this route.
         path: what of the request's path the provider gets, byte for byte.
         query: the request's query with its question mark, or nothing; a key of the caller's is cut
@@ -87,6 +97,7 @@ class RouteMatch(msgspec.Struct, frozen=True):
 
     route: Route
     candidates: tuple[Candidate, ...]
+    balance: Balance | None
     body_limit: int
     path: bytes
     query: bytes
@@ -126,6 +137,7 @@ class _Prepared(msgspec.Struct, frozen=True):
 
     route: Route
     candidates: tuple[Candidate, ...]
+    balance: Balance | None
     body_limit: int
     path: bytes
     prefix: bytes
@@ -255,7 +267,9 @@ class PathMatch:
             if not all(map(one.allows, models)):
                 raise _no_route(path_known=True)
         self._clients.permit(client, one.route, () if reads_list else models)
-        return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query, is_call)
+        return RouteMatch(
+            one.route, one.candidates, one.balance, one.body_limit, path, mark + query, is_call
+        )
 
 
 class Routes:
@@ -323,11 +337,16 @@ def refuse_dots(path: bytes) -> None:
 def _prepare(config: Config, route: Route) -> _Prepared:
     path = route.path.encode("ascii")
     limit = config.limits.request_body if route.request_body is None else route.request_body
-    providers = (config.providers[name] for name in route.providers)
-    candidates = tuple(_candidate(config, route, provider) for provider in providers)
+    providers = [config.providers[name] for name in route.providers]
+    # A parameter that one of them gets must hold no key, whatever the others get.
+    dropped = frozenset.intersection(
+        *(names_of((*one.drop_query, *route.drop_query)) for one in providers)
+    )
+    candidates = tuple(_candidate(config, route, provider, dropped) for provider in providers)
     return _Prepared(
         route=route,
         candidates=candidates,
+        balance=_balance(config, route),
         body_limit=limit,
         path=path,
         prefix=path if path.endswith(b"/") else path + b"/",
@@ -337,7 +356,23 @@ def _prepare(config: Config, route: Route) -> _Prepared:
     )
 
 
-def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
+def _balance(config: Config, route: Route) -> Balance | None:
+    if len(route.providers) == 1 and not counted(config, route.providers[0]):
+        return None
+    overrides = (route.override.get(name) for name in route.providers)
+    return Balance(route.balance, [1 if one is None else one.weight for one in overrides])
+
+
+def counted(config: Config, provider: str) -> bool:
+    """Return whether anything goes by how many requests are under way at a provider."""
+    return config.providers[provider].max_streams is not None or any(
+        route.balance == "least_busy" and provider in route.providers for route in config.routes
+    )
+
+
+def _candidate(
+    config: Config, route: Route, provider: Provider, dropped: frozenset[bytes]
+) -> Candidate:
     override = route.override.get(provider.name)
     credential = credential_field(provider)
     headers = {**dict(provider.headers), **dict(route.headers)}
@@ -352,7 +387,7 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         keys=KeyPlaces(
             passes=provider.pass_credential,
             query=None if provider.key_query is None else provider.key_query.encode("ascii"),
-            dropped=names_of(drop_query),
+            dropped=dropped,
         ),
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
@@ -363,6 +398,9 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         ),
         query=QueryRewriter(drop_query, query.values()) if drop_query or query else None,
         base=provider.url.path.encode("ascii"),
+        told=[(PROVIDER, provider.name.encode("ascii")), (ATTEMPTS, b"1")]
+        if config.proxy.tell_provider
+        else [],
     )
 
 

@@ -108,6 +108,7 @@ class Metrics:
         self.overhead = Histogram(_FINE_SECONDS)
         self.cancel = Histogram(_FINE_SECONDS)
         self.reactor_lag = Histogram(_FINE_SECONDS)
+        self.queue_wait = Histogram(_SECONDS)
         self._bytes = {"in": 0, "out": 0}
         self._chunks = 0
         self._paused_s = 0.0
@@ -274,6 +275,7 @@ class Metrics:
                 self.overhead,
             ),
             ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
+            ("queue_wait_seconds", "In a provider's queue.", self.queue_wait),
             ("reactor_lag_seconds", "How late the reactor calls a timer.", self.reactor_lag),
         ):
             buckets, total = histogram.buckets()

@@ -19,11 +19,16 @@ CONTENT = ("finish_reason", "response_id", "text", "tool_calls")
 """The fields of a response's content: left out unless they are set, and in no ledger."""
 
 
+SKIPPED = "skipped"
+"""The outcome of a try that was not made."""
+
+
 class Attempt(msgspec.Struct):
     """One try at one provider.
 
-    ``outcome`` is ``ok`` or an end reason; ``cause`` distinguishes failures that have the same
-    outcome; ``seconds`` is the time until the response's head or the failure.
+    ``outcome`` is ``ok``, an end reason, or ``skipped`` where the provider was passed over without
+    being asked; ``cause`` distinguishes failures that have the same outcome, such as the status of
+    a refusal; ``seconds`` is the time until the response's head or the failure.
     """
 
     provider: str
@@ -77,6 +82,7 @@ class Trace(msgspec.Struct, kw_only=True):
     duration_s: float = 0.0
     longest_gap_s: float | None = None
     paused_s: float = 0.0
+    queued_s: float = 0.0
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_tokens: int | None = None

@@ -45,12 +45,14 @@ class Upload:
     Attributes:
         length: bytes, or ``UNKNOWN_LENGTH``; ``announced`` is 0 then.
         complete: the client has sent all of it.
+        begun: some of it may have gone to a provider, so that no other one can have it.
     """
 
     def __init__(self, reading: Reading, length: int | None) -> None:
         self.length: Any = UNKNOWN_LENGTH if length is None else length
         self.announced = length or 0
         self.complete = False
+        self.begun = False
         self._reading = reading
         self._consumer: IConsumer | None = None
         self._ahead: list[bytes] = []
@@ -97,6 +99,7 @@ class Upload:
         """
         if self._error is not None:
             return fail(self._error)
+        self.begun = True
         self._consumer = consumer
         consumer.registerProducer(self, True)
         ahead, self._ahead = self._ahead, []

@@ -125,8 +125,10 @@ class Connection(Protocol):
         state, self.state = self.state, State.CLOSED
         self._settle_ready(reason)
         if state is State.ASKED:
+            # What the kernel did not get, no provider has: it has no whole request to work on.
+            whole = not (self._is_sending or pending_bytes(self._transport))
             self._stop_sending()
-            self._tell(upstream_broken(reason.getErrorMessage()))
+            self._tell(upstream_broken(reason.getErrorMessage(), may_have_run=whole))
         elif state is State.FLOWING:
             self._end_body(self._how_it_ended(reason))
         elif state is State.RESPONDED:
@@ -177,6 +179,10 @@ class Connection(Protocol):
             self._tell(failure.value)
         elif self.state is State.FLOWING:
             self._end_body(failure)
+
+    @property
+    def _is_sending(self) -> bool:
+        return self.sending is not None and self.sending.active
 
     def _stop_sending(self) -> None:
         if self.sending is not None:
@@ -286,8 +292,7 @@ class Connection(Protocol):
         """The response is whole: keep the connection for another, or close it."""
         if self.state is State.CLOSED:
             return
-        sending = self.sending is not None and self.sending.active
-        unsent = sending or pending_bytes(self._transport) > 0
+        unsent = self._is_sending or pending_bytes(self._transport) > 0
         if extra or unsent or not self.persistent or self.aborted:
             self._stop_sending()
             self.abort()

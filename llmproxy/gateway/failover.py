@@ -1,0 +1,255 @@
+"""One request and several candidates: which one is asked, and what happens if it fails.
+
+The candidates of a route are asked one after the other, until one responds as it should.  Some are
+passed over: those that are to be left alone, and those without a free place.  A refusal is held,
+because it may turn out to be the last response that there is.  Nothing is sent a second time once
+the client has a byte (design 6, ADR-0026).
+
+Most routes have one candidate that is well; :meth:`Failover.send` then adds nothing to
+:class:`Attempts`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+from llmproxy.config import Client, Route
+from llmproxy.dialects.request import RequestFacts
+from llmproxy.errors import EndReason, ProxyError
+from llmproxy.gateway.attempt import Attempts, asked_model, refuses_proxy
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.policy.fair_queue import Places, no_place
+from llmproxy.policy.routes import Candidate, RouteMatch
+from llmproxy.policy.standing import Standing
+from llmproxy.policy.stickiness import key_of
+from llmproxy.record.trace import SKIPPED, Attempt
+from llmproxy.upstream.held_response import HeldResponse
+from llmproxy.upstream.response import Response
+
+Meet = Callable[[Exchange, RouteMatch, Candidate], None]
+
+_NO_CONNECTION = frozenset((EndReason.UPSTREAM_UNREACHABLE, EndReason.UPSTREAM_TLS))
+_BROKEN = frozenset((EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_PROTOCOL))
+_NO_RESPONSE = _BROKEN | {EndReason.UPSTREAM_TIMEOUT}
+
+
+class Failover:
+    """Chooses among candidates, as one configuration has them.
+
+    Args:
+        attempts: ask one of them.
+        standing: knows whom to leave alone, who has a free place, and who was asked before.
+        meet: called with an exchange, its route and the candidate that is to be asked next.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        attempts: Attempts,
+        standing: Standing,
+        meet: Meet,
+        clock: Callable[[], float],
+    ) -> None:
+        self.attempts = attempts
+        self.health = standing.health
+        self.places = standing.places
+        self.stickiness = standing.stickiness
+        self.meet = meet
+        self.clock = clock
+
+    def send(
+        self, exchange: Exchange, match: RouteMatch, client: Client, facts: RequestFacts
+    ) -> Awaitable[Response | HeldResponse]:
+        """Send the request to a candidate that responds, and return the head of its response.
+
+        Raises:
+            ProxyError: none of them did.  The error is the last one's, or says why none was asked.
+        """
+        if match.balance is None and not self.health.is_troubled:
+            return self.attempts.send(exchange, match, match.candidates[0], facts)
+        return _Round(self, exchange, match, client).send(facts)
+
+
+class _Round:
+    """The way of one request through the candidates of its route.
+
+    Attributes:
+        left: the candidates that were not asked yet, in the order in which to ask them.
+        held: the last refusal, and whose it is.
+        error: how the last attempt failed.
+        wait: for how long the one that is ready first is to be left alone, and the status of that.
+    """
+
+    def __init__(
+        self, failover: Failover, exchange: Exchange, match: RouteMatch, client: Client
+    ) -> None:
+        self._failover = failover
+        self._exchange = exchange
+        self._match = match
+        self._client = client
+        self.held: tuple[HeldResponse, Candidate] | None = None
+        self.error: ProxyError | None = None
+        self.wait = math.inf, 503
+        self._key = key_of(match.route, client.name, exchange.trace.session)
+        self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        self.left = self._order()
+
+    def _order(self) -> list[Candidate]:
+        order: Sequence[Candidate] = self._match.candidates
+        if self._match.balance is not None:
+            order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
+        return sorted(order, key=lambda one: one.provider.name != self._known)
+
+    async def send(self, facts: RequestFacts) -> Response | HeldResponse:
+        """Do as :meth:`Failover.send`."""
+        exchange, match, failover = self._exchange, self._match, self._failover
+        try:
+            while (candidate := self._take() or await self._queue()) is not None:
+                failover.meet(exchange, match, candidate)
+                try:
+                    response = await failover.attempts.send(exchange, match, candidate, facts)
+                except ProxyError as error:
+                    self._give_back()
+                    self.error = error
+                    if _goes_on(exchange, match.route, error):
+                        continue
+                    raise
+                if not self._passes_over(candidate, response):
+                    self._remember(candidate, response)
+                    return response
+                self._give_back()
+                self._drop_held()
+                self.held = HeldResponse(response), candidate
+            return self._last_response()
+        finally:
+            if self.held is not None and exchange.response is not self.held[0]:
+                self._drop_held()
+
+    # -- whom to ask ----------------------------------------------------------------------------
+
+    def _take(self) -> Candidate | None:
+        """Take the next candidate that may be asked, and a place there; None where none may be."""
+        for candidate in list(self.left):
+            seconds, status = self._wait_for(candidate)
+            if seconds > 0:
+                self.wait = min(self.wait, (seconds, status))
+                self._skip(candidate, "cooling")
+            elif self._match.balance is None:
+                self.left.remove(candidate)
+                return candidate
+            elif (place := self._places_at(candidate).take()) is not None:
+                self.left.remove(candidate)
+                self._exchange.place = place
+                return candidate
+        return None
+
+    async def _queue(self) -> Candidate | None:
+        """Wait for a place at the first candidate that has a queue; None where none has."""
+        exchange = self._exchange
+        for candidate in self.left:
+            places = self._places_at(candidate)
+            if not places.has_queue:
+                continue
+            self.left.remove(candidate)
+            self._failover.meet(exchange, self._match, candidate)
+            began = self._failover.clock()
+            try:
+                exchange.waiting = places.wait(self._client.name, self._client.weight)
+                exchange.place = await exchange.waiting.placed
+            except ProxyError as error:
+                self.error = error
+                return None
+            finally:
+                exchange.waiting = None
+                exchange.trace.queued_s += round(self._failover.clock() - began, 6)
+            return candidate
+        return None
+
+    def _wait_for(self, candidate: Candidate) -> tuple[float, int]:
+        model = asked_model(self._exchange, candidate)
+        return self._failover.health.wait(candidate.provider, self._client.name, model)
+
+    def _places_at(self, candidate: Candidate) -> Places:
+        return self._failover.places.at(candidate.provider.name)
+
+    def _skip(self, candidate: Candidate, why: str) -> None:
+        self.left.remove(candidate)
+        self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
+
+    # -- what came of it ------------------------------------------------------------------------
+
+    def _passes_over(self, candidate: Candidate, response: Response) -> bool:
+        """Return whether to ask somebody else, because that was a refusal and somebody is left."""
+        code, retry_on = response.code, self._match.route.retry_on
+        if code < 400 or not (code in retry_on or refuses_proxy(candidate, code)):
+            return False
+        return _can_be_sent_again(self._exchange) and any(map(self._may_be_asked, self.left))
+
+    def _may_be_asked(self, candidate: Candidate) -> bool:
+        return self._wait_for(candidate)[0] <= 0 and self._places_at(candidate).has_room
+
+    def _remember(self, candidate: Candidate, response: Response) -> None:
+        """Remember whom the next request is to ask first."""
+        if self._key is None or response.code >= 500:
+            return
+        asked = {one.provider for one in self._exchange.trace.attempts}
+        if self._known in (None, candidate.provider.name) or self._known in asked:
+            seconds = self._match.route.sticky_for
+            self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
+
+    def _last_response(self) -> HeldResponse:
+        """Return the last refusal, or raise why there is none."""
+        if self.held is None:
+            raise self.error or self._none_asked()
+        held, candidate = self.held
+        self._failover.meet(self._exchange, self._match, candidate)
+        self._exchange.response = held
+        return held
+
+    def _none_asked(self) -> ProxyError:
+        if self.left:
+            text = "The provider serves as many requests as it may; try again."
+            return no_place("provider_busy", text)
+        return _all_cooling(*self.wait)
+
+    def _drop_held(self) -> None:
+        if self.held is not None:
+            self.held[0].abort()
+            self.held = None
+
+    def _give_back(self) -> None:
+        place, self._exchange.place = self._exchange.place, None
+        if place is not None:
+            place.give_back()
+
+
+def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
+    """Return whether the next candidate is asked after this error."""
+    if error.end in _NO_CONNECTION or (error.end in _NO_RESPONSE and not error.may_have_run):
+        word = "connect"
+    elif error.end in _BROKEN:
+        word = "reset"
+    elif error.end is EndReason.UPSTREAM_TIMEOUT:
+        word = "timeout"
+    else:
+        return False
+    return word in route.retry_on and _can_be_sent_again(exchange)
+
+
+def _can_be_sent_again(exchange: Exchange) -> bool:
+    """Return whether the body is still whole here."""
+    return exchange.request.upload is None or not exchange.request.upload.begun
+
+
+def _all_cooling(seconds: float, status: int) -> ProxyError:
+    thousandths = math.ceil(seconds * 1000)
+    return ProxyError(
+        429 if status == 429 else 503,
+        "all_cooling",
+        "Every provider for this request is to be left alone for now; try again later.",
+        fields=(
+            (b"retry-after", b"%d" % -(-thousandths // 1000)),
+            (b"retry-after-ms", b"%d" % thousandths),
+        ),
+    )

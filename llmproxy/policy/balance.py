@@ -1,0 +1,53 @@
+"""In which order the candidates of a route are asked, before health has a say.
+
+``ordered`` is the order of the file.  ``least_busy`` asks the provider with the fewest requests
+under way.  ``weighted`` lets the providers take turns, each as often as its weight says, and spread
+evenly: with weights 2 and 1 the turns are A, B, A and not A, A, B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Balance:
+    """The order of one route's candidates.
+
+    Args:
+        rule: ``ordered``, ``least_busy`` or ``weighted``.
+        weights: one for each candidate, at least 1.
+    """
+
+    def __init__(self, rule: str, weights: Sequence[int]) -> None:
+        self._rule = rule
+        self._weights = weights
+        self._credit = [0] * len(weights)
+
+    def order(self, candidates: Sequence[T], busy: Callable[[T], int]) -> Sequence[T]:
+        """Return the candidates in the order in which the next request is to ask them.
+
+        Args:
+            candidates: as the route has them.
+            busy: returns how many requests are under way at a candidate.
+        """
+        if self._rule == "least_busy":
+            return sorted(candidates, key=busy)
+        if self._rule == "weighted":
+            return [candidates[place] for place in self._turn()]
+        return candidates
+
+    def _turn(self) -> list[int]:
+        """Return the places by how long each has waited for its share, and take the first's turn.
+
+        Each place earns its weight with every request, and the one that is asked first pays for
+        all of them; so the sum stays zero, and none is ever ahead by more than the others' weights.
+        """
+        credit = self._credit
+        for place, weight in enumerate(self._weights):
+            credit[place] += weight
+        order = sorted(range(len(credit)), key=lambda place: -credit[place])
+        credit[order[0]] -= sum(self._weights)
+        return order

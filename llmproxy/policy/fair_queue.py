@@ -1,0 +1,269 @@
+"""The places at a provider, and the queue of those who wait for one.
+
+A provider with ``max_streams`` has so many places.  A request holds one from the moment it is sent
+until its response has ended.  While all are taken, requests wait, and the clients that wait take
+turns, each as often as its ``weight`` says (start-time fair queueing, Goyal et al. 1996): a client
+that floods the queue waits longer itself, and nobody else does.
+
+In a full queue the client with the most waiting requests, by its weight, loses its newest one to
+one who has fewer.  A place is given back once, however its request ends.  Nothing here knows a
+request or a provider (ADR-0026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from llmproxy.config import Provider
+from llmproxy.errors import ProxyError
+
+
+class Place:
+    """A place at a provider, which is given back once."""
+
+    __slots__ = ("_places",)
+
+    def __init__(self, places: Places) -> None:
+        self._places: Places | None = places
+
+    def give_back(self) -> None:
+        """Let the next request have it; harmless when it was given back."""
+        places, self._places = self._places, None
+        if places is not None:
+            places.freed()
+
+
+class Waiting:
+    """A request that waits for a place.
+
+    Attributes:
+        placed: fires with the :class:`Place`.  It fails with ``ProxyError`` where none came in
+            time.  Cancelling it leaves the queue.
+    """
+
+    __slots__ = ("_places", "client", "placed", "since", "timer")
+
+    def __init__(self, places: Places, client: str, since: float) -> None:
+        self._places = places
+        self.client = client
+        self.since = since
+        self.placed: Deferred[Place] = Deferred(lambda _: places.left(self))
+        self.timer: Any = None
+
+    @property
+    def ahead(self) -> int:
+        """How many requests get a place before this one, as things stand."""
+        return self._places.ahead_of(self)
+
+
+class _Line:
+    """The requests of one client that wait, the oldest first.
+
+    Attributes:
+        turn: the virtual time at which its first request is due.
+    """
+
+    __slots__ = ("step", "turn", "waiting")
+
+    def __init__(self, turn: float, weight: int) -> None:
+        self.turn = turn
+        self.step = 1 / weight
+        self.waiting: dict[Waiting, None] = {}
+
+    @property
+    def length(self) -> float:
+        """How much waits here, by the client's weight."""
+        return len(self.waiting) * self.step
+
+
+class Places:
+    """The places at one provider.
+
+    Args:
+        reactor: keeps time.
+        clock: monotonic seconds.
+        waited: called with the seconds that a request has waited, when it leaves the queue.
+
+    Attributes:
+        busy: how many places are taken.
+    """
+
+    def __init__(
+        self, reactor: Any, clock: Callable[[], float], waited: Callable[[float], object]
+    ) -> None:
+        self._reactor = reactor
+        self._clock = clock
+        self._waited = waited
+        self._most: int | None = None
+        self._size = 0
+        self._timeout = 0.0
+        self._lines: dict[str, _Line] = {}
+        self._due: dict[str, float] = {}  # when a client whose line was empty is due again
+        self._now = 0.0  # virtual: the turn of the one that got a place last
+        self._queued = 0
+        self.busy = 0
+
+    def __len__(self) -> int:
+        return self._queued
+
+    def follow(self, provider: Provider) -> None:
+        """Have as many places from now on as ``provider`` says; who holds one keeps it."""
+        self._most = provider.max_streams
+        self._size = 0 if provider.queue is None else provider.queue.size
+        self._timeout = 0.0 if provider.queue is None else provider.queue.timeout
+        self._fill()
+
+    def take(self) -> Place | None:
+        """Return a place, or None where none is free, or others wait for it."""
+        if self._most is not None and (self._queued or self.busy >= self._most):
+            return None
+        self.busy += 1
+        return Place(self)
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether a request may wait here."""
+        return self._size > 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request gets a place at once, or may wait for one."""
+        return self.has_queue or self._most is None or self.busy < self._most
+
+    def wait(self, client: str, weight: int) -> Waiting:
+        """Join the queue.
+
+        Raises:
+            ProxyError: 503, where it is full.
+        """
+        if self._queued >= self._size:
+            self._make_room(client, weight)
+        waiting = Waiting(self, client, self._clock())
+        line = self._lines.get(client)
+        if line is None:
+            turn = max(self._now, self._due.get(client, 0.0))
+            line = self._lines[client] = _Line(turn, weight)
+        line.waiting[waiting] = None
+        self._queued += 1
+        waiting.timer = self._reactor.callLater(self._timeout, self._late, waiting)
+        return waiting
+
+    def _make_room(self, client: str, weight: int) -> None:
+        """Let the longest line lose its newest request, unless it is the one that would grow."""
+        own = self._lines.get(client)
+        length = 1 / weight + (0.0 if own is None else own.length)
+        longest = max(self._lines.values(), key=lambda line: line.length)
+        if longest is own or longest.length <= length:
+            raise no_place("queue_full", "Too many requests wait for this provider; try again.")
+        newest = next(reversed(longest.waiting))
+        self._remove(newest)
+        text = "Too many requests of this client wait for this provider; try again."
+        self._reactor.callLater(0, _fail, newest, no_place("queue_full", text))
+
+    def left(self, waiting: Waiting) -> None:
+        """A request leaves the queue, and waits no more."""
+        self._remove(waiting)
+
+    def _late(self, waiting: Waiting) -> None:
+        self._remove(waiting)
+        waiting.placed.errback(
+            no_place("queue_timeout", "The provider had no free place in time; try again.")
+        )
+
+    def freed(self) -> None:
+        """A place was given back."""
+        self.busy -= 1
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give free places to those who wait, in their turn."""
+        while self._queued and (self._most is None or self.busy < self._most):
+            line = min(self._lines.values(), key=lambda one: one.turn)
+            waiting = next(iter(line.waiting))
+            self._now = line.turn
+            line.turn += line.step
+            self._remove(waiting)
+            self.busy += 1
+            # A turn later: whoever gives a place back is not to run somebody else's request.
+            self._reactor.callLater(0, _hand_over, waiting, Place(self))
+
+    def _remove(self, waiting: Waiting) -> None:
+        line = self._lines.get(waiting.client)
+        if line is None or waiting not in line.waiting:
+            return
+        del line.waiting[waiting]
+        self._queued -= 1
+        if not line.waiting:
+            del self._lines[waiting.client]
+            self._due[waiting.client] = line.turn
+        if not self._lines:
+            self._due.clear()
+            self._now = 0.0
+        if waiting.timer.active():
+            waiting.timer.cancel()
+        self._waited(self._clock() - waiting.since)
+
+    def ahead_of(self, waiting: Waiting) -> int:
+        """Return how many get a place before ``waiting``, if nobody else comes."""
+        own = self._lines.get(waiting.client)
+        if own is None or waiting not in own.waiting:
+            return 0
+        place = list(own.waiting).index(waiting)
+        due = own.turn + place * own.step
+        others = (line for line in self._lines.values() if line is not own)
+        return place + sum(
+            min(len(line.waiting), max(0, -int(-(due - line.turn) // line.step))) for line in others
+        )
+
+
+def _hand_over(waiting: Waiting, place: Place) -> None:
+    if waiting.placed.called:  # it left in this turn
+        place.give_back()
+    else:
+        waiting.placed.callback(place)
+
+
+def _fail(waiting: Waiting, error: ProxyError) -> None:
+    if not waiting.placed.called:
+        waiting.placed.errback(error)
+
+
+def no_place(reason: str, text: str) -> ProxyError:
+    """Return the refusal of a request for which a provider has no place."""
+    return ProxyError(503, reason, text, fields=((b"retry-after", b"1"),))
+
+
+class AllPlaces:
+    """The places at all providers; they last over a reload.
+
+    Args:
+        As :class:`Places`.
+    """
+
+    def __init__(
+        self, reactor: Any, clock: Callable[[], float], waited: Callable[[float], object]
+    ) -> None:
+        self._make = lambda: Places(reactor, clock, waited)
+        self._places: dict[str, Places] = {}
+
+    def at(self, provider: str) -> Places:
+        """Return the places at a provider."""
+        found = self._places.get(provider)
+        if found is None:
+            found = self._places[provider] = self._make()
+        return found
+
+    def follow(self, providers: Mapping[str, Provider]) -> None:
+        """Go by these providers from now on; forget the others, once nothing is left there."""
+        for name, places in list(self._places.items()):
+            if name not in providers and not places.busy and not len(places):
+                del self._places[name]
+        for name, provider in providers.items():
+            self.at(name).follow(provider)
+
+    def queued(self) -> dict[str, int]:
+        """Return how many requests wait, by provider."""
+        return {name: len(places) for name, places in self._places.items() if places.has_queue}

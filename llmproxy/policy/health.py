@@ -1,0 +1,185 @@
+"""Which providers are to be left alone for now: circuits and cooldowns.
+
+A *circuit* opens when a provider fails several times one after the other.  After a while one
+request is let through as a probe, which closes the circuit or opens it again.  A failed connection
+says something of the provider alone, and its circuit is everybody's.  What a provider does with a
+request may be that request's fault, and so each client has a circuit of its own for that: no client
+can make a provider look ill to others.
+
+A *cooldown* is what the provider itself asked for: it refused a request, and said when to come
+again.  It is kept by model, as providers limit by model.  A longer one replaces a shorter one, and
+never the other way round.
+
+What is known lasts over a reload.  Nothing here knows a request or a connection (ADR-0026).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+
+from llmproxy.config import Provider
+
+LONGEST_COOLDOWN_S = 3600.0
+"""A provider is asked again after this time, whatever it said."""
+
+_MOST_COOLDOWNS = 4096
+"""Models are words of callers': of more than so many, the cooldown that ends first is forgotten."""
+
+_PROBED = 1.0
+"""How long to wait, in seconds, while a probe is under way."""
+
+_LOOK_EVERY_S = 1.0
+
+Key = tuple[str, str]
+"""A provider; and a client, or "" for all of them."""
+
+
+class Health:
+    """What is known of all providers' health.
+
+    Args:
+        clock: monotonic seconds.
+
+    Attributes:
+        is_troubled: something is known, so that requests must ask.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._circuits: dict[Key, _Circuit] = {}
+        self._cooldowns: dict[Key, tuple[float, int]] = {}
+        self._look_at = 0.0
+        self.is_troubled = False
+
+    def wait(self, provider: Provider, client: str, model: str) -> tuple[float, int]:
+        """Return for how many seconds not to ask a provider, and the status that a caller gets.
+
+        The seconds are 0 where it may be asked now.
+
+        Args:
+            model: as the provider would be asked for it; "" for none.
+        """
+        if not self.is_troubled:
+            return 0.0, 0
+        now, name = self._clock(), provider.name
+        until, status = self._cooldowns.get((name, model), (0.0, 0))
+        wait = max(0.0, until - now)
+        for key in ((name, ""), (name, client)):
+            circuit = self._circuits.get(key)
+            if circuit is not None and (left := circuit.wait(now)) > wait:
+                wait, status = left, 503
+        return wait, status
+
+    def asks(self, provider: Provider, client: str) -> None:
+        """The provider is being asked: where its circuit was open, this is the probe."""
+        if self.is_troubled:
+            for key in ((provider.name, ""), (provider.name, client)):
+                if (circuit := self._circuits.get(key)) is not None:
+                    circuit.is_probed = circuit.opened_until is not None
+
+    def succeeded(self, provider: Provider, client: str) -> None:
+        """The provider has responded as it should."""
+        if self.is_troubled:
+            self._circuits.pop((provider.name, ""), None)
+            self._circuits.pop((provider.name, client), None)
+            if self._clock() >= self._look_at:
+                self._look()
+
+    def failed(self, provider: Provider, client: str, *, was_asked: bool) -> None:
+        """The provider has failed.
+
+        Args:
+            was_asked: it may have had the whole request, which may be the reason; else there was no
+                connection.
+        """
+        if was_asked:
+            self._circuits.pop((provider.name, ""), None)  # it could be reached
+        if provider.health.failures:
+            key = (provider.name, client if was_asked else "")
+            circuit = self._circuits.setdefault(key, _Circuit())
+            circuit.failed(provider, self._clock())
+        self._look()
+
+    def gave_up(self, provider: Provider, client: str) -> None:
+        """The request ended before the provider had done anything: the next one is the probe."""
+        if self.is_troubled:
+            for key in ((provider.name, ""), (provider.name, client)):
+                if (circuit := self._circuits.get(key)) is not None:
+                    circuit.is_probed = False
+
+    def cool_down(self, provider: Provider, model: str, seconds: float, status: int) -> None:
+        """Do not ask the provider for this model for so long; it refused with this status."""
+        now = self._clock()
+        until = now + min(seconds, LONGEST_COOLDOWN_S)
+        key = (provider.name, model)
+        if seconds <= 0 or until <= self._cooldowns.get(key, (0.0, 0))[0]:
+            return
+        if len(self._cooldowns) >= _MOST_COOLDOWNS:
+            self._look()
+        if len(self._cooldowns) >= _MOST_COOLDOWNS and key not in self._cooldowns:
+            del self._cooldowns[min(self._cooldowns, key=lambda one: self._cooldowns[one][0])]
+        self._cooldowns[key] = until, status
+        self.is_troubled = True
+
+    def follow(self, providers: Collection[str]) -> None:
+        """Forget the providers that are not among these."""
+        for known in (self._circuits, self._cooldowns):
+            for key in [key for key in known if key[0] not in providers]:
+                del known[key]
+        self._look()
+
+    # -- what operators see ---------------------------------------------------------------------
+
+    def is_up(self, provider: str) -> bool:
+        """Return whether no circuit of the provider is open, for any client."""
+        return not any(
+            name == provider and circuit.opened_until is not None
+            for (name, _), circuit in self._circuits.items()
+        )
+
+    def cooldown_s(self, provider: str) -> float:
+        """Return the longest time that the provider is left alone, for any client and model."""
+        now = self._clock()
+        waits = [one.wait(now) for (name, _), one in self._circuits.items() if name == provider]
+        ends = [until for (name, _), (until, _) in self._cooldowns.items() if name == provider]
+        return max([0.0, *waits, *(until - now for until in ends)])
+
+    def _look(self) -> None:
+        """Forget the cooldowns that are over."""
+        now = self._clock()
+        self._look_at = now + _LOOK_EVERY_S
+        for key in [key for key, (until, _) in self._cooldowns.items() if until <= now]:
+            del self._cooldowns[key]
+        self.is_troubled = bool(self._circuits or self._cooldowns)
+
+
+class _Circuit:
+    """The failures of one provider, one after the other.
+
+    Attributes:
+        opened_until: when the probe may be sent, or None while the circuit is closed.
+        is_probed: that probe is under way.
+    """
+
+    __slots__ = ("_failures", "is_probed", "opened_until")
+
+    def __init__(self) -> None:
+        self._failures: deque[float] = deque()
+        self.opened_until: float | None = None
+        self.is_probed = False
+
+    def wait(self, now: float) -> float:
+        if self.opened_until is None:
+            return 0.0
+        return max(self.opened_until - now, _PROBED if self.is_probed else 0.0)
+
+    def failed(self, provider: Provider, now: float) -> None:
+        health = provider.health
+        failures = self._failures
+        failures.append(now)
+        while failures[0] < now - health.window or len(failures) > health.failures:
+            failures.popleft()
+        if len(failures) >= health.failures or self.is_probed:
+            self.opened_until = now + health.open_for
+        self.is_probed = False

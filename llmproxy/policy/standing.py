@@ -1,0 +1,45 @@
+"""What is learned of providers while the process runs, and lasts over a reload.
+
+Every configuration has its own routes; what a provider did a minute ago is true for the next
+configuration, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llmproxy.config import Config
+from llmproxy.policy.fair_queue import AllPlaces
+from llmproxy.policy.health import Health
+from llmproxy.policy.stickiness import Stickiness
+
+
+class Standing:
+    """How all providers stand.
+
+    Args:
+        timers: keeps the time of those who wait for a place.
+        clock: monotonic seconds.
+        waited: called with the seconds that a request has waited for a place.
+
+    Attributes:
+        health: whom to leave alone.
+        places: who has a free place.
+        stickiness: who served whom last.
+    """
+
+    def __init__(
+        self,
+        timers: Any,
+        clock: Callable[[], float],
+        waited: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        self.health = Health(clock)
+        self.places = AllPlaces(timers, clock, waited)
+        self.stickiness = Stickiness(clock)
+
+    def follow(self, config: Config) -> None:
+        """Go by the providers of this configuration from now on."""
+        self.health.follow(config.providers)
+        self.places.follow(config.providers)
