@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import msgspec
 
@@ -234,13 +235,13 @@ def _check_candidates(config: Config, problems: list[str]) -> None:
     """Report candidates to which a route could not send one and the same request."""
     same = ("dialect", "pass_credential", "key_query")
     for at, route in enumerate(config.routes):
-        first, *others = (config.providers[name] for name in route.providers)
-        for other in others:
+        candidates = [config.providers[name] for name in route.providers]
+        for first, other in pairwise(candidates):
             for key in same:
                 if getattr(first, key) != getattr(other, key):
                     problems.append(
                         f"routes[{at}].providers: expected providers of the same `{key}`, "
-                        f"but {show(first.name)} and {show(other.name)} have not"
+                        f"but {show(first.name)} and {show(other.name)} differ"
                     )
 
 

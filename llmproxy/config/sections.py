@@ -74,22 +74,18 @@ def read_provider(name: str, table: Table) -> Provider:
 
 def read_route(table: Table) -> Route:
     """Read one ``[[routes]]``; its path names it."""
-    path, candidates = table.take("path"), table.take("providers")
-    if len(set(candidates)) < len(candidates):
+    path = table.take("path")
+    table.take("providers")
+    route = table.struct(Route, path=path or "", name=_route_name(table, path))
+    if len(set(route.providers)) < len(route.providers):
         table.problem("providers", "expected each provider once")
-    if len(candidates) < 2:
-        for key in ("balance", "retry_on", "sticky"):
-            if key in table and candidates:
-                table.problem(key, "expected more than one item in `providers` beside it")
-    if "sticky_for" in table and table.take("sticky") == "off":
-        table.problem("sticky_for", "expected `sticky` beside it, which it is for")
-    if table.take("balance") != "weighted":
-        for name, one in table.take("override").items():
+    if route.balance != "weighted":
+        for name, one in route.override.items():
             if one.weight != 1:
                 table.problem(
                     "override", f'expected balance = "weighted" beside the weight of {show(name)}'
                 )
-    return table.struct(Route, path=path or "", name=_route_name(table, path))
+    return route
 
 
 def _route_name(table: Table, path: str | None) -> str:

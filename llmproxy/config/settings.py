@@ -420,7 +420,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     wait take turns: in the same time, a client of ``weight = 2`` gets two places where another one
     gets one, however many requests either of them has there."""
 
-    health: Annotated[Health, Key(inner(Health, HEALTH))] = Health()
+    health: Annotated[Health, Key(inner(Health, HEALTH), stated="default: as below")] = Health()
     """When the provider is left alone because it fails, as named below. A connection that does not
     come about counts for all clients. What a provider does with a request (a status of 500 or more,
     a 401, a response that breaks off before its head or does not begin in time) counts only for the

@@ -83,7 +83,7 @@ class Health:
         if self.is_troubled:
             self._circuits.pop((provider.name, ""), None)
             self._circuits.pop((provider.name, client), None)
-            if self._clock() >= self._look_at:
+            if not self._cooldowns or self._clock() >= self._look_at:
                 self._look()
 
     def failed(self, provider: Provider, client: str, *, was_asked: bool) -> None:

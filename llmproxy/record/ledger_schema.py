@@ -84,8 +84,10 @@ STEPS: tuple[tuple[str, ...], ...] = (
         _FIRST_SESSIONS,
     ),
     ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
+    ("ALTER TABLE traces ADD COLUMN queued_s REAL NOT NULL DEFAULT 0",),
 )
-"""The statements of each step: the traces, their sessions, where a request named its model."""
+"""The statements of each step: the traces, their sessions, where a request named its model, and for
+how long it waited in a queue."""
 
 
 class LedgerError(OSError):

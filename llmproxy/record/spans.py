@@ -81,6 +81,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.first_chunk_s", "first_chunk_s", _double),
     ("llmproxy.longest_gap_s", "longest_gap_s", _double),
     ("llmproxy.paused_s", "paused_s", _double),
+    ("llmproxy.queued_s", "queued_s", _double),
     ("llmproxy.usage", "usage", _string),
     ("llmproxy.on_disconnect", "on_disconnect", _string),
     ("llmproxy.model_from", "model_from", _string),

@@ -82,7 +82,6 @@ class Trace(msgspec.Struct, kw_only=True):
     duration_s: float = 0.0
     longest_gap_s: float | None = None
     paused_s: float = 0.0
-    queued_s: float = 0.0
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_tokens: int | None = None
@@ -92,6 +91,7 @@ class Trace(msgspec.Struct, kw_only=True):
     degraded: list[str] = msgspec.field(default_factory=list)
     on_disconnect: str | None = None
     model_from: str | None = None
+    queued_s: float = 0.0
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET

@@ -55,6 +55,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "anonymous": True,
             "drain_timeout": "5m",
             "max_connections": 20000,
+            "tell_provider": True,
             "tuned_loop": True,
             "via": "llmproxy-h-st-one",
         },
@@ -99,6 +100,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "drop_query": [],
                 "ca": None,
                 "pool": 1000,
+                "max_streams": None,
+                "queue": None,
+                "health": {"failures": 5, "window": "30s", "open_for": "15s"},
                 "timeouts": {},
             }
         },
@@ -107,6 +111,10 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "name": "a",
                 "path": "/a",
                 "providers": ["p"],
+                "balance": "ordered",
+                "retry_on": ["connect", 429, 500, 502, 503, 529],
+                "sticky": "off",
+                "sticky_for": "1h",
                 "hosts": None,
                 "models": None,
                 "allowed_origins": [],
@@ -444,7 +452,10 @@ def test_what_a_file_sets_is_shown(directory: Path) -> None:
     provider, (route,) = shown["providers"]["p"], shown["routes"]
     assert (provider["credential"], provider["headers"]) == (True, ["x-a"])
     assert provider["timeouts"] == {"idle": "90s"}
-    assert (route["override"], route["request_body"]) == ({"p": {"model": "m"}}, "1KiB")
+    assert (route["override"], route["request_body"]) == (
+        {"p": {"model": "m", "weight": 1}},
+        "1KiB",
+    )
     assert (shown["limits"]["accumulate"], shown["trace"]["otlp"]) == ("0", "http://127.0.0.1:4318")
 
 

@@ -313,7 +313,7 @@ def test_nothing_secret_is_shown(directory: Path) -> None:
         assert DIGEST not in shown
         assert repr(digest)[2:-1] not in shown
     assert "credential=***" in repr(config)
-    assert redacted["clients"] == {"c": {"keys": 1, "routes": ["*"], "models": ["*"]}}
+    assert redacted["clients"] == {"c": {"keys": 1, "routes": ["*"], "models": ["*"], "weight": 1}}
     with pytest.raises(TypeError, match="Secret"):
         msgspec.json.encode(config)
 

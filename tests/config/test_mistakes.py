@@ -172,7 +172,13 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("routes[0].providers", '["q"]', "[0]", 'the name of a provider, got "q"'),
     ("routes[0].providers", '["pp"]', "[0]", 'did you mean "p"?'),
     ("routes[0].providers", "[1]", "[0]", "the name of a provider"),
-    ("routes[0].providers", '["p", "p"]', "", "more than one candidate is not built yet"),
+    ("routes[0].providers", '["p", "p"]', "", "each provider once"),
+    ("routes[0].override.p.weight", "0", "", "a whole number from 1"),
+    ("providers.p.max_streams", "0", "", "a whole number from 1"),
+    ("providers.p.queue", "{}", "", "`max_streams` beside it"),
+    ("providers.p.health.failures", "-1", "", "a whole number from 0"),
+    ("providers.p.health.open_for", '"off"', "", "cannot be off"),
+    ("providers.p.health.window", "30", "", "with its unit"),
     ("routes[0].hosts", "[]", "", "at least one item"),
     ("routes[0].hosts", '["a b"]', "[0]", "a host's name"),
     ("routes[0].hosts", '["a:80"]', "[0]", "without a port"),
@@ -289,9 +295,8 @@ def test_other_headers_may_be_set(name: str) -> None:
 
 
 NOT_BUILT = [
-    *("intercept", "tunnel", "admin.token", "providers.p.max_streams", "routes[0].balance"),
-    *("routes[0].retry_on", "routes[0].heartbeat", "routes[0].padding"),
-    *("routes[0].override.p.weight", "clients.c.max_streams", "clients.c.requests_per_minute"),
+    *("intercept", "tunnel", "admin.token", "routes[0].heartbeat", "routes[0].padding"),
+    *("clients.c.max_streams", "clients.c.requests_per_minute"),
     *("clients.c.tokens_per_minute", "clients.c.tokens_per_day"),
 ]
 
@@ -308,6 +313,67 @@ def test_what_is_not_built_is_refused(key: str) -> None:
 def test_the_keys_that_are_not_built_are_those_of_the_design() -> None:
     """The list of refused keys is written down a second time, so that none is dropped unseen."""
     assert len(NOT_BUILT) == sum(len(one.not_built) for one in (ROOT, *SECTIONS.values()))
+
+
+TWO = {
+    "providers.q.url": '"http://q"',
+    "providers.q.dialect": '"openai"',
+    "routes[0].providers": '["p", "q"]',
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"routes[0].retry_on": '["sometimes"]'}, "routes[0].retry_on[0]: expected one of"),
+        ({"routes[0].retry_on": "[200]"}, "a status from 400 to 599, got 200"),
+        ({"routes[0].retry_on": "[true]"}, "a status from 400 to 599, got true"),
+        ({"routes[0].balance": '"random"'}, 'one of "ordered", "least_busy", "weighted"'),
+        (
+            {"routes[0].override.q.weight": "2"},
+            'routes[0].override: expected balance = "weighted" beside the weight of "q"',
+        ),
+        (
+            {"providers.q.dialect": '"anthropic"'},
+            'providers of the same `dialect`, but "p" and "q" differ',
+        ),
+        ({"providers.q.pass_credential": "true"}, "providers of the same `pass_credential`"),
+        ({"providers.q.key_query": "true"}, "providers of the same `key_query`"),
+        (
+            {"providers.p.queue.size": "5", "providers.q.max_streams": "1"},
+            "providers.p.queue: expected `max_streams` beside it",
+        ),
+    ],
+)
+def test_what_several_providers_must_have_in_common(changes: dict[str, str], problem: str) -> None:
+    """One and the same request must fit all of them."""
+    (found,) = problems_of({**TWO, **changes})
+    assert problem in found
+
+
+def test_several_providers_are_accepted() -> None:
+    """With every key that is for them."""
+    config = accepted(
+        {
+            **TWO,
+            "providers.q.max_streams": "5",
+            "providers.q.queue": '{ size = 7, timeout = "3s" }',
+            "providers.q.health": "{ failures = 0 }",
+            "routes[0].balance": '"weighted"',
+            "routes[0].retry_on": '["connect", "reset", "timeout", 418]',
+            "routes[0].sticky": '"session"',
+            "routes[0].sticky_for": '"5m"',
+            "routes[0].override.q.weight": "3",
+        }
+    )
+    (route,), q = config.routes, config.providers["q"]
+    assert route.providers == ("p", "q")
+    assert (route.balance, route.sticky, route.sticky_for) == ("weighted", "session", 300)
+    assert route.retry_on == ("connect", "reset", "timeout", 418)
+    assert route.override["q"].weight == 3
+    assert q.queue is not None
+    assert (q.max_streams, q.queue.size, q.queue.timeout, q.health.failures) == (5, 7, 3, 0)
+    assert config.providers["p"].health.failures == 5
 
 
 @pytest.mark.parametrize(
@@ -425,19 +491,20 @@ def test_all_mistakes_at_once() -> None:
 
 ORDER = """
     proxy listen, listen_tls, reuse_port, certificate, key, anonymous, drain_timeout,
-        max_connections, tuned_loop, via
+        max_connections, tell_provider, tuned_loop, via
     admin listen, hosts, metrics_listen
     timeouts connect, first_byte, idle, total, client_stall, request_head, request_body,
         client_idle, pool_idle
     limits request_head, request_body, request_memory, response_head, accumulate, event,
         connections_per_address, drains
     providers.q dialect, pass_credential, key_query, header, url, credential, format, headers,
-        drop_headers, query, drop_query, ca, pool, timeouts
-    routes[1] path, providers, name, hosts, models, allowed_origins, strip, override, timeouts,
+        drop_headers, query, drop_query, ca, pool, max_streams, queue, health, timeouts
+    routes[1] path, providers, name, balance, retry_on, sticky, sticky_for, hosts, models,
+        allowed_origins, strip, override, timeouts,
         headers, drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
         drain_for, error_event, capture, request_body
     trace jsonl, ledger, keep, otlp, session_header
-    clients.c keys, routes, models
+    clients.c keys, routes, models, weight
 """
 
 

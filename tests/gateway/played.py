@@ -112,13 +112,19 @@ class PlayedGateway:
     """A gateway behind a site, one connection of a client, and a played provider."""
 
     def __init__(
-        self, *, provider: str = "", route: str = "", more: str = "", client: str = ""
+        self,
+        *,
+        provider: str = "",
+        route: str = "",
+        more: str = "",
+        client: str = "",
+        candidates: str = "p",
     ) -> None:
         dialect = "" if "dialect" in provider else 'dialect = "openai"'
         config = parse(
             '[proxy]\nvia = "us"\n'
             f'[providers.p]\nurl = "https://p.example/base"\n{dialect}\n{provider}\n'
-            f'[[routes]]\npath = "/p"\nproviders = ["p"]\n{route}\n'
+            f'[[routes]]\npath = "/p"\nproviders = {candidates.split()}\n{route}\n'
             f'{more}\n[clients.c]\nkeys = ["{KEY}"]\n{client}',
             environ={},
         )

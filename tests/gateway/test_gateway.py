@@ -48,6 +48,8 @@ def test_the_response_streams_back() -> None:
         b"cache-control": b"no-cache, no-transform",
         b"x-accel-buffering": b"no",
         b"transfer-encoding": b"chunked",
+        b"x-llmproxy-provider": b"p",
+        b"x-llmproxy-attempts": b"1",
     }
     assert played.site.memory.held == 0
     for data in (b"data: 1\n\n", b"data"):
@@ -95,6 +97,7 @@ def test_a_record_tells_the_whole_story() -> None:
         "path": "/p/v1",
         "model": "m",
         "model_from": "body",
+        "queued_s": 0.0,
         "stream": True,
         "status": 200,
         "end_reason": "complete",

@@ -128,7 +128,9 @@ FILLED: dict[str, Any] = {
     "path": "/other",
     "finish_reason": "stop",
     "response_id": "r",
-    **dict.fromkeys(("head_s", "first_chunk_s", "duration_s", "longest_gap_s", "paused_s"), 1.5),
+    **dict.fromkeys(
+        ("head_s", "first_chunk_s", "duration_s", "longest_gap_s", "paused_s", "queued_s"), 1.5
+    ),
     **dict.fromkeys(("status", "bytes_in", "bytes_out", "chunks", *TOKENS), 7),
 }
 """Values of fields that are no text."""

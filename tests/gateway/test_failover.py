@@ -1,0 +1,441 @@
+"""Which candidate is asked, in which order, and what is left of the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from twisted.internet.error import ConnectionDone
+
+from llmproxy.errors import ProxyError, upstream_broken, upstream_timeout, upstream_unreachable
+from tests.gateway.played import BODY, JSON, PlayedGateway, PlayedResponse
+from tests.support.sockets import request
+
+OTHERS = "".join(
+    f'[providers.{name}]\nurl = "https://{name}.example"\ndialect = "openai"\nMORE\n'
+    for name in "qr"
+)
+
+
+def played(*, route: str = "", provider: str = "", candidates: str = "p q") -> PlayedGateway:
+    """A route with several candidates, each of which has the same keys."""
+    return PlayedGateway(
+        candidates=candidates,
+        route=route,
+        provider=provider,
+        more=OTHERS.replace("MORE", provider),
+    )
+
+
+def fail(gateway: PlayedGateway, error: ProxyError) -> None:
+    """Let the attempt that is under way fail."""
+    gateway.asked.response.errback(error)
+    gateway.clock.advance(0)
+
+
+def names(gateway: PlayedGateway) -> list[str]:
+    """The providers that were asked, in order."""
+    return [one.provider for one in gateway.upstream.asked]
+
+
+def refuse(
+    gateway: PlayedGateway, code: int, body: bytes, *fields: tuple[bytes, bytes]
+) -> PlayedResponse:
+    """Let the attempt that is under way be refused, with a whole body."""
+    response = gateway.response(code, (b"content-length", b"%d" % len(body)), *fields)
+    if response.body is not None:
+        response.push(body)
+        response.end()
+    return response
+
+
+def serve(gateway: PlayedGateway, *call: str) -> str:
+    """Let one request come in and be served; return by whom."""
+    gateway.call("POST", "/p/v1", *call)
+    gateway.response().end()
+    gateway.transport.take()
+    gateway.clock.advance(0)
+    return str(gateway.asked.provider)
+
+
+def test_the_next_one_is_asked_after_a_failure() -> None:
+    """With the same body; the record names both, and the client is told."""
+    gateway = played()
+    gateway.call()
+    fail(gateway, upstream_unreachable("no"))
+    assert names(gateway) == ["p", "q"]
+    gateway.response(200).end()
+    _, fields, _ = gateway.got()
+    assert (fields[b"x-llmproxy-provider"], fields[b"x-llmproxy-attempts"]) == (b"q", b"2")
+    trace = gateway.trace()
+    tried = [(one.provider, one.outcome) for one in trace.attempts]
+    assert tried == [("p", "upstream_unreachable"), ("q", "ok")]
+    assert (trace.provider, trace.end_reason) == ("q", "complete")
+    assert gateway.value("upstream_attempts_total", provider="p", outcome="upstream_unreachable")
+
+
+def test_a_candidates_model_is_its_own() -> None:
+    """What the first one was asked for does not reach the second one."""
+    gateway = played(route='override = { p = { model = "one" }, q = { model = "two" } }')
+    gateway.call()
+    first = gateway.asked.body
+    fail(gateway, upstream_unreachable("no"))
+    models = [json.loads(body)["model"] for body in (first, gateway.asked.body)]
+    assert models == ["one", "two"]
+
+
+def test_a_refusal_that_is_the_last_response_reaches_the_client() -> None:
+    """With its own head and body, although another candidate was tried after it."""
+    gateway = played()
+    gateway.call()
+    refuse(gateway, 503, b"busy", (b"x-of", b"p"))
+    assert names(gateway) == ["p", "q"]
+    fail(gateway, upstream_unreachable("no"))
+    status, fields, body = gateway.got()
+    assert (status, fields[b"x-of"], body) == (503, b"p", b"busy")
+    assert (fields[b"x-llmproxy-provider"], fields[b"x-llmproxy-attempts"]) == (b"p", b"2")
+    trace = gateway.trace()
+    assert (trace.provider, trace.status, trace.end_reason) == ("p", 503, "upstream_refused")
+
+
+def test_of_two_refusals_the_later_one_reaches_the_client() -> None:
+    """The earlier one is let go of."""
+    gateway = played()
+    gateway.call()
+    first = gateway.response(500)  # whose body does not end
+    refuse(gateway, 429, b"later")
+    status, _, body = gateway.got()
+    assert (status, body) == (429, b"later")
+    assert first.aborts
+    assert gateway.trace().provider == "q"
+
+
+def test_a_refusal_is_dropped_once_somebody_responds() -> None:
+    """Its connection is closed, where its body had not ended."""
+    gateway = played()
+    gateway.call()
+    first = gateway.response(500)
+    gateway.response(200).end()
+    assert gateway.got()[0] == 200
+    assert first.aborts
+    gateway.trace()
+
+
+def test_a_large_refusal_is_held_up_to_a_bound() -> None:
+    """Behind 64 KiB its provider is not read on; all of it reaches the client in the end."""
+    gateway = played()
+    gateway.call()
+    first = gateway.response(503)
+    pieces = [bytes([number]) * 16384 for number in range(8)]
+    first.push(*pieces[:4])
+    assert first.transport.producerState == "paused"
+    fail(gateway, upstream_unreachable("no"))
+    assert first.transport.producerState == "producing"
+    first.push(*pieces[4:])
+    first.end()
+    _, _, body = gateway.got()
+    assert b"".join(pieces) == b"".join(_chunks(body))
+    assert gateway.trace().status == 503
+
+
+def _chunks(body: bytes) -> list[bytes]:
+    found = []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size, 16)
+        found.append(rest[:length])
+        body = rest[length + 2 :]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_on", "goes_on"),
+    [
+        (upstream_broken("x"), "", False),
+        (upstream_broken("x"), '["reset"]', True),
+        (upstream_broken("x", may_have_run=False), "", True),
+        (upstream_broken("x", may_have_run=False), '["reset"]', False),
+        (upstream_timeout("first_byte", may_have_run=True), "", False),
+        (upstream_timeout("first_byte", may_have_run=True), '["timeout"]', True),
+        (upstream_timeout("connect", may_have_run=False), "", True),
+        (upstream_timeout("connect", may_have_run=False), "[]", False),
+        (upstream_unreachable("x"), "[503]", False),
+    ],
+)
+def test_what_may_have_run_is_not_run_twice(
+    error: ProxyError, retry_on: str, goes_on: bool
+) -> None:
+    """Unless the operator says so."""
+    gateway = played(route=f"retry_on = {retry_on}" if retry_on else "")
+    gateway.call()
+    fail(gateway, error)
+    assert (names(gateway) == ["p", "q"]) is goes_on
+    if not goes_on:
+        assert gateway.refusal() == (error.status, error.reason)
+
+
+def test_an_error_after_which_nobody_may_be_asked_beats_a_refusal() -> None:
+    """The second provider may have done the work, and the client must not repeat it."""
+    gateway = played()
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    fail(gateway, upstream_timeout("first_byte", may_have_run=True))
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-should-retry"]) == (504, b"false")
+
+
+def test_a_client_that_leaves_ends_all_of_it() -> None:
+    """The attempt under way is cancelled, the refusal let go of, and nobody else is asked."""
+    gateway = played(candidates="p q r")
+    gateway.call()
+    first = gateway.response(500)
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.upstream.cancelled == 1
+    assert names(gateway) == ["p", "q"]
+    assert first.aborts
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_total_goes_on_over_all_attempts() -> None:
+    """It is the request's, not an attempt's."""
+    gateway = played(route='timeouts = { total = "3s" }')
+    gateway.call()
+    gateway.clock.advance(2)
+    fail(gateway, upstream_unreachable("no"))
+    gateway.clock.advance(2)
+    assert gateway.refusal() == (504, "upstream_timeout")
+    assert gateway.upstream.cancelled == 1
+
+
+def test_a_body_that_streams_is_sent_once() -> None:
+    """Where a provider has some of it, nobody else can have it; before that, the next one does."""
+    gateway = played()
+    gateway.call("POST", "/p/v1", "Content-Type: audio/wav", "Content-Length: 100", body=b"")
+    gateway.send(b"x" * 50)
+    fail(gateway, upstream_unreachable("no"))
+    assert names(gateway) == ["p", "q"]
+    upload = gateway.asked.body
+    upload.startProducing(_Taking())
+    fail(gateway, upstream_broken("x", may_have_run=False))
+    assert gateway.refusal() == (502, "upstream_broken")
+
+
+class _Taking:
+    """A consumer that takes everything."""
+
+    def registerProducer(self, producer: object, streaming: bool) -> None:
+        """There is nothing to do."""
+
+    def unregisterProducer(self) -> None:
+        """There is nothing to do."""
+
+    def write(self, data: bytes) -> None:
+        """Take it."""
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+
+def test_a_provider_that_fails_is_left_alone_and_probed() -> None:
+    """Five failures open its circuit; when it is over, one request probes."""
+    gateway = played()
+    for _ in range(5):
+        gateway.call()
+        fail(gateway, upstream_unreachable("no"))
+        gateway.response().end()
+        gateway.transport.take()
+    gateway.upstream.asked.clear()
+    assert serve(gateway) == "q"
+    assert names(gateway) == ["q"], "nobody asked p"
+    skipped = gateway.sink.traces[-1].attempts[0]
+    assert (skipped.provider, skipped.outcome, skipped.cause) == ("p", "skipped", "cooling")
+    gateway.clock.advance(15)
+    assert serve(gateway) == "p"
+    assert serve(gateway) == "p"
+
+
+def test_where_all_cool_down_the_client_is_told_when_to_come_again() -> None:
+    """The soonest time counts; nobody is asked."""
+    gateway = played()
+    gateway.call()
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response(429, (b"retry-after", b"9")).end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.call()
+    status, fields, body = gateway.got()
+    assert (status, fields[b"x-llmproxy-error"]) == (429, b"all_cooling")
+    assert fields[b"retry-after"] == b"9"
+    assert fields[b"retry-after-ms"] == b"9000"
+    assert json.loads(body)["error"]["message"]
+    assert names(gateway) == []
+    gateway.clock.advance(9)
+    assert serve(gateway) == "q"
+
+
+def test_a_cooldown_is_for_one_model() -> None:
+    """Another model of the same provider is asked at once."""
+    gateway = played()
+    gateway.call()
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response().end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    assert serve(gateway) == "q"
+    gateway.call(body=b'{"model": "another"}')
+    assert gateway.asked.provider == "p"
+
+
+def test_a_refused_caller_of_his_own_account_cools_nobody_down() -> None:
+    """With pass_credential a 429 is the caller's, not the proxy's."""
+    gateway = played(provider="pass_credential = true")
+    gateway.send(request("POST", "/p/v1", "X-Llmproxy-Key: key", JSON, body=BODY))
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response().end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.send(request("POST", "/p/v1", "X-Llmproxy-Key: key", JSON, body=BODY))
+    assert names(gateway) == ["p"]
+
+
+# --- who is first ---------------------------------------------------------------------------------
+
+
+def test_weights_decide_who_is_first() -> None:
+    """Two for the one, one for the other."""
+    gateway = played(route='balance = "weighted"\noverride = { p = { weight = 2 } }')
+    assert "".join(serve(gateway) for _ in range(6)) == "pqppqp"
+
+
+def test_the_least_busy_is_first() -> None:
+    """A stream that runs counts until it has ended."""
+    gateway = played(route='balance = "least_busy"')
+    gateway.call()
+    first = gateway.response()
+    gateway.connect()
+    assert serve(gateway) == "q"
+    assert serve(gateway) == "q"
+    first.end()
+    assert serve(gateway) == "p"
+
+
+def test_a_session_stays_where_it_is_served() -> None:
+    """Sessions are apart, and requests without one go as the balance says."""
+    gateway = played(route='balance = "weighted"\nsticky = "session"')
+    by_session = {name: serve(gateway, f"X-Session-Id: {name}") for name in ("a", "b")}
+    assert by_session == {"a": "p", "b": "q"}
+    for _ in range(3):
+        assert {n: serve(gateway, f"X-Session-Id: {n}") for n in ("a", "b")} == by_session
+    assert {serve(gateway) for _ in range(2)} == {"p", "q"}
+
+
+def test_who_moves_after_a_failure_stays_there() -> None:
+    """The cache is at the second provider now."""
+    gateway = played(route='sticky = "client"')
+    assert serve(gateway) == "p"
+    gateway.call()
+    fail(gateway, upstream_unreachable("no"))
+    gateway.response().end()
+    gateway.transport.take()
+    assert serve(gateway) == "q"
+    gateway.clock.advance(3599)
+    gateway.connect()
+    assert serve(gateway) == "q"
+    gateway.clock.advance(3600)
+    gateway.connect()
+    assert serve(gateway) == "p", "an hour after its last use it is forgotten"
+
+
+def test_a_refusal_of_the_callers_own_fault_moves_nobody() -> None:
+    """A 400 is no failure of the provider's."""
+    gateway = played(route='sticky = "client"\nbalance = "weighted"')
+    assert serve(gateway) == "p"
+    gateway.call()
+    gateway.response(400).end()
+    gateway.transport.take()
+    assert serve(gateway) == "p"
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+def test_a_full_provider_is_passed_over() -> None:
+    """The stream at the first one holds its only place."""
+    gateway = played(provider="max_streams = 1")
+    gateway.call()
+    first = gateway.response()
+    gateway.connect()
+    assert serve(gateway) == "q"
+    first.end()
+    gateway.clock.advance(0)
+    assert serve(gateway) == "p"
+
+
+def test_where_all_are_full_and_nobody_queues_it_is_a_503() -> None:
+    """With a time to come again."""
+    gateway = played(provider="max_streams = 1")
+    for _ in range(2):
+        gateway.call()
+        gateway.response()
+        gateway.connect()
+    gateway.call()
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-llmproxy-error"]) == (503, b"provider_busy")
+    assert fields[b"retry-after"] == b"1"
+
+
+QUEUE = 'max_streams = 1\nqueue = { size = 2, timeout = "10s" }'
+
+
+def queued() -> tuple[PlayedGateway, PlayedResponse]:
+    """A provider whose only place is taken, and one request in its queue, on a new connection."""
+    gateway = PlayedGateway(provider=QUEUE)
+    gateway.call()
+    first = gateway.response()
+    gateway.connect()
+    gateway.call()
+    assert len(gateway.upstream.asked) == 1
+    return gateway, first
+
+
+def test_a_request_waits_for_a_place() -> None:
+    """It is sent when the place is free; the record says how long it waited."""
+    gateway, first = queued()
+    gateway.clock.advance(4)
+    first.end()
+    gateway.clock.advance(0)
+    assert len(gateway.upstream.asked) == 2
+    gateway.response().end()
+    assert gateway.got()[0] == 200
+    assert [trace.queued_s for trace in gateway.sink.traces] == [0, 4]
+
+
+def test_a_request_that_waits_too_long_is_refused() -> None:
+    """And the record says so."""
+    gateway, _ = queued()
+    gateway.clock.advance(10)
+    assert gateway.refusal() == (503, "queue_timeout")
+    assert gateway.sink.traces[-1].queued_s == 10
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place_there() -> None:
+    """At once, and nobody is asked for it."""
+    gateway, first = queued()
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.sink.traces[-1].end_reason == "client_gone"
+    first.end()
+    gateway.clock.advance(1)
+    assert len(gateway.upstream.asked) == 1
+    gateway.connect()
+    assert serve(gateway) == "p"
+
+
+def test_the_time_in_the_queue_is_nobodys_slowness() -> None:
+    """first_byte is the upstream's, and begins when the request is sent."""
+    gateway, first = queued()
+    gateway.clock.advance(9)
+    first.end()
+    gateway.clock.advance(0)
+    assert gateway.asked.timeouts.first_byte == 600

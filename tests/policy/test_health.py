@@ -1,0 +1,180 @@
+"""Circuits and cooldowns, under a clock that the test turns."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.task import Clock
+
+from llmproxy.config import Provider, parse
+from llmproxy.policy.health import LONGEST_COOLDOWN_S, Health
+
+
+def provider(name: str = "p", health: str = "") -> Provider:
+    config = parse(
+        f'[proxy]\nanonymous = true\n[providers.{name}]\nurl = "http://h"\ndialect = "openai"\n'
+        f'health = {{ {health} }}\n[[routes]]\npath = "/p"\nproviders = ["{name}"]\n',
+        environ={},
+    )
+    return config.providers[name]
+
+
+P = provider(health='failures = 3, window = "30s", open_for = "15s"')
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock) -> Health:
+    return Health(clock.seconds)
+
+
+def fail(health: Health, count: int, client: str = "c", *, was_asked: bool = False) -> None:
+    for _ in range(count):
+        health.asks(P, client)
+        health.failed(P, client, was_asked=was_asked)
+
+
+def test_nothing_is_known_at_first(health: Health) -> None:
+    """Then nobody needs to ask."""
+    assert not health.is_troubled
+    assert health.wait(P, "c", "m") == (0.0, 0)
+    assert health.is_up("p")
+    assert health.cooldown_s("p") == 0
+
+
+def test_a_circuit_opens_with_the_last_failure(health: Health) -> None:
+    """And not before it; it is everybody's, as no connection came about."""
+    fail(health, 2)
+    assert health.wait(P, "c", "m")[0] == 0
+    fail(health, 1)
+    assert health.wait(P, "other", "m") == (15, 503)
+    assert not health.is_up("p")
+    assert health.cooldown_s("p") == 15
+
+
+def test_what_a_request_may_have_caused_is_its_clients_alone(health: Health) -> None:
+    """No client can make the provider look ill to others."""
+    fail(health, 3, "bad", was_asked=True)
+    assert health.wait(P, "bad", "m") == (15, 503)
+    assert health.wait(P, "good", "m") == (0.0, 0)
+
+
+def test_a_success_between_them_closes_the_circuit(health: Health) -> None:
+    """Only failures one after the other count."""
+    fail(health, 2)
+    health.succeeded(P, "c")
+    assert not health.is_troubled
+    fail(health, 2)
+    assert health.wait(P, "c", "m")[0] == 0
+
+
+def test_only_failures_of_the_window_count(health: Health, clock: Clock) -> None:
+    """One that is older is forgotten."""
+    fail(health, 2)
+    clock.advance(30.5)
+    fail(health, 1)
+    assert health.wait(P, "c", "m")[0] == 0
+    fail(health, 2)
+    assert health.wait(P, "c", "m")[0] == 15
+
+
+def test_one_request_is_the_probe(health: Health, clock: Clock) -> None:
+    """The others are passed over until it has ended; success closes the circuit."""
+    fail(health, 3)
+    clock.advance(15)
+    assert health.wait(P, "c", "m")[0] == 0
+    health.asks(P, "c")
+    assert health.wait(P, "c", "m")[0] == 1
+    health.succeeded(P, "c")
+    assert health.wait(P, "c", "m")[0] == 0
+    assert not health.is_troubled
+
+
+def test_a_probe_that_fails_opens_it_again(health: Health, clock: Clock) -> None:
+    """At once, for the whole time, although the other failures are out of the window."""
+    fail(health, 3)
+    clock.advance(100)
+    fail(health, 1)
+    assert health.wait(P, "c", "m")[0] == 15
+
+
+def test_a_probe_that_said_nothing_lets_the_next_one_probe(health: Health, clock: Clock) -> None:
+    """Its client left."""
+    fail(health, 3)
+    clock.advance(15)
+    health.asks(P, "c")
+    health.gave_up(P, "c")
+    assert health.wait(P, "c", "m")[0] == 0
+
+
+def test_a_provider_that_responds_at_all_can_be_reached(health: Health, clock: Clock) -> None:
+    """A failure of the request closes the circuit of connections."""
+    fail(health, 3)
+    clock.advance(15)
+    fail(health, 1, was_asked=True)
+    assert health.wait(P, "other", "m")[0] == 0
+
+
+def test_no_circuit_opens_where_failures_is_0(health: Health) -> None:
+    """The operator has switched it off."""
+    never = provider(health="failures = 0")
+    for _ in range(100):
+        health.failed(never, "c", was_asked=False)
+    assert health.wait(never, "c", "m")[0] == 0
+    assert not health.is_troubled
+
+
+def test_a_cooldown_is_for_one_model(health: Health, clock: Clock) -> None:
+    """And for all clients, as the account is the proxy's."""
+    health.cool_down(P, "m", 7.0, 429)
+    assert health.wait(P, "anybody", "m") == (7, 429)
+    assert health.wait(P, "c", "other") == (0, 0)
+    clock.advance(7)
+    assert health.wait(P, "c", "m")[0] == 0
+
+
+def test_a_longer_cooldown_replaces_a_shorter_one_only(health: Health, clock: Clock) -> None:
+    """Whatever came last."""
+    health.cool_down(P, "m", 5, 429)
+    health.cool_down(P, "m", 9, 503)
+    assert health.wait(P, "c", "m") == (9, 503)
+    clock.advance(1)
+    health.cool_down(P, "m", 2, 429)
+    assert health.wait(P, "c", "m") == (8, 503)
+
+
+def test_a_cooldown_ends_within_an_hour(health: Health) -> None:
+    """A provider that says nonsense is asked again."""
+    health.cool_down(P, "m", 1e12, 429)
+    assert health.wait(P, "c", "m")[0] == LONGEST_COOLDOWN_S
+
+
+def test_cooldowns_are_bounded(health: Health) -> None:
+    """Models are words of callers'; what ends first goes first."""
+    for number in range(10_000):
+        health.cool_down(P, f"m{number}", 10 + number, 429)
+    assert health.wait(P, "c", "m9999")[0] > 0
+    assert health.wait(P, "c", "m0")[0] == 0
+    assert len(health._cooldowns) <= 4096
+
+
+def test_what_is_over_is_forgotten(health: Health, clock: Clock) -> None:
+    """So that requests need not ask any more."""
+    health.cool_down(P, "m", 5, 429)
+    clock.advance(6)
+    health.succeeded(P, "c")
+    assert not health.is_troubled
+
+
+def test_a_reload_forgets_providers_that_are_gone(health: Health) -> None:
+    """And keeps what is known of the others."""
+    fail(health, 3)
+    health.cool_down(provider("gone"), "m", 5, 429)
+    health.follow({"p"})
+    assert health.wait(P, "c", "m")[0] == 15
+    assert health.cooldown_s("gone") == 0
+    health.follow(())
+    assert not health.is_troubled
