@@ -41,7 +41,8 @@ class Streams:
 
         ``age_s``, ``last_chunk_s`` (since the last chunk came, null before the first) and
         ``paused_s`` (for which the client held the response up, in all) are seconds.  ``bytes`` is
-        how much of the body was written to the client.
+        how much of the body was written to the client.  ``ahead`` says how many requests of the
+        same queue get a place before this one; it is null where the request waits in none.
         """
         now = self._clock()
         oldest_first = sorted(self._recorder.exchanges, key=lambda exchange: exchange.started)
@@ -56,7 +57,8 @@ class Streams:
             coming=sum(channel.phase in _COMING for channel in self._site.connections),
         )
         for row in rows:
-            _log.info("{id} {phase} since {age_s} s, {bytes} bytes", **row)
+            queue = "" if row["ahead"] is None else ", {ahead} ahead of it"
+            _log.info("{id} {phase} since {age_s} s, {bytes} bytes" + queue, **row)
 
 
 def _row(exchange: Exchange, now: float) -> Row:
@@ -69,6 +71,7 @@ def _row(exchange: Exchange, now: float) -> Row:
         "provider": trace.provider,
         "model": trace.model,
         "phase": _phase(exchange),
+        "ahead": None if exchange.waiting is None else exchange.waiting.ahead,
         "age_s": round(now - exchange.started, 3),
         "bytes": exchange.bytes_out,
         "last_chunk_s": round(now - relay.statistics.last_at, 3)
@@ -84,5 +87,7 @@ def _phase(exchange: Exchange) -> str:
         return "paused" if exchange.relay.is_paused else "streaming"
     if exchange.match is None:
         return "routing"
+    if exchange.waiting is not None:
+        return "queued"
     upload = exchange.request.upload
     return "waiting" if upload is None or upload.complete else "uploading"

@@ -95,6 +95,7 @@ class Gateway(Handler):
         if standing is None:
             standing = Standing(reactor, clock)
             standing.follow(config)
+        self.standing = standing
         attempts = Attempts(
             upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
         )

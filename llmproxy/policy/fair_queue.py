@@ -13,6 +13,7 @@ request or a provider (ADR-0026).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -83,7 +84,7 @@ class Places:
     """The places at one provider.
 
     Args:
-        reactor: keeps time.
+        timers: keep time.
         clock: monotonic seconds.
         waited: called with the seconds that a request has waited, when it leaves the queue.
 
@@ -92,9 +93,9 @@ class Places:
     """
 
     def __init__(
-        self, reactor: Any, clock: Callable[[], float], waited: Callable[[float], object]
+        self, timers: Any, clock: Callable[[], float], waited: Callable[[float], object]
     ) -> None:
-        self._reactor = reactor
+        self._timers = timers
         self._clock = clock
         self._waited = waited
         self._most: int | None = None
@@ -148,7 +149,7 @@ class Places:
             line = self._lines[client] = _Line(turn, weight)
         line.waiting[waiting] = None
         self._queued += 1
-        waiting.timer = self._reactor.callLater(self._timeout, self._late, waiting)
+        waiting.timer = self._timers.callLater(self._timeout, partial(self._late, waiting))
         return waiting
 
     def _make_room(self, client: str, weight: int) -> None:
@@ -161,7 +162,7 @@ class Places:
         newest = next(reversed(longest.waiting))
         self._remove(newest)
         text = "Too many requests of this client wait for this provider; try again."
-        self._reactor.callLater(0, _fail, newest, no_place("queue_full", text))
+        self._timers.callLater(0, partial(_fail, newest, no_place("queue_full", text)))
 
     def left(self, waiting: Waiting) -> None:
         """A request leaves the queue, and waits no more."""
@@ -188,7 +189,7 @@ class Places:
             self._remove(waiting)
             self.busy += 1
             # A turn later: whoever gives a place back is not to run somebody else's request.
-            self._reactor.callLater(0, _hand_over, waiting, Place(self))
+            self._timers.callLater(0, partial(_hand_over, waiting, Place(self)))
 
     def _remove(self, waiting: Waiting) -> None:
         line = self._lines.get(waiting.client)
@@ -244,9 +245,9 @@ class AllPlaces:
     """
 
     def __init__(
-        self, reactor: Any, clock: Callable[[], float], waited: Callable[[float], object]
+        self, timers: Any, clock: Callable[[], float], waited: Callable[[float], object]
     ) -> None:
-        self._make = lambda: Places(reactor, clock, waited)
+        self._make = lambda: Places(timers, clock, waited)
         self._places: dict[str, Places] = {}
 
     def at(self, provider: str) -> Places:

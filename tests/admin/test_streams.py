@@ -14,8 +14,8 @@ def exchange(started: float = 10.0, **changes: Any) -> Any:
     """Return the exchange of one request; by default it waits for the provider."""
     trace = SimpleNamespace(id="i", client="c", route="r", provider="p", model="m")
     request = SimpleNamespace(upload=None)
-    known = {"trace": trace, "request": request, "match": object(), "relay": None, **changes}
-    return SimpleNamespace(started=started, bytes_out=7, **known)
+    known = {"trace": trace, "request": request, "match": object(), "relay": None}
+    return SimpleNamespace(started=started, bytes_out=7, **{"waiting": None, **known, **changes})
 
 
 def relay(*, paused: bool = False, first_at: float | None = 11.0) -> Any:
@@ -40,6 +40,7 @@ def rows(*exchanges: Any) -> list[dict[str, Any]]:
         ({"request": SimpleNamespace(upload=SimpleNamespace(complete=True))}, "waiting"),
         ({"relay": relay()}, "streaming"),
         ({"relay": relay(paused=True)}, "paused"),
+        ({"waiting": SimpleNamespace(ahead=2)}, "queued"),
     ],
 )
 def test_a_row_has_the_phase_of_its_request(changes: dict[str, Any], phase: str) -> None:
@@ -58,11 +59,18 @@ def test_a_row_has_the_facts_of_its_request() -> None:
         "provider": "p",
         "model": "m",
         "phase": "streaming",
+        "ahead": None,
         "age_s": 5.0,
         "bytes": 7,
         "last_chunk_s": 3.0,
         "paused_s": 0.5,
     }
+
+
+def test_a_queued_request_has_its_place() -> None:
+    """How many get theirs before it."""
+    (row,) = rows(exchange(waiting=SimpleNamespace(ahead=2)))
+    assert row["ahead"] == 2
 
 
 @pytest.mark.parametrize("response", [None, relay(first_at=None)])
