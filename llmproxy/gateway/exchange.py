@@ -16,6 +16,7 @@ from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
+from llmproxy.policy.limits import Lease
 from llmproxy.policy.routes import RouteMatch
 from llmproxy.record.trace import Trace
 from llmproxy.server.error_response import METHODS, error_fields
@@ -42,13 +43,15 @@ class Exchange:
         is_detached: the response is read on although the client has left, or was.
         is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
+        lease: what the request holds of its client's limits, if the client has some.
         task: runs the gateway's story.
         timer: rings after ``total``.
     """
 
     __slots__ = (
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
+        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left"),
+        *("lease", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
         *("timer", "trace"),
     )
@@ -74,6 +77,7 @@ class Exchange:
         self.is_detached = False
         self.is_read_out = False
         self.detached_timer: Any = None
+        self.lease: Lease | None = None
         self.task: Task | None = None
         self.timer: Any = None
 
@@ -171,11 +175,26 @@ class Exchange:
         trace.status, trace.bytes_out = self.request.status, sent
         trace.bytes_in = self.request.body_bytes
         trace.duration_s = round(now - self.started, 6)
+        if self.lease is not None:
+            trace.counted_tokens = self._settle(self.lease)
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
+
+    def _settle(self, lease: Lease) -> int | None:
+        """Give back what the request holds, and return how many tokens count.
+
+        Where no whole usage was reported, about one token came with each event.
+        """
+        trace = self.trace
+        return lease.settle(
+            (trace.input_tokens or 0) + (trace.output_tokens or 0),
+            is_whole=trace.usage == "reported",
+            may_have_run=self.has_asked and (self.status == 0 or 200 <= self.status < 300),
+            seen=0 if self.tap is None else self.tap.events,
+        )
 
     def labels(self) -> tuple[str, str, str, str, str]:
         """Return route, provider, client, method and status class, from closed sets."""

@@ -18,7 +18,14 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
-from llmproxy.gateway.admission import Rules, admit, early_refusal, identify, needs_model
+from llmproxy.gateway.admission import (
+    Rules,
+    admit,
+    early_refusal,
+    identify,
+    lease_for,
+    needs_model,
+)
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
@@ -31,6 +38,7 @@ from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
+from llmproxy.policy.limits import Limits, limited
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
@@ -57,6 +65,7 @@ class Gateway(Handler):
         metrics: counts what is on the way.
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
+        limits: what clients use, of this gateway alone by default.
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
     """
@@ -69,6 +78,7 @@ class Gateway(Handler):
         metrics: Metrics,
         *,
         detached: DetachedStreams | None = None,
+        limits: Limits | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -83,6 +93,8 @@ class Gateway(Handler):
         self.detached = (
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
+        self.limits = Limits(clock, recorder.now) if limits is None else limits
+        self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))
         turns = Turns(reactor, clock)
@@ -135,6 +147,8 @@ class Gateway(Handler):
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
+        if client.name in self._limited:
+            exchange.lease = lease_for(exchange, client, facts, self.limits)
 
         response = await self._attempts.send(exchange, match, match.candidates[0], facts)
         request.release()
@@ -144,6 +158,8 @@ class Gateway(Handler):
         fields = for_client(response.fields, response.first, name)
         if response.code == NOT_FOUND:
             fields += hint_fields(match)
+        if exchange.lease is not None:
+            fields.append(exchange.lease.remaining())
         if exchange.page:
             fields = for_page(fields, exchange.page)
         request.start(response.code, fields)

@@ -10,6 +10,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.policy.limits import Limits
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
@@ -22,6 +23,7 @@ def expose(
     site: Site,
     setup: Setup,
     detached: DetachedStreams,
+    limits: Limits,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -76,7 +78,16 @@ def expose(
         "limited",
         "What was refused because of a limit.",
         ["client", "limit"],
-        lambda: {("", limit): float(n) for limit, n in site.limiter.refused.items()},
+        lambda: {
+            **{("", limit): float(n) for limit, n in site.limiter.refused.items()},
+            **{labels: float(n) for labels, n in limits.refused.items()},
+        },
+    )
+    gauge(
+        "limit_remaining",
+        "What is left of a client's limit.",
+        ["client", "limit"],
+        lambda: {labels: float(n) for labels, n in limits.remaining().items()},
     )
     count(
         "records_lost",

@@ -84,8 +84,10 @@ STEPS: tuple[tuple[str, ...], ...] = (
         _FIRST_SESSIONS,
     ),
     ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
+    ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
 )
-"""The statements of each step: the traces, their sessions, where a request named its model."""
+"""The statements of each step: the traces, their sessions, where a request named its model, and the
+tokens that counted for its client's limits."""
 
 
 class LedgerError(OSError):

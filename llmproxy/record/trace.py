@@ -86,6 +86,7 @@ class Trace(msgspec.Struct, kw_only=True):
     degraded: list[str] = msgspec.field(default_factory=list)
     on_disconnect: str | None = None
     model_from: str | None = None
+    counted_tokens: int | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
