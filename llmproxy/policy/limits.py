@@ -13,6 +13,7 @@ records.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 
@@ -61,7 +62,7 @@ _WORDS = {
     STREAMS: "This client may have {} under way at once",
     REQUESTS: "This client may make {} in a minute",
     TOKENS_MINUTE: "This client may use {} in a minute",
-    TOKENS_DAY: "This client may use {} on a day (UTC)",
+    TOKENS_DAY: "This client may use {} in a day (UTC)",
 }
 _UNITS = {STREAMS: "request", REQUESTS: "request", TOKENS_MINUTE: "token", TOKENS_DAY: "token"}
 
@@ -154,16 +155,20 @@ class _Day:
 class _Costs:
     """What the last requests of a client for one model cost."""
 
-    __slots__ = ("_samples", "usual")
+    __slots__ = ("_ranked", "_samples", "usual")
 
     def __init__(self) -> None:
-        self._samples: deque[int] = deque(maxlen=_SAMPLES)
+        self._samples: deque[int] = deque()
+        self._ranked: list[int] = []
         self.usual = 0
 
     def add(self, tokens: int) -> None:
         """Learn what one more request did cost."""
-        self._samples.append(tokens)
-        ranked = sorted(self._samples)
+        samples, ranked = self._samples, self._ranked
+        if len(samples) == _SAMPLES:
+            del ranked[bisect_left(ranked, samples.popleft())]
+        samples.append(tokens)
+        insort(ranked, tokens)
         self.usual = ranked[math.ceil(len(ranked) * _USUAL) - 1]
 
 
@@ -197,16 +202,19 @@ class _Used:
         self._costs.move_to_end(model)
         costs.add(tokens)
 
-    def of(self, limit: str, now: float, day: int) -> int:
-        """Return how much of a limit is used."""
-        if limit == STREAMS:
-            return self.streams
-        if limit == REQUESTS:
-            return self.requests.total(now)
-        if limit == TOKENS_MINUTE:
-            return self.tokens.total(now)
-        self.day.turn(day)
-        return self.day.settled + self.day.reserved
+    def left_of(self, client: Client, now: float, day: int) -> list[tuple[str, int]]:
+        """Return what is left of each limit that ``client`` has."""
+        left = []
+        if client.max_streams is not None:
+            left.append((STREAMS, max(0, client.max_streams - self.streams)))
+        if (most := client.requests_per_minute) is not None:
+            left.append((REQUESTS, max(0, most - self.requests.total(now))))
+        if (most := client.tokens_per_minute) is not None:
+            left.append((TOKENS_MINUTE, max(0, most - self.tokens.total(now))))
+        if (most := client.tokens_per_day) is not None:
+            self.day.turn(day)
+            left.append((TOKENS_DAY, max(0, most - self.day.settled - self.day.reserved)))
+        return left
 
 
 class Spent(msgspec.Struct, frozen=True):
@@ -415,30 +423,25 @@ class Limits:
 
     def remaining_field(self, client: Client) -> tuple[bytes, bytes]:
         """Return the field that says what ``client`` has left of each limit (RFC 9651, 3.2)."""
-        left = self._remaining(client).items()
-        return b"x-llmproxy-remaining", ", ".join(f"{k}={n}" for k, n in left).encode("ascii")
+        left = ", ".join([f"{limit}={count}" for limit, count in self._left_of(client)])
+        return b"x-llmproxy-remaining", left.encode("ascii")
 
     def remaining(self) -> dict[tuple[str, str], int]:
         """Return what is left now, by client and limit."""
         return {
-            (name, limit): left
+            (name, limit): count
             for name, client in self._clients.items()
-            for limit, left in self._remaining(client).items()
+            for limit, count in self._left_of(client)
         }
 
-    def _remaining(self, client: Client) -> dict[str, int]:
-        used, now, day = self._used[client.name], self.clock(), self.today()
-        return {
-            limit: max(0, most - used.of(limit, now, day)) for limit, most in _limits_of(client)
-        }
+    def _left_of(self, client: Client) -> list[tuple[str, int]]:
+        return self._used[client.name].left_of(client, self.clock(), self.today())
 
 
 def limited(clients: Mapping[str, Client]) -> dict[str, Client]:
     """Return the clients that have some limit."""
-    return {name: client for name, client in clients.items() if any(_limits_of(client))}
-
-
-def _limits_of(client: Client) -> Iterator[tuple[str, int]]:
-    for limit in LIMITS:
-        if (most := getattr(client, limit)) is not None:
-            yield limit, most
+    return {
+        name: client
+        for name, client in clients.items()
+        if any(getattr(client, limit) is not None for limit in LIMITS)
+    }
