@@ -41,7 +41,7 @@ from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
-from llmproxy.policy.limits import Limits
+from llmproxy.policy.limits import ClientLimits
 from llmproxy.record.log import JsonLog, log_opener, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.record.metrics import Metrics
@@ -221,7 +221,7 @@ class ProxyService(Service):
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
-        self.limits = Limits(clock, time.time)
+        self.limits = ClientLimits(clock, time.time)
         self.recorder = Recorder(
             self.metrics,
             self.sinks,

@@ -20,7 +20,7 @@ from llmproxy.config import Config, ConfigError, Provider, Route, load
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.policy.limits import DAY_S
+from llmproxy.policy.limits import DAY_S, limited
 from llmproxy.policy.routes import shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
 
@@ -80,7 +80,12 @@ def warnings_of(config: Config) -> list[str]:
 
 
 def _of_limits(config: Config) -> Iterator[str]:
-    """Yield what keeps a limit of tokens from counting what was really used."""
+    """Yield what lets clients use more than their limits say."""
+    if config.proxy.anonymous and limited(config.clients):
+        yield (
+            "proxy.anonymous: a client that is beyond its limits can leave out its key, as "
+            '"anonymous" has no limits'
+        )
     ledger, keep = config.trace.ledger, config.trace.keep
     if ledger is not None and (keep is None or keep >= DAY_S):
         return

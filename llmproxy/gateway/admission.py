@@ -16,7 +16,7 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.http1.grammar import field_values, list_tokens
 from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
 from llmproxy.policy.auth import ANONYMOUS, Auth
-from llmproxy.policy.limits import Lease, Limits
+from llmproxy.policy.limits import ClientLimits, Lease
 from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
@@ -114,7 +114,9 @@ def needs_model(request: Request, place: PathMatch, rules: Rules) -> bool:
     return place.needs_model(client)
 
 
-def lease_for(exchange: Exchange, client: Client, facts: RequestFacts, limits: Limits) -> Lease:
+def lease_for(
+    exchange: Exchange, client: Client, facts: RequestFacts, limits: ClientLimits
+) -> Lease:
     """Return what the request of a client with limits may hold; its route is chosen.
 
     It costs tokens if those of its response can be read.

@@ -38,7 +38,7 @@ from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
-from llmproxy.policy.limits import Limits, limited
+from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.record.metrics import Metrics
@@ -78,7 +78,7 @@ class Gateway(Handler):
         metrics: Metrics,
         *,
         detached: DetachedStreams | None = None,
-        limits: Limits | None = None,
+        limits: ClientLimits | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -93,7 +93,7 @@ class Gateway(Handler):
         self.detached = (
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
-        self.limits = Limits(clock, recorder.now) if limits is None else limits
+        self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))

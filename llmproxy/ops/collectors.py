@@ -10,7 +10,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
-from llmproxy.policy.limits import Limits
+from llmproxy.policy.limits import ClientLimits
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
@@ -23,7 +23,7 @@ def expose(
     site: Site,
     setup: Setup,
     detached: DetachedStreams,
-    limits: Limits,
+    limits: ClientLimits,
     sink: Sinks,
     drain: Drain,
     reload: Reload,

@@ -22,7 +22,7 @@ from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
-from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, Limits, Spent
+from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
 from llmproxy.record.ledger_report import tokens_by_client
 from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.metrics import Metrics
@@ -84,7 +84,7 @@ class Setup:
         recorder: Recorder,
         sinks: Sinks,
         detached: DetachedStreams,
-        limits: Limits,
+        limits: ClientLimits,
         drain: Drain,
         site: Site,
         admin: tuple[Site, ...],

@@ -240,7 +240,7 @@ class Lease:
     )
 
     def __init__(
-        self, limits: Limits, client: Client, used: _Used, model: str, reserved: int | None
+        self, limits: ClientLimits, client: Client, used: _Used, model: str, reserved: int | None
     ) -> None:
         self._limits = limits
         self._client = client
@@ -293,7 +293,7 @@ class Lease:
         return tokens
 
 
-class Limits:
+class ClientLimits:
     """What all clients use; it lasts as long as the process.
 
     Args:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmproxy.config import Client
 from llmproxy.errors import ProxyError
-from llmproxy.policy.limits import DAY_S, LIMITS, Lease, Limits, Spent, Window, limited
+from llmproxy.policy.limits import DAY_S, LIMITS, ClientLimits, Lease, Spent, Window, limited
 
 NOON = 20_000 * DAY_S + DAY_S // 2
 """Noon of some day in UTC, in seconds since the epoch."""
@@ -23,7 +23,7 @@ class Turned:
 
     def __init__(self, spent: int = 0, wall: float = NOON, **limits: Any) -> None:
         self.now, self.wall = 1000.0, float(wall)
-        self.limits = Limits(lambda: self.now, lambda: self.wall)
+        self.limits = ClientLimits(lambda: self.now, lambda: self.wall)
         self.set(spent, **limits)
 
     def set(self, spent: int = 0, **limits: Any) -> None:
@@ -390,7 +390,7 @@ def test_what_was_used_before_the_start_counts() -> None:
     """Only that of this client, and of this day."""
     turned = Turned(spent=90, tokens_per_day=100)
     assert turned.left() == {"tokens_per_day": 10}
-    old = Limits(lambda: turned.now, lambda: turned.wall)
+    old = ClientLimits(lambda: turned.now, lambda: turned.wall)
     old.follow({"c": turned.client}, Spent(19_999, {"c": 90}))
     assert old.remaining() == {("c", "tokens_per_day"): 100}
 
