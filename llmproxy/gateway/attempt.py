@@ -83,6 +83,7 @@ class Attempts:
             streams=bool(trace.stream),
             identity=match.route.accept_encoding == "identity",
         )
+        at_work = exchange.at_work
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
         outcome: str = "ok"
@@ -98,6 +99,8 @@ class Attempts:
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
+            if exchange.response.code >= 300:
+                exchange.at_work = at_work  # it says that it did not do the work
         except ProxyError as error:
             outcome, cause = error.end, error.cause
             raise

@@ -36,6 +36,7 @@ class Exchange:
         left: why the client is gone, if it is.
         is_late: the request took longer than ``total``.
         has_asked: the provider may have a byte of the request, and do the work.
+        at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
         page: the fields by which a response speaks to a web page's browser.
         endpoint: how the response can be read, or None where it cannot be.
@@ -49,9 +50,9 @@ class Exchange:
     """
 
     __slots__ = (
+        *("at_work", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left"),
-        *("lease", "match"),
+        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
         *("timer", "trace"),
     )
@@ -66,6 +67,7 @@ class Exchange:
         self.left: ClientGone | None = None
         self.is_late = False
         self.has_asked = False
+        self.at_work = 0
         self.relay: Relay | None = None
         self.response: Response | None = None
         self.content_type: bytes | None = None
@@ -84,6 +86,7 @@ class Exchange:
     def asked(self) -> None:
         """The provider may do the work from here on."""
         self.has_asked = True
+        self.at_work += 1
 
     def keep_of(self, response: Response) -> None:
         """Keep what is needed of the response's head later, and drop both heads.
@@ -192,7 +195,7 @@ class Exchange:
         return lease.settle(
             (trace.input_tokens or 0) + (trace.output_tokens or 0),
             is_whole=trace.usage == "reported",
-            may_have_run=self.has_asked and (self.status == 0 or 200 <= self.status < 300),
+            may_have_run=self.at_work > 0,
             seen=0 if self.tap is None else self.tap.events,
         )
 

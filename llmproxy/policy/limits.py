@@ -202,19 +202,19 @@ class _Used:
         self._costs.move_to_end(model)
         costs.add(tokens)
 
-    def left_of(self, client: Client, now: float, day: int) -> list[tuple[str, int]]:
-        """Return what is left of each limit that ``client`` has."""
-        left = []
-        if client.max_streams is not None:
-            left.append((STREAMS, max(0, client.max_streams - self.streams)))
+    def by_limit(self, client: Client, now: float, day: int) -> list[tuple[str, int, int]]:
+        """Return each limit that ``client`` has, how much it allows, and how much is used."""
+        found = []
+        if (most := client.max_streams) is not None:
+            found.append((STREAMS, most, self.streams))
         if (most := client.requests_per_minute) is not None:
-            left.append((REQUESTS, max(0, most - self.requests.total(now))))
+            found.append((REQUESTS, most, self.requests.total(now)))
         if (most := client.tokens_per_minute) is not None:
-            left.append((TOKENS_MINUTE, max(0, most - self.tokens.total(now))))
+            found.append((TOKENS_MINUTE, most, self.tokens.total(now)))
         if (most := client.tokens_per_day) is not None:
             self.day.turn(day)
-            left.append((TOKENS_DAY, max(0, most - self.day.settled - self.day.reserved)))
-        return left
+            found.append((TOKENS_DAY, most, self.day.settled + self.day.reserved))
+        return found
 
 
 class Spent(msgspec.Struct, frozen=True):
@@ -423,19 +423,33 @@ class ClientLimits:
 
     def remaining_field(self, client: Client) -> tuple[bytes, bytes]:
         """Return the field that says what ``client`` has left of each limit (RFC 9651, 3.2)."""
-        left = ", ".join([f"{limit}={count}" for limit, count in self._left_of(client)])
+        found = self._by_limit(client)
+        left = ", ".join([f"{limit}={max(0, most - used)}" for limit, most, used in found])
         return b"x-llmproxy-remaining", left.encode("ascii")
 
     def remaining(self) -> dict[tuple[str, str], int]:
         """Return what is left now, by client and limit."""
         return {
-            (name, limit): count
+            (name, limit): max(0, most - used)
             for name, client in self._clients.items()
-            for limit, count in self._left_of(client)
+            for limit, most, used in self._by_limit(client)
         }
 
-    def _left_of(self, client: Client) -> list[tuple[str, int]]:
-        return self._used[client.name].left_of(client, self.clock(), self.today())
+    def rows(self) -> list[dict[str, object]]:
+        """Return a row for each client that has limits: of each limit what is used, and left."""
+        return [
+            {
+                "client": name,
+                "limits": {
+                    limit: {"limit": most, "used": used, "remaining": max(0, most - used)}
+                    for limit, most, used in self._by_limit(client)
+                },
+            }
+            for name, client in self._clients.items()
+        ]
+
+    def _by_limit(self, client: Client) -> list[tuple[str, int, int]]:
+        return self._used[client.name].by_limit(client, self.clock(), self.today())
 
 
 def limited(clients: Mapping[str, Client]) -> dict[str, Client]:

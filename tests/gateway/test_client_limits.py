@@ -91,12 +91,20 @@ def never_asked(played: PlayedGateway) -> None:
     played.call(target=CHAT)
 
 
-def refused(played: PlayedGateway) -> None:
-    """The provider refuses."""
+def refused(played: PlayedGateway, status: int) -> None:
+    """The provider says that it did not do the work."""
     played.call(target=CHAT)
-    response = played.response(429, KIND)
+    played.asked.began()  # as on a second connection, where the first one had been closed
+    response = played.response(status, KIND)
     response.push(b"{}")
     response.end()
+
+
+def refused_and_left(played: PlayedGateway) -> None:
+    """The client leaves within a refusal."""
+    played.call(target=CHAT)
+    played.response(500, KIND).push(b"{}")
+    played.transport.end(FIN)
 
 
 def left_early(played: PlayedGateway, *, begins: bool = True) -> None:
@@ -139,7 +147,9 @@ ENDS: dict[str, tuple[Callable[[PlayedGateway], object], str, int]] = {
     "failed": (lambda p: ended(p, EARLY, FAILED), "upstream_failed", GUESS),
     "unfinished": (lambda p: ended(p, EARLY), "unfinished", GUESS),
     "unreachable": (never_asked, "upstream_unreachable", 0),
-    "refused": (refused, "upstream_refused", 0),
+    "refused": (lambda p: refused(p, 429), "upstream_refused", 0),
+    "redirected": (lambda p: refused(p, 307), "complete", 0),
+    "refused and left": (refused_and_left, "client_gone", 0),
     "late": (too_late, "upstream_timeout", GUESS),
     "cut by the proxy": (cut, "drained", GUESS),
     "rejected later": (rejected_later, "rejected", 0),

@@ -484,6 +484,25 @@ def test_the_text_says_what_is_allowed() -> None:
     assert caught.value.detail == "requests_per_minute = 1 of client c"
 
 
+def test_an_operator_sees_what_each_client_uses() -> None:
+    """More than all of a limit may be used; less than nothing is never left."""
+    turned = Turned(max_streams=2, tokens_per_day=100)
+    lease = turned.ask()
+    assert turned.limits.rows() == [
+        {
+            "client": "c",
+            "limits": {
+                "max_streams": {"limit": 2, "used": 1, "remaining": 1},
+                "tokens_per_day": {"limit": 100, "used": 1000, "remaining": 0},
+            },
+        }
+    ]
+    settle(lease, 30)
+    (row,) = turned.limits.rows()
+    limits: Any = row["limits"]
+    assert limits["tokens_per_day"] == {"limit": 100, "used": 30, "remaining": 70}
+
+
 # --- many lives -----------------------------------------------------------------------------------
 
 
