@@ -249,6 +249,7 @@ class ProxyService(Service):
         )
         admin = site(
             config=lambda: self.setup.config.redacted(),
+            clients=self.limits.rows,
             hosts=lambda: self.setup.config.admin.hosts,
         )
         metrics = site(config=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -147,6 +148,11 @@ def test_a_stream_holds_a_slot_until_its_end(tmp_path: Path) -> None:
         assert (got.status, header(got, b"x-llmproxy-limit")) == (429, "max_streams")
         assert header(got, b"retry-after") == "1"
         assert live.daemon.metrics()[LEFT % "max_streams"] == 0
+        (row,) = json.loads(live.daemon.admin("/clients"))
+        assert row == {
+            "client": "team",
+            "limits": {"max_streams": {"limit": 2, "used": 2, "remaining": 0}},
+        }
         first.close()
         ended.read()
         until(lambda: live.daemon.metrics()[LEFT % "max_streams"] == 1, "the slot is free")
