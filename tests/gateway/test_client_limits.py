@@ -205,6 +205,25 @@ def test_what_was_asked_for_is_not_what_is_reserved() -> None:
     assert len(played.upstream.asked) == 2
 
 
+def test_parallel_requests_do_not_go_past_a_budget() -> None:
+    """What runs counts at its usual cost; the provider is not asked beyond the budget."""
+    played = limited("tokens_per_minute = 150\n")
+    whole(played)
+    statuses = []
+    for _ in range(5):
+        played.connect()
+        played.call(target=CHAT)
+        statuses.append(played.got()[0] if played.transport.writes else None)
+    assert statuses == [None, None, 429, 429, 429]
+    assert len(played.upstream.asked) == 3
+    for asked in played.upstream.asked[1:]:
+        response = PlayedResponse(200, (KIND,))
+        asked.response.callback(response)
+        response.push(WHOLE)
+        response.end()
+    assert left(played) == {"tokens_per_minute": 150 - 3 * 42}
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
