@@ -1,9 +1,9 @@
 """The handler that serves every request for a provider: the story of one request, in order.
 
-:meth:`Gateway._tell` is that story: admit, identify, look inside, choose, send, copy the head,
-pump. Whatever ends the story ends in :meth:`Gateway._serve`, the one place that turns an end into
-an end reason, an error for the client and a record.  Sockets, clocks and the shapes of errors are
-known elsewhere.
+:meth:`Gateway._tell` is that story: admit, identify, look inside, choose, reserve, send, copy the
+head, pump.  Whatever ends the story ends in :meth:`Gateway._serve`, the one place that turns an end
+into an end reason, an error for the client and a record.  Sockets, clocks and the shapes of errors
+are known elsewhere.
 """
 
 from __future__ import annotations
