@@ -3,9 +3,10 @@
 The path of a request
     ``server/connection.py`` reads it, and ``gateway/gateway.py`` tells its story:
     ``policy/auth.py`` finds the client, ``policy/routes.py`` the route and its candidates,
-    ``gateway/attempt.py`` sends the request through treq, ``stream/relay.py`` forwards the response
-    chunk by chunk, ``stream/tap.py`` reads a copy of it, and ``gateway/recorder.py`` writes down
-    what happened.  ``docs/architecture.rst`` draws all of it.
+    ``policy/limits.py`` leases what it needs of its client's limits, ``gateway/attempt.py`` sends
+    it through treq, ``stream/relay.py`` forwards the response chunk by chunk, ``stream/tap.py``
+    reads a copy of it, and ``gateway/recorder.py`` writes down what happened.
+    ``docs/architecture.rst`` draws all of it.
 
 Glossary
     client
@@ -20,6 +21,8 @@ Glossary
         from (host, path prefix, model) to an ordered list of candidates
     candidate
         one provider, with an optional model override, that a route may use
+    lease
+        what one request holds of its client's limits, until it ends
     attempt
         one request sent to one candidate
     relay

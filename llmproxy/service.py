@@ -41,6 +41,7 @@ from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
+from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log import JsonLog, log_opener, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
@@ -222,6 +223,7 @@ class ProxyService(Service):
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
         self.standing = Standing(self._timers, clock, self.metrics.queue_wait.observe)
+        self.limits = ClientLimits(clock, time.time)
         self.recorder = Recorder(
             self.metrics,
             self.sinks,
@@ -249,6 +251,7 @@ class ProxyService(Service):
         )
         admin = site(
             config=lambda: self.setup.config.redacted(),
+            clients=self.limits.rows,
             hosts=lambda: self.setup.config.admin.hosts,
         )
         metrics = site(config=None)
@@ -266,6 +269,7 @@ class ProxyService(Service):
             sinks=self.sinks,
             detached=self.detached,
             standing=self.standing,
+            limits=self.limits,
             drain=self.drain,
             site=self.site,
             admin=(admin, metrics),
@@ -291,6 +295,7 @@ class ProxyService(Service):
             setup=self.setup,
             detached=self.detached,
             standing=self.standing,
+            limits=self.limits,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,

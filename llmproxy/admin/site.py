@@ -1,4 +1,4 @@
-"""The admin site: alive, ready, metrics, configuration.
+"""The admin site: alive, ready, metrics, configuration, clients.
 
 Any caller that reaches its listener may read; nothing here changes anything.  A browser may reach
 it, too, and run the page of somebody whose name points here for a moment (DNS rebinding): whatever
@@ -78,6 +78,7 @@ def admin_site(
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
+    clients: Callable[[], object] | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Site:
     """Return the site of an admin listener.
@@ -86,9 +87,11 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config, hosts: as for :func:`admin_router`.
+        ready, registry, config, clients, hosts: as for :func:`admin_router`.
     """
-    router = admin_router(ready=ready, registry=registry, config=config, hosts=hosts)
+    router = admin_router(
+        ready=ready, registry=registry, config=config, clients=clients, hosts=hosts
+    )
     return Site(router, reactor, clock, wall=wall)
 
 
@@ -97,6 +100,7 @@ def admin_router(
     ready: Callable[[], bool],
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
+    clients: Callable[[], object] | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Router:
     """Return the pages of the admin site; below a page there is nothing.
@@ -105,6 +109,7 @@ def admin_router(
         ready: whether requests are taken, for ``/readyz``.
         registry: what ``/metrics`` shows, as OpenMetrics where it is asked for.
         config: makes the redacted configuration for ``/config``; None leaves that out.
+        clients: makes what clients use of their limits for ``/clients``; None leaves that out.
         hosts: returns the names, in lower case, by which operators may reach the site, besides
             those that only this machine or its network knows.
     """
@@ -123,13 +128,14 @@ def admin_router(
         b"/readyz": Page(readyz),
         b"/metrics": Page(metrics),
     }
-    if config is not None:
-        shown = config
-        pages[b"/config"] = Page(
-            lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n"),
-            lambda request: _is_ours(request, hosts()),
-        )
+    for path, shown in ((b"/config", config), (b"/clients", clients)):
+        if shown is not None:
+            pages[path] = Page(_json_of(shown), lambda request: _is_ours(request, hosts()))
     return Router(NotFound(), pages)
+
+
+def _json_of(shown: Callable[[], object]) -> Callable[[Request], Response]:
+    return lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n")
 
 
 def _is_ours(request: Request, hosts: Container[str]) -> bool:

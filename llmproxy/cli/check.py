@@ -20,6 +20,7 @@ from llmproxy.config import Config, ConfigError, Provider, Route, load
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.policy.limits import DAY_S, limited
 from llmproxy.policy.routes import shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
 
@@ -74,7 +75,27 @@ def warnings_of(config: Config) -> list[str]:
     for key, path in (("trace.jsonl", config.trace.jsonl), ("trace.ledger", config.trace.ledger)):
         if path is not None:
             found += _of_folder(key, os.path.dirname(path)) or _of_records(key, path)
+    found += _of_limits(config)
     return found
+
+
+def _of_limits(config: Config) -> Iterator[str]:
+    """Yield what lets clients use more than their limits say."""
+    if config.proxy.anonymous and limited(config.clients):
+        yield (
+            "proxy.anonymous: a client that is beyond its limits can leave out its key, as "
+            '"anonymous" has no limits'
+        )
+    ledger, keep = config.trace.ledger, config.trace.keep
+    if ledger is not None and (keep is None or keep >= DAY_S):
+        return
+    lacks = "without `ledger`" if ledger is None else 'with `keep` shorter than "1d"'
+    for name, client in config.clients.items():
+        if client.tokens_per_day is not None:
+            yield (
+                f"clients.{name}.tokens_per_day: {lacks} in [trace], a restart forgets what was "
+                "used today"
+            )
 
 
 def _endpoints(config: Config) -> Iterator[tuple[str, str]]:

@@ -580,6 +580,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The largest body of a request on this route."""
 
 
+_NO_LIMIT = "default: no limit"
+
+
 class Client(msgspec.Struct, frozen=True, kw_only=True):
     """A program that may call; ``keys`` are 32-byte SHA-256 digests, which ``repr`` only counts."""
 
@@ -602,6 +605,27 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
 
     weight: Annotated[int, Key(whole_number(1, 1_000_000))] = 1
     """The client's share of a provider's ``queue``."""
+    max_streams: Annotated[int | None, Key(whole_number(1, 1_000_000), stated=_NO_LIMIT)] = None
+    """Most requests of the client that are under way at once, whether they stream or not. A
+    response that is read on after the client has left counts, too. See `limits.rst
+    <limits.rst>`_."""
+
+    requests_per_minute: Annotated[
+        int | None, Key(whole_number(1, 10_000_000), stated=_NO_LIMIT)
+    ] = None
+    """Most requests of the client within any 60 seconds."""
+
+    tokens_per_minute: Annotated[
+        int | None, Key(whole_number(1, 1_000_000_000_000), stated=_NO_LIMIT)
+    ] = None
+    """Most tokens, input and output together, of the requests that the client makes within any 60
+    seconds."""
+
+    tokens_per_day: Annotated[
+        int | None, Key(whole_number(1, 1_000_000_000_000), stated=_NO_LIMIT)
+    ] = None
+    """Most tokens, input and output together, of the requests that the client makes on one calendar
+    day in UTC. With ``[trace] ledger``, what was used today is known again after a restart."""
 
     def __repr__(self) -> str:
         return (
@@ -714,11 +738,7 @@ SECTIONS: Mapping[str, Section] = {
     "routes": Section.of(Route, "heartbeat", "padding"),
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
-    "clients.*": Section.of(
-        Client,
-        *("max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"),
-        instead=dict.fromkeys(_INLINE, _MAKE_A_KEY),
-    ),
+    "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),
     "trace": Section.of(Trace),
     "log": Section.of(Log),
 }

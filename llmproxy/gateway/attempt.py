@@ -110,6 +110,7 @@ class Attempts:
         client = trace.client or ""
         if self._health.is_troubled:
             self._health.asks(candidate.provider, client)
+        at_work = exchange.at_work
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
         outcome: str = "ok"
@@ -130,6 +131,8 @@ class Attempts:
                 self._refused(exchange, candidate, client, response)
             elif self._health.is_troubled:
                 self._health.succeeded(candidate.provider, client)
+            if code >= 300:
+                exchange.at_work = at_work  # it says that it did not do the work
         except ProxyError as error:
             outcome, cause = error.end, error.cause
             if outcome in _PROVIDERS_FAULT:

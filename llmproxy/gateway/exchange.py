@@ -17,6 +17,7 @@ from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.net.task import Task
 from llmproxy.policy.fair_queue import Place, Waiting
+from llmproxy.policy.limits import Lease
 from llmproxy.policy.routes import ATTEMPTS, Candidate, RouteMatch
 from llmproxy.record.trace import SKIPPED, Trace
 from llmproxy.server.error_response import METHODS, error_fields
@@ -40,6 +41,7 @@ class Exchange:
         left: why the client is gone, if it is.
         is_late: the request took longer than ``total``.
         has_asked: the provider may have a byte of the request, and do the work.
+        at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
         page: the fields by which a response speaks to a web page's browser.
         endpoint: how the response can be read, or None where it cannot be.
@@ -47,12 +49,14 @@ class Exchange:
         is_detached: the response is read on although the client has left, or was.
         is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
+        lease: what the request holds of its client's limits, if the client has some.
         task: runs the gateway's story.
         timer: rings after ``total``.
     """
 
     __slots__ = (
         *("candidate", "place", "waiting"),
+        *("at_work", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
         *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
@@ -72,6 +76,7 @@ class Exchange:
         self.left: ClientGone | None = None
         self.is_late = False
         self.has_asked = False
+        self.at_work = 0
         self.relay: Relay | None = None
         self.response: Response | HeldResponse | None = None
         self.content_type: bytes | None = None
@@ -83,12 +88,14 @@ class Exchange:
         self.is_detached = False
         self.is_read_out = False
         self.detached_timer: Any = None
+        self.lease: Lease | None = None
         self.task: Task | None = None
         self.timer: Any = None
 
     def asked(self) -> None:
         """The provider may do the work from here on."""
         self.has_asked = True
+        self.at_work += 1
 
     def keep_of(self, response: Response | HeldResponse) -> None:
         """Keep what is needed of the response's head later, and drop both heads.
@@ -192,11 +199,26 @@ class Exchange:
         trace.status, trace.bytes_out = self.request.status, sent
         trace.bytes_in = self.request.body_bytes
         trace.duration_s = round(now - self.started, 6)
+        if self.lease is not None:
+            trace.counted_tokens = self._settle(self.lease)
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
+
+    def _settle(self, lease: Lease) -> int | None:
+        """Give back what the request holds, and return how many tokens count.
+
+        Where no whole usage was reported, about one token came with each event.
+        """
+        trace = self.trace
+        return lease.settle(
+            (trace.input_tokens or 0) + (trace.output_tokens or 0),
+            is_whole=trace.usage == "reported",
+            may_have_run=self.at_work > 0,
+            seen=0 if self.tap is None else self.tap.events,
+        )
 
     def labels(self) -> tuple[str, str, str, str, str]:
         """Return route, provider, client, method and status class, from closed sets."""

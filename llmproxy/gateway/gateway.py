@@ -1,9 +1,9 @@
 """The handler that serves every request for a provider: the story of one request, in order.
 
-:meth:`Gateway._tell` is that story: admit, identify, look inside, choose, send, copy the head,
-pump. Whatever ends the story ends in :meth:`Gateway._serve`, the one place that turns an end into
-an end reason, an error for the client and a record.  Sockets, clocks and the shapes of errors are
-known elsewhere.
+:meth:`Gateway._tell` is that story: admit, identify, look inside, choose, reserve, send, copy the
+head, pump.  Whatever ends the story ends in :meth:`Gateway._serve`, the one place that turns an end
+into an end reason, an error for the client and a record.  Sockets, clocks and the shapes of errors
+are known elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
-from llmproxy.gateway.admission import Rules, admit, early_refusal, identify, needs_model
+from llmproxy.gateway.admission import (
+    Rules,
+    admit,
+    early_refusal,
+    identify,
+    lease_for,
+    needs_model,
+)
 from llmproxy.gateway.attempt import Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
@@ -32,6 +39,7 @@ from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
+from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.policy.standing import Standing
@@ -61,6 +69,7 @@ class Gateway(Handler):
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
         standing: what is known of providers; by default what this gateway learns.
+        limits: what clients use, of this gateway alone by default.
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
     """
@@ -74,6 +83,7 @@ class Gateway(Handler):
         *,
         detached: DetachedStreams | None = None,
         standing: Standing | None = None,
+        limits: ClientLimits | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -88,6 +98,8 @@ class Gateway(Handler):
         self.detached = (
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
+        self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
+        self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
         self._rules = Rules(via.lower(), _guarded(config), Auth(config))
         turns = Turns(reactor, clock)
@@ -147,6 +159,8 @@ class Gateway(Handler):
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
+        if client.name in self._limited:
+            exchange.lease = lease_for(exchange, client, facts, self.limits)
 
         response = await self._failover.send(exchange, match, client, facts)
         request.release()
@@ -157,6 +171,8 @@ class Gateway(Handler):
         fields += exchange.told_fields()
         if response.code == NOT_FOUND:
             fields += hint_fields(exchange)
+        if exchange.lease is not None:
+            fields.append(exchange.lease.remaining())
         if exchange.page:
             fields = for_page(fields, exchange.page)
         request.start(response.code, fields)

@@ -10,6 +10,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
@@ -24,6 +25,7 @@ def expose(
     setup: Setup,
     detached: DetachedStreams,
     standing: Standing,
+    limits: ClientLimits,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -96,7 +98,16 @@ def expose(
         "limited",
         "What was refused because of a limit.",
         ["client", "limit"],
-        lambda: {("", limit): float(n) for limit, n in site.limiter.refused.items()},
+        lambda: {
+            **{("", limit): float(n) for limit, n in site.limiter.refused.items()},
+            **{labels: float(n) for labels, n in limits.refused.items()},
+        },
+    )
+    gauge(
+        "limit_remaining",
+        "What is left of a client's limit.",
+        ["client", "limit"],
+        lambda: {labels: float(n) for labels, n in limits.remaining().items()},
     )
     count(
         "records_lost",

@@ -22,9 +22,13 @@ from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
+from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
 from llmproxy.policy.standing import Standing
+from llmproxy.record.ledger_report import tokens_by_client
+from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
+from llmproxy.record.trace import timestamp
 from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
@@ -44,6 +48,7 @@ class Prepared(NamedTuple):
     upstream: Upstream
     gateway: Gateway
     writers: Writers
+    spent: Spent
 
 
 class Setup:
@@ -58,6 +63,7 @@ class Setup:
         sinks: keeps traces.
         detached: the responses that are read on.
         standing: what is known of providers.
+        limits: what clients use.
         drain: how the process will shut down.
         site: serves clients.
         admin: the sites that serve operators.
@@ -81,6 +87,7 @@ class Setup:
         sinks: Sinks,
         detached: DetachedStreams,
         standing: Standing,
+        limits: ClientLimits,
         drain: Drain,
         site: Site,
         admin: tuple[Site, ...],
@@ -95,6 +102,7 @@ class Setup:
         self._sinks = sinks
         self._detached = detached
         self._standing = standing
+        self._limits = limits
         self._drain = drain
         self._site = site
         self._admin = admin
@@ -122,11 +130,25 @@ class Setup:
             self._metrics,
             detached=self._detached,
             standing=self._standing,
+            limits=self._limits,
             reactor=self._timers,
             clock=self._clock,
         )
         tls = None if keypair is None else ListenerTls(keypair)
-        return Prepared(config, tls, upstream, gateway, self._sinks.prepare(config.trace))
+        writers = self._sinks.prepare(config.trace)
+        return Prepared(config, tls, upstream, gateway, writers, self._spent_today(config))
+
+    def _spent_today(self, config: Config) -> Spent:
+        """Return what clients have used today, if a limit asks for it and the ledger knows it."""
+        path = config.trace.ledger
+        if path is None or not self._limits.unknown(config.clients):
+            return NOTHING_SPENT
+        today = self._limits.today()
+        try:
+            return Spent(today, tokens_by_client(path, timestamp(today * DAY_S)))
+        except LedgerError as error:
+            _log.warn("the tokens of today begin at zero, as they cannot be read: {why}", why=error)
+            return NOTHING_SPENT
 
     def abandon(self, prepared: Prepared) -> None:
         """Let go of what was prepared; it will not be used."""
@@ -164,6 +186,7 @@ class Setup:
         self._recorder.write_access(config.log.access)
         self._detached.allow(config.limits.drains)
         self._standing.follow(config)
+        self._limits.follow(config.clients, prepared.spent)
         self._drain.timeout = config.proxy.drain_timeout
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address

@@ -118,6 +118,26 @@ def refused_in(paths: Sequence[str], since: str = "") -> int:
     return sum(count for rows in counts for (count,) in rows)
 
 
+def tokens_by_client(path: str, since: str) -> dict[str, int]:
+    """Return the tokens that count for the limits of each client that is known.
+
+    Where the client had no limits, those are the tokens that were reported.
+
+    Args:
+        path: the ledger.
+        since: RFC 3339 in UTC.
+
+    Raises:
+        LedgerError: the ledger cannot be read.
+    """
+    query = (
+        "SELECT client, sum(coalesce(counted_tokens, "
+        "coalesce(input_tokens, 0) + coalesce(output_tokens, 0))) "
+        "FROM traces WHERE time >= ? AND client IS NOT NULL GROUP BY client"
+    )
+    return dict(_rows(path, query, since))
+
+
 def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
     """Return the sessions that had a request since then, the latest one first.
 

@@ -85,6 +85,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.usage", "usage", _string),
     ("llmproxy.on_disconnect", "on_disconnect", _string),
     ("llmproxy.model_from", "model_from", _string),
+    ("llmproxy.counted_tokens", "counted_tokens", _integer),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 

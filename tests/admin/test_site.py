@@ -30,6 +30,7 @@ class Admin:
         self.ready = True
         self.hosts: tuple[str, ...] = ()
         self.shown: Any = {"proxy": {"via": "us"}}
+        self.clients: Any = []
         self.metrics = Metrics("1.2.3")
         clock = Clock()
         site = Site(
@@ -37,6 +38,7 @@ class Admin:
                 ready=lambda: self.ready,
                 registry=self.metrics.registry,
                 config=(lambda: self.shown) if config else None,
+                clients=(lambda: self.clients) if config else None,
                 hosts=lambda: self.hosts,
             ),
             clock,
@@ -129,16 +131,26 @@ def test_the_present_configuration_is_shown() -> None:
     assert json.loads(body) == {"proxy": {"via": "them"}}
 
 
+def test_what_clients_use_is_shown() -> None:
+    """``/clients`` is JSON, made for each request."""
+    admin = Admin()
+    admin.clients = [{"client": "a", "limits": {"max_streams": {"limit": 2}}}]
+    status, fields, body = admin.get("/clients")
+
+    assert (status, fields["content-type"]) == (200, "application/json")
+    assert json.loads(body) == admin.clients
+
+
 def test_a_listener_for_metrics_alone_shows_no_configuration() -> None:
-    """``/config`` is 404 there, and the other paths stay."""
+    """``/config`` and ``/clients`` are 404 there, and the other paths stay."""
     admin = Admin(config=False)
 
-    assert admin.get("/config")[0] == 404
+    assert admin.get("/config")[0] == admin.get("/clients")[0] == 404
     for path in ("/livez", "/readyz", "/metrics"):
         assert admin.get(path)[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config", "/clients"])
 def test_head_is_get_without_a_body_or_query(path: str) -> None:
     """The fields are the same, with the length of the body; a query changes nothing."""
     admin = Admin()
@@ -238,6 +250,7 @@ def test_the_configuration_is_not_shown_to_a_page_of_another_name(host: str) -> 
     admin = Admin()
     admin.hosts = ("admin.example",)
     assert with_host(admin, host) == with_host(admin, host, method="POST") == 421
+    assert with_host(admin, host, "/clients") == 421
     for path in ("/livez", "/readyz", "/metrics"):
         assert with_host(admin, host, path) == 200
 

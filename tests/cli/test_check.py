@@ -255,3 +255,35 @@ def test_credentials_that_systemd_hands_over(
     assert main(["check", str(path), "--credentials", str(directory)]) == 0
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "none"))
     assert main(["check", str(path), "--credentials", str(directory)]) == 0
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_a_limit_for_a_day_without_a_ledger(tmp_path: Path, capsys: Printed) -> None:
+    """A restart would give the client its budget once more."""
+    changes: dict[str, str | None] = {
+        "proxy.anonymous": None,
+        "clients.c": f"{{ keys = {KEYS_LINE}, tokens_per_day = 5 }}",
+        "clients.d": f'{{ keys = ["sha256:{"cd" * 32}"], tokens_per_minute = 5 }}',
+    }
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith("clients.c.tokens_per_day: without `ledger` in [trace], a restart")
+    changes["trace.ledger"] = f'"{tmp_path}/ledger"'
+    assert warnings_of(tmp_path, capsys, changes) == []
+    changes["trace.keep"] = '"23h"'
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning.startswith('clients.c.tokens_per_day: with `keep` shorter than "1d" in [trace]')
+    changes["trace.keep"] = '"off"'
+    assert warnings_of(tmp_path, capsys, changes) == []
+
+
+def test_limits_beside_anonymous_callers(tmp_path: Path, capsys: Printed) -> None:
+    """Who is refused for a limit of its own can call without a key."""
+    keys = f"keys = {KEYS_LINE}"
+    for limit, warned in (("", False), (", max_streams = 5", True)):
+        changes: dict[str, str | None] = {"clients.c": f"{{ {keys}{limit} }}"}
+        found = warnings_of(tmp_path, capsys, changes)
+        assert [one.partition(":")[0] for one in found] == ["proxy.anonymous"] * warned
+        changes["proxy.anonymous"] = "false"
+        assert warnings_of(tmp_path, capsys, changes) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -412,6 +413,19 @@ def test_a_client(named: dict[str, str], routes: tuple[str], models: tuple[str])
     client = accepted({"proxy.anonymous": None, **changes}).clients["c"]
     assert (client.name, client.keys) == ("c", (bytes.fromhex(DIGEST),))
     assert (client.routes, client.models) == (routes, models)
+
+
+def test_limits_of_a_client() -> None:
+    """Each is a whole number, and none is there without its key."""
+    names = ("max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day")
+    keys = {"clients.c.keys": KEYS_LINE}
+    free = accepted(keys).clients["c"]
+    assert [getattr(free, name) for name in names] == [None] * 4
+    changes = {f"clients.c.{name}": str(at) for at, name in enumerate(names, 1)}
+    config = accepted({**keys, **changes})
+    assert [getattr(config.clients["c"], name) for name in names] == [1, 2, 3, 4]
+    shown: Any = config.redacted()["clients"]
+    assert [shown["c"][name] for name in names] == [1, 2, 3, 4]
 
 
 def test_an_unused_provider_is_fine() -> None:

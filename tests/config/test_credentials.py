@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -313,7 +314,8 @@ def test_nothing_secret_is_shown(directory: Path) -> None:
         assert DIGEST not in shown
         assert repr(digest)[2:-1] not in shown
     assert "credential=***" in repr(config)
-    assert redacted["clients"] == {"c": {"keys": 1, "routes": ["*"], "models": ["*"], "weight": 1}}
+    clients: Any = redacted["clients"]
+    assert (clients["c"]["keys"], clients["c"]["routes"]) == (1, ["*"])
     with pytest.raises(TypeError, match="Secret"):
         msgspec.json.encode(config)
 

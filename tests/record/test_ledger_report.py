@@ -22,6 +22,7 @@ from llmproxy.record.ledger_report import (
     Totals,
     checkpoints_of,
     refused_in,
+    tokens_by_client,
     usage_of,
 )
 from llmproxy.record.ledger_schema import TOKENS, LedgerError
@@ -178,6 +179,21 @@ def test_a_ledger_that_breaks_while_it_is_read_is_reported(tmp_path: Path) -> No
     path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
     with pytest.raises(LedgerError, match=r"ledger: .*malformed"):
         usage_of([str(path)], ["client"])
+
+
+def test_tokens_of_a_day_are_those_that_count() -> None:
+    """What counted for limits, else what was reported; nothing of before, or of nobody."""
+    traces = [
+        trace(1, time="2026-11-01T23:59:59.999Z", client="a", counted_tokens=1),
+        trace(2, time="2026-11-02T00:00:00.000Z", client="a", counted_tokens=10, input_tokens=5),
+        trace(3, time="2026-11-02T00:00:00.000Z", client="a", input_tokens=100),
+        trace(4, time="2026-11-02T12:00:00.000Z", client="a", input_tokens=1, output_tokens=200),
+        trace(5, time="2026-11-02T12:00:00.000Z", client="a", counted_tokens=0, output_tokens=9),
+        trace(6, time="2026-11-02T12:00:00.000Z", client="b"),
+        trace(7, time="2026-11-02T12:00:00.000Z", counted_tokens=7),
+    ]
+    with ledgers([traces]) as (path,):
+        assert tokens_by_client(path, "2026-11-02T00:00:00.000Z") == {"a": 311, "b": 0}
 
 
 READER = """

@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.net.timers import Timers
+from llmproxy.policy.limits import Lease
 from llmproxy.server.connection import ClientConnection
 from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
@@ -30,6 +31,7 @@ PASSING = (
     ClientConnection,
     Request,
     Exchange,
+    Lease,
     Upload,
     Relay,
     StreamAccumulator,

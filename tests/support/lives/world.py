@@ -54,6 +54,10 @@ _PRESENT = (
 )
 
 
+_SLOTS = 1_000_000
+"""Requests that the client may have under way: each takes one of these, and gives it back."""
+
+
 class _Once(Factory):
     """Hands out one protocol; Twisted's own says so in the log, whose history keeps it."""
 
@@ -160,6 +164,9 @@ class World:
             jsonl = "{self.trace_path}"
             [clients.c]
             keys = ["sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"]
+            max_streams = {_SLOTS}
+            requests_per_minute = 10000000
+            tokens_per_day = 1000000000000
             {provider_table("plain", "pool = 20", url=f"http://127.0.0.1:{ports['plain']}")}
             {provider_table("secure", f'ca = "{trusted}"', url=f"https://localhost:{ports['secure']}")}
             {provider_table("gone", url=f"http://127.0.0.1:{ports['gone']}")}
@@ -216,11 +223,13 @@ class World:
 
     def gauges(self) -> dict[str, float]:
         """Return every gauge of running work that is not zero."""
-        return {
+        found = {
             f"{sample.name}{sample.labels}": sample.value
             for sample in self._samples()
             if sample.name in _PRESENT and sample.value
         }
+        left = self.service.limits.remaining()["c", "max_streams"]
+        return found | ({} if left == _SLOTS else {"slots of the client": float(_SLOTS - left)})
 
     def busy(self) -> dict[str, float]:
         """Return the same, and the provider's open connections: the proxy may not know of all."""
