@@ -48,6 +48,7 @@ from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
+from llmproxy.upstream.credential import Credentials
 from llmproxy.version import version
 
 _log = Logger()
@@ -220,6 +221,9 @@ class ProxyService(Service):
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
+        self.credentials = Credentials(
+            reactor, clock, aside=partial(aside, reactor), environ=self._environ
+        )
         self.recorder = Recorder(
             self.metrics,
             self.sinks,
@@ -262,6 +266,7 @@ class ProxyService(Service):
             metrics=self.metrics,
             recorder=self.recorder,
             sinks=self.sinks,
+            credentials=self.credentials,
             detached=self.detached,
             drain=self.drain,
             site=self.site,
@@ -269,6 +274,7 @@ class ProxyService(Service):
             listeners=self._listeners,
             raise_limit=raise_limit if self._handle_signals else lambda _: None,
         )
+        self.credentials.replaced = lambda name, value: self.setup.upstream.drop(name, value)
         self.reload = Reload(
             self._reread,
             self.setup,
@@ -287,6 +293,7 @@ class ProxyService(Service):
             site=self.site,
             setup=self.setup,
             detached=self.detached,
+            credentials=self.credentials,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
@@ -343,6 +350,7 @@ class ProxyService(Service):
         super().stopService()
         self.ready = False
         self.reload.end()
+        self.credentials.stop()
         self.notify.stopping()
         return self._listeners.close_proxy().addCallback(lambda _: self._rest())
 

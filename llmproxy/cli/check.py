@@ -14,14 +14,16 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from llmproxy.config import Config, ConfigError, Provider, Route, load
+from llmproxy.config import Config, ConfigError, CredentialCommand, Provider, Route, load
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.policy.routes import shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
+from llmproxy.upstream.command import CommandFailed, Run
 
 _SDK_PATHS = {
     (Dialect.OPENAI, "v1"): "/chat/completions",
@@ -43,6 +45,8 @@ def check(args: argparse.Namespace) -> int:
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
     warnings = [*_of_file(args.file), *warnings_of(config)]
+    if args.run_commands:
+        warnings += _of_runs(config, environ)
     counts = _counts(config)
     if args.json:
         print(json.dumps({"ok": True, "problems": [], "warnings": warnings, **counts}))
@@ -62,6 +66,8 @@ def warnings_of(config: Config) -> list[str]:
         if name not in used:
             found.append(f"providers.{name}: no route uses this provider")
             continue
+        if isinstance(command := provider.credential, CredentialCommand):
+            found += _of_program(f"providers.{name}.credential.command", command.command[0])
         found += _of_url(provider, [one for one in config.routes if name in one.providers])
     for at, before in shadowed(config):
         found.append(
@@ -123,6 +129,25 @@ def _of_folder(key: str, folder: str) -> list[str]:
         return []
     makers = "RuntimeDirectory=, LogsDirectory=, StateDirectory="
     return [f"{key}: {folder} is no folder: the start fails, unless systemd makes it ({makers})"]
+
+
+def _of_program(key: str, path: str) -> list[str]:
+    """Return what may keep the daemon from running a program; it is not run."""
+    if not os.path.isfile(path):
+        return [f"{key}: {path} is no file: requests to this provider get a 503"]
+    if not os.access(path, os.X_OK, effective_ids=True):
+        return [f"{key}: the user of this check may not run {path}: the daemon's user must"]
+    return []
+
+
+def _of_runs(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    """Run the commands that print credentials, as this user, and return which of them fail."""
+    for name, provider in config.providers.items():
+        if isinstance(command := provider.credential, CredentialCommand):
+            try:
+                Run(command.command, time.monotonic, environ)()
+            except CommandFailed as error:
+                yield f"providers.{name}.credential.command: the command failed: {error}"
 
 
 def _of_records(key: str, path: str) -> list[str]:

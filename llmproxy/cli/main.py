@@ -147,7 +147,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Check a configuration file as the daemon does at its start and at a reload. "
         "Every problem is one line of stderr, and so is every warning: what can never work, what "
         "is likely not meant, and what only the start can tell. A warning does not change the exit "
-        "code.",
+        "code. Commands that print credentials are only run with --run-commands.",
         epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
     )
     command.add_argument("file", metavar="FILE", help="the configuration file")
@@ -157,6 +157,12 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="DIR",
         help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
         "the folder of the files that LoadCredential= names",
+    )
+    command.add_argument(
+        "--run-commands",
+        action="store_true",
+        help="run each command that prints a credential, as this user, and warn if it fails; what "
+        "it prints is shown nowhere",
     )
     command.add_argument(
         "--json",

@@ -17,6 +17,7 @@ from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
+    argument,
     digest,
     field_value,
     file_of_instance,
@@ -26,6 +27,7 @@ from llmproxy.config.readers import (
     parameter_name,
     parameter_value,
     reference,
+    time_to_live,
     web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
@@ -146,6 +148,27 @@ def part(section: Section) -> Kind:
     return Kind("table", read, show_part)
 
 
+def credential_or(struct: type[msgspec.Struct], section: Section) -> Kind:
+    """Return the kind of a credential file's name, or of a table that ``struct`` is read from."""
+
+    def read(table: Table, key: Key) -> object:
+        if not table.is_table(key.name):
+            return CREDENTIAL.read(table, key)
+        return table.table(key.name, section).struct(struct)
+
+    def show_credential(value: object) -> object:
+        return redacted(value) if isinstance(value, struct) else _presence(value)
+
+    return Kind("string or table", read, show_credential)
+
+
+def _read_command(table: Table, key: Key) -> tuple[str, ...]:
+    words: tuple[str, ...] = _ARGUMENTS.read(table, key)
+    if words and not words[0].startswith("/"):
+        table.problem(key.name, "expected a program's absolute path first: no shell looks for it")
+    return words
+
+
 def by_name(
     struct: type[msgspec.Struct], section: Section, name: Callable[[Table], Reader[str]]
 ) -> Kind:
@@ -213,6 +236,9 @@ DIALECT = one_of({one.value: one for one in Dialect})
 ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
 FILE = of_table(lambda table: file_of_instance(table.context.instance))
 CREDENTIAL = of_table(lambda table: table.context.credentials.read, show=_presence)
+_ARGUMENTS = array(lambda table: argument)
+COMMAND = Kind("array of strings", _read_command, lambda words: list(words[:1]))
+TIME_TO_LIVE = value(time_to_live, "duration", show_duration)
 CERTIFICATE = of_table(
     lambda table: table.context.credentials.pem(certificate_chain), show=_presence
 )

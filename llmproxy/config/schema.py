@@ -219,6 +219,10 @@ class Table:
         """Tell whether ``key`` holds a string."""
         return isinstance(self._data.get(key), str)
 
+    def is_table(self, key: str) -> bool:
+        """Tell whether ``key`` holds a table."""
+        return isinstance(self._data.get(key), dict)
+
     def lacks(self, key: str) -> bool:
         """Tell whether ``key`` is absent; nothing is absent from what is no table at all."""
         return self._is_table and key not in self._data

@@ -24,7 +24,7 @@ from llmproxy.config.kinds import (
     ACCESS,
     BOOLEAN,
     CERTIFICATE,
-    CREDENTIAL,
+    COMMAND,
     DIALECT,
     DIGESTS,
     DROPPED,
@@ -47,9 +47,11 @@ from llmproxy.config.kinds import (
     ROUTES,
     SIZE,
     SIZE_ABOVE_ZERO,
+    TIME_TO_LIVE,
     URL,
     by_name,
     candidate,
+    credential_or,
     one_or_more,
     part,
     value,
@@ -274,6 +276,22 @@ PROVIDER_TIMEOUTS = Section.part_of(Timeouts, "providers.*.timeouts")
 ROUTE_TIMEOUTS = Section.part_of(Timeouts, "routes.timeouts")
 
 
+class CredentialCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """A command that prints a provider's credential; ``ttl`` is in seconds."""
+
+    command: Annotated[tuple[str, ...], Key(COMMAND)]
+    """The program, by its absolute path, and its arguments. No shell reads them. What the program
+    prints on standard output is the credential: one line, by the same rules as a credential file.
+    Standard error is not kept, because it may hold secrets."""
+
+    ttl: Annotated[float, Key(TIME_TO_LIVE)] = 300.0
+    """How long a printed credential is good. The command runs again after four fifths of it. At
+    least ``"1s"``."""
+
+
+CREDENTIAL_COMMAND = Section.of(CredentialCommand)
+
+
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """A service that responds, and how it wants to be called.
 
@@ -292,9 +310,13 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     of the proxy's own errors. Token counts are read by the path of a request, whatever the dialect;
     only at a provider of ``"raw"`` nothing is read."""
 
-    credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
-    """Bare name of the credential file whose content the proxy sends to the provider. Without this
-    key the provider gets no credential of the proxy."""
+    credential: Annotated[
+        Secret | CredentialCommand | None,
+        Key(credential_or(CredentialCommand, CREDENTIAL_COMMAND)),
+    ] = None
+    """Bare name of the credential file whose content the proxy sends to the provider; or a table
+    with a command that prints the credential, as named below. Without this key the provider gets no
+    credential of the proxy."""
 
     header: Annotated[
         str,
@@ -621,6 +643,7 @@ SECTIONS: Mapping[str, Section] = {
     "providers.*": Section.of(
         Provider, "max_streams", instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)
     ),
+    "providers.*.credential": CREDENTIAL_COMMAND,
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
     "routes": Section.of(Route, "balance", "retry_on", "heartbeat", "padding"),
     "routes.timeouts": ROUTE_TIMEOUTS,

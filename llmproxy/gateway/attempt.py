@@ -57,8 +57,9 @@ class Attempts:
         """Send the request to ``candidate``, and return the head of its response.
 
         Raises:
-            ProxyError: no connection, no head in time, or a head that is not HTTP; 400, where the
-                request names its model in a way that cannot be overridden.
+            ProxyError: no connection, no head in time, or a head that is not HTTP; 503, where the
+                provider's credential is not there yet; 400, where the request names its model in a
+                way that cannot be overridden.
             Exception: the request was cancelled; the exchange knows why.
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
@@ -75,6 +76,7 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         if exchange.page:
             fields = [field for field in fields if field[0] != ORIGIN]
+        credential = candidate.credential.field
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,
@@ -82,6 +84,7 @@ class Attempts:
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),
             identity=match.route.accept_encoding == "identity",
+            credential=credential,
         )
         sent_at = self._clock()
         self._metrics.overhead.observe(sent_at - exchange.started)
@@ -94,7 +97,7 @@ class Attempts:
                 target,
                 fields,
                 body,
-                credential=pool_key(candidate.provider, candidate.credential, request.fields),
+                credential=pool_key(candidate.provider, credential, request.fields),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
@@ -111,6 +114,8 @@ class Attempts:
             self._metrics.attempted(name, outcome, cause)
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
+        if exchange.response.code in (401, 403):
+            candidate.credential.renew_soon(credential)
         return exchange.response
 
 

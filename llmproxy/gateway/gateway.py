@@ -8,7 +8,7 @@ known elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.logger import Logger
@@ -39,7 +39,8 @@ from llmproxy.server.error_response import too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
-from llmproxy.upstream.client import Upstream, credential_field
+from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.credential import CommandCredential
 from llmproxy.upstream.response import Response
 
 _log = Logger()
@@ -55,6 +56,7 @@ class Gateway(Handler):
         upstream: the connections to providers.
         recorder: keeps a record of each request.
         metrics: counts what is on the way.
+        credentials: those that commands print, by provider; needed where there are some.
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
         reactor: keeps the deadlines of requests (``net/timers.py``).
@@ -68,12 +70,13 @@ class Gateway(Handler):
         recorder: Recorder,
         metrics: Metrics,
         *,
+        credentials: Mapping[str, CommandCredential] | None = None,
         detached: DetachedStreams | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
         super().__init__()
-        self._routes = Routes(config)
+        self._routes = Routes(config, credentials)
         self._recorder = recorder
         self._metrics = metrics
         self._reactor = reactor
@@ -279,8 +282,8 @@ def _guarded(config: Config) -> frozenset[bytes]:
     fields = {name.encode("ascii") for name in dropped}
     for provider in config.providers.values():
         fields |= {name.encode("ascii") for name in provider.drop_headers}
-        if (credential := credential_field(provider)) is not None:
-            fields.add(credential[0])
+        if provider.credential is not None:
+            fields.add(provider.header.encode("ascii"))
     return frozenset(fields)
 
 

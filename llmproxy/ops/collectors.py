@@ -14,6 +14,7 @@ from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.site import Site
+from llmproxy.upstream.credential import Credentials
 
 
 def expose(
@@ -22,6 +23,7 @@ def expose(
     site: Site,
     setup: Setup,
     detached: DetachedStreams,
+    credentials: Credentials,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -71,6 +73,18 @@ def expose(
         "When a certificate expires.",
         ["certificate"],
         lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+    )
+    gauge(
+        "credential_age_seconds",
+        "How old the credential is that a provider's command printed last.",
+        ["provider"],
+        lambda: {(name,): age for name, age in credentials.ages().items()},
+    )
+    count(
+        "credential_failures",
+        "Runs of a provider's command that printed no credential.",
+        ["provider"],
+        lambda: {(name,): float(n) for name, n in credentials.failures.items()},
     )
     count(
         "limited",

@@ -11,7 +11,7 @@ connections that fail one by one; so it is raised, or the log says so, with each
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from twisted.logger import Logger
@@ -28,6 +28,7 @@ from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.credential import CommandCredential, Credentials
 
 RESERVE = 512
 """Descriptors for everything else: listeners, the admin site, files, rejected connections."""
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
 
     config: Config
     tls: ListenerTls | None
+    credentials: Mapping[str, CommandCredential]
     upstream: Upstream
     gateway: Gateway
     writers: Writers
@@ -55,6 +57,7 @@ class Setup:
         metrics: counts.
         recorder: keeps records.
         sinks: keeps traces.
+        credentials: those that commands print.
         detached: the responses that are read on.
         drain: how the process will shut down.
         site: serves clients.
@@ -77,6 +80,7 @@ class Setup:
         metrics: Metrics,
         recorder: Recorder,
         sinks: Sinks,
+        credentials: Credentials,
         detached: DetachedStreams,
         drain: Drain,
         site: Site,
@@ -90,6 +94,7 @@ class Setup:
         self._metrics = metrics
         self._recorder = recorder
         self._sinks = sinks
+        self._credentials = credentials
         self._detached = detached
         self._drain = drain
         self._site = site
@@ -108,6 +113,7 @@ class Setup:
             ValueError: OpenSSL would not use the certificate.
         """
         keypair = config.proxy.keypair
+        credentials = self._credentials.prepare(config)
         upstream = Upstream(
             self._reactor, self._clock, config, timers=self._timers, before=self.upstream
         )
@@ -116,12 +122,14 @@ class Setup:
             upstream,
             self._recorder,
             self._metrics,
+            credentials=credentials,
             detached=self._detached,
             reactor=self._timers,
             clock=self._clock,
         )
         tls = None if keypair is None else ListenerTls(keypair)
-        return Prepared(config, tls, upstream, gateway, self._sinks.prepare(config.trace))
+        writers = self._sinks.prepare(config.trace)
+        return Prepared(config, tls, credentials, upstream, gateway, writers)
 
     def abandon(self, prepared: Prepared) -> None:
         """Let go of what was prepared; it will not be used."""
@@ -167,6 +175,7 @@ class Setup:
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)
         self.upstream = prepared.upstream
+        self._credentials.use(prepared.credentials)
 
 
 def needed(max_connections: int) -> int:

@@ -13,7 +13,7 @@ byte.  Nothing here knows bodies, sockets or connections.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 
 import msgspec
@@ -28,7 +28,7 @@ from llmproxy.http1.headers import HeaderRewriter
 from llmproxy.http1.path import has_dot_segment
 from llmproxy.http1.query import QueryRewriter, names_of, without
 from llmproxy.policy.auth import KeyPlaces, cut_keys
-from llmproxy.upstream.client import credential_field
+from llmproxy.upstream.credential import CommandCredential, Credential, credential_of
 
 _ANY_MODEL = ("*",)
 
@@ -55,7 +55,7 @@ class Candidate(msgspec.Struct, frozen=True):
         provider: as the configuration has it.
         model: what the body's model is overridden with, or None.
         timeouts: the deadlines of a request on this route to this provider.
-        credential: the field that carries the provider's credential, or None.
+        credential: has the field that carries the provider's credential.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
@@ -65,7 +65,7 @@ class Candidate(msgspec.Struct, frozen=True):
     provider: Provider
     model: str | None
     timeouts: Timeouts
-    credential: tuple[bytes, bytes] | None
+    credential: Credential
     keys: KeyPlaces
     rewriter: HeaderRewriter
     query: QueryRewriter | None
@@ -259,13 +259,20 @@ class PathMatch:
 
 
 class Routes:
-    """Every route of a configuration, prepared, in the order in which they are tried."""
+    """Every route of a configuration, prepared, in the order in which they are tried.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the checked configuration.
+        credentials: those that commands print, by provider; needed where there are some.
+    """
+
+    def __init__(
+        self, config: Config, credentials: Mapping[str, CommandCredential] | None = None
+    ) -> None:
         self._default_limit = config.limits.request_body
         self._clients = _Clients(config)
         self._routes = sorted(
-            (_prepare(config, route) for route in config.routes),
+            (_prepare(config, route, credentials or {}) for route in config.routes),
             key=lambda one: _rank_of(one.route),
         )
         self._known: dict[tuple[bytes, str], PathMatch] = {}
@@ -320,11 +327,16 @@ def refuse_dots(path: bytes) -> None:
         raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
 
 
-def _prepare(config: Config, route: Route) -> _Prepared:
+def _prepare(
+    config: Config, route: Route, credentials: Mapping[str, CommandCredential]
+) -> _Prepared:
     path = route.path.encode("ascii")
     limit = config.limits.request_body if route.request_body is None else route.request_body
     providers = (config.providers[name] for name in route.providers)
-    candidates = tuple(_candidate(config, route, provider) for provider in providers)
+    candidates = tuple(
+        _candidate(config, route, provider, credential_of(provider, credentials))
+        for provider in providers
+    )
     return _Prepared(
         route=route,
         candidates=candidates,
@@ -337,9 +349,10 @@ def _prepare(config: Config, route: Route) -> _Prepared:
     )
 
 
-def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
+def _candidate(
+    config: Config, route: Route, provider: Provider, credential: Credential
+) -> Candidate:
     override = route.override.get(provider.name)
-    credential = credential_field(provider)
     headers = {**dict(provider.headers), **dict(route.headers)}
     drop_headers = (*provider.drop_headers, *route.drop_headers)
     drop_query = (*provider.drop_query, *route.drop_query)
@@ -357,7 +370,7 @@ def _candidate(config: Config, route: Route, provider: Provider) -> Candidate:
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
             dropped=tuple(name.encode("ascii") for name in drop_headers),
-            credential=credential,
+            credential=None if provider.credential is None else provider.header.encode("ascii"),
             defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in headers.items()),
             accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
         ),

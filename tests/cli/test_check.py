@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from llmproxy.cli.main import main
+from tests.support.commands import COUNTED, runs, script
 from tests.support.configs import KEYS_LINE, toml, vault, with_credential
 
 Printed = pytest.CaptureFixture[str]
@@ -44,6 +45,40 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
     report = json.loads(captured.out)
     assert (report["ok"], report["problems"], captured.err) == (True, [], "")
     assert report["warnings"] == [warning]
+
+
+# --- commands that print credentials --------------------------------------------------------------
+
+
+def command(path: Path) -> dict[str, str | None]:
+    """Return the changes by which a program prints the provider's credential."""
+    return {"providers.p.credential": f'{{ command = ["{path}"] }}'}
+
+
+def test_a_program_that_is_missing_or_may_not_be_run(tmp_path: Path, capsys: Printed) -> None:
+    """The daemon would start, and have no credential."""
+    path = tmp_path / "token"
+    (warning,) = warnings_of(tmp_path, capsys, command(path))
+    key = "providers.p.credential.command"
+    assert warning == f"{key}: {path} is no file: requests to this provider get a 503"
+    path.write_text("")
+    (warning,) = warnings_of(tmp_path, capsys, command(path))
+    assert warning == f"{key}: the user of this check may not run {path}: the daemon's user must"
+
+
+def test_a_command_is_run_only_if_that_is_asked_for(tmp_path: Path, capsys: Printed) -> None:
+    """It may change something elsewhere, or ask somebody; what it prints is shown nowhere."""
+    path = script(tmp_path, COUNTED + '[ "$n" = 1 ] && echo tok-SECRET')
+    assert warnings_of(tmp_path, capsys, command(path)) == []
+    assert runs(tmp_path) == 0
+    checked = str(tmp_path / "checked.toml")
+    for count, failed in ((1, ""), (2, "the command failed: it ended with exit status 1")):
+        assert main(["check", "--run-commands", checked]) == 0
+        captured = capsys.readouterr()
+        assert runs(tmp_path) == count
+        assert failed in captured.err
+        assert bool(failed) is bool(captured.err)
+        assert "SECRET" not in captured.out + captured.err
 
 
 # --- where calls would go -------------------------------------------------------------------------

@@ -99,7 +99,12 @@ def test_every_key_is_documented() -> None:
     assert {path.split(".")[0] for path in found} == set(ROOT.names)
 
 
-PLACES = {"providers.*": "providers.p", "routes": "routes[0]", "clients.*": "clients.c"}
+PLACES = {
+    "providers.*": "providers.p",
+    "providers.*.credential": "providers.p.credential",
+    "routes": "routes[0]",
+    "clients.*": "clients.c",
+}
 DEFAULTS = [
     (f"{PLACES.get(path, path)}.{found[1]}", found[2])
     for path, lines in entries().items()
@@ -117,6 +122,8 @@ def test_a_documented_default_is_the_one_in_force(
     base: dict[str, str | None] = {"clients.c.keys": KEYS_LINE, "trace.ledger": '"/l"'}
     if key == "proxy.anonymous":
         base[key] = None
+    if key.startswith("providers.p.credential."):
+        base["providers.p.credential.command"] = '["/bin/token"]'
     assert accepted({**base, key: default}) == accepted(base)
 
 
