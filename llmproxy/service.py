@@ -299,6 +299,7 @@ class ProxyService(Service):
             reload=self.reload,
             log=self._log_writer,
             process=Process(time.time),
+            wall=time.time,
         )
 
     def _reopen(self) -> None:

@@ -20,10 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from llmproxy.config import Config, ConfigError, CredentialCommand, Provider, Route, load
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
+from llmproxy.config.values import show_instant
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.policy.routes import shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
 from llmproxy.upstream.command import CommandFailed, Run
+
+_SOON_S = 14 * 86400.0
+"""Seconds before a key expires in which that is worth a warning."""
 
 _SDK_PATHS = {
     (Dialect.OPENAI, "v1"): "/chat/completions",
@@ -44,7 +48,7 @@ def check(args: argparse.Namespace) -> int:
         config = load(args.file, instance=args.instance, environ=environ)
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
-    warnings = [*_of_file(args.file), *warnings_of(config)]
+    warnings = [*_of_file(args.file), *warnings_of(config), *_of_keys(config, time.time())]
     if args.run_commands:
         warnings += _of_runs(config, environ)
     counts = _counts(config)
@@ -129,6 +133,15 @@ def _of_folder(key: str, folder: str) -> list[str]:
         return []
     makers = "RuntimeDirectory=, LogsDirectory=, StateDirectory="
     return [f"{key}: {folder} is no folder: the start fails, unless systemd makes it ({makers})"]
+
+
+def _of_keys(config: Config, now: float) -> Iterator[str]:
+    """Return which keys of clients have expired, or will soon."""
+    for name, client in config.clients.items():
+        for at, key in enumerate(client.keys):
+            if key.expires is not None and key.expires - now < _SOON_S:
+                will = "has expired" if key.expires <= now else "will expire"
+                yield f"clients.{name}.keys[{at}]: the key {will}, at {show_instant(key.expires)}"
 
 
 def _of_program(key: str, path: str) -> list[str]:

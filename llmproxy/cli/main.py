@@ -14,12 +14,13 @@ import hashlib
 import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from llmproxy.cli.check import check
 from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
-from llmproxy.config.values import Wrong
+from llmproxy.config.values import Wrong, duration, instant, show_instant
 from llmproxy.policy.auth import KEY_PREFIX
 from llmproxy.version import version
 
@@ -43,7 +44,7 @@ def keys_new(args: argparse.Namespace) -> int:
     """Print a new key, and the line of the configuration that lets it in."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     print(key)
-    _print_keys_line(key)
+    _print_keys_line(key, args.expires)
     if sys.stderr.isatty():
         print(
             f"The first line is the key: hand it over and keep no copy.\n"
@@ -66,12 +67,16 @@ def keys_hash(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    _print_keys_line(key[1].decode("ascii"))
+    _print_keys_line(key[1].decode("ascii"), args.expires)
     return 0
 
 
-def _print_keys_line(key: str) -> None:
-    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+def _print_keys_line(key: str, expires: float | None) -> None:
+    digest = f'"sha256:{hashlib.sha256(key.encode()).hexdigest()}"'
+    if expires is None:
+        print(f"keys = [{digest}]")
+    else:
+        print(f'keys = [{{ hash = {digest}, expires = "{show_instant(expires)}" }}]')
 
 
 def run_daemon(args: argparse.Namespace) -> int:
@@ -190,6 +195,7 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "name", metavar="NAME", type=_value_of(client_name), help="the client that gets the key"
     )
+    _add_expires(command)
     command.set_defaults(run=keys_new)
     command = parsers.add_parser(
         "hash",
@@ -199,8 +205,33 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "argument, which everybody on the machine can see.",
         epilog=_CODES.format(ok="done", no="what was read is no key"),
     )
+    _add_expires(command)
     command.add_argument("argument", nargs="*", help=argparse.SUPPRESS)
     command.set_defaults(run=keys_hash, parser=command)
+
+
+def _add_expires(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--expires",
+        type=_end,
+        metavar="WHEN",
+        help="let the key expire after a duration such as 90d, or at a time such as "
+        "2027-01-31T00:00:00Z (default: never)",
+    )
+
+
+def _end(word: str) -> float:
+    """Return when something ends that lasts for a duration from now on, or until a time."""
+    try:
+        return time.time() + duration(word)
+    except Wrong:
+        pass
+    try:
+        return instant(word)
+    except Wrong as wrong:
+        raise argparse.ArgumentTypeError(
+            f"expected a duration such as 90d, or {wrong.expected}; got {word!r}"
+        ) from None
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -37,6 +37,7 @@ from llmproxy.config.settings import (
     SECTIONS,
     Admin,
     Client,
+    ClientKey,
     Config,
     CredentialCommand,
     Limits,
@@ -55,6 +56,7 @@ from llmproxy.config.values import text as any_text
 __all__ = [
     "Admin",
     "Client",
+    "ClientKey",
     "Config",
     "ConfigError",
     "CredentialCommand",
@@ -234,13 +236,13 @@ def _check_route_headers(config: Config, problems: list[str]) -> None:
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:
     owners: dict[bytes, str] = {}
     for name, client in clients.items():
-        for digest in client.keys:
-            if digest in owners:
+        for key in client.keys:
+            if key.hash in owners:
                 problems.append(
                     f"clients.{name}.keys: expected a key of its own, "
-                    f"but one stands in clients.{owners[digest]}.keys already"
+                    f"but one stands in clients.{owners[key.hash]}.keys already"
                 )
-            owners.setdefault(digest, name)
+            owners.setdefault(key.hash, name)
 
 
 def _check_present(config: Config, clients: dict[str, Client], problems: list[str]) -> None:

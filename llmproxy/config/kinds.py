@@ -8,7 +8,7 @@ reader for the table that the value stands in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -39,10 +39,12 @@ from llmproxy.config.values import (
     choice,
     duration,
     duration_or_off,
+    instant,
     integer,
     model_pattern,
     show,
     show_duration,
+    show_instant,
     show_size,
     size,
     size_above_zero,
@@ -51,6 +53,7 @@ from llmproxy.config.values import (
 from llmproxy.dialects.dialect import Dialect
 
 Show = Callable[[Any], object]
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def _unchanged(value: object) -> object:
@@ -169,6 +172,29 @@ def _read_command(table: Table, key: Key) -> tuple[str, ...]:
     return words
 
 
+def strings_or_tables(
+    reader: Callable[[Table], Reader[Any]], struct: type[S], section: Section, show: Show
+) -> Kind:
+    """Return the kind of an array of strings, or of tables that a ``struct`` is read from.
+
+    A string stands for a table that has the first key of ``section`` alone; ``reader`` makes its
+    reader for the table that the array stands in.
+    """
+    first = next(iter(section.names))
+
+    def read(table: Table, key: Key) -> tuple[S, ...]:
+        read_string = reader(table)
+        return table.mixed(
+            key.name,
+            lambda one: struct(**{first: read_string(one)}),
+            lambda one: one.struct(struct),
+            (),
+            section=section,
+        )
+
+    return Kind("array of strings or tables", read, show)
+
+
 def by_name(
     struct: type[msgspec.Struct], section: Section, name: Callable[[Table], Reader[str]]
 ) -> Kind:
@@ -221,6 +247,11 @@ def pairs(
     return Kind("table of strings", read, lambda fields: [name for name, _ in fields])
 
 
+def key_digest(table: Table) -> Reader[bytes]:
+    """Return the reader of the digest of a key of the client that a table is about."""
+    return digest(table.name)
+
+
 def _added_header(table: Table) -> Reader[str]:
     return lambda one: added_header_name(one, table.take("header"))
 
@@ -252,7 +283,8 @@ ORIGINS = array(lambda table: web_origin, may_be_empty=True)
 DROPPED = array(lambda table: header_name, may_be_empty=True)
 KEY_QUERY = value(key_query, "boolean or string", lambda name: name or False)
 MODELS = array(lambda table: model_pattern)
-DIGESTS = array(lambda table: digest(table.name), show=len)
+DIGEST = of_table(key_digest)
+INSTANT = value(instant, "date and time", _where_set(show_instant))
 DROPPED_PARAMETERS = array(lambda table: parameter_name)
 HEADERS = pairs(_added_header, field_value, same=str)
 ROUTE_HEADERS = pairs(lambda table: lambda one: added_header_name(one, ""), field_value, same=str)

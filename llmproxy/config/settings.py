@@ -26,7 +26,7 @@ from llmproxy.config.kinds import (
     CERTIFICATE,
     COMMAND,
     DIALECT,
-    DIGESTS,
+    DIGEST,
     DROPPED,
     DROPPED_PARAMETERS,
     DURATION,
@@ -37,6 +37,7 @@ from llmproxy.config.kinds import (
     FILE,
     HEADERS,
     HOSTS,
+    INSTANT,
     KEY_QUERY,
     MODELS,
     ORIGINS,
@@ -52,8 +53,10 @@ from llmproxy.config.kinds import (
     by_name,
     candidate,
     credential_or,
+    key_digest,
     one_or_more,
     part,
+    strings_or_tables,
     value,
     whole_number,
     word_of,
@@ -516,18 +519,35 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The largest body of a request on this route."""
 
 
+class ClientKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A client's key: its 32-byte SHA-256 digest, and its end in seconds since the epoch."""
+
+    hash: Annotated[bytes, Key(DIGEST)]
+    """``"sha256:"`` and the 64 lower-case hex digits of the key's SHA-256 digest."""
+
+    expires: Annotated[float | None, Key(INSTANT)] = None
+    """When the key expires, with an offset: ``"2027-01-31T00:00:00Z"``, or the same without quotes.
+    From then on a request that shows the key gets a 401 ``key_expired``."""
+
+
+CLIENT_KEY = Section.of(ClientKey)
+
+
 class Client(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that may call; ``keys`` are 32-byte SHA-256 digests, which ``repr`` only counts."""
+    """A program that may call; of its ``keys`` ``repr`` shows only how many there are."""
 
     name: str
 
-    keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
+    keys: Annotated[
+        tuple[ClientKey, ...], Key(strings_or_tables(key_digest, ClientKey, CLIENT_KEY, len))
+    ]
     """The keys that the client may show. A key stands in one of five headers: ``Authorization`` (as
     ``Bearer``), ``x-api-key``, ``api-key``, ``x-goog-api-key`` or ``x-llmproxy-key``; an empty one
-    counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex
-    digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
-    line, and this line of the file on its second. ``llmproxy keys hash`` reads an existing key from
-    standard input, and prints this line. No two clients share a key."""
+    counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex digits of the key's
+    SHA-256 digest; or a table with such a ``hash`` and the time when the key ``expires``, as named
+    below. ``llmproxy keys new NAME`` prints a new key on its first line, and this line of the file
+    on its second. ``llmproxy keys hash`` reads an existing key from standard input, and prints this
+    line. No two clients share a key."""
 
     routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
     """The names of the routes that the client may use. ``"*"`` is all routes."""
@@ -653,6 +673,7 @@ SECTIONS: Mapping[str, Section] = {
         *("max_streams", "requests_per_minute", "tokens_per_minute", "tokens_per_day"),
         instead=dict.fromkeys(_INLINE, _MAKE_A_KEY),
     ),
+    "clients.*.keys": CLIENT_KEY,
     "trace": Section.of(Trace),
     "log": Section.of(Log),
 }

@@ -87,7 +87,7 @@ class Gateway(Handler):
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
         via = config.proxy.via.encode("ascii")
-        self._rules = Rules(via.lower(), _guarded(config), Auth(config))
+        self._rules = Rules(via.lower(), _guarded(config), Auth(config, recorder.now))
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         self._attempts = Attempts(upstream, metrics, clock, via, turns)

@@ -5,11 +5,14 @@ Each value is read when it is scraped.  The parts do not know that they are watc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.policy.auth import soonest_ends
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
@@ -29,8 +32,13 @@ def expose(
     reload: Reload,
     log: LogWriter | None,
     process: Process,
+    wall: Callable[[], float],
 ) -> None:
-    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
+    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use.
+
+    Args:
+        wall: seconds since the epoch.
+    """
     metrics.registry.register(process)
     gauge, count = metrics.watch, metrics.watch_count
     gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.connections)})
@@ -73,6 +81,12 @@ def expose(
         "When a certificate expires.",
         ["certificate"],
         lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+    )
+    gauge(
+        "client_key_expires_timestamp_seconds",
+        "When the next key of a client expires.",
+        ["client"],
+        lambda: {(name,): end for name, end in soonest_ends(setup.config, wall()).items()},
     )
     gauge(
         "credential_age_seconds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from llmproxy.cli.main import main
+from llmproxy.config.values import show_instant
 from tests.support.commands import COUNTED, runs, script
 from tests.support.configs import KEYS_LINE, toml, vault, with_credential
 
@@ -45,6 +47,25 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
     report = json.loads(captured.out)
     assert (report["ok"], report["problems"], captured.err) == (True, [], "")
     assert report["warnings"] == [warning]
+
+
+# --- keys that expire -----------------------------------------------------------------------------
+
+
+def test_keys_that_have_expired_or_will_soon(tmp_path: Path, capsys: Printed) -> None:
+    """Whoever checks the file has two weeks to make another key."""
+    now = int(time.time())
+    ends = {-5: "has expired", 13 * 86400: "will expire", 15 * 86400: ""}
+    keys = [
+        f'{{ hash = "sha256:{at:064}", expires = "{show_instant(now + s)}" }}'
+        for at, s in enumerate(ends)
+    ]
+    found = warnings_of(tmp_path, capsys, {"clients.c.keys": f"[{', '.join(keys)}]"})
+    assert found == [
+        f"clients.c.keys[{at}]: the key {words}, at {show_instant(now + s)}"
+        for at, (s, words) in enumerate(ends.items())
+        if words
+    ]
 
 
 # --- commands that print credentials --------------------------------------------------------------

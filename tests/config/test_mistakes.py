@@ -12,6 +12,14 @@ from llmproxy.config.schema import Section
 from llmproxy.config.settings import ROOT, SECTIONS
 from tests.support.configs import DIGEST, KEYS_LINE, accepted, problems_of
 
+HASH = f'hash = "sha256:{DIGEST}"'
+
+
+def ends(at: str) -> str:
+    """Return a client's table with one key that expires then."""
+    return f"{{ keys = [{{ {HASH}, expires = {at} }}] }}"
+
+
 # --- one mistake, one problem ---------------------------------------------------------------------
 
 WRONG: list[tuple[str, str, str, str]] = [
@@ -213,6 +221,15 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("clients.c", f"{{ keys = {KEYS_LINE}, routes = [] }}", ".routes", "at least one item"),
     ("clients.c", f'{{ keys = {KEYS_LINE}, models = [""] }}', ".models[0]", "a model"),
     ("clients.c", "{ keys = [] }", ".keys", "at least one item"),
+    ("clients.c", "{ keys = [{}] }", ".keys[0].hash", "expected this key, but it is missing"),
+    ("clients.c", '{ keys = [{ hash = "x" }] }', ".keys[0].hash", "`llmproxy keys new c` makes"),
+    ("clients.c", f"{{ keys = [{{ {HASH}, expired = 1 }}] }}", ".keys[0].expired", '"expires"?'),
+    ("clients.c", ends("2027-01-31"), ".keys[0].expires", "a date with a time and an offset"),
+    ("clients.c", ends("2027-01-31T00:00:00"), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"2027-01-31T00:00:00"'), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"2027-01-31"'), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"90d"'), ".keys[0].expires", 'such as "2027-01-31T00:00:00Z", got "90d"'),
+    ("clients.c", ends("1800000000"), ".keys[0].expires", "a date with a time and an offset"),
     ("clients.c", "{}", ".keys", "is missing; `llmproxy keys new c` makes a key"),
     ("clients.c", '"key"', "", "expected a table, got a string"),
     ("clients.anonymous", f"{{ keys = {KEYS_LINE} }}", "", "another name"),
