@@ -25,6 +25,7 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
+from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
@@ -41,6 +42,7 @@ from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
+from llmproxy.policy.switches import Switches
 from llmproxy.record.log import JsonLog, log_opener, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.record.metrics import Metrics
@@ -221,6 +223,7 @@ class ProxyService(Service):
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
+        self.switches = Switches(clock, time.time)
         self.credentials = Credentials(
             reactor, clock, aside=partial(aside, reactor), environ=self._environ
         )
@@ -250,7 +253,13 @@ class ProxyService(Service):
             registry=self.metrics.registry,
         )
         admin = site(
-            config=lambda: self.setup.config.redacted(),
+            config=lambda: {
+                **self.setup.config.redacted(),
+                "switched_off": self.switches.rows(),
+            },
+            providers=Providers(
+                lambda: self.setup.config, lambda: self.setup.upstream.counts(), self.switches
+            ),
             hosts=lambda: self.setup.config.admin.hosts,
         )
         metrics = site(config=None)
@@ -267,6 +276,7 @@ class ProxyService(Service):
             recorder=self.recorder,
             sinks=self.sinks,
             credentials=self.credentials,
+            switches=self.switches,
             detached=self.detached,
             drain=self.drain,
             site=self.site,

@@ -25,6 +25,7 @@ from llmproxy.config.kinds import (
     BOOLEAN,
     CERTIFICATE,
     COMMAND,
+    CREDENTIAL,
     DIALECT,
     DIGEST,
     DROPPED,
@@ -168,6 +169,11 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     of somebody else cannot read it through an operator's browser (DNS rebinding). Addresses, names
     without a dot, ``*.localhost`` and the machine's own name are always accepted. ``/livez``,
     ``/readyz`` and ``/metrics`` accept any name."""
+
+    token: Annotated[Secret | None, Key(CREDENTIAL)] = None
+    """Bare name of a credential file. A request that changes something must show what it holds, as
+    ``Authorization: Bearer``. Without this key nothing can be changed on the admin site, and such a
+    request gets a 403. Reading needs no token."""
 
     metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
     """Endpoint that serves only ``/metrics``, ``/livez`` and ``/readyz``, for a Prometheus on
@@ -656,7 +662,7 @@ _MAKE_A_KEY = (
 
 SECTIONS: Mapping[str, Section] = {
     "proxy": Section.of(Proxy),
-    "admin": Section.of(Admin, "token"),
+    "admin": Section.of(Admin),
     "credentials": Section.of(CredentialFiles, instead={"*": _FILES}),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),

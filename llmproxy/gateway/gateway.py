@@ -32,7 +32,8 @@ from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
-from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch, Routes
+from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMatch, Routes
+from llmproxy.policy.switches import Switches
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import too_large
@@ -57,6 +58,7 @@ class Gateway(Handler):
         recorder: keeps a record of each request.
         metrics: counts what is on the way.
         credentials: those that commands print, by provider; needed where there are some.
+        switches: what an operator has switched off; by default nothing is.
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
         reactor: keeps the deadlines of requests (``net/timers.py``).
@@ -71,6 +73,7 @@ class Gateway(Handler):
         metrics: Metrics,
         *,
         credentials: Mapping[str, CommandCredential] | None = None,
+        switches: Switches | None = None,
         detached: DetachedStreams | None = None,
         reactor: Any,
         clock: Callable[[], float],
@@ -81,6 +84,7 @@ class Gateway(Handler):
         self._metrics = metrics
         self._reactor = reactor
         self._clock = clock
+        self._switches = Switches(clock, recorder.now) if switches is None else switches
         self._batch = Batch()
         self._inspection = Inspection(config, metrics, clock, self._batch.read)
         self.detached = (
@@ -234,11 +238,20 @@ class Gateway(Handler):
         request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
         trace.dialect = provider.dialect
+        if self._switches.off:
+            self._refuse_disabled(candidate, named)
         exchange.endpoint = self._inspection.endpoint_of(exchange, match, candidate)
         trace.stream = facts.wants_stream(exchange.endpoint)
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _refuse_disabled(self, candidate: Candidate, named: tuple[Named, ...]) -> None:
+        """Refuse a request whose only candidate an operator has switched off."""
+        name, now = candidate.provider.name, self._clock()
+        for model in named if candidate.model is None else (candidate.model,):
+            if self._switches.is_off(name, model, now):
+                raise self._switches.refusal(name, model, now)
 
     def _meet_page(self, exchange: Exchange, client: Client, match: RouteMatch) -> None:
         """Go by the origins of the route alone: several may share the path."""

@@ -22,6 +22,7 @@ from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
+from llmproxy.policy.switches import Switches
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.server.handler import Router
@@ -58,6 +59,7 @@ class Setup:
         recorder: keeps records.
         sinks: keeps traces.
         credentials: those that commands print.
+        switches: what an operator has switched off.
         detached: the responses that are read on.
         drain: how the process will shut down.
         site: serves clients.
@@ -81,6 +83,7 @@ class Setup:
         recorder: Recorder,
         sinks: Sinks,
         credentials: Credentials,
+        switches: Switches,
         detached: DetachedStreams,
         drain: Drain,
         site: Site,
@@ -95,6 +98,7 @@ class Setup:
         self._recorder = recorder
         self._sinks = sinks
         self._credentials = credentials
+        self._switches = switches
         self._detached = detached
         self._drain = drain
         self._site = site
@@ -123,6 +127,7 @@ class Setup:
             self._recorder,
             self._metrics,
             credentials=credentials,
+            switches=self._switches,
             detached=self._detached,
             reactor=self._timers,
             clock=self._clock,

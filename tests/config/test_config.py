@@ -62,6 +62,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "admin": {
             "listen": "tcp:9080:interface=127.0.0.1",
             "hosts": [],
+            "token": False,
             "metrics_listen": None,
         },
         "timeouts": {

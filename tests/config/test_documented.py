@@ -27,7 +27,7 @@ OWNER = {key: path for path, section in reversed(list(SECTIONS.items())) for key
 """A section for each key; that which stands first in the file, where several have the key."""
 
 DIRECTORY = re.compile(r'^directory = ".*?"', re.MULTILINE)
-CREDENTIAL = re.compile(r'^\s*credential = "(.*?)"', re.MULTILINE)
+CREDENTIAL = re.compile(r'^\s*(?:credential|token) = "(.*?)"', re.MULTILINE)
 
 
 class Shown(NamedTuple):

@@ -315,7 +315,7 @@ def test_other_headers_may_be_set(name: str) -> None:
 
 
 NOT_BUILT = [
-    *("intercept", "tunnel", "admin.token", "providers.p.max_streams", "routes[0].balance"),
+    *("intercept", "tunnel", "providers.p.max_streams", "routes[0].balance"),
     *("routes[0].retry_on", "routes[0].heartbeat", "routes[0].padding"),
     *("routes[0].override.p.weight", "clients.c.max_streams", "clients.c.requests_per_minute"),
     *("clients.c.tokens_per_minute", "clients.c.tokens_per_day"),
