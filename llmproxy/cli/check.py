@@ -17,12 +17,22 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmproxy.config import Config, ConfigError, CredentialCommand, Provider, Route, load
+from llmproxy.config import (
+    Client,
+    Config,
+    ConfigError,
+    CredentialCommand,
+    Provider,
+    Route,
+    load,
+)
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
 from llmproxy.config.values import show_instant
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.policy.routes import shadowed
+from llmproxy.errors import ProxyError
+from llmproxy.policy.auth import ANONYMOUS
+from llmproxy.policy.routes import PathMatch, Routes, shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
 from llmproxy.upstream.command import CommandFailed, Run
 
@@ -78,6 +88,7 @@ def warnings_of(config: Config) -> list[str]:
             f"routes[{at}]: no request comes here: "
             f"routes[{before}] takes all that this route would take"
         )
+    found += _of_lists(config)
     for key, endpoint in _endpoints(config):
         if (path := socket_path(endpoint)) is not None:
             found += _of_folder(key, os.path.dirname(path))
@@ -133,6 +144,28 @@ def _of_folder(key: str, folder: str) -> list[str]:
         return []
     makers = "RuntimeDirectory=, LogsDirectory=, StateDirectory="
     return [f"{key}: {folder} is no folder: the start fails, unless systemd makes it ({makers})"]
+
+
+def _of_lists(config: Config) -> Iterator[str]:
+    """Return which lists of models are empty for everybody who may read them."""
+    routes = Routes(config)
+    for at, route in enumerate(config.routes):
+        if route.models_list == "configured":
+            path = route.path.rstrip("/").encode("ascii") + b"/v1/models"
+            place = routes.at(path, "" if route.hosts is None else route.hosts[0])
+            if not any(_names(place, one, path) for one in (ANONYMOUS, *config.clients.values())):
+                yield (
+                    f"routes[{at}].models_list: the list is empty: write names without a star into "
+                    "`models` of the route or of clients"
+                )
+
+
+def _names(place: PathMatch, client: Client, path: bytes) -> list[str]:
+    try:
+        listed = place.list_of(client, path)
+    except ProxyError:
+        return []
+    return [] if listed is None else listed.names
 
 
 def _of_keys(config: Config, now: float) -> Iterator[str]:

@@ -52,6 +52,7 @@ from llmproxy.config.settings import (
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
+from llmproxy.dialects.dialect import Dialect
 
 __all__ = [
     "Admin",
@@ -192,6 +193,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     _check_route_names(config.routes, problems)
     _check_session_header(config, problems)
     _check_route_headers(config, problems)
+    _check_models_list(config, problems)
     names = [route.name for route in config.routes]
     # If a route has no name, clients may mean that route: what they say of routes is not judged.
     context.routes = names if all(names) else None
@@ -231,6 +233,16 @@ def _check_route_headers(config: Config, problems: list[str]) -> None:
                     f"routes[{at}].headers.{name}: expected no header that carries a key here: "
                     "the provider's `header` does"
                 )
+
+
+def _check_models_list(config: Config, problems: list[str]) -> None:
+    for at, route in enumerate(config.routes):
+        dialects = {config.providers[name].dialect for name in route.providers}
+        if route.models_list == "configured" and Dialect.GEMINI in dialects:
+            problems.append(
+                f'routes[{at}].models_list: expected "upstream", as a provider\'s dialect is '
+                '"gemini", whose lists the proxy does not make'
+            )
 
 
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:

@@ -80,6 +80,7 @@ AcceptEncoding = Literal["identity", "pass"]
 IncludeUsage = Literal["as-asked", "inject"]
 OnDisconnect = Literal["cancel", "drain"]
 Capture = Literal["usage", "content"]
+ModelsList = Literal["upstream", "configured"]
 AccessLines = bool | Literal["errors"]
 
 _FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
@@ -452,6 +453,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The route takes only requests that name one of these models, and reads of a list of
     models. Names are looked for in the body, the path and the query; ADR-0016 says where some
     providers take others from."""
+
+    models_list: Annotated[ModelsList, Key(word_of(ModelsList))] = "upstream"
+    """Who responds to reads of a list of models: ``"upstream"`` is the provider, ``"configured"``
+    the proxy itself; see `Lists of models`_. Not with the dialect ``gemini``."""
 
     allowed_origins: Annotated[tuple[str, ...], Key(ORIGINS)] = ()
     """Web pages of these origins may call from a browser (CORS), such as ``"https://app.example"``;

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
+from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import Rules, admit, early_refusal, identify, needs_model
@@ -36,7 +38,7 @@ from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMa
 from llmproxy.policy.switches import Switches
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
-from llmproxy.server.error_response import too_large
+from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
@@ -79,7 +81,7 @@ class Gateway(Handler):
         clock: Callable[[], float],
     ) -> None:
         super().__init__()
-        self._routes = Routes(config, credentials)
+        self._routes = Routes(config, credentials or {})
         self._recorder = recorder
         self._metrics = metrics
         self._reactor = reactor
@@ -138,6 +140,8 @@ class Gateway(Handler):
                 request.finish()
                 return EndReason.COMPLETE
         client = self._identify(exchange, place)
+        if place.lists and self._list_models(exchange, place, client):
+            return EndReason.COMPLETE
         facts = self._reader.read_at_once(exchange, place)
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
@@ -210,6 +214,24 @@ class Gateway(Handler):
         if request.owner is None and request.held and request.site.memory.is_filling():
             request.belongs_to(client.name)
         return client
+
+    def _list_models(self, exchange: Exchange, place: PathMatch, client: Client) -> bool:
+        """Respond with a list of models of ours, and return whether the request asks for one."""
+        request, trace = exchange.request, exchange.trace
+        if is_call(request.method) or exchange.has_body:
+            return False
+        listed = place.list_of(client, request.path)
+        if listed is None:
+            return False
+        trace.route, trace.dialect = listed.route.name, place.dialect
+        query = request.uri.partition(b"?")[2]
+        found = document(listed.asked, listed.names, place.dialect, query)
+        body = msgspec.json.encode(found)
+        fields = own_fields(trace.id, len(body), self._recorder.now())
+        request.start(200, [*fields, *exchange.page])
+        request.write(body)
+        request.finish()
+        return True
 
     def _choose(
         self, exchange: Exchange, place: PathMatch, client: Client, facts: RequestFacts

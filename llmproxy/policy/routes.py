@@ -22,6 +22,7 @@ from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.dialects.json_spans import BodyError
+from llmproxy.dialects.model_list import Asked, asked
 from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
 from llmproxy.http1.headers import HeaderRewriter
@@ -121,6 +122,20 @@ class RouteMatch(msgspec.Struct, frozen=True):
         return path + self.query
 
 
+class ModelList(msgspec.Struct, frozen=True):
+    """A list of models that the proxy makes.
+
+    Attributes:
+        route: whose list it is.
+        asked: what the request asks of it.
+        names: the models that the client may use, in order.
+    """
+
+    route: Route
+    asked: Asked
+    names: list[str]
+
+
 class _Prepared(msgspec.Struct, frozen=True):
     """A route of the configuration, prepared for requests."""
 
@@ -173,6 +188,7 @@ class PathMatch:
         drops: the parameters of the query that cross on no route here.
         may_add: whether something may be added to a request body on some route here.
         origins: of web pages that may call some route here.
+        lists: lists of models are made by the proxy itself here.
     """
 
     def __init__(
@@ -183,6 +199,7 @@ class PathMatch:
         self._needs_model = any(one.needs_model for one in found)
         self.may_add = any(one.route.include_usage == "inject" for one in found)
         self.origins = frozenset(origin for one in found for origin in one.route.allowed_origins)
+        self.lists = bool(found) and self._list_route().route.models_list == "configured"
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
@@ -236,9 +253,8 @@ class PathMatch:
                 model.
         """
         found = self._found
-        if reads_list and found:  # the longest path, and of its routes one that needs no model
-            found = [one for one in found if one.path == found[0].path]
-            one = next((one for one in found if one.allows(NoModel.WITHOUT_BODY)), found[0])
+        if reads_list and found:
+            one = self._list_route()
         else:
             for one in found:
                 if all(map(one.allows, models)):
@@ -257,13 +273,58 @@ class PathMatch:
         self._clients.permit(client, one.route, () if reads_list else models)
         return RouteMatch(one.route, one.candidates, one.body_limit, path, mark + query, is_call)
 
+    def list_of(self, client: Client, path: bytes) -> ModelList | None:
+        """Return the list of models that a read of this path asks for, if it asks for one.
+
+        It has the names that stand in the file for this path and without a star: in ``models`` of
+        the routes with the path of the list's own, in their overrides, and in ``models`` of the
+        client.  Of these the client may use each here.
+
+        Args:
+            client: who calls.
+            path: of the request; it is this one.
+
+        Raises:
+            ProxyError: 403, where the client may not use the route.
+        """
+        one = self._list_route()
+        what = asked(path[len(one.path) :] if one.path != b"/" else path)
+        if what is None:
+            return None
+        self._clients.permit(client, one.route, ())
+        said = list[str]()
+        for other in self._found:
+            if other.path == one.path:
+                said += other.route.models or ()
+                said += [to.model for to in other.candidates if to.model is not None]
+        said += client.models
+        names = [name for name in dict.fromkeys(said) if "*" not in name and name != "-"]
+        return ModelList(one.route, what, [name for name in names if self._takes(client, name)])
+
+    def _takes(self, client: Client, name: str) -> bool:
+        """Return whether a call of the client's for this model would find its route."""
+        one = next((one for one in self._found if one.allows(name)), None)
+        if one is None:
+            return False
+        try:
+            self._clients.permit(client, one.route, (name,))
+        except ProxyError:
+            return False
+        return True
+
+    def _list_route(self) -> _Prepared:
+        """Return the route of lists: of those with the longest path one that needs no model."""
+        first = self._found[0]
+        same = [one for one in self._found if one.path == first.path]
+        return next((one for one in same if one.allows(NoModel.WITHOUT_BODY)), first)
+
 
 class Routes:
     """Every route of a configuration, prepared, in the order in which they are tried.
 
     Args:
         config: the checked configuration.
-        credentials: those that commands print, by provider; needed where there are some.
+        credentials: those that commands print, by provider; None where no request will be sent.
     """
 
     def __init__(
@@ -272,7 +333,7 @@ class Routes:
         self._default_limit = config.limits.request_body
         self._clients = _Clients(config)
         self._routes = sorted(
-            (_prepare(config, route, credentials or {}) for route in config.routes),
+            (_prepare(config, route, credentials) for route in config.routes),
             key=lambda one: _rank_of(one.route),
         )
         self._known: dict[tuple[bytes, str], PathMatch] = {}
@@ -328,7 +389,7 @@ def refuse_dots(path: bytes) -> None:
 
 
 def _prepare(
-    config: Config, route: Route, credentials: Mapping[str, CommandCredential]
+    config: Config, route: Route, credentials: Mapping[str, CommandCredential] | None
 ) -> _Prepared:
     path = route.path.encode("ascii")
     limit = config.limits.request_body if route.request_body is None else route.request_body

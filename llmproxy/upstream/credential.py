@@ -308,10 +308,14 @@ class Credentials:
         return before is None or before.words != one.words or not before.is_there
 
 
-def credential_of(provider: Provider, made: Mapping[str, CommandCredential]) -> Credential:
-    """Return the credential of ``provider``; ``made`` has those that commands print."""
+def credential_of(provider: Provider, made: Mapping[str, CommandCredential] | None) -> Credential:
+    """Return the credential of ``provider``.
+
+    Args:
+        made: those that commands print; None where no request will be sent.
+    """
     if isinstance(provider.credential, CredentialCommand):
-        return made[provider.name]
+        return FixedCredential(None) if made is None else made[provider.name]
     secret = provider.credential
     return FixedCredential(None if secret is None else field_of(provider, secret))
 

@@ -49,6 +49,28 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
     assert report["warnings"] == [warning]
 
 
+# --- lists of models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "is_empty"),
+    [
+        ("routes[0].models", '["gpt-*", "-"]', True),
+        ("routes[0].models", '["gpt-*", "gpt-4o"]', False),
+        ("clients.c.models", '["gpt-*"]', True),
+        ("clients.c.models", '["gpt-4o"]', False),
+        ("routes[0].override", '{ p = { model = "gpt-4o" } }', False),
+    ],
+)
+def test_a_list_of_models_without_models(
+    key: str, names: str, is_empty: bool, tmp_path: Path, capsys: Printed
+) -> None:
+    """A pattern cannot be listed; whoever chooses from the list could choose nothing."""
+    changes = {"routes[0].models_list": '"configured"', "clients.c.keys": KEYS_LINE, key: names}
+    found = warnings_of(tmp_path, capsys, {**changes})
+    assert [one.partition(":")[0] for one in found] == ["routes[0].models_list"] * is_empty
+
+
 # --- keys that expire -----------------------------------------------------------------------------
 
 

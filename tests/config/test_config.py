@@ -111,6 +111,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "providers": ["p"],
                 "hosts": None,
                 "models": None,
+                "models_list": "upstream",
                 "allowed_origins": [],
                 "strip": True,
                 "override": {},

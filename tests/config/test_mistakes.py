@@ -80,6 +80,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.session_header", '["x-a", "cookie"]', "[1]", "a header that carries no key"),
     ("trace.session_header", "1", "", "expected an array"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
+    ("routes[0].models_list", '"both"', "", 'one of "upstream", "configured", got "both"'),
     ("providers.p.credential", "1", "", "the bare name of a file"),
     ("providers.p.credential", "{}", ".command", "expected this key, but it is missing"),
     ("providers.p.credential", '{command = "/bin/x"}', ".command", "an array with at least one"),
@@ -490,3 +491,10 @@ def test_the_keys_of_a_section_are_listed(place: str, section: Section) -> None:
     """A key that is like none of its section gets the list of them all."""
     names = ", ".join(section.names)
     assert f"{place}zzz: unknown key; expected one of {names}" in problems_of({f"{place}zzz": "1"})
+
+
+def test_a_list_of_models_is_not_made_for_gemini() -> None:
+    """Its shape is another one, and a list in a wrong shape is worse than the provider's."""
+    changes = {"providers.p.dialect": '"gemini"', "routes[0].models_list": '"configured"'}
+    (problem,) = problems_of(changes)
+    assert problem.startswith('routes[0].models_list: expected "upstream", as a provider')
