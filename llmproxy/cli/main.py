@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``usage`` and ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -91,6 +91,14 @@ def run_daemon(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_explain(args: argparse.Namespace) -> int:
+    """Say what would happen to a request."""
+    # Not at the top: it brings the gateway, and no other command needs that.
+    from llmproxy.cli.explain import explain
+
+    return explain(args)
+
+
 def run_demo(args: argparse.Namespace) -> int:
     """Run the proxy with an embedded provider until it is interrupted."""
     # Not at the top: the demo brings the reactor, and no other command needs one.
@@ -110,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_check(commands)
+    _add_explain(commands)
     _add_keys(commands)
     add_usage(commands)
     _add_demo(commands)
@@ -155,14 +164,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "code. Commands that print credentials are only run with --run-commands.",
         epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
     )
-    command.add_argument("file", metavar="FILE", help="the configuration file")
-    _add_instance(command)
-    command.add_argument(
-        "--credentials",
-        metavar="DIR",
-        help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
-        "the folder of the files that LoadCredential= names",
-    )
+    _add_file(command)
     command.add_argument(
         "--run-commands",
         action="store_true",
@@ -175,6 +177,61 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='print an object with "ok", "problems" and "warnings" to stdout',
     )
     command.set_defaults(run=check)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="the configuration file")
+    _add_instance(command)
+    command.add_argument(
+        "--credentials",
+        metavar="DIR",
+        help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
+        "the folder of the files that LoadCredential= names",
+    )
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "explain",
+        help="say what would happen to a request",
+        description="Say what the proxy would do with a request: its route, the candidates in "
+        "order, the URL of each, the headers that are added and dropped, timeouts and limits; or "
+        "why it would be refused. Nothing is started or sent, and no command is run. What only a "
+        "running daemon knows is not said: which provider is busy, cools down or is switched off.",
+        epilog=_CODES.format(
+            ok="the request would be served",
+            no="it would be refused, or the file cannot be used",
+        ),
+    )
+    _add_file(command)
+    command.add_argument(
+        "--path", required=True, type=_target, metavar="PATH", help="path and query of the request"
+    )
+    command.add_argument(
+        "--client", metavar="NAME", help="who calls (default: nobody known, if anonymous is true)"
+    )
+    command.add_argument("--model", metavar="NAME", help="the model that the body names")
+    command.add_argument(
+        "--method", default="POST", metavar="METHOD", help="of the request (default: %(default)s)"
+    )
+    command.add_argument(
+        "--host",
+        default="localhost",
+        metavar="HOST",
+        help="what the Host header says (default: %(default)s)",
+    )
+    command.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="a further header of the request, as NAME: VALUE; any number of times",
+    )
+    command.add_argument("--stream", action="store_true", help="the body asks for a stream")
+    command.add_argument(
+        "--json", action="store_true", help="print one object to stdout, with problems, too"
+    )
+    command.set_defaults(run=run_explain)
 
 
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -261,6 +318,12 @@ def _value_of(reader: Callable[[object], str]) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"expected {wrong.expected}, got {word!r}") from None
 
     return read
+
+
+def _target(word: str) -> str:
+    if not word.startswith("/") or not word.isascii() or not word.isprintable() or " " in word:
+        raise argparse.ArgumentTypeError(f"expected a path that begins with '/', got {word!r}")
+    return word
 
 
 def _port(word: str) -> int:

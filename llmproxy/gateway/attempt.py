@@ -64,7 +64,7 @@ class Attempts:
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         target = match.target(candidate)
-        edits = [] if candidate.model is None else _override(exchange, match, candidate, facts)
+        edits = [] if candidate.model is None else model_edits(exchange, match, candidate, facts)
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
             usage = await self._turns.run(steps)
@@ -119,7 +119,7 @@ class Attempts:
         return exchange.response
 
 
-def _override(
+def model_edits(
     exchange: Exchange, match: RouteMatch, candidate: Candidate, facts: RequestFacts
 ) -> list[Edit]:
     """Return what gives the body the candidate's own model.

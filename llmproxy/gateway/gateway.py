@@ -93,7 +93,7 @@ class Gateway(Handler):
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
         via = config.proxy.via.encode("ascii")
-        self._rules = Rules(via.lower(), _guarded(config), Auth(config, recorder.now))
+        self._rules = Rules(via.lower(), guarded_fields(config), Auth(config, recorder.now))
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         self._attempts = Attempts(upstream, metrics, clock, via, turns)
@@ -311,7 +311,7 @@ class Gateway(Handler):
             self._metrics.stream.observe(self._clock() - began)
 
 
-def _guarded(config: Config) -> frozenset[bytes]:
+def guarded_fields(config: Config) -> frozenset[bytes]:
     """Return the fields that carry providers' credentials, and those that some provider lacks."""
     dropped = [name for route in config.routes for name in route.drop_headers]
     fields = {name.encode("ascii") for name in dropped}

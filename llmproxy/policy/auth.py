@@ -142,6 +142,17 @@ class Auth:
             return ANONYMOUS
         raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
 
+    def refuse_expired(self, client: Client) -> None:
+        """Refuse a client all of whose keys have expired, as its keys would be.
+
+        Raises:
+            ProxyError: 401.
+        """
+        ends = [self._ends.get(key.hash) for key in client.keys]
+        if ends and all(end is not None and self._wall() >= end for end in ends):
+            text = "Each key of this client has expired."
+            raise _unauthorized("key_expired", text, detail=f"the keys of {client.name}")
+
     def _usual(self, target: bytes, first: Mapping[bytes, bytes]) -> Client | None:
         """Return the client of a usual request; None where there must be a closer look.
 

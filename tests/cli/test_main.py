@@ -255,7 +255,17 @@ def test_a_wrong_command_line(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["keys", "hash"], ["usage"], ["demo"]],
+    [
+        [],
+        ["run"],
+        ["check"],
+        ["explain"],
+        ["keys"],
+        ["keys", "new"],
+        ["keys", "hash"],
+        ["usage"],
+        ["demo"],
+    ],
     ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
