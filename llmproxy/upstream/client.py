@@ -133,7 +133,7 @@ class ConnectionKey(NamedTuple):
 
     origin: str
     authority: bytes | None
-    credential: tuple[str, str, Secret | CredentialCommand | None]
+    credential: tuple[str, str, Secret | tuple[str, ...] | None]
     pass_credential: bool
     pool: int
     pool_idle: float | None
@@ -288,11 +288,12 @@ def connection_key(provider: Provider, config: Config) -> ConnectionKey:
     Raises:
         OSError: its authority's file cannot be read.
     """
-    url = provider.url
+    url, secret = provider.url, provider.credential
+    source = secret.command if isinstance(secret, CredentialCommand) else secret
     return ConnectionKey(
         origin=f"{url.scheme}://{url.netloc}/",
         authority=None if provider.ca is None else Path(provider.ca).read_bytes(),
-        credential=(provider.header, provider.format, provider.credential),
+        credential=(provider.header, provider.format, source),
         pass_credential=provider.pass_credential,
         pool=provider.pool,
         pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),

@@ -164,7 +164,7 @@ def test_a_reload_keeps_the_output_and_runs_a_new_command(live: Renewing) -> Non
     """The same command is not run again; another one has run before a request needs it."""
     assert live.sent() == "1"
     reload(live.daemon, ('ttl = "1h"', 'ttl = "2h"'))
-    assert (live.sent(), runs(live.folder)) == ("1", 1)
+    assert (live.sent(), runs(live.folder), live.provider.accepted) == ("1", 1, 1)
     other = script(live.folder, "echo tok-SECRET-other", name="other")
     reload(live.daemon, (f'"{live.folder}/token"', f'"{other}"'))
     assert live.sent() == "other"

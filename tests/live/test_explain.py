@@ -135,3 +135,14 @@ def test_a_list_is_explained_as_it_is_sent(live: LiveProxy) -> None:
     report = explain(live, "/list/v1/models", "GET", None, False)
     got = live.reject(sent("/list/v1/models", "GET", None, False))
     assert [one["id"] for one in got.json()["data"]] == report["listed"] == ["m", "k1"]
+
+
+def test_the_head_of_a_list_is_that_of_its_get(live: LiveProxy) -> None:
+    """It has the length of the body, and no body."""
+    got, head = (
+        live.reject(sent("/list/v1/models", method, None, False)) for method in ("GET", "HEAD")
+    )
+    assert head.status == 200
+    assert head.values(b"content-length") == got.values(b"content-length")
+    assert head.values(b"content-type") == [b"application/json"]
+    assert live.trace(head)["end_reason"] == "complete"
