@@ -34,8 +34,9 @@ _RENEWED_AT = 0.8
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
 """Seconds until a command that failed runs again; each failure doubles them."""
 
-_LEAST_GAP_S = 5.0
-"""Seconds between two runs that a provider's refusals ask for."""
+_LEAST_GAP_S, _MOST_GAP_S = 5.0, 300.0
+"""Seconds before a run that a provider's refusals ask for; each such run doubles them, because a
+provider may refuse a request for another reason, again and again."""
 
 _log = Logger()
 
@@ -90,6 +91,7 @@ class CommandCredential:
         self._secret: Secret | None = None
         self._field: Field | None = None
         self._began_at = 0.0
+        self._gap_s = _LEAST_GAP_S
         self._failures = 0
         self._why: CommandFailed | None = None
         self._timer: Any = None
@@ -121,9 +123,13 @@ class CommandCredential:
         """The provider refused ``used``: run the command, if it did not just run."""
         if used is not self._field or self._is_running or self._is_over:
             return  # another one is there already, or will be soon
-        due_s = max(0.0, self._began_at + _LEAST_GAP_S - self._all.clock())
+        since_s = self._all.clock() - self._began_at
+        if since_s > 2 * _MOST_GAP_S:
+            self._gap_s = _LEAST_GAP_S
+        due_s = max(0.0, self._gap_s - since_s)
         if self._timer is None or self._timer.getTime() > self._all.reactor.seconds() + due_s:
             _log.warn("providers.{name}: the provider refused its credential", name=self._name)
+            self._gap_s = min(2 * self._gap_s, _MOST_GAP_S)
             self._run_in(due_s)
 
     # -- its life, on the reactor's thread --------------------------------------------------------
@@ -145,7 +151,7 @@ class CommandCredential:
         kept = None if before is None or before.words != self.words else before._secret
         if self._secret is None and before is not None and kept is not None:
             self._take(kept, before.got_at)
-            self._began_at = before._began_at
+            self._began_at, self._gap_s = before._began_at, before._gap_s
         if self._secret is None and self._why is not None:
             self._failed(self._why)
         else:

@@ -177,8 +177,34 @@ def test_the_same_output_again_replaces_nothing(played: Played) -> None:
     assert played.replaced == []
 
 
+def test_refusals_run_the_command_ever_less_often(played: Played) -> None:
+    """A provider may refuse what a request asks for, for ever; after calm it is as at first."""
+    long = '["/bin/token", "a"], ttl = "100s"', '["/bin/token", "a"], ttl = "1d"'
+    played.printed = ["0"]
+    used = played.use(*long)
+    for number, gap in enumerate((5, 10, 20, 40, 80, 160, 300, 300), 1):
+        used.renew_soon(used.field)
+        assert played.turn(gap - 0.1) == 0
+        used.renew_soon(used.field)
+        assert played.turn(0.1) == 1
+        played.prints(str(number))  # another one each time: what is printed does not count
+    used = played.use(*long)
+    used.renew_soon(used.field)
+    assert played.turn(299) == 0  # a reload does not begin anew
+    assert played.turn(1) == 1
+    played.prints("last")
+    played.turn(601)
+    used.renew_soon(used.field)
+    assert played.turn(0) == 1
+    played.prints("last")
+    used.renew_soon(used.field)
+    assert played.turn(9.9) == 0
+    assert played.turn(0.1) == 1
+    played.prints("last")
+
+
 def test_a_refusal_runs_the_command(played: Played) -> None:
-    """One run at a time, and one in five seconds, however many requests are refused."""
+    """One run at a time, and a while between two, however many requests are refused."""
     used = played.start()
     played.turn(10)
     for _ in range(3):
@@ -187,7 +213,7 @@ def test_a_refusal_runs_the_command(played: Played) -> None:
     played.prints("one")  # the provider refuses this one again
     for _ in range(3):
         used.renew_soon(used.field)
-    assert played.turn(4.9) == 0
+    assert played.turn(9.9) == 0
     used.renew_soon(used.field)
     assert played.turn(0.1) == 1
     played.prints("two")
