@@ -58,6 +58,10 @@ class Renewing(LiveProxy):
         assert value.startswith(b"Bearer tok-SECRET-")
         return value.rpartition(b"-")[2].decode()
 
+    def number(self) -> int:
+        """Send a request, and return the number of the run whose output the provider got."""
+        return int(self.sent())
+
 
 @contextmanager
 def run(folder: Path, *, ttl: str = "1h", body: str = PRINTS) -> Iterator[Renewing]:
@@ -99,10 +103,10 @@ def test_what_is_printed_goes_to_the_provider(live: Renewing) -> None:
 
 def test_a_new_output_reaches_new_requests_without_a_reload(short: Renewing) -> None:
     """It is on connections of its own, and the idle ones of the old value are closed."""
-    first = short.sent()
-    until(lambda: short.sent() > first, "the next output is used")
-    second = int(short.sent())
-    until(lambda: int(short.sent()) > second, "and the one after it")
+    first = short.number()
+    until(lambda: short.number() > first, "the next output is used")
+    second = short.number()
+    until(lambda: short.number() > second, "and the one after it")
     idle = 'llmproxy_upstream_connections{provider="p",state="idle"}'
     until(lambda: short.daemon.metrics()[idle] <= 1, "no connection of an old value is kept")
     assert short.provider.accepted >= 3
@@ -110,17 +114,17 @@ def test_a_new_output_reaches_new_requests_without_a_reload(short: Renewing) -> 
 
 def test_the_last_good_output_is_used_while_the_command_fails(short: Renewing) -> None:
     """The log says how it failed, and not what it said."""
-    kept = short.sent()
+    kept = short.number()
     script(short.folder, "echo tok-SECRET-garbage >&2; echo tok-SECRET-x; exit 7")
     line = short.daemon.wait_log("the credential's command failed")
     assert "exit status 7; its last output stays in use" in line["message"]
     assert line["level"] == "warn"
-    assert short.sent() >= kept
+    assert short.number() >= kept
     until(lambda: short.daemon.metrics()[FAILURES] >= 2, "it is tried again")
     script(short.folder, PRINTS)
     short.daemon.wait_log("works again")
-    last = short.sent()
-    until(lambda: short.sent() > last, "it is renewed again")
+    last = short.number()
+    until(lambda: short.number() > last, "it is renewed again")
 
 
 @pytest.mark.parametrize(
