@@ -25,6 +25,7 @@ from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.upstream.client import Upstream, pool_key
+from llmproxy.upstream.credential import Field
 from llmproxy.upstream.response import Response
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
@@ -81,13 +82,14 @@ class Attempts:
         """Send the request to ``candidate``, and return the head of its response.
 
         Raises:
-            ProxyError: no connection, no head in time, or a head that is not HTTP; 400, where the
-                request names its model in a way that cannot be overridden.
+            ProxyError: no connection, no head in time, or a head that is not HTTP; 503, where the
+                provider's credential is not there yet; 400, where the request names its model in a
+                way that cannot be overridden.
             Exception: the request was cancelled; the exchange knows why.
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         target = match.target(candidate)
-        edits = [] if candidate.model is None else _override(exchange, match, candidate, facts)
+        edits = [] if candidate.model is None else model_edits(exchange, match, candidate, facts)
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
             usage = await self._turns.run(steps)
@@ -99,6 +101,7 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         if exchange.page:
             fields = [field for field in fields if field[0] != ORIGIN]
+        credential = candidate.credential.field
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,
@@ -106,6 +109,7 @@ class Attempts:
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),
             identity=match.route.accept_encoding == "identity",
+            credential=credential,
         )
         client = trace.client or ""
         if self._health.is_troubled:
@@ -122,13 +126,13 @@ class Attempts:
                 target,
                 fields,
                 body,
-                credential=pool_key(candidate.provider, candidate.credential, request.fields),
+                credential=pool_key(candidate.provider, credential, request.fields),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
             if (code := response.code) >= 400:
                 outcome, cause = EndReason.UPSTREAM_REFUSED, str(code)
-                self._refused(exchange, candidate, client, response)
+                self._refused(exchange, candidate, response, credential)
             elif self._health.is_troubled:
                 self._health.succeeded(candidate.provider, client)
             if code >= 300:
@@ -156,10 +160,12 @@ class Attempts:
         return response
 
     def _refused(
-        self, exchange: Exchange, candidate: Candidate, client: str, response: Response
+        self, exchange: Exchange, candidate: Candidate, response: Response, credential: Field | None
     ) -> None:
         """Note what a status of 400 or more says of the provider."""
-        provider, code = candidate.provider, response.code
+        provider, code, client = candidate.provider, response.code, exchange.trace.client or ""
+        if refuses_proxy(candidate, code):
+            candidate.credential.renew_soon(credential)
         if code >= 500 or (code == UNAUTHORIZED and refuses_proxy(candidate, code)):
             self._health.failed(provider, client, was_asked=True)
         else:
@@ -178,10 +184,10 @@ def asked_model(exchange: Exchange, candidate: Candidate) -> str:
 
 def refuses_proxy(candidate: Candidate, code: int) -> bool:
     """Return whether a status refuses the credential that the proxy sent, not the caller's."""
-    return code in (UNAUTHORIZED, FORBIDDEN) and candidate.credential is not None
+    return code in (UNAUTHORIZED, FORBIDDEN) and candidate.provider.credential is not None
 
 
-def _override(
+def model_edits(
     exchange: Exchange, match: RouteMatch, candidate: Candidate, facts: RequestFacts
 ) -> list[Edit]:
     """Return what gives the body the candidate's own model.

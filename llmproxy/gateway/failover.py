@@ -24,6 +24,7 @@ from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
 from llmproxy.policy.stickiness import key_of
 from llmproxy.record.trace import SKIPPED, Attempt
+from llmproxy.upstream.credential import NO_CREDENTIAL
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
@@ -55,6 +56,7 @@ class Failover:
         self.health = standing.health
         self.places = standing.places
         self.stickiness = standing.stickiness
+        self.switches = standing.switches
         self.meet = meet
         self.clock = clock
 
@@ -66,9 +68,9 @@ class Failover:
         Raises:
             ProxyError: none of them did.  The error is the last one's, or says why none was asked.
         """
-        if match.balance is None and not self.health.is_troubled:
+        if match.balance is None and not self.health.is_troubled and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
-        return _Round(self, exchange, match, client).send(facts)
+        return _Round(self, exchange, match, client, facts).send()
 
 
 class _Round:
@@ -78,19 +80,27 @@ class _Round:
         left: the candidates that were not asked yet, in the order in which to ask them.
         held: the last refusal, and whose it is.
         error: how the last attempt failed.
+        disabled: what is said where an operator has switched all of them off.
         wait: for how long the one that is ready first is to be left alone, and the status of that.
     """
 
     def __init__(
-        self, failover: Failover, exchange: Exchange, match: RouteMatch, client: Client
+        self,
+        failover: Failover,
+        exchange: Exchange,
+        match: RouteMatch,
+        client: Client,
+        facts: RequestFacts,
     ) -> None:
         self._failover = failover
         self._exchange = exchange
         self._match = match
         self._client = client
+        self._facts = facts
         self.held: tuple[HeldResponse, Candidate] | None = None
         self.error: ProxyError | None = None
         self.wait = math.inf, 503
+        self.disabled: ProxyError | None = None
         self._key = key_of(match.route, client.name, exchange.trace.session)
         self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
         self.left = self._order()
@@ -101,14 +111,14 @@ class _Round:
             order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
         return sorted(order, key=lambda one: one.provider.name != self._known)
 
-    async def send(self, facts: RequestFacts) -> Response | HeldResponse:
+    async def send(self) -> Response | HeldResponse:
         """Do as :meth:`Failover.send`."""
         exchange, match, failover = self._exchange, self._match, self._failover
         try:
             while (candidate := self._take() or await self._queue()) is not None:
                 failover.meet(exchange, match, candidate)
                 try:
-                    response = await failover.attempts.send(exchange, match, candidate, facts)
+                    response = await failover.attempts.send(exchange, match, candidate, self._facts)
                 except ProxyError as error:
                     self._give_back()
                     self.error = error
@@ -131,6 +141,9 @@ class _Round:
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
         for candidate in list(self.left):
+            if self._is_off(candidate):
+                self._skip(candidate, "disabled")
+                continue
             seconds, status = self._wait_for(candidate)
             if seconds > 0:
                 self.wait = min(self.wait, (seconds, status))
@@ -166,6 +179,18 @@ class _Round:
             return candidate
         return None
 
+    def _is_off(self, candidate: Candidate) -> bool:
+        """Return whether an operator has switched it off, or a model that is asked for."""
+        switches = self._failover.switches
+        if not switches.off:
+            return False
+        name, now = candidate.provider.name, self._failover.clock()
+        models = (candidate.model,) if candidate.model else self._facts.models or ("",)
+        off = [model for model in models if switches.is_off(name, model, now)]
+        if off:
+            self.disabled = switches.refusal(name, off[0], now)
+        return bool(off)
+
     def _wait_for(self, candidate: Candidate) -> tuple[float, int]:
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
@@ -187,7 +212,11 @@ class _Round:
         return _can_be_sent_again(self._exchange) and any(map(self._may_be_asked, self.left))
 
     def _may_be_asked(self, candidate: Candidate) -> bool:
-        return self._wait_for(candidate)[0] <= 0 and self._places_at(candidate).has_room
+        return (
+            not self._is_off(candidate)
+            and self._wait_for(candidate)[0] <= 0
+            and self._places_at(candidate).has_room
+        )
 
     def _remember(self, candidate: Candidate, response: Response) -> None:
         """Remember whom the next request is to ask first."""
@@ -211,6 +240,8 @@ class _Round:
         if self.left:
             text = "The provider serves as many requests as it may; try again."
             return no_place("provider_busy", text)
+        if self.wait[0] == math.inf and self.disabled is not None:
+            return self.disabled
         return _all_cooling(*self.wait)
 
     def _drop_held(self) -> None:
@@ -226,6 +257,8 @@ class _Round:
 
 def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
     """Return whether the next candidate is asked after this error."""
+    if error.reason == NO_CREDENTIAL:
+        return True  # nobody was asked
     if error.end in _NO_CONNECTION or (error.end in _NO_RESPONSE and not error.may_have_run):
         word = "connect"
     elif error.end in _BROKEN:

@@ -117,6 +117,7 @@ class ProviderPool:
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
         self._live: set[Connection] = set()
+        self._last: set[Connection] = set()  # serve their last request
         self._connecting: set[Dial] = set()
         self._dialer = Dialer(
             reactor,
@@ -145,6 +146,14 @@ class ProviderPool:
             self._expiry, self._expiry_at = None, math.inf
         for connection in [one for idle in self._idle.values() for one in idle]:
             connection.abort()
+
+    def drop(self, credential: bytes) -> None:
+        """Close the idle connections of a credential, and its others when they become idle."""
+        for connection in [one for one in self._live if one.pool_key == credential]:
+            if connection in self._idle.get(credential, ()):
+                connection.abort()
+            else:
+                self._last.add(connection)
 
     def close(self) -> None:
         """Close every connection, idle or not."""
@@ -267,7 +276,7 @@ class ProviderPool:
         keep = math.inf if self._pool_idle is None else self._pool_idle
         if connection.keep_for is not None:
             keep = min(keep, connection.keep_for - _HINT_MARGIN)
-        if self._idle_count >= self._most_idle or keep <= 0:
+        if self._idle_count >= self._most_idle or keep <= 0 or connection in self._last:
             connection.abort()
             return
         connection.expires_at = self._clock() + keep
@@ -277,6 +286,7 @@ class ProviderPool:
 
     def _forget(self, connection: Connection) -> None:
         self._live.discard(connection)
+        self._last.discard(connection)
         idle = self._idle.get(connection.pool_key)
         if idle is None:
             return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from twisted.internet.error import ConnectionDone
 
 from llmproxy.errors import ProxyError, upstream_broken, upstream_timeout, upstream_unreachable
 from tests.gateway.played import BODY, JSON, PlayedGateway, PlayedResponse
+from tests.support.live_proxy import write_credential
 from tests.support.sockets import request
 
 OTHERS = "".join(
@@ -17,13 +19,15 @@ OTHERS = "".join(
 )
 
 
-def played(*, route: str = "", provider: str = "", candidates: str = "p q") -> PlayedGateway:
+def played(
+    *, route: str = "", provider: str = "", candidates: str = "p q", more: str = ""
+) -> PlayedGateway:
     """A route with several candidates, each of which has the same keys."""
     return PlayedGateway(
         candidates=candidates,
         route=route,
         provider=provider,
-        more=OTHERS.replace("MORE", provider),
+        more=OTHERS.replace("MORE", provider) + more,
     )
 
 
@@ -439,3 +443,59 @@ def test_the_time_in_the_queue_is_nobodys_slowness() -> None:
     first.end()
     gateway.clock.advance(0)
     assert gateway.asked.timeouts.first_byte == 600
+
+
+# --- switches and credentials ---------------------------------------------------------------------
+
+
+def test_a_provider_that_is_switched_off_is_passed_over() -> None:
+    """The next one is asked; where all are off, the client is told so."""
+    gateway = played()
+    switches = gateway.gateway.standing.switches
+    switches.disable("p", None, None, "somebody")
+    assert serve(gateway) == "q"
+    skipped = gateway.sink.traces[-1].attempts[0]
+    assert (skipped.provider, skipped.outcome, skipped.cause) == ("p", "skipped", "disabled")
+    switches.disable("q", "m", 20, "somebody")
+    gateway.call()
+    assert gateway.refusal() == (503, "provider_disabled")
+    gateway.call(body=b'{"model": "another"}')
+    assert gateway.asked.provider == "q"
+
+
+def test_a_single_provider_that_is_switched_off_is_not_asked() -> None:
+    """And is again once its time is over."""
+    gateway = PlayedGateway()
+    gateway.gateway.standing.switches.disable("p", None, 20, "somebody")
+    gateway.call()
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"retry-after"]) == (503, b"20")
+    gateway.clock.advance(20)
+    assert serve(gateway) == "p"
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_refused_credential_is_passed_over_whatever_retry_on_says(
+    code: int, tmp_path: Path
+) -> None:
+    """It is the proxy's own fault, not the caller's."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    for credential, expected in (("", ["p"]), ('credential = "key"', ["p", "q"])):
+        gateway = played(route="retry_on = []", provider=credential, more=secret)
+        gateway.call()
+        gateway.response(code).end()
+        assert names(gateway) == expected
+
+
+def test_a_403_leaves_nobody_alone(tmp_path: Path) -> None:
+    """It is often about one model, and says nothing of the provider."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    gateway = played(provider='credential = "key"', more=secret)
+    for _ in range(20):
+        gateway.call()
+        gateway.response(403).end()
+        gateway.response().end()
+        gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.call()
+    assert names(gateway) == ["p"]
