@@ -7,9 +7,11 @@ of the response, and writes into trace, metrics and the provider's health how th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
+from twisted.logger import Logger
 from twisted.web.iweb import IBodyProducer
 
 from llmproxy.dialects.include_usage import usage_edit
@@ -29,6 +31,10 @@ from llmproxy.upstream.credential import Field
 from llmproxy.upstream.response import Response
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
+
+_TELL_EVERY_S = 60.0
+
+_log = Logger()
 
 _BUSY = (429, 503, 529)
 """The statuses with which a provider may say when to come again."""
@@ -72,6 +78,7 @@ class Attempts:
         self._health = health
         self._wall = wall
         self._turns = turns
+        self._told_at: dict[str, float] = {}
         self._metrics = metrics
         self._clock = clock
         self._via_1_1, self._via_1_0 = b"1.1 " + via, b"1.0 " + via
@@ -130,6 +137,7 @@ class Attempts:
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
+            exchange.response = response
             if (code := response.code) >= 400:
                 outcome, cause = EndReason.UPSTREAM_REFUSED, str(code)
                 self._refused(exchange, candidate, response, credential)
@@ -154,7 +162,6 @@ class Attempts:
             seconds = self._clock() - sent_at
             trace.attempts.append(Attempt(name, outcome, round(seconds, 6), cause))
             self._metrics.attempted(name, outcome, cause)
-        exchange.response = response
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return response
@@ -165,6 +172,7 @@ class Attempts:
         """Note what a status of 400 or more says of the provider."""
         provider, code, client = candidate.provider, response.code, exchange.trace.client or ""
         if refuses_proxy(candidate, code):
+            self._tell_credential_refused(provider.name, code)
             candidate.credential.renew_soon(credential)
         if code >= 500 or (code == UNAUTHORIZED and refuses_proxy(candidate, code)):
             self._health.failed(provider, client, was_asked=True)
@@ -175,6 +183,14 @@ class Attempts:
             if seconds is not None:
                 model = asked_model(exchange, candidate)
                 self._health.cool_down(provider, model, seconds, code)
+
+    def _tell_credential_refused(self, provider: str, code: int) -> None:
+        """Log it, once a minute for each provider: nobody but the operator can mend it."""
+        now = self._clock()
+        if now - self._told_at.get(provider, -math.inf) >= _TELL_EVERY_S:
+            self._told_at[provider] = now
+            text = "providers.{name}: the provider refuses the proxy's credential ({status})"
+            _log.error(text, name=provider, status=code)
 
 
 def asked_model(exchange: Exchange, candidate: Candidate) -> str:

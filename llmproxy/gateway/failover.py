@@ -80,6 +80,7 @@ class _Round:
         left: the candidates that were not asked yet, in the order in which to ask them.
         held: the last refusal, and whose it is.
         error: how the last attempt failed.
+        full: the providers that had no free place.
         disabled: what is said where an operator has switched all of them off.
         wait: for how long the one that is ready first is to be left alone, and the status of that.
     """
@@ -101,6 +102,7 @@ class _Round:
         self.error: ProxyError | None = None
         self.wait = math.inf, 503
         self.disabled: ProxyError | None = None
+        self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
         self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
         self.left = self._order()
@@ -152,10 +154,18 @@ class _Round:
                 self.left.remove(candidate)
                 return candidate
             elif (place := self._places_at(candidate).take()) is not None:
+                self._note_full(self.left[: self.left.index(candidate)])
                 self.left.remove(candidate)
                 self._exchange.place = place
                 return candidate
         return None
+
+    def _note_full(self, candidates: Sequence[Candidate]) -> None:
+        """Note that these had no free place; they may have one later."""
+        for candidate in candidates:
+            if candidate.provider.name not in self.full:
+                self.full.add(candidate.provider.name)
+                self._note_skipped(candidate, "busy")
 
     async def _queue(self) -> Candidate | None:
         """Wait for a place at the first candidate that has a queue; None where none has."""
@@ -200,6 +210,9 @@ class _Round:
 
     def _skip(self, candidate: Candidate, why: str) -> None:
         self.left.remove(candidate)
+        self._note_skipped(candidate, why)
+
+    def _note_skipped(self, candidate: Candidate, why: str) -> None:
         self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
 
     # -- what came of it ------------------------------------------------------------------------
@@ -238,6 +251,7 @@ class _Round:
 
     def _none_asked(self) -> ProxyError:
         if self.left:
+            self._note_full(self.left)
             text = "The provider serves as many requests as it may; try again."
             return no_place("provider_busy", text)
         if self.wait[0] == math.inf and self.disabled is not None:

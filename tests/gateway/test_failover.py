@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from twisted.internet.error import ConnectionDone
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from llmproxy.errors import ProxyError, upstream_broken, upstream_timeout, upstream_unreachable
 from tests.gateway.played import BODY, JSON, PlayedGateway, PlayedResponse
@@ -371,6 +372,8 @@ def test_a_full_provider_is_passed_over() -> None:
     first = gateway.response()
     gateway.connect()
     assert serve(gateway) == "q"
+    tried = [(one.provider, one.outcome, one.cause) for one in gateway.sink.traces[0].attempts]
+    assert tried == [("p", "skipped", "busy"), ("q", "ok", None)]
     first.end()
     gateway.clock.advance(0)
     assert serve(gateway) == "p"
@@ -485,6 +488,21 @@ def test_a_refused_credential_is_passed_over_whatever_retry_on_says(
         gateway.call()
         gateway.response(code).end()
         assert names(gateway) == expected
+
+
+def test_a_refused_credential_is_logged_once_a_minute(tmp_path: Path) -> None:
+    """Loud, but not once for each request; nobody but the operator can mend it."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    gateway = played(provider='credential = "key"', more=secret)
+    with capturedLogs() as logs:
+        for _ in range(4):
+            gateway.connect()
+            gateway.call()
+            gateway.response(403).end()
+            gateway.response().end()
+            gateway.clock.advance(25)
+    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.error]
+    assert said == ["providers.p: the provider refuses the proxy's credential (403)"] * 2
 
 
 def test_a_403_leaves_nobody_alone(tmp_path: Path) -> None:
