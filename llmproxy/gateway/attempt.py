@@ -76,7 +76,8 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         if exchange.page:
             fields = [field for field in fields if field[0] != ORIGIN]
-        credential = candidate.credential.field
+        source = candidate.credential
+        credential = None if source is None else source.field
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,
@@ -114,8 +115,8 @@ class Attempts:
             self._metrics.attempted(name, outcome, cause)
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
-        if exchange.response.code in (401, 403):
-            candidate.credential.renew_soon(credential)
+        if source and credential and exchange.response.code in (401, 403):
+            source.renew_soon(credential)
         return exchange.response
 
 

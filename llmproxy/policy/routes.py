@@ -56,7 +56,7 @@ class Candidate(msgspec.Struct, frozen=True):
         provider: as the configuration has it.
         model: what the body's model is overridden with, or None.
         timeouts: the deadlines of a request on this route to this provider.
-        credential: has the field that carries the provider's credential.
+        credential: has the field that carries the provider's credential, or None.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
@@ -66,7 +66,7 @@ class Candidate(msgspec.Struct, frozen=True):
     provider: Provider
     model: str | None
     timeouts: Timeouts
-    credential: Credential
+    credential: Credential | None
     keys: KeyPlaces
     rewriter: HeaderRewriter
     query: QueryRewriter | None
@@ -411,7 +411,7 @@ def _prepare(
 
 
 def _candidate(
-    config: Config, route: Route, provider: Provider, credential: Credential
+    config: Config, route: Route, provider: Provider, credential: Credential | None
 ) -> Candidate:
     override = route.override.get(provider.name)
     headers = {**dict(provider.headers), **dict(route.headers)}
