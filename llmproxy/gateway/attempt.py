@@ -108,7 +108,8 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         if exchange.page:
             fields = [field for field in fields if field[0] != ORIGIN]
-        credential = candidate.credential.field
+        source = candidate.credential
+        credential = None if source is None else source.field
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,
@@ -173,7 +174,8 @@ class Attempts:
         provider, code, client = candidate.provider, response.code, exchange.trace.client or ""
         if refuses_proxy(candidate, code):
             self._tell_credential_refused(provider.name, code)
-            candidate.credential.renew_soon(credential)
+            if candidate.credential is not None and credential is not None:
+                candidate.credential.renew_soon(credential)
         if code >= 500 or (code == UNAUTHORIZED and refuses_proxy(candidate, code)):
             self._health.failed(provider, client, was_asked=True)
         else:
@@ -200,7 +202,7 @@ def asked_model(exchange: Exchange, candidate: Candidate) -> str:
 
 def refuses_proxy(candidate: Candidate, code: int) -> bool:
     """Return whether a status refuses the credential that the proxy sent, not the caller's."""
-    return code in (UNAUTHORIZED, FORBIDDEN) and candidate.provider.credential is not None
+    return code in (UNAUTHORIZED, FORBIDDEN) and candidate.credential is not None
 
 
 def model_edits(

@@ -61,7 +61,7 @@ class Candidate(msgspec.Struct, frozen=True):
         provider: as the configuration has it.
         model: what the body's model is overridden with, or None.
         timeouts: the deadlines of a request on this route to this provider.
-        credential: has the field that carries the provider's credential.
+        credential: has the field that carries the provider's credential, or None.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
@@ -73,7 +73,7 @@ class Candidate(msgspec.Struct, frozen=True):
     provider: Provider
     model: str | None
     timeouts: Timeouts
-    credential: Credential
+    credential: Credential | None
     keys: KeyPlaces
     rewriter: HeaderRewriter
     query: QueryRewriter | None
@@ -448,7 +448,7 @@ def _candidate(
     route: Route,
     provider: Provider,
     dropped: frozenset[bytes],
-    credential: Credential,
+    credential: Credential | None,
 ) -> Candidate:
     override = route.override.get(provider.name)
     headers = {**dict(provider.headers), **dict(route.headers)}

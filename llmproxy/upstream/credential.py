@@ -48,26 +48,26 @@ class Credential(Protocol):
     """What a candidate sends as its provider's credential."""
 
     @property
-    def field(self) -> Field | None:
-        """The field to send, or None where the provider gets no credential of ours.
+    def field(self) -> Field:
+        """The field to send.
 
         Raises:
             ProxyError: 503, there is none yet.
         """
 
-    def renew_soon(self, used: Field | None) -> None:
+    def renew_soon(self, used: Field) -> None:
         """The provider refused ``used``: see whether there is another one."""
 
 
 class FixedCredential:
-    """The credential of a file, or none."""
+    """The credential of a file."""
 
     __slots__ = ("field",)
 
-    def __init__(self, field: Field | None) -> None:
+    def __init__(self, field: Field) -> None:
         self.field = field
 
-    def renew_soon(self, used: Field | None) -> None:
+    def renew_soon(self, used: Field) -> None:
         """Do nothing: a file is read at a reload."""
 
 
@@ -122,7 +122,7 @@ class CommandCredential:
         """Whether the command has printed one."""
         return self._field is not None
 
-    def renew_soon(self, used: Field | None) -> None:
+    def renew_soon(self, used: Field) -> None:
         """The provider refused ``used``: run the command, if it did not just run."""
         if used is not self._field or self._is_running or self._is_over:
             return  # another one is there already, or will be soon
@@ -317,16 +317,18 @@ class Credentials:
         return before is None or before.words != one.words or not before.is_there
 
 
-def credential_of(provider: Provider, made: Mapping[str, CommandCredential] | None) -> Credential:
-    """Return the credential of ``provider``.
+def credential_of(
+    provider: Provider, made: Mapping[str, CommandCredential] | None
+) -> Credential | None:
+    """Return the credential of ``provider``, or None where it gets none of ours.
 
     Args:
         made: those that commands print; None where no request will be sent.
     """
-    if isinstance(provider.credential, CredentialCommand):
-        return FixedCredential(None) if made is None else made[provider.name]
     secret = provider.credential
-    return FixedCredential(None if secret is None else field_of(provider, secret))
+    if isinstance(secret, CredentialCommand):
+        return None if made is None else made[provider.name]
+    return None if secret is None else FixedCredential(field_of(provider, secret))
 
 
 def field_of(provider: Provider, secret: Secret) -> Field:

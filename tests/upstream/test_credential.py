@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -307,10 +308,13 @@ def test_a_provider_that_is_gone_is_asked_no_more(played: Played) -> None:
 
 def test_a_file_and_no_credential_have_a_settled_field() -> None:
     """They are not renewed, whatever the provider says."""
-    providers = config().providers
-    assert credential_of(providers["q"], {}).field is None
-    none = credential_of(providers["q"], {})
-    none.renew_soon(none.field)
+    provider = config().providers["q"]
+    assert credential_of(provider, {}) is None
+    held = msgspec.structs.replace(provider, credential=Secret("key"))
+    fixed = credential_of(held, {})
+    assert fixed is not None
+    fixed.renew_soon(fixed.field)
+    assert fixed.field == (b"authorization", b"Bearer key")
 
 
 def test_no_output_is_shown(played: Played) -> None:
