@@ -30,6 +30,7 @@ _NAME = re.compile(
 )
 """A file's name: short words and numbers, and not as keys of well-known providers begin."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
@@ -94,6 +95,11 @@ class Credentials:
         """
         content = self._read(value)
         return None if content is None else Secret(_value(content))
+
+    def user_and_password(self, value: object) -> Secret | None:
+        """Do as :meth:`read` for a file that holds ``NAME:PASSWORD`` in UTF-8 (RFC 7617)."""
+        content = self._read(value)
+        return None if content is None else Secret(_user_and_password(content))
 
     def pem(self, reader: Callable[[bytes], T]) -> Callable[[object], T | None]:
         """Return a reader of a credential file in PEM, whose content ``reader`` checks."""
@@ -194,7 +200,8 @@ def _no_key(directory: str) -> Wrong:
     )
 
 
-def _value(content: bytes) -> str:
+def _line(content: bytes) -> bytes:
+    """Return the content without its line end; it may hold others."""
     value = content.removesuffix(b"\n")
     if value != content:
         value = value.removesuffix(b"\r")
@@ -202,6 +209,11 @@ def _value(content: bytes) -> str:
         raise Wrong("a credential file that is not empty", hidden=True)
     if len(value) > _LARGEST_BYTES:
         raise Wrong(_TOO_LARGE, hidden=True)
+    return value
+
+
+def _value(content: bytes) -> str:
+    value = _line(content)
     if not _VALUE.fullmatch(value):
         raise Wrong(
             "a credential file of one line of visible ASCII, "
@@ -209,3 +221,15 @@ def _value(content: bytes) -> str:
             hidden=True,
         )
     return value.decode("ascii")
+
+
+def _user_and_password(content: bytes) -> str:
+    try:
+        value = _line(content).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Wrong("a credential file in UTF-8", hidden=True) from None
+    if _CONTROL.search(value):
+        raise Wrong("a credential file of one line, without control characters", hidden=True)
+    if ":" not in value:
+        raise Wrong("a credential file with NAME:PASSWORD", hidden=True)
+    return value

@@ -56,7 +56,7 @@ class OpenTls:
                 end = factory.buildProtocol(None)
                 TlsBehindPlain(opened.on_socket, cast(DirectClient, self.transport), end)
 
-        plain = ClientFactory.forProtocol(Plain)
+        plain: Any = ClientFactory.forProtocol(Plain)
         plain.noisy = False
         return DirectConnector(host, port, plain, *others)
 
