@@ -45,7 +45,7 @@ class Tunnel(Protocol):
     def __init__(self, max_head: int) -> None:
         self._max_head = max_head
         self._received = b""
-        self._opened: Deferred[None] = Deferred(lambda _: self.abort())
+        self._opened: Deferred[None] | None = None
 
     def ask(self, request: bytes) -> Deferred[None]:
         """Send the CONNECT.
@@ -55,6 +55,7 @@ class Tunnel(Protocol):
             server of TLS nor one of HTTP speaks first.  Cancelling it closes the socket at once.
             It fails with ``ProxyError``, and the socket is closed then.
         """
+        self._opened = Deferred(lambda _: self.abort())
         self._transport.write(request)
         return self._opened
 
@@ -68,28 +69,28 @@ class Tunnel(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes of the answer, split at any point."""
-        if self._opened.called:
+        if self._opened is None or self._opened.called:
             return  # it is being closed
         self._received += data
         try:
             is_open = self._is_open()
         except BadMessage as error:
-            self._fail(_failure("protocol", f"answered what is no answer: {error}"))
+            self._fail(self._opened, _failure("protocol", f"answered what is no answer: {error}"))
         except ProxyError as refusal:
-            self._fail(refusal)
+            self._fail(self._opened, refusal)
         else:
             if is_open:
                 self._opened.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The parent left before its answer was whole."""
-        if not self._opened.called:
+        if self._opened is not None and not self._opened.called:
             text = f"closed the connection before it answered: {reason.getErrorMessage()}"
             self._opened.errback(_failure("protocol", text))
 
-    def _fail(self, error: ProxyError) -> None:
+    def _fail(self, opened: Deferred[None], error: ProxyError) -> None:
         self.abort()
-        self._opened.errback(error)
+        opened.errback(error)
 
     def _is_open(self) -> bool:
         """Return whether the tunnel is there; no, as long as the answer is not whole.

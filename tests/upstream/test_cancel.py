@@ -245,16 +245,36 @@ def hanging_lookup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lookup]:
     lookup.over.set()
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+FIRST_HOPS = pytest.mark.parametrize(
+    ("scheme", "tunnelled"),
+    [("http", False), ("https", False), ("https", True)],
+    ids=["http", "https", "tunnelled"],
+)
+"""To the provider, or to the parent proxy before it."""
+
+
+def first_hop(port: int, scheme: str, tunnelled: bool) -> tuple[Url, ParentProxy | None]:
+    """Return a provider, and perhaps a parent, of which the first is ``localhost``."""
+    if not tunnelled:
+        return Url(scheme=scheme, host="localhost", port=port), None
+    parent = ParentProxy(Url(scheme="http", host="localhost", port=port), None)
+    return Url(scheme=scheme, host="far.test", port=443), parent
+
+
+@FIRST_HOPS
 @ensureDeferred
 async def test_a_request_that_waits_for_a_name_is_given_up_at_once(
-    authority: Authority, scheme: str, hanging_lookup: Lookup, request: pytest.FixtureRequest
+    authority: Authority,
+    scheme: str,
+    tunnelled: bool,
+    hanging_lookup: Lookup,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The request fails in the same turn, nothing is left, and nothing connects later."""
     provider = WatchingProvider(authority, tls=False)
-    url = url_of(provider, host="localhost", scheme=scheme)
+    url, parent = first_hop(provider.port, scheme, tunnelled)
     took: list[float] = []
-    async with upstream_of(provider, url, ca=authority.ca_path) as (_, upstream):
+    async with upstream_of(provider, url, ca=authority.ca_path, parent=parent) as (_, upstream):
         for _ in range(SAMPLES):
             asked = upstream.send(timeouts=Timeouts())
             await until(lambda: hanging_lookup.names)
@@ -274,10 +294,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@FIRST_HOPS
 @ensureDeferred
 async def test_a_connection_that_nobody_accepts_is_given_up_at_once(
-    authority: Authority, scheme: str, request: pytest.FixtureRequest
+    authority: Authority, scheme: str, tunnelled: bool, request: pytest.FixtureRequest
 ) -> None:
     """The socket whose SYN stays without an ACK is closed as soon as its request is given up."""
     took: list[float] = []
@@ -289,7 +309,10 @@ async def test_a_connection_that_nobody_accepts_is_given_up_at_once(
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", port))
         url = Url(scheme=scheme, host="127.0.0.1", port=port)
-        upstream = OneProviderUpstream(url, ca=authority.ca_path)
+        parent = ParentProxy(Url(scheme="http", host="127.0.0.1", port=port), None)
+        upstream = OneProviderUpstream(
+            url, ca=authority.ca_path, parent=parent if tunnelled else None
+        )
         before = descriptors()
         for _ in range(SAMPLES):
             asked = upstream.send(timeouts=Timeouts())

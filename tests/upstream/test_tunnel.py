@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import queue
 import socket
 import ssl
@@ -274,6 +275,33 @@ async def test_what_is_no_answer_is_told_as_that(
 
 
 # --- which hop is at fault ------------------------------------------------------------------------
+
+
+@ensureDeferred
+async def test_the_parent_that_answers_at_another_address_is_asked_once() -> None:
+    """Its addresses are tried one after the other; the CONNECT goes to the one that lets us in."""
+    parent = PlayedParent()
+    with parent:
+        provider = RespondingProvider()
+        url = Url(scheme="http", host="api.test", port=provider.port)
+        where = parent_at(parent, host="parent.test")
+        async with pool_of(provider, url, parent=where) as (_, pool):
+            both = [(socket.AF_INET, 1, 6, "", (f"127.0.0.{last}", 0)) for last in (2, 1)]
+            pool.resolver._getaddrinfo = lambda *_: both
+            assert await pool.fetch() == b"ok"
+        assert parent.accepted == 1
+
+
+@ensureDeferred
+async def test_a_lack_of_descriptors_is_not_the_parents_fault() -> None:
+    """It is told as on the way to a provider: the caller may try again."""
+    url = Url(scheme="http", host="api.test", port=80)
+    parent = ParentProxy(Url(scheme="http", host="parent.test", port=3128), None)
+    pool = OneProviderPool(url, parent=parent)
+    pool.lookup.error = OSError(errno.EMFILE, "Too many open files")
+    error = await failure_of(pool.send())
+    assert (error.status, error.reason, error.cause) == (503, "no_descriptors", None)
+    await pool.close()
 
 
 @pytest.mark.parametrize("fault", ["refused", "no name"])
