@@ -1,8 +1,8 @@
-"""A tunnel through a parent proxy: the CONNECT, and what the parent answers (RFC 9110, 9.3.6).
+"""A tunnel through a parent proxy: the CONNECT, and the parent's response (RFC 9110, 9.3.6).
 
-The answer's head is read as strictly as a provider's.  What a parent refuses, and what it says that
-is no answer, are failures to reach the provider with causes of their own: an operator sees which of
-the two hops is at fault.  Which bytes go through the tunnel is not known here (ADR-0028).
+The head of the response is read as strictly as a provider's.  A refusal, and what is no response,
+are failures to reach the provider with causes of their own: an operator sees which of the two hops
+is at fault.  Which bytes go through the tunnel is not known here (ADR-0028).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmproxy.http1.grammar import BadMessage, Fields, field_values, parse_field
 from llmproxy.net.transport import pending_bytes
 
 _WANTS_CREDENTIALS = (401, 407)
-"""Tinyproxy answers a wrong password with 401."""
+"""Tinyproxy responds to a wrong password with 401."""
 
 _BEGIN = b"HTTP/"
 
@@ -39,11 +39,11 @@ class Tunnel(Protocol):
     """A connection to a parent proxy, until the tunnel is there.
 
     Args:
-        max_head: most bytes of the parent's answer.
+        max_head: most bytes of the parent's response.
     """
 
     def __init__(self, max_head: int) -> None:
-        self._max_head = max_head
+        self._left = max_head
         self._received = b""
         self._opened: Deferred[None] | None = None
 
@@ -68,14 +68,14 @@ class Tunnel(Protocol):
         self._transport: Any = self.transport
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes of the answer, split at any point."""
+        """Take bytes of the response, split at any point."""
         if self._opened is None or self._opened.called:
             return  # it is being closed
         self._received += data
         try:
             is_open = self._is_open()
         except BadMessage as error:
-            self._fail(self._opened, _failure("protocol", f"answered what is no answer: {error}"))
+            self._fail(self._opened, _failure("protocol", f"sent no valid response: {error}"))
         except ProxyError as refusal:
             self._fail(self._opened, refusal)
         else:
@@ -83,9 +83,9 @@ class Tunnel(Protocol):
                 self._opened.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The parent left before its answer was whole."""
+        """The parent left before its response was whole."""
         if self._opened is not None and not self._opened.called:
-            text = f"closed the connection before it answered: {reason.getErrorMessage()}"
+            text = f"closed the connection before it responded: {reason.getErrorMessage()}"
             self._opened.errback(_failure("protocol", text))
 
     def _fail(self, opened: Deferred[None], error: ProxyError) -> None:
@@ -93,42 +93,43 @@ class Tunnel(Protocol):
         opened.errback(error)
 
     def _is_open(self) -> bool:
-        """Return whether the tunnel is there; no, as long as the answer is not whole.
+        """Return whether the tunnel is there; no, as long as the response is not whole.
 
         Raises:
-            BadMessage: the answer is none.
+            BadMessage: it is no response.
             ProxyError: the parent refuses.
         """
-        start = 0
-        while (end := self._end_of_head(start)) >= 0:
-            line, *lines = self._received[start:end].split(b"\r\n")
+        while (end := self._end_of_head()) >= 0:
+            line, *lines = self._received[:end].split(b"\r\n")
+            self._received = self._received[end + 4 :]
+            self._left -= end + 4  # a 1xx counts, too
             _, status = parse_status_line(line)
-            fields = parse_fields(lines, longest=self._max_head)
-            start = end + 4
+            fields = parse_fields(lines, longest=end)
             if status >= 300:
                 raise _refusal(status, line, fields)
             if status >= 200:
                 # A Content-Length says nothing here: no content follows (RFC 9110, 9.3.6).
-                if len(self._received) > start or pending_bytes(self._transport):
-                    raise BadMessage("bytes behind it, or before it was asked")
+                if self._received:
+                    raise BadMessage("bytes behind it")
+                if pending_bytes(self._transport):
+                    raise BadMessage("it came before it was asked for")
                 return True
             if status == 101:
                 raise BadMessage("a protocol switch that nobody asked for")
         return False
 
-    def _end_of_head(self, start: int) -> int:
-        """Return where the head ends that begins at ``start``, or -1."""
-        begin = self._received[start : start + len(_BEGIN)]
-        if not _BEGIN.startswith(begin):
-            raise BadMessage("it is not HTTP")  # which may never come to an end of a head
-        end = self._received.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(self._received) - 3) > self._max_head:
-            raise BadMessage(f"its head is longer than {self._max_head} bytes")
+    def _end_of_head(self) -> int:
+        """Return where the head ends, or -1 where its end has not come."""
+        if not _BEGIN.startswith(self._received[: len(_BEGIN)]):
+            raise BadMessage("it is not HTTP")  # in which no end of a head may ever come
+        end = self._received.find(b"\r\n\r\n")
+        if (end if end >= 0 else len(self._received) - 3) > self._left:
+            raise BadMessage("its head is longer than limits.response_head")
         return end
 
 
 def _refusal(status: int, line: bytes, fields: Fields) -> ProxyError:
-    words = f"answered {_shown(line)}"
+    words = f"responded with {_shown(line)}"
     if status not in _WANTS_CREDENTIALS:
         own = b" ".join(field_values(fields, b"x-squid-error"))
         return _failure("refused", f"{words} {_shown(own)}".rstrip())

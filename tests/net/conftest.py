@@ -39,14 +39,14 @@ class OpenTls:
         if self.server:
             return held_server(partial(TlsServer, self.on_socket), end, small=small)
         if self.role == "later":
-            return held_client(self._later, end, small=small)
+            return held_client(self.later, end, small=small)
         return held_client(partial(TlsConnector, self.on_socket), end, small=small)
 
     def on_socket(self, transport: Any) -> SSL.Connection:
         """Return OpenSSL's side of our end."""
         return SSL.Connection(self.ours, transport.socket)
 
-    def _later(self, host: str, port: int, factory: Any, *others: Any) -> DirectConnector:
+    def later(self, host: str, port: int, factory: Any, *others: Any) -> DirectConnector:
         """Connect without TLS, and begin it when the connection is there."""
         opened = self
 

@@ -19,11 +19,12 @@ import pytest_twisted
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import Factory
 from zope.interface import directlyProvides
 
 from llmproxy.net.tls import TlsServer
 from tests.net.conftest import OpenTls, fill, reasons
-from tests.support.ends import End, Push, listening
+from tests.support.ends import End, Push, listening, reactor
 from tests.support.fake_transport import turn, until
 from tests.support.tls_peer import Contexts
 
@@ -50,6 +51,23 @@ async def test_a_transport_that_gave_its_socket_away_touches_it_no_more(contexts
         held.sock.send(peer.records(b"2"))
         await until(lambda: held.end.received == b"2")
         assert str(held.transport) == f"<TlsBehindPlain to {held.sock.getsockname()}>"
+
+
+@pytest_twisted.ensureDeferred
+async def test_both_ends_keep_their_addresses_behind_a_plain_connection(contexts: Contexts) -> None:
+    """They may be of IPv6."""
+    tls, end = OpenTls(contexts, "later"), End()
+    factory: Any = Factory.forProtocol(lambda: end)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        port = listener.getsockname()[1]
+        tls.later("::1", port, factory, 20, None, reactor).connect()
+        await until(lambda: end.transport)
+        sock, _ = listener.accept()
+        with sock:
+            transport: Any = end.transport
+            assert (transport.getPeer().host, transport.getPeer().port) == ("::1", port)
+            assert transport.getHost().port == sock.getpeername()[1]
+        await until(lambda: end.lost)
 
 
 # -- the handshake --------------------------------------------------------------------------

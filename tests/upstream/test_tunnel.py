@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
+from twisted.internet.testing import StringTransport
 
 from llmproxy.config import ParentProxy, Proxy, Secret, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.upstream.client import connection_key
+from llmproxy.upstream.tunnel import Tunnel
 from tests.support.fake_transport import Collector, until
 from tests.support.kernel import held
 from tests.support.parents import ESTABLISHED, PlayedParent
@@ -154,22 +156,22 @@ REFUSALS = {
         b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 5\r\n"
         b'Proxy-Authenticate: Basic realm="corp"\r\nConnection: keep-alive\r\n\r\nhello',
         "auth",
-        "answered HTTP/1.1 407 Proxy Authentication Required, and asks for Basic",
+        "responded with HTTP/1.1 407 Proxy Authentication Required, and asks for Basic",
     ),
     "other schemes": (
         b"HTTP/1.1 407 No\r\nProxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM\r\n\r\n",
         "auth",
-        "answered HTTP/1.1 407 No, and asks for Negotiate, NTLM",
+        "responded with HTTP/1.1 407 No, and asks for Negotiate, NTLM",
     ),
     "tinyproxy, wrong password": (
         b"HTTP/1.0 401 Unauthorized\r\nWWW-Authenticate: Basic\r\nConnection: close\r\n\r\n",
         "auth",
-        "answered HTTP/1.0 401 Unauthorized, and asks for nothing else",
+        "responded with HTTP/1.0 401 Unauthorized, and asks for nothing else",
     ),
     "squid, denied port": (
         b"HTTP/1.1 403 Forbidden\r\nX-Squid-Error: ERR_ACCESS_DENIED 0\r\n\r\n",
         "refused",
-        "answered HTTP/1.1 403 Forbidden ERR_ACCESS_DENIED 0",
+        "responded with HTTP/1.1 403 Forbidden ERR_ACCESS_DENIED 0",
     ),
     "squid, nobody listens": (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", "refused", None),
     "tinyproxy, nobody listens": (b"HTTP/1.1 500 Unable to connect\r\n\r\n", "refused", None),
@@ -177,7 +179,7 @@ REFUSALS = {
     "a longer body than a head may be": (
         b"HTTP/1.1 403 Forbidden\r\n\r\n" + bytes(9000),
         "refused",
-        "answered HTTP/1.1 403 Forbidden",
+        "responded with HTTP/1.1 403 Forbidden",
     ),
 }
 
@@ -272,6 +274,27 @@ async def test_what_is_no_answer_is_told_as_that(
         assert "s3cret" not in error.detail
         await until(lambda: not held(peer=parent.port).sockets)
         await pool.close()
+
+
+@ensureDeferred
+async def test_a_response_to_a_request_that_is_not_sent_yet_opens_nothing() -> None:
+    """A parent that speaks first may have spoken to somebody else."""
+
+    class Queue(StringTransport):
+        """A transport that queues what is written."""
+
+        dataBuffer, offset, _tempDataLen = b"", 0, 0  # noqa: N815 - Twisted's name
+
+        def write(self, data: bytes) -> None:
+            self._tempDataLen += len(data)
+
+    tunnel = Tunnel(4096)
+    tunnel.makeConnection(Queue())
+    opened = tunnel.ask(b"CONNECT a:1 HTTP/1.1\r\n\r\n")
+    tunnel.dataReceived(ESTABLISHED)
+    with pytest.raises(ProxyError) as caught:
+        await opened
+    assert_unreachable(caught.value, "parent_proxy_protocol")
 
 
 # --- which hop is at fault ------------------------------------------------------------------------
