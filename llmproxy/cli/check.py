@@ -49,6 +49,12 @@ _SDK_PATHS = {
 }
 """What SDKs put behind the segment with which they begin a path, by dialect and segment."""
 
+_USUAL_PORT = 443
+"""To this port proxies open tunnels as they are packaged."""
+
+_PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+"""Where other programs look for a proxy on the way to a provider."""
+
 
 def check(args: argparse.Namespace) -> int:
     """Check a configuration file, with the credential files that it names."""
@@ -59,7 +65,8 @@ def check(args: argparse.Namespace) -> int:
         config = load(args.file, instance=args.instance, environ=environ)
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
-    warnings = [*_of_file(args.file), *warnings_of(config), *_of_keys(config, time.time())]
+    warnings = [*_of_file(args.file), *_of_environment(config, environ), *warnings_of(config)]
+    warnings += _of_keys(config, time.time())
     if args.run_commands:
         warnings += _of_runs(config, environ)
     counts = _counts(config)
@@ -84,6 +91,8 @@ def warnings_of(config: Config) -> list[str]:
         if isinstance(command := provider.credential, CredentialCommand):
             found += _of_program(f"providers.{name}.credential.command", command.command[0])
         found += _of_url(provider, [one for one in config.routes if name in one.providers])
+        if config.parent_proxy_for(provider) is not None:
+            found += _of_tunnel(provider)
     for at, before in shadowed(config):
         found.append(
             f"routes[{at}]: no request comes here: "
@@ -148,6 +157,32 @@ def _of_url(provider: Provider, routes: Sequence[Route]) -> Iterator[str]:
     carries_key = provider.credential is not None or provider.pass_credential
     if url.scheme == "http" and carries_key and not _is_this_machine(url.host):
         yield f"{key}: a key goes to {url.netloc} without TLS: whoever is on the way can read it"
+
+
+def _of_tunnel(provider: Provider) -> Iterator[str]:
+    """Yield why the parent proxy may not open a tunnel to ``provider``, or one to elsewhere."""
+    url, key = provider.url, f"providers.{provider.name}.url"
+    if _is_this_machine(url.host):
+        yield (
+            f"{key}: the parent proxy takes {url.host} for its own machine: "
+            'name it in `no_parent_proxy`, or write parent_proxy = "none" here'
+        )
+    elif url.port != _USUAL_PORT:
+        yield (
+            f"{key}: the proxy asks for a tunnel to port {url.port}, and many proxies allow "
+            f"{_USUAL_PORT} alone (squid: `acl SSL_ports port {url.port}`)"
+        )
+
+
+def _of_environment(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    known = [config.proxy.parent_proxy, *(one.parent_proxy for one in config.providers.values())]
+    for name in _PROXY_VARIABLES:
+        if environ.get(name) and not any(known):
+            yield (
+                f"${name} is set, and is not read: providers are reached through what "
+                "`parent_proxy` says, directly without it"
+            )
+            return
 
 
 def _is_this_machine(host: str) -> bool:

@@ -24,6 +24,7 @@ import msgspec
 
 from llmproxy.config.credentials import Credentials, Secret
 from llmproxy.config.keypair import Keypair
+from llmproxy.config.parent_proxy import ParentProxy
 from llmproxy.config.readers import client_name, instance_name, provider_name
 from llmproxy.config.schema import Context, Table
 from llmproxy.config.sections import (
@@ -66,6 +67,7 @@ __all__ = [
     "Limits",
     "Log",
     "Override",
+    "ParentProxy",
     "Provider",
     "Proxy",
     "Route",

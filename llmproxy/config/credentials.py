@@ -33,6 +33,7 @@ _NAME = re.compile(
 )
 """A file's name: short words and numbers, and not as keys of well-known providers begin."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
@@ -97,6 +98,11 @@ class Credentials:
         """
         content = self._read(value)
         return None if content is None else Secret(credential_value(content))
+
+    def user_and_password(self, value: object) -> Secret | None:
+        """Do as :meth:`read` for a file that holds ``NAME:PASSWORD`` in UTF-8 (RFC 7617)."""
+        content = self._read(value)
+        return None if content is None else Secret(_user_and_password(content))
 
     def pem(self, reader: Callable[[bytes], T]) -> Callable[[object], T | None]:
         """Return a reader of a credential file in PEM, whose content ``reader`` checks."""
@@ -206,6 +212,17 @@ def credential_value(content: bytes, what: str = "a credential file") -> str:
     Raises:
         Wrong: it is not one line of visible ASCII, or too long.
     """
+    value = _line(content, what)
+    if not _VALUE.fullmatch(value):
+        raise Wrong(
+            f"{what} of one line of visible ASCII, without white space at its beginning or end",
+            hidden=True,
+        )
+    return value.decode("ascii")
+
+
+def _line(content: bytes, what: str = "a credential file") -> bytes:
+    """Return the content without its line end; it may hold others."""
     value = content.removesuffix(b"\n")
     if value != content:
         value = value.removesuffix(b"\r")
@@ -213,9 +230,16 @@ def credential_value(content: bytes, what: str = "a credential file") -> str:
         raise Wrong(f"{what} that is not empty", hidden=True)
     if len(value) > _LARGEST_BYTES:
         raise Wrong(f"{what} of at most 64KiB", hidden=True)
-    if not _VALUE.fullmatch(value):
-        raise Wrong(
-            f"{what} of one line of visible ASCII, without white space at its beginning or end",
-            hidden=True,
-        )
-    return value.decode("ascii")
+    return value
+
+
+def _user_and_password(content: bytes) -> str:
+    try:
+        value = _line(content).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Wrong("a credential file in UTF-8", hidden=True) from None
+    if _CONTROL.search(value):
+        raise Wrong("a credential file of one line, without control characters", hidden=True)
+    if ":" not in value:
+        raise Wrong("a credential file with NAME:PASSWORD", hidden=True)
+    return value

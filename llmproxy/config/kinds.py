@@ -14,6 +14,7 @@ import msgspec
 
 from llmproxy.config.endpoints import endpoint, endpoint_for_tls
 from llmproxy.config.keypair import certificate_chain, private_key
+from llmproxy.config.parent_proxy import direct_host, parent_proxy, parent_proxy_or_none
 from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
@@ -276,6 +277,9 @@ DURATION_OR_OFF = value(duration_or_off, 'duration or ``"off"``', show_duration)
 SIZE = value(size, "size", _where_set(show_size))
 SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
 URL = value(url, show=_where_set(str))
+PARENT_PROXY = value(parent_proxy, show=_where_set(str))
+PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))
+DIRECT_HOSTS = array(lambda table: direct_host, may_be_empty=True)
 DIALECT = one_of({one.value: one for one in Dialect})
 ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
 FILE = of_table(lambda table: file_of_instance(table.context.instance))
@@ -283,6 +287,9 @@ CREDENTIAL = of_table(lambda table: table.context.credentials.read, show=_presen
 _ARGUMENTS = array(lambda table: argument)
 COMMAND = Kind("array of strings", _read_command, lambda words: list(words[:1]))
 TIME_TO_LIVE = value(time_to_live, "duration", show_duration)
+USER_AND_PASSWORD = of_table(
+    lambda table: table.context.credentials.user_and_password, show=_presence
+)
 CERTIFICATE = of_table(
     lambda table: table.context.credentials.pem(certificate_chain), show=_presence
 )

@@ -28,6 +28,7 @@ from llmproxy.config.kinds import (
     CREDENTIAL,
     DIALECT,
     DIGEST,
+    DIRECT_HOSTS,
     DROPPED,
     DROPPED_PARAMETERS,
     DURATION,
@@ -43,6 +44,8 @@ from llmproxy.config.kinds import (
     MODELS,
     ORIGINS,
     PARAMETERS,
+    PARENT_PROXY,
+    PARENT_PROXY_OR_NONE,
     PRIVATE_KEY,
     PROVIDERS,
     RETRY_ON,
@@ -52,6 +55,7 @@ from llmproxy.config.kinds import (
     SIZE_ABOVE_ZERO,
     TIME_TO_LIVE,
     URL,
+    USER_AND_PASSWORD,
     by_name,
     candidate,
     credential_or,
@@ -64,6 +68,7 @@ from llmproxy.config.kinds import (
     whole_number,
     word_of,
 )
+from llmproxy.config.parent_proxy import THIS_MACHINE, ParentProxy, is_direct
 from llmproxy.config.readers import (
     certificates,
     credential_format,
@@ -159,6 +164,23 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     """If Twisted's epoll reactor runs, ``true`` gives it a quicker loop, transports that send at
     once, and TLS straight on the socket. ``false`` keeps Twisted's own parts, in case one of the
     tuned parts has a fault."""
+
+    parent_proxy: Annotated[Url | None, Key(PARENT_PROXY)] = None
+    """An ``http://`` URL of a proxy through which providers are reached, such as
+    ``"http://proxy.corp.example:3128"``; see `operations.rst <operations.rst>`_. The proxy asks it
+    for a tunnel to the provider (``CONNECT``), for ``https://`` and ``http://`` providers alike,
+    and it looks up the provider's name. ``HTTPS_PROXY`` and the like are not read."""
+
+    parent_proxy_credential: Annotated[Secret | None, Key(USER_AND_PASSWORD)] = None
+    """Bare name of a credential file that holds ``NAME:PASSWORD`` in UTF-8 for ``parent_proxy``,
+    which gets them as ``Basic`` credentials. The name ends at the first colon."""
+
+    no_parent_proxy: Annotated[tuple[str, ...], Key(DIRECT_HOSTS)] = THIS_MACHINE
+    """Hosts of providers that are reached directly and not through ``parent_proxy``: names,
+    ``*.DOMAIN`` for all names below a domain, addresses, and networks such as ``10.0.0.0/8``. They
+    are compared with the host in a provider's ``url``. A name is not looked up for that, so a
+    network stands only for hosts that the ``url`` gives as addresses. An array of your own takes
+    the place of the default, which is this machine."""
 
     via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
     """The proxy's pseudonym in the ``Via`` header, a token. If a request already carries the
@@ -435,6 +457,16 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
     others."""
+
+    parent_proxy: Annotated[
+        Url | str | None, Key(PARENT_PROXY_OR_NONE, stated="default: that of ``[proxy]``")
+    ] = None
+    """The provider's own parent proxy, in place of that of ``[proxy]``; ``"none"`` reaches the
+    provider directly. ``no_parent_proxy`` does not count here, and the credential of ``[proxy]`` is
+    not sent."""
+
+    parent_proxy_credential: Annotated[Secret | None, Key(USER_AND_PASSWORD)] = None
+    """The credential file for the provider's own ``parent_proxy``, as in ``[proxy]``."""
 
     pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
     """Most idle connections that are kept."""
@@ -748,6 +780,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def timeouts_for(self, route: Route, provider: Provider) -> Timeouts:
         """Return the deadlines of one request: the route's, else the provider's, else ours."""
         return msgspec.structs.replace(self.timeouts, **{**provider.timeouts, **route.timeouts})
+
+    def parent_proxy_for(self, provider: Provider) -> ParentProxy | None:
+        """Return the proxy through which ``provider`` is reached, or None: directly."""
+        if isinstance(provider.parent_proxy, Url):
+            return ParentProxy(provider.parent_proxy, provider.parent_proxy_credential)
+        url = self.proxy.parent_proxy
+        past_it = provider.parent_proxy is not None  # "none"
+        if url is None or past_it or is_direct(provider.url.host, self.proxy.no_parent_proxy):
+            return None
+        return ParentProxy(url, self.proxy.parent_proxy_credential)
 
     def redacted(self) -> dict[str, object]:
         """Return the effective configuration as JSON-able values, without anything secret.

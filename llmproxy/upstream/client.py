@@ -24,7 +24,7 @@ from twisted.internet.defer import Deferred
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IBodyProducer
 
-from llmproxy.config import Config, CredentialCommand, Provider, Secret, Timeouts
+from llmproxy.config import Config, CredentialCommand, ParentProxy, Provider, Secret, Timeouts
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
@@ -129,6 +129,7 @@ class ConnectionKey(NamedTuple):
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
         direct: connections have the transports of ``net/``; else Twisted's own.
+        parent: the proxy through which the provider is reached, with its credential, or None.
     """
 
     origin: str
@@ -139,6 +140,7 @@ class ConnectionKey(NamedTuple):
     pool_idle: float | None
     max_head: int
     direct: bool
+    parent: ParentProxy | None
 
 
 class _Reached(msgspec.Struct, frozen=True):
@@ -196,6 +198,7 @@ class Upstream:
                     pool_idle=key.pool_idle,
                     max_head=key.max_head,
                     direct=key.direct,
+                    parent=key.parent,
                     timers=timers,
                 )
                 kept = _Reached(key, PreparedUrl.prepare(key.origin), pool)
@@ -299,6 +302,7 @@ def connection_key(provider: Provider, config: Config) -> ConnectionKey:
         pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
         max_head=config.limits.response_head,
         direct=config.proxy.tuned_loop,
+        parent=config.parent_proxy_for(provider),
     )
 
 

@@ -23,7 +23,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from llmproxy.config import Provider, Timeouts
+from llmproxy.config import ParentProxy, Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.net.transport import is_quiet, raw_transport
@@ -94,6 +94,7 @@ class ProviderPool:
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
         direct: with the transports of ``net/``; else with Twisted's own.
+        parent: the proxy through which the provider is reached, or None.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
@@ -107,6 +108,7 @@ class ProviderPool:
         pool_idle: float | None,
         max_head: int,
         direct: bool = True,
+        parent: ParentProxy | None = None,
         timers: Any = None,
     ) -> None:
         self._reactor = reactor
@@ -127,6 +129,7 @@ class ProviderPool:
             became_idle=self._put,
             closed=self._forget,
             direct=direct,
+            parent=parent,
         )
         self._expiry: Any = None
         self._expiry_at = math.inf

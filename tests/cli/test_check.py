@@ -19,6 +19,13 @@ from tests.support.configs import KEYS_LINE, toml, vault, with_credential
 Printed = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def no_proxy_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own proxy is none of the warnings' business."""
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A directory for credential files, with one in it."""
@@ -365,3 +372,50 @@ def test_limits_beside_anonymous_callers(tmp_path: Path, capsys: Printed) -> Non
         assert [one.partition(":")[0] for one in found] == ["proxy.anonymous"] * warned
         changes["proxy.anonymous"] = "false"
         assert warnings_of(tmp_path, capsys, changes) == []
+
+
+# --- parent proxies -------------------------------------------------------------------------------
+
+PARENT = '"http://proxy.corp.example:3128"'
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://a.example", None),
+        ("https://a.example:8443", "asks for a tunnel to port 8443, and many proxies allow 443"),
+        ("http://a.example", "asks for a tunnel to port 80, and many proxies allow 443"),
+        ("http://127.0.0.1:11434", "takes 127.0.0.1 for its own machine: name it in"),
+        ("https://localhost", "takes localhost for its own machine: name it in"),
+    ],
+)
+def test_a_way_through_a_parent_that_may_be_closed_is_warned_of(
+    url: str, words: str | None, tmp_path: Path, capsys: Printed
+) -> None:
+    """By the port of a tunnel, and by a host that is another one there."""
+    changes: dict[str, str | None] = {
+        "providers.p.url": f'"{url}"',
+        "proxy.parent_proxy": PARENT,
+        "proxy.no_parent_proxy": "[]",
+    }
+    found = warnings_of(tmp_path, capsys, changes)
+    assert len(found) == (words is not None)
+    if words is not None:
+        assert found[0].startswith("providers.p.url: ")
+        assert words in found[0]
+    assert warnings_of(tmp_path, capsys, {**changes, "providers.p.parent_proxy": '"none"'}) == []
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+def test_a_variable_that_is_not_read_is_warned_of(
+    name: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the file says how providers are reached; the value may hold a password."""
+    monkeypatch.setenv(name, "http://team:s3cret@proxy.corp.example:3128")
+    changes: dict[str, str | None] = {"providers.p.url": '"https://a.example"'}
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning == f"${name} is set, and is not read: providers are reached through what " + (
+        "`parent_proxy` says, directly without it"
+    )
+    assert warnings_of(tmp_path, capsys, {**changes, "proxy.parent_proxy": PARENT}) == []
+    assert warnings_of(tmp_path, capsys, {**changes, "providers.p.parent_proxy": '"none"'}) == []

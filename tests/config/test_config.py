@@ -59,6 +59,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "max_connections": 20000,
             "tell_provider": True,
             "tuned_loop": True,
+            "parent_proxy": None,
+            "parent_proxy_credential": False,
+            "no_parent_proxy": ["localhost", "*.localhost", "127.0.0.0/8", "::1"],
             "via": "llmproxy-h-st-one",
         },
         "admin": {
@@ -102,6 +105,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "query": [],
                 "drop_query": [],
                 "ca": None,
+                "parent_proxy": None,
+                "parent_proxy_credential": False,
                 "pool": 1000,
                 "max_streams": None,
                 "queue": None,

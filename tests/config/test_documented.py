@@ -64,6 +64,7 @@ class Shown(NamedTuple):
             vault.write(name, SECRET.encode())
         vault.write("proxy-certificate", (issued := vault.put()).chain)
         vault.write("proxy-key", issued.key)
+        vault.write("parent-proxy", b"team:" + SECRET.encode())
         return DIRECTORY.sub(f'directory = "{vault.directory}"', text)
 
 

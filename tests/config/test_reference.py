@@ -123,6 +123,7 @@ def test_a_documented_default_is_the_one_in_force(
     """A file that writes the default down gives the same configuration as a file without it."""
     monkeypatch.setattr(socket, "gethostname", lambda: "HOSTNAME")
     base: dict[str, str | None] = {"clients.c.keys": KEYS_LINE, "trace.ledger": '"/l"'}
+    base["proxy.parent_proxy"] = '"http://p:3128"'
     if key == "proxy.anonymous":
         base[key] = None
     if key.startswith("providers.p.queue"):
