@@ -5,8 +5,8 @@ passed over: those that are to be left alone, and those without a free place.  A
 because it may turn out to be the last response that there is.  Nothing is sent a second time once
 the client has a byte (design 6, ADR-0026).
 
-Most routes have one candidate that is well; :meth:`Failover.send` then adds nothing to
-:class:`Attempts`.
+Most routes have one candidate, which is asked whatever is known of it: its own response says more
+than we could.  :meth:`Failover.send` then adds nothing to :class:`Attempts`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.attempt import Attempts, asked_model, refuses_proxy
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.fair_queue import Places, no_place
+from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
 from llmproxy.policy.stickiness import key_of
@@ -68,7 +69,7 @@ class Failover:
         Raises:
             ProxyError: none of them did.  The error is the last one's, or says why none was asked.
         """
-        if match.balance is None and not self.health.is_troubled and not self.switches.off:
+        if match.balance is None and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
         return _Round(self, exchange, match, client, facts).send()
 
@@ -82,7 +83,9 @@ class _Round:
         error: how the last attempt failed.
         full: the providers that had no free place.
         disabled: what is said where an operator has switched all of them off.
-        wait: for how long the one that is ready first is to be left alone, and the status of that.
+        wait: for how long the one is to be left alone that is ready first.
+        cooling: those that are to be asked if nobody else is left, and how long it would be better
+            to wait for them.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class _Round:
         self._facts = facts
         self.held: tuple[HeldResponse, Candidate] | None = None
         self.error: ProxyError | None = None
-        self.wait = math.inf, 503
+        self.wait = NO_WAIT
+        self.cooling: list[tuple[float, Candidate]] = []
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
@@ -117,7 +121,9 @@ class _Round:
         """Do as :meth:`Failover.send`."""
         exchange, match, failover = self._exchange, self._match, self._failover
         try:
-            while (candidate := self._take() or await self._queue()) is not None:
+            while (
+                candidate := self._take() or await self._queue() or self._last_resort()
+            ) is not None:
                 failover.meet(exchange, match, candidate)
                 try:
                     response = await failover.attempts.send(exchange, match, candidate, self._facts)
@@ -146,10 +152,13 @@ class _Round:
             if self._is_off(candidate):
                 self._skip(candidate, "disabled")
                 continue
-            seconds, status = self._wait_for(candidate)
-            if seconds > 0:
-                self.wait = min(self.wait, (seconds, status))
+            wait = self._wait_for(candidate)
+            if wait.seconds > 0:
                 self._skip(candidate, "cooling")
+                if wait.own <= 0:
+                    self.cooling.append((wait.seconds, candidate))
+                elif self.wait is NO_WAIT or wait.own < self.wait.own:
+                    self.wait = wait
             elif self._match.balance is None:
                 self.left.remove(candidate)
                 return candidate
@@ -189,6 +198,15 @@ class _Round:
             return candidate
         return None
 
+    def _last_resort(self) -> Candidate | None:
+        """Take the candidate that is ready first of those that only others were refused by."""
+        for _, candidate in sorted(self.cooling, key=lambda one: one[0]):
+            if (place := self._places_at(candidate).take()) is not None:
+                self.cooling = [one for one in self.cooling if one[1] is not candidate]
+                self._exchange.place = place
+                return candidate
+        return None
+
     def _is_off(self, candidate: Candidate) -> bool:
         """Return whether an operator has switched it off, or a model that is asked for."""
         switches = self._failover.switches
@@ -201,7 +219,9 @@ class _Round:
             self.disabled = switches.refusal(name, off[0], now)
         return bool(off)
 
-    def _wait_for(self, candidate: Candidate) -> tuple[float, int]:
+    def _wait_for(self, candidate: Candidate) -> Wait:
+        if len(self._match.candidates) == 1:
+            return NO_WAIT  # it is asked in any case, so that the client gets what it says
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
 
@@ -227,7 +247,7 @@ class _Round:
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
             not self._is_off(candidate)
-            and self._wait_for(candidate)[0] <= 0
+            and self._wait_for(candidate).seconds <= 0
             and self._places_at(candidate).has_room
         )
 
@@ -250,13 +270,13 @@ class _Round:
         return held
 
     def _none_asked(self) -> ProxyError:
-        if self.left:
-            self._note_full(self.left)
+        if self.left or self.cooling:
+            self._note_full([*self.left, *(candidate for _, candidate in self.cooling)])
             text = "The provider serves as many requests as it may; try again."
             return no_place("provider_busy", text)
-        if self.wait[0] == math.inf and self.disabled is not None:
+        if self.wait is NO_WAIT and self.disabled is not None:
             return self.disabled
-        return _all_cooling(*self.wait)
+        return _all_cooling(self.wait.own, self.wait.status)
 
     def _drop_held(self) -> None:
         if self.held is not None:

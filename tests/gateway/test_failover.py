@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -279,6 +280,38 @@ def test_where_all_cool_down_the_client_is_told_when_to_come_again() -> None:
     assert serve(gateway) == "q"
 
 
+def test_what_others_were_refused_is_asked_when_nobody_else_is_left() -> None:
+    """A request that is too large for all providers closes none of them to other clients."""
+    other = hashlib.sha256(b"other").hexdigest()
+    gateway = played(more=f'[clients.other]\nkeys = ["sha256:{other}"]\n')
+    gateway.call()
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response(429, (b"retry-after", b"9")).end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.send(request("POST", "/p/v1", "X-Api-Key: other", JSON, body=BODY))
+    assert names(gateway) == ["q"], "the one that is ready first"
+    fail(gateway, upstream_unreachable("no"))
+    assert names(gateway) == ["q", "p"]
+    gateway.response().end()
+    assert gateway.got()[0] == 200
+    tried = [(one.provider, one.outcome) for one in gateway.sink.traces[-1].attempts]
+    skipped = [("p", "skipped"), ("q", "skipped")]
+    assert tried == [*skipped, ("q", "upstream_unreachable"), ("p", "ok")]
+
+
+def test_a_single_candidate_is_asked_whatever_is_known_of_it() -> None:
+    """Its own response says more than the proxy could."""
+    gateway = PlayedGateway(provider="health = { failures = 1 }")
+    for _ in range(5):
+        gateway.call()
+        gateway.response(429, (b"retry-after", b"20")).end()
+        assert gateway.got()[0] == 429
+        gateway.call()
+        fail(gateway, upstream_unreachable("no"))
+        assert gateway.refusal() == (502, "upstream_unreachable")
+
+
 def test_a_cooldown_is_for_one_model() -> None:
     """Another model of the same provider is asked at once."""
     gateway = played()
@@ -501,7 +534,7 @@ def test_a_refused_credential_is_logged_once_a_minute(tmp_path: Path) -> None:
             gateway.response(403).end()
             gateway.response().end()
             gateway.clock.advance(25)
-    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.error]
+    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.warn]
     assert said == ["providers.p: the provider refuses the proxy's credential (403)"] * 2
 
 
