@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus
+PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
 ARGS   ?=
 # How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
 # file stay together, for they share what stands for their module; tests/conftest.py orders the files.

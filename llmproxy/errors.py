@@ -72,14 +72,19 @@ class ProxyError(Exception):
         self.cause = cause
 
 
-def upstream_unreachable(detail: str) -> ProxyError:
-    """No connection to the provider could be made: its name, its address, or a refusal."""
+def upstream_unreachable(detail: str, *, cause: str | None = None) -> ProxyError:
+    """No connection to the provider could be made: its name, its address, or a refusal.
+
+    Args:
+        cause: one word for the trace and the metric, where a parent proxy is on the way.
+    """
     return ProxyError(
         502,
         "upstream_unreachable",
         "The provider cannot be reached.",
         end=EndReason.UPSTREAM_UNREACHABLE,
         detail=detail,
+        cause=cause,
     )
 
 

@@ -25,6 +25,7 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
+from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
@@ -50,6 +51,7 @@ from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.site import Site
+from llmproxy.upstream.credential import Credentials
 from llmproxy.version import version
 
 _log = Logger()
@@ -222,8 +224,11 @@ class ProxyService(Service):
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
-        self.standing = Standing(self._timers, clock, self.metrics.queue_wait.observe)
+        self.standing = Standing(self._timers, clock, time.time, self.metrics.queue_wait.observe)
         self.limits = ClientLimits(clock, time.time)
+        self.credentials = Credentials(
+            reactor, clock, aside=partial(aside, reactor), environ=self._environ
+        )
         self.recorder = Recorder(
             self.metrics,
             self.sinks,
@@ -250,8 +255,16 @@ class ProxyService(Service):
             registry=self.metrics.registry,
         )
         admin = site(
-            config=lambda: self.setup.config.redacted(),
+            config=lambda: {
+                **self.setup.config.redacted(),
+                "switched_off": self.standing.switches.rows(),
+            },
             clients=self.limits.rows,
+            providers=Providers(
+                lambda: self.setup.config,
+                lambda: self.setup.upstream.counts(),
+                self.standing.switches,
+            ),
             hosts=lambda: self.setup.config.admin.hosts,
         )
         metrics = site(config=None)
@@ -267,6 +280,7 @@ class ProxyService(Service):
             metrics=self.metrics,
             recorder=self.recorder,
             sinks=self.sinks,
+            credentials=self.credentials,
             detached=self.detached,
             standing=self.standing,
             limits=self.limits,
@@ -276,6 +290,7 @@ class ProxyService(Service):
             listeners=self._listeners,
             raise_limit=raise_limit if self._handle_signals else lambda _: None,
         )
+        self.credentials.replaced = lambda name, value: self.setup.upstream.drop(name, value)
         self.reload = Reload(
             self._reread,
             self.setup,
@@ -296,11 +311,13 @@ class ProxyService(Service):
             detached=self.detached,
             standing=self.standing,
             limits=self.limits,
+            credentials=self.credentials,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
             log=self._log_writer,
             process=Process(time.time),
+            wall=time.time,
         )
 
     def _reopen(self) -> None:
@@ -352,6 +369,7 @@ class ProxyService(Service):
         super().stopService()
         self.ready = False
         self.reload.end()
+        self.credentials.stop()
         self.notify.stopping()
         return self._listeners.close_proxy().addCallback(lambda _: self._rest())
 

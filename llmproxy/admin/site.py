@@ -1,73 +1,45 @@
-"""The admin site: alive, ready, metrics, configuration, clients.
+"""The admin site: alive, ready, metrics, configuration, clients, providers.
 
-Any caller that reaches its listener may read; nothing here changes anything.  A browser may reach
-it, too, and run the page of somebody whose name points here for a moment (DNS rebinding): whatever
-is not for probes and Prometheus asks for which host it is read.  The responses are made from what
-is passed in, so that this module knows neither gateway nor upstream.
+Any caller that reaches its listener may read; a change needs the admin token.  The responses are
+made from what is passed in, so that this module knows neither gateway nor upstream.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 from collections.abc import Callable, Container
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from twisted.web.server import NOT_DONE_YET
 
-from llmproxy.http1.headers import host_of
+from llmproxy.admin.page import TEXT, NotFound, Page, Response, is_ours, json
+from llmproxy.admin.providers import PATH, Providers, Switching
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
 
-_JSON = b"application/json"
-_TEXT = b"text/plain; charset=utf-8"
-
 _is_refused = re.compile(r";\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", re.IGNORECASE).search
 """Finds the weight of a format that is not acceptable, which the client library overlooks."""
 
-Response = tuple[int, bytes, bytes]
-"""Status, content type, body."""
 
-
-class Page(Handler):
-    """One path that is read with GET or HEAD; any other method is a 405.
+class AdminRouter(Router):
+    """Finds the handler of a page, and of whatever is below ``/providers``.
 
     Args:
-        read: makes the response to one request.
-        is_ours: whether a request is for this site; else it is a 421.
+        paths: handlers of exact paths.
+        switching: serves what is below ``/providers``, or None.
     """
 
-    def __init__(
-        self,
-        read: Callable[[Request], Response],
-        is_ours: Callable[[Request], bool] = lambda request: True,
-    ) -> None:
-        super().__init__()
-        self._read = read
-        self._is_ours = is_ours
+    def __init__(self, paths: dict[bytes, Handler], switching: Handler | None) -> None:
+        super().__init__(NotFound(), paths)
+        self._switching = switching
 
-    def render(self, request: Request) -> int:
-        """Respond at once; a body is neither needed nor kept."""
-        if not self._is_ours(request):
-            foreign = "The Host field names another site than this one; see `hosts` in [admin]."
-            return _respond(request, (421, _JSON, _error(foreign)))
-        if request.method in (b"GET", b"HEAD"):
-            return _respond(request, self._read(request))
-        refusal = 405, _JSON, _error("This endpoint is only read.")
-        return _respond(request, refusal, (b"allow", b"GET, HEAD"))
-
-
-class NotFound(Handler):
-    """Every other path, with any method."""
-
-    def render(self, request: Request) -> int:
-        """Respond at once."""
-        return _respond(request, (404, _JSON, _error("There is nothing at this path.")))
+    def find(self, method: bytes, path: bytes) -> Handler:
+        """Return the handler of a request."""
+        if self._switching is not None and path.startswith(PATH + b"/"):
+            return self._switching
+        return super().find(method, path)
 
 
 def admin_site(
@@ -79,6 +51,7 @@ def admin_site(
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
     clients: Callable[[], object] | None = None,
+    providers: Providers | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Site:
     """Return the site of an admin listener.
@@ -87,10 +60,15 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config, clients, hosts: as for :func:`admin_router`.
+        ready, registry, config, clients, providers, hosts: as for :func:`admin_router`.
     """
     router = admin_router(
-        ready=ready, registry=registry, config=config, clients=clients, hosts=hosts
+        ready=ready,
+        registry=registry,
+        config=config,
+        clients=clients,
+        providers=providers,
+        hosts=hosts,
     )
     return Site(router, reactor, clock, wall=wall)
 
@@ -101,6 +79,7 @@ def admin_router(
     registry: CollectorRegistry,
     config: Callable[[], object] | None,
     clients: Callable[[], object] | None = None,
+    providers: Providers | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Router:
     """Return the pages of the admin site; below a page there is nothing.
@@ -110,12 +89,13 @@ def admin_router(
         registry: what ``/metrics`` shows, as OpenMetrics where it is asked for.
         config: makes the redacted configuration for ``/config``; None leaves that out.
         clients: makes what clients use of their limits for ``/clients``; None leaves that out.
+        providers: what is shown and switched below ``/providers``; None leaves that out.
         hosts: returns the names, in lower case, by which operators may reach the site, besides
             those that only this machine or its network knows.
     """
 
     def readyz(request: Request) -> Response:
-        return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"not ready\n")
+        return (200, TEXT, b"ready\n") if ready() else (503, TEXT, b"not ready\n")
 
     def metrics(request: Request) -> Response:
         asked = (request.first.get(b"accept", b"")).decode("latin-1").split(",")
@@ -124,53 +104,22 @@ def admin_router(
         return 200, kind.encode("ascii"), encode(registry)
 
     pages: dict[bytes, Handler] = {
-        b"/livez": Page(lambda request: (200, _TEXT, b"alive\n")),
+        b"/livez": Page(lambda request: (200, TEXT, b"alive\n")),
         b"/readyz": Page(readyz),
         b"/metrics": Page(metrics),
     }
-    for path, shown in ((b"/config", config), (b"/clients", clients)):
-        if shown is not None:
-            pages[path] = Page(_json_of(shown), lambda request: _is_ours(request, hosts()))
-    return Router(NotFound(), pages)
 
+    def is_for_us(request: Request) -> bool:
+        return is_ours(request, hosts())
 
-def _json_of(shown: Callable[[], object]) -> Callable[[Request], Response]:
-    return lambda request: (200, _JSON, msgspec.json.encode(shown()) + b"\n")
+    def shows(rows: Callable[[], object]) -> Page:
+        return Page(lambda request: json(rows()), is_for_us)
 
-
-def _is_ours(request: Request, hosts: Container[str]) -> bool:
-    """Return whether the host that a request names cannot be somebody else's.
-
-    Nobody else can have an address here, or a name without a dot.  Through a Unix socket comes no
-    browser, and none leaves ``Host`` out.
-    """
-    name = host_of(request.first.get(b"host")).removesuffix(".")
-    if getattr(request.client, "host", None) is None or "." not in name:
-        return True
-    if name.endswith(".localhost") or name in hosts or name == socket.gethostname().lower():
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
-
-def _respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:
-    status, kind, body = response
-    request.start(
-        status,
-        [
-            (b"content-type", kind),
-            (b"content-length", b"%d" % len(body)),
-            (b"cache-control", b"no-store"),
-            *more,
-        ],
-    )
-    request.write(body)
-    request.finish()
-    return NOT_DONE_YET  # it is finished: Twisted must not finish it again
-
-
-def _error(message: str) -> bytes:
-    return msgspec.json.encode({"error": {"message": message}})
+    if config is not None:
+        pages[b"/config"] = shows(config)
+    if clients is not None:
+        pages[b"/clients"] = shows(clients)
+    if providers is None:
+        return AdminRouter(pages, None)
+    pages[PATH] = shows(providers.rows)
+    return AdminRouter(pages, Switching(providers, is_for_us))

@@ -14,15 +14,31 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from llmproxy.config import Config, ConfigError, Provider, Route, load
+from llmproxy.config import (
+    Client,
+    Config,
+    ConfigError,
+    CredentialCommand,
+    Provider,
+    Route,
+    load,
+)
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
+from llmproxy.config.values import show_instant
 from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import ProxyError
+from llmproxy.policy.auth import ANONYMOUS
 from llmproxy.policy.limits import DAY_S, limited
-from llmproxy.policy.routes import shadowed
+from llmproxy.policy.routes import PathMatch, Routes, shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
+from llmproxy.upstream.command import CommandFailed, Run
+
+_SOON_S = 14 * 86400.0
+"""Seconds before a key expires in which that is worth a warning."""
 
 _SDK_PATHS = {
     (Dialect.OPENAI, "v1"): "/chat/completions",
@@ -32,6 +48,12 @@ _SDK_PATHS = {
     (Dialect.GEMINI, "v1beta"): "/models/NAME:generateContent",
 }
 """What SDKs put behind the segment with which they begin a path, by dialect and segment."""
+
+_USUAL_PORT = 443
+"""To this port proxies open tunnels as they are packaged."""
+
+_PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+"""Where other programs look for a proxy on the way to a provider."""
 
 
 def check(args: argparse.Namespace) -> int:
@@ -43,7 +65,10 @@ def check(args: argparse.Namespace) -> int:
         config = load(args.file, instance=args.instance, environ=environ)
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
-    warnings = [*_of_file(args.file), *warnings_of(config)]
+    warnings = [*_of_file(args.file), *_of_environment(config, environ), *warnings_of(config)]
+    warnings += _of_keys(config, time.time())
+    if args.run_commands:
+        warnings += _of_runs(config, environ)
     counts = _counts(config)
     if args.json:
         print(json.dumps({"ok": True, "problems": [], "warnings": warnings, **counts}))
@@ -63,12 +88,17 @@ def warnings_of(config: Config) -> list[str]:
         if name not in used:
             found.append(f"providers.{name}: no route uses this provider")
             continue
+        if isinstance(command := provider.credential, CredentialCommand):
+            found += _of_program(f"providers.{name}.credential.command", command.command[0])
         found += _of_url(provider, [one for one in config.routes if name in one.providers])
+        if config.parent_proxy_for(provider) is not None:
+            found += _of_tunnel(provider)
     for at, before in shadowed(config):
         found.append(
             f"routes[{at}]: no request comes here: "
             f"routes[{before}] takes all that this route would take"
         )
+    found += _of_lists(config)
     for key, endpoint in _endpoints(config):
         if (path := socket_path(endpoint)) is not None:
             found += _of_folder(key, os.path.dirname(path))
@@ -129,6 +159,32 @@ def _of_url(provider: Provider, routes: Sequence[Route]) -> Iterator[str]:
         yield f"{key}: a key goes to {url.netloc} without TLS: whoever is on the way can read it"
 
 
+def _of_tunnel(provider: Provider) -> Iterator[str]:
+    """Yield why the parent proxy may not open a tunnel to ``provider``, or one to elsewhere."""
+    url, key = provider.url, f"providers.{provider.name}.url"
+    if _is_this_machine(url.host):
+        yield (
+            f"{key}: the parent proxy takes {url.host} for its own machine: "
+            'name it in `no_parent_proxy`, or write parent_proxy = "none" here'
+        )
+    elif url.port != _USUAL_PORT:
+        yield (
+            f"{key}: the proxy asks for a tunnel to port {url.port}, and many proxies allow "
+            f"{_USUAL_PORT} alone (squid: `acl SSL_ports port {url.port}`)"
+        )
+
+
+def _of_environment(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    known = [config.proxy.parent_proxy, *(one.parent_proxy for one in config.providers.values())]
+    for name in _PROXY_VARIABLES:
+        if environ.get(name) and not any(known):
+            yield (
+                f"${name} is set, and is not read: providers are reached through what "
+                "`parent_proxy` says, directly without it"
+            )
+            return
+
+
 def _is_this_machine(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -144,6 +200,56 @@ def _of_folder(key: str, folder: str) -> list[str]:
         return []
     makers = "RuntimeDirectory=, LogsDirectory=, StateDirectory="
     return [f"{key}: {folder} is no folder: the start fails, unless systemd makes it ({makers})"]
+
+
+def _of_lists(config: Config) -> Iterator[str]:
+    """Return which lists of models are empty for everybody who may read them."""
+    routes = Routes(config)
+    for at, route in enumerate(config.routes):
+        if route.models_list == "configured":
+            path = route.path.rstrip("/").encode("ascii") + b"/v1/models"
+            place = routes.at(path, "" if route.hosts is None else route.hosts[0])
+            if not any(_names(place, one, path) for one in (ANONYMOUS, *config.clients.values())):
+                yield (
+                    f"routes[{at}].models_list: the list is empty: write names without a star into "
+                    "`models` of the route or of clients"
+                )
+
+
+def _names(place: PathMatch, client: Client, path: bytes) -> list[str]:
+    try:
+        listed = place.list_of(client, path)
+    except ProxyError:
+        return []
+    return [] if listed is None else listed.names
+
+
+def _of_keys(config: Config, now: float) -> Iterator[str]:
+    """Return which keys of clients have expired, or will soon."""
+    for name, client in config.clients.items():
+        for at, key in enumerate(client.keys):
+            if key.expires is not None and key.expires - now < _SOON_S:
+                will = "has expired" if key.expires <= now else "will expire"
+                yield f"clients.{name}.keys[{at}]: the key {will}, at {show_instant(key.expires)}"
+
+
+def _of_program(key: str, path: str) -> list[str]:
+    """Return what may keep the daemon from running a program; it is not run."""
+    if not os.path.isfile(path):
+        return [f"{key}: {path} is no file: requests to this provider get a 503"]
+    if not os.access(path, os.X_OK, effective_ids=True):
+        return [f"{key}: the user of this check may not run {path}: the daemon's user must"]
+    return []
+
+
+def _of_runs(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    """Run the commands that print credentials, as this user, and return which of them fail."""
+    for name, provider in config.providers.items():
+        if isinstance(command := provider.credential, CredentialCommand):
+            try:
+                Run(command.command, time.monotonic, environ)()
+            except CommandFailed as error:
+                yield f"providers.{name}.credential.command: the command failed: {error}"
 
 
 def _of_records(key: str, path: str) -> list[str]:

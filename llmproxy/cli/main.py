@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``usage`` and ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -14,12 +14,13 @@ import hashlib
 import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from llmproxy.cli.check import check
 from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
-from llmproxy.config.values import Wrong
+from llmproxy.config.values import Wrong, duration, instant, show_instant
 from llmproxy.policy.auth import KEY_PREFIX
 from llmproxy.version import version
 
@@ -43,7 +44,7 @@ def keys_new(args: argparse.Namespace) -> int:
     """Print a new key, and the line of the configuration that lets it in."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     print(key)
-    _print_keys_line(key)
+    _print_keys_line(key, args.expires)
     if sys.stderr.isatty():
         print(
             f"The first line is the key: hand it over and keep no copy.\n"
@@ -66,12 +67,16 @@ def keys_hash(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    _print_keys_line(key[1].decode("ascii"))
+    _print_keys_line(key[1].decode("ascii"), args.expires)
     return 0
 
 
-def _print_keys_line(key: str) -> None:
-    print(f'keys = ["sha256:{hashlib.sha256(key.encode()).hexdigest()}"]')
+def _print_keys_line(key: str, expires: float | None) -> None:
+    digest = f'"sha256:{hashlib.sha256(key.encode()).hexdigest()}"'
+    if expires is None:
+        print(f"keys = [{digest}]")
+    else:
+        print(f'keys = [{{ hash = {digest}, expires = "{show_instant(expires)}" }}]')
 
 
 def run_daemon(args: argparse.Namespace) -> int:
@@ -84,6 +89,14 @@ def run_daemon(args: argparse.Namespace) -> int:
     sys.argv += ["--instance", args.instance]
     run()
     return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Say what would happen to a request."""
+    # Not at the top: it brings the gateway, and no other command needs that.
+    from llmproxy.cli.explain import explain
+
+    return explain(args)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -105,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_check(commands)
+    _add_explain(commands)
     _add_keys(commands)
     add_usage(commands)
     _add_demo(commands)
@@ -147,9 +161,25 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Check a configuration file as the daemon does at its start and at a reload. "
         "Every problem is one line of stderr, and so is every warning: what can never work, what "
         "is likely not meant, and what only the start can tell. A warning does not change the exit "
-        "code.",
+        "code. Commands that print credentials are only run with --run-commands.",
         epilog=_CODES.format(ok="the file can be used, whatever is warned of", no="it cannot"),
     )
+    _add_file(command)
+    command.add_argument(
+        "--run-commands",
+        action="store_true",
+        help="run each command that prints a credential, as this user, and warn if it fails; what "
+        "it prints is shown nowhere",
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help='print an object with "ok", "problems" and "warnings" to stdout',
+    )
+    command.set_defaults(run=check)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="the configuration file")
     _add_instance(command)
     command.add_argument(
@@ -158,12 +188,50 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what $CREDENTIALS_DIRECTORY stands for, which systemd sets for its units alone: "
         "the folder of the files that LoadCredential= names",
     )
-    command.add_argument(
-        "--json",
-        action="store_true",
-        help='print an object with "ok", "problems" and "warnings" to stdout',
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "explain",
+        help="say what would happen to a request",
+        description="Say what the proxy would do with a request: its route, the candidates in "
+        "order, the URL of each, the headers that are added and dropped, timeouts and limits; or "
+        "why it would be refused. Nothing is started or sent, and no command is run. What only a "
+        "running daemon knows is not said: which provider is busy, cools down or is switched off.",
+        epilog=_CODES.format(
+            ok="the request would be served",
+            no="it would be refused, or the file cannot be used",
+        ),
     )
-    command.set_defaults(run=check)
+    _add_file(command)
+    command.add_argument(
+        "--path", required=True, type=_target, metavar="PATH", help="path and query of the request"
+    )
+    command.add_argument(
+        "--client", metavar="NAME", help="who calls (default: nobody known, if anonymous is true)"
+    )
+    command.add_argument("--model", metavar="NAME", help="the model that the body names")
+    command.add_argument(
+        "--method", default="POST", metavar="METHOD", help="of the request (default: %(default)s)"
+    )
+    command.add_argument(
+        "--host",
+        default="localhost",
+        metavar="HOST",
+        help="what the Host header says (default: %(default)s)",
+    )
+    command.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="a further header of the request, as NAME: VALUE; any number of times",
+    )
+    command.add_argument("--stream", action="store_true", help="the body asks for a stream")
+    command.add_argument(
+        "--json", action="store_true", help="print one object to stdout, with problems, too"
+    )
+    command.set_defaults(run=run_explain)
 
 
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -184,6 +252,7 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "name", metavar="NAME", type=_value_of(client_name), help="the client that gets the key"
     )
+    _add_expires(command)
     command.set_defaults(run=keys_new)
     command = parsers.add_parser(
         "hash",
@@ -193,8 +262,33 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "argument, which everybody on the machine can see.",
         epilog=_CODES.format(ok="done", no="what was read is no key"),
     )
+    _add_expires(command)
     command.add_argument("argument", nargs="*", help=argparse.SUPPRESS)
     command.set_defaults(run=keys_hash, parser=command)
+
+
+def _add_expires(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--expires",
+        type=_end,
+        metavar="WHEN",
+        help="let the key expire after a duration such as 90d, or at a time such as "
+        "2027-01-31T00:00:00Z (default: never)",
+    )
+
+
+def _end(word: str) -> float:
+    """Return when something ends that lasts for a duration from now on, or until a time."""
+    try:
+        return time.time() + duration(word)
+    except Wrong:
+        pass
+    try:
+        return instant(word)
+    except Wrong as wrong:
+        raise argparse.ArgumentTypeError(
+            f"expected a duration such as 90d, or {wrong.expected}; got {word!r}"
+        ) from None
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -233,6 +327,12 @@ def _value_of(reader: Callable[[object], str]) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"expected {wrong.expected}, got {word!r}") from None
 
     return read
+
+
+def _target(word: str) -> str:
+    if not word.startswith("/") or not word.isascii() or not word.isprintable() or " " in word:
+        raise argparse.ArgumentTypeError(f"expected a path that begins with '/', got {word!r}")
+    return word
 
 
 def _port(word: str) -> int:

@@ -24,6 +24,7 @@ import msgspec
 
 from llmproxy.config.credentials import Credentials, Secret
 from llmproxy.config.keypair import Keypair
+from llmproxy.config.parent_proxy import ParentProxy
 from llmproxy.config.readers import client_name, instance_name, provider_name
 from llmproxy.config.schema import Context, Table
 from llmproxy.config.sections import (
@@ -38,7 +39,9 @@ from llmproxy.config.settings import (
     SECTIONS,
     Admin,
     Client,
+    ClientKey,
     Config,
+    CredentialCommand,
     Limits,
     Log,
     Override,
@@ -51,16 +54,20 @@ from llmproxy.config.settings import (
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
+from llmproxy.dialects.dialect import Dialect
 
 __all__ = [
     "Admin",
     "Client",
+    "ClientKey",
     "Config",
     "ConfigError",
+    "CredentialCommand",
     "Keypair",
     "Limits",
     "Log",
     "Override",
+    "ParentProxy",
     "Provider",
     "Proxy",
     "Route",
@@ -190,6 +197,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     _check_session_header(config, problems)
     _check_route_headers(config, problems)
     _check_candidates(config, problems)
+    _check_models_list(config, problems)
     names = [route.name for route in config.routes]
     # If a route has no name, clients may mean that route: what they say of routes is not judged.
     context.routes = names if all(names) else None
@@ -245,16 +253,26 @@ def _check_candidates(config: Config, problems: list[str]) -> None:
                     )
 
 
+def _check_models_list(config: Config, problems: list[str]) -> None:
+    for at, route in enumerate(config.routes):
+        dialects = {config.providers[name].dialect for name in route.providers}
+        if route.models_list == "configured" and Dialect.GEMINI in dialects:
+            problems.append(
+                f'routes[{at}].models_list: expected "upstream", as a provider\'s dialect is '
+                '"gemini", whose lists the proxy does not make'
+            )
+
+
 def _check_keys(clients: dict[str, Client], problems: list[str]) -> None:
     owners: dict[bytes, str] = {}
     for name, client in clients.items():
-        for digest in client.keys:
-            if digest in owners:
+        for key in client.keys:
+            if key.hash in owners:
                 problems.append(
                     f"clients.{name}.keys: expected a key of its own, "
-                    f"but one stands in clients.{owners[digest]}.keys already"
+                    f"but one stands in clients.{owners[key.hash]}.keys already"
                 )
-            owners.setdefault(digest, name)
+            owners.setdefault(key.hash, name)
 
 
 def _check_present(config: Config, clients: dict[str, Client], problems: list[str]) -> None:

@@ -23,6 +23,9 @@ ENVIRONMENT = "CREDENTIALS_DIRECTORY"
 _KEY = "credentials.directory"
 _LARGEST_BYTES = 64 * 1024
 _TOO_LARGE = "a credential file of at most 64KiB"
+
+LONGEST_CREDENTIAL = _LARGEST_BYTES + len(b"\r\n")
+"""Bytes of the longest credential, with its line end."""
 _NAME = re.compile(
     r"(?!(?i:sk|pk|xai|gsk|hf|ghp|pplx|r8|llmp|nvapi|eyj|aiza|akia|bearer)(?![a-z]))"
     r"(?:[a-z]{1,20}|[A-Z]{1,20}|[A-Z][a-z]{1,19})?[0-9]{0,4}"
@@ -30,6 +33,7 @@ _NAME = re.compile(
 )
 """A file's name: short words and numbers, and not as keys of well-known providers begin."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _VALUE = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
@@ -93,7 +97,12 @@ class Credentials:
             Wrong: the name is not a file's bare name, or the file is not a credential.
         """
         content = self._read(value)
-        return None if content is None else Secret(_value(content))
+        return None if content is None else Secret(credential_value(content))
+
+    def user_and_password(self, value: object) -> Secret | None:
+        """Do as :meth:`read` for a file that holds ``NAME:PASSWORD`` in UTF-8 (RFC 7617)."""
+        content = self._read(value)
+        return None if content is None else Secret(_user_and_password(content))
 
     def pem(self, reader: Callable[[bytes], T]) -> Callable[[object], T | None]:
         """Return a reader of a credential file in PEM, whose content ``reader`` checks."""
@@ -176,7 +185,7 @@ def _content(directory: str, name: str) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Wrong(f"a regular file{shown} in {directory}", hidden=True)
         with open(path, "rb") as file:
-            return file.read(_LARGEST_BYTES + len(b"\r\n") + 1)
+            return file.read(LONGEST_CREDENTIAL + 1)
     except OSError as error:
         if not shown:
             raise _no_key(directory) from None
@@ -194,18 +203,43 @@ def _no_key(directory: str) -> Wrong:
     )
 
 
-def _value(content: bytes) -> str:
+def credential_value(content: bytes, what: str = "a credential file") -> str:
+    """Return the credential that a file holds, or a command prints, without its line end.
+
+    Args:
+        what: holds it, as a problem calls that.
+
+    Raises:
+        Wrong: it is not one line of visible ASCII, or too long.
+    """
+    value = _line(content, what)
+    if not _VALUE.fullmatch(value):
+        raise Wrong(
+            f"{what} of one line of visible ASCII, without white space at its beginning or end",
+            hidden=True,
+        )
+    return value.decode("ascii")
+
+
+def _line(content: bytes, what: str = "a credential file") -> bytes:
+    """Return the content without its line end; it may hold others."""
     value = content.removesuffix(b"\n")
     if value != content:
         value = value.removesuffix(b"\r")
     if not value:
-        raise Wrong("a credential file that is not empty", hidden=True)
+        raise Wrong(f"{what} that is not empty", hidden=True)
     if len(value) > _LARGEST_BYTES:
-        raise Wrong(_TOO_LARGE, hidden=True)
-    if not _VALUE.fullmatch(value):
-        raise Wrong(
-            "a credential file of one line of visible ASCII, "
-            "without white space at its beginning or end",
-            hidden=True,
-        )
-    return value.decode("ascii")
+        raise Wrong(f"{what} of at most 64KiB", hidden=True)
+    return value
+
+
+def _user_and_password(content: bytes) -> str:
+    try:
+        value = _line(content).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Wrong("a credential file in UTF-8", hidden=True) from None
+    if _CONTROL.search(value):
+        raise Wrong("a credential file of one line, without control characters", hidden=True)
+    if ":" not in value:
+        raise Wrong("a credential file with NAME:PASSWORD", hidden=True)
+    return value

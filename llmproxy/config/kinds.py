@@ -8,15 +8,17 @@ reader for the table that the value stands in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from llmproxy.config.endpoints import endpoint, endpoint_for_tls
 from llmproxy.config.keypair import certificate_chain, private_key
+from llmproxy.config.parent_proxy import direct_host, parent_proxy, parent_proxy_or_none
 from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
+    argument,
     digest,
     failure,
     field_value,
@@ -27,6 +29,7 @@ from llmproxy.config.readers import (
     parameter_name,
     parameter_value,
     reference,
+    time_to_live,
     web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
@@ -38,10 +41,12 @@ from llmproxy.config.values import (
     choice,
     duration,
     duration_or_off,
+    instant,
     integer,
     model_pattern,
     show,
     show_duration,
+    show_instant,
     show_size,
     size,
     size_above_zero,
@@ -50,6 +55,7 @@ from llmproxy.config.values import (
 from llmproxy.dialects.dialect import Dialect
 
 Show = Callable[[Any], object]
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def _unchanged(value: object) -> object:
@@ -159,6 +165,50 @@ def inner(struct: type[msgspec.Struct], section: Section) -> Kind:
     return Kind("table", read, lambda found: None if found is None else redacted(found))
 
 
+def credential_or(struct: type[msgspec.Struct], section: Section) -> Kind:
+    """Return the kind of a credential file's name, or of a table that ``struct`` is read from."""
+
+    def read(table: Table, key: Key) -> object:
+        if not table.is_table(key.name):
+            return CREDENTIAL.read(table, key)
+        return table.table(key.name, section).struct(struct)
+
+    def show_credential(value: object) -> object:
+        return redacted(value) if isinstance(value, struct) else _presence(value)
+
+    return Kind("string or table", read, show_credential)
+
+
+def _read_command(table: Table, key: Key) -> tuple[str, ...]:
+    words: tuple[str, ...] = _ARGUMENTS.read(table, key)
+    if words and not words[0].startswith("/"):
+        table.problem(key.name, "expected a program's absolute path first: no shell looks for it")
+    return words
+
+
+def strings_or_tables(
+    reader: Callable[[Table], Reader[Any]], struct: type[S], section: Section, show: Show
+) -> Kind:
+    """Return the kind of an array of strings, or of tables that a ``struct`` is read from.
+
+    A string stands for a table that has the first key of ``section`` alone; ``reader`` makes its
+    reader for the table that the array stands in.
+    """
+    first = next(iter(section.names))
+
+    def read(table: Table, key: Key) -> tuple[S, ...]:
+        read_string = reader(table)
+        return table.mixed(
+            key.name,
+            lambda one: struct(**{first: read_string(one)}),
+            lambda one: one.struct(struct),
+            (),
+            section=section,
+        )
+
+    return Kind("array of strings or tables", read, show)
+
+
 def by_name(
     struct: type[msgspec.Struct], section: Section, name: Callable[[Table], Reader[str]]
 ) -> Kind:
@@ -211,6 +261,11 @@ def pairs(
     return Kind("table of strings", read, lambda fields: [name for name, _ in fields])
 
 
+def key_digest(table: Table) -> Reader[bytes]:
+    """Return the reader of the digest of a key of the client that a table is about."""
+    return digest(table.name)
+
+
 def _added_header(table: Table) -> Reader[str]:
     return lambda one: added_header_name(one, table.take("header"))
 
@@ -222,10 +277,19 @@ DURATION_OR_OFF = value(duration_or_off, 'duration or ``"off"``', show_duration)
 SIZE = value(size, "size", _where_set(show_size))
 SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
 URL = value(url, show=_where_set(str))
+PARENT_PROXY = value(parent_proxy, show=_where_set(str))
+PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))
+DIRECT_HOSTS = array(lambda table: direct_host, may_be_empty=True)
 DIALECT = one_of({one.value: one for one in Dialect})
 ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
 FILE = of_table(lambda table: file_of_instance(table.context.instance))
 CREDENTIAL = of_table(lambda table: table.context.credentials.read, show=_presence)
+_ARGUMENTS = array(lambda table: argument)
+COMMAND = Kind("array of strings", _read_command, lambda words: list(words[:1]))
+TIME_TO_LIVE = value(time_to_live, "duration", show_duration)
+USER_AND_PASSWORD = of_table(
+    lambda table: table.context.credentials.user_and_password, show=_presence
+)
 CERTIFICATE = of_table(
     lambda table: table.context.credentials.pem(certificate_chain), show=_presence
 )
@@ -240,7 +304,8 @@ ORIGINS = array(lambda table: web_origin, may_be_empty=True)
 DROPPED = array(lambda table: header_name, may_be_empty=True)
 KEY_QUERY = value(key_query, "boolean or string", lambda name: name or False)
 MODELS = array(lambda table: model_pattern)
-DIGESTS = array(lambda table: digest(table.name), show=len)
+DIGEST = of_table(key_digest)
+INSTANT = value(instant, "date and time", _where_set(show_instant))
 DROPPED_PARAMETERS = array(lambda table: parameter_name)
 HEADERS = pairs(_added_header, field_value, same=str)
 ROUTE_HEADERS = pairs(lambda table: lambda one: added_header_name(one, ""), field_value, same=str)

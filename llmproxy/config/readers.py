@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 
 from llmproxy.config.endpoints import of_instance
 from llmproxy.config.url import has_odd_segment, host
-from llmproxy.config.values import Wrong, absolute_path, show, token
+from llmproxy.config.values import Wrong, absolute_path, duration, show, token
 from llmproxy.http1.headers import KEY_FIELDS, is_owned
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -175,6 +175,20 @@ def key_query(value: object) -> str | None:
     if not isinstance(value, str) or not _PARAMETER.fullmatch(value):
         raise Wrong("true, false, or the name of a parameter in letters, digits, `.`, `_` and `-`")
     return value
+
+
+def argument(value: object) -> str:
+    """Read one word of a command line."""
+    if not isinstance(value, str) or "\0" in value:
+        raise Wrong("a string", hidden=True)
+    return value
+
+
+def time_to_live(value: object) -> float:
+    """Read how long a credential is good, in seconds."""
+    if (seconds := duration(value)) < 1:
+        raise Wrong('a duration of at least "1s"')
+    return seconds
 
 
 def session_header(value: object) -> str:

@@ -219,6 +219,10 @@ class Table:
         """Tell whether ``key`` holds a string."""
         return isinstance(self._data.get(key), str)
 
+    def is_table(self, key: str) -> bool:
+        """Tell whether ``key`` holds a table."""
+        return isinstance(self._data.get(key), dict)
+
     def lacks(self, key: str) -> bool:
         """Tell whether ``key`` is absent; nothing is absent from what is no table at all."""
         return self._is_table and key not in self._data
@@ -276,6 +280,23 @@ class Table:
         self, key: str, reader: Reader[T], default: D, *, may_be_empty: bool = False
     ) -> tuple[T, ...] | D:
         """Return what the array ``key`` holds, each item read by ``reader``."""
+        return self.mixed(key, reader, None, default, may_be_empty=may_be_empty)
+
+    def mixed(
+        self,
+        key: str,
+        reader: Reader[T],
+        table: Callable[[Table], T] | None,
+        default: D,
+        *,
+        section: Section | None = None,
+        may_be_empty: bool = False,
+    ) -> tuple[T, ...] | D:
+        """Return what the array ``key`` holds, each item read by ``reader``.
+
+        Args:
+            table: reads an item that is a table, of ``section``; None leaves it to ``reader``.
+        """
         if key not in self._data:
             return default
         items = self._data[key]
@@ -284,10 +305,13 @@ class Table:
             self.problem(key, f"expected an array with at least one item, got {got}")
             return default
         missing = object()
-        read = [
-            self._read(f"{self.at(key)}[{at}]", one, reader, missing)
-            for at, one in enumerate(items)
-        ]
+        read: list[object] = []
+        for at, one in enumerate(items):
+            path = f"{self.at(key)}[{at}]"
+            if table is not None and isinstance(one, dict):
+                read.append(table(self._below(one, path, section, name=self.name)))
+            else:
+                read.append(self._read(path, one, reader, missing))
         return tuple(one for one in read if one is not missing)  # type: ignore[misc]  # the filter tells
 
     def table(self, key: str, section: Section | None) -> Table:

@@ -21,7 +21,16 @@ def read_proxy(table: Table) -> Proxy:
     table.defaults["via"] = default_via()
     for name in ("listen", "listen_tls", "reuse_port"):
         table.take(name)
+    _check_parent_proxy(table, "parent_proxy_credential", "no_parent_proxy")
     return table.struct(Proxy, keypair=_keypair(table))
+
+
+def _check_parent_proxy(table: Table, *names: str) -> None:
+    """Report keys that are for a parent proxy, if the section has none."""
+    has_none = table.lacks("parent_proxy") or table.take("parent_proxy") == "none"
+    for name in names:
+        if name in table and has_none:
+            table.problem(name, "expected `parent_proxy` with a URL beside it, which it is for")
 
 
 def _keypair(table: Table) -> Keypair | None:
@@ -69,6 +78,7 @@ def read_provider(name: str, table: Table) -> Provider:
     if "queue" in table and table.lacks("max_streams"):
         table.problem("queue", "expected `max_streams` beside it, for which requests wait")
     table.take("header")
+    _check_parent_proxy(table, "parent_proxy_credential")
     return table.struct(Provider, name=name)
 
 

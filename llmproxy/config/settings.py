@@ -24,9 +24,11 @@ from llmproxy.config.kinds import (
     ACCESS,
     BOOLEAN,
     CERTIFICATE,
+    COMMAND,
     CREDENTIAL,
     DIALECT,
-    DIGESTS,
+    DIGEST,
+    DIRECT_HOSTS,
     DROPPED,
     DROPPED_PARAMETERS,
     DURATION,
@@ -37,10 +39,13 @@ from llmproxy.config.kinds import (
     FILE,
     HEADERS,
     HOSTS,
+    INSTANT,
     KEY_QUERY,
     MODELS,
     ORIGINS,
     PARAMETERS,
+    PARENT_PROXY,
+    PARENT_PROXY_OR_NONE,
     PRIVATE_KEY,
     PROVIDERS,
     RETRY_ON,
@@ -48,16 +53,22 @@ from llmproxy.config.kinds import (
     ROUTES,
     SIZE,
     SIZE_ABOVE_ZERO,
+    TIME_TO_LIVE,
     URL,
+    USER_AND_PASSWORD,
     by_name,
     candidate,
+    credential_or,
     inner,
+    key_digest,
     one_or_more,
     part,
+    strings_or_tables,
     value,
     whole_number,
     word_of,
 )
+from llmproxy.config.parent_proxy import THIS_MACHINE, ParentProxy, is_direct
 from llmproxy.config.readers import (
     certificates,
     credential_format,
@@ -78,6 +89,7 @@ OnDisconnect = Literal["cancel", "drain"]
 Capture = Literal["usage", "content"]
 Balance = Literal["ordered", "least_busy", "weighted"]
 Sticky = Literal["off", "session", "client"]
+ModelsList = Literal["upstream", "configured"]
 AccessLines = bool | Literal["errors"]
 
 _FOR_PROVIDERS = frozenset({"providers.*.timeouts"})
@@ -153,6 +165,23 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     once, and TLS straight on the socket. ``false`` keeps Twisted's own parts, in case one of the
     tuned parts has a fault."""
 
+    parent_proxy: Annotated[Url | None, Key(PARENT_PROXY)] = None
+    """An ``http://`` URL of a proxy through which providers are reached, such as
+    ``"http://proxy.corp.example:3128"``; see `operations.rst <operations.rst>`_. The proxy asks it
+    for a tunnel to the provider (``CONNECT``), for ``https://`` and ``http://`` providers alike,
+    and it looks up the provider's name. ``HTTPS_PROXY`` and the like are not read."""
+
+    parent_proxy_credential: Annotated[Secret | None, Key(USER_AND_PASSWORD)] = None
+    """Bare name of a credential file that holds ``NAME:PASSWORD`` in UTF-8 for ``parent_proxy``,
+    which gets them as ``Basic`` credentials. The name ends at the first colon."""
+
+    no_parent_proxy: Annotated[tuple[str, ...], Key(DIRECT_HOSTS)] = THIS_MACHINE
+    """Hosts of providers that are reached directly and not through ``parent_proxy``: names,
+    ``*.DOMAIN`` for all names below a domain, addresses, and networks such as ``10.0.0.0/8``. They
+    are compared with the host in a provider's ``url``. A name is not looked up for that, so a
+    network stands only for hosts that the ``url`` gives as addresses. An array of your own takes
+    the place of the default, which is this machine."""
+
     via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
     """The proxy's pseudonym in the ``Via`` header, a token. If a request already carries the
     pseudonym, the request has come back to the proxy, and the proxy responds with 508. Daemons that
@@ -171,6 +200,11 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     of somebody else cannot read it through an operator's browser (DNS rebinding). Addresses, names
     without a dot, ``*.localhost`` and the machine's own name are always accepted. ``/livez``,
     ``/readyz`` and ``/metrics`` accept any name."""
+
+    token: Annotated[Secret | None, Key(CREDENTIAL)] = None
+    """Bare name of a credential file. A request that changes something must show what it holds, as
+    ``Authorization: Bearer``. Without this key nothing can be changed on the admin site, and such a
+    request gets a 403. Reading needs no token."""
 
     metrics_listen: Annotated[str | None, Key(ENDPOINT)] = None
     """Endpoint that serves only ``/metrics``, ``/livez`` and ``/readyz``, for a Prometheus on
@@ -310,6 +344,22 @@ PROVIDER_TIMEOUTS = Section.part_of(Timeouts, "providers.*.timeouts")
 ROUTE_TIMEOUTS = Section.part_of(Timeouts, "routes.timeouts")
 
 
+class CredentialCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """A command that prints a provider's credential; ``ttl`` is in seconds."""
+
+    command: Annotated[tuple[str, ...], Key(COMMAND)]
+    """The program, by its absolute path, and its arguments. No shell reads them. What the program
+    prints on standard output is the credential: one line, by the same rules as a credential file.
+    Standard error is not kept, because it may hold secrets."""
+
+    ttl: Annotated[float, Key(TIME_TO_LIVE)] = 300.0
+    """How long a printed credential is good. The command runs again after four fifths of it. At
+    least ``"1s"``."""
+
+
+CREDENTIAL_COMMAND = Section.of(CredentialCommand)
+
+
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """A service that responds, and how it wants to be called.
 
@@ -328,9 +378,13 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     of the proxy's own errors. Token counts are read by the path of a request, whatever the dialect;
     only at a provider of ``"raw"`` nothing is read."""
 
-    credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
-    """Bare name of the credential file whose content the proxy sends to the provider. Without this
-    key the provider gets no credential of the proxy."""
+    credential: Annotated[
+        Secret | CredentialCommand | None,
+        Key(credential_or(CredentialCommand, CREDENTIAL_COMMAND)),
+    ] = None
+    """Bare name of the credential file whose content the proxy sends to the provider; or a table
+    with a command that prints the credential, as named below. Without this key the provider gets no
+    credential of the proxy."""
 
     header: Annotated[
         str,
@@ -403,6 +457,16 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
     """Absolute path of a PEM file. Its certificates are trusted for this provider, and no
     others."""
+
+    parent_proxy: Annotated[
+        Url | str | None, Key(PARENT_PROXY_OR_NONE, stated="default: that of ``[proxy]``")
+    ] = None
+    """The provider's own parent proxy, in place of that of ``[proxy]``; ``"none"`` reaches the
+    provider directly. ``no_parent_proxy`` does not count here, and the credential of ``[proxy]`` is
+    not sent."""
+
+    parent_proxy_credential: Annotated[Secret | None, Key(USER_AND_PASSWORD)] = None
+    """The credential file for the provider's own ``parent_proxy``, as in ``[proxy]``."""
 
     pool: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
     """Most idle connections that are kept."""
@@ -508,6 +572,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     models. Names are looked for in the body, the path and the query; ADR-0016 says where some
     providers take others from."""
 
+    models_list: Annotated[ModelsList, Key(word_of(ModelsList))] = "upstream"
+    """Who responds to reads of a list of models: ``"upstream"`` is the provider, ``"configured"``
+    the proxy itself; see `Lists of models`_. Not with the dialect ``gemini``."""
+
     allowed_origins: Annotated[tuple[str, ...], Key(ORIGINS)] = ()
     """Web pages of these origins may call from a browser (CORS), such as ``"https://app.example"``;
     ``"*"`` is any. A preflight gets its response from the proxy, and needs no key. Pages can read
@@ -583,18 +651,35 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 _NO_LIMIT = "default: no limit"
 
 
+class ClientKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A client's key: its 32-byte SHA-256 digest, and its end in seconds since the epoch."""
+
+    hash: Annotated[bytes, Key(DIGEST)]
+    """``"sha256:"`` and the 64 lower-case hex digits of the key's SHA-256 digest."""
+
+    expires: Annotated[float | None, Key(INSTANT)] = None
+    """When the key expires, with an offset: ``"2027-01-31T00:00:00Z"``, or the same without quotes.
+    From then on a request that shows the key gets a 401 ``key_expired``."""
+
+
+CLIENT_KEY = Section.of(ClientKey)
+
+
 class Client(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that may call; ``keys`` are 32-byte SHA-256 digests, which ``repr`` only counts."""
+    """A program that may call; of its ``keys`` ``repr`` shows only how many there are."""
 
     name: str
 
-    keys: Annotated[tuple[bytes, ...], Key(DIGESTS)]
+    keys: Annotated[
+        tuple[ClientKey, ...], Key(strings_or_tables(key_digest, ClientKey, CLIENT_KEY, len))
+    ]
     """The keys that the client may show. A key stands in one of five headers: ``Authorization`` (as
     ``Bearer``), ``x-api-key``, ``api-key``, ``x-goog-api-key`` or ``x-llmproxy-key``; an empty one
-    counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex
-    digits of the key's SHA-256 digest. ``llmproxy keys new NAME`` prints a new key on its first
-    line, and this line of the file on its second. ``llmproxy keys hash`` reads an existing key from
-    standard input, and prints this line. No two clients share a key."""
+    counts as no key. Each item is ``"sha256:"`` and the 64 lower-case hex digits of the key's
+    SHA-256 digest; or a table with such a ``hash`` and the time when the key ``expires``, as named
+    below. ``llmproxy keys new NAME`` prints a new key on its first line, and this line of the file
+    on its second. ``llmproxy keys hash`` reads an existing key from standard input, and prints this
+    line. No two clients share a key."""
 
     routes: Annotated[tuple[str, ...], Key(ROUTES)] = ("*",)
     """The names of the routes that the client may use. ``"*"`` is all routes."""
@@ -696,6 +781,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Return the deadlines of one request: the route's, else the provider's, else ours."""
         return msgspec.structs.replace(self.timeouts, **{**provider.timeouts, **route.timeouts})
 
+    def parent_proxy_for(self, provider: Provider) -> ParentProxy | None:
+        """Return the proxy through which ``provider`` is reached, or None: directly."""
+        if isinstance(provider.parent_proxy, Url):
+            return ParentProxy(provider.parent_proxy, provider.parent_proxy_credential)
+        url = self.proxy.parent_proxy
+        past_it = provider.parent_proxy is not None  # "none"
+        if url is None or past_it or is_direct(provider.url.host, self.proxy.no_parent_proxy):
+            return None
+        return ParentProxy(url, self.proxy.parent_proxy_credential)
+
     def redacted(self) -> dict[str, object]:
         """Return the effective configuration as JSON-able values, without anything secret.
 
@@ -727,11 +822,12 @@ _MAKE_A_KEY = (
 
 SECTIONS: Mapping[str, Section] = {
     "proxy": Section.of(Proxy),
-    "admin": Section.of(Admin, "token"),
+    "admin": Section.of(Admin),
     "credentials": Section.of(CredentialFiles, instead={"*": _FILES}),
     "timeouts": Section.of(Timeouts),
     "limits": Section.of(Limits),
     "providers.*": Section.of(Provider, instead=dict.fromkeys(_INLINE, _WRITE_A_FILE)),
+    "providers.*.credential": CREDENTIAL_COMMAND,
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
     "providers.*.health": HEALTH,
     "providers.*.queue": QUEUE,
@@ -739,6 +835,7 @@ SECTIONS: Mapping[str, Section] = {
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),
+    "clients.*.keys": CLIENT_KEY,
     "trace": Section.of(Trace),
     "log": Section.of(Log),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -145,6 +146,27 @@ def show_duration(seconds: float | None) -> str:
         if seconds % length == 0:
             return f"{seconds / length:.0f}{unit}"
     return f"{seconds * 1000:.6f}".rstrip("0").rstrip(".") + "ms"
+
+
+def instant(value: object) -> float:
+    """Read a point in time, as TOML or RFC 3339 writes it, in seconds since the epoch."""
+    sample = 'such as "2027-01-31T00:00:00Z"'
+    try:
+        found = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, datetime):
+        raise Wrong(f"a date with a time and an offset, {sample}")
+    if found.tzinfo is None:
+        raise Wrong(
+            f"a time with its offset, {sample}: without one each machine would take it for another"
+        )
+    return found.timestamp()
+
+
+def show_instant(seconds: float) -> str:
+    """Return a point in time as :func:`instant` reads it, in UTC and whole seconds."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def size(value: object) -> int:

@@ -7,9 +7,11 @@ of the response, and writes into trace, metrics and the provider's health how th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
+from twisted.logger import Logger
 from twisted.web.iweb import IBodyProducer
 
 from llmproxy.dialects.include_usage import usage_edit
@@ -25,9 +27,14 @@ from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.upstream.client import Upstream, pool_key
+from llmproxy.upstream.credential import Field
 from llmproxy.upstream.response import Response
 
 UNAUTHORIZED, FORBIDDEN = 401, 403
+
+_TELL_EVERY_S = 60.0
+
+_log = Logger()
 
 _BUSY = (429, 503, 529)
 """The statuses with which a provider may say when to come again."""
@@ -71,6 +78,7 @@ class Attempts:
         self._health = health
         self._wall = wall
         self._turns = turns
+        self._told_at: dict[str, float] = {}
         self._metrics = metrics
         self._clock = clock
         self._via_1_1, self._via_1_0 = b"1.1 " + via, b"1.0 " + via
@@ -81,13 +89,14 @@ class Attempts:
         """Send the request to ``candidate``, and return the head of its response.
 
         Raises:
-            ProxyError: no connection, no head in time, or a head that is not HTTP; 400, where the
-                request names its model in a way that cannot be overridden.
+            ProxyError: no connection, no head in time, or a head that is not HTTP; 503, where the
+                provider's credential is not there yet; 400, where the request names its model in a
+                way that cannot be overridden.
             Exception: the request was cancelled; the exchange knows why.
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
         target = match.target(candidate)
-        edits = [] if candidate.model is None else _override(exchange, match, candidate, facts)
+        edits = [] if candidate.model is None else model_edits(exchange, match, candidate, facts)
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
             usage = await self._turns.run(steps)
@@ -99,6 +108,8 @@ class Attempts:
             fields = [field for field in fields if field[0] != b"content-encoding"]
         if exchange.page:
             fields = [field for field in fields if field[0] != ORIGIN]
+        source = candidate.credential
+        credential = None if source is None else source.field
         fields = candidate.rewriter.for_provider(
             fields,
             request.first,
@@ -106,6 +117,7 @@ class Attempts:
             request_id=trace.id.encode("ascii"),
             streams=bool(trace.stream),
             identity=match.route.accept_encoding == "identity",
+            credential=credential,
         )
         client = trace.client or ""
         if self._health.is_troubled:
@@ -122,13 +134,14 @@ class Attempts:
                 target,
                 fields,
                 body,
-                credential=pool_key(candidate.provider, candidate.credential, request.fields),
+                credential=pool_key(candidate.provider, credential, request.fields),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
             )
+            exchange.response = response
             if (code := response.code) >= 400:
                 outcome, cause = EndReason.UPSTREAM_REFUSED, str(code)
-                self._refused(exchange, candidate, client, response)
+                self._refused(exchange, candidate, response, credential)
             elif self._health.is_troubled:
                 self._health.succeeded(candidate.provider, client)
             if code >= 300:
@@ -150,16 +163,19 @@ class Attempts:
             seconds = self._clock() - sent_at
             trace.attempts.append(Attempt(name, outcome, round(seconds, 6), cause))
             self._metrics.attempted(name, outcome, cause)
-        exchange.response = response
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return response
 
     def _refused(
-        self, exchange: Exchange, candidate: Candidate, client: str, response: Response
+        self, exchange: Exchange, candidate: Candidate, response: Response, credential: Field | None
     ) -> None:
         """Note what a status of 400 or more says of the provider."""
-        provider, code = candidate.provider, response.code
+        provider, code, client = candidate.provider, response.code, exchange.trace.client or ""
+        if refuses_proxy(candidate, code):
+            self._tell_credential_refused(provider.name, code)
+            if candidate.credential is not None and credential is not None:
+                candidate.credential.renew_soon(credential)
         if code >= 500 or (code == UNAUTHORIZED and refuses_proxy(candidate, code)):
             self._health.failed(provider, client, was_asked=True)
         else:
@@ -168,7 +184,15 @@ class Attempts:
             seconds = retry_after(response.first, self._wall())
             if seconds is not None:
                 model = asked_model(exchange, candidate)
-                self._health.cool_down(provider, model, seconds, code)
+                self._health.cool_down(provider, client, model, seconds, code)
+
+    def _tell_credential_refused(self, provider: str, code: int) -> None:
+        """Log it, once a minute for each provider: nobody but the operator can mend it."""
+        now = self._clock()
+        if now - self._told_at.get(provider, -math.inf) >= _TELL_EVERY_S:
+            self._told_at[provider] = now
+            text = "providers.{name}: the provider refuses the proxy's credential ({status})"
+            _log.warn(text, name=provider, status=code)
 
 
 def asked_model(exchange: Exchange, candidate: Candidate) -> str:
@@ -181,7 +205,7 @@ def refuses_proxy(candidate: Candidate, code: int) -> bool:
     return code in (UNAUTHORIZED, FORBIDDEN) and candidate.credential is not None
 
 
-def _override(
+def model_edits(
     exchange: Exchange, match: RouteMatch, candidate: Candidate, facts: RequestFacts
 ) -> list[Edit]:
     """Return what gives the body the candidate's own model.

@@ -5,8 +5,8 @@ passed over: those that are to be left alone, and those without a free place.  A
 because it may turn out to be the last response that there is.  Nothing is sent a second time once
 the client has a byte (design 6, ADR-0026).
 
-Most routes have one candidate that is well; :meth:`Failover.send` then adds nothing to
-:class:`Attempts`.
+Most routes have one candidate, which is asked whatever is known of it: its own response says more
+than we could.  :meth:`Failover.send` then adds nothing to :class:`Attempts`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.attempt import Attempts, asked_model, refuses_proxy
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.fair_queue import Places, no_place
+from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
 from llmproxy.policy.stickiness import key_of
 from llmproxy.record.trace import SKIPPED, Attempt
+from llmproxy.upstream.credential import NO_CREDENTIAL
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
@@ -55,6 +57,7 @@ class Failover:
         self.health = standing.health
         self.places = standing.places
         self.stickiness = standing.stickiness
+        self.switches = standing.switches
         self.meet = meet
         self.clock = clock
 
@@ -66,9 +69,9 @@ class Failover:
         Raises:
             ProxyError: none of them did.  The error is the last one's, or says why none was asked.
         """
-        if match.balance is None and not self.health.is_troubled:
+        if match.balance is None and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
-        return _Round(self, exchange, match, client).send(facts)
+        return _Round(self, exchange, match, client, facts).send()
 
 
 class _Round:
@@ -78,19 +81,32 @@ class _Round:
         left: the candidates that were not asked yet, in the order in which to ask them.
         held: the last refusal, and whose it is.
         error: how the last attempt failed.
-        wait: for how long the one that is ready first is to be left alone, and the status of that.
+        full: the providers that had no free place.
+        disabled: what is said where an operator has switched all of them off.
+        wait: for how long the one is to be left alone that is ready first.
+        cooling: those that are to be asked if nobody else is left, and how long it would be better
+            to wait for them.
     """
 
     def __init__(
-        self, failover: Failover, exchange: Exchange, match: RouteMatch, client: Client
+        self,
+        failover: Failover,
+        exchange: Exchange,
+        match: RouteMatch,
+        client: Client,
+        facts: RequestFacts,
     ) -> None:
         self._failover = failover
         self._exchange = exchange
         self._match = match
         self._client = client
+        self._facts = facts
         self.held: tuple[HeldResponse, Candidate] | None = None
         self.error: ProxyError | None = None
-        self.wait = math.inf, 503
+        self.wait = NO_WAIT
+        self.cooling: list[tuple[float, Candidate]] = []
+        self.disabled: ProxyError | None = None
+        self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
         self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
         self.left = self._order()
@@ -101,14 +117,16 @@ class _Round:
             order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
         return sorted(order, key=lambda one: one.provider.name != self._known)
 
-    async def send(self, facts: RequestFacts) -> Response | HeldResponse:
+    async def send(self) -> Response | HeldResponse:
         """Do as :meth:`Failover.send`."""
         exchange, match, failover = self._exchange, self._match, self._failover
         try:
-            while (candidate := self._take() or await self._queue()) is not None:
+            while (
+                candidate := self._take() or await self._queue() or self._last_resort()
+            ) is not None:
                 failover.meet(exchange, match, candidate)
                 try:
-                    response = await failover.attempts.send(exchange, match, candidate, facts)
+                    response = await failover.attempts.send(exchange, match, candidate, self._facts)
                 except ProxyError as error:
                     self._give_back()
                     self.error = error
@@ -131,18 +149,32 @@ class _Round:
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
         for candidate in list(self.left):
-            seconds, status = self._wait_for(candidate)
-            if seconds > 0:
-                self.wait = min(self.wait, (seconds, status))
+            if self._is_off(candidate):
+                self._skip(candidate, "disabled")
+                continue
+            wait = self._wait_for(candidate)
+            if wait.seconds > 0:
                 self._skip(candidate, "cooling")
+                if wait.own <= 0:
+                    self.cooling.append((wait.seconds, candidate))
+                elif self.wait is NO_WAIT or wait.own < self.wait.own:
+                    self.wait = wait
             elif self._match.balance is None:
                 self.left.remove(candidate)
                 return candidate
             elif (place := self._places_at(candidate).take()) is not None:
+                self._note_full(self.left[: self.left.index(candidate)])
                 self.left.remove(candidate)
                 self._exchange.place = place
                 return candidate
         return None
+
+    def _note_full(self, candidates: Sequence[Candidate]) -> None:
+        """Note that these had no free place; they may have one later."""
+        for candidate in candidates:
+            if candidate.provider.name not in self.full:
+                self.full.add(candidate.provider.name)
+                self._note_skipped(candidate, "busy")
 
     async def _queue(self) -> Candidate | None:
         """Wait for a place at the first candidate that has a queue; None where none has."""
@@ -166,7 +198,30 @@ class _Round:
             return candidate
         return None
 
-    def _wait_for(self, candidate: Candidate) -> tuple[float, int]:
+    def _last_resort(self) -> Candidate | None:
+        """Take the candidate that is ready first of those that only others were refused by."""
+        for _, candidate in sorted(self.cooling, key=lambda one: one[0]):
+            if (place := self._places_at(candidate).take()) is not None:
+                self.cooling = [one for one in self.cooling if one[1] is not candidate]
+                self._exchange.place = place
+                return candidate
+        return None
+
+    def _is_off(self, candidate: Candidate) -> bool:
+        """Return whether an operator has switched it off, or a model that is asked for."""
+        switches = self._failover.switches
+        if not switches.off:
+            return False
+        name, now = candidate.provider.name, self._failover.clock()
+        models = (candidate.model,) if candidate.model else self._facts.models or ("",)
+        off = [model for model in models if switches.is_off(name, model, now)]
+        if off:
+            self.disabled = switches.refusal(name, off[0], now)
+        return bool(off)
+
+    def _wait_for(self, candidate: Candidate) -> Wait:
+        if len(self._match.candidates) == 1:
+            return NO_WAIT  # it is asked in any case, so that the client gets what it says
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
 
@@ -175,6 +230,9 @@ class _Round:
 
     def _skip(self, candidate: Candidate, why: str) -> None:
         self.left.remove(candidate)
+        self._note_skipped(candidate, why)
+
+    def _note_skipped(self, candidate: Candidate, why: str) -> None:
         self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
 
     # -- what came of it ------------------------------------------------------------------------
@@ -187,7 +245,11 @@ class _Round:
         return _can_be_sent_again(self._exchange) and any(map(self._may_be_asked, self.left))
 
     def _may_be_asked(self, candidate: Candidate) -> bool:
-        return self._wait_for(candidate)[0] <= 0 and self._places_at(candidate).has_room
+        return (
+            not self._is_off(candidate)
+            and self._wait_for(candidate).seconds <= 0
+            and self._places_at(candidate).has_room
+        )
 
     def _remember(self, candidate: Candidate, response: Response) -> None:
         """Remember whom the next request is to ask first."""
@@ -208,10 +270,13 @@ class _Round:
         return held
 
     def _none_asked(self) -> ProxyError:
-        if self.left:
+        if self.left or self.cooling:
+            self._note_full([*self.left, *(candidate for _, candidate in self.cooling)])
             text = "The provider serves as many requests as it may; try again."
             return no_place("provider_busy", text)
-        return _all_cooling(*self.wait)
+        if self.wait is NO_WAIT and self.disabled is not None:
+            return self.disabled
+        return _all_cooling(self.wait.own, self.wait.status)
 
     def _drop_held(self) -> None:
         if self.held is not None:
@@ -226,6 +291,8 @@ class _Round:
 
 def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
     """Return whether the next candidate is asked after this error."""
+    if error.reason == NO_CREDENTIAL:
+        return True  # nobody was asked
     if error.end in _NO_CONNECTION or (error.end in _NO_RESPONSE and not error.may_have_run):
         word = "connect"
     elif error.end in _BROKEN:

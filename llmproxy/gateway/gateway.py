@@ -8,14 +8,16 @@ are known elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
+from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import (
@@ -45,11 +47,12 @@ from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMa
 from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import conceal
-from llmproxy.server.error_response import too_large
+from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
-from llmproxy.upstream.client import Upstream, credential_field
+from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.credential import CommandCredential
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
@@ -66,6 +69,7 @@ class Gateway(Handler):
         upstream: the connections to providers.
         recorder: keeps a record of each request.
         metrics: counts what is on the way.
+        credentials: those that commands print, by provider; needed where there are some.
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
         standing: what is known of providers; by default what this gateway learns.
@@ -81,6 +85,7 @@ class Gateway(Handler):
         recorder: Recorder,
         metrics: Metrics,
         *,
+        credentials: Mapping[str, CommandCredential] | None = None,
         detached: DetachedStreams | None = None,
         standing: Standing | None = None,
         limits: ClientLimits | None = None,
@@ -88,7 +93,7 @@ class Gateway(Handler):
         clock: Callable[[], float],
     ) -> None:
         super().__init__()
-        self._routes = Routes(config)
+        self._routes = Routes(config, credentials or {})
         self._recorder = recorder
         self._metrics = metrics
         self._reactor = reactor
@@ -101,11 +106,11 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        self._rules = Rules(via.lower(), _guarded(config), Auth(config))
+        self._rules = Rules(via.lower(), guarded_fields(config), Auth(config, recorder.now))
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:
-            standing = Standing(reactor, clock)
+            standing = Standing(reactor, clock, recorder.now)
             standing.follow(config)
         self.standing = standing
         attempts = Attempts(
@@ -155,6 +160,8 @@ class Gateway(Handler):
                 request.finish()
                 return EndReason.COMPLETE
         client = self._identify(exchange, place)
+        if place.lists and self._list_models(exchange, place, client):
+            return EndReason.COMPLETE
         facts = self._reader.read_at_once(exchange, place)
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
@@ -233,6 +240,24 @@ class Gateway(Handler):
             request.belongs_to(client.name)
         return client
 
+    def _list_models(self, exchange: Exchange, place: PathMatch, client: Client) -> bool:
+        """Respond with a list of models of ours, and return whether the request asks for one."""
+        request, trace = exchange.request, exchange.trace
+        if is_call(request.method) or exchange.has_body:
+            return False
+        listed = place.list_of(client, request.path)
+        if listed is None:
+            return False
+        trace.route, trace.dialect = listed.route.name, place.dialect
+        query = request.uri.partition(b"?")[2]
+        found = document(listed.asked, listed.names, place.dialect, query)
+        body = msgspec.json.encode(found)
+        fields = own_fields(trace.id, len(body), self._recorder.now())
+        request.start(200, [*fields, *exchange.page])
+        request.write(body)
+        request.finish()
+        return True
+
     def _choose(
         self, exchange: Exchange, place: PathMatch, client: Client, facts: RequestFacts
     ) -> RouteMatch:
@@ -310,14 +335,14 @@ class Gateway(Handler):
             self._metrics.stream.observe(self._clock() - began)
 
 
-def _guarded(config: Config) -> frozenset[bytes]:
+def guarded_fields(config: Config) -> frozenset[bytes]:
     """Return the fields that carry providers' credentials, and those that some provider lacks."""
     dropped = [name for route in config.routes for name in route.drop_headers]
     fields = {name.encode("ascii") for name in dropped}
     for provider in config.providers.values():
         fields |= {name.encode("ascii") for name in provider.drop_headers}
-        if (credential := credential_field(provider)) is not None:
-            fields.add(credential[0])
+        if provider.credential is not None:
+            fields.add(provider.header.encode("ascii"))
     return frozenset(fields)
 
 

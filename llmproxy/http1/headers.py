@@ -150,7 +150,7 @@ class HeaderRewriter:
 
     Args:
         pass_credential: the caller's own key fields cross.
-        credential: the provider's credential field, or None.
+        credential: the name of the field that carries the provider's credential, or None.
         dropped: further fields of callers' that do not cross.
         defaults: fields of the provider's that are added where the client sent none.
         accept_events: ``Accept: text/event-stream`` is added where a stream is asked for and the
@@ -161,7 +161,7 @@ class HeaderRewriter:
         self,
         *,
         pass_credential: bool,
-        credential: tuple[bytes, bytes] | None,
+        credential: bytes | None,
         dropped: tuple[bytes, ...],
         defaults: tuple[tuple[bytes, bytes], ...],
         accept_events: bool,
@@ -170,9 +170,8 @@ class HeaderRewriter:
         if not pass_credential:
             names |= set(KEY_FIELDS)
         if credential is not None:
-            names |= {credential[0]}
+            names |= {credential}
         self._crosses = _Crossing(names, _REQUEST_PREFIXES)
-        self._credential = credential
         self._defaults = defaults
         self._accept_events = accept_events
 
@@ -185,6 +184,7 @@ class HeaderRewriter:
         request_id: bytes,
         streams: bool,
         identity: bool,
+        credential: tuple[bytes, bytes] | None,
     ) -> Fields:
         """Return the fields to send upstream, without ``Host`` and framing.
 
@@ -195,6 +195,7 @@ class HeaderRewriter:
             request_id: added as ``x-request-id`` where the client sent none.
             streams: the request asks for a stream.
             identity: a stream is asked for unencoded, whatever the client accepts.
+            credential: the field that carries the provider's credential, or None.
         """
         kept = self._crosses.of(fields, first)
         names = dict(kept)
@@ -212,8 +213,8 @@ class HeaderRewriter:
             if identity:
                 kept = [field for field in kept if field[0] != b"accept-encoding"]
                 kept.append((b"accept-encoding", b"identity"))
-        if self._credential is not None:
-            kept.append(self._credential)
+        if credential is not None:
+            kept.append(credential)
         return kept
 
 

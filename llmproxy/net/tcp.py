@@ -104,6 +104,14 @@ class DirectTransport(tcp.Connection):
         reactor: Any = self.reactor
         reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
 
+    def release(self) -> socket.socket:
+        """Give the socket away, for another transport on it; this one never touches it again."""
+        self.stopReading()
+        self.stopWriting()
+        self._aborting = True
+        self._send = len
+        return self.socket
+
     def startReading(self) -> None:
         """Read, unless the connection is aborted, or is read already."""
         if not (self._reads or self._aborting):

@@ -33,7 +33,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListen
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import READ_SIZE, DirectTransport
+from llmproxy.net.tcp import READ_SIZE, DirectClient, DirectTransport
 
 _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
@@ -276,6 +276,30 @@ class TlsClient(TlsTransport, tcp.Client):
         self._begin(self._make_tls(self))
         self.tls.set_connect_state()
         super()._connectDone()
+        if self.connected and not self._aborting:
+            self.startWriting()  # the handshake begins in the next turn, where it may fail
+
+
+class TlsBehindPlain(TlsTransport, tcp.Server):
+    """A connection that we made, and on which TLS begins only now.
+
+    Twisted's transport of an accepted connection is the one that takes a connected socket.
+
+    Args:
+        tls: makes OpenSSL's side of a connection, on its ``socket``.
+        plain: the transport so far, which gives its socket away; nothing waits in its queue.
+        protocol: gets this transport.
+    """
+
+    def __init__(
+        self, tls: Callable[[Any], SSL.Connection], plain: DirectClient, protocol: Any
+    ) -> None:
+        address, reactor = plain.realAddress, plain.reactor
+        super().__init__(plain.release(), protocol, address, None, 0, reactor)
+        self.repstr = f"<{type(self).__name__} to {address}>"
+        self._begin(tls(self))
+        self.tls.set_connect_state()
+        protocol.makeConnection(self)
         if self.connected and not self._aborting:
             self.startWriting()  # the handshake begins in the next turn, where it may fail
 

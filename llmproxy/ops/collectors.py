@@ -5,17 +5,21 @@ Each value is read when it is scraped.  The parts do not know that they are watc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
+from llmproxy.policy.auth import soonest_ends
 from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.site import Site
+from llmproxy.upstream.credential import Credentials
 
 
 def expose(
@@ -26,13 +30,19 @@ def expose(
     detached: DetachedStreams,
     standing: Standing,
     limits: ClientLimits,
+    credentials: Credentials,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
     log: LogWriter | None,
     process: Process,
+    wall: Callable[[], float],
 ) -> None:
-    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use."""
+    """Let ``metrics`` show what these parts hold, and what ``setup`` has in use.
+
+    Args:
+        wall: seconds since the epoch.
+    """
     metrics.registry.register(process)
     gauge, count = metrics.watch, metrics.watch_count
     gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.connections)})
@@ -93,6 +103,24 @@ def expose(
         "When a certificate expires.",
         ["certificate"],
         lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+    )
+    gauge(
+        "client_key_expires_timestamp_seconds",
+        "When the next key of a client expires.",
+        ["client"],
+        lambda: {(name,): end for name, end in soonest_ends(setup.config, wall()).items()},
+    )
+    gauge(
+        "credential_age_seconds",
+        "How old the credential is that a provider's command printed last.",
+        ["provider"],
+        lambda: {(name,): age for name, age in credentials.ages().items()},
+    )
+    count(
+        "credential_failures",
+        "Runs of a provider's command that printed no credential.",
+        ["provider"],
+        lambda: {(name,): float(n) for name, n in credentials.failures.items()},
     )
     count(
         "limited",

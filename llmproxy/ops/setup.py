@@ -11,7 +11,7 @@ connections that fail one by one; so it is raised, or the log says so, with each
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from twisted.logger import Logger
@@ -33,6 +33,7 @@ from llmproxy.server.handler import Router
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
+from llmproxy.upstream.credential import CommandCredential, Credentials
 
 RESERVE = 512
 """Descriptors for everything else: listeners, the admin site, files, rejected connections."""
@@ -45,6 +46,7 @@ class Prepared(NamedTuple):
 
     config: Config
     tls: ListenerTls | None
+    credentials: Mapping[str, CommandCredential]
     upstream: Upstream
     gateway: Gateway
     writers: Writers
@@ -61,6 +63,7 @@ class Setup:
         metrics: counts.
         recorder: keeps records.
         sinks: keeps traces.
+        credentials: those that commands print.
         detached: the responses that are read on.
         standing: what is known of providers.
         limits: what clients use.
@@ -85,6 +88,7 @@ class Setup:
         metrics: Metrics,
         recorder: Recorder,
         sinks: Sinks,
+        credentials: Credentials,
         detached: DetachedStreams,
         standing: Standing,
         limits: ClientLimits,
@@ -100,6 +104,7 @@ class Setup:
         self._metrics = metrics
         self._recorder = recorder
         self._sinks = sinks
+        self._credentials = credentials
         self._detached = detached
         self._standing = standing
         self._limits = limits
@@ -120,6 +125,7 @@ class Setup:
             ValueError: OpenSSL would not use the certificate.
         """
         keypair = config.proxy.keypair
+        credentials = self._credentials.prepare(config)
         upstream = Upstream(
             self._reactor, self._clock, config, timers=self._timers, before=self.upstream
         )
@@ -128,6 +134,7 @@ class Setup:
             upstream,
             self._recorder,
             self._metrics,
+            credentials=credentials,
             detached=self._detached,
             standing=self._standing,
             limits=self._limits,
@@ -136,7 +143,8 @@ class Setup:
         )
         tls = None if keypair is None else ListenerTls(keypair)
         writers = self._sinks.prepare(config.trace)
-        return Prepared(config, tls, upstream, gateway, writers, self._spent_today(config))
+        spent = self._spent_today(config)
+        return Prepared(config, tls, credentials, upstream, gateway, writers, spent)
 
     def _spent_today(self, config: Config) -> Spent:
         """Return what clients have used today, if a limit asks for it and the ledger knows it."""
@@ -196,6 +204,7 @@ class Setup:
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)
         self.upstream = prepared.upstream
+        self._credentials.use(prepared.credentials)
 
 
 def needed(max_connections: int) -> int:

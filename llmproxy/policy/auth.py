@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -78,13 +78,19 @@ class KeyPlaces(msgspec.Struct, frozen=True):
 
 
 class Auth:
-    """Every client's keys, by digest."""
+    """Every client's keys, by digest.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the clients.
+        wall: seconds since the epoch.
+    """
+
+    def __init__(self, config: Config, wall: Callable[[], float]) -> None:
         self._anonymous = config.proxy.anonymous
-        self._clients = {
-            digest: client for client in config.clients.values() for digest in client.keys
-        }
+        self._wall = wall
+        keys = [(key, client) for client in config.clients.values() for key in client.keys]
+        self._clients = {key.hash: client for key, client in keys}
+        self._ends = {key.hash: key.expires for key, _ in keys if key.expires is not None}
 
     def identify(
         self,
@@ -103,8 +109,8 @@ class Auth:
 
         Raises:
             ProxyError: 401, where no key is shown and nobody is anonymous, none of the keys is
-                known, two of them name different clients, or a client's key stands in what would
-                cross.
+                known, two of them name different clients, the client's key has expired, or a
+                client's key stands in what would cross.
         """
         if len(first) == len(fields) and not places.passes:
             usual = self._usual(target, first)
@@ -129,10 +135,23 @@ class Auth:
             raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
         self._refuse_misplaced(list(known), said, fields, target, places)
         if client is not None:
+            if self._ends and all(map(self._is_expired, _of(client, known))):
+                raise _expired(shown, known, client)
             return client
         if self._anonymous:
             return ANONYMOUS
         raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
+
+    def refuse_expired(self, client: Client) -> None:
+        """Refuse a client all of whose keys have expired, as its keys would be.
+
+        Raises:
+            ProxyError: 401.
+        """
+        ends = [self._ends.get(key.hash) for key in client.keys]
+        if ends and all(end is not None and self._wall() >= end for end in ends):
+            text = "Each key of this client has expired."
+            raise _unauthorized("key_expired", text, detail=f"the keys of {client.name}")
 
     def _usual(self, target: bytes, first: Mapping[bytes, bytes]) -> Client | None:
         """Return the client of a usual request; None where there must be a closer look.
@@ -154,7 +173,12 @@ class Auth:
         before, _, after = b"\n".join((target, *first.values())).partition(key)
         if after.find(key) >= 0 or _holds_prefix(before + after):
             return None
-        return self._client_of(key)
+        return None if self._ends and self._is_expired(key) else self._client_of(key)
+
+    def _is_expired(self, key: bytes) -> bool:
+        """Return whether the time of a key is over."""
+        end = self._ends.get(hashlib.sha256(key).digest())
+        return end is not None and self._wall() >= end
 
     def _client_of(self, key: bytes) -> Client | None:
         return self._clients.get(hashlib.sha256(key).digest())
@@ -241,6 +265,39 @@ def _named_by(shown: list[tuple[bytes, bytes]], known: Mapping[bytes, Client]) -
     return next(iter(clients.values()), None)
 
 
+def _of(client: Client, known: Mapping[bytes, Client]) -> list[bytes]:
+    """Return the keys of ``known`` that name ``client``."""
+    return [key for key, one in known.items() if one is client]
+
+
+def _expired(
+    shown: list[tuple[bytes, bytes]], known: Mapping[bytes, Client], client: Client
+) -> ProxyError:
+    """Return the refusal of a client whose key has expired: it showed the right one."""
+    place = _listed((name, key) for name, key in shown if key in known)
+    text = f"The key in {place} has expired. Ask the operator of this proxy for a new one."
+    return _unauthorized("key_expired", text, detail=f"a key of {client.name}")
+
+
+def soonest_ends(config: Config, now: float) -> dict[str, float]:
+    """Return when the next key of each client expires, in seconds since the epoch.
+
+    Clients whose keys do not expire are left out.  If all keys of a client have expired, it is when
+    the last one did.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    found = {}
+    for name, client in config.clients.items():
+        ends = sorted(key.expires for key in client.keys if key.expires is not None)
+        if (soonest := next((end for end in ends if end > now), None)) is not None:
+            found[name] = soonest
+        elif ends and len(ends) == len(client.keys):
+            found[name] = ends[-1]
+    return found
+
+
 def _listed(shown: Iterable[tuple[bytes, bytes]]) -> str:
     """Return where keys were shown, in words."""
     return " and ".join(dict.fromkeys(name.decode("ascii") for name, _ in shown))
@@ -325,12 +382,14 @@ def _too_much(text: str) -> ProxyError:
     return ProxyError(400, "bad_query", text)
 
 
-def _unauthorized(reason: str, message: str, place: str | None = None) -> ProxyError:
+def _unauthorized(
+    reason: str, message: str, place: str | None = None, detail: str = ""
+) -> ProxyError:
     return ProxyError(
         401,
         reason,
         message,
         fields=((b"www-authenticate", b"Bearer"),),
-        detail="" if place is None else f"a client's key in {place}",
+        detail=detail if place is None else f"a client's key in {place}",
         cause=place,
     )

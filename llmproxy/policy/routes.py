@@ -13,7 +13,7 @@ byte.  Nothing here knows bodies, sockets or connections.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 
 import msgspec
@@ -22,6 +22,7 @@ from llmproxy.config import Client, Config, Provider, Route, Timeouts
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import dialect_of_path
 from llmproxy.dialects.json_spans import BodyError
+from llmproxy.dialects.model_list import Asked, asked
 from llmproxy.dialects.path_model import path_models, replaced
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
@@ -30,7 +31,7 @@ from llmproxy.http1.path import has_dot_segment
 from llmproxy.http1.query import QueryRewriter, names_of, without
 from llmproxy.policy.auth import KeyPlaces, cut_keys
 from llmproxy.policy.balance import Balance
-from llmproxy.upstream.client import credential_field
+from llmproxy.upstream.credential import CommandCredential, Credential, credential_of
 
 _ANY_MODEL = ("*",)
 
@@ -60,7 +61,7 @@ class Candidate(msgspec.Struct, frozen=True):
         provider: as the configuration has it.
         model: what the body's model is overridden with, or None.
         timeouts: the deadlines of a request on this route to this provider.
-        credential: the field that carries the provider's credential, or None.
+        credential: has the field that carries the provider's credential, or None.
         keys: where callers' keys stand.
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
@@ -72,7 +73,7 @@ class Candidate(msgspec.Struct, frozen=True):
     provider: Provider
     model: str | None
     timeouts: Timeouts
-    credential: tuple[bytes, bytes] | None
+    credential: Credential | None
     keys: KeyPlaces
     rewriter: HeaderRewriter
     query: QueryRewriter | None
@@ -132,6 +133,20 @@ class RouteMatch(msgspec.Struct, frozen=True):
         return path + self.query
 
 
+class ModelList(msgspec.Struct, frozen=True):
+    """A list of models that the proxy makes.
+
+    Attributes:
+        route: whose list it is.
+        asked: what the request asks of it.
+        names: the models that the client may use, in order.
+    """
+
+    route: Route
+    asked: Asked
+    names: list[str]
+
+
 class _Prepared(msgspec.Struct, frozen=True):
     """A route of the configuration, prepared for requests."""
 
@@ -185,6 +200,7 @@ class PathMatch:
         drops: the parameters of the query that cross on no route here.
         may_add: whether something may be added to a request body on some route here.
         origins: of web pages that may call some route here.
+        lists: lists of models are made by the proxy itself here.
     """
 
     def __init__(
@@ -195,6 +211,7 @@ class PathMatch:
         self._needs_model = any(one.needs_model for one in found)
         self.may_add = any(one.route.include_usage == "inject" for one in found)
         self.origins = frozenset(origin for one in found for origin in one.route.allowed_origins)
+        self.lists = bool(found) and self._list_route().route.models_list == "configured"
         first = found[0].candidates[0].provider if found else None
         self.dialect = dialect_of_path(path) if first is None else first.dialect
         self.body_limit = max((one.body_limit for one in found), default=default_limit)
@@ -248,9 +265,8 @@ class PathMatch:
                 model.
         """
         found = self._found
-        if reads_list and found:  # the longest path, and of its routes one that needs no model
-            found = [one for one in found if one.path == found[0].path]
-            one = next((one for one in found if one.allows(NoModel.WITHOUT_BODY)), found[0])
+        if reads_list and found:
+            one = self._list_route()
         else:
             for one in found:
                 if all(map(one.allows, models)):
@@ -271,15 +287,67 @@ class PathMatch:
             one.route, one.candidates, one.balance, one.body_limit, path, mark + query, is_call
         )
 
+    def list_of(self, client: Client, path: bytes) -> ModelList | None:
+        """Return the list of models that a read of this path asks for, if it asks for one.
+
+        It has the names that stand in the file for this path and without a star: in ``models`` of
+        the routes with the path of the list's own, in their overrides, and in ``models`` of the
+        client.  Of these the client may use each here.
+
+        Args:
+            client: who calls.
+            path: of the request; it is this one.
+
+        Raises:
+            ProxyError: 403, where the client may not use the route.
+        """
+        one = self._list_route()
+        what = asked(path[len(one.path) :] if one.path != b"/" else path)
+        if what is None:
+            return None
+        self._clients.permit(client, one.route, ())
+        said = list[str]()
+        for other in self._found:
+            if other.path == one.path:
+                said += other.route.models or ()
+                said += [to.model for to in other.candidates if to.model is not None]
+        said += client.models
+        names = [name for name in dict.fromkeys(said) if "*" not in name and name != "-"]
+        return ModelList(one.route, what, [name for name in names if self._takes(client, name)])
+
+    def _takes(self, client: Client, name: str) -> bool:
+        """Return whether a call of the client's for this model would find its route."""
+        one = next((one for one in self._found if one.allows(name)), None)
+        if one is None:
+            return False
+        try:
+            self._clients.permit(client, one.route, (name,))
+        except ProxyError:
+            return False
+        return True
+
+    def _list_route(self) -> _Prepared:
+        """Return the route of lists: of those with the longest path one that needs no model."""
+        first = self._found[0]
+        same = [one for one in self._found if one.path == first.path]
+        return next((one for one in same if one.allows(NoModel.WITHOUT_BODY)), first)
+
 
 class Routes:
-    """Every route of a configuration, prepared, in the order in which they are tried."""
+    """Every route of a configuration, prepared, in the order in which they are tried.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the checked configuration.
+        credentials: those that commands print, by provider; None where no request will be sent.
+    """
+
+    def __init__(
+        self, config: Config, credentials: Mapping[str, CommandCredential] | None = None
+    ) -> None:
         self._default_limit = config.limits.request_body
         self._clients = _Clients(config)
         self._routes = sorted(
-            (_prepare(config, route) for route in config.routes),
+            (_prepare(config, route, credentials) for route in config.routes),
             key=lambda one: _rank_of(one.route),
         )
         self._known: dict[tuple[bytes, str], PathMatch] = {}
@@ -334,7 +402,9 @@ def refuse_dots(path: bytes) -> None:
         raise ProxyError(400, "bad_path", "The path holds a '.' or '..' segment.")
 
 
-def _prepare(config: Config, route: Route) -> _Prepared:
+def _prepare(
+    config: Config, route: Route, credentials: Mapping[str, CommandCredential] | None
+) -> _Prepared:
     path = route.path.encode("ascii")
     limit = config.limits.request_body if route.request_body is None else route.request_body
     providers = [config.providers[name] for name in route.providers]
@@ -342,7 +412,10 @@ def _prepare(config: Config, route: Route) -> _Prepared:
     dropped = frozenset.intersection(
         *(names_of((*one.drop_query, *route.drop_query)) for one in providers)
     )
-    candidates = tuple(_candidate(config, route, provider, dropped) for provider in providers)
+    candidates = tuple(
+        _candidate(config, route, provider, dropped, credential_of(provider, credentials))
+        for provider in providers
+    )
     return _Prepared(
         route=route,
         candidates=candidates,
@@ -371,10 +444,13 @@ def counted(config: Config, provider: str) -> bool:
 
 
 def _candidate(
-    config: Config, route: Route, provider: Provider, dropped: frozenset[bytes]
+    config: Config,
+    route: Route,
+    provider: Provider,
+    dropped: frozenset[bytes],
+    credential: Credential | None,
 ) -> Candidate:
     override = route.override.get(provider.name)
-    credential = credential_field(provider)
     headers = {**dict(provider.headers), **dict(route.headers)}
     drop_headers = (*provider.drop_headers, *route.drop_headers)
     drop_query = (*provider.drop_query, *route.drop_query)
@@ -392,7 +468,7 @@ def _candidate(
         rewriter=HeaderRewriter(
             pass_credential=provider.pass_credential,
             dropped=tuple(name.encode("ascii") for name in drop_headers),
-            credential=credential,
+            credential=None if provider.credential is None else provider.header.encode("ascii"),
             defaults=tuple((k.encode("ascii"), v.encode("latin-1")) for k, v in headers.items()),
             accept_events=provider.dialect in (Dialect.OPENAI, Dialect.ANTHROPIC),
         ),

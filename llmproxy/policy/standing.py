@@ -1,7 +1,7 @@
-"""What is learned of providers while the process runs, and lasts over a reload.
+"""How providers stand: what is learned of them while the process runs, and lasts over a reload.
 
-Every configuration has its own routes; what a provider did a minute ago is true for the next
-configuration, too.
+Every configuration has its own routes; what a provider did a minute ago, and what an operator has
+switched off, is true for the next configuration, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from llmproxy.config import Config
 from llmproxy.policy.fair_queue import AllPlaces
 from llmproxy.policy.health import Health
 from llmproxy.policy.stickiness import Stickiness
+from llmproxy.policy.switches import Switches
 
 
 class Standing:
@@ -21,23 +22,27 @@ class Standing:
     Args:
         timers: keeps the time of those who wait for a place.
         clock: monotonic seconds.
+        wall: seconds since the epoch.
         waited: called with the seconds that a request has waited for a place.
 
     Attributes:
         health: whom to leave alone.
         places: who has a free place.
         stickiness: who served whom last.
+        switches: what an operator has switched off.
     """
 
     def __init__(
         self,
         timers: Any,
         clock: Callable[[], float],
+        wall: Callable[[], float],
         waited: Callable[[float], object] = lambda _: None,
     ) -> None:
         self.health = Health(clock)
         self.places = AllPlaces(timers, clock, waited)
         self.stickiness = Stickiness(clock)
+        self.switches = Switches(clock, wall)
 
     def follow(self, config: Config) -> None:
         """Go by the providers of this configuration from now on."""

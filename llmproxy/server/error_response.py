@@ -43,18 +43,24 @@ def bare_response(error: ProxyError, *, now: float, request_id: str | None = Non
 
 def error_fields(error: ProxyError, request_id: str | None, length: int, now: float) -> Fields:
     """Return the header fields of the response for ``error``, of ``length`` bytes (design 8)."""
+    fields = own_fields(request_id, length, now)
+    fields.append((b"x-llmproxy-error", error.reason.encode("ascii")))
+    fields += error.fields
+    if error.may_have_run or error.status in _FINAL:
+        fields.append((b"x-should-retry", b"false"))
+    return fields
+
+
+def own_fields(request_id: str | None, length: int, now: float) -> Fields:
+    """Return the header fields of a response of our own: JSON, of ``length`` bytes."""
     fields = [
         (b"date", datetimeToString(now)),
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % length),
-        (b"x-llmproxy-error", error.reason.encode("ascii")),
     ]
     if request_id is not None:
         name = request_id.encode("ascii")
         fields += [(field, name) for field in _ID_FIELDS]
-    fields += error.fields
-    if error.may_have_run or error.status in _FINAL:
-        fields.append((b"x-should-retry", b"false"))
     return fields
 
 

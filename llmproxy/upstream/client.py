@@ -24,7 +24,7 @@ from twisted.internet.defer import Deferred
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IBodyProducer
 
-from llmproxy.config import Config, Provider, Timeouts
+from llmproxy.config import Config, CredentialCommand, ParentProxy, Provider, Secret, Timeouts
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import KEY_FIELDS
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
@@ -123,22 +123,24 @@ class ConnectionKey(NamedTuple):
     Attributes:
         origin: where the provider is reached.
         authority: the certificates in the file that its ``ca`` names.
-        credential: the field that carries the provider's credential, or None.
+        credential: how the provider's credential is written, and the credential, or its command.
         pass_credential: the callers' own credentials cross instead.
         pool: idle connections that are kept at most.
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
         direct: connections have the transports of ``net/``; else Twisted's own.
+        parent: the proxy through which the provider is reached, with its credential, or None.
     """
 
     origin: str
     authority: bytes | None
-    credential: tuple[bytes, bytes] | None
+    credential: tuple[str, str, Secret | tuple[str, ...] | None]
     pass_credential: bool
     pool: int
     pool_idle: float | None
     max_head: int
     direct: bool
+    parent: ParentProxy | None
 
 
 class _Reached(msgspec.Struct, frozen=True):
@@ -196,6 +198,7 @@ class Upstream:
                     pool_idle=key.pool_idle,
                     max_head=key.max_head,
                     direct=key.direct,
+                    parent=key.parent,
                     timers=timers,
                 )
                 kept = _Reached(key, PreparedUrl.prepare(key.origin), pool)
@@ -253,6 +256,11 @@ class Upstream:
         )
         return response
 
+    def drop(self, provider: str, credential: bytes) -> None:
+        """Keep no connection on which a credential was sent that is sent no more."""
+        if (reached := self._reached.get(provider)) is not None:
+            reached.pool.drop(credential)
+
     def counts(self) -> dict[tuple[str, str], int]:
         """Return the connections by (provider, state), those of retired pools included."""
         counts: Counter[tuple[str, str]] = Counter()
@@ -283,25 +291,19 @@ def connection_key(provider: Provider, config: Config) -> ConnectionKey:
     Raises:
         OSError: its authority's file cannot be read.
     """
-    url = provider.url
+    url, secret = provider.url, provider.credential
+    source = secret.command if isinstance(secret, CredentialCommand) else secret
     return ConnectionKey(
         origin=f"{url.scheme}://{url.netloc}/",
         authority=None if provider.ca is None else Path(provider.ca).read_bytes(),
-        credential=credential_field(provider),
+        credential=(provider.header, provider.format, source),
         pass_credential=provider.pass_credential,
         pool=provider.pool,
         pool_idle=provider.timeouts.get("pool_idle", config.timeouts.pool_idle),
         max_head=config.limits.response_head,
         direct=config.proxy.tuned_loop,
+        parent=config.parent_proxy_for(provider),
     )
-
-
-def credential_field(provider: Provider) -> tuple[bytes, bytes] | None:
-    """Return the field that carries the provider's credential."""
-    if provider.credential is None:
-        return None
-    value = provider.format.replace("{}", provider.credential.reveal())
-    return provider.header.encode("ascii"), value.encode("latin-1")
 
 
 def pool_key(provider: Provider, credential: tuple[bytes, bytes] | None, fields: Fields) -> bytes:

@@ -66,11 +66,12 @@ class Connection(Protocol):
         became_idle: called with this connection when another request may be sent on it.
         closed: called once with this connection when it is gone.
         secure: whether a TLS handshake comes before the first request.
+        tunnelled: a parent proxy is on the way, which turns a provider's reset into a FIN.
     """
 
     __slots__ = (  # more attributes than the dictionaries of instances share (docs/performance.rst)
         *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
-        *("_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
+        *("_knows_fin", "_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "persistent"),
         *("pool_key", "ready", "sending", "serving", "state", "verdict", "_framed"),
     )
@@ -82,6 +83,7 @@ class Connection(Protocol):
         became_idle: Callable[[Connection], None],
         closed: Callable[[Connection], None],
         secure: bool,
+        tunnelled: bool = False,
     ) -> None:
         self.state: str = State.IDLE
         self.ready: Deferred[Connection] = Deferred(lambda _: self.abort())
@@ -99,6 +101,7 @@ class Connection(Protocol):
         """Whether another request may be sent when that response has ended."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
+        self._knows_fin = secure or not tunnelled  # behind TLS it comes with close_notify
         self._framed: Any = None  # takes a chunk in its coding, while it may
         self._lost_early: Failure | None = None
         self.aborted = False
@@ -308,7 +311,11 @@ class Connection(Protocol):
             consumer.connectionLost(reason)
 
     def _how_it_ended(self, reason: Failure) -> Failure:
-        """A body that ends with its connection is whole after a FIN, and broken after all else."""
-        if self._until_close and reason.check(ConnectionDone) and not self.aborted:
+        """A body that ends with its connection is whole after a FIN, and broken after all else.
+
+        A FIN that a parent proxy sent says nothing.
+        """
+        is_fin = reason.check(ConnectionDone) and self._knows_fin
+        if self._until_close and is_fin and not self.aborted:
             return _DONE
         return Failure(upstream_broken(reason.getErrorMessage()))

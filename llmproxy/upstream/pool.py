@@ -23,7 +23,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from llmproxy.config import Provider, Timeouts
+from llmproxy.config import ParentProxy, Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.net.transport import is_quiet, raw_transport
@@ -94,6 +94,7 @@ class ProviderPool:
         pool_idle: seconds that an idle connection is kept, or None for as long as it lives.
         max_head: most bytes of a response's head.
         direct: with the transports of ``net/``; else with Twisted's own.
+        parent: the proxy through which the provider is reached, or None.
         timers: keeps the deadlines of requests; the reactor, where it is not given.
     """
 
@@ -107,6 +108,7 @@ class ProviderPool:
         pool_idle: float | None,
         max_head: int,
         direct: bool = True,
+        parent: ParentProxy | None = None,
         timers: Any = None,
     ) -> None:
         self._reactor = reactor
@@ -117,6 +119,7 @@ class ProviderPool:
         self._idle: dict[bytes, deque[Connection]] = {}
         self._idle_count = 0
         self._live: set[Connection] = set()
+        self._last: set[Connection] = set()  # serve their last request
         self._connecting: set[Dial] = set()
         self._dialer = Dialer(
             reactor,
@@ -126,6 +129,7 @@ class ProviderPool:
             became_idle=self._put,
             closed=self._forget,
             direct=direct,
+            parent=parent,
         )
         self._expiry: Any = None
         self._expiry_at = math.inf
@@ -145,6 +149,14 @@ class ProviderPool:
             self._expiry, self._expiry_at = None, math.inf
         for connection in [one for idle in self._idle.values() for one in idle]:
             connection.abort()
+
+    def drop(self, credential: bytes) -> None:
+        """Close the idle connections of a credential, and its others when they become idle."""
+        for connection in [one for one in self._live if one.pool_key == credential]:
+            if connection in self._idle.get(credential, ()):
+                connection.abort()
+            else:
+                self._last.add(connection)
 
     def close(self) -> None:
         """Close every connection, idle or not."""
@@ -267,7 +279,7 @@ class ProviderPool:
         keep = math.inf if self._pool_idle is None else self._pool_idle
         if connection.keep_for is not None:
             keep = min(keep, connection.keep_for - _HINT_MARGIN)
-        if self._idle_count >= self._most_idle or keep <= 0:
+        if self._idle_count >= self._most_idle or keep <= 0 or connection in self._last:
             connection.abort()
             return
         connection.expires_at = self._clock() + keep
@@ -277,6 +289,7 @@ class ProviderPool:
 
     def _forget(self, connection: Connection) -> None:
         self._live.discard(connection)
+        self._last.discard(connection)
         idle = self._idle.get(connection.pool_key)
         if idle is None:
             return

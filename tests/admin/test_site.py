@@ -7,20 +7,39 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.task import Clock
 
+from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_router
-from llmproxy.config import Limits, Timeouts
+from llmproxy.config import Config, Limits, Secret, Timeouts, parse
+from llmproxy.policy.switches import Switches
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.site import Site
 from tests.support.fake_transport import FakeTransport
 from tests.support.sockets import request
 
 CLIENT = IPv4Address("TCP", "127.0.0.1", 40000)
+TOKEN = "admin-TOKEN"
+BEARER = f"Authorization: Bearer {TOKEN}"
+FILE = """
+proxy.anonymous = true
+providers.p = { url = "http://p.example/v1", dialect = "openai" }
+providers."q.1" = { url = "http://q.example", dialect = "raw" }
+routes = [{ path = "/p", providers = ["p"] }, { path = "/q", providers = ["q.1"] }]
+"""
+
+
+def with_token(token: str | None) -> Config:
+    """Return a configuration of two providers, and with this admin token."""
+    config = parse(FILE, environ={})
+    secret = None if token is None else Secret(token)
+    admin = msgspec.structs.replace(config.admin, token=secret)
+    return msgspec.structs.replace(config, admin=admin)
 
 
 class Admin:
@@ -32,13 +51,18 @@ class Admin:
         self.shown: Any = {"proxy": {"via": "us"}}
         self.clients: Any = []
         self.metrics = Metrics("1.2.3")
-        clock = Clock()
+        self.followed = with_token(TOKEN)
+        self.counts = {("p", "idle"): 3}
+        clock, self.clock = Clock(), Clock()  # the connection's, and that of the switches
+        self.switches = Switches(self.clock.seconds, lambda: 1000 + self.clock.seconds())
+        providers = Providers(lambda: self.followed, lambda: self.counts, self.switches)
         site = Site(
             admin_router(
                 ready=lambda: self.ready,
                 registry=self.metrics.registry,
                 config=(lambda: self.shown) if config else None,
                 clients=(lambda: self.clients) if config else None,
+                providers=providers if config else None,
                 hosts=lambda: self.hosts,
             ),
             clock,
@@ -61,6 +85,11 @@ class Admin:
         first, *lines = head.split("\r\n")
         pairs = [line.partition(": ") for line in lines]
         return int(first.split()[1]), {name: value for name, _, value in pairs}, rest
+
+    def post(self, target: str, *fields: str, method: str = "POST") -> tuple[int, Any]:
+        """Return status and decoded body of a response, by default to whoever has the token."""
+        status, _, body = self.get(target, *(fields or (BEARER,)), method=method)
+        return status, json.loads(body)
 
 
 def test_livez_is_always_alive() -> None:
@@ -145,12 +174,16 @@ def test_a_listener_for_metrics_alone_shows_no_configuration() -> None:
     """``/config`` and ``/clients`` are 404 there, and the other paths stay."""
     admin = Admin(config=False)
 
-    assert admin.get("/config")[0] == admin.get("/clients")[0] == 404
+    for path in ("/config", "/clients", "/providers", "/providers/p/disable"):
+        assert admin.get(path, BEARER, method="POST")[0] == 404
+        assert admin.get(path)[0] == 404
     for path in ("/livez", "/readyz", "/metrics"):
         assert admin.get(path)[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/config", "/clients"])
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/metrics", "/config", "/clients", "/providers"]
+)
 def test_head_is_get_without_a_body_or_query(path: str) -> None:
     """The fields are the same, with the length of the body; a query changes nothing."""
     admin = Admin()
@@ -165,7 +198,7 @@ def test_head_is_get_without_a_body_or_query(path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
-@pytest.mark.parametrize("path", ["/livez", "/metrics", "/config"])
+@pytest.mark.parametrize("path", ["/livez", "/metrics", "/config", "/providers"])
 def test_other_methods_are_refused(path: str, method: str) -> None:
     """The response is 405, with the served methods in ``allow``."""
     status, fields, body = Admin().get(path, method=method)
@@ -271,3 +304,139 @@ def test_this_machines_name_is_the_admin_sites(monkeypatch: pytest.MonkeyPatch) 
     """It need not be written into the file."""
     monkeypatch.setattr(socket, "gethostname", lambda: "Gate.Corp.example")
     assert with_host(Admin(), "gate.corp.example:9080") == 200
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+ROW = {
+    "name": "p",
+    "dialect": "openai",
+    "url": "http://p.example/v1",
+    "state": "on",
+    "switched_off": [],
+    "connections": {"active": 0, "connecting": 0, "idle": 3},
+}
+
+
+def test_the_providers_are_shown_without_a_token() -> None:
+    """In the order of the file, each with its connections and what is off."""
+    admin = Admin()
+    status, fields, body = admin.get("/providers")
+    assert (status, fields["content-type"]) == (200, "application/json")
+    first, second = json.loads(body)
+    assert first == ROW
+    assert (second["name"], second["connections"]["idle"]) == ("q.1", 0)
+
+
+def test_a_provider_is_switched_off_and_on() -> None:
+    """The response is its row; the names of providers may hold dots."""
+    admin = Admin()
+    status, row = admin.post("/providers/p/disable")
+    assert (status, row["state"]) == (200, "off")
+    (switch,) = row["switched_off"]
+    assert (switch["model"], switch["until"], switch["by"]) == (None, None, "127.0.0.1")
+    assert [one["state"] for one in json.loads(admin.get("/providers")[2])] == ["off", "on"]
+    assert admin.post("/providers/q.1/disable")[0] == 200
+    for _ in range(2):
+        assert admin.post("/providers/p/enable") == (200, ROW)
+    assert admin.switches.off.keys() == {("q.1", None)}
+
+
+def test_a_model_is_switched_off_for_a_while() -> None:
+    """The provider itself stays on; a model's name may hold what a query must encode."""
+    admin = Admin()
+    target = "/providers/p/disable?for=30m&model=a%2Fb%20c%26d"
+    status, row = admin.post(target)
+    assert (status, row["state"]) == (200, "on")
+    (switch,) = row["switched_off"]
+    assert (switch["model"], switch["until"]) == ("a/b c&d", "1970-01-01T00:46:40Z")
+    admin.clock.advance(1799)
+    assert ("p", "a/b c&d") in admin.switches.off
+    admin.clock.advance(1)
+    assert admin.post("/providers/p/enable?model=other") == (200, ROW)
+    assert admin.switches.off == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        ("X-None: 1", 401),
+        ("Authorization: Bearer", 401),
+        ("Authorization: Bearer ", 401),
+        (f"Authorization: Bearer {TOKEN}x", 401),
+        (f"Authorization: Bearer {TOKEN[:-1]}", 401),
+        (f"Authorization: Basic {TOKEN}", 401),
+        (f"Authorization: {TOKEN}", 401),
+        (f"x-api-key: {TOKEN}", 401),
+        ("Authorization: Bearer \u00e4", 401),
+        (f"authorization: bearer {TOKEN}", 200),
+        (f"Authorization: Bearer  {TOKEN} ", 200),
+    ],
+)
+def test_a_change_needs_the_token(field: str, status: int) -> None:
+    """Nothing else of the response depends on what was shown."""
+    admin = Admin()
+    for path in ("/providers/p/disable", "/providers/none/enable"):
+        got, fields, body = admin.get(path, field, method="POST")
+        assert got == (404 if "none" in path and status == 200 else status)
+        assert ("www-authenticate" in fields) is (got == 401)
+        assert TOKEN not in body
+    assert bool(admin.switches.off) is (status == 200)
+
+
+def test_without_a_token_in_the_file_nothing_can_be_changed() -> None:
+    """It is a 403, whatever is shown; the token is that of the configuration in use."""
+    admin = Admin()
+    admin.followed = with_token(None)
+    status, error = admin.post("/providers/p/disable", "Authorization: Bearer ")
+    assert (status, admin.switches.off) == (403, {})
+    assert "`token` in [admin]" in error["error"]["message"]
+    admin.followed = with_token("other")
+    assert admin.post("/providers/p/disable")[0] == 401
+    assert admin.post("/providers/p/disable", "Authorization: Bearer other")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
+def test_a_change_is_a_post(method: str) -> None:
+    """A link or an image of a web page changes nothing."""
+    admin = Admin()
+    status, fields, _ = admin.get("/providers/p/disable", BEARER, method=method)
+    assert (status, fields["allow"], admin.switches.off) == (405, "POST", {})
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/providers/none/disable", 404),
+        ("/providers//disable", 404),
+        ("/providers/p", 404),
+        ("/providers/p/", 404),
+        ("/providers/p/disable/", 404),
+        ("/providers/p/remove", 404),
+        ("/providers/", 404),
+        ("/providers/p/disable?for=30", 400),
+        ("/providers/p/disable?for=off", 400),
+        ("/providers/p/disable?for=", 400),
+        ("/providers/p/disable?model=", 400),
+        ("/providers/p/disable?model=a&model=b", 400),
+        ("/providers/p/disable?models=a", 400),
+        ("/providers/p/enable?for=30m", 400),
+    ],
+)
+def test_what_is_not_understood_changes_nothing(target: str, status: int) -> None:
+    """A slip in the query must not switch off more than was meant."""
+    admin = Admin()
+    got, error = admin.post(target)
+    assert (got, admin.switches.off) == (status, {})
+    assert error["error"]["message"]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_a_page_of_another_name_changes_nothing(host: str) -> None:
+    """Also if it knew the token; nor does it see the providers."""
+    admin = Admin()
+    assert with_host(admin, host, "/providers") == 421
+    head = f"POST /providers/p/disable HTTP/1.1\r\nHost: {host}\r\n{BEARER}\r\n"
+    admin.channel.dataReceived(f"{head}Content-Length: 0\r\n\r\n".encode())
+    assert admin.transport.take().startswith(b"HTTP/1.1 421 ")
+    assert admin.switches.off == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +12,18 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from llmproxy.cli.main import main
+from llmproxy.config.values import show_instant
+from tests.support.commands import COUNTED, runs, script
 from tests.support.configs import KEYS_LINE, toml, vault, with_credential
 
 Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def no_proxy_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own proxy is none of the warnings' business."""
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -44,6 +54,81 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
     report = json.loads(captured.out)
     assert (report["ok"], report["problems"], captured.err) == (True, [], "")
     assert report["warnings"] == [warning]
+
+
+# --- lists of models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "is_empty"),
+    [
+        ("routes[0].models", '["gpt-*", "-"]', True),
+        ("routes[0].models", '["gpt-*", "gpt-4o"]', False),
+        ("clients.c.models", '["gpt-*"]', True),
+        ("clients.c.models", '["gpt-4o"]', False),
+        ("routes[0].override", '{ p = { model = "gpt-4o" } }', False),
+    ],
+)
+def test_a_list_of_models_without_models(
+    key: str, names: str, is_empty: bool, tmp_path: Path, capsys: Printed
+) -> None:
+    """A pattern cannot be listed; whoever chooses from the list could choose nothing."""
+    changes = {"routes[0].models_list": '"configured"', "clients.c.keys": KEYS_LINE, key: names}
+    found = warnings_of(tmp_path, capsys, {**changes})
+    assert [one.partition(":")[0] for one in found] == ["routes[0].models_list"] * is_empty
+
+
+# --- keys that expire -----------------------------------------------------------------------------
+
+
+def test_keys_that_have_expired_or_will_soon(tmp_path: Path, capsys: Printed) -> None:
+    """Whoever checks the file has two weeks to make another key."""
+    now = int(time.time())
+    ends = {-5: "has expired", 13 * 86400: "will expire", 15 * 86400: ""}
+    keys = [
+        f'{{ hash = "sha256:{at:064}", expires = "{show_instant(now + s)}" }}'
+        for at, s in enumerate(ends)
+    ]
+    found = warnings_of(tmp_path, capsys, {"clients.c.keys": f"[{', '.join(keys)}]"})
+    assert found == [
+        f"clients.c.keys[{at}]: the key {words}, at {show_instant(now + s)}"
+        for at, (s, words) in enumerate(ends.items())
+        if words
+    ]
+
+
+# --- commands that print credentials --------------------------------------------------------------
+
+
+def command(path: Path) -> dict[str, str | None]:
+    """Return the changes by which a program prints the provider's credential."""
+    return {"providers.p.credential": f'{{ command = ["{path}"] }}'}
+
+
+def test_a_program_that_is_missing_or_may_not_be_run(tmp_path: Path, capsys: Printed) -> None:
+    """The daemon would start, and have no credential."""
+    path = tmp_path / "token"
+    (warning,) = warnings_of(tmp_path, capsys, command(path))
+    key = "providers.p.credential.command"
+    assert warning == f"{key}: {path} is no file: requests to this provider get a 503"
+    path.write_text("")
+    (warning,) = warnings_of(tmp_path, capsys, command(path))
+    assert warning == f"{key}: the user of this check may not run {path}: the daemon's user must"
+
+
+def test_a_command_is_run_only_if_that_is_asked_for(tmp_path: Path, capsys: Printed) -> None:
+    """It may change something elsewhere, or ask somebody; what it prints is shown nowhere."""
+    path = script(tmp_path, COUNTED + '[ "$n" = 1 ] && echo tok-SECRET')
+    assert warnings_of(tmp_path, capsys, command(path)) == []
+    assert runs(tmp_path) == 0
+    checked = str(tmp_path / "checked.toml")
+    for count, failed in ((1, ""), (2, "the command failed: it ended with exit status 1")):
+        assert main(["check", "--run-commands", checked]) == 0
+        captured = capsys.readouterr()
+        assert runs(tmp_path) == count
+        assert failed in captured.err
+        assert bool(failed) is bool(captured.err)
+        assert "SECRET" not in captured.out + captured.err
 
 
 # --- where calls would go -------------------------------------------------------------------------
@@ -287,3 +372,50 @@ def test_limits_beside_anonymous_callers(tmp_path: Path, capsys: Printed) -> Non
         assert [one.partition(":")[0] for one in found] == ["proxy.anonymous"] * warned
         changes["proxy.anonymous"] = "false"
         assert warnings_of(tmp_path, capsys, changes) == []
+
+
+# --- parent proxies -------------------------------------------------------------------------------
+
+PARENT = '"http://proxy.corp.example:3128"'
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://a.example", None),
+        ("https://a.example:8443", "asks for a tunnel to port 8443, and many proxies allow 443"),
+        ("http://a.example", "asks for a tunnel to port 80, and many proxies allow 443"),
+        ("http://127.0.0.1:11434", "takes 127.0.0.1 for its own machine: name it in"),
+        ("https://localhost", "takes localhost for its own machine: name it in"),
+    ],
+)
+def test_a_way_through_a_parent_that_may_be_closed_is_warned_of(
+    url: str, words: str | None, tmp_path: Path, capsys: Printed
+) -> None:
+    """By the port of a tunnel, and by a host that is another one there."""
+    changes: dict[str, str | None] = {
+        "providers.p.url": f'"{url}"',
+        "proxy.parent_proxy": PARENT,
+        "proxy.no_parent_proxy": "[]",
+    }
+    found = warnings_of(tmp_path, capsys, changes)
+    assert len(found) == (words is not None)
+    if words is not None:
+        assert found[0].startswith("providers.p.url: ")
+        assert words in found[0]
+    assert warnings_of(tmp_path, capsys, {**changes, "providers.p.parent_proxy": '"none"'}) == []
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+def test_a_variable_that_is_not_read_is_warned_of(
+    name: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the file says how providers are reached; the value may hold a password."""
+    monkeypatch.setenv(name, "http://team:s3cret@proxy.corp.example:3128")
+    changes: dict[str, str | None] = {"providers.p.url": '"https://a.example"'}
+    (warning,) = warnings_of(tmp_path, capsys, changes)
+    assert warning == f"${name} is set, and is not read: providers are reached through what " + (
+        "`parent_proxy` says, directly without it"
+    )
+    assert warnings_of(tmp_path, capsys, {**changes, "proxy.parent_proxy": PARENT}) == []
+    assert warnings_of(tmp_path, capsys, {**changes, "providers.p.parent_proxy": '"none"'}) == []

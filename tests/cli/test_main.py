@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmproxy.cli.main import main
-from llmproxy.config import parse
+from llmproxy.config import ClientKey, parse
 
 GOOD = """
 [proxy]
@@ -116,8 +116,34 @@ def test_a_new_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert line == f'keys = ["sha256:{digest.hexdigest()}"]'
     assert tomllib.loads(line)
     config = parse(f"{GOOD}[clients.team-a]\n{line}", environ={}, instance="1")
-    assert config.clients["team-a"].keys == (digest.digest(),)
+    assert config.clients["team-a"].keys == (ClientKey(hash=digest.digest()),)
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "expires"),
+    [
+        ("90d", 1_800_000_000 + 90 * 86400),
+        ("1h", 1_800_000_000 + 3600),
+        ("2027-01-31T00:00:00Z", 1_801_353_600),
+        ("2027-01-31T02:00:00+02:00", 1_801_353_600),
+    ],
+)
+def test_a_key_that_expires(
+    word: str,
+    expires: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The line for the file has the time, whether a key is new or was there."""
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.75)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"their-key")))
+    for command in (["new", "team-a"], ["hash"]):
+        assert main(["keys", *command, "--expires", word]) == 0
+        *made, line = capsys.readouterr().out.splitlines()
+        config = parse(f"{GOOD}[clients.team-a]\n{line}", environ={}, instance="1")
+        digest = hashlib.sha256((made or ["their-key"])[0].encode()).digest()
+        assert config.clients["team-a"].keys == (ClientKey(hash=digest, expires=float(expires)),)
 
 
 def test_no_key_twice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +227,8 @@ def test_a_key_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
         (["keys"], "COMMAND"),
         (["keys", "new"], "NAME"),
         (["keys", "new", "a b"], "expected a name"),
+        (["keys", "new", "a", "--expires", "soon"], "expected a duration such as 90d, or a date"),
+        (["keys", "new", "a", "--expires", "2027-01-31"], "a time with its offset"),
         (["keys", "new", "anonymous"], "expected another name"),
         (["demo", "--port", "65536"], "expected a port from 0 to 65535"),
         (["demo", "--admin-port", "-1"], "expected"),
@@ -227,7 +255,17 @@ def test_a_wrong_command_line(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["check"], ["keys"], ["keys", "new"], ["keys", "hash"], ["usage"], ["demo"]],
+    [
+        [],
+        ["run"],
+        ["check"],
+        ["explain"],
+        ["keys"],
+        ["keys", "new"],
+        ["keys", "hash"],
+        ["usage"],
+        ["demo"],
+    ],
     ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

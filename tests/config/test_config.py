@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.config import (
+    ClientKey,
     ConfigError,
     Override,
     Provider,
@@ -58,11 +59,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "max_connections": 20000,
             "tell_provider": True,
             "tuned_loop": True,
+            "parent_proxy": None,
+            "parent_proxy_credential": False,
+            "no_parent_proxy": ["localhost", "*.localhost", "127.0.0.0/8", "::1"],
             "via": "llmproxy-h-st-one",
         },
         "admin": {
             "listen": "tcp:9080:interface=127.0.0.1",
             "hosts": [],
+            "token": False,
             "metrics_listen": None,
         },
         "timeouts": {
@@ -100,6 +105,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "query": [],
                 "drop_query": [],
                 "ca": None,
+                "parent_proxy": None,
+                "parent_proxy_credential": False,
                 "pool": 1000,
                 "max_streams": None,
                 "queue": None,
@@ -118,6 +125,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "sticky_for": "1h",
                 "hosts": None,
                 "models": None,
+                "models_list": "upstream",
                 "allowed_origins": [],
                 "strip": True,
                 "override": {},
@@ -411,7 +419,7 @@ def test_a_client(named: dict[str, str], routes: tuple[str], models: tuple[str])
     """Keys are digests as bytes; a client may use every route and model, unless some are named."""
     changes = {f"clients.c.{key}": value for key, value in {"keys": KEYS_LINE, **named}.items()}
     client = accepted({"proxy.anonymous": None, **changes}).clients["c"]
-    assert (client.name, client.keys) == ("c", (bytes.fromhex(DIGEST),))
+    assert (client.name, client.keys) == ("c", (ClientKey(hash=bytes.fromhex(DIGEST)),))
     assert (client.routes, client.models) == (routes, models)
 
 
@@ -545,3 +553,29 @@ def test_the_parameter_of_a_query_that_holds_a_key(value: str, name: str | None)
 def test_origins_are_as_browsers_write_them(written: str, read: str) -> None:
     """In lower case, and without the port that the scheme has anyway."""
     assert web_origin(written) == read
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "2027-01-31T00:00:00Z",
+        '"2027-01-31T00:00:00Z"',
+        "2027-01-31 01:00:00+01:00",
+        '"2027-01-30T19:00:00-05:00"',
+    ],
+)
+def test_a_key_may_expire(at: str) -> None:
+    """Beside it stands one that does not; the time is TOML's own, or a string."""
+    hash_of = f'hash = "sha256:{DIGEST}"'
+    keys = (
+        f'["sha256:{"1" * 64}", {{ {hash_of}, expires = {at} }}, {{ hash = "sha256:{"2" * 64}" }}]'
+    )
+    config = accepted({"clients.c.keys": keys})
+    assert config.clients["c"].keys == (
+        ClientKey(hash=b"\x11" * 32),
+        ClientKey(hash=bytes.fromhex(DIGEST), expires=1801353600.0),
+        ClientKey(hash=b"\x22" * 32),
+    )
+    shown = config.redacted()["clients"]
+    assert isinstance(shown, dict)
+    assert shown["c"]["keys"] == 3

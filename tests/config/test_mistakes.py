@@ -12,6 +12,14 @@ from llmproxy.config.schema import Section
 from llmproxy.config.settings import ROOT, SECTIONS
 from tests.support.configs import DIGEST, KEYS_LINE, accepted, problems_of
 
+HASH = f'hash = "sha256:{DIGEST}"'
+
+
+def ends(at: str) -> str:
+    """Return a client's table with one key that expires then."""
+    return f"{{ keys = [{{ {HASH}, expires = {at} }}] }}"
+
+
 # --- one mistake, one problem ---------------------------------------------------------------------
 
 WRONG: list[tuple[str, str, str, str]] = [
@@ -72,6 +80,16 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.session_header", '["x-a", "cookie"]', "[1]", "a header that carries no key"),
     ("trace.session_header", "1", "", "expected an array"),
     ("credentials.directory", '"credentials"', "", "an absolute path"),
+    ("routes[0].models_list", '"both"', "", 'one of "upstream", "configured", got "both"'),
+    ("providers.p.credential", "1", "", "the bare name of a file"),
+    ("providers.p.credential", "{}", ".command", "expected this key, but it is missing"),
+    ("providers.p.credential", '{command = "/bin/x"}', ".command", "an array with at least one"),
+    ("providers.p.credential", "{command = []}", ".command", "an array with at least one item"),
+    ("providers.p.credential", '{command = ["token"]}', ".command", "a program's absolute path"),
+    ("providers.p.credential", '{command = ["/t", 1]}', ".command[1]", "expected a string"),
+    ("providers.p.credential", '{command = ["/t"], ttl = "off"}', ".ttl", "cannot be off"),
+    ("providers.p.credential", '{command = ["/t"], ttl = "0.5s"}', ".ttl", 'at least "1s"'),
+    ("providers.p.credential", '{command = ["/t"], tll = "5s"}', ".tll", 'did you mean "ttl"?'),
     ("providers.p.url", '"ftp://x"', "", 'expected an http:// or https:// URL, got "ftp://x"'),
     ("providers.p.url", "1", "", "an http:// or https:// URL"),
     ("providers.p.url", '"https://"', "", "an http:// or https:// URL"),
@@ -210,6 +228,15 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("clients.c", f"{{ keys = {KEYS_LINE}, routes = [] }}", ".routes", "at least one item"),
     ("clients.c", f'{{ keys = {KEYS_LINE}, models = [""] }}', ".models[0]", "a model"),
     ("clients.c", "{ keys = [] }", ".keys", "at least one item"),
+    ("clients.c", "{ keys = [{}] }", ".keys[0].hash", "expected this key, but it is missing"),
+    ("clients.c", '{ keys = [{ hash = "x" }] }', ".keys[0].hash", "`llmproxy keys new c` makes"),
+    ("clients.c", f"{{ keys = [{{ {HASH}, expired = 1 }}] }}", ".keys[0].expired", '"expires"?'),
+    ("clients.c", ends("2027-01-31"), ".keys[0].expires", "a date with a time and an offset"),
+    ("clients.c", ends("2027-01-31T00:00:00"), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"2027-01-31T00:00:00"'), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"2027-01-31"'), ".keys[0].expires", "a time with its offset"),
+    ("clients.c", ends('"90d"'), ".keys[0].expires", 'such as "2027-01-31T00:00:00Z", got "90d"'),
+    ("clients.c", ends("1800000000"), ".keys[0].expires", "a date with a time and an offset"),
     ("clients.c", "{}", ".keys", "is missing; `llmproxy keys new c` makes a key"),
     ("clients.c", '"key"', "", "expected a table, got a string"),
     (
@@ -319,7 +346,7 @@ def test_other_headers_may_be_set(name: str) -> None:
 
 
 NOT_BUILT = [
-    *("intercept", "tunnel", "admin.token", "routes[0].heartbeat", "routes[0].padding"),
+    *("intercept", "tunnel", "routes[0].heartbeat", "routes[0].padding"),
 ]
 
 
@@ -551,3 +578,10 @@ def test_the_keys_of_a_section_are_listed(place: str, section: Section) -> None:
     """A key that is like none of its section gets the list of them all."""
     names = ", ".join(section.names)
     assert f"{place}zzz: unknown key; expected one of {names}" in problems_of({f"{place}zzz": "1"})
+
+
+def test_a_list_of_models_is_not_made_for_gemini() -> None:
+    """Its shape is another one, and a list in a wrong shape is worse than the provider's."""
+    changes = {"providers.p.dialect": '"gemini"', "routes[0].models_list": '"configured"'}
+    (problem,) = problems_of(changes)
+    assert problem.startswith('routes[0].models_list: expected "upstream", as a provider')

@@ -105,6 +105,7 @@ PLACES = {
     "providers.*.queue": "providers.p.queue",
     "routes": "routes[0]",
     "routes.override.*": "routes[0].override.p",
+    "providers.*.credential": "providers.p.credential",
     "clients.*": "clients.c",
 }
 DEFAULTS = [
@@ -122,12 +123,15 @@ def test_a_documented_default_is_the_one_in_force(
     """A file that writes the default down gives the same configuration as a file without it."""
     monkeypatch.setattr(socket, "gethostname", lambda: "HOSTNAME")
     base: dict[str, str | None] = {"clients.c.keys": KEYS_LINE, "trace.ledger": '"/l"'}
+    base["proxy.parent_proxy"] = '"http://p:3128"'
     if key == "proxy.anonymous":
         base[key] = None
     if key.startswith("providers.p.queue"):
         base |= {"providers.p.max_streams": "1", "providers.p.queue.size": "200"}
     if key == "routes[0].override.p.weight":
         base["routes[0].override.p.model"] = '"m"'
+    if key.startswith("providers.p.credential."):
+        base["providers.p.credential.command"] = '["/bin/token"]'
     assert accepted({**base, key: default}) == accepted(base)
 
 

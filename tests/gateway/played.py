@@ -128,7 +128,7 @@ class PlayedGateway:
             f'{more}\n[clients.c]\nkeys = ["{KEY}"]\n{client}',
             environ={},
         )
-        self.client = config.clients["c"]
+        self.config, self.client = config, config.clients["c"]
         self.clock = Clock()
         self.clock.advance(1000)
         self.upstream, self.sink, self.metrics = PlayedUpstream(), KeptTraces(), Metrics("1")

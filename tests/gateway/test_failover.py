@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from twisted.internet.error import ConnectionDone
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from llmproxy.errors import ProxyError, upstream_broken, upstream_timeout, upstream_unreachable
 from tests.gateway.played import BODY, JSON, PlayedGateway, PlayedResponse
+from tests.support.live_proxy import write_credential
 from tests.support.sockets import request
 
 OTHERS = "".join(
@@ -17,13 +21,15 @@ OTHERS = "".join(
 )
 
 
-def played(*, route: str = "", provider: str = "", candidates: str = "p q") -> PlayedGateway:
+def played(
+    *, route: str = "", provider: str = "", candidates: str = "p q", more: str = ""
+) -> PlayedGateway:
     """A route with several candidates, each of which has the same keys."""
     return PlayedGateway(
         candidates=candidates,
         route=route,
         provider=provider,
-        more=OTHERS.replace("MORE", provider),
+        more=OTHERS.replace("MORE", provider) + more,
     )
 
 
@@ -274,6 +280,38 @@ def test_where_all_cool_down_the_client_is_told_when_to_come_again() -> None:
     assert serve(gateway) == "q"
 
 
+def test_what_others_were_refused_is_asked_when_nobody_else_is_left() -> None:
+    """A request that is too large for all providers closes none of them to other clients."""
+    other = hashlib.sha256(b"other").hexdigest()
+    gateway = played(more=f'[clients.other]\nkeys = ["sha256:{other}"]\n')
+    gateway.call()
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response(429, (b"retry-after", b"9")).end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.send(request("POST", "/p/v1", "X-Api-Key: other", JSON, body=BODY))
+    assert names(gateway) == ["q"], "the one that is ready first"
+    fail(gateway, upstream_unreachable("no"))
+    assert names(gateway) == ["q", "p"]
+    gateway.response().end()
+    assert gateway.got()[0] == 200
+    tried = [(one.provider, one.outcome) for one in gateway.sink.traces[-1].attempts]
+    skipped = [("p", "skipped"), ("q", "skipped")]
+    assert tried == [*skipped, ("q", "upstream_unreachable"), ("p", "ok")]
+
+
+def test_a_single_candidate_is_asked_whatever_is_known_of_it() -> None:
+    """Its own response says more than the proxy could."""
+    gateway = PlayedGateway(provider="health = { failures = 1 }")
+    for _ in range(5):
+        gateway.call()
+        gateway.response(429, (b"retry-after", b"20")).end()
+        assert gateway.got()[0] == 429
+        gateway.call()
+        fail(gateway, upstream_unreachable("no"))
+        assert gateway.refusal() == (502, "upstream_unreachable")
+
+
 def test_a_cooldown_is_for_one_model() -> None:
     """Another model of the same provider is asked at once."""
     gateway = played()
@@ -367,6 +405,8 @@ def test_a_full_provider_is_passed_over() -> None:
     first = gateway.response()
     gateway.connect()
     assert serve(gateway) == "q"
+    tried = [(one.provider, one.outcome, one.cause) for one in gateway.sink.traces[0].attempts]
+    assert tried == [("p", "skipped", "busy"), ("q", "ok", None)]
     first.end()
     gateway.clock.advance(0)
     assert serve(gateway) == "p"
@@ -439,3 +479,74 @@ def test_the_time_in_the_queue_is_nobodys_slowness() -> None:
     first.end()
     gateway.clock.advance(0)
     assert gateway.asked.timeouts.first_byte == 600
+
+
+# --- switches and credentials ---------------------------------------------------------------------
+
+
+def test_a_provider_that_is_switched_off_is_passed_over() -> None:
+    """The next one is asked; where all are off, the client is told so."""
+    gateway = played()
+    switches = gateway.gateway.standing.switches
+    switches.disable("p", None, None, "somebody")
+    assert serve(gateway) == "q"
+    skipped = gateway.sink.traces[-1].attempts[0]
+    assert (skipped.provider, skipped.outcome, skipped.cause) == ("p", "skipped", "disabled")
+    switches.disable("q", "m", 20, "somebody")
+    gateway.call()
+    assert gateway.refusal() == (503, "provider_disabled")
+    gateway.call(body=b'{"model": "another"}')
+    assert gateway.asked.provider == "q"
+
+
+def test_a_single_provider_that_is_switched_off_is_not_asked() -> None:
+    """And is again once its time is over."""
+    gateway = PlayedGateway()
+    gateway.gateway.standing.switches.disable("p", None, 20, "somebody")
+    gateway.call()
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"retry-after"]) == (503, b"20")
+    gateway.clock.advance(20)
+    assert serve(gateway) == "p"
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_refused_credential_is_passed_over_whatever_retry_on_says(
+    code: int, tmp_path: Path
+) -> None:
+    """It is the proxy's own fault, not the caller's."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    for credential, expected in (("", ["p"]), ('credential = "key"', ["p", "q"])):
+        gateway = played(route="retry_on = []", provider=credential, more=secret)
+        gateway.call()
+        gateway.response(code).end()
+        assert names(gateway) == expected
+
+
+def test_a_refused_credential_is_logged_once_a_minute(tmp_path: Path) -> None:
+    """Loud, but not once for each request; nobody but the operator can mend it."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    gateway = played(provider='credential = "key"', more=secret)
+    with capturedLogs() as logs:
+        for _ in range(4):
+            gateway.connect()
+            gateway.call()
+            gateway.response(403).end()
+            gateway.response().end()
+            gateway.clock.advance(25)
+    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.warn]
+    assert said == ["providers.p: the provider refuses the proxy's credential (403)"] * 2
+
+
+def test_a_403_leaves_nobody_alone(tmp_path: Path) -> None:
+    """It is often about one model, and says nothing of the provider."""
+    secret = write_credential(tmp_path, "key", "sk-secret")
+    gateway = played(provider='credential = "key"', more=secret)
+    for _ in range(20):
+        gateway.call()
+        gateway.response(403).end()
+        gateway.response().end()
+        gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.call()
+    assert names(gateway) == ["p"]

@@ -5,6 +5,7 @@ The test plays clients, providers and the clock.  A failure names the seed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections import Counter
@@ -31,6 +32,13 @@ sticky_for = "30s"
 retry_on = ["connect", "reset", "timeout", 429, 503]
 timeouts = { total = "20s" }
 """
+LIMITED = f"""
+[clients.limited]
+keys = ["sha256:{hashlib.sha256(b"other").hexdigest()}"]
+max_streams = 5
+tokens_per_minute = 40000
+tokens_per_day = 1000000000
+"""
 OTHERS = "".join(
     f'[providers.{name}]\nurl = "https://{name}.example"\ndialect = "openai"\n{PROVIDER}\n'
     for name in NAMES[1:]
@@ -47,8 +55,12 @@ class Crowd:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.gateway = PlayedGateway(
-            candidates=" ".join(NAMES), provider=PROVIDER, route=ROUTE, more=OTHERS
+            candidates=" ".join(NAMES),
+            provider=PROVIDER,
+            route=ROUTE,
+            more=OTHERS + LIMITED,
         )
+        self.gateway.gateway.limits.follow(self.gateway.config.clients)
         self.clients: list[Any] = [self.gateway.transport]
         self.bodies: list[PlayedResponse] = []
         self.calls = 0
@@ -58,7 +70,8 @@ class Crowd:
         gateway, session = self.gateway, self.rng.randrange(12)
         gateway.connect()
         self.clients.append(gateway.transport)
-        fields = ("X-Api-Key: key", JSON, f"X-Session-Id: {session}")
+        key = self.rng.choice(("key", "key", "other"))
+        fields = (f"X-Api-Key: {key}", JSON, f"X-Session-Id: {session}")
         gateway.send(request("POST", "/p/v1", *fields, body=BODY))
         self.calls += 1
 
@@ -117,6 +130,8 @@ class Crowd:
             self.go_on()
         elif kind < 0.9:
             self.leave()
+        elif kind < 0.91:
+            self.gateway.clock.advance(20)
         else:
             self.gateway.clock.advance(self.rng.choice((0, 0.1, 0.5, 1.5)))
 
@@ -133,7 +148,7 @@ def test_random_lives_leave_nothing_behind() -> None:
     while crowd.clients:
         crowd.leave()
     gateway.clock.advance(0)
-    for _ in range(30):
+    for _ in range(90):
         gateway.clock.advance(1)
 
     traces = gateway.sink.traces
@@ -148,7 +163,12 @@ def test_random_lives_leave_nothing_behind() -> None:
     ends = Counter(trace.end_reason for trace in traces)
     assert ends.keys() == ENDS
     reasons = {trace.error for trace in traces if trace.end_reason == "rejected"}
-    assert reasons >= {"queue_full", "queue_timeout", "all_cooling"}
+    assert reasons >= {"queue_full", "queue_timeout", "all_cooling", "limited"}
+    remaining = gateway.gateway.limits.remaining()
+    assert remaining["limited", "max_streams"] == 5, f"seed {SEED}"
+    assert remaining["limited", "tokens_per_minute"] == 40000, "the minute is over"
+    spent = 1_000_000_000 - remaining["limited", "tokens_per_day"]
+    assert spent == sum(trace.counted_tokens or 0 for trace in traces), f"seed {SEED}"
     assert any(len(trace.attempts) == 3 for trace in traces)
     for trace in traces:
         asked = [one.provider for one in trace.attempts if one.outcome != "skipped"]

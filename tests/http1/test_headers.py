@@ -40,7 +40,6 @@ def sent(fields: Fields, **changes: Any) -> Fields:
     """Return the fields that the provider gets."""
     prepared: dict[str, Any] = {
         "pass_credential": False,
-        "credential": None,
         "dropped": (),
         "defaults": (),
         "accept_events": True,
@@ -50,10 +49,14 @@ def sent(fields: Fields, **changes: Any) -> Fields:
         "request_id": b"our-id",
         "streams": False,
         "identity": True,
+        "credential": None,
     }
     for name, value in changes.items():
         (prepared if name in prepared else each)[name] = value
-    return HeaderRewriter(**prepared).for_provider(fields, dict(fields), **each)
+    credential = None if each["credential"] is None else each["credential"][0]
+    return HeaderRewriter(credential=credential, **prepared).for_provider(
+        fields, dict(fields), **each
+    )
 
 
 def crossed(fields: Fields, request_id: bytes) -> Fields:

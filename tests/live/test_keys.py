@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from tests.support.daemon import provider_table, route_table
@@ -44,6 +46,12 @@ def show(field: str, key: str = KEY) -> str:
 
 
 SECRETS = {"key": CREDENTIAL}
+EXPIRED, AGING = "llmp_expired-key", "llmp_aging-key"
+ROTATING = [
+    f'{{ hash = "sha256:{hashlib.sha256(key.encode()).hexdigest()}", expires = {at} }}'
+    for key, at in ((EXPIRED, "2026-01-01T00:00:00Z"), (AGING, '"2099-01-01T00:00:00Z"'))
+]
+CLIENTS += f"[clients.rotating]\nkeys = [{', '.join(ROTATING)}]\n"
 live = live_fixture(CONFIG + CLIENTS, proxy="", credentials=SECRETS)
 open_to_all = live_fixture(CONFIG + CLIENTS, credentials=SECRETS)
 
@@ -240,3 +248,24 @@ def test_our_credential_acts_for_no_account_of_the_callers(live: LiveProxy) -> N
     assert received.values(b"true-client-ip") == []
     got = live.reject(request("GET", "/open/x", known, "true_client_ip: 10.0.0.1"))
     assert (got.status, got.error) == (400, "bad_header")
+
+
+@pytest.mark.parametrize("route", DIALECTS)
+def test_a_key_that_has_expired_gets_an_error_that_says_so(live: LiveProxy, route: str) -> None:
+    """The error has the shape of the route's dialect; the client's other key is good."""
+    got = live.reject(request("GET", f"/{route}/x", show("x-api-key", EXPIRED)))
+    assert (got.status, got.error) == (401, "key_expired")
+    assert "has expired" in got.json()["error"]["message"]
+    assert EXPIRED.encode() not in got.body
+    assert live.daemon.wait_log("", error="key_expired")["detail"] == "a key of rotating"
+    record = live.trace(got)
+    assert (record["client"], record["error"]) == (None, "key_expired")
+    _, got = live.ask(request("GET", f"/{route}/x", show("x-api-key", AGING)))
+    assert live.trace(got)["client"] == "rotating"
+
+
+def test_when_the_next_key_expires_is_a_metric(live: LiveProxy) -> None:
+    """Only clients whose keys expire have one."""
+    name = "llmproxy_client_key_expires_timestamp_seconds"
+    found = {key: at for key, at in live.daemon.metrics().items() if key.startswith(name)}
+    assert found == {f'{name}{{client="rotating"}}': 4070908800.0}

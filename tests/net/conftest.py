@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from OpenSSL import SSL
+from twisted.internet.protocol import ClientFactory, Protocol
 
-from llmproxy.net.tcp import DirectConnector, DirectServer
-from llmproxy.net.tls import TlsConnector, TlsServer
+from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
+from llmproxy.net.tls import TlsBehindPlain, TlsConnector, TlsServer
 from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
 from tests.support.tls_peer import ENGINES, Contexts, TlsPeer
@@ -22,23 +23,42 @@ class OpenTls:
 
     Args:
         contexts: of the version.
-        server: our end is the server.
+        role: of our end: ``server``, ``client``, or ``later``: a client whose connection was plain
+            at first.
     """
 
-    def __init__(self, contexts: Contexts, server: bool) -> None:
+    def __init__(self, contexts: Contexts, role: str) -> None:
         self.contexts = contexts
-        self.server = server
+        self.role = role
+        self.server = server = role == "server"
+        self.plain: Any = None  # the transport that was there before
         self.ours: SSL.Context = contexts.openssl(server)
 
     def raw(self, end: End | None = None, *, small: bool = False) -> Any:
         """Open a connection whose other end has sent nothing yet."""
         if self.server:
             return held_server(partial(TlsServer, self.on_socket), end, small=small)
+        if self.role == "later":
+            return held_client(self.later, end, small=small)
         return held_client(partial(TlsConnector, self.on_socket), end, small=small)
 
     def on_socket(self, transport: Any) -> SSL.Connection:
         """Return OpenSSL's side of our end."""
         return SSL.Connection(self.ours, transport.socket)
+
+    def later(self, host: str, port: int, factory: Any, *others: Any) -> DirectConnector:
+        """Connect without TLS, and begin it when the connection is there."""
+        opened = self
+
+        class Plain(Protocol):
+            def connectionMade(self) -> None:
+                opened.plain = self.transport
+                end = factory.buildProtocol(None)
+                TlsBehindPlain(opened.on_socket, cast(DirectClient, self.transport), end)
+
+        plain: Any = ClientFactory.forProtocol(Plain)
+        plain.noisy = False
+        return DirectConnector(host, port, plain, *others)
 
     def peer(self, held: TwoEnds, engine: str = "ssl") -> TlsPeer:
         """Return the other end, which speaks TLS."""
@@ -115,7 +135,7 @@ def contexts(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Contexts
     return Contexts(request.param, tmp_path_factory.mktemp("contexts"))
 
 
-@pytest.fixture(params=[True, False], ids=["server", "client"])
+@pytest.fixture(params=["server", "client", "later"])
 def tls(request: Any, contexts: Contexts) -> OpenTls:
     """Our end in each role."""
     return OpenTls(contexts, request.param)
@@ -127,15 +147,14 @@ def tcp(request: Any) -> OpenTcp:
     return OpenTcp(request.param)
 
 
-@pytest.fixture(scope="module", params=["tcp", "1.2", "1.3"])
-def security(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Contexts | None:
-    """Contexts of TLS, or none for TCP."""
-    if request.param == "tcp":
-        return None
-    return Contexts(request.param, tmp_path_factory.mktemp("contexts"))
+_ROLES = [("tcp", "server"), ("tcp", "client")]
+_ROLES += [(version, role) for version in ("1.2", "1.3") for role in ("server", "client", "later")]
 
 
-@pytest.fixture(params=[True, False], ids=["server", "client"])
-def direct(request: Any, security: Contexts | None) -> OpenTcp | OpenTls:
+@pytest.fixture(scope="module", params=_ROLES, ids="-".join)
+def direct(request: Any, tmp_path_factory: pytest.TempPathFactory) -> OpenTcp | OpenTls:
     """Our end in each role, with TLS and without."""
-    return OpenTls(security, request.param) if security else OpenTcp(request.param)
+    version, role = request.param
+    if version == "tcp":
+        return OpenTcp(role == "server")
+    return OpenTls(Contexts(version, tmp_path_factory.mktemp("contexts")), role)

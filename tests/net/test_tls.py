@@ -19,15 +19,55 @@ import pytest_twisted
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import Factory
 from zope.interface import directlyProvides
 
 from llmproxy.net.tls import TlsServer
 from tests.net.conftest import OpenTls, fill, reasons
-from tests.support.ends import End, Push, listening
+from tests.support.ends import End, Push, listening, reactor
 from tests.support.fake_transport import turn, until
 from tests.support.tls_peer import Contexts
 
 BULK = random.Random(7).randbytes(3_000_000)
+
+
+# -- behind a plain connection --------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_transport_that_gave_its_socket_away_touches_it_no_more(contexts: Contexts) -> None:
+    """Whatever is still called on it, the other transport reads, writes and stays open."""
+    tls = OpenTls(contexts, "later")
+    async with tls.raw() as held:
+        for call in ("doWrite", "startWriting", "stopWriting", "stopReading"):
+            getattr(tls.plain, call)()
+        tls.plain.write(b"in the clear")
+        tls.plain.loseConnection()
+        tls.plain.abortConnection()
+        peer = tls.peer(held)
+        await peer.handshake()
+        held.transport.write(b"1")
+        assert await peer.hear(1) == b"1"
+        held.sock.send(peer.records(b"2"))
+        await until(lambda: held.end.received == b"2")
+        assert str(held.transport) == f"<TlsBehindPlain to {held.sock.getsockname()}>"
+
+
+@pytest_twisted.ensureDeferred
+async def test_both_ends_keep_their_addresses_behind_a_plain_connection(contexts: Contexts) -> None:
+    """They may be of IPv6."""
+    tls, end = OpenTls(contexts, "later"), End()
+    factory: Any = Factory.forProtocol(lambda: end)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        port = listener.getsockname()[1]
+        tls.later("::1", port, factory, 20, None, reactor).connect()
+        await until(lambda: end.transport)
+        sock, _ = listener.accept()
+        with sock:
+            transport: Any = end.transport
+            assert (transport.getPeer().host, transport.getPeer().port) == ("::1", port)
+            assert transport.getHost().port == sock.getpeername()[1]
+        await until(lambda: end.lost)
 
 
 # -- the handshake --------------------------------------------------------------------------
@@ -172,7 +212,7 @@ async def test_a_peer_that_leaves_in_the_handshake_is_a_loss(tls: OpenTls, how: 
 @pytest_twisted.ensureDeferred
 async def test_a_peer_that_is_not_trusted_is_an_error_of_tls(contexts: Contexts) -> None:
     """The client's reason is OpenSSL's, and that peer gets no content."""
-    ours = OpenTls(contexts, False)
+    ours = OpenTls(contexts, "client")
     ours.ours = contexts.openssl(False, trusted=False)
     async with ours.raw() as held:
         held.transport.write(b"secret")
@@ -418,7 +458,7 @@ async def test_a_close_notify_that_the_kernel_does_not_take_waits(
     contexts: Contexts, rest: int
 ) -> None:
     """Bytes before it have just filled the kernel; close_notify comes all the same."""
-    tls = OpenTls(contexts, True)
+    tls = OpenTls(contexts, "server")
     async with tls.handshake_done(small=True) as peer:
         transport = peer.held.transport
         size = 0
@@ -489,7 +529,7 @@ async def test_a_key_update_of_the_peer_works(tmp_path: Path) -> None:
     program = shutil.which("openssl")
     if program is None:
         pytest.skip("needs the openssl program")
-    tls, end = OpenTls(Contexts("1.3", tmp_path), True), End()
+    tls, end = OpenTls(Contexts("1.3", tmp_path), "server"), End()
     end.on_data = lambda end: end.transport.write(b"<" + end.pieces[-1].strip() + b">")  # type: ignore[union-attr]  # it is connected
     async with listening(partial(TlsServer, tls.on_socket), end) as port:
         client = subprocess.Popen(

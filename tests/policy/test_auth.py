@@ -11,18 +11,23 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 
-from llmproxy.config import Client, Config, Proxy
+from llmproxy.config import Client, ClientKey, Config, Proxy
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields, first_values
 from llmproxy.http1.headers import KEY_FIELDS
-from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces, cut_keys
+from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces, cut_keys, soonest_ends
 
 
 def client(name: str, *keys: str) -> Client:
     """Return a client with these keys."""
-    return Client(name=name, keys=tuple(hashlib.sha256(key.encode()).digest() for key in keys))
+    return Client(name=name, keys=tuple(ClientKey(hash=digest(key)) for key in keys))
+
+
+def digest(key: str) -> bytes:
+    """Return the digest of a key."""
+    return hashlib.sha256(key.encode()).digest()
 
 
 MADE = "llmp_" + "aB3-_" * 8 + "xyz"
@@ -32,6 +37,7 @@ OWN, LONG = "an-operators:own/key==", "operators-own_key.2026"
 ODD = "an odd, key; of=ours"
 CLIENTS = {"a": client("a", "key-a", "key-a2"), "b": client("b", "key-b", MADE, OWN, LONG, ODD)}
 _HERE = KeyPlaces()
+NOW = 1000.0
 
 
 PASSING, IN_QUERY = KeyPlaces(passes=True), KeyPlaces(query=b"key")
@@ -43,12 +49,13 @@ def identify(
     *,
     anonymous: bool = False,
     places: KeyPlaces = _HERE,
+    clients: dict[str, Client] = CLIENTS,
 ) -> str:
     """Return the name of the client that fields and target identify.
 
     The short way, which knows the first value of each field, must come to the same.
     """
-    auth = Auth(Config(proxy=Proxy(anonymous=anonymous), clients=CLIENTS))
+    auth = Auth(Config(proxy=Proxy(anonymous=anonymous), clients=clients), lambda: NOW)
     found, other = (
         _outcome(partial(auth.identify, fields, target, places, *first))
         for first in ((), (first_values(fields),))
@@ -413,7 +420,7 @@ def test_a_key_in_a_query_that_is_not_read_is_refused(target: bytes) -> None:
 def test_a_short_key_may_be_part_of_a_word_by_chance(length: int, found: bool) -> None:
     """From 16 bytes on it cannot."""
     key = "k" * length
-    auth = Auth(Config(clients={"c": client("c", key)}))
+    auth = Auth(Config(clients={"c": client("c", key)}), lambda: NOW)
     fields = [(b"x-llmproxy-key", key.encode()), (b"x-a", b"a" + key.encode() + b"z")]
     if found:
         with pytest.raises(ProxyError):
@@ -443,3 +450,85 @@ def test_a_key_does_not_cross_as_a_hop() -> None:
     """The client's ``Via`` stands before ours."""
     key = LONG.encode()
     assert refusal([(b"x-api-key", key), (b"via", b"1.1 " + key)]).cause == "the header via"
+
+
+# --- keys that expire -----------------------------------------------------------------------------
+
+
+def expiring(name: str, **ends: float | None) -> Client:
+    """Return a client whose keys expire then."""
+    keys = (ClientKey(hash=digest(key), expires=end) for key, end in ends.items())
+    return Client(name=name, keys=tuple(keys))
+
+
+ROTATING = {
+    "a": expiring("a", old=NOW - 1, new=NOW + 0.1, now=NOW),
+    "b": expiring("b", gone=NOW - 1, lasting=None),
+}
+
+
+@pytest.mark.parametrize(("key", "name"), [("new", "a"), ("lasting", "b")])
+def test_a_key_is_good_until_it_expires(key: str, name: str) -> None:
+    """Two keys of a client are good at a time, so that one can take the place of the other."""
+    assert identify([(b"x-api-key", key.encode())], clients=ROTATING) == name
+
+
+@pytest.mark.parametrize("key", ["old", "now", "gone"])
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_a_key_that_has_expired_is_refused(key: str, anonymous: bool) -> None:
+    """Only who shows the right key is told so; nobody becomes anonymous by it."""
+    for fields in (
+        [(b"x-api-key", key.encode())],
+        [(b"authorization", b"Bearer " + key.encode()), (b"x-kept", b"1")],
+    ):
+        with pytest.raises(ProxyError) as caught:
+            identify(fields, clients=ROTATING, anonymous=anonymous)
+        assert (caught.value.status, caught.value.reason) == (401, "key_expired")
+        assert f"The key in {fields[0][0].decode()} has expired." in caught.value.message
+        assert (b"www-authenticate", b"Bearer") in caught.value.fields
+    with pytest.raises(ProxyError) as caught:
+        identify([(b"x-api-key", key.encode() + b"x")], clients=ROTATING, anonymous=anonymous)
+    assert caught.value.reason == "unknown_key"
+
+
+def test_one_good_key_of_the_client_is_enough() -> None:
+    """A program may send the key of before from its environment, beside the new one."""
+    fields = [(b"x-api-key", b"old"), (b"authorization", b"Bearer new")]
+    assert identify(fields, clients=ROTATING) == "a"
+    fields[1] = (b"authorization", b"Bearer now")
+    with pytest.raises(ProxyError, match="The key in x-api-key and authorization has expired"):
+        identify(fields, clients=ROTATING)
+
+
+def test_keys_of_two_clients_disagree_whether_or_not_one_has_expired() -> None:
+    """It is not for an expired key to say who calls, and not for chance either."""
+    fields = [(b"x-api-key", b"old"), (b"authorization", b"Bearer lasting")]
+    with pytest.raises(ProxyError) as caught:
+        identify(fields, clients=ROTATING)
+    assert caught.value.reason == "keys_disagree"
+
+
+def test_an_expired_key_does_not_cross_either() -> None:
+    """It is as much a secret of the client's as before."""
+    with pytest.raises(ProxyError) as caught:
+        identify([(b"x-api-key", b"new")], b"/v1?key=old", clients=ROTATING)
+    assert caught.value.reason == "misplaced_key"
+
+
+@pytest.mark.parametrize(
+    ("ends", "soonest"),
+    [
+        ({"k": None}, None),
+        ({"k": NOW + 9}, NOW + 9),
+        ({"k": NOW + 9, "l": NOW + 5, "m": None}, NOW + 5),
+        ({"k": NOW - 9, "l": NOW + 5}, NOW + 5),
+        ({"k": NOW - 9, "l": NOW - 5}, NOW - 5),
+        ({"k": NOW - 9, "l": None}, None),
+    ],
+)
+def test_the_next_end_of_a_clients_keys(
+    ends: dict[str, float | None], soonest: float | None
+) -> None:
+    """It is what an alert waits for: an old key that is still in the file is not."""
+    config = Config(clients={"c": expiring("c", **ends)})
+    assert soonest_ends(config, NOW) == ({} if soonest is None else {"c": soonest})

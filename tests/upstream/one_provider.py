@@ -17,7 +17,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
-from llmproxy.config import Config, Timeouts, Url
+from llmproxy.config import Config, ParentProxy, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ProxyError
@@ -151,6 +151,8 @@ class OneProviderPool(_Connections):
         where: the provider, or its URL.
         ca: the authority's file, where the provider is trusted by it.
         resolver: a shared resolver, in the place of one that asks :attr:`lookup`.
+        parent: the proxy through which the provider is reached.
+        direct: with the transports of ``net/``; else with Twisted's own.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class OneProviderPool(_Connections):
         size: int = 10,
         pool_idle: float | None = 60.0,
         resolver: Resolver | None = None,
+        parent: ParentProxy | None = None,
+        direct: bool = True,
     ) -> None:
         super().__init__()
         self.lookup = Lookup()
@@ -180,6 +184,8 @@ class OneProviderPool(_Connections):
             resolver=self.resolver,
             pool_idle=pool_idle,
             max_head=4096,
+            parent=parent,
+            direct=direct,
         )
 
     def counts(self) -> dict[Any, int]:
@@ -215,13 +221,21 @@ class OneProviderUpstream(_Connections):
     Args:
         where: the provider, or its URL.
         ca: the authority's file, where the provider is trusted by it.
+        parent: the proxy through which the provider is reached.
     """
 
-    def __init__(self, where: Provider | Url, *, ca: Path | None = None) -> None:
+    def __init__(
+        self, where: Provider | Url, *, ca: Path | None = None, parent: ParentProxy | None = None
+    ) -> None:
         super().__init__()
         url = url_of(where) if isinstance(where, Provider) else where
         self.provider = ProviderConfig(
-            name="p", url=url, dialect=Dialect.RAW, ca=None if ca is None else str(ca)
+            name="p",
+            url=url,
+            dialect=Dialect.RAW,
+            ca=None if ca is None else str(ca),
+            parent_proxy=None if parent is None else parent.url,
+            parent_proxy_credential=None if parent is None else parent.credential,
         )
         self.upstream = Upstream(self.reactor, self.reactor.seconds, config_of(self.provider))
 

@@ -16,12 +16,13 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
 
-from llmproxy.config import Timeouts, Url
+from llmproxy.config import ParentProxy, Timeouts, Url
 from llmproxy.upstream import client
 from llmproxy.upstream.resolver import Resolver
 from llmproxy.upstream.response import Response
 from tests.support.fake_transport import Collector, until
 from tests.support.kernel import held
+from tests.support.parents import ESTABLISHED
 from tests.support.sockets import WAIT, Provider, Wire, chunked
 from tests.support.tls import Authority
 from tests.upstream.one_provider import Lookup, OneProviderUpstream, upstream_of, url_of
@@ -37,20 +38,34 @@ ENDS = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 class WatchingProvider(Provider):
     """A provider that plays a phase, and notes when its connection ends.
 
+    Args:
+        authority: issues its certificate.
+        tls: it speaks TLS.
+        tunnelled: it is a parent proxy, and the provider behind it.
+
     Attributes:
+        opens: whether it opens the tunnel that it is asked for.
         play: brings a connection into the phase.
         reached: set when it is there.
         over: set at the connection's end, which came at ``ended``, in seconds.
     """
 
-    def __init__(self, authority: Authority, *, tls: bool) -> None:
-        super().__init__(self._watch, tls=authority.server() if tls else None, receive_buffer=4096)
+    def __init__(self, authority: Authority, *, tls: bool, tunnelled: bool = False) -> None:
+        context = authority.server() if tls else None
+        super().__init__(self._watch, tls=None if tunnelled else context, receive_buffer=4096)
+        self._inner = context
+        self.opens = tunnelled
         self.play: Callable[[Wire], object] = lambda wire: None
         self.reached = threading.Event()
         self.over = threading.Event()
         self.ended = 0.0
 
     def _watch(self, wire: Wire) -> None:
+        if self.opens:
+            wire.read_head()
+            wire.send(ESTABLISHED)
+            if self._inner is not None:
+                wire.sock = self._inner.wrap_socket(wire.sock, server_side=True)
         self.play(wire)
         self.reached.set()
         poll = select.poll()
@@ -111,6 +126,17 @@ async def awaiting_a_whole_response(
     return await before_the_head(provider, upstream, "POST", body=b'{"stream":false}')
 
 
+async def tunnel(provider: WatchingProvider, upstream: OneProviderUpstream) -> Any:
+    """The parent has the CONNECT, and sent half an answer."""
+
+    def play(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(b"HTTP/1.1 200 ")
+
+    provider.opens, provider.play = False, play
+    return await before_the_head(provider, upstream)
+
+
 async def handshake(provider: WatchingProvider, upstream: OneProviderUpstream) -> Any:
     """The provider has the ClientHello, and does not respond to it."""
     provider.play = Wire.receive
@@ -162,23 +188,37 @@ async def behind_the_head(
 
 
 PHASES = [sending, awaiting_the_head, awaiting_a_whole_response, unread, first_chunk, mid_stream]
-CELLS = [(phase, tls) for phase in PHASES for tls in (False, True)] + [(handshake, True)]
+CELLS = [(phase, tls, far) for phase in PHASES for tls in (False, True) for far in (False, True)]
+CELLS += [(handshake, True, False), (handshake, True, True)]
+CELLS += [(tunnel, False, True), (tunnel, True, True)]
 
 
 @pytest.mark.parametrize(
-    ("phase", "tls"),
+    ("phase", "tls", "tunnelled"),
     CELLS,
-    ids=[f"{phase.__name__}, {'tls' if tls else 'plain'}" for phase, tls in CELLS],
+    ids=[
+        f"{phase.__name__}, {'tls' if tls else 'plain'}{', tunnelled' if far else ''}"
+        for phase, tls, far in CELLS
+    ],
 )
 @ensureDeferred
 async def test_the_provider_sees_the_end_at_once(
-    authority: Authority, phase: Giving, tls: bool, request: pytest.FixtureRequest
+    authority: Authority,
+    phase: Giving,
+    tls: bool,
+    tunnelled: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Twenty requests are given up in the same phase: each ends at once and leaves nothing."""
-    provider = WatchingProvider(authority, tls=tls and phase is not handshake)
+    """Twenty requests are given up in the same phase: each ends at once and leaves nothing.
+
+    Behind a parent proxy it is the parent that sees it; what it does then is its own affair.
+    """
+    shakes = tls and phase is not handshake
+    provider = WatchingProvider(authority, tls=shakes, tunnelled=tunnelled)
     url = url_of(provider, host="localhost", scheme="https" if tls else "http")
+    parent = ParentProxy(url_of(provider, scheme="http"), None) if tunnelled else None
     took: list[float] = []
-    async with upstream_of(provider, url, ca=authority.ca_path) as (_, upstream):
+    async with upstream_of(provider, url, ca=authority.ca_path, parent=parent) as (_, upstream):
         for _ in range(SAMPLES):
             provider.reached.clear()
             provider.over.clear()
@@ -205,16 +245,36 @@ def hanging_lookup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lookup]:
     lookup.over.set()
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+FIRST_HOPS = pytest.mark.parametrize(
+    ("scheme", "tunnelled"),
+    [("http", False), ("https", False), ("https", True)],
+    ids=["http", "https", "tunnelled"],
+)
+"""To the provider, or to the parent proxy before it."""
+
+
+def first_hop(port: int, scheme: str, tunnelled: bool) -> tuple[Url, ParentProxy | None]:
+    """Return a provider, and perhaps a parent, of which the first is ``localhost``."""
+    if not tunnelled:
+        return Url(scheme=scheme, host="localhost", port=port), None
+    parent = ParentProxy(Url(scheme="http", host="localhost", port=port), None)
+    return Url(scheme=scheme, host="far.test", port=443), parent
+
+
+@FIRST_HOPS
 @ensureDeferred
 async def test_a_request_that_waits_for_a_name_is_given_up_at_once(
-    authority: Authority, scheme: str, hanging_lookup: Lookup, request: pytest.FixtureRequest
+    authority: Authority,
+    scheme: str,
+    tunnelled: bool,
+    hanging_lookup: Lookup,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The request fails in the same turn, nothing is left, and nothing connects later."""
     provider = WatchingProvider(authority, tls=False)
-    url = url_of(provider, host="localhost", scheme=scheme)
+    url, parent = first_hop(provider.port, scheme, tunnelled)
     took: list[float] = []
-    async with upstream_of(provider, url, ca=authority.ca_path) as (_, upstream):
+    async with upstream_of(provider, url, ca=authority.ca_path, parent=parent) as (_, upstream):
         for _ in range(SAMPLES):
             asked = upstream.send(timeouts=Timeouts())
             await until(lambda: hanging_lookup.names)
@@ -234,10 +294,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@FIRST_HOPS
 @ensureDeferred
 async def test_a_connection_that_nobody_accepts_is_given_up_at_once(
-    authority: Authority, scheme: str, request: pytest.FixtureRequest
+    authority: Authority, scheme: str, tunnelled: bool, request: pytest.FixtureRequest
 ) -> None:
     """The socket whose SYN stays without an ACK is closed as soon as its request is given up."""
     took: list[float] = []
@@ -249,7 +309,10 @@ async def test_a_connection_that_nobody_accepts_is_given_up_at_once(
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", port))
         url = Url(scheme=scheme, host="127.0.0.1", port=port)
-        upstream = OneProviderUpstream(url, ca=authority.ca_path)
+        parent = ParentProxy(Url(scheme="http", host="127.0.0.1", port=port), None)
+        upstream = OneProviderUpstream(
+            url, ca=authority.ca_path, parent=parent if tunnelled else None
+        )
         before = descriptors()
         for _ in range(SAMPLES):
             asked = upstream.send(timeouts=Timeouts())

@@ -67,6 +67,26 @@ async def test_credentials_never_share_a_connection() -> None:
 
 
 @ensureDeferred
+async def test_no_connection_of_a_credential_that_is_dropped_stays() -> None:
+    """An idle one is closed at once, a busy one when it is idle; those of others stay."""
+    async with pool_of(RespondingProvider()) as (provider, pool):
+        first, second = await pool.send(credential=b"a"), await pool.send(credential=b"a")
+        await pool.fetch(credential=b"b")
+        await read(first)
+        pool.assert_counts(idle=2, active=1)
+        pool.pool.drop(b"a")
+        await take(provider.closed)
+        await until(lambda: pool.counts() == {"idle": 1, "active": 1, "connecting": 0})
+        await read(second)
+        await take(provider.closed)
+        await until(lambda: pool.counts() == {"idle": 1, "active": 0, "connecting": 0})
+        await pool.fetch(credential=b"a")
+        pool.assert_counts(idle=2)
+        assert provider.accepted == 4
+        assert not pool.pool._last
+
+
+@ensureDeferred
 @pytest.mark.parametrize("size", [0, 1])
 async def test_the_pool_is_bounded_over_all_credentials(size: int) -> None:
     """A connection that does not fit is closed when its response is over."""

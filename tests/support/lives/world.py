@@ -51,6 +51,7 @@ _PRESENT = (
     "llmproxy_buffered_bytes",
     "llmproxy_request_bytes_held",
     "llmproxy_drains",
+    "llmproxy_queued_requests",
 )
 
 
@@ -69,6 +70,13 @@ class _Once(Factory):
     def buildProtocol(self, addr: IAddress | None) -> LifeClient:
         """Return it."""
         return self._protocol
+
+
+NO_CIRCUIT = "health = { failures = 0 }"
+"""Each life is to meet the provider as it is, whatever those before it have met."""
+
+PLACES = 'max_streams = 20\nqueue = { size = 1000, timeout = "60s" }\n' + NO_CIRCUIT
+"""Fewer places than lives at the same time, so that some wait for one."""
 
 
 class World:
@@ -167,11 +175,11 @@ class World:
             max_streams = {_SLOTS}
             requests_per_minute = 10000000
             tokens_per_day = 1000000000000
-            {provider_table("plain", "pool = 20", url=f"http://127.0.0.1:{ports['plain']}")}
-            {provider_table("secure", f'ca = "{trusted}"', url=f"https://localhost:{ports['secure']}")}
-            {provider_table("gone", url=f"http://127.0.0.1:{ports['gone']}")}
-            {provider_table("untrusted", f'ca = "{stranger}"', url=f"https://localhost:{ports['secure']}")}
-            {provider_table("mute", f'ca = "{trusted}"', url=f"https://localhost:{ports['mute']}")}
+            {provider_table("plain", "pool = 20", PLACES, url=f"http://127.0.0.1:{ports['plain']}")}
+            {provider_table("secure", f'ca = "{trusted}"', PLACES, url=f"https://localhost:{ports['secure']}")}
+            {provider_table("gone", NO_CIRCUIT, url=f"http://127.0.0.1:{ports['gone']}")}
+            {provider_table("untrusted", f'ca = "{stranger}"', NO_CIRCUIT, url=f"https://localhost:{ports['secure']}")}
+            {provider_table("mute", f'ca = "{trusted}"', NO_CIRCUIT, url=f"https://localhost:{ports['mute']}")}
             {_routes(PLAIN, "")}
             {_routes(IMPATIENT, 'idle = "300ms"')}
             {_routes(CURT, 'first_byte = "500ms"')}
@@ -228,6 +236,9 @@ class World:
             for sample in self._samples()
             if sample.name in _PRESENT and sample.value
         }
+        for name in ("plain", "secure"):
+            if taken := self.service.standing.places.at(name).busy:
+                found[f"places at {name}"] = float(taken)
         left = self.service.limits.remaining()["c", "max_streams"]
         return found | ({} if left == _SLOTS else {"slots of the client": float(_SLOTS - left)})
 

@@ -1,0 +1,106 @@
+"""One page of the admin site: how it is read, to whom it belongs, and how a response is written.
+
+A browser may reach the site, too, and run the page of somebody whose name points here for a moment
+(DNS rebinding): whatever is not for probes and Prometheus asks for which host it is read.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Container
+
+import msgspec
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.http1.headers import host_of
+from llmproxy.server.handler import Handler
+from llmproxy.server.request import Request
+
+JSON = b"application/json"
+TEXT = b"text/plain; charset=utf-8"
+
+FOREIGN = "The Host field names another site than this one; see `hosts` in [admin]."
+
+Response = tuple[int, bytes, bytes]
+"""Status, content type, body."""
+
+
+class Page(Handler):
+    """One path that is read with GET or HEAD; any other method is a 405.
+
+    Args:
+        read: makes the response to one request.
+        is_ours: whether a request is for this site; else it is a 421.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Request], Response],
+        is_ours: Callable[[Request], bool] = lambda request: True,
+    ) -> None:
+        super().__init__()
+        self._read = read
+        self._is_ours = is_ours
+
+    def render(self, request: Request) -> int:
+        """Respond at once; a body is neither needed nor kept."""
+        if not self._is_ours(request):
+            return respond(request, error(421, FOREIGN))
+        if request.method in (b"GET", b"HEAD"):
+            return respond(request, self._read(request))
+        refusal = error(405, "This endpoint is only read.")
+        return respond(request, refusal, (b"allow", b"GET, HEAD"))
+
+
+class NotFound(Handler):
+    """Every other path, with any method."""
+
+    def render(self, request: Request) -> int:
+        """Respond at once."""
+        return respond(request, error(404, "There is nothing at this path."))
+
+
+def is_ours(request: Request, hosts: Container[str]) -> bool:
+    """Return whether the host that a request names cannot be somebody else's.
+
+    Nobody else can have an address here, or a name without a dot.  Through a Unix socket comes no
+    browser, and none leaves ``Host`` out.
+    """
+    name = host_of(request.first.get(b"host")).removesuffix(".")
+    if getattr(request.client, "host", None) is None or "." not in name:
+        return True
+    if name.endswith(".localhost") or name in hosts or name == socket.gethostname().lower():
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:
+    """Send a response at once; ``more`` are further header fields."""
+    status, kind, body = response
+    request.start(
+        status,
+        [
+            (b"content-type", kind),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+            *more,
+        ],
+    )
+    request.write(body)
+    request.finish()
+    return NOT_DONE_YET  # it is finished: Twisted must not finish it again
+
+
+def json(value: object) -> Response:
+    """Return a response that holds ``value`` in JSON."""
+    return 200, JSON, msgspec.json.encode(value) + b"\n"
+
+
+def error(status: int, message: str) -> Response:
+    """Return a refusal, in JSON."""
+    return status, JSON, msgspec.json.encode({"error": {"message": message}})
