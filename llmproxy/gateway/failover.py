@@ -108,14 +108,20 @@ class _Round:
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
-        self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        self._known = next((one for one in match.candidates if one.provider.name == known), None)
         self.left = self._order()
 
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
+        known = self._known
         if self._match.balance is not None:
-            order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
-        return sorted(order, key=lambda one: one.provider.name != self._known)
+            order = self._match.balance.order(
+                order,
+                lambda one: self._places_at(one).busy,
+                takes_turn=known is None or not self._may_be_asked(known),
+            )
+        return sorted(order, key=lambda one: one is not known)
 
     async def send(self) -> Response | HeldResponse:
         """Do as :meth:`Failover.send`."""
@@ -255,8 +261,11 @@ class _Round:
         """Remember whom the next request is to ask first."""
         if self._key is None or response.code >= 500:
             return
-        asked = {one.provider for one in self._exchange.trace.attempts}
-        if self._known in (None, candidate.provider.name) or self._known in asked:
+        known, attempts = self._known, self._exchange.trace.attempts
+        left = {
+            one.provider for one in attempts if one.cause != "busy"
+        }  # for good, and not for now
+        if known is None or known is candidate or known.provider.name in left:
             seconds = self._match.route.sticky_for
             self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
 

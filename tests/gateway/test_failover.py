@@ -368,6 +368,58 @@ def test_a_session_stays_where_it_is_served() -> None:
     assert {serve(gateway) for _ in range(2)} == {"p", "q"}
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_a_session_that_stays_takes_no_turn(turns: int) -> None:
+    """However many requests a session has, the next session begins at the next provider."""
+    gateway = played(route='balance = "weighted"\nsticky = "session"')
+    for name, provider in zip("abcd", "pqpq", strict=True):
+        assert {serve(gateway, f"X-Session-Id: {name}") for _ in range(turns)} == {provider}
+
+
+def test_sessions_of_an_ill_provider_move_to_all_others() -> None:
+    """A session that has to move takes a turn like a new one."""
+    gateway = played(
+        route='balance = "weighted"\nsticky = "session"',
+        candidates="p q r",
+        provider="health = { failures = 1, window = '1m', open_for = '1m' }",
+    )
+    at = {name: serve(gateway, f"X-Session-Id: {name}") for name in "abcdefghijkl"}
+    first, *others = [name for name, provider in at.items() if provider == "p"]
+    assert len(others) == 3
+    gateway.call("POST", "/p/v1", f"X-Session-Id: {first}")
+    assert gateway.asked.provider == "p"
+    fail(gateway, upstream_unreachable("no"))
+    gateway.response().end()
+    gateway.transport.take()
+    moved = {name: serve(gateway, f"X-Session-Id: {name}") for name in others}
+    assert set(moved.values()) == {"q", "r"}
+    assert {name: serve(gateway, f"X-Session-Id: {name}") for name in others} == moved
+
+
+def test_a_full_provider_keeps_its_sessions() -> None:
+    """It is not ill, and has the session's prompts: the next request goes there again."""
+    gateway = played(route='sticky = "session"', provider="max_streams = 1")
+    assert serve(gateway, "X-Session-Id: a") == "p"
+    gateway.call("POST", "/p/v1", "X-Session-Id: other")
+    holding = gateway.response()
+    gateway.connect()
+    assert serve(gateway, "X-Session-Id: a") == "q"
+    holding.end()
+    gateway.clock.advance(0)
+    assert serve(gateway, "X-Session-Id: a") == "p"
+
+
+def test_a_session_of_a_provider_that_is_gone_begins_anew() -> None:
+    """A reload took the provider out of the route."""
+    gateway = played(route='balance = "weighted"\nsticky = "session"')
+    serve(gateway, "X-Session-Id: a")
+    stickiness, key = gateway.gateway.standing.stickiness, ("p", "c", "a")
+    assert stickiness.provider_of(key) == "p"
+    stickiness.remember(key, "gone", 3600)
+    at = serve(gateway, "X-Session-Id: a")
+    assert {serve(gateway, "X-Session-Id: a") for _ in range(3)} == {at}
+
+
 def test_who_moves_after_a_failure_stays_there() -> None:
     """The cache is at the second provider now."""
     gateway = played(route='sticky = "client"')
