@@ -517,3 +517,46 @@ def test_a_403_leaves_nobody_alone(tmp_path: Path) -> None:
     gateway.upstream.asked.clear()
     gateway.call()
     assert names(gateway) == ["p"]
+
+
+# --- what an attempt leaves behind ----------------------------------------------------------------
+
+
+def test_an_upload_that_is_cut_off_is_its_clients_own_matter() -> None:
+    """A provider that resets large bodies can be reached by the others all the same."""
+    gateway = played(candidates="p")
+    for _ in range(5):
+        gateway.call()
+        fail(gateway, upstream_broken("reset", may_have_run=False))
+        gateway.transport.take()
+    p = gateway.config.providers["p"]
+    health = gateway.gateway.standing.health
+    assert health.wait(p, "c", "m")[0] == 15
+    assert health.wait(p, "another", "m")[0] == 0
+
+
+DRAIN = 'on_disconnect = "drain"'
+CHAT = "/p/v1/chat/completions"
+
+
+def test_nobody_is_asked_for_a_client_that_is_gone() -> None:
+    """A route that reads on for tokens cancels where no provider is at work."""
+    gateway = played(route=DRAIN)
+    gateway.call("POST", CHAT)
+    gateway.upstream.begins = False  # the second one is being connected
+    gateway.response(503).end()
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.upstream.cancelled == 1
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_what_was_not_sent_whole_is_no_work() -> None:
+    """The provider broke off before it had all of the request; the next one refused it."""
+    gateway = PlayedGateway(
+        candidates="p q", more=OTHERS.replace("MORE", ""), client="tokens_per_minute = 100000"
+    )
+    gateway.call("POST", CHAT)
+    fail(gateway, upstream_broken("reset", may_have_run=False))
+    refuse(gateway, 400, b"no")
+    assert gateway.trace().counted_tokens == 0
