@@ -30,6 +30,9 @@ from llmproxy.upstream.response import Response
 
 Meet = Callable[[Exchange, RouteMatch, Candidate], None]
 
+BUSY = "busy"
+"""The cause of an attempt that was skipped because its provider had no free place."""
+
 _NO_CONNECTION = frozenset((EndReason.UPSTREAM_UNREACHABLE, EndReason.UPSTREAM_TLS))
 _BROKEN = frozenset((EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_PROTOCOL))
 _NO_RESPONSE = _BROKEN | {EndReason.UPSTREAM_TIMEOUT}
@@ -104,7 +107,9 @@ class _Round:
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
-        self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        here = [one.provider.name for one in match.candidates]
+        self._known = known if known in here else None
         self.left = self._order()
 
     def _order(self) -> list[Candidate]:
@@ -126,12 +131,13 @@ class _Round:
                     self.error = error
                     if _goes_on(exchange, match.route, error):
                         continue
-                    raise
+                    break
                 if not self._passes_over(candidate, response):
                     self._remember(candidate, response)
                     return response
                 self._give_back()
                 self._drop_held()
+                self.error = None
                 self.held = HeldResponse(response), candidate
             return self._last_response()
         finally:
@@ -143,13 +149,8 @@ class _Round:
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
         for candidate in list(self.left):
-            if self._is_off(candidate):
-                self._skip(candidate, "disabled")
-                continue
-            seconds, status = self._wait_for(candidate)
-            if seconds > 0:
-                self.wait = min(self.wait, (seconds, status))
-                self._skip(candidate, "cooling")
+            if self._is_left_alone(candidate):
+                self.left.remove(candidate)
             elif self._match.balance is None:
                 self.left.remove(candidate)
                 return candidate
@@ -165,16 +166,14 @@ class _Round:
         for candidate in candidates:
             if candidate.provider.name not in self.full:
                 self.full.add(candidate.provider.name)
-                self._note_skipped(candidate, "busy")
+                self._note_skipped(candidate, BUSY)
 
     async def _queue(self) -> Candidate | None:
-        """Wait for a place at the first candidate that has a queue; None where none has."""
+        """Wait for a place at the first candidate whose queue has room; None where none has."""
         exchange = self._exchange
-        for candidate in self.left:
-            places = self._places_at(candidate)
-            if not places.has_queue:
-                continue
+        while (candidate := self._next_queue()) is not None:
             self.left.remove(candidate)
+            places = self._places_at(candidate)
             self._failover.meet(exchange, self._match, candidate)
             began = self._failover.clock()
             try:
@@ -182,12 +181,32 @@ class _Round:
                 exchange.place = await exchange.waiting.placed
             except ProxyError as error:
                 self.error = error
+                if exchange.waiting is None:
+                    continue  # the queue is full
                 return None
             finally:
                 exchange.waiting = None
                 exchange.trace.queued_s += round(self._failover.clock() - began, 6)
-            return candidate
+            if not self._is_left_alone(candidate):  # it was not when the wait began
+                return candidate
+            self._give_back()
+            if (other := self._take()) is not None:
+                return other
         return None
+
+    def _next_queue(self) -> Candidate | None:
+        return next((one for one in self.left if self._places_at(one).has_queue), None)
+
+    def _is_left_alone(self, candidate: Candidate) -> bool:
+        """Return whether a candidate is not to be asked now, and note why."""
+        if self._is_off(candidate):
+            self._note_skipped(candidate, "disabled")
+            return True
+        seconds, status = self._wait_for(candidate)
+        if seconds > 0:
+            self.wait = min(self.wait, (seconds, status))
+            self._note_skipped(candidate, "cooling")
+        return seconds > 0
 
     def _is_off(self, candidate: Candidate) -> bool:
         """Return whether an operator has switched it off, or a model that is asked for."""
@@ -207,10 +226,6 @@ class _Round:
 
     def _places_at(self, candidate: Candidate) -> Places:
         return self._failover.places.at(candidate.provider.name)
-
-    def _skip(self, candidate: Candidate, why: str) -> None:
-        self.left.remove(candidate)
-        self._note_skipped(candidate, why)
 
     def _note_skipped(self, candidate: Candidate, why: str) -> None:
         self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
@@ -235,15 +250,18 @@ class _Round:
         """Remember whom the next request is to ask first."""
         if self._key is None or response.code >= 500:
             return
-        asked = {one.provider for one in self._exchange.trace.attempts}
-        if self._known in (None, candidate.provider.name) or self._known in asked:
+        attempts = self._exchange.trace.attempts
+        passed = {one.provider for one in attempts if one.cause != BUSY}
+        if self._known in (None, candidate.provider.name) or self._known in passed:
             seconds = self._match.route.sticky_for
             self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
 
     def _last_response(self) -> HeldResponse:
-        """Return the last refusal, or raise why there is none."""
+        """Return the last refusal, or raise why it is not what the client gets."""
         if self.held is None:
             raise self.error or self._none_asked()
+        if self.error is not None and self.error.may_have_run:
+            raise self.error
         held, candidate = self.held
         self._failover.meet(self._exchange, self._match, candidate)
         self._exchange.response = held
@@ -285,8 +303,9 @@ def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
 
 
 def _can_be_sent_again(exchange: Exchange) -> bool:
-    """Return whether the body is still whole here."""
-    return exchange.request.upload is None or not exchange.request.upload.begun
+    """Return whether the body is still whole here, and the client as well."""
+    upload = exchange.request.upload
+    return exchange.left is None and (upload is None or not upload.begun)
 
 
 def _all_cooling(seconds: float, status: int) -> ProxyError:

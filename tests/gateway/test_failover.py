@@ -560,3 +560,101 @@ def test_what_was_not_sent_whole_is_no_work() -> None:
     fail(gateway, upstream_broken("reset", may_have_run=False))
     refuse(gateway, 400, b"no")
     assert gateway.trace().counted_tokens == 0
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def test_a_failure_after_the_client_left_asks_nobody_else() -> None:
+    """Its response was awaited for its tokens; a refusal has none."""
+    gateway = played(route=DRAIN)
+    gateway.call("POST", CHAT)
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.upstream.cancelled == 0
+    gateway.response(503)
+    assert names(gateway) == ["p"]
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_a_broken_connection_after_the_client_left_asks_nobody_else() -> None:
+    """Neither does an error."""
+    gateway = played(route=DRAIN + '\nretry_on = ["reset"]')
+    gateway.call("POST", CHAT)
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    fail(gateway, upstream_broken("reset"))
+    assert names(gateway) == ["p"]
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_who_waited_for_a_place_asks_nobody_that_is_to_be_left_alone() -> None:
+    """The provider was refusing in the meantime."""
+    gateway, first = queued()
+    p = gateway.config.providers["p"]
+    gateway.gateway.standing.health.cool_down(p, "m", 20, 429)
+    gateway.clock.advance(4)
+    first.end()
+    gateway.clock.advance(0)
+    assert gateway.refusal() == (429, "all_cooling")
+    assert len(gateway.upstream.asked) == 1
+    assert gateway.gateway.standing.places.at("p").busy == 0
+    assert gateway.sink.traces[-1].attempts[-1].cause == "cooling"
+
+
+def test_a_full_queue_is_passed_over() -> None:
+    """The next provider's queue has room."""
+    gateway = played(provider='max_streams = 1\nqueue = { size = 1, timeout = "10s" }')
+    responses = []
+    for _ in range(2):
+        gateway.call()
+        responses.append(gateway.response())
+        gateway.connect()
+    for _ in range(2):
+        gateway.call()
+        gateway.connect()
+    assert gateway.gateway.standing.places.queued() == {"p": 1, "q": 1, "r": 0}
+    responses[1].end()
+    gateway.clock.advance(0)
+    assert names(gateway) == ["p", "q", "q"]
+
+
+def test_a_refusal_reaches_the_client_whatever_error_comes_last() -> None:
+    """Also where nobody would have been asked after that error."""
+    gateway = played(candidates="p q r", route="retry_on = [503]")
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    fail(gateway, upstream_unreachable("no"))
+    status, _, body = gateway.got()
+    assert (status, body) == (503, b"busy")
+    assert names(gateway) == ["p", "q"]
+    assert gateway.trace().provider == "p"
+
+
+def test_what_the_last_provider_may_have_done_beats_a_refusal_with_reset_too() -> None:
+    """An SDK would ask again after the refusal."""
+    gateway = played(route='retry_on = ["reset", 503]')
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    fail(gateway, upstream_broken("reset"))
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-should-retry"]) == (502, b"false")
+
+
+def test_a_provider_that_is_full_for_a_moment_keeps_its_sessions() -> None:
+    """Only a failure moves them."""
+    gateway = played(provider="max_streams = 1", route='sticky = "client"')
+    gateway.call()
+    first = gateway.response()
+    gateway.connect()
+    assert serve(gateway) == "q"
+    first.end()
+    gateway.clock.advance(0)
+    assert serve(gateway) == "p"
+
+
+def test_who_was_at_a_provider_that_the_route_has_no_more_moves() -> None:
+    """A reload took it out of the route."""
+    gateway = played(route='sticky = "client"\nbalance = "weighted"')
+    gateway.gateway.standing.stickiness.remember(("p", "c"), "gone", 3600)
+    assert {serve(gateway) for _ in range(4)} == {"p"}
