@@ -658,3 +658,16 @@ def test_who_was_at_a_provider_that_the_route_has_no_more_moves() -> None:
     gateway = played(route='sticky = "client"\nbalance = "weighted"')
     gateway.gateway.standing.stickiness.remember(("p", "c"), "gone", 3600)
     assert {serve(gateway) for _ in range(4)} == {"p"}
+
+
+def test_the_time_for_all_of_it_is_the_providers_that_is_asked() -> None:
+    """Counted from the beginning of the request."""
+    gateway = PlayedGateway(
+        candidates="p q", more=OTHERS.replace("MORE", 'timeouts = { total = "5s" }')
+    )
+    gateway.call()
+    gateway.clock.advance(3)
+    fail(gateway, upstream_unreachable("no"))
+    gateway.clock.advance(2)
+    assert gateway.refusal() == (504, "upstream_timeout")
+    assert gateway.upstream.cancelled == 1
