@@ -203,9 +203,7 @@ def test_a_probe_ends_where_circuits_were_switched_off(health: Health, clock: Cl
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_client_that_comes_no_more_is_forgotten(
-    health: Health, clock: Clock, count: int
-) -> None:
+def test_a_client_that_comes_no_more_is_forgotten(health: Health, clock: Clock, count: int) -> None:
     """Its failures are over with their window, or with the time that its circuit was open."""
     fail(health, count, "gone", was_asked=True)
     clock.advance(46)
