@@ -88,6 +88,11 @@ class _Round:
             to wait for them.
     """
 
+    __slots__ = (
+        *("_client", "_exchange", "_facts", "_failover", "_key", "_known", "_match"),
+        *("cooling", "disabled", "error", "full", "held", "left", "wait"),
+    )
+
     def __init__(
         self,
         failover: Failover,
@@ -114,7 +119,9 @@ class _Round:
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
         if self._match.balance is not None:
-            order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
+            order = self._match.balance.order(order, self._busy_at)
+        if self._known is None or order[0].provider.name == self._known:
+            return list(order)
         return sorted(order, key=lambda one: one.provider.name != self._known)
 
     async def send(self) -> Response | HeldResponse:
@@ -124,7 +131,8 @@ class _Round:
             while (
                 candidate := self._take() or await self._queue() or self._last_resort()
             ) is not None:
-                failover.meet(exchange, match, candidate)
+                if candidate is not exchange.candidate:
+                    failover.meet(exchange, match, candidate)
                 try:
                     response = await failover.attempts.send(exchange, match, candidate, self._facts)
                 except ProxyError as error:
@@ -148,26 +156,31 @@ class _Round:
 
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
+        is_troubled, are_off = self._failover.health.is_troubled, self._failover.switches.off
         for candidate in list(self.left):
-            if self._is_off(candidate):
+            if are_off and self._is_off(candidate):
                 self._skip(candidate, "disabled")
                 continue
-            wait = self._wait_for(candidate)
+            wait = self._wait_for(candidate) if is_troubled else NO_WAIT
             if wait.seconds > 0:
                 self._skip(candidate, "cooling")
                 if wait.own <= 0:
                     self.cooling.append((wait.seconds, candidate))
                 elif self.wait is NO_WAIT or wait.own < self.wait.own:
                     self.wait = wait
-            elif self._match.balance is None:
+            elif self._takes_place(candidate):
+                if candidate is not self.left[0]:
+                    self._note_full(self.left[: self.left.index(candidate)])
                 self.left.remove(candidate)
-                return candidate
-            elif (place := self._places_at(candidate).take()) is not None:
-                self._note_full(self.left[: self.left.index(candidate)])
-                self.left.remove(candidate)
-                self._exchange.place = place
                 return candidate
         return None
+
+    def _takes_place(self, candidate: Candidate) -> bool:
+        """Take a place at a candidate, and return whether it may be asked now."""
+        if not candidate.is_counted:
+            return True
+        self._exchange.place = self._places_at(candidate).take()
+        return self._exchange.place is not None
 
     def _note_full(self, candidates: Sequence[Candidate]) -> None:
         """Note that these had no free place; they may have one later."""
@@ -201,17 +214,14 @@ class _Round:
     def _last_resort(self) -> Candidate | None:
         """Take the candidate that is ready first of those that only others were refused by."""
         for _, candidate in sorted(self.cooling, key=lambda one: one[0]):
-            if (place := self._places_at(candidate).take()) is not None:
+            if self._takes_place(candidate):
                 self.cooling = [one for one in self.cooling if one[1] is not candidate]
-                self._exchange.place = place
                 return candidate
         return None
 
     def _is_off(self, candidate: Candidate) -> bool:
         """Return whether an operator has switched it off, or a model that is asked for."""
         switches = self._failover.switches
-        if not switches.off:
-            return False
         name, now = candidate.provider.name, self._failover.clock()
         models = (candidate.model,) if candidate.model else self._facts.models or ("",)
         off = [model for model in models if switches.is_off(name, model, now)]
@@ -224,6 +234,9 @@ class _Round:
             return NO_WAIT  # it is asked in any case, so that the client gets what it says
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
+
+    def _busy_at(self, candidate: Candidate) -> int:
+        return self._places_at(candidate).busy
 
     def _places_at(self, candidate: Candidate) -> Places:
         return self._failover.places.at(candidate.provider.name)
@@ -246,7 +259,7 @@ class _Round:
 
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
-            not self._is_off(candidate)
+            not (self._failover.switches.off and self._is_off(candidate))
             and self._wait_for(candidate).seconds <= 0
             and self._places_at(candidate).has_room
         )
@@ -255,10 +268,15 @@ class _Round:
         """Remember whom the next request is to ask first."""
         if self._key is None or response.code >= 500:
             return
-        asked = {one.provider for one in self._exchange.trace.attempts}
-        if self._known in (None, candidate.provider.name) or self._known in asked:
-            seconds = self._match.route.sticky_for
-            self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
+        name, known = candidate.provider.name, self._known
+        if known is None or known == name or self._has_failed(known):
+            sticky_for = self._match.route.sticky_for
+            self._failover.stickiness.remember(self._key, name, sticky_for)
+
+    def _has_failed(self, provider: str) -> bool:
+        """Return whether it was asked, or is to be left alone; and was not just full."""
+        attempts = self._exchange.trace.attempts
+        return any(one.provider == provider and one.cause != "busy" for one in attempts)
 
     def _last_response(self) -> HeldResponse:
         """Return the last refusal, or raise why there is none."""
