@@ -185,7 +185,7 @@ class Attempts:
             seconds = retry_after(response.first, self._wall())
             if seconds is not None:
                 model = asked_model(exchange, candidate)
-                self._health.cool_down(provider, model, seconds, code)
+                self._health.cool_down(provider, client, model, seconds, code)
 
     def _tell_credential_refused(self, provider: str, code: int) -> None:
         """Log it, once a minute for each provider: nobody but the operator can mend it."""
@@ -193,7 +193,7 @@ class Attempts:
         if now - self._told_at.get(provider, -math.inf) >= _TELL_EVERY_S:
             self._told_at[provider] = now
             text = "providers.{name}: the provider refuses the proxy's credential ({status})"
-            _log.error(text, name=provider, status=code)
+            _log.warn(text, name=provider, status=code)
 
 
 def asked_model(exchange: Exchange, candidate: Candidate) -> str:

@@ -5,8 +5,8 @@ passed over: those that are to be left alone, and those without a free place.  A
 because it may turn out to be the last response that there is.  Nothing is sent a second time once
 the client has a byte (design 6, ADR-0026).
 
-Most routes have one candidate that is well; :meth:`Failover.send` then adds nothing to
-:class:`Attempts`.
+Most routes have one candidate, which is asked whatever is known of it: its own response says more
+than we could.  :meth:`Failover.send` then adds nothing to :class:`Attempts`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.attempt import Attempts, asked_model, refuses_proxy
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.fair_queue import Places, no_place
+from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
 from llmproxy.policy.stickiness import key_of
@@ -71,7 +72,7 @@ class Failover:
         Raises:
             ProxyError: none of them did.  The error is the last one's, or says why none was asked.
         """
-        if match.balance is None and not self.health.is_troubled and not self.switches.off:
+        if match.balance is None and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
         return _Round(self, exchange, match, client, facts).send()
 
@@ -85,8 +86,15 @@ class _Round:
         error: how the last attempt failed.
         full: the providers that had no free place.
         disabled: what is said where an operator has switched all of them off.
-        wait: for how long the one that is ready first is to be left alone, and the status of that.
+        wait: for how long the one is to be left alone that is ready first.
+        cooling: those that are to be asked if nobody else is left, and how long it would be better
+            to wait for them.
     """
+
+    __slots__ = (
+        *("_client", "_exchange", "_facts", "_failover", "_key", "_known", "_match"),
+        *("cooling", "disabled", "error", "full", "held", "left", "wait"),
+    )
 
     def __init__(
         self,
@@ -103,7 +111,8 @@ class _Round:
         self._facts = facts
         self.held: tuple[HeldResponse, Candidate] | None = None
         self.error: ProxyError | None = None
-        self.wait = math.inf, 503
+        self.wait = NO_WAIT
+        self.cooling: list[tuple[float, Candidate]] = []
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
@@ -115,15 +124,20 @@ class _Round:
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
         if self._match.balance is not None:
-            order = self._match.balance.order(order, lambda one: self._places_at(one).busy)
+            order = self._match.balance.order(order, self._busy_at)
+        if self._known is None or order[0].provider.name == self._known:
+            return list(order)
         return sorted(order, key=lambda one: one.provider.name != self._known)
 
     async def send(self) -> Response | HeldResponse:
         """Do as :meth:`Failover.send`."""
         exchange, match, failover = self._exchange, self._match, self._failover
         try:
-            while (candidate := self._take() or await self._queue()) is not None:
-                failover.meet(exchange, match, candidate)
+            while (
+                candidate := self._take() or await self._queue() or self._last_resort()
+            ) is not None:
+                if candidate is not exchange.candidate:
+                    failover.meet(exchange, match, candidate)
                 try:
                     response = await failover.attempts.send(exchange, match, candidate, self._facts)
                 except ProxyError as error:
@@ -148,18 +162,23 @@ class _Round:
 
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
+        is_troubled, are_off = self._failover.health.is_troubled, self._failover.switches.off
         for candidate in list(self.left):
-            if self._is_left_alone(candidate):
+            if (is_troubled or are_off) and self._is_left_alone(candidate):
                 self.left.remove(candidate)
-            elif self._match.balance is None:
+            elif self._takes_place(candidate):
+                if candidate is not self.left[0]:
+                    self._note_full(self.left[: self.left.index(candidate)])
                 self.left.remove(candidate)
-                return candidate
-            elif (place := self._places_at(candidate).take()) is not None:
-                self._note_full(self.left[: self.left.index(candidate)])
-                self.left.remove(candidate)
-                self._exchange.place = place
                 return candidate
         return None
+
+    def _takes_place(self, candidate: Candidate) -> bool:
+        """Take a place at a candidate, and return whether it may be asked now."""
+        if not candidate.is_counted:
+            return True
+        self._exchange.place = self._places_at(candidate).take()
+        return self._exchange.place is not None
 
     def _note_full(self, candidates: Sequence[Candidate]) -> None:
         """Note that these had no free place; they may have one later."""
@@ -199,20 +218,30 @@ class _Round:
 
     def _is_left_alone(self, candidate: Candidate) -> bool:
         """Return whether a candidate is not to be asked now, and note why."""
-        if self._is_off(candidate):
+        if self._failover.switches.off and self._is_off(candidate):
             self._note_skipped(candidate, "disabled")
             return True
-        seconds, status = self._wait_for(candidate)
-        if seconds > 0:
-            self.wait = min(self.wait, (seconds, status))
-            self._note_skipped(candidate, "cooling")
-        return seconds > 0
+        wait = self._wait_for(candidate)
+        if wait.seconds <= 0:
+            return False
+        self._note_skipped(candidate, "cooling")
+        if wait.own <= 0:
+            self.cooling.append((wait.seconds, candidate))
+        elif self.wait is NO_WAIT or wait.own < self.wait.own:
+            self.wait = wait
+        return True
+
+    def _last_resort(self) -> Candidate | None:
+        """Take the candidate that is ready first of those that only others were refused by."""
+        for _, candidate in sorted(self.cooling, key=lambda one: one[0]):
+            if self._takes_place(candidate):
+                self.cooling = [one for one in self.cooling if one[1] is not candidate]
+                return candidate
+        return None
 
     def _is_off(self, candidate: Candidate) -> bool:
         """Return whether an operator has switched it off, or a model that is asked for."""
         switches = self._failover.switches
-        if not switches.off:
-            return False
         name, now = candidate.provider.name, self._failover.clock()
         models = (candidate.model,) if candidate.model else self._facts.models or ("",)
         off = [model for model in models if switches.is_off(name, model, now)]
@@ -220,9 +249,14 @@ class _Round:
             self.disabled = switches.refusal(name, off[0], now)
         return bool(off)
 
-    def _wait_for(self, candidate: Candidate) -> tuple[float, int]:
+    def _wait_for(self, candidate: Candidate) -> Wait:
+        if len(self._match.candidates) == 1:
+            return NO_WAIT  # it is asked in any case, so that the client gets what it says
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
+
+    def _busy_at(self, candidate: Candidate) -> int:
+        return self._places_at(candidate).busy
 
     def _places_at(self, candidate: Candidate) -> Places:
         return self._failover.places.at(candidate.provider.name)
@@ -241,8 +275,8 @@ class _Round:
 
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
-            not self._is_off(candidate)
-            and self._wait_for(candidate)[0] <= 0
+            not (self._failover.switches.off and self._is_off(candidate))
+            and self._wait_for(candidate).seconds <= 0
             and self._places_at(candidate).has_room
         )
 
@@ -250,11 +284,15 @@ class _Round:
         """Remember whom the next request is to ask first."""
         if self._key is None or response.code >= 500:
             return
+        name, known = candidate.provider.name, self._known
+        if known is None or known == name or self._has_failed(known):
+            sticky_for = self._match.route.sticky_for
+            self._failover.stickiness.remember(self._key, name, sticky_for)
+
+    def _has_failed(self, provider: str) -> bool:
+        """Return whether it was asked, or is to be left alone; and was not just full."""
         attempts = self._exchange.trace.attempts
-        passed = {one.provider for one in attempts if one.cause != BUSY}
-        if self._known in (None, candidate.provider.name) or self._known in passed:
-            seconds = self._match.route.sticky_for
-            self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
+        return any(one.provider == provider and one.cause != BUSY for one in attempts)
 
     def _last_response(self) -> HeldResponse:
         """Return the last refusal, or raise why it is not what the client gets."""
@@ -268,13 +306,13 @@ class _Round:
         return held
 
     def _none_asked(self) -> ProxyError:
-        if self.left:
-            self._note_full(self.left)
+        if self.left or self.cooling:
+            self._note_full([*self.left, *(candidate for _, candidate in self.cooling)])
             text = "The provider serves as many requests as it may; try again."
             return no_place("provider_busy", text)
-        if self.wait[0] == math.inf and self.disabled is not None:
+        if self.wait is NO_WAIT and self.disabled is not None:
             return self.disabled
-        return _all_cooling(*self.wait)
+        return _all_cooling(self.wait.own, self.wait.status)
 
     def _drop_held(self) -> None:
         if self.held is not None:

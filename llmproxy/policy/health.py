@@ -8,7 +8,9 @@ can make a provider look ill to others.
 
 A *cooldown* is what the provider itself asked for: it refused a request, and said when to come
 again.  It is kept by model, as providers limit by model.  A longer one replaces a shorter one, and
-never the other way round.
+never the other way round.  A client that was refused itself does not ask before it is over; the
+others ask somebody else first, and this provider if nobody else is left: a request that is too
+large for the provider's limits must not close the provider to those who ask for less.
 
 What is known lasts over a reload.  Nothing here knows a request or a connection (ADR-0026).
 """
@@ -17,6 +19,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
+
+import msgspec
 
 from llmproxy.config import Provider
 
@@ -35,6 +39,23 @@ Key = tuple[str, str]
 """A provider; and a client, or "" for all of them."""
 
 
+class Wait(msgspec.Struct, frozen=True):
+    """For how long a client is to leave a provider alone, in seconds.
+
+    Attributes:
+        seconds: others are to be asked first; 0 where it may be asked now.
+        own: it is not to be asked at all.
+        status: what the client gets in that case.
+    """
+
+    seconds: float
+    own: float
+    status: int
+
+
+NO_WAIT = Wait(0.0, 0.0, 503)
+
+
 class Health:
     """What is known of all providers' health.
 
@@ -48,30 +69,30 @@ class Health:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._circuits: dict[Key, _Circuit] = {}
-        self._cooldowns: dict[Key, tuple[float, int]] = {}
+        self._cooldowns: dict[Key, _Cooldown] = {}
         self._look_at = 0.0
         self.is_troubled = False
 
-    def wait(self, provider: Provider, client: str, model: str) -> tuple[float, int]:
-        """Return for how many seconds not to ask a provider, and the status that a caller gets.
-
-        The seconds are 0 where it may be asked now.
+    def wait(self, provider: Provider, client: str, model: str) -> Wait:
+        """Return for how long a client is to leave a provider alone.
 
         Args:
             model: as the provider would be asked for it; "" for none.
         """
         if not self.is_troubled:
-            return 0.0, 0
+            return NO_WAIT
         now, name = self._clock(), provider.name
-        until, status = self._cooldowns.get((name, model), (0.0, 0))
-        wait = max(0.0, until - now)
-        if not provider.health.failures:
-            return wait, status  # circuits of before a reload count no more
-        for key in ((name, ""), (name, client)):
+        others, own, status = 0.0, 0.0, 503
+        if (cooldown := self._cooldowns.get((name, model))) is not None:
+            others = cooldown.until - now
+            own, status = cooldown.clients.get(client, 0.0) - now, cooldown.status
+        # A reload may have switched circuits off that are open.
+        keys = ((name, ""), (name, client)) if provider.health.failures else ()
+        for key in keys:
             circuit = self._circuits.get(key)
-            if circuit is not None and (left := circuit.wait(now)) > wait:
-                wait, status = left, 503
-        return wait, status
+            if circuit is not None and (left := circuit.wait(now)) > own:
+                own, status = left, 503
+        return Wait(max(0.0, others, own), max(0.0, own), status)
 
     def asks(self, provider: Provider, client: str) -> None:
         """The provider is being asked: where its circuit was open, this is the probe."""
@@ -116,19 +137,27 @@ class Health:
                 if (circuit := self._circuits.get(key)) is not None:
                     circuit.is_probed = False
 
-    def cool_down(self, provider: Provider, model: str, seconds: float, status: int) -> None:
-        """Do not ask the provider for this model for so long; it refused with this status."""
-        now = self._clock()
-        until = now + min(seconds, LONGEST_COOLDOWN_S)
-        key = (provider.name, model)
-        if seconds <= 0 or until <= self._cooldowns.get(key, (0.0, 0))[0]:
+    def cool_down(
+        self, provider: Provider, client: str, model: str, seconds: float, status: int
+    ) -> None:
+        """Leave the provider alone for this model for so long; it refused with this status."""
+        if seconds <= 0:
             return
+        key, until = (provider.name, model), self._clock() + min(seconds, LONGEST_COOLDOWN_S)
+        cooldown = self._cooldowns.get(key)
+        if cooldown is None:
+            self._make_room()
+            cooldown = self._cooldowns[key] = _Cooldown()
+        if until > cooldown.until:
+            cooldown.until, cooldown.status = until, status
+        cooldown.clients[client] = max(until, cooldown.clients.get(client, 0.0))
+        self.is_troubled = True
+
+    def _make_room(self) -> None:
         if len(self._cooldowns) >= _MOST_COOLDOWNS:
             self._look()
-        if len(self._cooldowns) >= _MOST_COOLDOWNS and key not in self._cooldowns:
-            del self._cooldowns[min(self._cooldowns, key=lambda one: self._cooldowns[one][0])]
-        self._cooldowns[key] = until, status
-        self.is_troubled = True
+        if len(self._cooldowns) >= _MOST_COOLDOWNS:
+            del self._cooldowns[min(self._cooldowns, key=lambda key: self._cooldowns[key].until)]
 
     def follow(self, providers: Collection[str]) -> None:
         """Forget the providers that are not among these."""
@@ -150,18 +179,35 @@ class Health:
         """Return the longest time that the provider is left alone, for any client and model."""
         now = self._clock()
         waits = [one.wait(now) for (name, _), one in self._circuits.items() if name == provider]
-        ends = [until for (name, _), (until, _) in self._cooldowns.items() if name == provider]
+        ends = [one.until for (name, _), one in self._cooldowns.items() if name == provider]
         return max([0.0, *waits, *(until - now for until in ends)])
 
     def _look(self) -> None:
         """Forget the cooldowns that are over, and the circuits that nobody needs any more."""
         now = self._clock()
         self._look_at = now + _LOOK_EVERY_S
-        for key in [key for key, (until, _) in self._cooldowns.items() if until <= now]:
+        for key in [key for key, one in self._cooldowns.items() if one.until <= now]:
             del self._cooldowns[key]
         for key in [key for key, one in self._circuits.items() if one.is_over(now)]:
             del self._circuits[key]
         self.is_troubled = bool(self._circuits or self._cooldowns)
+
+
+class _Cooldown:
+    """What one provider asked for, for one model.
+
+    Attributes:
+        until: when it is over, for all.
+        status: with which it refused.
+        clients: when it is over for those who were refused.
+    """
+
+    __slots__ = ("clients", "status", "until")
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.status = 503
+        self.clients: dict[str, float] = {}
 
 
 class _Circuit:

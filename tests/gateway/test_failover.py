@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -279,6 +280,38 @@ def test_where_all_cool_down_the_client_is_told_when_to_come_again() -> None:
     assert serve(gateway) == "q"
 
 
+def test_what_others_were_refused_is_asked_when_nobody_else_is_left() -> None:
+    """A request that is too large for all providers closes none of them to other clients."""
+    other = hashlib.sha256(b"other").hexdigest()
+    gateway = played(more=f'[clients.other]\nkeys = ["sha256:{other}"]\n')
+    gateway.call()
+    gateway.response(429, (b"retry-after", b"20")).end()
+    gateway.response(429, (b"retry-after", b"9")).end()
+    gateway.transport.take()
+    gateway.upstream.asked.clear()
+    gateway.send(request("POST", "/p/v1", "X-Api-Key: other", JSON, body=BODY))
+    assert names(gateway) == ["q"], "the one that is ready first"
+    fail(gateway, upstream_unreachable("no"))
+    assert names(gateway) == ["q", "p"]
+    gateway.response().end()
+    assert gateway.got()[0] == 200
+    tried = [(one.provider, one.outcome) for one in gateway.sink.traces[-1].attempts]
+    skipped = [("p", "skipped"), ("q", "skipped")]
+    assert tried == [*skipped, ("q", "upstream_unreachable"), ("p", "ok")]
+
+
+def test_a_single_candidate_is_asked_whatever_is_known_of_it() -> None:
+    """Its own response says more than the proxy could."""
+    gateway = PlayedGateway(provider="health = { failures = 1 }")
+    for _ in range(5):
+        gateway.call()
+        gateway.response(429, (b"retry-after", b"20")).end()
+        assert gateway.got()[0] == 429
+        gateway.call()
+        fail(gateway, upstream_unreachable("no"))
+        assert gateway.refusal() == (502, "upstream_unreachable")
+
+
 def test_a_cooldown_is_for_one_model() -> None:
     """Another model of the same provider is asked at once."""
     gateway = played()
@@ -501,7 +534,7 @@ def test_a_refused_credential_is_logged_once_a_minute(tmp_path: Path) -> None:
             gateway.response(403).end()
             gateway.response().end()
             gateway.clock.advance(25)
-    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.error]
+    said = [formatEvent(event) for event in logs if event["log_level"] is LogLevel.warn]
     assert said == ["providers.p: the provider refuses the proxy's credential (403)"] * 2
 
 
@@ -531,8 +564,8 @@ def test_an_upload_that_is_cut_off_is_its_clients_own_matter() -> None:
         gateway.transport.take()
     p = gateway.config.providers["p"]
     health = gateway.gateway.standing.health
-    assert health.wait(p, "c", "m")[0] == 15
-    assert health.wait(p, "another", "m")[0] == 0
+    assert health.wait(p, "c", "m").own == 15
+    assert health.wait(p, "another", "m").own == 0
 
 
 DRAIN = 'on_disconnect = "drain"'
@@ -589,17 +622,26 @@ def test_a_broken_connection_after_the_client_left_asks_nobody_else() -> None:
 
 
 def test_who_waited_for_a_place_asks_nobody_that_is_to_be_left_alone() -> None:
-    """The provider was refusing in the meantime."""
-    gateway, first = queued()
-    p = gateway.config.providers["p"]
-    gateway.gateway.standing.health.cool_down(p, "m", 20, 429)
+    """Both providers were refusing in the meantime."""
+    gateway = played(provider=QUEUE)
+    responses = []
+    for _ in range(2):
+        gateway.call()
+        responses.append(gateway.response())
+        gateway.connect()
+    gateway.call()
+    standing = gateway.gateway.standing
+    for provider in gateway.config.providers.values():
+        standing.health.cool_down(provider, "c", "m", 20, 429)
     gateway.clock.advance(4)
-    first.end()
+    for response in responses:
+        response.end()
     gateway.clock.advance(0)
     assert gateway.refusal() == (429, "all_cooling")
-    assert len(gateway.upstream.asked) == 1
-    assert gateway.gateway.standing.places.at("p").busy == 0
-    assert gateway.sink.traces[-1].attempts[-1].cause == "cooling"
+    assert len(gateway.upstream.asked) == 2
+    assert [standing.places.at(name).busy for name in "pq"] == [0, 0]
+    attempts = gateway.sink.traces[-1].attempts
+    assert [one.cause for one in attempts] == ["cooling", "cooling"]
 
 
 def test_a_full_queue_is_passed_over() -> None:

@@ -280,18 +280,18 @@ def _reads_requests(name: str, fault: str) -> bool:
 
 @pytest.mark.parametrize(("fault", "seconds"), COOLDOWNS.items())
 def test_a_refusal_says_for_how_long(matrix: Matrix, fault: str, seconds: float) -> None:
-    """The provider is left alone; where no other one is there, the client is told how long."""
-    case = Case(fault, 1, True, False)
+    """All candidates are left alone, and the client is told how long."""
+    case = Case(fault, 2, True, False)
     matrix.ask(case)
-    before = matrix.asked[case.providers[0]]
+    before = dict(matrix.asked)
     got, record = matrix.ask(case)
     if fault == "429-ms" and got.error is None:
-        return  # that machine took longer than the cooldown
+        return  # the machine took longer than the cooldown
     assert (got.status, got.error) == (429, "all_cooling")
     (told,) = got.values(b"retry-after")
     assert seconds - 60 < int(told) <= seconds + 1
-    assert matrix.asked[case.providers[0]] == before, "it was not asked"
-    assert [one["outcome"] for one in record["attempts"]] == ["skipped"]
+    assert dict(matrix.asked) == before, "nobody was asked"
+    assert [one["outcome"] for one in record["attempts"]] == ["skipped", "skipped"]
     assert record["end_reason"] == "rejected"
     metrics = matrix.daemon.metrics()
     gauge = f'llmproxy_provider_cooldown_seconds{{provider="{case.providers[0]}"}}'

@@ -87,7 +87,8 @@ def test_a_known_series_of_requests_is_counted(live: LiveProxy) -> None:
     }
     attempts = counted(live, "upstream_attempts_total")
     assert sum(attempts.values()) == 5
-    assert attempts['{outcome="ok",provider="p"}'] == 3
+    assert attempts['{outcome="ok",provider="p"}'] == 2
+    assert attempts['{outcome="upstream_refused",provider="p"}'] == 1
     size = len(event(0)) + len(event(1)) + 5 + 2
     assert counted(live, "bytes_total") == {
         '{direction="in"}': len(body),

@@ -17,6 +17,9 @@ from tests.support.live_proxy import (
 from tests.support.scripts import LAST, OK
 from tests.support.sockets import Wire, request
 
+OURS = [b"x-llmproxy-request-id", b"x-llmproxy-provider", b"x-llmproxy-attempts"]
+"""What the proxy adds to a response."""
+
 live = live_fixture()
 
 
@@ -45,8 +48,8 @@ def test_fields_cross_in_order_with_their_values_unchanged(live: LiveProxy) -> N
             body=b'{"error":{}}',
         ),
     )
-    ours = got.fields.pop()
-    assert ours[0] == b"x-llmproxy-request-id"
+    ours = [got.fields.pop()[0] for _ in OURS]
+    assert ours[::-1] == OURS
     assert got.status == 429
     assert got.fields == [
         (b"server", b"provider/1"),
@@ -73,7 +76,7 @@ def test_fields_cross_in_order_with_their_values_unchanged(live: LiveProxy) -> N
 def test_nothing_of_our_own_server_leaks_in(live: LiveProxy) -> None:
     """A bare response stays bare: no Server, no Date, no type that nobody gave."""
     _, got = live.ask(request("GET", "/p/x"))
-    assert [name for name, _ in got.fields] == [b"content-length", b"x-llmproxy-request-id"]
+    assert [name for name, _ in got.fields] == [b"content-length", *OURS]
 
 
 def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(live: LiveProxy) -> None:
@@ -97,7 +100,7 @@ def test_hop_by_hop_fields_and_those_of_the_providers_host_stay_here(live: LiveP
         ),
     )
     names = [name for name, _ in got.fields]
-    assert names == [b"x-kept", b"content-length", b"x-llmproxy-request-id"]
+    assert names == [b"x-kept", b"content-length", *OURS]
     assert got.values(b"x-llmproxy-request-id") != [b"forged"]
 
 
@@ -168,7 +171,7 @@ def test_a_response_without_a_body_has_no_framing_added(live: LiveProxy, status:
         client.send(request("GET", "/p/x"))
         got = read_response(client)
         assert got.status == status
-        assert [name for name, _ in got.fields] == [b"etag", b"x-llmproxy-request-id"]
+        assert [name for name, _ in got.fields] == [b"etag", *OURS]
         live.reply(OK)
         client.send(request("GET", "/p/x"))
         assert read_response(client).body == b"ok"

@@ -6,7 +6,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from llmproxy.config import Provider, parse
-from llmproxy.policy.health import LONGEST_COOLDOWN_S, Health
+from llmproxy.policy.health import LONGEST_COOLDOWN_S, NO_WAIT, Health, Wait
 
 
 def provider(name: str = "p", health: str = "") -> Provider:
@@ -40,7 +40,7 @@ def fail(health: Health, count: int, client: str = "c", *, was_asked: bool = Fal
 def test_nothing_is_known_at_first(health: Health) -> None:
     """Then nobody needs to ask."""
     assert not health.is_troubled
-    assert health.wait(P, "c", "m") == (0.0, 0)
+    assert health.wait(P, "c", "m") == NO_WAIT
     assert health.is_up("p")
     assert health.cooldown_s("p") == 0
 
@@ -48,9 +48,9 @@ def test_nothing_is_known_at_first(health: Health) -> None:
 def test_a_circuit_opens_with_the_last_failure(health: Health) -> None:
     """And not before it; it is everybody's, as no connection came about."""
     fail(health, 2)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
     fail(health, 1)
-    assert health.wait(P, "other", "m") == (15, 503)
+    assert health.wait(P, "other", "m") == Wait(15, 15, 503)
     assert not health.is_up("p")
     assert health.cooldown_s("p") == 15
 
@@ -58,8 +58,8 @@ def test_a_circuit_opens_with_the_last_failure(health: Health) -> None:
 def test_what_a_request_may_have_caused_is_its_clients_alone(health: Health) -> None:
     """No client can make the provider look ill to others."""
     fail(health, 3, "bad", was_asked=True)
-    assert health.wait(P, "bad", "m") == (15, 503)
-    assert health.wait(P, "good", "m") == (0.0, 0)
+    assert health.wait(P, "bad", "m") == Wait(15, 15, 503)
+    assert health.wait(P, "good", "m") == NO_WAIT
 
 
 def test_a_success_between_them_closes_the_circuit(health: Health) -> None:
@@ -68,7 +68,7 @@ def test_a_success_between_them_closes_the_circuit(health: Health) -> None:
     health.succeeded(P, "c")
     assert not health.is_troubled
     fail(health, 2)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
 
 
 def test_only_failures_of_the_window_count(health: Health, clock: Clock) -> None:
@@ -76,20 +76,20 @@ def test_only_failures_of_the_window_count(health: Health, clock: Clock) -> None
     fail(health, 2)
     clock.advance(30.5)
     fail(health, 1)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
     fail(health, 2)
-    assert health.wait(P, "c", "m")[0] == 15
+    assert health.wait(P, "c", "m").seconds == 15
 
 
 def test_one_request_is_the_probe(health: Health, clock: Clock) -> None:
     """The others are passed over until it has ended; success closes the circuit."""
     fail(health, 3)
     clock.advance(15)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
     health.asks(P, "c")
-    assert health.wait(P, "c", "m")[0] == 1
+    assert health.wait(P, "c", "m").seconds == 1
     health.succeeded(P, "c")
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
     assert not health.is_troubled
 
 
@@ -98,7 +98,7 @@ def test_a_probe_that_fails_opens_it_again(health: Health, clock: Clock) -> None
     fail(health, 3)
     clock.advance(100)
     fail(health, 1)
-    assert health.wait(P, "c", "m")[0] == 15
+    assert health.wait(P, "c", "m").seconds == 15
 
 
 def test_a_probe_that_said_nothing_lets_the_next_one_probe(health: Health, clock: Clock) -> None:
@@ -107,7 +107,7 @@ def test_a_probe_that_said_nothing_lets_the_next_one_probe(health: Health, clock
     clock.advance(15)
     health.asks(P, "c")
     health.gave_up(P, "c")
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
 
 
 def test_a_provider_that_responds_at_all_can_be_reached(health: Health, clock: Clock) -> None:
@@ -115,7 +115,7 @@ def test_a_provider_that_responds_at_all_can_be_reached(health: Health, clock: C
     fail(health, 3)
     clock.advance(15)
     fail(health, 1, was_asked=True)
-    assert health.wait(P, "other", "m")[0] == 0
+    assert health.wait(P, "other", "m").seconds == 0
 
 
 def test_no_circuit_opens_where_failures_is_0(health: Health) -> None:
@@ -123,47 +123,56 @@ def test_no_circuit_opens_where_failures_is_0(health: Health) -> None:
     never = provider(health="failures = 0")
     for _ in range(100):
         health.failed(never, "c", was_asked=False)
-    assert health.wait(never, "c", "m")[0] == 0
+    assert health.wait(never, "c", "m").seconds == 0
     assert not health.is_troubled
 
 
 def test_a_cooldown_is_for_one_model(health: Health, clock: Clock) -> None:
-    """And for all clients, as the account is the proxy's."""
-    health.cool_down(P, "m", 7.0, 429)
-    assert health.wait(P, "anybody", "m") == (7, 429)
-    assert health.wait(P, "c", "other") == (0, 0)
+    """Providers limit by model."""
+    health.cool_down(P, "c", "m", 7.0, 429)
+    assert health.wait(P, "c", "m") == Wait(7, 7, 429)
+    assert health.wait(P, "c", "other").seconds == 0
     clock.advance(7)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").seconds == 0
+
+
+def test_a_cooldown_binds_those_who_were_refused(health: Health) -> None:
+    """The others ask somebody else first: the refused request may have been too large, say."""
+    health.cool_down(P, "big", "m", 60, 429)
+    health.cool_down(P, "c", "m", 5, 429)
+    assert health.wait(P, "big", "m") == Wait(60, 60, 429)
+    assert health.wait(P, "c", "m") == Wait(60, 5, 429)
+    assert health.wait(P, "other", "m") == Wait(60, 0, 429)
 
 
 def test_a_longer_cooldown_replaces_a_shorter_one_only(health: Health, clock: Clock) -> None:
     """Whatever came last."""
-    health.cool_down(P, "m", 5, 429)
-    health.cool_down(P, "m", 9, 503)
-    assert health.wait(P, "c", "m") == (9, 503)
+    health.cool_down(P, "c", "m", 5, 429)
+    health.cool_down(P, "c", "m", 9, 503)
+    assert health.wait(P, "c", "m") == Wait(9, 9, 503)
     clock.advance(1)
-    health.cool_down(P, "m", 2, 429)
-    assert health.wait(P, "c", "m") == (8, 503)
+    health.cool_down(P, "c", "m", 2, 429)
+    assert health.wait(P, "c", "m") == Wait(8, 8, 503)
 
 
 def test_a_cooldown_ends_within_an_hour(health: Health) -> None:
     """A provider that says nonsense is asked again."""
-    health.cool_down(P, "m", 1e12, 429)
-    assert health.wait(P, "c", "m")[0] == LONGEST_COOLDOWN_S
+    health.cool_down(P, "c", "m", 1e12, 429)
+    assert health.wait(P, "c", "m").seconds == LONGEST_COOLDOWN_S
 
 
 def test_cooldowns_are_bounded(health: Health) -> None:
     """Models are words of callers'; what ends first goes first."""
     for number in range(10_000):
-        health.cool_down(P, f"m{number}", 10 + number, 429)
-    assert health.wait(P, "c", "m9999")[0] > 0
-    assert health.wait(P, "c", "m0")[0] == 0
+        health.cool_down(P, "c", f"m{number}", 10 + number, 429)
+    assert health.wait(P, "c", "m9999").seconds > 0
+    assert health.wait(P, "c", "m0").seconds == 0
     assert len(health._cooldowns) <= 4096
 
 
 def test_what_is_over_is_forgotten(health: Health, clock: Clock) -> None:
     """So that requests need not ask any more."""
-    health.cool_down(P, "m", 5, 429)
+    health.cool_down(P, "c", "m", 5, 429)
     clock.advance(6)
     health.succeeded(P, "c")
     assert not health.is_troubled
@@ -172,9 +181,9 @@ def test_what_is_over_is_forgotten(health: Health, clock: Clock) -> None:
 def test_a_reload_forgets_providers_that_are_gone(health: Health) -> None:
     """And keeps what is known of the others."""
     fail(health, 3)
-    health.cool_down(provider("gone"), "m", 5, 429)
+    health.cool_down(provider("gone"), "c", "m", 5, 429)
     health.follow({"p"})
-    assert health.wait(P, "c", "m")[0] == 15
+    assert health.wait(P, "c", "m").seconds == 15
     assert health.cooldown_s("gone") == 0
     health.follow(())
     assert not health.is_troubled
@@ -187,18 +196,18 @@ def test_a_probe_that_finds_no_connection_ends_for_its_client_too(
     fail(health, 3, was_asked=True)
     clock.advance(15)
     fail(health, 1)
-    assert health.wait(P, "c", "m")[0] == 0
+    assert health.wait(P, "c", "m").own == 0
 
 
 def test_a_probe_ends_where_circuits_were_switched_off(health: Health, clock: Clock) -> None:
     """A reload did that, while the circuit was open."""
     never = provider(health="failures = 0")
     fail(health, 3)
-    assert health.wait(never, "c", "m")[0] == 0
+    assert health.wait(never, "c", "m").own == 0
     clock.advance(15)
     health.asks(never, "c")
     health.failed(never, "c", was_asked=False)
-    assert health.wait(never, "c", "m")[0] == 0
+    assert health.wait(never, "c", "m").own == 0
     assert health.is_up("p")
 
 
@@ -218,6 +227,6 @@ def test_a_circuit_that_is_probed_is_not_forgotten(health: Health, clock: Clock)
     clock.advance(15)
     health.asks(P, "c")
     clock.advance(600)
-    health.cool_down(P, "m", 1, 429)
+    health.cool_down(P, "c", "m", 1, 429)
     health.succeeded(provider("q"), "c")
-    assert health.wait(P, "c", "other")[0] == 1
+    assert health.wait(P, "c", "other").own == 1

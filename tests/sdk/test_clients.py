@@ -14,7 +14,7 @@ from tests.sdk.sdks import ARGUMENTS, KEY, SAID, WORDS_SAID, plain, route, user
 from tests.support.daemon import Daemon
 from tests.support.demo import Demo
 
-ADDED = {"x-llmproxy-request-id"}
+ADDED = {"x-llmproxy-request-id", "x-llmproxy-provider", "x-llmproxy-attempts"}
 CHANGING = {"date", "x-request-id", "request-id", "anthropic-ratelimit-requests-reset"}
 SHOWN = {
     "openai": {"x-ratelimit-limit-requests", "openai-version", "content-length"},

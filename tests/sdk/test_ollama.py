@@ -16,7 +16,7 @@ from tests.support.demo import Demo
 from tests.support.sockets import WAIT
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-ADDED = {"x-llmproxy-request-id"}
+ADDED = {"x-llmproxy-request-id", "x-llmproxy-provider", "x-llmproxy-attempts"}
 CHANGING = {"date", "x-request-id", "content-length"}
 """The length differs as timestamps do: their fractions are of any length."""
 
