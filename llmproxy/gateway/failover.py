@@ -276,7 +276,7 @@ class _Round:
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
             not (self._failover.switches.off and self._is_off(candidate))
-            and self._wait_for(candidate).seconds <= 0
+            and self._wait_for(candidate).own <= 0
             and self._places_at(candidate).has_room
         )
 

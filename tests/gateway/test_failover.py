@@ -713,3 +713,15 @@ def test_the_time_for_all_of_it_is_the_providers_that_is_asked() -> None:
     gateway.clock.advance(2)
     assert gateway.refusal() == (504, "upstream_timeout")
     assert gateway.upstream.cancelled == 1
+
+
+def test_after_a_refusal_too_a_provider_that_refused_others_is_asked() -> None:
+    """Nobody else is left, and this client it has not refused."""
+    gateway = played()
+    q = gateway.config.providers["q"]
+    gateway.gateway.standing.health.cool_down(q, "another", "m", 20, 429)
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    assert names(gateway) == ["p", "q"]
+    gateway.response(200).end()
+    assert gateway.got()[0] == 200
