@@ -31,6 +31,9 @@ from llmproxy.upstream.response import Response
 
 Meet = Callable[[Exchange, RouteMatch, Candidate], None]
 
+BUSY = "busy"
+"""The cause of an attempt that was skipped because its provider had no free place."""
+
 _NO_CONNECTION = frozenset((EndReason.UPSTREAM_UNREACHABLE, EndReason.UPSTREAM_TLS))
 _BROKEN = frozenset((EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_PROTOCOL))
 _NO_RESPONSE = _BROKEN | {EndReason.UPSTREAM_TIMEOUT}
@@ -113,7 +116,9 @@ class _Round:
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
-        self._known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        here = [one.provider.name for one in match.candidates]
+        self._known = known if known in here else None
         self.left = self._order()
 
     def _order(self) -> list[Candidate]:
@@ -140,12 +145,13 @@ class _Round:
                     self.error = error
                     if _goes_on(exchange, match.route, error):
                         continue
-                    raise
+                    break
                 if not self._passes_over(candidate, response):
                     self._remember(candidate, response)
                     return response
                 self._give_back()
                 self._drop_held()
+                self.error = None
                 self.held = HeldResponse(response), candidate
             return self._last_response()
         finally:
@@ -158,16 +164,8 @@ class _Round:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
         is_troubled, are_off = self._failover.health.is_troubled, self._failover.switches.off
         for candidate in list(self.left):
-            if are_off and self._is_off(candidate):
-                self._skip(candidate, "disabled")
-                continue
-            wait = self._wait_for(candidate) if is_troubled else NO_WAIT
-            if wait.seconds > 0:
-                self._skip(candidate, "cooling")
-                if wait.own <= 0:
-                    self.cooling.append((wait.seconds, candidate))
-                elif self.wait is NO_WAIT or wait.own < self.wait.own:
-                    self.wait = wait
+            if (is_troubled or are_off) and self._is_left_alone(candidate):
+                self.left.remove(candidate)
             elif self._takes_place(candidate):
                 if candidate is not self.left[0]:
                     self._note_full(self.left[: self.left.index(candidate)])
@@ -187,16 +185,14 @@ class _Round:
         for candidate in candidates:
             if candidate.provider.name not in self.full:
                 self.full.add(candidate.provider.name)
-                self._note_skipped(candidate, "busy")
+                self._note_skipped(candidate, BUSY)
 
     async def _queue(self) -> Candidate | None:
-        """Wait for a place at the first candidate that has a queue; None where none has."""
+        """Wait for a place at the first candidate whose queue has room; None where none has."""
         exchange = self._exchange
-        for candidate in self.left:
-            places = self._places_at(candidate)
-            if not places.has_queue:
-                continue
+        while (candidate := self._next_queue()) is not None:
             self.left.remove(candidate)
+            places = self._places_at(candidate)
             self._failover.meet(exchange, self._match, candidate)
             began = self._failover.clock()
             try:
@@ -204,12 +200,36 @@ class _Round:
                 exchange.place = await exchange.waiting.placed
             except ProxyError as error:
                 self.error = error
+                if exchange.waiting is None:
+                    continue  # the queue is full
                 return None
             finally:
                 exchange.waiting = None
                 exchange.trace.queued_s += round(self._failover.clock() - began, 6)
-            return candidate
+            if not self._is_left_alone(candidate):  # it was not when the wait began
+                return candidate
+            self._give_back()
+            if (other := self._take()) is not None:
+                return other
         return None
+
+    def _next_queue(self) -> Candidate | None:
+        return next((one for one in self.left if self._places_at(one).has_queue), None)
+
+    def _is_left_alone(self, candidate: Candidate) -> bool:
+        """Return whether a candidate is not to be asked now, and note why."""
+        if self._failover.switches.off and self._is_off(candidate):
+            self._note_skipped(candidate, "disabled")
+            return True
+        wait = self._wait_for(candidate)
+        if wait.seconds <= 0:
+            return False
+        self._note_skipped(candidate, "cooling")
+        if wait.own <= 0:
+            self.cooling.append((wait.seconds, candidate))
+        elif self.wait is NO_WAIT or wait.own < self.wait.own:
+            self.wait = wait
+        return True
 
     def _last_resort(self) -> Candidate | None:
         """Take the candidate that is ready first of those that only others were refused by."""
@@ -241,10 +261,6 @@ class _Round:
     def _places_at(self, candidate: Candidate) -> Places:
         return self._failover.places.at(candidate.provider.name)
 
-    def _skip(self, candidate: Candidate, why: str) -> None:
-        self.left.remove(candidate)
-        self._note_skipped(candidate, why)
-
     def _note_skipped(self, candidate: Candidate, why: str) -> None:
         self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
 
@@ -260,7 +276,7 @@ class _Round:
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
             not (self._failover.switches.off and self._is_off(candidate))
-            and self._wait_for(candidate).seconds <= 0
+            and self._wait_for(candidate).own <= 0
             and self._places_at(candidate).has_room
         )
 
@@ -276,12 +292,14 @@ class _Round:
     def _has_failed(self, provider: str) -> bool:
         """Return whether it was asked, or is to be left alone; and was not just full."""
         attempts = self._exchange.trace.attempts
-        return any(one.provider == provider and one.cause != "busy" for one in attempts)
+        return any(one.provider == provider and one.cause != BUSY for one in attempts)
 
     def _last_response(self) -> HeldResponse:
-        """Return the last refusal, or raise why there is none."""
+        """Return the last refusal, or raise why it is not what the client gets."""
         if self.held is None:
             raise self.error or self._none_asked()
+        if self.error is not None and self.error.may_have_run:
+            raise self.error
         held, candidate = self.held
         self._failover.meet(self._exchange, self._match, candidate)
         self._exchange.response = held
@@ -323,8 +341,9 @@ def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
 
 
 def _can_be_sent_again(exchange: Exchange) -> bool:
-    """Return whether the body is still whole here."""
-    return exchange.request.upload is None or not exchange.request.upload.begun
+    """Return whether the body is still whole here, and the client as well."""
+    upload = exchange.request.upload
+    return exchange.left is None and (upload is None or not upload.begun)
 
 
 def _all_cooling(seconds: float, status: int) -> ProxyError:

@@ -86,7 +86,9 @@ class Health:
         if (cooldown := self._cooldowns.get((name, model))) is not None:
             others = cooldown.until - now
             own, status = cooldown.clients.get(client, 0.0) - now, cooldown.status
-        for key in ((name, ""), (name, client)):
+        # A reload may have switched circuits off that are open.
+        keys = ((name, ""), (name, client)) if provider.health.failures else ()
+        for key in keys:
             circuit = self._circuits.get(key)
             if circuit is not None and (left := circuit.wait(now)) > own:
                 own, status = left, 503
@@ -104,8 +106,9 @@ class Health:
         if self.is_troubled:
             self._circuits.pop((provider.name, ""), None)
             self._circuits.pop((provider.name, client), None)
-            if not self._cooldowns or self._clock() >= self._look_at:
+            if self._clock() >= self._look_at:
                 self._look()
+            self.is_troubled = bool(self._circuits or self._cooldowns)
 
     def failed(self, provider: Provider, client: str, *, was_asked: bool) -> None:
         """The provider has failed.
@@ -114,12 +117,17 @@ class Health:
             was_asked: it may have had the whole request, which may be the reason; else there was no
                 connection.
         """
-        if was_asked:
-            self._circuits.pop((provider.name, ""), None)  # it could be reached
-        if provider.health.failures:
-            key = (provider.name, client if was_asked else "")
-            circuit = self._circuits.setdefault(key, _Circuit())
-            circuit.failed(provider, self._clock())
+        reached, own = (provider.name, ""), (provider.name, client)
+        if not provider.health.failures:
+            self._circuits.pop(reached, None)
+            self._circuits.pop(own, None)
+        elif was_asked:
+            self._circuits.pop(reached, None)  # it could be reached
+            self._circuits.setdefault(own, _Circuit()).failed(provider, self._clock())
+        else:
+            if (circuit := self._circuits.get(own)) is not None:
+                circuit.is_probed = False  # the probe has not found out what it was for
+            self._circuits.setdefault(reached, _Circuit()).failed(provider, self._clock())
         self._look()
 
     def gave_up(self, provider: Provider, client: str) -> None:
@@ -175,11 +183,13 @@ class Health:
         return max([0.0, *waits, *(until - now for until in ends)])
 
     def _look(self) -> None:
-        """Forget the cooldowns that are over."""
+        """Forget the cooldowns that are over, and the circuits that nobody needs any more."""
         now = self._clock()
         self._look_at = now + _LOOK_EVERY_S
         for key in [key for key, one in self._cooldowns.items() if one.until <= now]:
             del self._cooldowns[key]
+        for key in [key for key, one in self._circuits.items() if one.is_over(now)]:
+            del self._circuits[key]
         self.is_troubled = bool(self._circuits or self._cooldowns)
 
 
@@ -208,10 +218,11 @@ class _Circuit:
         is_probed: that probe is under way.
     """
 
-    __slots__ = ("_failures", "is_probed", "opened_until")
+    __slots__ = ("_failures", "_over_at", "is_probed", "opened_until")
 
     def __init__(self) -> None:
         self._failures: deque[float] = deque()
+        self._over_at = 0.0
         self.opened_until: float | None = None
         self.is_probed = False
 
@@ -219,6 +230,10 @@ class _Circuit:
         if self.opened_until is None:
             return 0.0
         return max(self.opened_until - now, _PROBED if self.is_probed else 0.0)
+
+    def is_over(self, now: float) -> bool:
+        """Return whether its failures say nothing any more: nobody has come since."""
+        return self._over_at <= now and not self.is_probed
 
     def failed(self, provider: Provider, now: float) -> None:
         health = provider.health
@@ -229,3 +244,4 @@ class _Circuit:
         if len(failures) >= health.failures or self.is_probed:
             self.opened_until = now + health.open_for
         self.is_probed = False
+        self._over_at = max(now, self.opened_until or 0.0) + health.window

@@ -187,3 +187,46 @@ def test_a_reload_forgets_providers_that_are_gone(health: Health) -> None:
     assert health.cooldown_s("gone") == 0
     health.follow(())
     assert not health.is_troubled
+
+
+def test_a_probe_that_finds_no_connection_ends_for_its_client_too(
+    health: Health, clock: Clock
+) -> None:
+    """The client's own circuit was open; one failed connection does not close the provider."""
+    fail(health, 3, was_asked=True)
+    clock.advance(15)
+    fail(health, 1)
+    assert health.wait(P, "c", "m").own == 0
+
+
+def test_a_probe_ends_where_circuits_were_switched_off(health: Health, clock: Clock) -> None:
+    """A reload did that, while the circuit was open."""
+    never = provider(health="failures = 0")
+    fail(health, 3)
+    assert health.wait(never, "c", "m").own == 0
+    clock.advance(15)
+    health.asks(never, "c")
+    health.failed(never, "c", was_asked=False)
+    assert health.wait(never, "c", "m").own == 0
+    assert health.is_up("p")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_comes_no_more_is_forgotten(health: Health, clock: Clock, count: int) -> None:
+    """Its failures are over with their window, or with the time that its circuit was open."""
+    fail(health, count, "gone", was_asked=True)
+    clock.advance(46)
+    health.succeeded(P, "another")
+    assert not health.is_troubled
+    assert health.is_up("p")
+
+
+def test_a_circuit_that_is_probed_is_not_forgotten(health: Health, clock: Clock) -> None:
+    """The probe may take long."""
+    fail(health, 3)
+    clock.advance(15)
+    health.asks(P, "c")
+    clock.advance(600)
+    health.cool_down(P, "c", "m", 1, 429)
+    health.succeeded(provider("q"), "c")
+    assert health.wait(P, "c", "other").own == 1
