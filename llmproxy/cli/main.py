@@ -104,7 +104,7 @@ def run_demo(args: argparse.Namespace) -> int:
     # Not at the top: the demo brings the reactor, and no other command needs one.
     from llmproxy.cli.demo.run import run
 
-    run(proxy_port=args.port, admin_port=args.admin_port)
+    run(proxy_port=args.port, admin_port=args.admin_port, cache=args.cache)
     return 0
 
 
@@ -298,13 +298,22 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Run the proxy on this machine alone, with an embedded provider that "
         "streams made-up responses, until it is interrupted. Its models are demo-fast, demo-slow, "
         "demo-Ntps (N tokens a second), and some that fail: demo-429, demo-500, demo-503, "
-        "demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail and demo-redirect.",
+        "demo-break, demo-stall, demo-malformed, demo-unfinished, demo-fail and demo-redirect. The "
+        "provider has a prompt cache: of a prompt that begins like an earlier one, whole blocks of "
+        "16 words count as cached for five minutes (with Anthropic's API, where the request has "
+        "cache_control).",
         epilog=_CODES.format(ok="it was interrupted", no="it could not start"),
     )
     for flag, port, whose in (("--port", 8080, "proxy"), ("--admin-port", 9080, "admin site")):
         command.add_argument(
             flag, default=port, type=_port, metavar="PORT", help=f"of the {whose} (default: {port})"
         )
+    command.add_argument(
+        "--no-cache",
+        action="store_false",
+        dest="cache",
+        help="no prompt cache: the same request always gets the same counts",
+    )
     command.set_defaults(run=run_demo)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,12 +58,15 @@ class RunningDemo:
     def post(self, path: str, model: str) -> int:
         """Ask a model for a stream, read that, and return its status."""
         body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        return self.ask(path, body)[0]
+
+    def ask(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Post a body; return the status and the body of the response."""
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=WAIT)) as connection:
             kind = {"content-type": "application/json"}
             connection.request("POST", path, json.dumps(body).encode(), kind)
             response = connection.getresponse()
-            response.read()
-            return response.status
+            return response.status, response.read()
 
 
 @pytest.fixture
@@ -111,3 +115,13 @@ def test_each_request_is_a_short_line(demo: RunningDemo) -> None:
     assert re.fullmatch(
         r"POST /nowhere.*: 404 rejected \(no_route\), 0\.[0-9]{2} s\n", demo.line()[9:]
     )
+
+
+def test_a_prompt_is_remembered(demo: RunningDemo) -> None:
+    """Who sends the same again sees cached tokens, as with a provider."""
+    body = {"model": "demo-fast", "messages": [{"role": "user", "content": "word " * 40}]}
+    counts = []
+    for _ in range(2):
+        _, document = demo.ask("/openai/v1/chat/completions", body)
+        counts.append(json.loads(document)["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert counts == [0, 32]

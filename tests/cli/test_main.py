@@ -287,20 +287,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "ports"),
-    [([], (8080, 9080)), (["--port", "0", "--admin-port", "1"], (0, 1))],
+    ("arguments", "expected"),
+    [
+        ([], (8080, 9080, True)),
+        (["--port", "0", "--admin-port", "1"], (0, 1, True)),
+        (["--no-cache"], (8080, 9080, False)),
+    ],
 )
 def test_demo(
-    arguments: list[str], ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], expected: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo runs on the ports that are asked for."""
-    calls: list[tuple[int, int]] = []
+    """The demo runs on the ports that are asked for, and has a prompt cache unless told not to."""
+    calls: list[tuple[int, int, bool]] = []
 
-    def run(*, proxy_port: int, admin_port: int) -> None:
-        calls.append((proxy_port, admin_port))
+    def run(*, proxy_port: int, admin_port: int, cache: bool) -> None:
+        calls.append((proxy_port, admin_port, cache))
 
     stand_in = types.ModuleType("llmproxy.cli.demo.run")
     monkeypatch.setattr(stand_in, "run", run, raising=False)
     monkeypatch.setitem(sys.modules, "llmproxy.cli.demo.run", stand_in)
     assert main(["demo", *arguments]) == 0
-    assert calls == [ports]
+    assert calls == [expected]

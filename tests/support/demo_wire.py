@@ -12,7 +12,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.server import Site
 
-from llmproxy.cli.demo import demo_site
+from llmproxy.cli.demo import PromptCache, demo_site
 
 SAID = "the quick brown fox"
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SAID}]
@@ -74,9 +74,10 @@ class TurnClock(Clock):
 class DemoConnection:
     """A connection to a demo provider whose time stands still."""
 
-    def __init__(self, *, pace: float | None = None) -> None:
+    def __init__(self, *, pace: float | None = None, caching: bool = False) -> None:
         self.clock = TurnClock()
-        self.site: Site = demo_site(cast(IReactorTime, self.clock), pace=pace)
+        cache = PromptCache(self.clock.seconds) if caching else None
+        self.site: Site = demo_site(cast(IReactorTime, self.clock), pace=pace, cache=cache)
         self.transport: Any = StringTransport()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
         build: Any = self.site.buildProtocol
         self.protocol: Any = build(None)
@@ -87,10 +88,10 @@ class DemoConnection:
         head = [f"POST {path} HTTP/1.1", "Host: demo", f"Content-Length: {len(body)}", *fields]
         self.protocol.dataReceived("\r\n".join([*head, "", ""]).encode() + body)
 
-    def ask(self, path: str, model: str, *, stream: bool = True, **more: Any) -> None:
+    def ask(self, path: str, model: str, *fields: str, stream: bool = True, **more: Any) -> None:
         """Ask a model, at the endpoint of that path."""
         body = {"model": model, "stream": stream, **ASKED[path], **more}
-        self.post(path, json.dumps(body).encode())
+        self.post(path, json.dumps(body).encode(), *fields)
 
     def get(self, path: str, *fields: str) -> None:
         """Send a GET."""
@@ -114,12 +115,15 @@ class DemoConnection:
         head, body = self.taken().split(b"\r\n\r\n", 1)
         return int(head.split()[1]), json.loads(body)
 
-    def whole(self, path: str, model: str = "demo-fast", **more: Any) -> dict[str, Any]:
+    def whole(
+        self, path: str, model: str = "demo-fast", *fields: str, **more: Any
+    ) -> dict[str, Any]:
         """Ask for a response in one piece; return its document."""
-        self.ask(path, model, stream=False, **more)
+        self.ask(path, model, *fields, stream=False, **more)
         self.clock.advance(0)
         status, document = self.response()
         assert status == 200, document
+        self.clock.advance(0)  # the response ends, and the next request may come
         return document
 
     def events(self, path: str, model: str = "demo-fast", **more: Any) -> list[bytes]:

@@ -109,7 +109,7 @@ class Messages(Streamed):
             forced=choice.get("type") in ("any", "tool"),
             max_tokens=limit(body, "max_tokens"),
             reasoning=_THINKING if _thinks(body) else 0,
-            caches=_asks_to_cache(body),
+            caches=_parts_to_cache(body),
         )
 
     def events(self, response: Response, ask: Asked, clock: Clock) -> Iterator[Event]:
@@ -150,7 +150,7 @@ class CountTokens(Endpoint):
 
     def ask(self, body: dict[str, Any]) -> Asked:
         """Read what a messages request has, too; it is never streamed."""
-        return replace(Messages().ask(body), stream=False)
+        return replace(Messages().ask(body), stream=False, caches=0)
 
     def document(self, response: Response, ask: Asked, clock: Clock) -> Document:
         """``{"input_tokens": N}``."""
@@ -173,12 +173,24 @@ def _thinks(body: dict[str, Any]) -> bool:
     return object_or_empty(body.get("thinking")).get("type") in ("enabled", "adaptive")
 
 
-def _asks_to_cache(body: dict[str, Any]) -> bool:
-    """Whether the request, or any block of its system text, messages or tools, asks for it."""
+def _parts_to_cache(body: dict[str, Any]) -> int:
+    """How many parts of the prompt are to be kept: up to the last one with a marked block.
+
+    A mark at the request itself means all of them.  Tools have no words here; a mark at one of them
+    counts for the system text, which comes next.
+    """
     contents = [body.get("system"), *(message.get("content") for message in messages_of(body))]
-    blocks = [block for content in contents if isinstance(content, list) for block in content]
-    marked = [body, *objects(body, "tools"), *map(object_or_empty, blocks)]
-    return any(one.get("cache_control") is not None for one in marked)
+    if _is_marked(body):
+        return len(contents)
+    parts = [content if isinstance(content, list) else [] for content in contents]
+    parts[0] = [*objects(body, "tools"), *parts[0]]
+    return max(
+        (at for at, blocks in enumerate(parts, 1) if any(map(_is_marked, blocks))), default=0
+    )
+
+
+def _is_marked(block: object) -> bool:
+    return object_or_empty(block).get("cache_control") is not None
 
 
 def _event(kind: str, **members: object) -> Event:

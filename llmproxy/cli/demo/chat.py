@@ -61,7 +61,7 @@ class ChatCompletions(Streamed):
             forced=choice == "required" or named is not None,
             max_tokens=limit(body, "max_completion_tokens") or limit(body, "max_tokens"),
             reasoning=reasoning_at(body.get("reasoning_effort")),
-            caches=True,
+            caches=len(messages),
             include_usage=options.get("include_usage") is True,
         )
 

@@ -40,7 +40,7 @@ class Completions(Streamed):
             said=" ".join(prompt),
             user_last=True,
             max_tokens=limit(body, "max_tokens"),
-            caches=True,
+            caches=len(prompt),
             include_usage=options.get("include_usage") is True,
         )
 

@@ -48,17 +48,18 @@ class Responses(Streamed):
         choice = body.get("tool_choice")
         named = object_or_empty(choice).get("name")
         instructions = [body["instructions"]] if isinstance(body.get("instructions"), str) else []
+        prompt = (*instructions, *(text_of(item.get("content")) for item in items))
         return Asked(
             model=model,
             stream=body.get("stream") is True,
-            prompt=(*instructions, *(text_of(item.get("content")) for item in items)),
+            prompt=prompt,
             said=said,
             user_last=user_last,
             tools=() if choice == "none" else tools_named(_tools(body), named),
             forced=choice == "required" or named is not None,
             max_tokens=limit(body, "max_output_tokens"),
             reasoning=reasoning_at(object_or_empty(body.get("reasoning")).get("effort")),
-            caches=True,
+            caches=len(prompt),
             echo=_echo(body),
         )
 

@@ -5,8 +5,9 @@ provider.  It speaks OpenAI, Anthropic, Ollama and Gemini, echoes what it is tol
 the model's name says, and fails on demand.  Here are its resource and site, the configuration of a
 proxy in front of it, and the commands with which a person tries both.
 
-It needs no key and records nothing.  It may not know anything of the proxy but the configuration's
-key names: what it sends must not come from the code that is to be shown or tested with it.
+It needs no key and records nothing; the prompt cache that it may be given keeps digests.  It may
+not know anything of the proxy but the configuration's key names: what it sends must not come from
+the code that is to be shown or tested with it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from llmproxy.cli.demo.gemini import Generate as GenerateContent
 from llmproxy.cli.demo.ollama import OLLAMA, Chat, Embed, Generate, OldEmbeddings
 from llmproxy.cli.demo.openai import OPENAI
 from llmproxy.cli.demo.openai_responses import Responses
+from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.reading import model_named
 from llmproxy.cli.demo.response import Asked, BadAsk, Response
 
@@ -73,6 +75,7 @@ _VERBS: Mapping[str, Endpoint] = MappingProxyType(
 )
 """Gemini's endpoints, whose paths name the model; two ways to stream are told by the query."""
 
+_KEY_FIELDS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 _REDIRECTED = "/redirected"
 _REFUSALS: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
@@ -128,17 +131,25 @@ class DemoProvider(resource.Resource):
     Args:
         reactor: gives the time.
         pace: tokens per second for every model, whatever its name says; None: as the names say.
+        cache: remembers prompts; None: counts of cached tokens depend on the request alone.
     """
 
     isLeaf = True
 
-    def __init__(self, reactor: IReactorTime, *, pace: float | None = None) -> None:
+    def __init__(
+        self,
+        reactor: IReactorTime,
+        *,
+        pace: float | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
         if pace is not None and pace <= 0:
             raise ValueError(f"pace: tokens per second, above 0, not {pace!r}")
         # Without zope's plugin mypy reads the interface's methods as if they had a self.
         self._time = cast(Time, reactor)
         self._pace = pace
+        self._cache = cache
 
     def render(self, request: server.Request) -> bytes | int:
         """Answer; ``NOT_DONE_YET`` where the response takes its time."""
@@ -165,7 +176,7 @@ class DemoProvider(resource.Resource):
             reply.setHeader(b"location", _REDIRECTED.encode() + reply.path)
             return b""
         pace = self._pace or answering.tokens_per_second(ask.model)
-        response = answering.response(ask, pace)
+        response = answering.response(ask, pace, self._cached(reply, ask))
         if response.failure is not None and not ask.stream:
             raise _Refused(500, BadAsk(response.failure))
         self._set_head(reply, endpoint.dialect, 200)
@@ -179,6 +190,12 @@ class DemoProvider(resource.Resource):
         ending = _ENDINGS.get(ask.model, flow.end_properly)
         Flow(reply, self._time, events, pace, ending).start()
         return server.NOT_DONE_YET
+
+    def _cached(self, reply: Reply, ask: Asked) -> tuple[int, int] | None:
+        """How many words of the prompt came out of the cache, and how many went into it."""
+        if self._cache is None:
+            return None
+        return self._cache.use(_account(reply), ask.model, ask.prompt, ask.caches)
 
     def _whole(
         self, reply: Reply, endpoint: Endpoint, response: Response, ask: Asked
@@ -221,18 +238,27 @@ class _SilentSite(server.Site):
         """Nothing: the demo provider records nothing."""
 
 
-def demo_site(reactor: IReactorTime, *, pace: float | None = None) -> server.Site:
+def demo_site(
+    reactor: IReactorTime, *, pace: float | None = None, cache: PromptCache | None = None
+) -> server.Site:
     """The demo provider, ready to be given to ``listenTCP`` or to an endpoint.
 
     Args:
         reactor: gives the time; listening is the caller's.
         pace: tokens per second for every model, whatever its name says; None: as the names say.
+        cache: remembers prompts; None: counts of cached tokens depend on the request alone.
 
     Raises:
         ValueError: the pace is not above 0.
     """
-    provider = DemoProvider(reactor, pace=pace)
+    provider = DemoProvider(reactor, pace=pace, cache=cache)
     return _SilentSite(provider, reactor=reactor)  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
+
+
+def _account(reply: Reply) -> str:
+    """The key that a request shows, as each dialect says it; any will do, and so will none."""
+    shown = (reply.getHeader(name) for name in _KEY_FIELDS)
+    return b"\n".join(value or b"" for value in shown).decode("latin-1")
 
 
 def _endpoint_at(path: str, reply: Reply) -> tuple[Endpoint | None, Document]:

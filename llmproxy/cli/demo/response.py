@@ -3,6 +3,7 @@
 A dialect reads a request into an :class:`Asked`; :func:`response` turns it into a
 :class:`Response`, which the dialect then spells in its own way.  A response depends on the request
 alone: the same question gets the same words and the same counts, streamed or not, in every dialect.
+Only a prompt cache, where the provider has one, makes its counts depend on what came before.
 
 This module knows no dialect, no HTTP, no reactor and nothing else of the program.
 """
@@ -88,7 +89,7 @@ class Asked:
         forced: the request says that a tool must be called.
         max_tokens: the longest text wanted, in tokens; None: no limit.
         reasoning: tokens to be spent on reasoning, beside those of the text.
-        caches: the prompt is kept between requests, as far as it can be.
+        caches: how many parts of the prompt, from its beginning, are kept between requests.
         include_usage: an OpenAI stream ends with a chunk of usage.
         echo: members of the request that the response repeats, where the endpoint does so.
         dimensions: how long each embedding is to be.
@@ -104,7 +105,7 @@ class Asked:
     forced: bool = False
     max_tokens: int | None = None
     reasoning: int = 0
-    caches: bool = False
+    caches: int = 0
     include_usage: bool = False
     echo: Mapping[str, Any] = field(default_factory=dict)
     dimensions: int = 0
@@ -176,15 +177,19 @@ def tokens_per_second(name: str) -> float | None:
     return _SLOW_TPS if name == "demo-slow" else None
 
 
-def response(ask: Asked, pace: float | None = None) -> Response:
+def response(
+    ask: Asked, pace: float | None = None, cached: tuple[int, int] | None = None
+) -> Response:
     """What the demo provider says to a request, at so many tokens per second (None: at once).
 
     A tool is called, the first one offered, where the request forces it, or where tools are offered
     and the last message is the user's and contains the word "tool".  ``max_tokens`` cuts a text,
     never a tool's arguments: half a JSON object would help nobody.
 
-    Where the prompt is cached, its first part was there already, its last is new and is not kept,
-    and what stands between goes into the cache; a prompt of one part is not cached.
+    ``cached`` says how many words of the prompt came out of a cache and how many went into it.
+    Without a cache (None) they depend on the request alone: where the prompt is to be kept, its
+    first part was there already, its last is new and is not kept, and what stands between goes into
+    the cache; of a prompt of one part, nothing is.
     """
     tool = _tool_to_call(ask)
     text = _echo(ask.said) if tool is None else json.dumps(_sample_arguments(tool.schema))
@@ -192,13 +197,15 @@ def response(ask: Asked, pace: float | None = None) -> Response:
     kept = tokens if tool is not None else tokens[: ask.max_tokens]
     fails = ask.model == _FAILS
     words = [len(part.split()) for part in ask.prompt]
-    cached = words[:-1] if ask.caches else []
+    if cached is None:
+        kept_words = words[:-1] if ask.caches else []
+        cached = sum(kept_words[:1]), sum(kept_words[1:])
     return Response(
         model=ask.model,
         tokens=kept[:_TOKENS_BEFORE_FAILURE] if fails else kept,
         prompt_tokens=sum(words),
-        read_tokens=sum(cached[:1]),
-        written_tokens=sum(cached[1:]),
+        read_tokens=cached[0],
+        written_tokens=cached[1],
         reasoning_tokens=ask.reasoning,
         tool=None if tool is None else tool.name,
         cut=len(kept) < len(tokens),

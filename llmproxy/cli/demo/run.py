@@ -19,6 +19,7 @@ from twisted.logger import (
     globalLogBeginner,
 )
 
+from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.provider import demo_site
 from llmproxy.cli.demo.texts import curl_lines, demo_config, request_line
 from llmproxy.config import parse
@@ -27,19 +28,21 @@ from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.service import ProxyService
 
 
-def run(*, proxy_port: int, admin_port: int) -> None:
+def run(*, proxy_port: int, admin_port: int, cache: bool = True) -> None:
     """Serve until interrupted; prints commands to try once everything listens.
 
     Args:
         proxy_port: where the proxy listens on loopback.
         admin_port: where its admin site does.
+        cache: the provider remembers prompts.
 
     Raises:
         SystemExit: 1, where a port is taken.
     """
     reactor: Any = global_reactor
     _begin_log(reactor)
-    provider = reactor.listenTCP(0, demo_site(reactor), interface="127.0.0.1")
+    site = demo_site(reactor, cache=PromptCache(reactor.seconds) if cache else None)
+    provider = reactor.listenTCP(0, site, interface="127.0.0.1")
     text = demo_config(
         provider_port=provider.getHost().port, proxy_port=proxy_port, admin_port=admin_port
     )
