@@ -99,7 +99,7 @@ class Health:
         if self.is_troubled:
             for key in ((provider.name, ""), (provider.name, client)):
                 if (circuit := self._circuits.get(key)) is not None:
-                    circuit.is_probed = circuit.opened_until is not None
+                    circuit.asks(provider, self._clock())
 
     def succeeded(self, provider: Provider, client: str) -> None:
         """The provider has responded as it should."""
@@ -126,7 +126,7 @@ class Health:
             self._circuits.setdefault(own, _Circuit()).failed(provider, self._clock())
         else:
             if (circuit := self._circuits.get(own)) is not None:
-                circuit.is_probed = False  # the probe has not found out what it was for
+                circuit.gave_up(self._clock())  # a probe has not found out what it was for
             self._circuits.setdefault(reached, _Circuit()).failed(provider, self._clock())
         self._look()
 
@@ -135,7 +135,7 @@ class Health:
         if self.is_troubled:
             for key in ((provider.name, ""), (provider.name, client)):
                 if (circuit := self._circuits.get(key)) is not None:
-                    circuit.is_probed = False
+                    circuit.gave_up(self._clock())
 
     def cool_down(
         self, provider: Provider, client: str, model: str, seconds: float, status: int
@@ -214,26 +214,39 @@ class _Circuit:
     """The failures of one provider, one after the other.
 
     Attributes:
-        opened_until: when the probe may be sent, or None while the circuit is closed.
-        is_probed: that probe is under way.
+        opened_until: when the next probe may be sent, or None while the circuit is closed.
     """
 
-    __slots__ = ("_failures", "_over_at", "is_probed", "opened_until")
+    __slots__ = ("_failures", "_is_probed", "_over_at", "opened_until")
 
     def __init__(self) -> None:
         self._failures: deque[float] = deque()
         self._over_at = 0.0
         self.opened_until: float | None = None
-        self.is_probed = False
+        self._is_probed = False
 
     def wait(self, now: float) -> float:
         if self.opened_until is None:
             return 0.0
-        return max(self.opened_until - now, _PROBED if self.is_probed else 0.0)
+        left = max(0.0, self.opened_until - now)
+        return min(left, _PROBED) if self._is_probed else left
+
+    def asks(self, provider: Provider, now: float) -> None:
+        """Let this be the probe, if it is time; if it takes too long, there will be another."""
+        if self.opened_until is not None and self.opened_until <= now:
+            self.opened_until = now + provider.health.open_for
+            self._over_at = self.opened_until + provider.health.window
+            self._is_probed = True
+
+    def gave_up(self, now: float) -> None:
+        """The probe has found nothing out: the next request is one."""
+        if self._is_probed:
+            self._is_probed = False
+            self.opened_until = now
 
     def is_over(self, now: float) -> bool:
         """Return whether its failures say nothing any more: nobody has come since."""
-        return self._over_at <= now and not self.is_probed
+        return self._over_at <= now
 
     def failed(self, provider: Provider, now: float) -> None:
         health = provider.health
@@ -241,7 +254,7 @@ class _Circuit:
         failures.append(now)
         while failures[0] < now - health.window or len(failures) > health.failures:
             failures.popleft()
-        if len(failures) >= health.failures or self.is_probed:
+        if len(failures) >= health.failures or self._is_probed:
             self.opened_until = now + health.open_for
-        self.is_probed = False
+        self._is_probed = False
         self._over_at = max(now, self.opened_until or 0.0) + health.window

@@ -221,12 +221,24 @@ def test_a_client_that_comes_no_more_is_forgotten(health: Health, clock: Clock, 
     assert health.is_up("p")
 
 
-def test_a_circuit_that_is_probed_is_not_forgotten(health: Health, clock: Clock) -> None:
-    """The probe may take long."""
+def test_a_probe_that_takes_long_is_followed_by_another(health: Health, clock: Clock) -> None:
+    """Its response may take ten minutes; the provider is not closed for so long."""
     fail(health, 3)
     clock.advance(15)
     health.asks(P, "c")
-    clock.advance(600)
-    health.cool_down(P, "c", "m", 1, 429)
-    health.succeeded(provider("q"), "c")
-    assert health.wait(P, "c", "other").own == 1
+    clock.advance(14.5)
+    assert health.wait(P, "c", "m").own == 0.5
+    clock.advance(0.5)
+    assert health.wait(P, "c", "m").own == 0
+    health.asks(P, "c")
+    assert health.wait(P, "c", "m").own == 1
+
+
+def test_who_asks_in_any_case_keeps_no_circuit_open(health: Health, clock: Clock) -> None:
+    """A route with one candidate asks before the time is over; that is no probe."""
+    fail(health, 3)
+    for _ in range(14):
+        clock.advance(1)
+        health.asks(P, "c")
+    clock.advance(1)
+    assert health.wait(P, "c", "m").own == 0
