@@ -201,7 +201,7 @@ class Gateway(Handler):
                 conceal(exchange.trace, path=error.cause == THE_PATH)
         except Exception as problem:
             if exchange.is_late:
-                error = upstream_timeout("total", may_have_run=True)
+                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
                 end = error.end
             elif exchange.left is not None:
                 end = exchange.left.end

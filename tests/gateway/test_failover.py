@@ -725,3 +725,16 @@ def test_after_a_refusal_too_a_provider_that_refused_others_is_asked() -> None:
     assert names(gateway) == ["p", "q"]
     gateway.response(200).end()
     assert gateway.got()[0] == 200
+
+
+def test_who_was_late_in_the_queue_may_ask_again() -> None:
+    """No provider has done anything."""
+    gateway = PlayedGateway(provider=QUEUE, route='timeouts = { total = "3s" }')
+    gateway.call()
+    gateway.response()
+    gateway.connect()
+    gateway.call()
+    gateway.clock.advance(3)
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-llmproxy-error"]) == (504, b"upstream_timeout")
+    assert b"x-should-retry" not in fields
