@@ -23,7 +23,7 @@ from llmproxy.policy.fair_queue import Places, no_place
 from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
-from llmproxy.policy.stickiness import key_of
+from llmproxy.policy.stickiness import Key, key_of
 from llmproxy.record.trace import SKIPPED, Attempt
 from llmproxy.upstream.credential import NO_CREDENTIAL
 from llmproxy.upstream.held_response import HeldResponse
@@ -74,7 +74,42 @@ class Failover:
         """
         if match.balance is None and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
-        return _Round(self, exchange, match, client, facts).send()
+        if self.health.is_troubled or self.switches.off:
+            return _Round(self, exchange, match, client, facts).send()
+        return self._send_as_usual(exchange, match, client, facts)
+
+    async def _send_as_usual(
+        self, exchange: Exchange, match: RouteMatch, client: Client, facts: RequestFacts
+    ) -> Response | HeldResponse:
+        """Ask the candidate that is first without any question, and begin a round if it fails."""
+        key = key_of(match.route, client.name, exchange.trace.session)
+        candidate = self._first(match, key)
+        if candidate is None:
+            return await _Round(self, exchange, match, client, facts).send()
+        if candidate is not exchange.candidate:
+            self.meet(exchange, match, candidate)
+        came: Response | ProxyError
+        try:
+            came = await self.attempts.send(exchange, match, candidate, facts)
+        except ProxyError as error:
+            came = error
+        else:
+            if came.code < 400:
+                if key is not None:
+                    name, sticky_for = candidate.provider.name, match.route.sticky_for
+                    self.stickiness.remember(key, name, sticky_for)
+                return came
+        return await _Round(self, exchange, match, client, facts, candidate).send(came)
+
+    def _first(self, match: RouteMatch, key: Key | None) -> Candidate | None:
+        """Return the candidate that needs no place, and is first whoever else is there."""
+        known = None if key is None else self.stickiness.provider_of(key)
+        if known is None and match.route.balance != "ordered":
+            return None
+        for candidate in match.candidates:
+            if known is None or candidate.provider.name == known:
+                return None if candidate.is_counted else candidate
+        return None
 
 
 class _Round:
@@ -92,7 +127,7 @@ class _Round:
     """
 
     __slots__ = (
-        *("_client", "_exchange", "_facts", "_failover", "_key", "_known", "_match"),
+        *("_candidate", "_client", "_exchange", "_facts", "_failover", "_key", "_known", "_match"),
         *("cooling", "disabled", "error", "full", "held", "left", "wait"),
     )
 
@@ -103,6 +138,7 @@ class _Round:
         match: RouteMatch,
         client: Client,
         facts: RequestFacts,
+        asked: Candidate | None = None,
     ) -> None:
         self._failover = failover
         self._exchange = exchange
@@ -119,7 +155,8 @@ class _Round:
         known = None if self._key is None else failover.stickiness.provider_of(self._key)
         here = [one.provider.name for one in match.candidates]
         self._known = known if known in here else None
-        self.left = self._order()
+        self.left = [one for one in self._order() if one is not asked]
+        self._candidate = asked
 
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
@@ -129,34 +166,48 @@ class _Round:
             return list(order)
         return sorted(order, key=lambda one: one.provider.name != self._known)
 
-    async def send(self) -> Response | HeldResponse:
-        """Do as :meth:`Failover.send`."""
-        exchange, match, failover = self._exchange, self._match, self._failover
+    async def send(self, came: Response | ProxyError | None = None) -> Response | HeldResponse:
+        """Do as :meth:`Failover.send`.
+
+        Args:
+            came: what came of asking the first candidate, where it was asked already.
+        """
+        exchange, match = self._exchange, self._match
         try:
-            while (
-                candidate := self._take() or await self._queue() or self._last_resort()
-            ) is not None:
-                if candidate is not exchange.candidate:
-                    failover.meet(exchange, match, candidate)
-                try:
-                    response = await failover.attempts.send(exchange, match, candidate, self._facts)
-                except ProxyError as error:
+            while True:
+                candidate = self._candidate
+                if came is None or candidate is None:
+                    candidate = self._take() or await self._queue() or self._last_resort()
+                    if candidate is None:
+                        return self._last_response()
+                    came = await self._ask(candidate)
+                if isinstance(came, ProxyError):
                     self._give_back()
-                    self.error = error
-                    if _goes_on(exchange, match.route, error):
-                        continue
-                    break
-                if not self._passes_over(candidate, response):
-                    self._remember(candidate, response)
-                    return response
-                self._give_back()
-                self._drop_held()
-                self.error = None
-                self.held = HeldResponse(response), candidate
-            return self._last_response()
+                    self.error = came
+                    if not _goes_on(exchange, match.route, came):
+                        return self._last_response()
+                elif not self._passes_over(candidate, came):
+                    self._remember(candidate, came)
+                    return came
+                else:
+                    self._give_back()
+                    self._drop_held()
+                    self.error = None
+                    self.held = HeldResponse(came), candidate
+                came = None
         finally:
             if self.held is not None and exchange.response is not self.held[0]:
                 self._drop_held()
+
+    async def _ask(self, candidate: Candidate) -> Response | ProxyError:
+        """Return what came of asking a candidate."""
+        exchange, match, failover = self._exchange, self._match, self._failover
+        if candidate is not exchange.candidate:
+            failover.meet(exchange, match, candidate)
+        try:
+            return await failover.attempts.send(exchange, match, candidate, self._facts)
+        except ProxyError as error:
+            return error
 
     # -- whom to ask ----------------------------------------------------------------------------
 
