@@ -323,7 +323,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     open_for: Annotated[float, Key(DURATION)] = 15.0
     """How long the provider is not asked. Then one request is sent to it: if that one succeeds, the
-    circuit closes; if it fails, this time begins again."""
+    circuit closes; if it fails, this time begins again. If it has no response after this time,
+    another one is sent."""
 
 
 class Queue(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,15 +39,14 @@ _log = Logger()
 _BUSY = (429, 503, 529)
 """The statuses with which a provider may say when to come again."""
 
-_PROVIDERS_FAULT = frozenset(
-    (
-        EndReason.UPSTREAM_UNREACHABLE,
-        EndReason.UPSTREAM_TLS,
-        EndReason.UPSTREAM_TIMEOUT,
-        EndReason.UPSTREAM_BROKEN,
-        EndReason.UPSTREAM_PROTOCOL,
-    )
-)
+_REQUESTS_FAULT = frozenset((EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_PROTOCOL))
+"""Perhaps: the provider had some of it, such as the beginning of a body that is too large."""
+
+_PROVIDERS_FAULT = _REQUESTS_FAULT | {
+    EndReason.UPSTREAM_UNREACHABLE,
+    EndReason.UPSTREAM_TLS,
+    EndReason.UPSTREAM_TIMEOUT,
+}
 
 
 class Attempts:
@@ -148,8 +147,10 @@ class Attempts:
                 exchange.at_work = at_work  # it says that it did not do the work
         except ProxyError as error:
             outcome, cause = error.end, error.cause
+            if not error.may_have_run:
+                exchange.at_work = at_work
             if outcome in _PROVIDERS_FAULT:
-                asked = error.may_have_run
+                asked = error.may_have_run or outcome in _REQUESTS_FAULT
                 self._health.failed(candidate.provider, client, was_asked=asked)
             else:
                 self._health.gave_up(candidate.provider, client)

@@ -59,7 +59,7 @@ class DetachedStreams:
         if match is None or match.route.on_disconnect != "drain":
             return 0
         if tap is None:
-            awaits_head = exchange.has_asked and exchange.status == 0
+            awaits_head = exchange.at_work > 0 and exchange.status == 0
             wanted = awaits_head and exchange.endpoint is not None
         else:
             wanted = tap.is_promising and tap.error is None

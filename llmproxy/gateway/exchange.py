@@ -40,7 +40,6 @@ class Exchange:
             it was sent.
         left: why the client is gone, if it is.
         is_late: the request took longer than ``total``.
-        has_asked: the provider may have a byte of the request, and do the work.
         at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
         page: the fields by which a response speaks to a web page's browser.
@@ -58,7 +57,7 @@ class Exchange:
         *("candidate", "place", "waiting"),
         *("at_work", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_asked", "has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
+        *("has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
         *("timer", "trace"),
     )
@@ -75,7 +74,6 @@ class Exchange:
         self.decoded_body = b""
         self.left: ClientGone | None = None
         self.is_late = False
-        self.has_asked = False
         self.at_work = 0
         self.relay: Relay | None = None
         self.response: Response | HeldResponse | None = None
@@ -94,7 +92,6 @@ class Exchange:
 
     def asked(self) -> None:
         """The provider may do the work from here on."""
-        self.has_asked = True
         self.at_work += 1
 
     def keep_of(self, response: Response | HeldResponse) -> None:

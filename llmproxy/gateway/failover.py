@@ -23,13 +23,16 @@ from llmproxy.policy.fair_queue import Places, no_place
 from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
-from llmproxy.policy.stickiness import key_of
+from llmproxy.policy.stickiness import Key, key_of
 from llmproxy.record.trace import SKIPPED, Attempt
 from llmproxy.upstream.credential import NO_CREDENTIAL
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
 Meet = Callable[[Exchange, RouteMatch, Candidate], None]
+
+BUSY = "busy"
+"""The cause of an attempt that was skipped because its provider had no free place."""
 
 _NO_CONNECTION = frozenset((EndReason.UPSTREAM_UNREACHABLE, EndReason.UPSTREAM_TLS))
 _BROKEN = frozenset((EndReason.UPSTREAM_BROKEN, EndReason.UPSTREAM_PROTOCOL))
@@ -71,7 +74,42 @@ class Failover:
         """
         if match.balance is None and not self.switches.off:
             return self.attempts.send(exchange, match, match.candidates[0], facts)
-        return _Round(self, exchange, match, client, facts).send()
+        if self.health.is_troubled or self.switches.off:
+            return _Round(self, exchange, match, client, facts).send()
+        return self._send_as_usual(exchange, match, client, facts)
+
+    async def _send_as_usual(
+        self, exchange: Exchange, match: RouteMatch, client: Client, facts: RequestFacts
+    ) -> Response | HeldResponse:
+        """Ask the candidate that is first without any question, and begin a round if it fails."""
+        key = key_of(match.route, client.name, exchange.trace.session)
+        candidate = self._first(match, key)
+        if candidate is None:
+            return await _Round(self, exchange, match, client, facts).send()
+        if candidate is not exchange.candidate:
+            self.meet(exchange, match, candidate)
+        came: Response | ProxyError
+        try:
+            came = await self.attempts.send(exchange, match, candidate, facts)
+        except ProxyError as error:
+            came = error
+        else:
+            if came.code < 400:
+                if key is not None:
+                    name, sticky_for = candidate.provider.name, match.route.sticky_for
+                    self.stickiness.remember(key, name, sticky_for)
+                return came
+        return await _Round(self, exchange, match, client, facts, candidate).send(came)
+
+    def _first(self, match: RouteMatch, key: Key | None) -> Candidate | None:
+        """Return the candidate that needs no place, and is first whoever else is there."""
+        known = None if key is None else self.stickiness.provider_of(key)
+        if known is None and match.route.balance != "ordered":
+            return None
+        for candidate in match.candidates:
+            if known is None or candidate.provider.name == known:
+                return None if candidate.is_counted else candidate
+        return None
 
 
 class _Round:
@@ -88,6 +126,11 @@ class _Round:
             to wait for them.
     """
 
+    __slots__ = (
+        *("_candidate", "_client", "_exchange", "_facts", "_failover", "_key", "_known", "_match"),
+        *("cooling", "disabled", "error", "full", "held", "left", "wait"),
+    )
+
     def __init__(
         self,
         failover: Failover,
@@ -95,6 +138,7 @@ class _Round:
         match: RouteMatch,
         client: Client,
         facts: RequestFacts,
+        asked: Candidate | None = None,
     ) -> None:
         self._failover = failover
         self._exchange = exchange
@@ -109,87 +153,105 @@ class _Round:
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
         known = None if self._key is None else failover.stickiness.provider_of(self._key)
-        self._known = next((one for one in match.candidates if one.provider.name == known), None)
-        self.left = self._order()
+        here = [one.provider.name for one in match.candidates]
+        self._known = known if known in here else None
+        self._candidate = asked
+        self.left = [one for one in self._order() if one is not asked]
 
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
-        known = self._known
         if self._match.balance is not None:
-            order = self._match.balance.order(
-                order,
-                lambda one: self._places_at(one).busy,
-                takes_turn=known is None or not self._may_be_asked(known),
-            )
-        return sorted(order, key=lambda one: one is not known)
+            takes_turn = not self._stays()
+            order = self._match.balance.order(order, self._busy_at, takes_turn=takes_turn)
+        if self._known is None or order[0].provider.name == self._known:
+            return list(order)
+        return sorted(order, key=lambda one: one.provider.name != self._known)
 
-    async def send(self) -> Response | HeldResponse:
-        """Do as :meth:`Failover.send`."""
-        exchange, match, failover = self._exchange, self._match, self._failover
+    def _stays(self) -> bool:
+        """Return whether the request will be sent to the provider that is known already."""
+        if self._known is None or self._candidate is not None:
+            return False
+        known = (one for one in self._match.candidates if one.provider.name == self._known)
+        return any(map(self._may_be_asked, known))
+
+    async def send(self, came: Response | ProxyError | None = None) -> Response | HeldResponse:
+        """Do as :meth:`Failover.send`.
+
+        Args:
+            came: what came of asking the first candidate, where it was asked already.
+        """
+        exchange, match = self._exchange, self._match
         try:
-            while (
-                candidate := self._take() or await self._queue() or self._last_resort()
-            ) is not None:
-                failover.meet(exchange, match, candidate)
-                try:
-                    response = await failover.attempts.send(exchange, match, candidate, self._facts)
-                except ProxyError as error:
+            while True:
+                candidate = self._candidate
+                if came is None or candidate is None:
+                    candidate = self._take() or await self._queue() or self._last_resort()
+                    if candidate is None:
+                        return self._last_response()
+                    came = await self._ask(candidate)
+                if isinstance(came, ProxyError):
                     self._give_back()
-                    self.error = error
-                    if _goes_on(exchange, match.route, error):
-                        continue
-                    raise
-                if not self._passes_over(candidate, response):
-                    self._remember(candidate, response)
-                    return response
-                self._give_back()
-                self._drop_held()
-                self.held = HeldResponse(response), candidate
-            return self._last_response()
+                    self.error = came
+                    if not _goes_on(exchange, match.route, came):
+                        return self._last_response()
+                elif not self._passes_over(candidate, came):
+                    self._remember(candidate, came)
+                    return came
+                else:
+                    self._give_back()
+                    self._drop_held()
+                    self.error = None
+                    self.held = HeldResponse(came), candidate
+                came = None
         finally:
             if self.held is not None and exchange.response is not self.held[0]:
                 self._drop_held()
+
+    async def _ask(self, candidate: Candidate) -> Response | ProxyError:
+        """Return what came of asking a candidate."""
+        exchange, match, failover = self._exchange, self._match, self._failover
+        if candidate is not exchange.candidate:
+            failover.meet(exchange, match, candidate)
+        try:
+            return await failover.attempts.send(exchange, match, candidate, self._facts)
+        except ProxyError as error:
+            return error
 
     # -- whom to ask ----------------------------------------------------------------------------
 
     def _take(self) -> Candidate | None:
         """Take the next candidate that may be asked, and a place there; None where none may be."""
+        is_troubled, are_off = self._failover.health.is_troubled, self._failover.switches.off
         for candidate in list(self.left):
-            if self._is_off(candidate):
-                self._skip(candidate, "disabled")
-                continue
-            wait = self._wait_for(candidate)
-            if wait.seconds > 0:
-                self._skip(candidate, "cooling")
-                if wait.own <= 0:
-                    self.cooling.append((wait.seconds, candidate))
-                elif self.wait is NO_WAIT or wait.own < self.wait.own:
-                    self.wait = wait
-            elif self._match.balance is None:
+            if (is_troubled or are_off) and self._is_left_alone(candidate):
                 self.left.remove(candidate)
-                return candidate
-            elif (place := self._places_at(candidate).take()) is not None:
-                self._note_full(self.left[: self.left.index(candidate)])
+            elif self._takes_place(candidate):
+                if candidate is not self.left[0]:
+                    self._note_full(self.left[: self.left.index(candidate)])
                 self.left.remove(candidate)
-                self._exchange.place = place
                 return candidate
         return None
+
+    def _takes_place(self, candidate: Candidate) -> bool:
+        """Take a place at a candidate, and return whether it may be asked now."""
+        if not candidate.is_counted:
+            return True
+        self._exchange.place = self._places_at(candidate).take()
+        return self._exchange.place is not None
 
     def _note_full(self, candidates: Sequence[Candidate]) -> None:
         """Note that these had no free place; they may have one later."""
         for candidate in candidates:
             if candidate.provider.name not in self.full:
                 self.full.add(candidate.provider.name)
-                self._note_skipped(candidate, "busy")
+                self._note_skipped(candidate, BUSY)
 
     async def _queue(self) -> Candidate | None:
-        """Wait for a place at the first candidate that has a queue; None where none has."""
+        """Wait for a place at the first candidate whose queue has room; None where none has."""
         exchange = self._exchange
-        for candidate in self.left:
-            places = self._places_at(candidate)
-            if not places.has_queue:
-                continue
+        while (candidate := self._next_queue()) is not None:
             self.left.remove(candidate)
+            places = self._places_at(candidate)
             self._failover.meet(exchange, self._match, candidate)
             began = self._failover.clock()
             try:
@@ -197,27 +259,48 @@ class _Round:
                 exchange.place = await exchange.waiting.placed
             except ProxyError as error:
                 self.error = error
+                if exchange.waiting is None:
+                    continue  # the queue is full
                 return None
             finally:
                 exchange.waiting = None
                 exchange.trace.queued_s += round(self._failover.clock() - began, 6)
-            return candidate
+            if not self._is_left_alone(candidate):  # it was not when the wait began
+                return candidate
+            self._give_back()
+            if (other := self._take()) is not None:
+                return other
         return None
+
+    def _next_queue(self) -> Candidate | None:
+        return next((one for one in self.left if self._places_at(one).has_queue), None)
+
+    def _is_left_alone(self, candidate: Candidate) -> bool:
+        """Return whether a candidate is not to be asked now, and note why."""
+        if self._failover.switches.off and self._is_off(candidate):
+            self._note_skipped(candidate, "disabled")
+            return True
+        wait = self._wait_for(candidate)
+        if wait.seconds <= 0:
+            return False
+        self._note_skipped(candidate, "cooling")
+        if wait.own <= 0:
+            self.cooling.append((wait.seconds, candidate))
+        elif self.wait is NO_WAIT or wait.own < self.wait.own:
+            self.wait = wait
+        return True
 
     def _last_resort(self) -> Candidate | None:
         """Take the candidate that is ready first of those that only others were refused by."""
         for _, candidate in sorted(self.cooling, key=lambda one: one[0]):
-            if (place := self._places_at(candidate).take()) is not None:
+            if self._takes_place(candidate):
                 self.cooling = [one for one in self.cooling if one[1] is not candidate]
-                self._exchange.place = place
                 return candidate
         return None
 
     def _is_off(self, candidate: Candidate) -> bool:
         """Return whether an operator has switched it off, or a model that is asked for."""
         switches = self._failover.switches
-        if not switches.off:
-            return False
         name, now = candidate.provider.name, self._failover.clock()
         models = (candidate.model,) if candidate.model else self._facts.models or ("",)
         off = [model for model in models if switches.is_off(name, model, now)]
@@ -231,12 +314,11 @@ class _Round:
         model = asked_model(self._exchange, candidate)
         return self._failover.health.wait(candidate.provider, self._client.name, model)
 
+    def _busy_at(self, candidate: Candidate) -> int:
+        return self._places_at(candidate).busy
+
     def _places_at(self, candidate: Candidate) -> Places:
         return self._failover.places.at(candidate.provider.name)
-
-    def _skip(self, candidate: Candidate, why: str) -> None:
-        self.left.remove(candidate)
-        self._note_skipped(candidate, why)
 
     def _note_skipped(self, candidate: Candidate, why: str) -> None:
         self._exchange.trace.attempts.append(Attempt(candidate.provider.name, SKIPPED, 0.0, why))
@@ -252,8 +334,8 @@ class _Round:
 
     def _may_be_asked(self, candidate: Candidate) -> bool:
         return (
-            not self._is_off(candidate)
-            and self._wait_for(candidate).seconds <= 0
+            not (self._failover.switches.off and self._is_off(candidate))
+            and self._wait_for(candidate).own <= 0
             and self._places_at(candidate).has_room
         )
 
@@ -261,18 +343,22 @@ class _Round:
         """Remember whom the next request is to ask first."""
         if self._key is None or response.code >= 500:
             return
-        known, attempts = self._known, self._exchange.trace.attempts
-        left = {
-            one.provider for one in attempts if one.cause != "busy"
-        }  # for good, and not for now
-        if known is None or known is candidate or known.provider.name in left:
-            seconds = self._match.route.sticky_for
-            self._failover.stickiness.remember(self._key, candidate.provider.name, seconds)
+        name, known = candidate.provider.name, self._known
+        if known is None or known == name or self._has_failed(known):
+            sticky_for = self._match.route.sticky_for
+            self._failover.stickiness.remember(self._key, name, sticky_for)
+
+    def _has_failed(self, provider: str) -> bool:
+        """Return whether it was asked, or is to be left alone; and was not just full."""
+        attempts = self._exchange.trace.attempts
+        return any(one.provider == provider and one.cause != BUSY for one in attempts)
 
     def _last_response(self) -> HeldResponse:
-        """Return the last refusal, or raise why there is none."""
+        """Return the last refusal, or raise why it is not what the client gets."""
         if self.held is None:
             raise self.error or self._none_asked()
+        if self.error is not None and self.error.may_have_run:
+            raise self.error
         held, candidate = self.held
         self._failover.meet(self._exchange, self._match, candidate)
         self._exchange.response = held
@@ -314,8 +400,9 @@ def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:
 
 
 def _can_be_sent_again(exchange: Exchange) -> bool:
-    """Return whether the body is still whole here."""
-    return exchange.request.upload is None or not exchange.request.upload.begun
+    """Return whether the body is still whole here, and the client as well."""
+    upload = exchange.request.upload
+    return exchange.left is None and (upload is None or not upload.begun)
 
 
 def _all_cooling(seconds: float, status: int) -> ProxyError:

@@ -116,7 +116,7 @@ class Gateway(Handler):
         attempts = Attempts(
             upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
         )
-        self._failover = Failover(attempts, standing, self._meet, clock)
+        self._failover = Failover(attempts, standing, self._meet_next, clock)
 
     # -- what the server asks before a request is served ----------------------------------------
 
@@ -201,7 +201,7 @@ class Gateway(Handler):
                 conceal(exchange.trace, path=error.cause == THE_PATH)
         except Exception as problem:
             if exchange.is_late:
-                error = upstream_timeout("total", may_have_run=True)
+                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
                 end = error.end
             elif exchange.left is not None:
                 end = exchange.left.end
@@ -286,6 +286,16 @@ class Gateway(Handler):
         if candidate.timeouts.total is not None:
             exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _meet_next(self, exchange: Exchange, match: RouteMatch, candidate: Candidate) -> None:
+        """Let the exchange go by another candidate; its ``total`` began with the request, too."""
+        before, total = exchange.candidate, candidate.timeouts.total
+        self._meet(exchange, match, candidate)
+        if before is not None and before.timeouts.total != total:
+            exchange.stop_timer()
+            if total is not None:
+                left = max(0.0, exchange.started + total - self._clock())
+                exchange.timer = self._reactor.callLater(left, exchange.expire)
 
     def _meet(self, exchange: Exchange, match: RouteMatch, candidate: Candidate) -> None:
         """Let the exchange go by the candidate that is asked next."""

@@ -86,7 +86,9 @@ class Health:
         if (cooldown := self._cooldowns.get((name, model))) is not None:
             others = cooldown.until - now
             own, status = cooldown.clients.get(client, 0.0) - now, cooldown.status
-        for key in ((name, ""), (name, client)):
+        # A reload may have switched circuits off that are open.
+        keys = ((name, ""), (name, client)) if provider.health.failures else ()
+        for key in keys:
             circuit = self._circuits.get(key)
             if circuit is not None and (left := circuit.wait(now)) > own:
                 own, status = left, 503
@@ -97,15 +99,16 @@ class Health:
         if self.is_troubled:
             for key in ((provider.name, ""), (provider.name, client)):
                 if (circuit := self._circuits.get(key)) is not None:
-                    circuit.is_probed = circuit.opened_until is not None
+                    circuit.asks(provider, self._clock())
 
     def succeeded(self, provider: Provider, client: str) -> None:
         """The provider has responded as it should."""
         if self.is_troubled:
             self._circuits.pop((provider.name, ""), None)
             self._circuits.pop((provider.name, client), None)
-            if not self._cooldowns or self._clock() >= self._look_at:
+            if self._clock() >= self._look_at:
                 self._look()
+            self.is_troubled = bool(self._circuits or self._cooldowns)
 
     def failed(self, provider: Provider, client: str, *, was_asked: bool) -> None:
         """The provider has failed.
@@ -114,12 +117,17 @@ class Health:
             was_asked: it may have had the whole request, which may be the reason; else there was no
                 connection.
         """
-        if was_asked:
-            self._circuits.pop((provider.name, ""), None)  # it could be reached
-        if provider.health.failures:
-            key = (provider.name, client if was_asked else "")
-            circuit = self._circuits.setdefault(key, _Circuit())
-            circuit.failed(provider, self._clock())
+        reached, own = (provider.name, ""), (provider.name, client)
+        if not provider.health.failures:
+            self._circuits.pop(reached, None)
+            self._circuits.pop(own, None)
+        elif was_asked:
+            self._circuits.pop(reached, None)  # it could be reached
+            self._circuits.setdefault(own, _Circuit()).failed(provider, self._clock())
+        else:
+            if (circuit := self._circuits.get(own)) is not None:
+                circuit.gave_up(self._clock())  # a probe has not found out what it was for
+            self._circuits.setdefault(reached, _Circuit()).failed(provider, self._clock())
         self._look()
 
     def gave_up(self, provider: Provider, client: str) -> None:
@@ -127,7 +135,7 @@ class Health:
         if self.is_troubled:
             for key in ((provider.name, ""), (provider.name, client)):
                 if (circuit := self._circuits.get(key)) is not None:
-                    circuit.is_probed = False
+                    circuit.gave_up(self._clock())
 
     def cool_down(
         self, provider: Provider, client: str, model: str, seconds: float, status: int
@@ -175,11 +183,13 @@ class Health:
         return max([0.0, *waits, *(until - now for until in ends)])
 
     def _look(self) -> None:
-        """Forget the cooldowns that are over."""
+        """Forget the cooldowns that are over, and the circuits that nobody needs any more."""
         now = self._clock()
         self._look_at = now + _LOOK_EVERY_S
         for key in [key for key, one in self._cooldowns.items() if one.until <= now]:
             del self._cooldowns[key]
+        for key in [key for key, one in self._circuits.items() if one.is_over(now)]:
+            del self._circuits[key]
         self.is_troubled = bool(self._circuits or self._cooldowns)
 
 
@@ -204,21 +214,39 @@ class _Circuit:
     """The failures of one provider, one after the other.
 
     Attributes:
-        opened_until: when the probe may be sent, or None while the circuit is closed.
-        is_probed: that probe is under way.
+        opened_until: when the next probe may be sent, or None while the circuit is closed.
     """
 
-    __slots__ = ("_failures", "is_probed", "opened_until")
+    __slots__ = ("_failures", "_is_probed", "_over_at", "opened_until")
 
     def __init__(self) -> None:
         self._failures: deque[float] = deque()
+        self._over_at = 0.0
         self.opened_until: float | None = None
-        self.is_probed = False
+        self._is_probed = False
 
     def wait(self, now: float) -> float:
         if self.opened_until is None:
             return 0.0
-        return max(self.opened_until - now, _PROBED if self.is_probed else 0.0)
+        left = max(0.0, self.opened_until - now)
+        return min(left, _PROBED) if self._is_probed else left
+
+    def asks(self, provider: Provider, now: float) -> None:
+        """Let this be the probe, if it is time; if it takes too long, there will be another."""
+        if self.opened_until is not None and self.opened_until <= now:
+            self.opened_until = now + provider.health.open_for
+            self._over_at = self.opened_until + provider.health.window
+            self._is_probed = True
+
+    def gave_up(self, now: float) -> None:
+        """The probe has found nothing out: the next request is one."""
+        if self._is_probed:
+            self._is_probed = False
+            self.opened_until = now
+
+    def is_over(self, now: float) -> bool:
+        """Return whether its failures say nothing any more: nobody has come since."""
+        return self._over_at <= now
 
     def failed(self, provider: Provider, now: float) -> None:
         health = provider.health
@@ -226,6 +254,7 @@ class _Circuit:
         failures.append(now)
         while failures[0] < now - health.window or len(failures) > health.failures:
             failures.popleft()
-        if len(failures) >= health.failures or self.is_probed:
+        if len(failures) >= health.failures or self._is_probed:
             self.opened_until = now + health.open_for
-        self.is_probed = False
+        self._is_probed = False
+        self._over_at = max(now, self.opened_until or 0.0) + health.window

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -240,7 +241,13 @@ class Lease:
     )
 
     def __init__(
-        self, limits: ClientLimits, client: Client, used: _Used, model: str, reserved: int | None
+        self,
+        limits: ClientLimits,
+        client: Client,
+        used: _Used,
+        model: str,
+        reserved: int | None,
+        now: float,
     ) -> None:
         self._limits = limits
         self._client = client
@@ -248,16 +255,15 @@ class Lease:
         self._model = model
         self._is_settled = False
         self.reserved = reserved
-        now = limits.clock()
         used.streams += 1
         used.requests.add(1, now)
         self._day = 0
         self._entry: _Entry | None = None
         if reserved is not None:
             self._entry = used.tokens.add(reserved, now)
-            used.day.turn(limits.today())
-            used.day.reserved += reserved
-            self._day = used.day.number
+            day = used.day  # it was turned to today
+            day.reserved += reserved
+            self._day = day.number
 
     def remaining(self) -> tuple[bytes, bytes]:
         """Return the field that says what the client has left."""
@@ -365,36 +371,25 @@ class ClientLimits:
         if client.tokens_per_minute is None and client.tokens_per_day is None:
             size = None
         tokens = None if size is None else used.usual(model, size)
-        wait, limit = max(self._waits(client, used, tokens), default=(0.0, ""))
+        now, wall = self.clock(), self._wall()
+        used.day.turn(int(wall // DAY_S))
+        # One limit after the other, without a list or a generator: each costs a microsecond.
+        wait, limit = 0.0, ""
+        if (most := client.max_streams) is not None and used.streams >= most:
+            wait, limit = _SOON_S, STREAMS
+        most = client.requests_per_minute
+        if most is not None and (left := used.requests.wait(1, most, now)) >= wait:
+            wait, limit = left, REQUESTS
+        if tokens is not None:
+            most = client.tokens_per_minute
+            if most is not None and (left := used.tokens.wait(tokens, most, now)) >= wait:
+                wait, limit = left, TOKENS_MINUTE
+            most = client.tokens_per_day
+            if most is not None and (left := _wait_for_day(used.day, tokens, most, wall)) >= wait:
+                wait, limit = left, TOKENS_DAY
         if wait > 0:
             raise self._refusal(client, limit, wait)
-        return Lease(self, client, used, model, tokens)
-
-    def _waits(
-        self, client: Client, used: _Used, tokens: int | None
-    ) -> Iterator[tuple[float, str]]:
-        """Yield the seconds until each limit lets such a request pass."""
-        now = self.clock()
-        if client.max_streams is not None:
-            yield _SOON_S if used.streams >= client.max_streams else 0.0, STREAMS
-        if client.requests_per_minute is not None:
-            yield used.requests.wait(1, client.requests_per_minute, now), REQUESTS
-        if tokens is None:
-            return
-        if client.tokens_per_minute is not None:
-            yield used.tokens.wait(tokens, client.tokens_per_minute, now), TOKENS_MINUTE
-        if client.tokens_per_day is not None:
-            yield self._wait_for_day(used.day, tokens, client.tokens_per_day), TOKENS_DAY
-
-    def _wait_for_day(self, day: _Day, tokens: int, limit: int) -> float:
-        wall = self._wall()
-        day.turn(int(wall // DAY_S))
-        least = min(tokens, limit)
-        if day.settled + day.reserved + least <= limit:
-            return 0.0
-        if day.settled + least <= limit:
-            return _SOON_S  # what runs may cost less than is reserved for it
-        return (day.number + 1) * DAY_S - wall
+        return Lease(self, client, used, model, tokens, now)
 
     def _refusal(self, client: Client, limit: str, wait: float) -> ProxyError:
         self.refused[client.name, limit] += 1
@@ -423,9 +418,11 @@ class ClientLimits:
 
     def remaining_field(self, client: Client) -> tuple[bytes, bytes]:
         """Return the field that says what ``client`` has left of each limit (RFC 9651, 3.2)."""
-        found = self._by_limit(client)
-        left = ", ".join([f"{limit}={max(0, most - used)}" for limit, most, used in found])
-        return b"x-llmproxy-remaining", left.encode("ascii")
+        names, left = [], []
+        for limit, most, used in self._by_limit(client):
+            names.append(limit)
+            left.append(most - used if most > used else 0)
+        return b"x-llmproxy-remaining", _form(tuple(names)) % tuple(left)
 
     def remaining(self) -> dict[tuple[str, str], int]:
         """Return what is left now, by client and limit."""
@@ -450,6 +447,22 @@ class ClientLimits:
 
     def _by_limit(self, client: Client) -> list[tuple[str, int, int]]:
         return self._used[client.name].by_limit(client, self.clock(), self.today())
+
+
+def _wait_for_day(day: _Day, tokens: int, limit: int, wall: float) -> float:
+    """Return the seconds until a day has room for so many tokens."""
+    least = min(tokens, limit)
+    if day.settled + day.reserved + least <= limit:
+        return 0.0
+    if day.settled + least <= limit:
+        return _SOON_S  # what runs may cost less than is reserved for it
+    return (day.number + 1) * DAY_S - wall
+
+
+@lru_cache(maxsize=16)
+def _form(limits: tuple[str, ...]) -> bytes:
+    """Return how what is left of these limits is written."""
+    return ", ".join(f"{limit}=%d" for limit in limits).encode("ascii")
 
 
 def limited(clients: Mapping[str, Client]) -> dict[str, Client]:

@@ -13,7 +13,7 @@ byte.  Nothing here knows bodies, sockets or connections.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 
 import msgspec
@@ -66,6 +66,7 @@ class Candidate(msgspec.Struct, frozen=True):
         rewriter: writes the header fields that the provider gets.
         query: writes the query that the provider gets, or None where that is the client's.
         base: the path of the provider's URL, which stands before every target.
+        is_counted: something goes by how many requests are under way at the provider.
         told: how callers are told that the response is from this provider, and that no other one
             was asked; or nothing.
     """
@@ -78,6 +79,7 @@ class Candidate(msgspec.Struct, frozen=True):
     rewriter: HeaderRewriter
     query: QueryRewriter | None
     base: bytes
+    is_counted: bool
     told: Fields
 
 
@@ -419,7 +421,7 @@ def _prepare(
     return _Prepared(
         route=route,
         candidates=candidates,
-        balance=_balance(config, route),
+        balance=_balance(route, candidates),
         body_limit=limit,
         path=path,
         prefix=path if path.endswith(b"/") else path + b"/",
@@ -429,17 +431,16 @@ def _prepare(
     )
 
 
-def _balance(config: Config, route: Route) -> Balance | None:
-    if len(route.providers) == 1 and not counted(config, route.providers[0]):
+def _balance(route: Route, candidates: Sequence[Candidate]) -> Balance | None:
+    if len(candidates) == 1 and not candidates[0].is_counted:
         return None
     overrides = (route.override.get(name) for name in route.providers)
     return Balance(route.balance, [1 if one is None else one.weight for one in overrides])
 
 
-def counted(config: Config, provider: str) -> bool:
-    """Return whether anything goes by how many requests are under way at a provider."""
-    return config.providers[provider].max_streams is not None or any(
-        route.balance == "least_busy" and provider in route.providers for route in config.routes
+def _is_counted(config: Config, provider: Provider) -> bool:
+    return provider.max_streams is not None or any(
+        one.balance == "least_busy" and provider.name in one.providers for one in config.routes
     )
 
 
@@ -474,6 +475,7 @@ def _candidate(
         ),
         query=QueryRewriter(drop_query, query.values()) if drop_query or query else None,
         base=provider.url.path.encode("ascii"),
+        is_counted=_is_counted(config, provider),
         told=[(PROVIDER, provider.name.encode("ascii")), (ATTEMPTS, b"1")]
         if config.proxy.tell_provider
         else [],

@@ -368,12 +368,13 @@ def test_a_session_stays_where_it_is_served() -> None:
     assert {serve(gateway) for _ in range(2)} == {"p", "q"}
 
 
+@pytest.mark.parametrize("provider", ["", "max_streams = 9"])
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
-def test_a_session_that_stays_takes_no_turn(turns: int) -> None:
+def test_a_session_that_stays_takes_no_turn(turns: int, provider: str) -> None:
     """However many requests a session has, the next session begins at the next provider."""
-    gateway = played(route='balance = "weighted"\nsticky = "session"')
-    for name, provider in zip("abcd", "pqpq", strict=True):
-        assert {serve(gateway, f"X-Session-Id: {name}") for _ in range(turns)} == {provider}
+    gateway = played(route='balance = "weighted"\nsticky = "session"', provider=provider)
+    for name, at in zip("abcd", "pqpq", strict=True):
+        assert {serve(gateway, f"X-Session-Id: {name}") for _ in range(turns)} == {at}
 
 
 def test_sessions_of_an_ill_provider_move_to_all_others() -> None:
@@ -394,30 +395,6 @@ def test_sessions_of_an_ill_provider_move_to_all_others() -> None:
     moved = {name: serve(gateway, f"X-Session-Id: {name}") for name in others}
     assert set(moved.values()) == {"q", "r"}
     assert {name: serve(gateway, f"X-Session-Id: {name}") for name in others} == moved
-
-
-def test_a_full_provider_keeps_its_sessions() -> None:
-    """It is not ill, and has the session's prompts: the next request goes there again."""
-    gateway = played(route='sticky = "session"', provider="max_streams = 1")
-    assert serve(gateway, "X-Session-Id: a") == "p"
-    gateway.call("POST", "/p/v1", "X-Session-Id: other")
-    holding = gateway.response()
-    gateway.connect()
-    assert serve(gateway, "X-Session-Id: a") == "q"
-    holding.end()
-    gateway.clock.advance(0)
-    assert serve(gateway, "X-Session-Id: a") == "p"
-
-
-def test_a_session_of_a_provider_that_is_gone_begins_anew() -> None:
-    """A reload took the provider out of the route."""
-    gateway = played(route='balance = "weighted"\nsticky = "session"')
-    serve(gateway, "X-Session-Id: a")
-    stickiness, key = gateway.gateway.standing.stickiness, ("p", "c", "a")
-    assert stickiness.provider_of(key) == "p"
-    stickiness.remember(key, "gone", 3600)
-    at = serve(gateway, "X-Session-Id: a")
-    assert {serve(gateway, "X-Session-Id: a") for _ in range(3)} == {at}
 
 
 def test_who_moves_after_a_failure_stays_there() -> None:
@@ -602,3 +579,191 @@ def test_a_403_leaves_nobody_alone(tmp_path: Path) -> None:
     gateway.upstream.asked.clear()
     gateway.call()
     assert names(gateway) == ["p"]
+
+
+# --- what an attempt leaves behind ----------------------------------------------------------------
+
+
+def test_an_upload_that_is_cut_off_is_its_clients_own_matter() -> None:
+    """A provider that resets large bodies can be reached by the others all the same."""
+    gateway = played(candidates="p")
+    for _ in range(5):
+        gateway.call()
+        fail(gateway, upstream_broken("reset", may_have_run=False))
+        gateway.transport.take()
+    p = gateway.config.providers["p"]
+    health = gateway.gateway.standing.health
+    assert health.wait(p, "c", "m").own == 15
+    assert health.wait(p, "another", "m").own == 0
+
+
+DRAIN = 'on_disconnect = "drain"'
+CHAT = "/p/v1/chat/completions"
+
+
+def test_nobody_is_asked_for_a_client_that_is_gone() -> None:
+    """A route that reads on for tokens cancels where no provider is at work."""
+    gateway = played(route=DRAIN)
+    gateway.call("POST", CHAT)
+    gateway.upstream.begins = False  # the second one is being connected
+    gateway.response(503).end()
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.upstream.cancelled == 1
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_what_was_not_sent_whole_is_no_work() -> None:
+    """The provider broke off before it had all of the request; the next one refused it."""
+    gateway = PlayedGateway(
+        candidates="p q", more=OTHERS.replace("MORE", ""), client="tokens_per_minute = 100000"
+    )
+    gateway.call("POST", CHAT)
+    fail(gateway, upstream_broken("reset", may_have_run=False))
+    refuse(gateway, 400, b"no")
+    assert gateway.trace().counted_tokens == 0
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def test_a_failure_after_the_client_left_asks_nobody_else() -> None:
+    """Its response was awaited for its tokens; a refusal has none."""
+    gateway = played(route=DRAIN)
+    gateway.call("POST", CHAT)
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    assert gateway.upstream.cancelled == 0
+    gateway.response(503)
+    assert names(gateway) == ["p"]
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_a_broken_connection_after_the_client_left_asks_nobody_else() -> None:
+    """Neither does an error."""
+    gateway = played(route=DRAIN + '\nretry_on = ["reset"]')
+    gateway.call("POST", CHAT)
+    gateway.transport.end(ConnectionDone())
+    gateway.clock.advance(0)
+    fail(gateway, upstream_broken("reset"))
+    assert names(gateway) == ["p"]
+    assert gateway.trace().end_reason == "client_gone"
+
+
+def test_who_waited_for_a_place_asks_nobody_that_is_to_be_left_alone() -> None:
+    """Both providers were refusing in the meantime."""
+    gateway = played(provider=QUEUE)
+    responses = []
+    for _ in range(2):
+        gateway.call()
+        responses.append(gateway.response())
+        gateway.connect()
+    gateway.call()
+    standing = gateway.gateway.standing
+    for provider in gateway.config.providers.values():
+        standing.health.cool_down(provider, "c", "m", 20, 429)
+    gateway.clock.advance(4)
+    for response in responses:
+        response.end()
+    gateway.clock.advance(0)
+    assert gateway.refusal() == (429, "all_cooling")
+    assert len(gateway.upstream.asked) == 2
+    assert [standing.places.at(name).busy for name in "pq"] == [0, 0]
+    attempts = gateway.sink.traces[-1].attempts
+    assert [one.cause for one in attempts] == ["cooling", "cooling"]
+
+
+def test_a_full_queue_is_passed_over() -> None:
+    """The next provider's queue has room."""
+    gateway = played(provider='max_streams = 1\nqueue = { size = 1, timeout = "10s" }')
+    responses = []
+    for _ in range(2):
+        gateway.call()
+        responses.append(gateway.response())
+        gateway.connect()
+    for _ in range(2):
+        gateway.call()
+        gateway.connect()
+    assert gateway.gateway.standing.places.queued() == {"p": 1, "q": 1, "r": 0}
+    responses[1].end()
+    gateway.clock.advance(0)
+    assert names(gateway) == ["p", "q", "q"]
+
+
+def test_a_refusal_reaches_the_client_whatever_error_comes_last() -> None:
+    """Also where nobody would have been asked after that error."""
+    gateway = played(candidates="p q r", route="retry_on = [503]")
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    fail(gateway, upstream_unreachable("no"))
+    status, _, body = gateway.got()
+    assert (status, body) == (503, b"busy")
+    assert names(gateway) == ["p", "q"]
+    assert gateway.trace().provider == "p"
+
+
+def test_what_the_last_provider_may_have_done_beats_a_refusal_with_reset_too() -> None:
+    """An SDK would ask again after the refusal."""
+    gateway = played(route='retry_on = ["reset", 503]')
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    fail(gateway, upstream_broken("reset"))
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-should-retry"]) == (502, b"false")
+
+
+def test_a_provider_that_is_full_for_a_moment_keeps_its_sessions() -> None:
+    """Only a failure moves them."""
+    gateway = played(provider="max_streams = 1", route='sticky = "client"')
+    gateway.call()
+    first = gateway.response()
+    gateway.connect()
+    assert serve(gateway) == "q"
+    first.end()
+    gateway.clock.advance(0)
+    assert serve(gateway) == "p"
+
+
+def test_who_was_at_a_provider_that_the_route_has_no_more_moves() -> None:
+    """A reload took it out of the route."""
+    gateway = played(route='sticky = "client"\nbalance = "weighted"')
+    gateway.gateway.standing.stickiness.remember(("p", "c"), "gone", 3600)
+    assert {serve(gateway) for _ in range(4)} == {"p"}
+
+
+def test_the_time_for_all_of_it_is_the_providers_that_is_asked() -> None:
+    """Counted from the beginning of the request."""
+    gateway = PlayedGateway(
+        candidates="p q", more=OTHERS.replace("MORE", 'timeouts = { total = "5s" }')
+    )
+    gateway.call()
+    gateway.clock.advance(3)
+    fail(gateway, upstream_unreachable("no"))
+    gateway.clock.advance(2)
+    assert gateway.refusal() == (504, "upstream_timeout")
+    assert gateway.upstream.cancelled == 1
+
+
+def test_after_a_refusal_too_a_provider_that_refused_others_is_asked() -> None:
+    """Nobody else is left, and this client it has not refused."""
+    gateway = played()
+    q = gateway.config.providers["q"]
+    gateway.gateway.standing.health.cool_down(q, "another", "m", 20, 429)
+    gateway.call()
+    refuse(gateway, 503, b"busy")
+    assert names(gateway) == ["p", "q"]
+    gateway.response(200).end()
+    assert gateway.got()[0] == 200
+
+
+def test_who_was_late_in_the_queue_may_ask_again() -> None:
+    """No provider has done anything."""
+    gateway = PlayedGateway(provider=QUEUE, route='timeouts = { total = "3s" }')
+    gateway.call()
+    gateway.response()
+    gateway.connect()
+    gateway.call()
+    gateway.clock.advance(3)
+    status, fields, _ = gateway.got()
+    assert (status, fields[b"x-llmproxy-error"]) == (504, b"upstream_timeout")
+    assert b"x-should-retry" not in fields

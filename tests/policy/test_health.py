@@ -187,3 +187,58 @@ def test_a_reload_forgets_providers_that_are_gone(health: Health) -> None:
     assert health.cooldown_s("gone") == 0
     health.follow(())
     assert not health.is_troubled
+
+
+def test_a_probe_that_finds_no_connection_ends_for_its_client_too(
+    health: Health, clock: Clock
+) -> None:
+    """The client's own circuit was open; one failed connection does not close the provider."""
+    fail(health, 3, was_asked=True)
+    clock.advance(15)
+    fail(health, 1)
+    assert health.wait(P, "c", "m").own == 0
+
+
+def test_a_probe_ends_where_circuits_were_switched_off(health: Health, clock: Clock) -> None:
+    """A reload did that, while the circuit was open."""
+    never = provider(health="failures = 0")
+    fail(health, 3)
+    assert health.wait(never, "c", "m").own == 0
+    clock.advance(15)
+    health.asks(never, "c")
+    health.failed(never, "c", was_asked=False)
+    assert health.wait(never, "c", "m").own == 0
+    assert health.is_up("p")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_comes_no_more_is_forgotten(health: Health, clock: Clock, count: int) -> None:
+    """Its failures are over with their window, or with the time that its circuit was open."""
+    fail(health, count, "gone", was_asked=True)
+    clock.advance(46)
+    health.succeeded(P, "another")
+    assert not health.is_troubled
+    assert health.is_up("p")
+
+
+def test_a_probe_that_takes_long_is_followed_by_another(health: Health, clock: Clock) -> None:
+    """Its response may take ten minutes; the provider is not closed for so long."""
+    fail(health, 3)
+    clock.advance(15)
+    health.asks(P, "c")
+    clock.advance(14.5)
+    assert health.wait(P, "c", "m").own == 0.5
+    clock.advance(0.5)
+    assert health.wait(P, "c", "m").own == 0
+    health.asks(P, "c")
+    assert health.wait(P, "c", "m").own == 1
+
+
+def test_who_asks_in_any_case_keeps_no_circuit_open(health: Health, clock: Clock) -> None:
+    """A route with one candidate asks before the time is over; that is no probe."""
+    fail(health, 3)
+    for _ in range(14):
+        clock.advance(1)
+        health.asks(P, "c")
+    clock.advance(1)
+    assert health.wait(P, "c", "m").own == 0
