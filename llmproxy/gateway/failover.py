@@ -161,8 +161,13 @@ class _Round:
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
         if self._match.balance is not None:
-            takes_turn = not self._stays()
-            order = self._match.balance.order(order, self._busy_at, takes_turn=takes_turn)
+            is_calm = not (self._failover.health.is_troubled or self._failover.switches.off)
+            order = self._match.balance.order(
+                order,
+                self._busy_at,
+                takes_turn=not self._stays(),
+                able=None if is_calm else self._may_be_asked,
+            )
         if self._known is None or order[0].provider.name == self._known:
             return list(order)
         return sorted(order, key=lambda one: one.provider.name != self._known)

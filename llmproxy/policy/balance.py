@@ -2,7 +2,8 @@
 
 ``ordered`` is the order of the file.  ``least_busy`` asks the provider with the fewest requests
 under way.  ``weighted`` lets the providers take turns, each as often as its weight says, and spread
-evenly: with weights 2 and 1 the turns are A, B, A and not A, A, B.
+evenly: with weights 2 and 1 the turns are A, B, A and not A, A, B.  Whoever may not be asked takes
+no turns, and has none to catch up with later.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ class Balance:
         self._credit = [0] * len(weights)
 
     def order(
-        self, candidates: Sequence[T], busy: Callable[[T], int], *, takes_turn: bool = True
+        self,
+        candidates: Sequence[T],
+        busy: Callable[[T], int],
+        *,
+        takes_turn: bool = True,
+        able: Callable[[T], bool] | None = None,
     ) -> Sequence[T]:
         """Return the candidates in the order in which the next request is to ask them.
 
@@ -38,22 +44,30 @@ class Balance:
                 stays with its provider, whatever the order.  If such a request took a turn, a
                 session of two requests would be followed by another one at the same provider, and
                 all sessions could end up at one of two.
+            able: returns whether a candidate may be asked; None: all may.  If one may not, the
+                others share its turns by their weights; else all of these were the next one's.
         """
         if self._rule == "least_busy":
             return sorted(candidates, key=busy)
         if self._rule == "weighted":
-            return [candidates[place] for place in self._places(takes_turn)]
+            places: Sequence[int] = range(len(candidates))
+            if able is not None:
+                places = [place for place in places if able(candidates[place])] or places
+            return [candidates[place] for place in self._places(places, takes_turn)]
         return candidates
 
-    def _places(self, takes_turn: bool) -> list[int]:
+    def _places(self, able: Sequence[int], takes_turn: bool) -> list[int]:
         """Return the places by how long each has waited for its share.
 
-        Each place earns its weight with every turn, and the one that is asked first pays for all of
+        Each able place earns its weight with every turn, and the first of them pays for all of
         them; so the sum stays zero, and none is ever ahead by more than the others' weights.
         """
-        credit = [had + weight for had, weight in zip(self._credit, self._weights, strict=True)]
+        credit = self._credit.copy()
+        for place in able:
+            credit[place] += self._weights[place]
         order = sorted(range(len(credit)), key=lambda place: -credit[place])
         if takes_turn:
-            credit[order[0]] -= sum(self._weights)
+            first = next(place for place in order if place in able)
+            credit[first] -= sum(self._weights[place] for place in able)
             self._credit = credit
         return order

@@ -397,6 +397,21 @@ def test_sessions_of_an_ill_provider_move_to_all_others() -> None:
     assert {name: serve(gateway, f"X-Session-Id: {name}") for name in others} == moved
 
 
+def test_the_turns_of_an_ill_provider_are_those_of_all_others() -> None:
+    """Not of the next one in the file alone."""
+    gateway = played(
+        route='balance = "weighted"',
+        candidates="p q r",
+        provider="health = { failures = 1, window = '1m', open_for = '1m' }",
+    )
+    gateway.call()
+    fail(gateway, upstream_unreachable("no"))
+    gateway.response().end()
+    gateway.transport.take()
+    served = [serve(gateway) for _ in range(12)]
+    assert {name: served.count(name) for name in "pqr"} == {"p": 0, "q": 6, "r": 6}
+
+
 def test_who_moves_after_a_failure_stays_there() -> None:
     """The cache is at the second provider now."""
     gateway = played(route='sticky = "client"')
