@@ -155,16 +155,24 @@ class _Round:
         known = None if self._key is None else failover.stickiness.provider_of(self._key)
         here = [one.provider.name for one in match.candidates]
         self._known = known if known in here else None
-        self.left = [one for one in self._order() if one is not asked]
         self._candidate = asked
+        self.left = [one for one in self._order() if one is not asked]
 
     def _order(self) -> list[Candidate]:
         order: Sequence[Candidate] = self._match.candidates
         if self._match.balance is not None:
-            order = self._match.balance.order(order, self._busy_at)
+            takes_turn = not self._stays()
+            order = self._match.balance.order(order, self._busy_at, takes_turn=takes_turn)
         if self._known is None or order[0].provider.name == self._known:
             return list(order)
         return sorted(order, key=lambda one: one.provider.name != self._known)
+
+    def _stays(self) -> bool:
+        """Return whether the request will be sent to the provider that is known already."""
+        if self._known is None or self._candidate is not None:
+            return False
+        known = (one for one in self._match.candidates if one.provider.name == self._known)
+        return any(map(self._may_be_asked, known))
 
     async def send(self, came: Response | ProxyError | None = None) -> Response | HeldResponse:
         """Do as :meth:`Failover.send`.

@@ -26,28 +26,34 @@ class Balance:
         self._weights = weights
         self._credit = [0] * len(weights)
 
-    def order(self, candidates: Sequence[T], busy: Callable[[T], int]) -> Sequence[T]:
+    def order(
+        self, candidates: Sequence[T], busy: Callable[[T], int], *, takes_turn: bool = True
+    ) -> Sequence[T]:
         """Return the candidates in the order in which the next request is to ask them.
 
         Args:
             candidates: as the route has them.
             busy: returns how many requests are under way at a candidate.
+            takes_turn: the first one's turn is over with this request.  False for a request that
+                stays with its provider, whatever the order.  If such a request took a turn, a
+                session of two requests would be followed by another one at the same provider, and
+                all sessions could end up at one of two.
         """
         if self._rule == "least_busy":
             return sorted(candidates, key=busy)
         if self._rule == "weighted":
-            return [candidates[place] for place in self._turn()]
+            return [candidates[place] for place in self._places(takes_turn)]
         return candidates
 
-    def _turn(self) -> list[int]:
-        """Return the places by how long each has waited for its share, and take the first's turn.
+    def _places(self, takes_turn: bool) -> list[int]:
+        """Return the places by how long each has waited for its share.
 
-        Each place earns its weight with every request, and the one that is asked first pays for
-        all of them; so the sum stays zero, and none is ever ahead by more than the others' weights.
+        Each place earns its weight with every turn, and the one that is asked first pays for all of
+        them; so the sum stays zero, and none is ever ahead by more than the others' weights.
         """
-        credit = self._credit
-        for place, weight in enumerate(self._weights):
-            credit[place] += weight
+        credit = [had + weight for had, weight in zip(self._credit, self._weights, strict=True)]
         order = sorted(range(len(credit)), key=lambda place: -credit[place])
-        credit[order[0]] -= sum(self._weights)
+        if takes_turn:
+            credit[order[0]] -= sum(self._weights)
+            self._credit = credit
         return order

@@ -368,6 +368,35 @@ def test_a_session_stays_where_it_is_served() -> None:
     assert {serve(gateway) for _ in range(2)} == {"p", "q"}
 
 
+@pytest.mark.parametrize("provider", ["", "max_streams = 9"])
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_a_session_that_stays_takes_no_turn(turns: int, provider: str) -> None:
+    """However many requests a session has, the next session begins at the next provider."""
+    gateway = played(route='balance = "weighted"\nsticky = "session"', provider=provider)
+    for name, at in zip("abcd", "pqpq", strict=True):
+        assert {serve(gateway, f"X-Session-Id: {name}") for _ in range(turns)} == {at}
+
+
+def test_sessions_of_an_ill_provider_move_to_all_others() -> None:
+    """A session that has to move takes a turn like a new one."""
+    gateway = played(
+        route='balance = "weighted"\nsticky = "session"',
+        candidates="p q r",
+        provider="health = { failures = 1, window = '1m', open_for = '1m' }",
+    )
+    at = {name: serve(gateway, f"X-Session-Id: {name}") for name in "abcdefghijkl"}
+    first, *others = [name for name, provider in at.items() if provider == "p"]
+    assert len(others) == 3
+    gateway.call("POST", "/p/v1", f"X-Session-Id: {first}")
+    assert gateway.asked.provider == "p"
+    fail(gateway, upstream_unreachable("no"))
+    gateway.response().end()
+    gateway.transport.take()
+    moved = {name: serve(gateway, f"X-Session-Id: {name}") for name in others}
+    assert set(moved.values()) == {"q", "r"}
+    assert {name: serve(gateway, f"X-Session-Id: {name}") for name in others} == moved
+
+
 def test_who_moves_after_a_failure_stays_there() -> None:
     """The cache is at the second provider now."""
     gateway = played(route='sticky = "client"')

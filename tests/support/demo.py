@@ -12,16 +12,19 @@ from tests.support.sockets import WAIT
 
 # It ends with its standard input, so that it outlives nobody who was killed.
 _PROGRAM = """\
+import sys
 from twisted.internet import reactor, stdio
 from twisted.internet.protocol import Protocol
-from llmproxy.cli.demo import demo_site
+from llmproxy.cli.demo import PromptCache, demo_site
 
 class UntilTheEnd(Protocol):
     def connectionLost(self, reason):
         if reactor.running:
             reactor.stop()
 
-port = reactor.listenTCP(0, demo_site(reactor), interface="127.0.0.1")
+cache = PromptCache(reactor.seconds) if sys.argv[2] == "caching" else None
+site = demo_site(reactor, cache=cache)
+port = reactor.listenTCP(int(sys.argv[1]), site, interface="127.0.0.1")
 stdio.StandardIO(UntilTheEnd())
 print(port.getHost().port, flush=True)
 reactor.run()
@@ -31,13 +34,18 @@ reactor.run()
 class Demo:
     """A spawned demo provider; leaving the context ends it.
 
+    Args:
+        port: where it is to listen; 0: where the kernel chooses.
+        caching: it has a prompt cache.
+
     Attributes:
         port: where it listens, on loopback.
         errors: what it wrote to standard error, once it has ended.
     """
 
-    def __init__(self) -> None:
-        self.port = 0
+    def __init__(self, *, port: int = 0, caching: bool = False) -> None:
+        self.port = port
+        self._caching = "caching" if caching else "plain"
         self.errors = ""
 
     @property
@@ -47,7 +55,7 @@ class Demo:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
+            [sys.executable, "-c", _PROGRAM, str(self.port), self._caching],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
