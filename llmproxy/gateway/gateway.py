@@ -178,8 +178,6 @@ class Gateway(Handler):
         fields += exchange.told_fields()
         if response.code == NOT_FOUND:
             fields += hint_fields(exchange)
-        if exchange.lease is not None:
-            fields.append(exchange.lease.remaining())
         if exchange.page:
             fields = for_page(fields, exchange.page)
         request.start(response.code, fields)

@@ -3,9 +3,8 @@
 A reactor keeps its timers in a heap, and looks at new ones between any two polls; two for each
 request are a thirtieth of what a request costs (docs/performance.rst).  Here all timers of one
 length are a queue, in the order in which they ring, with one timer of the reactor's for the first
- of them. If the first is cancelled, the reactor's timer stays; when it rings, it finds which is
- first by
-then.
+of them.  If the first is cancelled, the reactor's timer stays; when it rings, it finds which is
+first by then.
 
 :meth:`Timers.callLater` is that of ``IReactorTime``, so that a caller need not know which of the
 two it was given.

@@ -16,7 +16,6 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 import msgspec
 
@@ -127,7 +126,7 @@ class Window:
 
         An amount beyond the limit may come where nothing else came.
         """
-        over = self.total(now) + min(amount, limit) - limit
+        over = self.total(now) + (amount if amount < limit else limit) - limit
         if over <= 0:
             return 0.0
         for entry in self._entries:
@@ -167,7 +166,11 @@ class _Costs:
         """Learn what one more request did cost."""
         samples, ranked = self._samples, self._ranked
         if len(samples) == _SAMPLES:
-            del ranked[bisect_left(ranked, samples.popleft())]
+            oldest = samples.popleft()
+            if oldest == tokens:
+                samples.append(tokens)
+                return
+            del ranked[bisect_left(ranked, oldest)]
         samples.append(tokens)
         insort(ranked, tokens)
         self.usual = ranked[math.ceil(len(ranked) * _USUAL) - 1]
@@ -200,7 +203,6 @@ class _Used:
             costs = self._costs[model] = _Costs()
             if len(self._costs) > _MOST_MODELS:
                 self._costs.popitem(last=False)
-        self._costs.move_to_end(model)
         costs.add(tokens)
 
     def by_limit(self, client: Client, now: float, day: int) -> list[tuple[str, int, int]]:
@@ -236,21 +238,19 @@ class Lease:
     """
 
     __slots__ = (
-        *("_client", "_day", "_entry", "_is_settled", "_limits", "_model", "_used"),
+        *("_day", "_entry", "_is_settled", "_limits", "_model", "_used"),
         "reserved",
     )
 
     def __init__(
         self,
         limits: ClientLimits,
-        client: Client,
         used: _Used,
         model: str,
         reserved: int | None,
         now: float,
     ) -> None:
         self._limits = limits
-        self._client = client
         self._used = used
         self._model = model
         self._is_settled = False
@@ -264,10 +264,6 @@ class Lease:
             day = used.day  # it was turned to today
             day.reserved += reserved
             self._day = day.number
-
-    def remaining(self) -> tuple[bytes, bytes]:
-        """Return the field that says what the client has left."""
-        return self._limits.remaining_field(self._client)
 
     def settle(self, reported: int, *, is_whole: bool, may_have_run: bool, seen: int) -> int | None:
         """Give everything back, and return how many tokens count; None where none count.
@@ -389,7 +385,7 @@ class ClientLimits:
                 wait, limit = left, TOKENS_DAY
         if wait > 0:
             raise self._refusal(client, limit, wait)
-        return Lease(self, client, used, model, tokens, now)
+        return Lease(self, used, model, tokens, now)
 
     def _refusal(self, client: Client, limit: str, wait: float) -> ProxyError:
         self.refused[client.name, limit] += 1
@@ -418,11 +414,9 @@ class ClientLimits:
 
     def remaining_field(self, client: Client) -> tuple[bytes, bytes]:
         """Return the field that says what ``client`` has left of each limit (RFC 9651, 3.2)."""
-        names, left = [], []
-        for limit, most, used in self._by_limit(client):
-            names.append(limit)
-            left.append(most - used if most > used else 0)
-        return b"x-llmproxy-remaining", _form(tuple(names)) % tuple(left)
+        found = self._by_limit(client)
+        left = ", ".join([f"{limit}={max(0, most - used)}" for limit, most, used in found])
+        return b"x-llmproxy-remaining", left.encode("ascii")
 
     def remaining(self) -> dict[tuple[str, str], int]:
         """Return what is left now, by client and limit."""
@@ -457,12 +451,6 @@ def _wait_for_day(day: _Day, tokens: int, limit: int, wall: float) -> float:
     if day.settled + least <= limit:
         return _SOON_S  # what runs may cost less than is reserved for it
     return (day.number + 1) * DAY_S - wall
-
-
-@lru_cache(maxsize=16)
-def _form(limits: tuple[str, ...]) -> bytes:
-    """Return how what is left of these limits is written."""
-    return ", ".join(f"{limit}=%d" for limit in limits).encode("ascii")
 
 
 def limited(clients: Mapping[str, Client]) -> dict[str, Client]:

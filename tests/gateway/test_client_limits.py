@@ -187,9 +187,7 @@ def test_a_request_holds_a_slot_and_its_usual_cost() -> None:
         "tokens_per_minute": 5000 - 42 - 42,
         "tokens_per_day": 9000 - 42 - 42,
     }
-    assert played.got()[1][b"x-llmproxy-remaining"] == (
-        b"max_streams=1, requests_per_minute=3, tokens_per_minute=4916, tokens_per_day=8916"
-    )
+    assert b"x-llmproxy-remaining" not in played.got()[1], "refusals alone say it"
     response.push(DONE)
     response.end()
 
@@ -297,7 +295,6 @@ def test_a_list_of_models_costs_a_request_and_no_tokens() -> None:
     response = played.response(200, KIND)
     response.push(b"{}")
     response.end()
-    assert played.got()[1][b"x-llmproxy-remaining"].startswith(b"max_streams=0, requests_per_m")
     assert played.sink.traces[-1].counted_tokens is None
 
 

@@ -220,7 +220,7 @@ def test_the_provider_gets_the_same_request_as_without_a_parent(
         with behind.connect() as client:
             client.send(post(f"{path}/a%7e?b=%41", b'{"a": 1}', "x-request-id: 1", "x-a: b"))
             got = read_response(client)
-            ours = (b"x-llmproxy-request-id", b"date")
+            ours = (b"x-llmproxy-request-id", b"x-llmproxy-provider", b"date")
             heads.append((got.status, [one for one in got.fields if one[0] not in ours], got.body))
     (*first, direct, body), (*second, tunnelled, same) = seen.read(), seen.read()
     assert first == second == [b"/a%7e?b=%41"]

@@ -75,7 +75,8 @@ def test_requests_to_a_provider_that_is_off_are_refused(live: Switched) -> None:
     assert got.values(b"retry-after") == [b"60"]
     record = live.trace(got)
     assert (record["provider"], record["error"]) == ("p", "provider_disabled")
-    assert (record["end_reason"], record["attempts"]) == ("rejected", [])
+    skipped = [(one["outcome"], one["cause"]) for one in record["attempts"]]
+    assert (record["end_reason"], skipped) == ("rejected", [("skipped", "disabled")])
     assert live.provider.accepted == before
     assert live.error("/q/x") is None
     assert live.change("/providers/p/enable")[0] == 200
