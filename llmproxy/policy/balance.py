@@ -1,4 +1,4 @@
-"""In which order the candidates of a route are asked, before health has a say.
+"""In which order the candidates of a route are asked.
 
 ``ordered`` is the order of the file.  ``least_busy`` asks the provider with the fewest requests
 under way.  ``weighted`` lets the providers take turns, each as often as its weight says, and spread
