@@ -247,6 +247,8 @@ class Gateway(Handler):
         if listed is None:
             return False
         trace.route, trace.dialect = listed.route.name, place.dialect
+        if client.name in self._limited:
+            exchange.lease = self.limits.admit(client, None, None)
         query = request.uri.partition(b"?")[2]
         found = document(listed.asked, listed.names, place.dialect, query)
         body = msgspec.json.encode(found)

@@ -324,6 +324,18 @@ def test_an_image_is_not_guessed_as_text() -> None:
     assert left(played) == {"tokens_per_day": 99_000}
 
 
+def test_a_list_of_our_own_is_a_request_too() -> None:
+    """No provider is asked for it, and it takes the place of one that is."""
+    own = 'models = ["m"]\nmodels_list = "configured"'
+    played = limited("requests_per_minute = 1\n", own)
+    played.call("GET", "/p/v1/models", body=b"")
+    assert played.got()[0] == 200
+    assert left(played) == {"requests_per_minute": 0}
+    played.call("GET", "/p/v1/models", body=b"")
+    assert played.refusal() == (429, "limited")
+    assert played.upstream.asked == []
+
+
 def test_a_client_without_limits_has_no_lease() -> None:
     """And hears nothing of limits."""
     played = PlayedGateway()
