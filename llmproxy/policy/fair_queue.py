@@ -45,12 +45,13 @@ class Waiting:
             time.  Cancelling it leaves the queue.
     """
 
-    __slots__ = ("_places", "client", "placed", "since", "timer")
+    __slots__ = ("_places", "client", "place", "placed", "since", "timer")
 
     def __init__(self, places: Places, client: str, since: float) -> None:
         self._places = places
         self.client = client
         self.since = since
+        self.place: Place | None = None  # which it will get in the next turn
         self.placed: Deferred[Place] = Deferred(lambda _: places.left(self))
         self.timer: Any = None
 
@@ -167,6 +168,8 @@ class Places:
     def left(self, waiting: Waiting) -> None:
         """A request leaves the queue, and waits no more."""
         self._remove(waiting)
+        if waiting.place is not None:
+            waiting.place.give_back()
 
     def _late(self, waiting: Waiting) -> None:
         self._remove(waiting)
@@ -188,8 +191,9 @@ class Places:
             line.turn += line.step
             self._remove(waiting)
             self.busy += 1
+            waiting.place = Place(self)
             # A turn later: whoever gives a place back is not to run somebody else's request.
-            self._timers.callLater(0, partial(_hand_over, waiting, Place(self)))
+            self._timers.callLater(0, partial(_hand_over, waiting))
 
     def _remove(self, waiting: Waiting) -> None:
         line = self._lines.get(waiting.client)
@@ -220,11 +224,9 @@ class Places:
         )
 
 
-def _hand_over(waiting: Waiting, place: Place) -> None:
-    if waiting.placed.called:  # it left in this turn
-        place.give_back()
-    else:
-        waiting.placed.callback(place)
+def _hand_over(waiting: Waiting) -> None:
+    if not waiting.placed.called and waiting.place is not None:
+        waiting.placed.callback(waiting.place)
 
 
 def _fail(waiting: Waiting, error: ProxyError) -> None:

@@ -214,6 +214,15 @@ def test_who_leaves_in_the_turn_of_the_place_gives_it_on(desk: Desk) -> None:
     assert desk.places.busy == 1
 
 
+def test_a_place_that_nobody_takes_any_more_comes_back_at_once(desk: Desk) -> None:
+    """Not a turn later: the process may shut down, and has no more turns."""
+    waiting = [desk.wait("a"), desk.wait("b")]
+    desk.holding.pop().give_back()
+    for one in waiting:
+        one.placed.cancel()
+    assert (desk.places.busy, len(desk.places)) == (0, 0)
+
+
 def test_ahead_counts_those_who_are_served_before() -> None:
     """As things stand; the test lets all be served, and compares."""
     rng = random.Random(3)
