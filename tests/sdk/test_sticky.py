@@ -162,6 +162,10 @@ class Pair:
         """Let it come back where it was, with an empty cache."""
         self._lives[name].enter_context(Demo(port=self.demos[name].port, caching=True))
 
+    def wait_recorded(self, session: str, count: int) -> None:
+        """Wait until so many requests of a session have their records."""
+        until(lambda: len(self.recorded(session)) == count, "the records of the session")
+
     def recorded(self, session: str) -> list[tuple[str, int]]:
         """Return the provider and the cached tokens of a session's requests, by the records."""
         traces = [trace for trace in self.proxy.traces() if trace["session"] == session]
@@ -194,7 +198,7 @@ def test_from_the_second_turn_on_a_session_finds_its_prompts(sdk: str, pair: Pai
         assert [turn.cached for turn in talk.turns] == [0, *map(blocks, wholes[:-1])]
         assert wholes[0] > BLOCK_WORDS
         seen = [(turn.provider, turn.cached) for turn in talk.turns]
-        until(lambda: len(pair.recorded(talk.session)) == len(seen), "the records of the session")  # noqa: B023
+        pair.wait_recorded(talk.session, len(seen))
         assert pair.recorded(talk.session) == seen
 
 
