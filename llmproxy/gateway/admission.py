@@ -10,13 +10,11 @@ from __future__ import annotations
 import msgspec
 
 from llmproxy.config import Client
-from llmproxy.dialects.request import RequestFacts, is_readable
+from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
-from llmproxy.gateway.exchange import Exchange
 from llmproxy.http1.grammar import field_values, list_tokens
 from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
 from llmproxy.policy.auth import ANONYMOUS, Auth
-from llmproxy.policy.limits import ClientLimits, Lease
 from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
@@ -112,22 +110,6 @@ def needs_model(request: Request, place: PathMatch, rules: Rules) -> bool:
     except ProxyError:
         return False  # it will be refused
     return place.needs_model(client)
-
-
-def lease_for(
-    exchange: Exchange, client: Client, facts: RequestFacts, limits: ClientLimits
-) -> Lease:
-    """Return what the request of a client with limits may hold; its route is chosen.
-
-    It costs tokens if those of its response can be read.
-
-    Raises:
-        ProxyError: 429, where one of the limits is reached.
-    """
-    size = None
-    if exchange.endpoint is not None:
-        size = exchange.request.body_bytes if facts.json else 0
-    return limits.admit(client, facts.model, size)
 
 
 def refuse_unread(request: Request) -> None:

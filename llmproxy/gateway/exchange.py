@@ -196,26 +196,22 @@ class Exchange:
         trace.status, trace.bytes_out = self.request.status, sent
         trace.bytes_in = self.request.body_bytes
         trace.duration_s = round(now - self.started, 6)
-        if self.lease is not None:
-            trace.counted_tokens = self._settle(self.lease)
+        if (lease := self.lease) is not None:
+            tokens = (trace.input_tokens or 0) + (trace.output_tokens or 0)
+            if trace.usage == "reported":
+                trace.counted_tokens = lease.settle(tokens)
+            else:
+                trace.counted_tokens = self._settle_unknown(lease, tokens)
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
 
-    def _settle(self, lease: Lease) -> int | None:
-        """Give back what the request holds, and return how many tokens count.
-
-        Where no whole usage was reported, about one token came with each event.
-        """
-        trace = self.trace
-        return lease.settle(
-            (trace.input_tokens or 0) + (trace.output_tokens or 0),
-            is_whole=trace.usage == "reported",
-            may_have_run=self.at_work > 0,
-            seen=0 if self.tap is None else self.tap.events,
-        )
+    def _settle_unknown(self, lease: Lease, reported: int) -> int | None:
+        """Settle where no whole usage was reported: about one token came with each event."""
+        seen = 0 if self.tap is None else self.tap.events
+        return lease.settle_unknown(reported, seen, self.at_work > 0)
 
     def labels(self) -> tuple[str, str, str, str, str]:
         """Return route, provider, client, method and status class, from closed sets."""

@@ -23,7 +23,7 @@ from llmproxy.policy.fair_queue import Places, no_place
 from llmproxy.policy.health import NO_WAIT, Wait
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.policy.standing import Standing
-from llmproxy.policy.stickiness import Key, key_of
+from llmproxy.policy.stickiness import key_of
 from llmproxy.record.trace import SKIPPED, Attempt
 from llmproxy.upstream.credential import NO_CREDENTIAL
 from llmproxy.upstream.held_response import HeldResponse
@@ -82,8 +82,10 @@ class Failover:
         self, exchange: Exchange, match: RouteMatch, client: Client, facts: RequestFacts
     ) -> Response | HeldResponse:
         """Ask the candidate that is first without any question, and begin a round if it fails."""
-        key = key_of(match.route, client.name, exchange.trace.session)
-        candidate = self._first(match, key)
+        route = match.route
+        key = key_of(route, client.name, exchange.trace.session)
+        known = None if key is None else self.stickiness.provider_of(key, route.sticky_for)
+        candidate = _first(match, known)
         if candidate is None:
             return await _Round(self, exchange, match, client, facts).send()
         if candidate is not exchange.candidate:
@@ -95,21 +97,10 @@ class Failover:
             came = error
         else:
             if came.code < 400:
-                if key is not None:
-                    name, sticky_for = candidate.provider.name, match.route.sticky_for
-                    self.stickiness.remember(key, name, sticky_for)
+                if key is not None and known is None:
+                    self.stickiness.remember(key, candidate.provider.name, route.sticky_for)
                 return came
         return await _Round(self, exchange, match, client, facts, candidate).send(came)
-
-    def _first(self, match: RouteMatch, key: Key | None) -> Candidate | None:
-        """Return the candidate that needs no place, and is first whoever else is there."""
-        known = None if key is None else self.stickiness.provider_of(key)
-        if known is None and match.route.balance != "ordered":
-            return None
-        for candidate in match.candidates:
-            if known is None or candidate.provider.name == known:
-                return None if candidate.is_counted else candidate
-        return None
 
 
 class _Round:
@@ -152,7 +143,10 @@ class _Round:
         self.disabled: ProxyError | None = None
         self.full: set[str] = set()
         self._key = key_of(match.route, client.name, exchange.trace.session)
-        known = None if self._key is None else failover.stickiness.provider_of(self._key)
+        known = None
+        if self._key is not None:
+            sticky_for = match.route.sticky_for
+            known = failover.stickiness.provider_of(self._key, sticky_for)
         here = [one.provider.name for one in match.candidates]
         self._known = known if known in here else None
         self._candidate = asked
@@ -387,6 +381,20 @@ class _Round:
         place, self._exchange.place = self._exchange.place, None
         if place is not None:
             place.give_back()
+
+
+def _first(match: RouteMatch, known: str | None) -> Candidate | None:
+    """Return the candidate that needs no place, and is first whoever else is there.
+
+    Args:
+        known: the provider of before, if there is one.
+    """
+    if known is None and match.route.balance != "ordered":
+        return None
+    for candidate in match.candidates:
+        if known is None or candidate.provider.name == known:
+            return None if candidate.is_counted else candidate
+    return None
 
 
 def _goes_on(exchange: Exchange, route: Route, error: ProxyError) -> bool:

@@ -25,7 +25,6 @@ from llmproxy.gateway.admission import (
     admit,
     early_refusal,
     identify,
-    lease_for,
     needs_model,
 )
 from llmproxy.gateway.attempt import Attempts
@@ -167,7 +166,10 @@ class Gateway(Handler):
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
         if client.name in self._limited:
-            exchange.lease = lease_for(exchange, client, facts, self.limits)
+            size = None  # it costs tokens if those of its response can be read
+            if exchange.endpoint is not None:
+                size = request.body_bytes if facts.json else 0
+            exchange.lease = self.limits.admit(client, facts.model, size)
 
         response = await self._failover.send(exchange, match, client, facts)
         request.release()

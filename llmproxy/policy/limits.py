@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -68,99 +68,129 @@ _UNITS = {STREAMS: "request", REQUESTS: "request", TOKENS_MINUTE: "token", TOKEN
 
 
 class _Entry:
-    """An amount that came within one grain; ``at`` is when its last part came."""
+    """What came within one grain; ``at`` is when its last part came."""
 
-    __slots__ = ("amount", "at", "began")
+    __slots__ = ("at", "began", "requests", "tokens")
 
-    def __init__(self, now: float, amount: int) -> None:
+    def __init__(self, now: float, requests: int, tokens: int) -> None:
         self.began = self.at = now
-        self.amount = amount
+        self.requests = requests
+        self.tokens = tokens
 
 
 class Window:
-    """What came within the last 60 seconds; its bound is that of ``_GRAIN_S``.
+    """The requests and tokens that came within the last 60 seconds.
 
-    Every ``now`` is in seconds of a monotonic clock.
+    Its bound is that of ``_GRAIN_S``.  Every ``now`` is in seconds of a monotonic clock.
+
+    Attributes:
+        requests: how many came, as of the last time that something came or :meth:`trim` was called.
+        tokens: likewise.
     """
 
-    __slots__ = ("_entries", "_total")
+    __slots__ = ("_entries", "requests", "tokens")
 
     def __init__(self) -> None:
         self._entries: deque[_Entry] = deque()
-        self._total = 0
+        self.requests = self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def total(self, now: float) -> int:
-        """Return how much came within the last 60 seconds."""
-        entries = self._entries
-        while entries and entries[0].at + _MINUTE_S <= now:
-            self._total -= entries.popleft().amount
-        return self._total
+    def trim(self, now: float) -> None:
+        """Let go of what came more than 60 seconds ago."""
+        entries, since = self._entries, now - _MINUTE_S
+        while entries and entries[0].at <= since:
+            gone = entries.popleft()
+            self.requests -= gone.requests
+            self.tokens -= gone.tokens
 
-    def add(self, amount: int, now: float) -> _Entry:
-        """Let ``amount`` come now; return where it stands."""
+    def add(self, requests: int, tokens: int, now: float) -> _Entry:
+        """Let so much come now; return where it stands."""
         entries = self._entries
-        self._total += amount
-        if entries and now - entries[-1].began < _GRAIN_S:
-            entry = entries[-1]
-            entry.amount += amount
+        self.requests += requests
+        self.tokens += tokens
+        if entries and now - (entry := entries[-1]).began < _GRAIN_S:
+            entry.requests += requests
+            entry.tokens += tokens
             entry.at = now
-        else:
-            entry = _Entry(now, amount)
-            entries.append(entry)
+            return entry
+        entry = _Entry(now, requests, tokens)
+        entries.append(entry)
         return entry
 
     def change(self, entry: _Entry, more: int, now: float) -> None:
-        """Let what came be ``more``, or less; what has left the window cannot be less any more."""
-        self.total(now)
-        if entry.at + _MINUTE_S > now:
-            entry.amount += more
-            self._total += more
+        """Let ``more`` tokens have come, or less; what has left the window cannot be less."""
+        if entry.at > now - _MINUTE_S:
+            entry.tokens += more
+            self.tokens += more
         elif more > 0:
-            self.add(more, now)
+            self.add(0, more, now)
 
-    def wait(self, amount: int, limit: int, now: float) -> float:
-        """Return the seconds until ``amount`` may come; 0 if it may now.
-
-        An amount beyond the limit may come where nothing else came.
-        """
-        over = self.total(now) + (amount if amount < limit else limit) - limit
+    def wait(self, over: int, unit: str, now: float) -> float:
+        """Return the seconds until so many ``requests`` or ``tokens``, as ``unit`` says, left."""
         if over <= 0:
             return 0.0
         for entry in self._entries:
-            over -= entry.amount
+            over -= getattr(entry, unit)
             if over <= 0:
                 return entry.at + _MINUTE_S - now
-        return _MINUTE_S  # not reached: an empty window has room for anything
+        return _MINUTE_S  # not reached: no more has to leave than came
 
 
 class _Day:
-    """The tokens of one calendar day in UTC: settled, and reserved for what is under way."""
+    """The tokens of one calendar day in UTC: settled, and reserved for what is under way.
 
-    __slots__ = ("number", "reserved", "settled")
+    Attributes:
+        number: which day, counted from the epoch.
+        ends: when it ends, in seconds since the epoch.
+        used: settled and reserved together.
+    """
+
+    __slots__ = ("ends", "number", "settled", "used")
 
     def __init__(self) -> None:
-        self.number = 0
-        self.reserved = self.settled = 0
+        self.number = self.ends = 0
+        self.settled = self.used = 0
 
-    def turn(self, number: int) -> None:
-        """Begin a day, unless it is the one; a clock that is put back a little begins none."""
-        if number != self.number and number != self.number - 1:
-            self.number = number
-            self.reserved = self.settled = 0
+    def turn(self, wall: float) -> None:
+        """Begin the day of ``wall``; a clock that is put back by less than a day begins none."""
+        if not self.ends - 2 * DAY_S <= wall < self.ends:
+            self.number = int(wall // DAY_S)
+            self.ends = (self.number + 1) * DAY_S
+            self.settled = self.used = 0
+
+    def spent(self, tokens: int) -> None:
+        """So many at least were settled, as the ledger says."""
+        more = max(0, tokens - self.settled)
+        self.settled += more
+        self.used += more
+
+    def wait(self, tokens: int, limit: int, wall: float) -> float:
+        """Return the seconds until the day has room for so many tokens; 0 if it has now."""
+        least = min(tokens, limit)
+        if self.used + least <= limit:
+            return 0.0
+        if self.settled + least <= limit:
+            return _SOON_S  # what runs may cost less than is reserved for it
+        return self.ends - wall
 
 
 class _Costs:
-    """What the last requests of a client for one model cost."""
+    """What the last requests of a client for one model cost.
 
-    __slots__ = ("_ranked", "_samples", "usual")
+    Attributes:
+        usual: what is reserved for one; at least 1, so that a full budget is full for each.
+        asked_at: when the last one came.
+    """
+
+    __slots__ = ("_ranked", "_samples", "asked_at", "usual")
 
     def __init__(self) -> None:
         self._samples: deque[int] = deque()
         self._ranked: list[int] = []
-        self.usual = 0
+        self.usual = 1
+        self.asked_at = 0.0
 
     def add(self, tokens: int) -> None:
         """Learn what one more request did cost."""
@@ -173,50 +203,44 @@ class _Costs:
             del ranked[bisect_left(ranked, oldest)]
         samples.append(tokens)
         insort(ranked, tokens)
-        self.usual = ranked[math.ceil(len(ranked) * _USUAL) - 1]
+        self.usual = max(1, ranked[math.ceil(len(ranked) * _USUAL) - 1])
 
 
 class _Used:
     """What one client uses now, and what its requests cost by model."""
 
-    __slots__ = ("_costs", "day", "knows_day", "requests", "streams", "tokens")
+    __slots__ = ("costs", "day", "knows_day", "streams", "window")
 
     def __init__(self) -> None:
         self.streams = 0
-        self.requests, self.tokens = Window(), Window()
+        self.window = Window()
         self.day = _Day()
         self.knows_day = False
-        self._costs: OrderedDict[str, _Costs] = OrderedDict()
+        self.costs: dict[str, _Costs] = {}
 
-    def usual(self, model: str, size: int) -> int:
-        """Return what a request for ``model`` usually costs; a guess from its size at first."""
-        costs = self._costs.get(model)
-        if costs is not None:
-            self._costs.move_to_end(model)
-            return max(1, costs.usual)
-        return min(size // _BYTES_PER_TOKEN, _MOST_GUESSED) + _GUESSED_OUTPUT
-
-    def learn(self, model: str, tokens: int) -> None:
-        """Learn what a request for ``model`` did cost."""
-        costs = self._costs.get(model)
+    def learns(self, model: str, now: float) -> _Costs:
+        """Begin to learn what requests for ``model`` cost; forget those that came least lately."""
+        costs = self.costs.get(model)
         if costs is None:
-            costs = self._costs[model] = _Costs()
-            if len(self._costs) > _MOST_MODELS:
-                self._costs.popitem(last=False)
-        costs.add(tokens)
+            if len(self.costs) == _MOST_MODELS:
+                del self.costs[min(self.costs, key=lambda name: self.costs[name].asked_at)]
+            costs = self.costs[model] = _Costs()
+            costs.asked_at = now
+        return costs
 
-    def by_limit(self, client: Client, now: float, day: int) -> list[tuple[str, int, int]]:
+    def by_limit(self, client: Client, now: float, wall: float) -> list[tuple[str, int, int]]:
         """Return each limit that ``client`` has, how much it allows, and how much is used."""
         found = []
+        self.window.trim(now)
         if (most := client.max_streams) is not None:
             found.append((STREAMS, most, self.streams))
         if (most := client.requests_per_minute) is not None:
-            found.append((REQUESTS, most, self.requests.total(now)))
+            found.append((REQUESTS, most, self.window.requests))
         if (most := client.tokens_per_minute) is not None:
-            found.append((TOKENS_MINUTE, most, self.tokens.total(now)))
+            found.append((TOKENS_MINUTE, most, self.window.tokens))
         if (most := client.tokens_per_day) is not None:
-            self.day.turn(day)
-            found.append((TOKENS_DAY, most, self.day.settled + self.day.reserved))
+            self.day.turn(wall)
+            found.append((TOKENS_DAY, most, self.day.used))
         return found
 
 
@@ -230,69 +254,68 @@ class Spent(msgspec.Struct, frozen=True):
 NOTHING_SPENT = Spent(0, {})
 
 
-class Lease:
+class Lease(msgspec.Struct, gc=False):
     """One slot of a client, and the tokens that are reserved for one request.
 
     Attributes:
+        limits: whose clock it goes by.
+        used: what the client uses.
+        entry: where the request, and its tokens, stand in the client's minute.
+        day: the number of the day for which tokens are reserved.
+        model: the one that is asked for.
+        costs: what requests for it cost, where that was known.
         reserved: how many tokens are reserved; None where no tokens count.
+        is_settled: everything was given back.
     """
 
-    __slots__ = (
-        *("_day", "_entry", "_is_settled", "_limits", "_model", "_used"),
-        "reserved",
-    )
+    limits: ClientLimits
+    used: _Used
+    entry: _Entry
+    day: int
+    model: str
+    costs: _Costs | None
+    reserved: int | None
+    is_settled: bool = False
 
-    def __init__(
-        self,
-        limits: ClientLimits,
-        used: _Used,
-        model: str,
-        reserved: int | None,
-        now: float,
-    ) -> None:
-        self._limits = limits
-        self._used = used
-        self._model = model
-        self._is_settled = False
-        self.reserved = reserved
-        used.streams += 1
-        used.requests.add(1, now)
-        self._day = 0
-        self._entry: _Entry | None = None
-        if reserved is not None:
-            self._entry = used.tokens.add(reserved, now)
-            day = used.day  # it was turned to today
-            day.reserved += reserved
-            self._day = day.number
-
-    def settle(self, reported: int, *, is_whole: bool, may_have_run: bool, seen: int) -> int | None:
+    def settle(self, tokens: int, is_known: bool = True) -> int | None:
         """Give everything back, and return how many tokens count; None where none count.
 
         Only the first call does anything.
 
         Args:
-            reported: tokens as the provider reported them, as far as it did.
-            is_whole: it reported all of them.
-            may_have_run: the provider may have done the work, or some of it.
-            seen: how many tokens came at least.
+            tokens: what the request did cost.
+            is_known: that is what the provider reported, and tells what such requests cost.
         """
-        if self._is_settled:
+        if self.is_settled:
             return None
-        self._is_settled = True
-        used, reserved = self._used, self.reserved
+        self.is_settled = True
+        used, reserved = self.used, self.reserved
         used.streams -= 1
-        if reserved is None or self._entry is None:
+        if reserved is None:
             return None
-        if is_whole:
-            tokens = reported
-            used.learn(self._model, tokens)
-        else:
-            tokens = max(reported, reserved, seen) if may_have_run else 0
-        used.tokens.change(self._entry, tokens - reserved, self._limits.clock())
-        if used.day.number == self._day:
-            used.day.reserved -= reserved
-            used.day.settled += tokens
+        if is_known:
+            costs = self.costs
+            if costs is None:
+                costs = used.learns(self.model, self.limits.clock())
+            costs.add(tokens)
+        day = used.day
+        if tokens != reserved:
+            used.window.change(self.entry, tokens - reserved, self.limits.clock())
+        if day.number == self.day:
+            day.used += tokens - reserved
+            day.settled += tokens
         return tokens
+
+    def settle_unknown(self, reported: int, seen: int, may_have_run: bool) -> int | None:
+        """Do as :meth:`settle` where the provider did not report the whole cost.
+
+        Args:
+            reported: the tokens that it did report.
+            seen: how many came at least.
+            may_have_run: the provider may have done the work, or some of it.
+        """
+        tokens = max(reported, self.reserved or 0, seen) if may_have_run else 0
+        return self.settle(tokens, is_known=False)
 
 
 class ClientLimits:
@@ -334,8 +357,8 @@ class ClientLimits:
             clients: those of the configuration.
             spent: what they used before, where that is known; of another day, it does not count.
         """
-        today = self.today()
-        known = spent.tokens if spent.day == today else {}
+        wall = self._wall()
+        known = spent.tokens if spent.day == wall // DAY_S else {}
         self._clients = limited(clients)
         self._used = {
             name: used for name, used in self._used.items() if name in self._clients or used.streams
@@ -345,8 +368,8 @@ class ClientLimits:
         for name, used in self._used.items():
             wanted = name in self._clients and self._clients[name].tokens_per_day is not None
             if wanted and not used.knows_day:
-                used.day.turn(today)
-                used.day.settled = max(used.day.settled, known.get(name, 0))
+                used.day.turn(wall)
+                used.day.spent(known.get(name, 0))
             used.knows_day = wanted
 
     def admit(self, client: Client, model: str | None, size: int | None) -> Lease:
@@ -363,29 +386,45 @@ class ClientLimits:
         used = self._used.get(client.name)
         if used is None:
             used = self._used[client.name] = _Used()
-        model = model if model is not None and len(model) <= _LONGEST_MODEL else ""
-        if client.tokens_per_minute is None and client.tokens_per_day is None:
-            size = None
-        tokens = None if size is None else used.usual(model, size)
+        if model is None or len(model) > _LONGEST_MODEL:
+            model = ""
         now, wall = self.clock(), self._wall()
-        used.day.turn(int(wall // DAY_S))
+        window, day = used.window, used.day
+        window.trim(now)
+        day.turn(wall)
+        minute, budget = client.tokens_per_minute, client.tokens_per_day
+        tokens: int | None = None
         # One after the other: most requests pass, and no list is made for them.
         wait, limit = 0.0, ""
         if (most := client.max_streams) is not None and used.streams >= most:
             wait, limit = _SOON_S, STREAMS
-        most = client.requests_per_minute
-        if most is not None and (left := used.requests.wait(1, most, now)) >= wait:
-            wait, limit = left, REQUESTS
-        if tokens is not None:
-            most = client.tokens_per_minute
-            if most is not None and (left := used.tokens.wait(tokens, most, now)) >= wait:
-                wait, limit = left, TOKENS_MINUTE
-            most = client.tokens_per_day
-            if most is not None and (left := _wait_for_day(used.day, tokens, most, wall)) >= wait:
-                wait, limit = left, TOKENS_DAY
+        if (most := client.requests_per_minute) is not None and window.requests >= most:
+            left = window.wait(window.requests + 1 - most, "requests", now)
+            if left >= wait:
+                wait, limit = left, REQUESTS
+        costs = None
+        if size is not None and not (minute is None and budget is None):
+            costs = used.costs.get(model)
+            if costs is None:
+                tokens = _guess(size)
+            else:
+                tokens, costs.asked_at = costs.usual, now
+            if minute is not None and window.tokens + tokens > minute:
+                # what is beyond the limit may come where nothing else came
+                left = window.wait(window.tokens + min(tokens, minute) - minute, "tokens", now)
+                if left >= wait:
+                    wait, limit = left, TOKENS_MINUTE
+            if budget is not None and day.used + tokens > budget:
+                left = day.wait(tokens, budget, wall)
+                if left >= wait:
+                    wait, limit = left, TOKENS_DAY
         if wait > 0:
             raise self._refusal(client, limit, wait)
-        return Lease(self, used, model, tokens, now)
+        used.streams += 1
+        reserved = tokens or 0
+        day.used += reserved
+        entry = window.add(1, reserved, now)
+        return Lease(self, used, entry, day.number, model, costs, tokens)
 
     def _refusal(self, client: Client, limit: str, wait: float) -> ProxyError:
         self.refused[client.name, limit] += 1
@@ -440,17 +479,12 @@ class ClientLimits:
         ]
 
     def _by_limit(self, client: Client) -> list[tuple[str, int, int]]:
-        return self._used[client.name].by_limit(client, self.clock(), self.today())
+        return self._used[client.name].by_limit(client, self.clock(), self._wall())
 
 
-def _wait_for_day(day: _Day, tokens: int, limit: int, wall: float) -> float:
-    """Return the seconds until a day has room for so many tokens."""
-    least = min(tokens, limit)
-    if day.settled + day.reserved + least <= limit:
-        return 0.0
-    if day.settled + least <= limit:
-        return _SOON_S  # what runs may cost less than is reserved for it
-    return (day.number + 1) * DAY_S - wall
+def _guess(size: int) -> int:
+    """Return what a request of so many bytes may cost, where no cost is known."""
+    return min(size // _BYTES_PER_TOKEN, _MOST_GUESSED) + _GUESSED_OUTPUT
 
 
 def limited(clients: Mapping[str, Client]) -> dict[str, Client]:

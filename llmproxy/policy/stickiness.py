@@ -15,6 +15,9 @@ from llmproxy.config import Route
 
 MOST_REMEMBERED = 65_536
 
+_FRESH_S = 1.0
+"""What was renewed within this time is not renewed again; most requests come so soon."""
+
 Key = tuple[str, ...]
 """A route and a client, and for ``sticky = "session"`` a session of that client's."""
 
@@ -35,15 +38,22 @@ class Stickiness:
     def __len__(self) -> int:
         return len(self._at)
 
-    def provider_of(self, key: Key) -> str | None:
-        """Return the provider that was remembered, or None where there is none any more."""
+    def provider_of(self, key: Key, seconds: float) -> str | None:
+        """Return the provider that was remembered, or None where there is none any more.
+
+        It is remembered for so many seconds from now on, or up to one second less.
+        """
         found = self._at.get(key)
         if found is None:
             return None
-        if found[1] <= self._clock():
+        provider, until = found
+        left = until - self._clock()
+        if left <= 0:
             del self._at[key]
             return None
-        return found[0]
+        if left <= seconds - _FRESH_S:
+            self.remember(key, provider, seconds)
+        return provider
 
     def remember(self, key: Key, provider: str, seconds: float) -> None:
         """Remember a provider for so long from now on."""

@@ -10,27 +10,41 @@ from llmproxy.policy.stickiness import Stickiness, key_of
 
 
 def test_a_provider_is_remembered_until_its_time_is_over() -> None:
-    """Each use begins that time anew."""
+    """Each use begins that time anew, within a second."""
     clock = Clock()
     known = Stickiness(clock.seconds)
     known.remember(("r", "c"), "p", 10)
-    clock.advance(9)
-    known.remember(("r", "c"), "p", 10)
-    clock.advance(9)
-    assert known.provider_of(("r", "c")) == "p"
-    clock.advance(1)
-    assert known.provider_of(("r", "c")) is None
+    for _ in range(3):
+        clock.advance(9)
+        assert known.provider_of(("r", "c"), 10) == "p"
+    clock.advance(0.9)
+    assert known.provider_of(("r", "c"), 10) == "p"
+    clock.advance(9.1)
+    assert known.provider_of(("r", "c"), 10) is None
     assert len(known) == 0
+
+
+def test_a_provider_that_replaces_another_is_remembered_at_once() -> None:
+    """And for its own time."""
+    clock = Clock()
+    known = Stickiness(clock.seconds)
+    known.remember(("r", "c"), "p", 10)
+    known.remember(("r", "c"), "q", 2)
+    assert known.provider_of(("r", "c"), 2) == "q"
+    clock.advance(2)
+    assert known.provider_of(("r", "c"), 2) is None
 
 
 def test_what_was_used_longest_ago_is_forgotten_first() -> None:
     """Memory is bounded, whatever callers name their sessions."""
-    known = Stickiness(Clock().seconds, most=3)
+    clock = Clock()
+    known = Stickiness(clock.seconds, most=3)
     for session in "abc":
         known.remember(("r", "c", session), "p", 10)
-    known.remember(("r", "c", "a"), "p", 10)
+    clock.advance(1)
+    known.provider_of(("r", "c", "a"), 10)
     known.remember(("r", "c", "d"), "p", 10)
-    found = {session: known.provider_of(("r", "c", session)) for session in "abcd"}
+    found = {session: known.provider_of(("r", "c", session), 10) for session in "abcd"}
     assert found == {"a": "p", "b": None, "c": "p", "d": "p"}
 
 
