@@ -421,7 +421,12 @@ class Request(server.Request):
             super().connectionLost(reason)
 
     def hand_over(
-        self, status: int, fields: Iterable[tuple[bytes, bytes]], protocol: IProtocol
+        self,
+        status: int,
+        fields: Iterable[tuple[bytes, bytes]],
+        protocol: IProtocol,
+        *,
+        behind: bytes = b"",
     ) -> None:
         """End the request with a head alone, and let ``protocol`` have the client's socket.
 
@@ -438,6 +443,7 @@ class Request(server.Request):
             status: such as 101, or 200 for CONNECT.
             fields: as they go on the wire; no framing is added.
             protocol: gets the socket.
+            behind: bytes of the protocol that leave together with the head.
 
         Raises:
             ClientGone: the client has left.
@@ -455,7 +461,7 @@ class Request(server.Request):
             raise ProxyError(400, "early_data", text)
         # Neither 1xx nor a 2xx to CONNECT has a length (RFC 9110, 8.6): what follows is no body.
         fields = [field for field in fields if field[0] != b"content-length"]
-        head = _END.join([status_line(status), *field_lines(fields), _END])
+        head = _END.join([status_line(status), *field_lines(fields), _END]) + behind
         self.startedWriting = 1
         self.status = self.code = status
         self._end()
