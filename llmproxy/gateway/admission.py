@@ -12,16 +12,14 @@ import msgspec
 from llmproxy.config import Client
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
-from llmproxy.http1.grammar import field_values, list_tokens
+from llmproxy.http1.grammar import first_values
 from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
+from llmproxy.http1.websocket import USE_HTTP, Handshake, is_handshake, read_handshake
 from llmproxy.policy.auth import ANONYMOUS, Auth
 from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.request import Request
-
-_USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
-"""What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -38,8 +36,11 @@ class Rules(msgspec.Struct, frozen=True):
     auth: Auth
 
 
-def admit(request: Request, rules: Rules) -> None:
+def admit(request: Request, place: PathMatch, rules: Rules) -> None:
     """Let ``request`` pass, or refuse it.
+
+    Args:
+        place: where its path leads.
 
     Raises:
         ProxyError: why it cannot be served; what the server refused already comes first.
@@ -53,9 +54,9 @@ def admit(request: Request, rules: Rules) -> None:
         raise ProxyError(400, "bad_target", "The request target must be a path.")
     refuse_dots(request.path)
     first = request.first
-    if b"upgrade" in first and _asks_for_websocket(request):
-        text = "WebSockets are not served; use HTTP streaming."
-        raise ProxyError(426, "websocket", text, fields=_USE_HTTP)
+    if b"upgrade" in first and place.websockets is None and _asks_for_websocket(request):
+        text = "WebSockets are not served here; use HTTP streaming."
+        raise ProxyError(426, "websocket", text, fields=USE_HTTP)
     if b"via" in first and _came_through(request, rules.pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, rules.guarded)
@@ -80,11 +81,28 @@ def identify(request: Request, place: PathMatch, rules: Rules) -> Client:
     Raises:
         ProxyError: it cannot be served, nobody is known, or a web page of somebody else's calls.
     """
-    admit(request, rules)
+    admit(request, place, rules)
     client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
     if client is ANONYMOUS and not place.keys.passes:
         refuse_page(request.first, place.origins)
     return client
+
+
+def handshake_of(request: Request, place: PathMatch) -> Handshake | None:
+    """Return the WebSocket handshake that ``request`` is, or None where it is none, or no route.
+
+    The request then has header fields in the place of the subprotocols that mean some, such as a
+    key.
+
+    Raises:
+        ProxyError: 400 or 426, where it is a faulty one.
+    """
+    if place.websockets is None or request.refusal is not None or not _asks_for_websocket(request):
+        return None
+    has_body = request.body_bytes > 0 or request.upload is not None
+    handshake = read_handshake(request.method, request.fields, has_body=has_body)
+    request.fields, request.first = handshake.fields, first_values(handshake.fields)
+    return handshake
 
 
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
@@ -129,11 +147,7 @@ def unread_body(text: str) -> ProxyError:
 
 
 def _asks_for_websocket(request: Request) -> bool:
-    """Return whether this is a WebSocket handshake (RFC 9110, section 7.8; RFC 6455, 4.1)."""
-    if request.clientproto != b"HTTP/1.1" or b"upgrade" not in nominated(request.fields):
-        return False
-    asked = list_tokens(field_values(request.fields, b"upgrade"))
-    return any(protocol.partition(b"/")[0] == b"websocket" for protocol in asked)
+    return is_handshake(request.fields, request.clientproto)
 
 
 def _came_through(request: Request, pseudonym: bytes) -> bool:

@@ -24,10 +24,11 @@ from llmproxy.gateway.admission import (
     Rules,
     admit,
     early_refusal,
+    handshake_of,
     identify,
     needs_model,
 )
-from llmproxy.gateway.attempt import Attempts
+from llmproxy.gateway.attempt import SWITCHING, Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.failover import Failover
@@ -35,6 +36,7 @@ from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
+from llmproxy.gateway.websocket import WebSockets
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
@@ -116,6 +118,7 @@ class Gateway(Handler):
             upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
         )
         self._failover = Failover(attempts, standing, self._meet_next, clock)
+        self._websockets = WebSockets(metrics, reactor, clock)
 
     # -- what the server asks before a request is served ----------------------------------------
 
@@ -152,6 +155,8 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
+        if b"upgrade" in request.first:
+            exchange.handshake = handshake_of(request, place)
         if place.origins:
             exchange.page = page_fields(request.first, place.origins)
             if (fields := self._preflight(request, place)) is not None:
@@ -182,6 +187,8 @@ class Gateway(Handler):
             fields += hint_fields(exchange)
         if exchange.page:
             fields = for_page(fields, exchange.page)
+        if response.code == SWITCHING and (shaken := exchange.handshake) is not None:
+            return await self._websockets.serve(exchange, match, shaken, response, fields)
         request.start(response.code, fields)
         await self._pump(exchange, match, response)
         request.finish()
@@ -225,7 +232,7 @@ class Gateway(Handler):
         """Return the response to a preflight of a browser's, which shows no key; or None."""
         fields = preflight_fields(request.method, request.first, place.origins)
         if fields is not None:
-            admit(request, self._rules)
+            admit(request, place, self._rules)
         return fields
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
@@ -270,6 +277,8 @@ class Gateway(Handler):
             named = (NoModel.WITH_BODY,) if exchange.has_body else (NoModel.WITHOUT_BODY,)
         is_read = named[0] is NoModel.WITHOUT_BODY and reads_list(request.method, request.path)
         calls = is_call(request.method)
+        if exchange.handshake is not None and place.websockets is not None:
+            calls, place = True, place.websockets
         match = place.choose(client, request.uri, named, reads_list=is_read, is_call=calls)
         request.limit_body(match.body_limit)
         if len(exchange.decoded_body) > match.body_limit:
