@@ -89,7 +89,7 @@ class WebSockets:
             is_draining = request.site.draining
             request.hand_over(SWITCHING, fields, relay.client, behind=relay.take_early())
             if is_draining:
-                relay.drain()
+                relay.end_soon()
             try:
                 ending = await relay.over()
             except Exception:  # it was cancelled: the exchange knows why

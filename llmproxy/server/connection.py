@@ -53,7 +53,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 from zope.interface import implementer
 
-from llmproxy.errors import ClientGone, ClientStalled, ProxyError
+from llmproxy.errors import ClientGone, ClientStalled, Cut, ProxyError
 from llmproxy.http1.framing import BodyReader, LengthReader, request_body
 from llmproxy.http1.grammar import (
     BadMessage,
@@ -695,6 +695,18 @@ class ClientConnection(http.HTTPChannel):
     def _close(self) -> None:
         """Close the socket: the client has acknowledged all, our end as well."""
         raw_transport(self.transport).connectionLost(Failure(ConnectionDone()))
+
+    def drain(self) -> None:
+        """The process shuts down: wait for another request no longer than a short grace."""
+        if self.phase is Phase.IDLE:
+            self.await_request()
+        elif self._socket is not None:
+            self._socket.drain()
+
+    def cut(self) -> None:
+        """Drop the connection, unless another protocol has it and ends it by itself."""
+        if self._socket is None or not self._socket.cut():
+            self.drop(Cut())
 
     def drop(self, why: ClientGone) -> None:
         """Drop the connection at once, for a reason of ours, and report that to what runs on it.

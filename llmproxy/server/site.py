@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.errors import ClientGone, Cut, ProxyError
+from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.net.transport import host_of, pending_bytes
 from llmproxy.server.body_memory import BodyMemory
 from llmproxy.server.connection import ClientConnection, Phase
@@ -160,8 +160,7 @@ class Site(Factory):
         """
         self.draining = True
         for connection in list(self.connections):
-            if connection.phase is Phase.IDLE:
-                connection.await_request()
+            connection.drain()
 
     def when_empty(self) -> Deferred[None]:
         """Fire once no client is connected; at once where none is."""
@@ -172,9 +171,9 @@ class Site(Factory):
         return waiting
 
     def cut(self) -> None:
-        """Drop every connection now."""
+        """Drop every connection now, but for those whose protocol ends them within a second."""
         for connection in list(self.connections):
-            connection.drop(Cut())
+            connection.cut()
 
     def _keep_sweeping(self) -> None:
         wanted = self._listening or bool(self.connections)

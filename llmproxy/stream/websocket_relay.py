@@ -132,13 +132,13 @@ class _ClientEnd(_End):
         super().__init__(relay.client_came, relay.from_client, relay.client_left)
         self._relay = relay
 
-    def drain(self) -> None:
-        """End as soon as no response runs."""
-        self._relay.drain()
+    def end_soon(self) -> None:
+        """End as soon as no response is under way."""
+        self._relay.end_soon()
 
-    def cut(self) -> bool:
+    def end_now(self) -> bool:
         """End now, within a second; return False where that is under way already."""
-        return self._relay.cut()
+        return self._relay.end_now()
 
 
 class WebSocketRelay:
@@ -233,12 +233,12 @@ class WebSocketRelay:
         self._drop_client()
         self._drop_provider()
 
-    def drain(self) -> None:
+    def end_soon(self) -> None:
         """End as soon as no response is under way."""
         self._drains = True
         self._end_if_drained()
 
-    def cut(self) -> bool:
+    def end_now(self) -> bool:
         """End now: the drain's time is over.  Return whether this is the first time."""
         if self._was_cut:
             return False

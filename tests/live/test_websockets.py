@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import route_table
+from tests.support.daemon import Daemon, route_table
 from tests.support.live_proxy import (
+    Link,
     LiveProxy,
     assert_settles,
     live_fixture,
@@ -18,7 +20,7 @@ from tests.support.live_proxy import (
     until,
 )
 from tests.support.scripts import Notes, Turn, keep_replying
-from tests.support.sockets import Received, Script, Wire, request
+from tests.support.sockets import WAIT, Received, Script, Wire, connect, request
 from tests.support.websocket import (
     CLOSE,
     PING,
@@ -488,3 +490,43 @@ def test_a_client_that_takes_nothing_is_dropped(live: LiveProxy) -> None:
         client.send(handshake("/stall"))
         ended.read()
         live.assert_ended("/stall", "client_stalled", 101)
+
+
+# --- a shutdown -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_shutdown_closes_with_1001(tmp_path: Path, link: Link, signals: int) -> None:
+    """At the drain's deadline, or at a second SIGTERM; both sides, and what runs is waited for."""
+    heard, turn = Notes(), Turn()
+
+    def then(wire: Wire) -> None:
+        turn.take()
+        wire.send(frame(b"still"))
+        heard.put(read_frame(wire))
+        wire.close_notify()
+
+    timeout = "600ms" if signals == 1 else "60s"
+    with (
+        link.provider(switching(then)) as provider,
+        Daemon(
+            tmp_path,
+            link.config(provider, route="websocket = true"),
+            proxy=f'anonymous = true\ndrain_timeout = "{timeout}"',
+        ) as daemon,
+        connect(daemon.port) as client,
+    ):
+        client.send(handshake("/p"))
+        read_switch(client)
+        daemon.terminate()
+        daemon.wait_log("draining")
+        turn.give()
+        assert read_frame(client).payload == b"still"
+        for _ in range(signals - 1):
+            daemon.terminate()
+        assert read_frame(client).payload == b"\x03\xe9"
+        assert client.wait_closed() == "fin"
+        got = heard.read()
+        assert (got.opcode, got.payload) == (CLOSE, b"\x03\xe9")
+        assert daemon.process.wait(WAIT) == 0
+        assert trace_of(daemon, path="/p")["end_reason"] == "drained"
