@@ -91,12 +91,14 @@ class ClientSocket:
 
     def drain(self) -> None:
         """The process shuts down."""
-        if isinstance(self._protocol, Drainable):
-            self._protocol.end_soon()
+        protocol: Any = self._protocol
+        if isinstance(protocol, Drainable):
+            protocol.end_soon()
 
     def cut(self) -> bool:
         """The time for that is over; return whether the protocol ends by itself."""
-        return isinstance(self._protocol, Drainable) and self._protocol.end_now()
+        protocol: Any = self._protocol
+        return isinstance(protocol, Drainable) and protocol.end_now()
 
     def end_reading(self) -> bool:
         """The client sends no more; return whether the protocol goes on with one side."""

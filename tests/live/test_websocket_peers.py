@@ -57,6 +57,7 @@ def test_compression_is_between_the_two_sides(peers: Peers, takeover: bool) -> N
         server_no_context_takeover=not takeover, client_no_context_takeover=not takeover
     )
     with peers.connect(compression=None, extensions=[factory]) as client:
+        extension: Any
         (extension,) = client.protocol.extensions
         assert extension.remote_no_context_takeover is not takeover
         for _ in range(20):

@@ -21,7 +21,7 @@ from tests.support.sockets import WAIT
 
 KEY = "sk-of-team"
 
-Serve = Callable[[ServerConnection], object]
+Serve = Callable[[ServerConnection], Any]
 
 
 class Peers:
@@ -49,7 +49,10 @@ class Peers:
         options.setdefault("max_size", None)
         options.setdefault("additional_headers", {"Authorization": f"Bearer {KEY}"})
         uri = f"ws://127.0.0.1:{self.daemon.port}{path}"
-        return dial(uri, proxy=None, open_timeout=WAIT, close_timeout=WAIT, **options)
+        connection: ClientConnection = dial(
+            uri, proxy=None, open_timeout=WAIT, close_timeout=WAIT, **options
+        )
+        return connection
 
     def memory(self) -> int:
         """Return the most memory that the daemon has held, in bytes."""
