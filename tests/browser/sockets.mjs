@@ -34,7 +34,10 @@ function refused() {
   socket.on("unexpected-response", (request, response) => {
     let body = "";
     response.on("data", (data) => (body += data));
-    response.on("end", () => say({ status: response.statusCode, body }));
+    response.on("end", () => {
+      say({ status: response.statusCode, body });
+      request.destroy();
+    });
   });
 }
 
