@@ -158,6 +158,7 @@ class WebSockets:
         exchange.trace.stream = True
         relay = exchange.relay = conversation.relay
         self.metrics.began(relay)
+        self.metrics.websockets += 1
         end: EndReason = EndReason.INTERNAL
         try:
             response.deliverBody(relay.provider)
@@ -178,6 +179,7 @@ class WebSockets:
             end = error.end
             raise
         finally:
+            self.metrics.websockets -= 1
             self.metrics.finished(relay)
             conversation.conclude(end)
         return end

@@ -95,6 +95,9 @@ A client that has just connected will send one, and on a busy machine that takes
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
 
+_HELLO = b"\x16\x03"
+"""How TLS begins: a record of a handshake (RFC 8446, section 5.1)."""
+
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
 
@@ -368,6 +371,9 @@ class ClientConnection(http.HTTPChannel):
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 self._begin(parse_request_head(head))
                 return True
+            if self._buffer.startswith(_HELLO):
+                self.site.report_tls(self.peer_name)
+                raise BadMessage("it is TLS, which is not spoken on this port")
             if len(self._buffer) > longest + 3:
                 in_first = b"\r\n" not in self._buffer[:longest]
                 raise BadMessage("the request's head is too long", 414 if in_first else 431)

@@ -254,6 +254,21 @@ def test_a_connection_is_never_used_again(live: LiveProxy) -> None:
     assert not [name for name, value in metrics if value and name.startswith(CONNECTIONS)]
 
 
+def test_tls_on_a_plain_port_is_named_in_the_log(live: LiveProxy) -> None:
+    """At once, and once a minute for an address; the client gets no silence."""
+    for _ in range(3):
+        with live.connect() as client:
+            client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"r" * 500)
+            first, fields = client.read_head()
+            assert first.startswith(b"HTTP/1.1 400 ")
+            assert b"TLS" in client.read_body(fields)
+            client.wait_closed()
+    lines = [one for one in live.daemon.log if "speaks TLS" in one["message"]]
+    assert len(lines) == 1
+    assert lines[0]["level"] == "warn"
+    assert "listen_tls" in lines[0]["message"]
+
+
 # --- the bytes ------------------------------------------------------------------------------------
 
 

@@ -64,14 +64,14 @@ class Peers:
 
 @contextmanager
 def running_peers(
-    folder: Path, *, proxy: str = "", config: str = "", client: str = "", url: str = ""
+    folder: Path, *, proxy: str = "", config: str = "", trace: str = "", url: str = ""
 ) -> Iterator[Peers]:
     """Run both.
 
     Args:
         proxy: keys of ``[proxy]``.
         config: further sections.
-        client: further keys of the client.
+        trace: keys of ``[trace]``.
         url: the provider's, where it is not ours.
     """
     peers = Peers()
@@ -86,11 +86,15 @@ def running_peers(
     )
     port = server.socket.getsockname()[1]
     url = url or f"http://127.0.0.1:{port}"
-    config += (
-        write_credential(folder, "provider", "sk-of-provider")
-        + provider_table("p", 'credential = "provider"', url=url, dialect="openai")
-        + route_table("/p", "p", "websocket = true")
-        + client_config("team", KEY, client)
+    config = (
+        trace
+        + config
+        + (
+            write_credential(folder, "provider", "sk-of-provider")
+            + provider_table("p", 'credential = "provider"', url=url, dialect="openai")
+            + route_table("/p", "p", "websocket = true")
+            + client_config("team", KEY)
+        )
     )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
