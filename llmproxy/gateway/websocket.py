@@ -218,7 +218,7 @@ class Conversation:
         if self._api is not None:
             self._tap = self._open_tap(extensions)
             if caller.may_be_refused:
-                gate = Gate(match.body_limit, self._passes, self._too_long)
+                gate = Gate(self._passes, self._hold, exchange.request.release)
         timeouts = (exchange.candidate or match.candidates[0]).timeouts
         self._is_gated = gate is not None
         self.relay = WebSocketRelay(
@@ -304,8 +304,17 @@ class Conversation:
         model = event.named or tap.model
         return self._sockets.client_limits.admit(self._caller.client, model, size)
 
-    def _too_long(self) -> None:
-        self._tell(ProxyError(413, "too_large", "The message is longer than the route allows."))
+    def _hold(self, count: int, size: int) -> bool:
+        """Count bytes of a message as those of a request's body; return whether they may be."""
+        try:
+            if size > self._match.body_limit:
+                text = "The message is longer than the route allows."
+                raise ProxyError(413, "too_large", text)
+            self._exchange.request.hold(count)
+        except ProxyError as error:
+            self._tell(error)
+            return False
+        return True
 
     def _tell(self, error: ProxyError) -> None:
         if self._api is not None:
@@ -395,6 +404,7 @@ class Conversation:
     def conclude(self, end: EndReason) -> None:
         """Write down what was still under way, and what all of it comes to."""
         tap, trace = self._tap, self._exchange.trace
+        self._exchange.request.release()
         if tap is None:
             return
         for response in tap.finish():

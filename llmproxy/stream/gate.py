@@ -17,22 +17,26 @@ class Gate:
     """The text messages of a client, one by one.
 
     Args:
-        most: bytes of the longest message that is held.
         passes: returns whether a message is forwarded.
-        too_long: called with the first byte of a message beyond that; it is dropped.
+        hold: called with how many bytes more of a message are to be held, and how many there are
+            then; returns whether they may be.  If not, the message is dropped.
+        let_go: called when nothing is held any more.
     """
 
     __slots__ = (
-        *("_drops", "_held", "_holds", "_is_last", "_left", "_mask", "_most", "_parts"),
-        *("_passes", "_payload", "_raw", "_rest", "_size", "_too_long"),
+        *("_drops", "_held", "_hold", "_holds", "_is_last", "_left", "_let_go", "_mask", "_parts"),
+        *("_passes", "_payload", "_raw", "_rest", "_size"),
     )
 
     def __init__(
-        self, most: int, passes: Callable[[bytes], bool], too_long: Callable[[], object]
+        self,
+        passes: Callable[[bytes], bool],
+        hold: Callable[[int, int], bool],
+        let_go: Callable[[], object],
     ) -> None:
-        self._most = most
         self._passes = passes
-        self._too_long = too_long
+        self._hold = hold
+        self._let_go = let_go
         self._rest = b""  # the beginning of a header
         self._left = 0  # bytes of the frame's payload that are still to come
         self._held = False  # the frame is one of a message that is held
@@ -94,10 +98,9 @@ class Gate:
 
     def _grow(self, count: int) -> None:
         self._size += count
-        if self._size > self._most and not self._drops:
+        if not self._hold(count, self._size):
             self._drops = True
-            self._let_go()
-            self._too_long()
+            self._forget()
 
     def _end_frame(self, out: list[bytes]) -> None:
         self._held = False
@@ -108,9 +111,10 @@ class Gate:
             return
         if not self._drops and self._passes(b"".join(self._parts)):
             out += self._raw
-        self._let_go()
+        self._forget()
         self._drops = self._holds = False
-        self._size = 0
 
-    def _let_go(self) -> None:
+    def _forget(self) -> None:
         self._raw, self._payload, self._parts = [], [], []
+        self._size = 0
+        self._let_go()

@@ -60,7 +60,7 @@ class Provider:
         def send(kind: str, **more: Any) -> None:
             connection.send(json.dumps({"type": kind, **more}))
 
-        response = {"id": name, "model": f"{model}-2026", "status": "in_progress"}
+        response: dict[str, Any] = {"id": name, "model": f"{model}-2026", "status": "in_progress"}
         send("response.created", response=response)
         send("response.output_text.delta", delta="hello")
         if self.turn is not None:
@@ -285,6 +285,20 @@ def test_a_message_that_cannot_be_read_is_refused_where_it_matters(
     with peers.connect("/p/odd/responses", **by(NARROW)) as client:
         client.send("{")
         assert read(client)["error"]["code"] == "bad_event"
+
+
+def test_a_message_may_be_as_long_as_a_body(tmp_path: Path) -> None:
+    """A longer one is refused by an event and left out; what was held counts no more."""
+    config = client_config("narrow", NARROW, 'models = ["gpt-5"]')
+    with running_peers(tmp_path, config=config, route='request_body = "100KiB"') as peers:
+        peers.play = provider = Provider()
+        with peers.connect("/p/long/responses", **by(NARROW)) as client:
+            create(client, model="gpt-5", input="x" * 200_000)
+            assert read(client)["error"]["code"] == "too_large"
+            create(client, model="gpt-5", input="x" * 100_000)
+            assert types(client) == WHOLE
+            assert len(provider.asked.read()["input"]) == 100_000
+        assert peers.daemon.metrics()["llmproxy_request_bytes_held"] == 0
 
 
 # --- a shutdown -----------------------------------------------------------------------------------

@@ -19,15 +19,24 @@ class Watched:
 
     def __init__(self, most: int = 1000) -> None:
         self.seen: list[bytes] = []
-        self.too_long = 0
-        self.gate = Gate(most, self._passes, self._count)
+        self.most = most
+        self.held = self.too_long = 0
+        self.gate = Gate(self._passes, self._hold, self._let_go)
 
     def _passes(self, message: bytes) -> bool:
         self.seen.append(message)
         return not message.startswith(b"x")
 
-    def _count(self) -> None:
-        self.too_long += 1
+    def _hold(self, count: int, size: int) -> bool:
+        if size > self.most:
+            self.too_long += 1
+            return False
+        self.held += count
+        assert self.held == size
+        return True
+
+    def _let_go(self) -> None:
+        self.held = 0
 
 
 @given(st.lists(st.integers(0, 400), max_size=8))
@@ -52,7 +61,7 @@ def test_messages_pass_or_are_dropped_whole(cuts: list[int]) -> None:
         out += watched.gate.feed(wire[begin:end])
     assert out == b"".join(kept)
     assert watched.seen == [b"one", b"x", b"", b"xy", b"two halves"]
-    assert watched.gate.held_bytes == 0
+    assert watched.gate.held_bytes == watched.held == 0
 
 
 def test_a_ping_does_not_wait_for_a_message() -> None:

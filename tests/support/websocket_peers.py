@@ -64,7 +64,13 @@ class Peers:
 
 @contextmanager
 def running_peers(
-    folder: Path, *, proxy: str = "", config: str = "", trace: str = "", url: str = ""
+    folder: Path,
+    *,
+    proxy: str = "",
+    config: str = "",
+    trace: str = "",
+    route: str = "",
+    url: str = "",
 ) -> Iterator[Peers]:
     """Run both.
 
@@ -72,6 +78,7 @@ def running_peers(
         proxy: keys of ``[proxy]``.
         config: further sections.
         trace: keys of ``[trace]``.
+        route: further keys of the route.
         url: the provider's, where it is not ours.
     """
     peers = Peers()
@@ -92,7 +99,7 @@ def running_peers(
         + (
             write_credential(folder, "provider", "sk-of-provider")
             + provider_table("p", 'credential = "provider"', url=url, dialect="openai")
-            + route_table("/p", "p", "websocket = true")
+            + route_table("/p", "p", "websocket = true", route)
             + client_config("team", KEY)
         )
     )
