@@ -19,7 +19,7 @@ from tests.support.live_proxy import (
     trace_of,
     until,
 )
-from tests.support.scripts import Notes, Turn, keep_replying
+from tests.support.scripts import KEPT, Notes, Turn, keep_replying
 from tests.support.sockets import WAIT, Received, Script, Wire, connect, request
 from tests.support.websocket import (
     CLOSE,
@@ -267,6 +267,28 @@ def test_tls_on_a_plain_port_is_named_in_the_log(live: LiveProxy) -> None:
     assert len(lines) == 1
     assert lines[0]["level"] == "warn"
     assert "listen_tls" in lines[0]["message"]
+
+
+def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
+    """One that was used before is not its own, and is left for others."""
+
+    def script(wire: Wire) -> None:
+        while True:
+            asked = wire.read_request()
+            if asked.values(b"upgrade"):
+                wire.send(switch(asked))
+                echo(wire)
+                return
+            wire.send(KEPT)
+
+    live.script = script
+    assert live.get(request("GET", "/p/x")).status == 200
+    before = live.provider.accepted
+    with shaken(live) as client:
+        client.send(frame(b"on", mask=MASK))
+        assert read_frame(client).payload == b"on"
+    assert live.get(request("GET", "/p/x")).status == 200
+    assert live.provider.accepted == before + 1
 
 
 # --- the bytes ------------------------------------------------------------------------------------
