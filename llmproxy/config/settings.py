@@ -68,7 +68,7 @@ from llmproxy.config.kinds import (
     whole_number,
     word_of,
 )
-from llmproxy.config.parent_proxy import THIS_MACHINE, ParentProxy, is_direct
+from llmproxy.config.parent_proxy import THIS_MACHINE, DirectHosts, ParentProxy
 from llmproxy.config.readers import (
     certificates,
     credential_format,
@@ -788,7 +788,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             return ParentProxy(provider.parent_proxy, provider.parent_proxy_credential)
         url = self.proxy.parent_proxy
         past_it = provider.parent_proxy is not None  # "none"
-        if url is None or past_it or is_direct(provider.url.host, self.proxy.no_parent_proxy):
+        if url is None or past_it:
+            return None
+        if DirectHosts(self.proxy.no_parent_proxy).match(provider.url.host):
             return None
         return ParentProxy(url, self.proxy.parent_proxy_credential)
 
