@@ -99,6 +99,7 @@ class Metrics:
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, int] = defaultdict(int)
+        self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
         self.head = Histogram(_SECONDS)
         self.first_chunk = Histogram(_SECONDS)
@@ -141,6 +142,10 @@ class Metrics:
         self._attempts[provider, outcome] += 1
         if cause is not None:
             self._causes[provider, cause] += 1
+
+    def connected(self, outcome: str) -> None:
+        """A CONNECT has come to something: a word of ``gateway/connect.py``."""
+        self._connects[outcome,] += 1
 
     def degraded(self, reason: str) -> None:
         """A tap did not understand its response in full."""
@@ -231,6 +236,12 @@ class Metrics:
                 labels=["reason"],
             ),
             self._degraded.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "connects", "CONNECTs, by what became of them.", labels=["outcome"]
+            ),
+            self._connects.items(),
         )
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from OpenSSL import SSL
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.protocols.policies import ProtocolWrapper
@@ -33,7 +34,7 @@ _TLS_RECORD = b"\x16\x03"
 _HTTP = re.compile(rb"[A-Z]{1,8}(?: |$)|[A-Z]{8}")
 """How a client of HTTP begins, as far as the first bytes show it."""
 
-TIMEOUT, SILENT, STRANGE, LEFT = "timeout", "silent", "no_tls", "left"
+TIMEOUT, SILENT, STRANGE, LEFT, HANDSHAKE = "timeout", "silent", "no_tls", "left", "handshake"
 """Why a connection did not go on, in a word; what a handshake fails of is told in words."""
 
 
@@ -118,7 +119,10 @@ class Inside:
 
     def lost(self, reason: Failure) -> None:
         """The connection is gone."""
-        self.end((LEFT, reason.getErrorMessage()))
+        if reason.check(SSL.Error):
+            self.end((HANDSHAKE, f"the TLS handshake failed: {reason.getErrorMessage()}"))
+        else:
+            self.end((LEFT, reason.getErrorMessage()))
 
     def end(self, why: tuple[str, str] | None) -> None:
         """Report that requests can come, or why not, unless that is reported already."""

@@ -284,7 +284,7 @@ async def test_a_client_that_does_not_trust_us_says_so(
         await served.run(client)
         await served.until_connected(0)
         ((word, words),) = served.handler.outcomes  # type: ignore[misc]  # it is no None
-        assert word == "left"
+        assert word == "handshake"
         assert "unknown ca" in words.replace("_", " ").lower()
 
 
