@@ -65,10 +65,9 @@ def own_fields(request_id: str | None, length: int, now: float) -> Fields:
 
 
 @lru_cache(maxsize=600)
-def status_line(status: int, phrase: str | None = None) -> bytes:
-    """Return the first line, with a phrase or that of a known status (RFC 9112, section 4)."""
-    words = _PHRASES.get(status, "") if phrase is None else phrase
-    return b"HTTP/1.1 %d %b" % (status, words.encode("ascii"))
+def status_line(status: int) -> bytes:
+    """Return the first line, with the phrase of a known status (RFC 9112, section 4)."""
+    return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, "").encode("ascii"))
 
 
 def too_large(limit: int) -> ProxyError:

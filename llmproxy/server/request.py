@@ -272,7 +272,7 @@ class Request(server.Request):
 
         Args:
             fields: as they go on the wire, without framing but for a ``Content-Length``.
-            phrase: stands behind the status instead of what is usual.
+            phrase: in ASCII; stands behind the status instead of what is usual.
         """
         if self._disconnected or self.startedWriting:
             return
@@ -285,7 +285,9 @@ class Request(server.Request):
                 fields = [field for field in fields if field[0] != b"content-length"]
             else:
                 self._length = int(length)
-        head = [status_line(status, phrase), *field_lines(fields)]
+        head = [status_line(status), *field_lines(fields)]
+        if phrase is not None:
+            head[0] = b"HTTP/1.1 %d %b" % (status, phrase.encode("ascii"))
         if self._length is None and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
