@@ -33,6 +33,7 @@ from llmproxy.config.sections import (
     read_proxy,
     read_route,
     read_trace,
+    read_tunnel,
 )
 from llmproxy.config.settings import (
     ROOT,
@@ -50,7 +51,9 @@ from llmproxy.config.settings import (
     Route,
     Timeouts,
     Trace,
+    Tunnel,
 )
+from llmproxy.config.tunnel_target import TunnelTarget
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
@@ -74,6 +77,8 @@ __all__ = [
     "Secret",
     "Timeouts",
     "Trace",
+    "Tunnel",
+    "TunnelTarget",
     "Url",
     "ledger_path",
     "load",
@@ -190,6 +195,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
         limits=root.table("limits", SECTIONS["limits"]).struct(Limits),
         providers={name: read_provider(name, one) for name, one in providers.items()},
         routes=tuple(read_route(one) for one in root.tables("routes", SECTIONS["routes"])),
+        tunnel=read_tunnel(root.table("tunnel", SECTIONS["tunnel"])),
         trace=read_trace(root.table("trace", SECTIONS["trace"])),
         log=root.table("log", SECTIONS["log"]).struct(Log),
     )

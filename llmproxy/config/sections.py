@@ -10,10 +10,11 @@ from __future__ import annotations
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import Table
-from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace
+from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace, Tunnel
 from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
+from llmproxy.net.addresses import AddressGuard
 
 
 def read_proxy(table: Table) -> Proxy:
@@ -48,6 +49,21 @@ def _keypair(table: Table) -> Keypair | None:
     if chain is None or key is None:
         return None
     return table.read("key", lambda _: keypair(chain, key), None)
+
+
+def read_tunnel(table: Table) -> Tunnel:
+    """Read ``[tunnel]``; what could never be reached is no target."""
+    guard = AddressGuard(tuple, allow_private=table.take("allow_private"))
+    for target in table.take("allow"):
+        forbidden = guard.forbids_name(target.host.removeprefix("*."), target.port or 0)
+        if forbidden is not None:
+            beside = "" if guard.allow_private else ", or `allow_private = true` beside it"
+            table.problem(
+                "allow",
+                f"expected hosts that tunnels may reach{beside}, "
+                f"but {show(str(target))} is not public ({forbidden.kind})",
+            )
+    return table.struct(Tunnel)
 
 
 def read_trace(table: Table) -> Trace:
