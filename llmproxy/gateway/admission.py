@@ -55,7 +55,7 @@ def admit(request: Request, rules: Rules) -> None:
         raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
     if not request.uri.startswith(b"/"):
         raise ProxyError(400, "bad_target", "The request target must be a path.")
-    if (inside := request.channel.inside) is not None:
+    if (inside := request.inside) is not None:
         refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
     refuse_dots(request.path)
     first = request.first
@@ -99,7 +99,7 @@ def who_calls(request: Request, keys: KeyPlaces, auth: Auth) -> Client:
     Raises:
         ProxyError: 401.
     """
-    inside = request.channel.inside
+    inside = request.inside
     if inside is not None and inside.authorization is not None:
         return auth.identify_within(inside.authorization, request.fields, request.uri, keys)
     return auth.identify(request.fields, request.uri, keys, request.first)

@@ -190,7 +190,7 @@ class Connect(Handler):
             raise request.refusal
         host, port = self._authority(request)
         trace.path = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if request.channel.inside is not None:
+        if request.inside is not None:
             text = "A CONNECT within a connection that is intercepted is not served."
             raise ProxyError(405, "method", text)
         value = request.first.get(b"proxy-authorization")

@@ -56,6 +56,7 @@ class Request(server.Request):
         refusal: why the request cannot be served, where that is known before it is served.
         held: how many bytes of the body are held.
         owner: the client whose body it is, once that is known.
+        inside: what its connection was opened to by CONNECT, if it was.
         caller: whatever the handler found out of its client before the body came.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
@@ -77,6 +78,7 @@ class Request(server.Request):
             "gone",
             "handler",
             "held",
+            "inside",
             "is_over",
         ),
         *("kept", "owner", "refusal", "sent", "stall_after", "status", "upload"),
@@ -91,6 +93,7 @@ class Request(server.Request):
         self.site = channel.site
         self.transport = channel.transport
         self.client = channel.peer
+        self.inside: Inside | None = channel.inside
         self.notifications: list[Deferred[None]] = []
         self.queued = False
         self._parsePOSTFormSubmission = False

@@ -46,17 +46,18 @@ class Within(Handler):
     def render(self, request: Request) -> int:
         if request.method == b"CONNECT":
             host, _, port = request.uri.decode().partition(":")
-            inside = Inside(
+            turned = Inside(
                 host, int(port), authorization=None, tls=self.tls, ended=self.outcomes.append
             )
-            request.turn_inside([], inside)
+            request.turn_inside([], turned)
             return NOT_DONE_YET
-        inside = request.channel.inside
+        inside = request.inside
         if request.path == b"/break":
             request.start(200, [])
             request.write(b"some")
             request.break_off()
             return NOT_DONE_YET
+        assert inside is not None
         told = [inside.host, inside.port, inside.name, inside.is_secure, len(request.body)]
         body = " ".join(map(str, told)).encode()
         request.start(200, [(b"content-length", b"%d" % len(body))])
