@@ -16,8 +16,7 @@ each request in it must have one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -25,7 +24,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
-from llmproxy.config import Client
+from llmproxy.config import Client, Config
 from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
@@ -35,6 +34,8 @@ from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_authority
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, no_proxy_key
+from llmproxy.policy.tunnels import REFUSED as TUNNEL_REFUSED
+from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import error_fields
 from llmproxy.server.handler import Handler
@@ -51,7 +52,6 @@ _PHRASES = {
     "unknown_key": "Proxy key unknown",
     "keys_disagree": "Proxy key is of another client",
     "key_expired": "Proxy key has expired",
-    "not_listed": "Host not on the tunnel list",
     "bad_target": "Target must be HOST:PORT",
 }
 """What stands behind the status, where the usual phrase would say less."""
@@ -107,68 +107,54 @@ class Repeats:
                 )
 
 
-class Handshakes:
-    """Counts the connections that were turned inside, and on which no request can come yet.
+class Ways:
+    """What lasts over a reload.
+
+    Args:
+        reactor: keeps time.
 
     Attributes:
-        most: so many may there be at once; 0 for no limit.
-        count: so many there are.
+        handshakes: connections that were turned inside, and on which no request can come yet.
+        tunnels: those that each client has open.
+        repeats: keeps the log short.
     """
 
-    def __init__(self) -> None:
-        self.most = 0
-        self.count = 0
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Count one more while it is under way.
-
-        Raises:
-            ProxyError: 503, there are as many as may be.
-        """
-        if 0 < self.most <= self.count:
-            text = "The proxy makes as many TLS handshakes as it may; try again."
-            fields = ((b"retry-after", b"1"),)
-            raise ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")
-        self.count += 1
-        try:
-            yield
-        finally:
-            self.count -= 1
+    def __init__(self, reactor: Any) -> None:
+        self.handshakes = 0
+        self.tunnels = OpenTunnels()
+        self.repeats = Repeats(reactor)
 
 
 class Connect(Handler):
     """Serves every CONNECT, as one configuration has it.
 
     Args:
+        config: the checked configuration.
         recorder: keeps a record of each.
         metrics: counts what became of them.
-        auth: knows the clients' keys.
-        intercepts: the hosts that are intercepted.
-        leaf: makes TLS for one of them; it fires with an :class:`Ending`.
-        handshakes: counts the handshakes that are under way, over a reload.
-        repeats: keeps the log short, over a reload.
+        ways: what is under way, whatever configuration it began with.
+        leaf: makes TLS for a host that is intercepted; it fires with an :class:`Ending`.
     """
 
     def __init__(
         self,
+        config: Config,
         recorder: Recorder,
         metrics: Metrics,
-        auth: Auth,
+        ways: Ways,
         *,
-        intercepts: HostPatterns,
         leaf: Callable[[str], Deferred[Any]],
-        handshakes: Handshakes,
-        repeats: Repeats,
     ) -> None:
         super().__init__()
         self._recorder = recorder
         self._metrics = metrics
-        self._auth = auth
-        self._intercepts = intercepts
+        self._ways = ways
         self._leaf = leaf
-        self._handshakes = handshakes
-        self._repeats = repeats
+        self._auth = Auth(config, recorder.now)
+        intercept = config.intercept
+        self._intercepts = HostPatterns(() if intercept is None else intercept.hosts)
+        self._most_handshakes = 0 if intercept is None else intercept.handshakes
+        self._tunnels = Tunnels(config.tunnel)
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
@@ -223,7 +209,9 @@ class Connect(Handler):
             self._refuse(exchange, error)
         trace = exchange.trace
         self._metrics.connected(trace.tunnel or REFUSED)
-        is_new = error is None or self._repeats.is_first(trace.path, trace.client or trace.peer)
+        is_new = error is None or self._ways.repeats.is_first(
+            trace.path, trace.client or trace.peer
+        )
         self._recorder.close(exchange, end, error, writes_access=is_new)
 
     # -- its steps ------------------------------------------------------------------------------
@@ -240,12 +228,19 @@ class Connect(Handler):
     ) -> EndReason:
         """Let the client's connection go on with this proxy; it is over when requests can come."""
         exchange.trace.tunnel = INTERCEPTED
-        with self._handshakes.one():
+        if 0 < self._most_handshakes <= self._ways.handshakes:
+            text = "The proxy makes as many TLS handshakes as it may; try again."
+            fields = ((b"retry-after", b"1"),)
+            raise ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")
+        self._ways.handshakes += 1
+        try:
             tls = await self._leaf_for(host, exchange)
             shaken: Deferred[tuple[str, str] | None] = Deferred()
             inside = Inside(host, port, authorization=authorization, tls=tls, ended=shaken.callback)
             exchange.request.turn_inside([], inside)
             why = await shaken
+        finally:
+            self._ways.handshakes -= 1
         if why is None:
             return EndReason.COMPLETE
         word, words = why
@@ -268,8 +263,8 @@ class Connect(Handler):
     ) -> EndReason:
         if client is None:
             raise no_proxy_key()
-        text = f"The host {host} is not on this proxy's list."
-        raise ProxyError(403, "not_listed", text)
+        self._tunnels.permit(host, port)
+        raise NotImplementedError
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         """Respond with an error, unless the response is out already."""
@@ -279,7 +274,8 @@ class Connect(Handler):
         exchange.trace.tunnel = REFUSED
         body = error_body(error, Dialect.OPENAI, name)
         fields = error_fields(error, name, len(body), self._recorder.now())
-        request.start(error.status, fields, _PHRASES.get(error.reason))
+        phrase = error.message.rstrip(".") if error.reason == TUNNEL_REFUSED else None
+        request.start(error.status, fields, phrase or _PHRASES.get(error.reason))
         request.write(body)
         request.finish()
 

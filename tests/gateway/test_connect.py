@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.logger import LogLevel, capturedLogs
 
-from llmproxy.config.host_pattern import HostPatterns
-from llmproxy.gateway.connect import Connect, Handshakes, Repeats
-from llmproxy.policy.auth import Auth
+from llmproxy.config import Intercept
+from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
 from tests.gateway.played import PlayedGateway
@@ -34,18 +34,15 @@ class PlayedConnect(PlayedGateway):
     def __init__(self, **more: Any) -> None:
         self.accessed: list[str] = []
         self.details: list[str | None] = []
+        more.setdefault("more", '[tunnel]\nallow = ["listed.example:443"]\n')
         super().__init__(access=self.access, **more)
-        self.handshakes = Handshakes()
+        self.ways = Ways(self.clock)
         self.leaves: list[tuple[str, Deferred[Any]]] = []
-        self.handler = Connect(
-            self.recorder,
-            self.metrics,
-            Auth(self.config, lambda: 1000.0),
-            intercepts=HostPatterns(["in.example", "*.in.example"]),
-            leaf=self.leaf,
-            handshakes=self.handshakes,
-            repeats=Repeats(self.clock),
+        intercept = Intercept(
+            hosts=("in.example", "*.in.example"), authority=cast("Any", None), handshakes=2
         )
+        config = msgspec.structs.replace(self.config, intercept=intercept)
+        self.handler = Connect(config, self.recorder, self.metrics, self.ways, leaf=self.leaf)
         self.site.serve(Router(self.gateway, methods={b"CONNECT": self.handler}))
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
@@ -96,7 +93,7 @@ def test_who_asks_is_known(credentials: str) -> None:
     """The record names the client."""
     played = PlayedConnect()
     played.ask("out.example:443", credentials)
-    assert played.refusal() == (403, "not_listed")
+    assert played.refusal() == (403, "tunnel_refused")
     trace = played.trace()
     assert (trace.client, trace.method, trace.path) == ("c", "CONNECT", "out.example:443")
     assert (trace.status, trace.end_reason, trace.tunnel) == (403, "rejected", "refused")
@@ -161,7 +158,7 @@ def test_an_intercepted_host_needs_no_key_and_is_never_tunnelled(host: str) -> N
     played.ask(f"{host}:443")
     ((asked, _),) = played.leaves
     assert asked == host.lower().rstrip(".")
-    assert played.handshakes.count == 1
+    assert played.ways.handshakes == 1
     assert played.transport.value() == b""
     assert not played.sink.traces
 
@@ -171,7 +168,7 @@ def test_a_client_that_leaves_before_the_leaf_is_there() -> None:
     played = PlayedConnect()
     played.ask("in.example:443")
     played.transport.end(FIN)
-    assert played.handshakes.count == 0
+    assert played.ways.handshakes == 0
     assert played.trace().end_reason == "client_gone"
     assert played.leaves[0][1].called
 
@@ -179,13 +176,13 @@ def test_a_client_that_leaves_before_the_leaf_is_there() -> None:
 def test_as_many_handshakes_as_may_be() -> None:
     """One more is a 503 before anything is made for it."""
     played = PlayedConnect()
-    played.handshakes.most = 1
-    played.ask("in.example:443")
-    played.connect()
+    for _ in range(2):
+        played.ask("in.example:443")
+        played.connect()
     played.ask("in.example:443")
     status, fields, _ = played.got()
     assert (status, fields[b"retry-after"]) == (503, b"1")
-    assert len(played.leaves) == 1
+    assert len(played.leaves) == 2
 
 
 def test_a_leaf_that_cannot_be_made_is_an_error_of_ours() -> None:
@@ -195,7 +192,7 @@ def test_a_leaf_that_cannot_be_made_is_an_error_of_ours() -> None:
     played.leaves[0][1].errback(ValueError("it has expired"))
     assert played.refusal() == (503, "no_certificate")
     assert played.details == ["it has expired"]
-    assert played.handshakes.count == 0
+    assert played.ways.handshakes == 0
     assert played.transport.calls == ["nodelay"]
 
 
@@ -217,3 +214,19 @@ def test_refusals_that_repeat_are_a_line_and_a_count() -> None:
     assert (line["host"], line["count"], line["client"]) == ("out.example:443", 4, "c")
     played.ask("out.example:443", basic("c:key"))
     assert len(played.accessed) == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "phrase"),
+    [
+        ("out.example:443", "Host not on the tunnel list"),
+        ("listed.example:80", "Port not on the tunnel list for this host"),
+        ("localhost:443", "localhost is the caller's own machine: put localhost,127.0.0.1 into"),
+        ("127.1:443", "localhost is the caller's own machine: put localhost,127.0.0.1 into"),
+    ],
+)
+def test_the_reason_stands_in_the_status_line(host: str, phrase: str) -> None:
+    """Most programs show that, and few the body."""
+    played = PlayedConnect()
+    played.ask(host, basic("c:key"))
+    assert played.first_line().startswith(f"HTTP/1.1 403 {phrase}")
