@@ -8,7 +8,7 @@ refuse a certificate for any other name.  No problem quotes what stood in a file
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -28,6 +28,12 @@ _LARGEST_BYTES = 1024 * 1024
 _MAKE_ONE = "`llmproxy ca new` makes one"
 
 _SERVERS = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+
+
+_IDENTIFIERS: Mapping[type[x509.ExtensionType], str] = {
+    x509.SubjectKeyIdentifier: "subject key identifier",
+    x509.AuthorityKeyIdentifier: "authority key identifier",
+}
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -167,8 +173,9 @@ def _weaknesses(certificates: Sequence[x509.Certificate]) -> Iterator[str]:
             "it has no name constraints: whoever gets its key can sign for any host in the eyes of "
             f"those who trust it; {_MAKE_ONE} with them"
         )
-    if any(_extension(one, x509.SubjectKeyIdentifier) is None for one in certificates):
-        yield "it has no subject key identifier: Python 3.13 and later refuse what it signs"
+    for kind, words in _IDENTIFIERS.items():
+        if any(_extension(one, kind) is None for one in certificates):
+            yield f"it has no {words}: Python 3.13 and later refuse what it signs"
     if any((basic := _basic(one)) is not None and not basic.critical for one in certificates):
         yield "its basic constraints are not critical: Python 3.13 and later refuse what it signs"
 

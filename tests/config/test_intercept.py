@@ -314,6 +314,7 @@ def test_a_file_that_cannot_be_one(made: OpenAuthority, path: str, words: str) -
         (signed(ROOT, limits=limits(["h"])), []),
         (signed(ROOT, limits=limits(excluded=["h"])), ["no name constraints"]),
         (signed(ROOT, limits=limits(["h"]), identified=False), ["no subject key identifier"]),
+        (signed(ROOT, limits=limits(["h"]), names_issuer=False), ["no authority key identifier"]),
         (signed(ROOT, limits=limits(["h"]), critical=False), ["constraints are not critical"]),
     ],
 )

@@ -103,6 +103,7 @@ def signed(
     path_length: int | None = None,
     signs: bool | None = True,
     identified: bool = True,
+    names_issuer: bool = True,
     limits: x509.NameConstraints | None = None,
     purposes: Iterable[x509.ObjectIdentifier] = (),
     begins: float = -1.0,
@@ -119,6 +120,7 @@ def signed(
         path_length: what they say beside.
         signs: whether the key usage allows it to sign; None leaves the usage out.
         identified: it has a subject key identifier.
+        names_issuer: it has an authority key identifier.
         limits: its name constraints.
         purposes: its extended key usage.
         begins, ends: when it is valid, in days from now.
@@ -142,6 +144,10 @@ def signed(
     if identified:
         found = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         builder = builder.add_extension(found, critical=False)
+    if issuer is not None and names_issuer:
+        above: Any = issuer.key.public_key()
+        by = x509.AuthorityKeyIdentifier.from_issuer_public_key(above)
+        builder = builder.add_extension(by, critical=False)
     if limits is not None:
         builder = builder.add_extension(limits, critical=True)
     if purposes:
