@@ -73,7 +73,7 @@ def read_tunnel(table: Table) -> Tunnel:
     """Read ``[tunnel]``; what could never be reached is no target."""
     guard = AddressGuard(tuple, allow_private=table.take("allow_private"))
     for target in table.take("allow"):
-        forbidden = guard.forbids_name(target.host.removeprefix("*."), target.port or 0)
+        forbidden = guard.forbids_name(target.host, target.port or 0)
         if forbidden is not None:
             beside = "" if guard.allow_private else ", or `allow_private = true` beside it"
             table.problem(
