@@ -244,8 +244,10 @@ class Connect(Handler):
         if why is None:
             return EndReason.COMPLETE
         word, words = why
-        end = EndReason.CLIENT_GONE if word in (LEFT, HANDSHAKE) else EndReason.REJECTED
-        raise ProxyError(_OUT, f"tls_{word}", "", end=end, detail=words)
+        if word == LEFT:
+            return EndReason.CLIENT_GONE
+        end = EndReason.CLIENT_GONE if word == HANDSHAKE else EndReason.REJECTED
+        raise ProxyError(_OUT, word, "", end=end, detail=words)
 
     async def _leaf_for(self, host: str, exchange: Exchange) -> Any:
         try:

@@ -106,7 +106,9 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        self._rules = Rules(via.lower(), guarded_fields(config), Auth(config, recorder.now))
+        serves_plain = config.intercept is not None and config.intercept.plain_http
+        auth = Auth(config, recorder.now)
+        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:

@@ -34,7 +34,8 @@ _TLS_RECORD = b"\x16\x03"
 _HTTP = re.compile(rb"[A-Z]{1,8}(?: |$)|[A-Z]{8}")
 """How a client of HTTP begins, as far as the first bytes show it."""
 
-TIMEOUT, SILENT, STRANGE, LEFT, HANDSHAKE = "timeout", "silent", "no_tls", "left", "handshake"
+TIMEOUT, SILENT, STRANGE = "tls_timeout", "no_hello", "no_tls"
+LEFT, HANDSHAKE = "left", "tls_handshake"
 """Why a connection did not go on, in a word; what a handshake fails of is told in words."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.support.live_proxy import assert_settles, post, read_response, trace_of, until
 from tests.support.reloads import reload
 from tests.support.sandbox import KEY, Sandbox, connect_head, open_sandbox
-from tests.support.scripts import DONE, OK, SSE, Notes, event, keep_replying, reply
+from tests.support.scripts import DONE, OK, SSE, Notes, event, reply
 from tests.support.sockets import Wire, chunked, connect, request
 
 CHAT = "/v1/chat/completions"
@@ -88,7 +88,6 @@ def test_tokens_come_one_by_one(live: Sandbox) -> None:
 
 def test_many_requests_use_one_connection(live: Sandbox) -> None:
     """And each is checked anew: a wrong host in between is a 421, and the next one is served."""
-    live.script = keep_replying
     with live.inside("inference.local") as wire:
         for host, status in [("inference.local", 200), ("api.openai.com", 421)] * 3:
             wire.send(call(host))
@@ -151,15 +150,13 @@ def test_an_http_client_behind_the_connect_is_told_the_url(live: Sandbox) -> Non
     assert "https://inference.local" in got.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("first", [b"SSH-2.0-OpenSSH\r\n", b"\x00\x01\x02\x03"])
-def test_another_protocol_ends_with_a_line_in_the_log(live: Sandbox, first: bytes) -> None:
+def test_another_protocol_ends_with_a_line_in_the_log(live: Sandbox) -> None:
     """The client is dropped at once."""
-    agent = f"strange/{first[0]}"
-    with live.tunnel("inference.local", f"User-Agent: {agent}") as wire:
-        wire.send(first)
+    with live.tunnel("inference.local", "User-Agent: strange/1") as wire:
+        wire.send(b"SSH-2.0-OpenSSH\r\n")
         wire.wait_closed()
-    record = trace_of(live.daemon, user_agent=agent)
-    assert (record["end_reason"], record["error"]) == ("rejected", "tls_no_tls")
+    record = trace_of(live.daemon, user_agent="strange/1")
+    assert (record["end_reason"], record["error"]) == ("rejected", "no_tls")
     live.daemon.wait_log("CONNECT", id=record["id"], detail="the client spoke neither TLS nor HTTP")
 
 
@@ -184,7 +181,7 @@ def test_a_host_below_a_wildcard_has_a_leaf_of_its_own(live: Sandbox) -> None:
         assert certificate["subjectAltName"] == (("DNS", host),)
         wire.send(call(host))
         got = read_response(wire)
-        assert (got.status, got.error) == (404, "no_model")
+        assert (got.status, got.error) == (404, "no_route")
 
 
 # --- reload ---------------------------------------------------------------------------------------
@@ -194,7 +191,6 @@ def test_a_key_that_is_taken_back_ends_its_use_on_an_open_connection(
     live: Sandbox,
 ) -> None:
     """And an interception that ends with a reload goes on for who is in it."""
-    live.script = keep_replying
     with live.inside("inference.local") as wire:
         wire.send(call("inference.local"))
         assert read_response(wire).status == 200

@@ -214,7 +214,7 @@ async def test_what_is_neither_ends_the_connection(
 
 
 @pytest.mark.parametrize(("text", "direct", "before"), KINDS)
-@pytest.mark.parametrize(("first", "word"), [(b"", "silent"), (b"\x16\x03\x01\x02\x00", "timeout")])
+@pytest.mark.parametrize(("first", "word"), [(b"", "no_hello"), (b"\x16\x03\x01\x02\x00", "tls_timeout")])
 @ensureDeferred
 async def test_a_client_has_a_head_s_time_for_its_handshake(
     vault: Vault, text: str, direct: bool, before: bytes, first: bytes, word: str
@@ -285,7 +285,7 @@ async def test_a_client_that_does_not_trust_us_says_so(
         await served.run(client)
         await served.until_connected(0)
         ((word, words),) = served.handler.outcomes  # type: ignore[misc]  # it is no None
-        assert word == "handshake"
+        assert word == "tls_handshake"
         assert "unknown ca" in words.replace("_", " ").lower()
 
 
