@@ -214,7 +214,9 @@ async def test_what_is_neither_ends_the_connection(
 
 
 @pytest.mark.parametrize(("text", "direct", "before"), KINDS)
-@pytest.mark.parametrize(("first", "word"), [(b"", "no_hello"), (b"\x16\x03\x01\x02\x00", "tls_timeout")])
+@pytest.mark.parametrize(
+    ("first", "word"), [(b"", "no_hello"), (b"\x16\x03\x01\x02\x00", "tls_timeout")]
+)
 @ensureDeferred
 async def test_a_client_has_a_head_s_time_for_its_handshake(
     vault: Vault, text: str, direct: bool, before: bytes, first: bytes, word: str

@@ -34,7 +34,7 @@ path = "/v1/messages"
 hosts = ["inference.local", "api.anthropic.com"]
 providers = ["a"]
 strip = false
-name = "messages"
+name = "messages"{override}
 [[routes]]
 path = "/"
 hosts = ["inference.local", "api.openai.com"]
@@ -64,12 +64,23 @@ def new_authority(folder: Path, *hosts: str) -> dict[str, Any]:
 class Sandbox(LiveProxy):
     """A daemon that intercepts :data:`HOSTS`, and the provider behind it.
 
+    Args:
+        url: another provider's, in place of the one that the test plays.
+        override: what the messages' route overrides.
+
     Attributes:
         report: what ``llmproxy ca new`` says.
     """
 
     def __init__(
-        self, folder: Path, *, more: str = "", intercept: str = "", proxy: str = ""
+        self,
+        folder: Path,
+        *,
+        more: str = "",
+        intercept: str = "",
+        proxy: str = "",
+        url: str | None = None,
+        override: str = "",
     ) -> None:
         super().__init__()
         self.report = new_authority(folder / "ca", *HOSTS)
@@ -78,7 +89,9 @@ class Sandbox(LiveProxy):
         (credentials / "ca-key").write_bytes(Path(self.report["ca_key"]).read_bytes())
         (credentials / "provider-key").write_text("the-provider-s-own")
         config = f'[credentials]\ndirectory = "{credentials}"\n'
-        config += _ROUTES.format(url=self.provider.url) + client_config("team", KEY)
+        config += _ROUTES.format(url=url or self.provider.url, override=override) + client_config(
+            "team", KEY
+        )
         config += self.report["configuration"] + intercept + more
         self.daemon = Daemon(folder, config, proxy=proxy or "drain_timeout = '1s'")
 
@@ -132,7 +145,7 @@ def connect_head(host: str, *fields: str, port: int = 443, key: str | None = KEY
 
 
 @contextmanager
-def open_sandbox(folder: Path, **more: str) -> Iterator[Sandbox]:
+def open_sandbox(folder: Path, **more: Any) -> Iterator[Sandbox]:
     """Run one."""
     live = Sandbox(folder, **more)
     with live.provider, live.daemon:

@@ -9,6 +9,7 @@ public class Stream {
     public static void main(String[] arguments) throws Exception {
         HttpRequest request = HttpRequest.newBuilder(URI.create(arguments[0]))
             .header("content-type", "application/json")
+            .header("authorization", "Bearer " + arguments[1])
             .POST(HttpRequest.BodyPublishers.ofString("{\"model\":\"m\",\"stream\":true}"))
             .build();
         HttpResponse<InputStream> response =
