@@ -35,6 +35,7 @@ from llmproxy.config.sections import (
     read_proxy,
     read_route,
     read_trace,
+    read_tunnel,
 )
 from llmproxy.config.settings import (
     ROOT,
@@ -53,7 +54,9 @@ from llmproxy.config.settings import (
     Route,
     Timeouts,
     Trace,
+    Tunnel,
 )
+from llmproxy.config.tunnel_target import TunnelTarget
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
@@ -79,6 +82,8 @@ __all__ = [
     "Secret",
     "Timeouts",
     "Trace",
+    "Tunnel",
+    "TunnelTarget",
     "Url",
     "ledger_path",
     "load",
@@ -208,6 +213,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
             if "intercept" in root
             else None
         ),
+        tunnel=read_tunnel(root.table("tunnel", SECTIONS["tunnel"])),
         trace=read_trace(root.table("trace", SECTIONS["trace"])),
         log=root.table("log", SECTIONS["log"]).struct(Log),
     )

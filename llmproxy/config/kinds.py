@@ -35,6 +35,7 @@ from llmproxy.config.readers import (
     web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
+from llmproxy.config.tunnel_target import tunnel_target
 from llmproxy.config.url import url
 from llmproxy.config.values import (
     Wrong,
@@ -294,6 +295,9 @@ URL = value(url, show=_where_set(str))
 PARENT_PROXY = value(parent_proxy, show=_where_set(str))
 PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))
 DIRECT_HOSTS = array(lambda table: direct_host, may_be_empty=True)
+TUNNEL_TARGETS = array(
+    lambda table: tunnel_target, may_be_empty=True, show=lambda targets: [*map(str, targets)]
+)
 DIALECT = one_of({one.value: one for one in Dialect})
 ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
 FILE = of_table(lambda table: file_of_instance(table.context.instance))

@@ -57,6 +57,7 @@ from llmproxy.config.kinds import (
     SIZE,
     SIZE_ABOVE_ZERO,
     TIME_TO_LIVE,
+    TUNNEL_TARGETS,
     URL,
     USER_AND_PASSWORD,
     by_name,
@@ -81,6 +82,7 @@ from llmproxy.config.readers import (
     session_header,
 )
 from llmproxy.config.schema import Key, Section, redacted
+from llmproxy.config.tunnel_target import TunnelTarget
 from llmproxy.config.url import Url
 from llmproxy.config.values import absolute_path, text, token
 from llmproxy.dialects.dialect import Dialect
@@ -743,6 +745,38 @@ class Intercept(msgspec.Struct, frozen=True, kw_only=True):
     more."""
 
 
+class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
+    """Where clients may go through the proxy without its looking in."""
+
+    allow: Annotated[tuple[TunnelTarget, ...], Key(TUNNEL_TARGETS)] = ()
+    """Where tunnels (``CONNECT``) and plain requests with a whole ``http://`` URL may lead:
+    ``HOST:PORT``, ``*.DOMAIN:PORT`` for all names below a domain at any depth (not the domain
+    itself), or an address, an IPv6 one in brackets. The port ``*`` is every port. Without this key
+    everything is refused. An address that ``allow_private`` is needed for is an error without
+    it."""
+
+    allow_private: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether tunnels may reach addresses that are not public: loopback, link-local with the
+    metadata services of clouds, private, shared and reserved ones; see `sandbox.rst
+    <sandbox.rst>`_. It is the address that counts, whatever the name. The proxy's own listeners,
+    multicast and the unspecified addresses are never reached."""
+
+    observe: Annotated[bool, Key(BOOLEAN)] = False
+    """``true`` lets tunnels pass that ``allow`` would refuse, and marks their records with
+    ``would_refuse``, so that you can write the list from what you see. Addresses are checked all
+    the same."""
+
+    idle: Annotated[float | None, Key(DURATION_OR_OFF)] = 600.0
+    """How long a tunnel may be silent in both directions. Then both connections are reset."""
+
+    total: Annotated[float | None, Key(DURATION_OR_OFF)] = None
+    """How long a tunnel may last, silent or not."""
+
+    max_per_client: Annotated[int, Key(whole_number(0, 1_000_000))] = 100
+    """Most tunnels of one client at once; ``0`` is no limit. Coding agents open up to 20 at their
+    start."""
+
+
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where the record of each request goes; ``None`` is nowhere.
 
@@ -799,6 +833,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     routes: tuple[Route, ...] = ()
     clients: dict[str, Client] = {}
     intercept: Intercept | None = None
+    tunnel: Tunnel = Tunnel()
     trace: Trace = Trace()
     log: Log = Log()
 
@@ -833,6 +868,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "routes": [{"name": one.name, **redacted(one)} for one in self.routes],
             "clients": {name: redacted(one) for name, one in self.clients.items()},
             "intercept": None if self.intercept is None else redacted(self.intercept),
+            "tunnel": redacted(self.tunnel),
             "trace": redacted(self.trace),
             "log": redacted(self.log),
         }
@@ -865,6 +901,7 @@ SECTIONS: Mapping[str, Section] = {
     "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),
     "clients.*.keys": CLIENT_KEY,
     "intercept": Section.of(Intercept),
+    "tunnel": Section.of(Tunnel),
     "trace": Section.of(Trace),
     "log": Section.of(Log),
 }
@@ -872,6 +909,5 @@ SECTIONS: Mapping[str, Section] = {
 
 ROOT = Section(
     names=tuple(dict.fromkeys(path.partition(".")[0] for path in SECTIONS)),
-    not_built=frozenset({"tunnel"}),
 )
 """The file itself, which holds the sections."""
