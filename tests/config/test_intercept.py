@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from llmproxy.config import ConfigError, parse
-from llmproxy.config.authority import Chain, outside
-from llmproxy.config.values import show_instant
+from llmproxy.config.authority import Chain, check_time, outside
+from llmproxy.config.values import Wrong, show_instant
 from tests.support.authorities import DAY_S, OpenAuthority, Signed, as_read, limits, signed
 from tests.support.configs import accepted, problems_of, toml
 
@@ -200,6 +200,10 @@ WRONG: dict[str, tuple[Callable[[], tuple[bytes, Signed]], str]] = {
         lambda: (INTERMEDIATE.certificate.public_bytes(Encoding.DER), INTERMEDIATE),
         "a PEM file of a certificate",
     ),
+    "an extension that is none": (
+        lambda: _alone(signed(ROOT, broken=True)),
+        "whose extensions can be read",
+    ),
     "too large": (lambda: (b"#" * 1024 * 1024 + INTERMEDIATE.pem, INTERMEDIATE), "at most 1MiB"),
 }
 
@@ -288,6 +292,19 @@ def test_an_authority_that_is_not_valid_now(
         if "expired" in words:
             assert show_instant(edge.timestamp()) in found
         assert parse(file, environ={}).intercept
+
+
+def test_the_edges_of_its_time() -> None:
+    """It is valid from its first second on, and no more in its last (as OpenSSL says)."""
+    one = signed(ROOT)
+    chain = Chain("", one.pem)
+    begin = one.certificate.not_valid_before_utc.timestamp()
+    end = one.certificate.not_valid_after_utc.timestamp()
+    check_time(chain, begin)
+    check_time(chain, end - 1)
+    for now in (begin - 1, end):
+        with pytest.raises(Wrong):
+            check_time(chain, now)
 
 
 @pytest.mark.parametrize(

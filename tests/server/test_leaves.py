@@ -107,6 +107,13 @@ class Kept:
         return failed(self.leaves.tls_for(host))
 
 
+def below(kept: Kept) -> list[str]:
+    """Return the hosts below wildcards whose leaves are kept, the one used longest ago first."""
+    used = kept.leaves._used
+    assert used is not None
+    return list(used.below)
+
+
 def fired(deferred: Deferred[Leaf]) -> Leaf:
     """Return what a Deferred has fired with."""
     found: list[Any] = []
@@ -209,11 +216,12 @@ def test_a_leaf_is_as_strict_clients_want_it(kept: Kept, host: str) -> None:
     leaf.verify_directly_issued_by(signing)
     found = {type(one.value): one for one in leaf.extensions}
     assert list(found[x509.SubjectAlternativeName].value) == [x509.DNSName(host)]
-    assert found[x509.BasicConstraints].critical
+    assert {kind for kind, one in found.items() if one.critical} == {
+        x509.BasicConstraints,
+        x509.KeyUsage,
+    }
     assert found[x509.BasicConstraints].value == x509.BasicConstraints(False, None)
-    assert found[x509.KeyUsage].critical
-    assert found[x509.KeyUsage].value.digital_signature
-    assert not found[x509.KeyUsage].value.key_cert_sign
+    assert found[x509.KeyUsage].value == x509.KeyUsage(True, *[False] * 8)
     assert list(found[x509.ExtendedKeyUsage].value) == [ExtendedKeyUsageOID.SERVER_AUTH]
     issuer = signing.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     assert found[x509.AuthorityKeyIdentifier].value.key_identifier == issuer.digest
@@ -404,9 +412,7 @@ def test_ten_thousand_names_below_a_wildcard(kept: Kept) -> None:
         if number % 1000 == 0:
             assert kept.get(f"favourite.{DOMAIN}") is favourite
     assert kept.aside.done == 10_001
-    used = kept.leaves._used
-    assert used is not None
-    assert len(used.below) == leaves_module.MOST_BELOW == 2000
+    assert len(below(kept)) == leaves_module.MOST_BELOW == 2000
     assert kept.get(HOST) is exact
     assert kept.get(f"favourite.{DOMAIN}") is favourite
     kept.get(f"9999.{DOMAIN}")
@@ -466,12 +472,10 @@ def test_what_nobody_asks_for_below_a_wildcard_is_dropped(kept: Kept) -> None:
         kept.get(f"a.{DOMAIN}")
     kept.get(f"once.{DOMAIN}")
     kept.pass_time(LIFETIME_S / 2)
-    used = kept.leaves._used
-    assert used is not None
-    assert list(used.below) == [f"a.{DOMAIN}"]
+    assert below(kept) == [f"a.{DOMAIN}"]
     done = kept.aside.done
     kept.pass_time(LIFETIME_S)
-    assert list(used.below) == []
+    assert below(kept) == []
     assert kept.aside.done <= done + 3  # those of the exact host
     kept.get(f"a.{DOMAIN}")
 
@@ -603,6 +607,33 @@ def test_the_same_authority_keeps_its_leaves(kept: Kept) -> None:
     assert kept.aside.done == 1
 
 
+def test_what_is_due_is_made_anew_by_a_reload(kept: Kept) -> None:
+    """The leaf of an exact host is not taken over at the moment of its renewal."""
+    leaf = kept.get(HOST)
+    kept.jumped = LIFETIME_S / 2 - 1
+    kept.follow(kept.made.intercept())
+    assert kept.get(HOST) is leaf
+    kept.jumped += 1
+    kept.follow(kept.made.intercept())
+    assert kept.get(HOST) is not leaf
+    assert kept.aside.done == 0
+
+
+def test_renewals_of_before_are_not_made(kept: Kept, tmp_path: Path) -> None:
+    """If the authority changes, its leaves are of use to nobody who comes."""
+    for number in range(5):
+        kept.get(f"{number}.{DOMAIN}")
+        kept.get(f"{number}.{DOMAIN}")
+    kept.aside.at_once = False
+    kept.jumped = LIFETIME_S / 2
+    for number in range(5):
+        kept.get(f"{number}.{DOMAIN}")
+    kept.follow(OpenAuthority(tmp_path, *BOTH, now=kept.now).intercept())
+    assert len(kept.aside.calls) == 1
+    kept.aside.run()
+    assert kept.aside.calls == []
+
+
 def test_another_authority_makes_new_leaves(kept: Kept, tmp_path: Path) -> None:
     """Those of before are not shown to anybody who comes later."""
     before = [kept.get(HOST), kept.get(f"a.{DOMAIN}")]
@@ -632,7 +663,13 @@ def test_a_host_that_is_gone_has_none(kept: Kept) -> None:
     kept.follow(kept.made.intercept(f"*.{DOMAIN}"))
     assert "is no host" in kept.refusal(HOST)
     assert kept.get(f"a.{DOMAIN}") is leaf
+    assert below(kept) == [f"b.x.{DOMAIN}", f"a.{DOMAIN}"]
+    kept.follow(kept.made.intercept(f"*.{DOMAIN}", f"a.{DOMAIN}"))
+    assert below(kept) == [f"b.x.{DOMAIN}"]
+    kept.get(f"a.x.{DOMAIN}")
+    kept.get(f"c.{DOMAIN}")
     kept.follow(kept.made.intercept(f"*.x.{DOMAIN}", HOST))
+    assert below(kept) == [f"b.x.{DOMAIN}", f"a.x.{DOMAIN}"]
     assert "is no host" in kept.refusal(f"a.{DOMAIN}")
     assert kept.get(HOST).not_after
 
@@ -717,6 +754,7 @@ async def test_no_session_is_resumed(tmp_path: Path, direct: bool) -> None:
     leaves.follow(leaves.prepare(made.intercept()))
     leaf = fired(leaves.tls_for("localhost"))
     leaves.stop()
+    assert leaf._context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
 
     def visit(context: ssl.SSLContext, session: ssl.SSLSession | None) -> Any:
         with socket.create_connection(("127.0.0.1", served.port), WAIT) as sock:

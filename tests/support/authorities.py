@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtensionOID, NameOID
 
 from llmproxy.cli.ca import NewAuthority, new_authority
 from llmproxy.config import Authority, Intercept, Secret
@@ -104,6 +104,7 @@ def signed(
     signs: bool | None = True,
     identified: bool = True,
     names_issuer: bool = True,
+    broken: bool = False,
     limits: x509.NameConstraints | None = None,
     purposes: Iterable[x509.ObjectIdentifier] = (),
     begins: float = -1.0,
@@ -121,6 +122,7 @@ def signed(
         signs: whether the key usage allows it to sign; None leaves the usage out.
         identified: it has a subject key identifier.
         names_issuer: it has an authority key identifier.
+        broken: its subject alternative name cannot be read.
         limits: its name constraints.
         purposes: its extended key usage.
         begins, ends: when it is valid, in days from now.
@@ -148,6 +150,9 @@ def signed(
         above: Any = issuer.key.public_key()
         by = x509.AuthorityKeyIdentifier.from_issuer_public_key(above)
         builder = builder.add_extension(by, critical=False)
+    if broken:
+        garbage = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"garbage")
+        builder = builder.add_extension(garbage, critical=False)
     if limits is not None:
         builder = builder.add_extension(limits, critical=True)
     if purposes:
