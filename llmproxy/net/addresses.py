@@ -193,9 +193,10 @@ def address_of(host: str) -> bytes | None:
         ValueError: it ends in a number, but spells no address.
     """
     name = host.removesuffix(".")
-    if name.startswith("[") and name.endswith("]"):
+    in_brackets = name.startswith("[") and name.endswith("]")
+    if in_brackets:
         name = name[1:-1]
-    if ":" in name:
+    if in_brackets or ":" in name:
         try:
             return socket.inet_pton(socket.AF_INET6, name.partition("%")[0])
         except OSError:

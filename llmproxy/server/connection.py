@@ -264,8 +264,10 @@ class ClientConnection(http.HTTPChannel):
             self._discarding = self._has_ended = True
             self._look_now()
             return
-        if self.phase is Phase.HANDED_OVER and self._socket and self._socket.end_reading():
-            return
+        if self.phase is Phase.HANDED_OVER and self._socket:
+            self._has_ended = True
+            if self._socket.end_reading():
+                return
         if any(request.is_unframed for request in self.requests):
             self.abort()
         else:
@@ -710,8 +712,8 @@ class ClientConnection(http.HTTPChannel):
         self._networkProducer.unregisterProducer()
         if isinstance(self.transport, TLSMemoryBIOProtocol):
             self.transport.loseConnection()  # Twisted's TLS waits for the client's end by itself
-        else:
-            self.transport.loseWriteConnection()
+        elif self._socket is None or not self._socket.has_ended_writing:
+            self.transport.loseWriteConnection()  # twice, epoll would report a broken connection
         self._let_go()
 
     def _wait_for_close(self) -> None:

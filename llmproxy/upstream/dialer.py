@@ -85,7 +85,10 @@ class Dialer:
         direct: bool = True,
         parent: ParentProxy | None = None,
     ) -> None:
-        self._connect_request = None if parent is None else connect_request(provider.url, parent)
+        url = provider.url
+        self._connect_request = (
+            None if parent is None else connect_request(url.host, url.port, parent)
+        )
         self._tls = client_options(provider)
         self.secure = self._tls is not None
         self._direct = direct
@@ -97,7 +100,7 @@ class Dialer:
             connector = partial(TlsConnector, cast(Any, self._tls).on_socket)
         elif self._tls is not None and parent is None:
             wrap = partial(wrapClientTLS, cast(Any, self._tls))
-        first = provider.url if parent is None else parent.url
+        first = url if parent is None else parent.url
         self._first = HostEndpoint(
             reactor,
             resolver,

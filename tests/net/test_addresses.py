@@ -114,7 +114,7 @@ SPELLINGS = [
 ]
 
 NO_ADDRESS = ["1.2.3.4.5", "256.0.0.1", "4294967296", "0x", "a.1", "a.0x7f", "127.0.0.08", "::1::"]
-NO_ADDRESS += ["[127.0.0.1", "[fe80::g]", "1.2.3.-4.5"]
+NO_ADDRESS += ["[127.0.0.1", "[fe80::g]", "1.2.3.-4.5", "[127.0.0.1]", "[a.example]", "[]"]
 
 
 def guard(*own: tuple[str, int], allow_private: bool = False) -> AddressGuard:
