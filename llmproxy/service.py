@@ -236,7 +236,7 @@ class ProxyService(Service):
         self.credentials = Credentials(
             reactor, clock, aside=partial(aside, reactor), environ=self._environ
         )
-        self.ways = Ways(self._timers)
+        self.ways = Ways(reactor, clock)
         self.leaves = Leaves(reactor, time.time, aside=partial(aside, reactor))
         self.recorder = Recorder(
             self.metrics,
@@ -324,6 +324,7 @@ class ProxyService(Service):
             limits=self.limits,
             credentials=self.credentials,
             leaves=self.leaves,
+            ways=self.ways,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,

@@ -34,13 +34,14 @@ from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_authority
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, no_proxy_key
-from llmproxy.policy.tunnels import REFUSED as TUNNEL_REFUSED
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import error_fields
 from llmproxy.server.handler import Handler
 from llmproxy.server.inside import HANDSHAKE, LEFT, Inside
 from llmproxy.server.request import Request
+from llmproxy.stream.splice import Splice, Splices
+from llmproxy.upstream.way_out import WayOut
 
 _log = Logger()
 
@@ -54,7 +55,7 @@ _PHRASES = {
     "key_expired": "Proxy key has expired",
     "bad_target": "Target must be HOST:PORT",
 }
-"""What stands behind the status, where the usual phrase would say less."""
+"""What stands behind the status, where the message would be too long for that."""
 
 _OUT = 200
 """The status of what goes wrong when the response is out: it is for the record alone."""
@@ -112,16 +113,19 @@ class Ways:
 
     Args:
         reactor: keeps time.
+        clock: monotonic seconds.
 
     Attributes:
         handshakes: connections that were turned inside, and on which no request can come yet.
         tunnels: those that each client has open.
+        splices: their pumps.
         repeats: keeps the log short.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, clock: Callable[[], float]) -> None:
         self.handshakes = 0
         self.tunnels = OpenTunnels()
+        self.splices = Splices(reactor, clock)
         self.repeats = Repeats(reactor)
 
 
@@ -134,6 +138,7 @@ class Connect(Handler):
         metrics: counts what became of them.
         ways: what is under way, whatever configuration it began with.
         leaf: makes TLS for a host that is intercepted; it fires with an :class:`Ending`.
+        way_out: opens connections for tunnels.
     """
 
     def __init__(
@@ -144,17 +149,20 @@ class Connect(Handler):
         ways: Ways,
         *,
         leaf: Callable[[str], Deferred[Any]],
+        way_out: WayOut,
     ) -> None:
         super().__init__()
         self._recorder = recorder
         self._metrics = metrics
         self._ways = ways
         self._leaf = leaf
+        self._way_out = way_out
         self._auth = Auth(config, recorder.now)
         intercept = config.intercept
         self._intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         self._most_handshakes = 0 if intercept is None else intercept.handshakes
         self._tunnels = Tunnels(config.tunnel)
+        self._tunnel_settings = config.tunnel
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
@@ -265,19 +273,40 @@ class Connect(Handler):
     ) -> EndReason:
         if client is None:
             raise no_proxy_key()
-        self._tunnels.permit(host, port)
-        raise NotImplementedError
+        trace, request, tunnels = exchange.trace, exchange.request, self._ways.tunnels
+        trace.tunnel = OBSERVED if self._tunnels.permit(host, port) else TUNNELLED
+        tunnels.enter(client.name, self._tunnel_settings.max_per_client)
+        try:
+            way = await self._way_out.open(host, port)
+            splice = Splice(
+                way,
+                self._ways.splices,
+                idle=self._tunnel_settings.idle,
+                total=self._tunnel_settings.total,
+            )
+            try:
+                request.hand_over(200, [], splice)
+            except BaseException:
+                way.abort()
+                raise
+            end = await splice.done
+        finally:
+            tunnels.leave(client.name)
+        request.body_bytes, request.sent = splice.sent, splice.received
+        self._metrics.tunnelled(splice.sent, splice.received)
+        return end
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         """Respond with an error, unless the response is out already."""
         request, name = exchange.request, exchange.trace.id
         if request.startedWriting:
             return
-        exchange.trace.tunnel = REFUSED
+        if error.end is EndReason.REJECTED:
+            exchange.trace.tunnel = REFUSED
         body = error_body(error, Dialect.OPENAI, name)
         fields = error_fields(error, name, len(body), self._recorder.now())
-        phrase = error.message.rstrip(".") if error.reason == TUNNEL_REFUSED else None
-        request.start(error.status, fields, phrase or _PHRASES.get(error.reason))
+        phrase = _PHRASES.get(error.reason, error.message.rstrip("."))
+        request.start(error.status, fields, phrase)
         request.write(body)
         request.finish()
 

@@ -158,7 +158,8 @@ class Recorder:
         *,
         writes_access: bool = True,
     ) -> None:
-        self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
+        bytes_in = 0 if trace.tunnel is not None else trace.bytes_in
+        self._metrics.request_ended(labels, trace.end_reason, bytes_in)
         self._sink.write(trace)
         if not writes_access:
             return

@@ -21,6 +21,7 @@ from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
+from llmproxy.net.addresses import AddressGuard
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
@@ -36,6 +37,7 @@ from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential, Credentials
+from llmproxy.upstream.way_out import WayOut, tunnel_resolver
 
 RESERVE = 512
 """Descriptors for everything else: listeners, the admin site, files, rejected connections."""
@@ -120,6 +122,7 @@ class Setup:
         self._site = site
         self._leaves = leaves
         self._ways = ways
+        self._names = tunnel_resolver(reactor, clock)
         self._admin = admin
         self._listeners = listeners
         self._raise_limit = raise_limit
@@ -151,8 +154,14 @@ class Setup:
             reactor=self._timers,
             clock=self._clock,
         )
+        guard = AddressGuard(self._listeners.addresses, allow_private=config.tunnel.allow_private)
         connect = Connect(
-            config, self._recorder, self._metrics, self._ways, leaf=self._leaves.tls_for
+            config,
+            self._recorder,
+            self._metrics,
+            self._ways,
+            leaf=self._leaves.tls_for,
+            way_out=WayOut(self._reactor, self._names, config, guard),
         )
         tls = None if keypair is None else ListenerTls(keypair)
         leaves = self._leaves.prepare(config.intercept)

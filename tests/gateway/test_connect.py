@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -11,6 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import LogLevel, capturedLogs
 
 from llmproxy.config import Intercept
+from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
@@ -36,13 +38,21 @@ class PlayedConnect(PlayedGateway):
         self.details: list[str | None] = []
         more.setdefault("more", '[tunnel]\nallow = ["listed.example:443"]\n')
         super().__init__(access=self.access, **more)
-        self.ways = Ways(self.clock)
+        self.ways = Ways(self.clock, self.clock.seconds)
         self.leaves: list[tuple[str, Deferred[Any]]] = []
         intercept = Intercept(
             hosts=("in.example", "*.in.example"), authority=cast("Any", None), handshakes=2
         )
         config = msgspec.structs.replace(self.config, intercept=intercept)
-        self.handler = Connect(config, self.recorder, self.metrics, self.ways, leaf=self.leaf)
+        self.ways_out: list[tuple[str, int, Deferred[Any]]] = []
+        self.handler = Connect(
+            config,
+            self.recorder,
+            self.metrics,
+            self.ways,
+            leaf=self.leaf,
+            way_out=cast("Any", SimpleNamespace(open=self.open)),
+        )
         self.site.serve(Router(self.gateway, methods={b"CONNECT": self.handler}))
 
     def access(self, trace: Trace, cause: str | None, detail: str | None) -> None:
@@ -54,6 +64,12 @@ class PlayedConnect(PlayedGateway):
         """Take the question for TLS."""
         found: Deferred[Any] = Deferred()
         self.leaves.append((host, found))
+        return found
+
+    def open(self, host: str, port: int) -> Deferred[Any]:
+        """Take the question for a connection."""
+        found: Deferred[Any] = Deferred()
+        self.ways_out.append((host, port, found))
         return found
 
     def ask(self, target: str, *fields: str, version: str = "1.1") -> None:
@@ -230,3 +246,58 @@ def test_the_reason_stands_in_the_status_line(host: str, phrase: str) -> None:
     played = PlayedConnect()
     played.ask(host, basic("c:key"))
     assert played.first_line().startswith(f"HTTP/1.1 403 {phrase}")
+
+
+# --- tunnels --------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_before_its_tunnel_is_open() -> None:
+    """The attempt is cancelled, and the tunnel does not count any more."""
+    played = PlayedConnect()
+    played.ask("listed.example:443", basic("c:key"))
+    ((host, port, opening),) = played.ways_out
+    assert (host, port, len(played.ways.tunnels)) == ("listed.example", 443, 1)
+    played.transport.end(FIN)
+    assert opening.called
+    assert len(played.ways.tunnels) == 0
+    trace = played.trace()
+    assert (trace.end_reason, trace.tunnel, trace.status) == ("client_gone", "tunnelled", None)
+
+
+def test_a_host_that_cannot_be_reached_is_said_in_the_status_line() -> None:
+    """It was not refused: the record says so."""
+    played = PlayedConnect()
+    played.ask("listed.example:443", basic("c:key"))
+    error = ProxyError(
+        502,
+        "upstream_unreachable",
+        "The host cannot be reached.",
+        end=EndReason.UPSTREAM_UNREACHABLE,
+    )
+    played.ways_out[0][2].errback(error)
+    assert played.first_line() == "HTTP/1.1 502 The host cannot be reached"
+    trace = played.trace()
+    assert (trace.end_reason, trace.tunnel) == ("upstream_unreachable", "tunnelled")
+
+
+def test_as_many_tunnels_as_a_client_may_have() -> None:
+    """One more is a 429 before anything is looked up."""
+    played = PlayedConnect(more='[tunnel]\nallow = ["listed.example:443"]\nmax_per_client = 1\n')
+    played.ask("listed.example:443", basic("c:key"))
+    played.connect()
+    played.ask("listed.example:443", basic("c:key"))
+    status, fields, _ = played.got()
+    assert (status, fields[b"x-llmproxy-limit"]) == (429, b"max_per_client")
+    assert len(played.ways_out) == 1
+
+
+def test_what_the_list_would_refuse_passes_where_it_is_observed() -> None:
+    """The record says what would have been refused; a host that is intercepted still is."""
+    played = PlayedConnect(more="[tunnel]\nobserve = true\n")
+    played.ask("out.example:22", basic("c:key"))
+    assert played.ways_out[0][:2] == ("out.example", 22)
+    played.transport.end(FIN)
+    assert played.trace().tunnel == "would_refuse"
+    played.connect()
+    played.ask("in.example:443", basic("c:key"))
+    assert len(played.ways_out) == 1
