@@ -216,3 +216,58 @@ def test_a_program_may_have_the_key_in_place_of_its_provider_s(live: Sandbox) ->
     command = curl("-H", f"authorization: Bearer {KEY}", "-H", "user-agent: keyed", OPENAI)
     assert_streams(live, command, RAW, environ=live.environment(key=None))
     assert trace_of(live.daemon, user_agent="keyed", method="POST")["client"] == "team"
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(command: list[str], environ: dict[str, str]) -> str:
+    """Run a program that fails; return what it wrote."""
+    done = subprocess.run(
+        command,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stdout
+
+
+SHOWS = {
+    "urllib": "403 No host is on the tunnel list",
+    "requests": "403 No host is on the tunnel list",
+    "httpx": "403 No host is on the tunnel list",
+    "httpx2": "403 No host is on the tunnel list",
+    "aiohttp": "No host is on the tunnel list",
+    "openai": "403 No host is on the tunnel list",
+    "anthropic": "403 No host is on the tunnel list",
+}
+"""What programs show of a CONNECT that is refused; the SDKs in the cause of their error."""
+
+
+@pytest.mark.parametrize("library", SHOWS)
+def test_a_host_that_is_not_listed(live: Sandbox, library: str) -> None:
+    """The reason is in the status line, which programs of Python show."""
+    url = "https://other.example/v1/messages"
+    assert SHOWS[library] in refused(python(library, url), live.environment())
+
+
+def test_a_host_that_is_not_listed_for_other_programs(live: Sandbox) -> None:
+    """Go shows the reason alone; curl and Node's fetch show the status."""
+    url = "https://other.example/v1/messages"
+    assert "No host is on the tunnel list" in refused(go(url), live.environment())
+    assert "403" in refused([needs("curl"), "-sS", url], live.environment())
+    assert "403" in refused(node("fetch", url), live.environment())
+
+
+@pytest.mark.parametrize("library", ["openai", "anthropic"])
+def test_a_wrong_key_is_said_inside(live: Sandbox, library: str) -> None:
+    """Both SDKs show the words then; of a wrong key on the proxy's URL they show the status."""
+    url = OPENAI if library == "openai" else ANTHROPIC
+    words = "is not one of this proxy's client keys"
+    assert words in refused(python(library, url), live.environment(key=None))
+    assert words in refused(node(library, url), live.environment(key=None))
+    assert "407 Proxy key unknown" in refused(python(library, url), live.environment(key="wrong"))

@@ -27,6 +27,6 @@ const libraries = {
 };
 
 libraries[library]().catch((error) => {
-  console.error(String(error), error.cause ? String(error.cause) : "");
+  for (let cause = error; cause; cause = cause.cause) console.error(String(cause));
   process.exitCode = 1;
 });
