@@ -18,6 +18,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from llmproxy.cli import ca
 from llmproxy.cli.main import main
@@ -26,6 +27,7 @@ from tests.support.configs import toml
 
 Printed = pytest.CaptureFixture[str]
 E = TypeVar("E", bound=x509.ExtensionType)
+_PURPOSES = ExtensionOID.EXTENDED_KEY_USAGE
 NOW = 1_800_000_000.75
 
 
@@ -68,7 +70,10 @@ def test_both_certificates_are_as_strict_clients_want_them(tmp_path: Path, name:
     assert critical == {x509.BasicConstraints, x509.KeyUsage, x509.NameConstraints}
     basic, usage = value(one, x509.BasicConstraints), value(one, x509.KeyUsage)
     assert (basic.ca, basic.path_length) == (True, 1 if name == "root.pem" else 0)
-    assert (usage.key_cert_sign, usage.digital_signature) == (True, False)
+    assert usage == x509.KeyUsage(*[False] * 5, True, True, False, False)
+    purposes = [found.value for found in one.extensions if found.oid == _PURPOSES]
+    servers = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    assert purposes == ([] if name == "root.pem" else [servers])
     names = value(one, x509.NameConstraints)
     assert [found.value for found in names.permitted_subtrees or ()] == [
         "inference.local",
