@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``ca``, ``usage``, ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
 from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_explain(commands)
     _add_keys(commands)
+    add_ca(commands)
     add_usage(commands)
     _add_demo(commands)
     return parser

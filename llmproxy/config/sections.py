@@ -7,10 +7,19 @@ What only the whole file can tell is ``__init__.py``'s.
 
 from __future__ import annotations
 
+from llmproxy.config.authority import authority, outside
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import Table
-from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace, Tunnel
+from llmproxy.config.settings import (
+    Client,
+    Intercept,
+    Provider,
+    Proxy,
+    Route,
+    Trace,
+    Tunnel,
+)
 from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
@@ -49,6 +58,23 @@ def _keypair(table: Table) -> Keypair | None:
     if chain is None or key is None:
         return None
     return table.read("key", lambda _: keypair(chain, key), None)
+
+
+def read_intercept(table: Table) -> Intercept | None:
+    """Read ``[intercept]``; ``None`` if it cannot be used (and that is reported)."""
+    hosts, chain, key = (table.take(name) for name in ("hosts", "ca_certificate", "ca_key"))
+    if chain is None:
+        return None
+    for host in outside(chain, hosts):
+        table.problem(
+            "hosts",
+            f"expected hosts inside the name constraints of `ca_certificate`, and {show(host)} "
+            "wants a new authority, as what clients trust cannot be changed: `llmproxy ca new`",
+        )
+    if key is None:
+        return None
+    signs = table.read("ca_key", lambda _: authority(chain, key), None)
+    return None if signs is None else table.struct(Intercept, hosts=hosts, authority=signs)
 
 
 def read_tunnel(table: Table) -> Tunnel:

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from llmproxy.config.authority import Authority
 from llmproxy.config.credentials import Secret
 from llmproxy.config.keypair import Keypair
 from llmproxy.config.kinds import (
@@ -38,6 +39,7 @@ from llmproxy.config.kinds import (
     ENDPOINTS_FOR_TLS,
     FILE,
     HEADERS,
+    HOST_NAMES,
     HOSTS,
     INSTANT,
     KEY_QUERY,
@@ -51,6 +53,7 @@ from llmproxy.config.kinds import (
     RETRY_ON,
     ROUTE_HEADERS,
     ROUTES,
+    SIGNING_CERTIFICATE,
     SIZE,
     SIZE_ABOVE_ZERO,
     TIME_TO_LIVE,
@@ -722,6 +725,26 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Intercept(msgspec.Struct, frozen=True, kw_only=True):
+    """The hosts whose TLS is ended here, and the authority that signs their certificates."""
+
+    hosts: Annotated[tuple[str, ...], Key(HOST_NAMES)]
+    """Hosts whose TLS the proxy ends: exact names, and ``*.DOMAIN`` for all names below a domain.
+    Addresses cannot stand here. Each host must be inside the name constraints of
+    ``ca_certificate``; a new host outside of them needs a new authority."""
+
+    authority: Annotated[
+        Authority, Key(SIGNING_CERTIFICATE, "ca_certificate"), Key(PRIVATE_KEY, "ca_key")
+    ]
+    """Absolute path of a PEM file: first the certificate that signs, then those that lead to the
+    root, without the root. The whole file is sent along in each handshake. ``llmproxy ca new``
+    makes one. It is read again at a reload.
+
+    Bare name of a credential file in PEM: the private key of the first certificate of
+    ``ca_certificate``, without a passphrase. It is an elliptic key, or an RSA key of 2048 bits or
+    more."""
+
+
 class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     """Where clients may go through the proxy without its looking in."""
 
@@ -809,6 +832,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     providers: dict[str, Provider] = {}
     routes: tuple[Route, ...] = ()
     clients: dict[str, Client] = {}
+    intercept: Intercept | None = None
     tunnel: Tunnel = Tunnel()
     trace: Trace = Trace()
     log: Log = Log()
@@ -843,6 +867,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "providers": {name: redacted(one) for name, one in self.providers.items()},
             "routes": [{"name": one.name, **redacted(one)} for one in self.routes],
             "clients": {name: redacted(one) for name, one in self.clients.items()},
+            "intercept": None if self.intercept is None else redacted(self.intercept),
             "tunnel": redacted(self.tunnel),
             "trace": redacted(self.trace),
             "log": redacted(self.log),
@@ -875,6 +900,7 @@ SECTIONS: Mapping[str, Section] = {
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),
     "clients.*.keys": CLIENT_KEY,
+    "intercept": Section.of(Intercept),
     "tunnel": Section.of(Tunnel),
     "trace": Section.of(Trace),
     "log": Section.of(Log),
@@ -883,6 +909,5 @@ SECTIONS: Mapping[str, Section] = {
 
 ROOT = Section(
     names=tuple(dict.fromkeys(path.partition(".")[0] for path in SECTIONS)),
-    not_built=frozenset({"intercept"}),
 )
 """The file itself, which holds the sections."""

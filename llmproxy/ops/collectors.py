@@ -18,6 +18,7 @@ from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
+from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
 from llmproxy.upstream.credential import Credentials
 
@@ -31,6 +32,7 @@ def expose(
     standing: Standing,
     limits: ClientLimits,
     credentials: Credentials,
+    leaves: Leaves,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
@@ -102,7 +104,10 @@ def expose(
         "certificate_not_after_timestamp_seconds",
         "When a certificate expires.",
         ["certificate"],
-        lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+        lambda: {
+            **({} if setup.tls is None else {("listen_tls",): setup.tls.not_after}),
+            **{(name,): end for name, end in leaves.expiries().items()},
+        },
     )
     gauge(
         "client_key_expires_timestamp_seconds",

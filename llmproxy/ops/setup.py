@@ -30,6 +30,7 @@ from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.record.trace import timestamp
 from llmproxy.server.handler import Router
+from llmproxy.server.leaves import Leaves, PreparedLeaves
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
@@ -46,6 +47,7 @@ class Prepared(NamedTuple):
 
     config: Config
     tls: ListenerTls | None
+    leaves: PreparedLeaves | None
     credentials: Mapping[str, CommandCredential]
     upstream: Upstream
     gateway: Gateway
@@ -69,6 +71,7 @@ class Setup:
         limits: what clients use.
         drain: how the process will shut down.
         site: serves clients.
+        leaves: the TLS of intercepted hosts.
         admin: the sites that serve operators.
         listeners: where all of them are reached.
         raise_limit: sees to the descriptors for so many clients, or raises ``OSError``.
@@ -94,6 +97,7 @@ class Setup:
         limits: ClientLimits,
         drain: Drain,
         site: Site,
+        leaves: Leaves,
         admin: tuple[Site, ...],
         listeners: Listeners,
         raise_limit: Callable[[int], None],
@@ -110,6 +114,7 @@ class Setup:
         self._limits = limits
         self._drain = drain
         self._site = site
+        self._leaves = leaves
         self._admin = admin
         self._listeners = listeners
         self._raise_limit = raise_limit
@@ -122,7 +127,7 @@ class Setup:
 
         Raises:
             OSError: a file cannot be opened.
-            ValueError: OpenSSL would not use the certificate.
+            ValueError: OpenSSL would not use a certificate, or the authority has expired.
         """
         keypair = config.proxy.keypair
         credentials = self._credentials.prepare(config)
@@ -142,9 +147,10 @@ class Setup:
             clock=self._clock,
         )
         tls = None if keypair is None else ListenerTls(keypair)
+        leaves = self._leaves.prepare(config.intercept)
         writers = self._sinks.prepare(config.trace)
         spent = self._spent_today(config)
-        return Prepared(config, tls, credentials, upstream, gateway, writers, spent)
+        return Prepared(config, tls, leaves, credentials, upstream, gateway, writers, spent)
 
     def _spent_today(self, config: Config) -> Spent:
         """Return what clients have used today, if a limit asks for it and the ledger knows it."""
@@ -205,6 +211,7 @@ class Setup:
         prepared.upstream.take_over(self.upstream)
         self.upstream = prepared.upstream
         self._credentials.use(prepared.credentials)
+        self._leaves.follow(prepared.leaves)
 
 
 def needed(max_connections: int) -> int:

@@ -144,6 +144,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             }
         ],
         "clients": {},
+        "intercept": None,
         "tunnel": {
             "allow": [],
             "allow_private": False,
