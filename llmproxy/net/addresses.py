@@ -55,6 +55,9 @@ _SENTENCES = {
     Kind.OWN_LISTENER: "The host and port are the proxy's own, which tunnels do not reach.",
 }
 
+_NEAR = frozenset({Kind.LOOPBACK, Kind.LINK_LOCAL, Kind.METADATA, Kind.PRIVATE, Kind.SHARED})
+"""Behind these somebody may listen."""
+
 _NEVER = frozenset({Kind.MULTICAST, Kind.UNSPECIFIED, Kind.OWN_LISTENER})
 """What is refused where everything private is allowed."""
 
@@ -165,13 +168,14 @@ def _listed(packed: bytes, ranges: tuple[tuple[int, int, Kind], ...]) -> Kind | 
 
 
 def _kind_behind_local_nat64(packed: bytes) -> Kind | None:
-    """Return the kind by whichever place forbids the address.
+    """Return the kind of an address by the four places.
 
-    0.0.0.0/8 is what wrong places look like, and counts only if all of them do.
+    A place where somebody could be reached counts wherever it is; one that leads nowhere, as most
+    wrong places do, counts only if no place is public.
     """
     kinds = [kind_of(bytes(packed[at] for at in place)) for place in _PLACES]
-    found = [kind for kind in kinds if kind is not Kind.UNSPECIFIED]
-    return next((kind for kind in found if kind is not None), None if found else Kind.UNSPECIFIED)
+    found = next((kind for kind in kinds if kind in _NEAR), None)
+    return found if found is not None or None in kinds else kinds[-1]
 
 
 # --- spellings ------------------------------------------------------------------------------------
