@@ -148,11 +148,6 @@ class Listeners:
             )
         self._unreported = []
 
-    def addresses(self) -> list[tuple[str, int]]:
-        """Return host and port of each socket of TCP on which the process listens now."""
-        hosts = [port.getHost() for _, port in self._open]
-        return [(one.host, one.port) for one in hosts if hasattr(one, "port")]
-
     def _places(self, config: Config, tls: ListenerTls | None) -> list[Place]:
         proxy, admin = config.proxy, config.admin
         places = [Place("proxy", text, self._site) for text in proxy.listen]

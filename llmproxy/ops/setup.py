@@ -154,7 +154,9 @@ class Setup:
             reactor=self._timers,
             clock=self._clock,
         )
-        guard = AddressGuard(self._listeners.addresses, allow_private=config.tunnel.allow_private)
+        guard = AddressGuard(
+            lambda: self._listeners.addresses, allow_private=config.tunnel.allow_private
+        )
         connect = Connect(
             config,
             self._recorder,
