@@ -287,6 +287,14 @@ def test_without_a_host_there_is_nothing_to_make(tmp_path: Path, capsys: Printed
     assert "--host" in capsys.readouterr().err
 
 
+def test_the_command_alone_is_half_a_command_line(capsys: Printed) -> None:
+    """What there is below it is said."""
+    with pytest.raises(SystemExit) as caught:
+        main(["ca"])
+    assert caught.value.code == 2
+    assert "usage: llmproxy ca [-h] COMMAND" in capsys.readouterr().err
+
+
 def test_names_are_written_as_they_are_compared(tmp_path: Path, capsys: Printed) -> None:
     """Lower case, A-labels, each once."""
     hosts = ["Inference.LOCAL", "*.bücher.example", "inference.local"]
