@@ -70,7 +70,7 @@ def test_both_certificates_are_as_strict_clients_want_them(tmp_path: Path, name:
     assert critical == {x509.BasicConstraints, x509.KeyUsage, x509.NameConstraints}
     basic, usage = value(one, x509.BasicConstraints), value(one, x509.KeyUsage)
     assert (basic.ca, basic.path_length) == (True, 1 if name == "root.pem" else 0)
-    assert usage == x509.KeyUsage(*[False] * 5, True, True, False, False)
+    assert usage == x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     purposes = [found.value for found in one.extensions if found.oid == _PURPOSES]
     servers = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     assert purposes == ([] if name == "root.pem" else [servers])
