@@ -312,3 +312,11 @@ def test_a_host_in_both_lists_is_intercepted_or_fails(host: str) -> None:
     played.leaves[0][1].errback(ValueError("the authority has expired"))
     assert played.refusal() == (503, "no_certificate")
     assert not played.ways_out
+
+
+def test_a_key_in_the_place_of_the_host_is_in_no_record() -> None:
+    """Somebody's variable was put together wrongly."""
+    played = PlayedConnect()
+    played.ask("llmp_" + "a" * 43 + ":443", basic("c:key"))
+    assert played.refusal() == (403, "tunnel_refused")
+    assert played.trace().path == ""
