@@ -1,6 +1,6 @@
 """CONNECT: a client asks for a way to some host, and gets the host, this proxy, or a refusal.
 
-By the authority that is asked for there are three outcomes (ADR-0030, ADR-0031)::
+By the authority that is asked for there are three outcomes (ADR-0033)::
 
     the host is in [intercept]     the connection goes on with this proxy: TLS is ended here, and
                                    each request in it is served by the gateway, as any other
