@@ -29,6 +29,7 @@ from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
+from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.net.loop import Lag, calm_collector, tune
@@ -235,6 +236,7 @@ class ProxyService(Service):
         self.credentials = Credentials(
             reactor, clock, aside=partial(aside, reactor), environ=self._environ
         )
+        self.ways = Ways(reactor, clock)
         self.leaves = Leaves(reactor, time.time, aside=partial(aside, reactor))
         self.recorder = Recorder(
             self.metrics,
@@ -294,6 +296,7 @@ class ProxyService(Service):
             drain=self.drain,
             site=self.site,
             leaves=self.leaves,
+            ways=self.ways,
             admin=(admin, metrics),
             listeners=self._listeners,
             raise_limit=raise_limit if self._handle_signals else lambda _: None,
@@ -321,6 +324,7 @@ class ProxyService(Service):
             limits=self.limits,
             credentials=self.credentials,
             leaves=self.leaves,
+            ways=self.ways,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,

@@ -203,6 +203,18 @@ def add_ca(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     command.set_defaults(run=ca_new)
 
 
+def make_authority(folder: str, hosts: Sequence[str], *, days: int) -> Report:
+    """Make an authority in a folder, and throw the root's key away; return what it is for.
+
+    Raises:
+        OSError: a file is there already, or cannot be written.
+    """
+    _, trusted = _trusted(None)
+    made = new_authority(hosts, now=time.time(), days=days)
+    _write(folder, _files(made, trusted, keep_root_key=False))
+    return _report(folder, made, list(hosts), keep_root_key=False)
+
+
 def ca_new(args: argparse.Namespace) -> int:
     """Make an authority, and print what it is for."""
     hosts = list(dict.fromkeys(args.hosts))
@@ -285,7 +297,7 @@ def _write(folder: str, files: Mapping[str, bytes]) -> None:
         raise
 
 
-class _Report(NamedTuple):
+class Report(NamedTuple):
     """What was made and what is to be done with it, as ``--json`` prints it."""
 
     hosts: list[str]
@@ -300,10 +312,10 @@ class _Report(NamedTuple):
     java: str
 
 
-def _report(folder: str, made: NewAuthority, hosts: list[str], *, keep_root_key: bool) -> _Report:
+def _report(folder: str, made: NewAuthority, hosts: list[str], *, keep_root_key: bool) -> Report:
     at = {name: os.path.join(folder, name) for name in ("root.pem", "bundle.pem", "ca.pem")}
     bundle, root, chain = at["bundle.pem"], at["root.pem"], at["ca.pem"]
-    return _Report(
+    return Report(
         hosts=hosts,
         not_after=show_instant(made.not_after),
         root=root,
@@ -326,7 +338,7 @@ def _report(folder: str, made: NewAuthority, hosts: list[str], *, keep_root_key:
     )
 
 
-def _text(report: _Report, source: str, trusted: int) -> str:
+def _text(report: Report, source: str, trusted: int) -> str:
     plural = "" if trusted == 1 else "s"
     before = f"the {trusted} certificate{plural} of {source}, and " if trusted else ""
     exports = "\n".join(

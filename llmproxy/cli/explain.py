@@ -84,6 +84,7 @@ class Asked:
     fields: Fields
     body: bytes
     refusal: ProxyError | None = None
+    inside: None = None
     clientproto: bytes = b"HTTP/1.1"
     first: dict[bytes, bytes] = field(default_factory=dict)
 

@@ -105,7 +105,12 @@ def run_demo(args: argparse.Namespace) -> int:
     # Not at the top: the demo brings the reactor, and no other command needs one.
     from llmproxy.cli.demo.run import run
 
-    run(proxy_port=args.port, admin_port=args.admin_port, cache=args.cache)
+    run(
+        proxy_port=args.port,
+        admin_port=args.admin_port,
+        cache=args.cache,
+        sandboxed=args.sandbox,
+    )
     return 0
 
 
@@ -315,6 +320,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="store_false",
         dest="cache",
         help="no prompt cache: the same request always gets the same counts",
+    )
+    command.add_argument(
+        "--sandbox",
+        action="store_true",
+        help="stand in for api.openai.com and others, too, as a proxy that ends their TLS: prints "
+        "the variables with which a sandboxed program finds it",
     )
     command.set_defaults(run=run_demo)
 

@@ -11,15 +11,7 @@ from llmproxy.config.authority import authority, outside
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import Table
-from llmproxy.config.settings import (
-    Client,
-    Intercept,
-    Provider,
-    Proxy,
-    Route,
-    Trace,
-    Tunnel,
-)
+from llmproxy.config.settings import Client, Intercept, Provider, Proxy, Route, Trace, Tunnel
 from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS

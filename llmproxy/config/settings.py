@@ -744,6 +744,15 @@ class Intercept(msgspec.Struct, frozen=True, kw_only=True):
     ``ca_certificate``, without a passphrase. It is an elliptic key, or an RSA key of 2048 bits or
     more."""
 
+    plain_http: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether requests behind a CONNECT to one of the hosts are served without TLS, too, as
+    Node's ``fetch`` sends them for ``http://`` URLs. By default they get a 403 that says to use
+    ``https://``."""
+
+    handshakes: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
+    """Most connections at once that were intercepted and have not finished TLS; ``0`` is no limit.
+    One more is refused with a 503."""
+
 
 class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     """Where clients may go through the proxy without its looking in."""

@@ -38,6 +38,7 @@ _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]{0,5})?",
 )
 
+_AUTHORITY = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255})):([0-9]{1,5})")
 _ABSOLUTE = re.compile(
     rb"([A-Za-z][A-Za-z0-9+.-]*)://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255}))"
     rb"(?::([0-9]{1,5}))?([/?].*)?"
@@ -169,6 +170,21 @@ def list_tokens(values: list[bytes]) -> list[bytes]:
     """Split the comma lists of several lines into lower-case members (RFC 9110, 5.6.1)."""
     members = b",".join(values).lower().split(b",")
     return [token for member in members if (token := member.strip(b" \t"))]
+
+
+def parse_authority(target: bytes) -> tuple[str, int]:
+    """Read the target of CONNECT (RFC 9112, section 3.2.3): a host and a port.
+
+    Returns:
+        the host as it came, an IPv6 address without its brackets; and the port.
+
+    Raises:
+        BadMessage: it is anything else.
+    """
+    match = _AUTHORITY.fullmatch(target)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise BadMessage("the target of CONNECT must be HOST:PORT")
+    return (match[1] or match[2]).decode("ascii"), int(match[3])
 
 
 def parse_absolute(target: bytes) -> tuple[str, str, int, bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
@@ -38,6 +39,7 @@ def expose(
     reload: Reload,
     log: LogWriter | None,
     process: Process,
+    ways: Ways,
     wall: Callable[[], float],
 ) -> None:
     """Let ``metrics`` show what these parts hold, and what ``setup`` has in use.
@@ -62,6 +64,18 @@ def expose(
     )
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.memory.held})
     gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
+    gauge(
+        "tunnels",
+        "Open tunnels, and those that are being opened.",
+        [],
+        lambda: {(): len(ways.tunnels)},
+    )
+    gauge(
+        "intercepted_connections",
+        "Open client connections behind a CONNECT that was intercepted.",
+        [],
+        lambda: {(): sum(one.inside is not None for one in site.connections)},
+    )
     gauge(
         "provider_up",
         "0 while a circuit of the provider is open, for any client.",

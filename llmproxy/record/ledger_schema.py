@@ -86,9 +86,11 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
     ("ALTER TABLE traces ADD COLUMN queued_s REAL NOT NULL DEFAULT 0",),
     ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
+    ("ALTER TABLE traces ADD COLUMN tunnel TEXT",),
 )
 """The statements of each step: the traces, their sessions, where a request named its model, for how
-long it waited in a queue, and the tokens that counted for its client's limits."""
+long it waited in a queue, the tokens that counted for its client's limits, and what became of a
+CONNECT."""
 
 
 class LedgerError(OSError):

@@ -18,6 +18,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from llmproxy.cli import ca
 from llmproxy.cli.main import main
@@ -26,6 +27,7 @@ from tests.support.configs import toml
 
 Printed = pytest.CaptureFixture[str]
 E = TypeVar("E", bound=x509.ExtensionType)
+_PURPOSES = ExtensionOID.EXTENDED_KEY_USAGE
 NOW = 1_800_000_000.75
 
 
@@ -68,7 +70,10 @@ def test_both_certificates_are_as_strict_clients_want_them(tmp_path: Path, name:
     assert critical == {x509.BasicConstraints, x509.KeyUsage, x509.NameConstraints}
     basic, usage = value(one, x509.BasicConstraints), value(one, x509.KeyUsage)
     assert (basic.ca, basic.path_length) == (True, 1 if name == "root.pem" else 0)
-    assert (usage.key_cert_sign, usage.digital_signature) == (True, False)
+    assert usage == x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    purposes = [found.value for found in one.extensions if found.oid == _PURPOSES]
+    servers = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    assert purposes == ([] if name == "root.pem" else [servers])
     names = value(one, x509.NameConstraints)
     assert [found.value for found in names.permitted_subtrees or ()] == [
         "inference.local",
@@ -280,6 +285,14 @@ def test_without_a_host_there_is_nothing_to_make(tmp_path: Path, capsys: Printed
         made(tmp_path / "ca", hosts=[])
     assert caught.value.code == 2
     assert "--host" in capsys.readouterr().err
+
+
+def test_the_command_alone_is_half_a_command_line(capsys: Printed) -> None:
+    """What there is below it is said."""
+    with pytest.raises(SystemExit) as caught:
+        main(["ca"])
+    assert caught.value.code == 2
+    assert "usage: llmproxy ca [-h] COMMAND" in capsys.readouterr().err
 
 
 def test_names_are_written_as_they_are_compared(tmp_path: Path, capsys: Printed) -> None:

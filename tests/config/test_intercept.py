@@ -356,6 +356,8 @@ def test_nothing_of_the_key_is_shown(made: OpenAuthority) -> None:
         "hosts": list(made.hosts),
         "ca_certificate": str(made.chain),
         "ca_key": True,
+        "plain_http": False,
+        "handshakes": 1000,
     }
     assert accepted({}).redacted()["intercept"] is None
     with pytest.raises(TypeError, match="Secret"):
