@@ -58,13 +58,28 @@ def admit(request: Request, rules: Rules) -> None:
     if (inside := request.inside) is not None:
         refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
     refuse_dots(request.path)
+    admit_fields(request, rules.pseudonym, rules.guarded)
+
+
+def admit_fields(
+    request: Request, pseudonym: bytes, guarded: frozenset[bytes] = frozenset()
+) -> None:
+    """Let the fields of ``request`` pass, or refuse them.
+
+    Args:
+        pseudonym: ours in ``Via``, in lower case.
+        guarded: as :class:`Rules` has them.
+
+    Raises:
+        ProxyError: a handshake that cannot be met, a loop, or a header that is disguised.
+    """
     first = request.first
     if b"upgrade" in first and _asks_for_websocket(request):
         text = "WebSockets are not served; use HTTP streaming."
         raise ProxyError(426, "websocket", text, fields=_USE_HTTP)
-    if b"via" in first and _came_through(request, rules.pseudonym):
+    if b"via" in first and _came_through(request, pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
-    refuse_disguised(first, rules.guarded)
+    refuse_disguised(first, guarded)
     if (
         b"connection" in first
         and not _is_usual(request)

@@ -39,6 +39,10 @@ _HOST = re.compile(
 )
 
 _AUTHORITY = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255})):([0-9]{1,5})")
+_ABSOLUTE = re.compile(
+    rb"([A-Za-z][A-Za-z0-9+.-]*)://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255}))"
+    rb"(?::([0-9]{1,5}))?([/?].*)?"
+)
 
 
 class BadMessage(ValueError):
@@ -181,6 +185,31 @@ def parse_authority(target: bytes) -> tuple[str, int]:
     if match is None or not 0 < int(match[3]) < 65536:
         raise BadMessage("the target of CONNECT must be HOST:PORT")
     return (match[1] or match[2]).decode("ascii"), int(match[3])
+
+
+def parse_absolute(target: bytes) -> tuple[str, str, int, bytes]:
+    """Read the target of a request to a proxy: an http:// URL (RFC 9112, section 3.2.2).
+
+    Returns:
+        the authority as a Host field has it, without the default port; the host as it came, an IPv6
+        address without its brackets; the port; and path and query, byte for byte.
+
+    Raises:
+        BadMessage: it is anything else, such as a URL with a user or of another scheme.
+    """
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        raise BadMessage("the target must be a path, or http://HOST[:PORT]/PATH without a user")
+    scheme, port = match[1].lower(), int(match[4] or b"80")
+    if scheme == b"https":
+        raise BadMessage("https:// is reached with CONNECT")
+    if scheme != b"http" or not 0 < port < 65536:
+        raise BadMessage("the target must be an http:// URL")
+    host = (match[2] or match[3]).decode("ascii")
+    authority = f"[{host}]" if match[2] else host
+    rest = match[5] or b"/"
+    rest = rest if rest.startswith(b"/") else b"/" + rest
+    return authority if port == 80 else f"{authority}:{port}", host, port, rest
 
 
 def is_chunked(values: list[bytes]) -> bool:

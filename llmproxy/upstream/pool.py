@@ -221,7 +221,7 @@ class ProviderPool:
         While a body is being sent, the clock begins anew as long as the provider takes some of it,
         or waits for more.
         """
-        head = self._head(method, outgoing, body)
+        head = request_head(method, outgoing.target, self._host_line, outgoing.fields, body)
         outgoing.began()
         response = connection.send(method, head, body)
         limit(
@@ -234,18 +234,6 @@ class ProviderPool:
     def _remember(self, response: Response, connection: Connection) -> Response:
         self._dialer.remember(connection)
         return response
-
-    def _head(self, method: bytes, outgoing: OutgoingRequest, body: IBodyProducer | None) -> bytes:
-        start = b"%b %b HTTP/1.1" % (method, outgoing.target)
-        lines = [start, self._host_line, *field_lines(outgoing.fields)]
-        if body is not None and body.length is UNKNOWN_LENGTH:
-            lines.append(b"transfer-encoding: chunked")
-        elif body is not None:
-            lines.append(b"content-length: %d" % body.length)
-        elif method in (b"POST", b"PUT", b"PATCH"):
-            lines.append(b"content-length: 0")
-        lines.append(_END)
-        return _END.join(lines)
 
     # -- the pool -------------------------------------------------------------------------------
 
@@ -317,3 +305,18 @@ class ProviderPool:
                     connection.abort()
                 else:
                     self._watch_expiry(connection.expires_at)
+
+
+def request_head(
+    method: bytes, target: bytes, host_line: bytes, fields: Fields, body: IBodyProducer | None
+) -> bytes:
+    """Return the head of a request as it goes on the wire, with the framing of its body."""
+    lines = [b"%b %b HTTP/1.1" % (method, target), host_line, *field_lines(fields)]
+    if body is not None and body.length is UNKNOWN_LENGTH:
+        lines.append(b"transfer-encoding: chunked")
+    elif body is not None:
+        lines.append(b"content-length: %d" % body.length)
+    elif method in (b"POST", b"PUT", b"PATCH"):
+        lines.append(b"content-length: 0")
+    lines.append(_END)
+    return _END.join(lines)

@@ -18,6 +18,7 @@ from typing import Any, cast
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
 
 from llmproxy.config import Config, ParentProxy
 from llmproxy.config.host_pattern import as_compared
@@ -42,6 +43,9 @@ _MOST_NAMES = 1024
 _MESSAGES = {
     "upstream_unreachable": "The host cannot be reached.",
     "upstream_timeout": "The host did not answer in time.",
+    "upstream_idle": "The host stopped in the middle of its response.",
+    "upstream_broken": "The host broke off its response.",
+    "upstream_protocol": "The host's response is not valid HTTP.",
 }
 """What is said of a host where the error speaks of a provider."""
 
@@ -56,12 +60,14 @@ class OpenWay:
 
     Attributes:
         transport: of ``net/tcp.py``, or Twisted's own.
+        is_tunnelled: a parent proxy is on the way.
     """
 
-    __slots__ = ("_placeholder", "transport")
+    __slots__ = ("_placeholder", "is_tunnelled", "transport")
 
     def __init__(self, placeholder: _Placeholder | Tunnel) -> None:
         self._placeholder = placeholder
+        self.is_tunnelled = isinstance(placeholder, Tunnel)
         self.transport = cast(Any, placeholder.transport)
         self.transport.setTcpNoDelay(True)
         notice_vanished_peer(self.transport)
@@ -207,10 +213,14 @@ def _plain(host: str) -> str:
         raise ProxyError(400, "bad_authority", text) from None
 
 
-def _for_caller(failure: Any) -> Any:
-    """Speak of a host, and not of a provider."""
-    error = failure.value
+def of_host(error: Exception) -> Exception:
+    """Let an error of a provider's speak of a host; any other stays as it is."""
     if isinstance(error, ProxyError) and error.reason in _MESSAGES:
         error.message = _MESSAGES[error.reason]
         error.args = (error.message,)
+    return error
+
+
+def _for_caller(failure: Failure) -> Failure:
+    of_host(failure.value)  # type: ignore[arg-type]  # a Deferred's error is an Exception
     return failure
