@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
+PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
 ARGS   ?=
 # How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
 # file stay together, for they share what stands for their module; tests/conftest.py orders the files.
@@ -88,8 +88,10 @@ soak: $(DEV_STAMP) ## whether memory goes flat under load and reloads, for two h
 	@$(BIN)/python -m bench.soak $(ARGS)
 
 peers: peer-programs ## the other programs that tests talk to, by apt-get and npm
-	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser"; exit 0; fi; \
-	output=$$(npm ci --prefix tests/browser 2>&1) || { printf '%s\n' "$$output"; exit 1; }
+	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser, tests/sandbox"; exit 0; fi; \
+	for folder in tests/browser tests/sandbox; do \
+	    output=$$(npm ci --prefix $$folder 2>&1) || { printf '%s\n' "$$output"; exit 1; }; \
+	done
 
 peer-programs:
 	@set -e; missing=; \

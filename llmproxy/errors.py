@@ -104,6 +104,16 @@ def upstream_tls(cause: str, detail: str) -> ProxyError:
     )
 
 
+def address_forbidden(kind: str, sentence: str, detail: str) -> ProxyError:
+    """The host of a tunnel has no address that may be reached for a caller.
+
+    Args:
+        kind: which sort of address it is, in one word; the trace has it as the cause.
+        sentence: says that to the caller, without the address.
+    """
+    return ProxyError(403, "address_forbidden", sentence, detail=detail, cause=kind)
+
+
 def no_descriptors() -> ProxyError:
     """The process may not open another file or socket."""
     return ProxyError(

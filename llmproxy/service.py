@@ -29,6 +29,7 @@ from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
+from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.net.loop import Lag, calm_collector, tune
@@ -50,6 +51,7 @@ from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.handler import Handler, Router
+from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
 from llmproxy.upstream.credential import Credentials
 from llmproxy.version import version
@@ -81,7 +83,12 @@ def makeService(options: Options) -> ProxyService:
     hold_signals()
 
     def read() -> Config:
-        return load(options["config"], instance=options["instance"], environ=os.environ)
+        return load(
+            options["config"],
+            instance=options["instance"],
+            environ=os.environ,
+            now=time.time(),
+        )
 
     try:
         config = read()
@@ -229,6 +236,8 @@ class ProxyService(Service):
         self.credentials = Credentials(
             reactor, clock, aside=partial(aside, reactor), environ=self._environ
         )
+        self.ways = Ways(reactor, clock)
+        self.leaves = Leaves(reactor, time.time, aside=partial(aside, reactor))
         self.recorder = Recorder(
             self.metrics,
             self.sinks,
@@ -286,6 +295,8 @@ class ProxyService(Service):
             limits=self.limits,
             drain=self.drain,
             site=self.site,
+            leaves=self.leaves,
+            ways=self.ways,
             admin=(admin, metrics),
             listeners=self._listeners,
             raise_limit=raise_limit if self._handle_signals else lambda _: None,
@@ -312,6 +323,8 @@ class ProxyService(Service):
             standing=self.standing,
             limits=self.limits,
             credentials=self.credentials,
+            leaves=self.leaves,
+            ways=self.ways,
             sink=self.sinks,
             drain=self.drain,
             reload=self.reload,
@@ -382,6 +395,7 @@ class ProxyService(Service):
     def _close(self) -> Deferred[None]:
         self._untune()
         self._lag.stop()
+        self.leaves.stop()
         self.notify.close()
         self.recorder.close_all()
         self.setup.upstream.close()

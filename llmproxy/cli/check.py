@@ -38,7 +38,7 @@ from llmproxy.record.journal import PRIORITIES, is_journal
 from llmproxy.upstream.command import CommandFailed, Run
 
 _SOON_S = 14 * 86400.0
-"""Seconds before a key expires in which that is worth a warning."""
+"""Seconds before a key or an authority expires in which that is worth a warning."""
 
 _SDK_PATHS = {
     (Dialect.OPENAI, "v1"): "/chat/completions",
@@ -62,11 +62,11 @@ def check(args: argparse.Namespace) -> int:
     if args.credentials is not None:
         environ[ENVIRONMENT] = args.credentials
     try:
-        config = load(args.file, instance=args.instance, environ=environ)
+        config = load(args.file, instance=args.instance, environ=environ, now=time.time())
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
     warnings = [*_of_file(args.file), *_of_environment(config, environ), *warnings_of(config)]
-    warnings += _of_keys(config, time.time())
+    warnings += [*_of_keys(config, time.time()), *_of_authority(config, time.time())]
     if args.run_commands:
         warnings += _of_runs(config, environ)
     counts = _counts(config)
@@ -231,6 +231,17 @@ def _of_keys(config: Config, now: float) -> Iterator[str]:
             if key.expires is not None and key.expires - now < _SOON_S:
                 will = "has expired" if key.expires <= now else "will expire"
                 yield f"clients.{name}.keys[{at}]: the key {will}, at {show_instant(key.expires)}"
+
+
+def _of_authority(config: Config, now: float) -> Iterator[str]:
+    """Return what some clients make of the authority of intercepted hosts, and its end."""
+    if config.intercept is None:
+        return
+    authority, key = config.intercept.authority, "intercept.ca_certificate"
+    for weakness in authority.weaknesses:
+        yield f"{key}: {weakness}"
+    if authority.not_after - now < _SOON_S:
+        yield f"{key}: the certificate will expire, at {show_instant(authority.not_after)}"
 
 
 def _of_program(key: str, path: str) -> list[str]:

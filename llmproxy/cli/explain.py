@@ -86,6 +86,7 @@ class Asked:
     fields: Fields
     body: bytes
     refusal: ProxyError | None = None
+    inside: None = None
     clientproto: bytes = b"HTTP/1.1"
     upload: None = None
     handshake: Handshake | None = None

@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``usage`` and ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``ca``, ``usage``, ``demo``.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
 from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
@@ -104,7 +105,12 @@ def run_demo(args: argparse.Namespace) -> int:
     # Not at the top: the demo brings the reactor, and no other command needs one.
     from llmproxy.cli.demo.run import run
 
-    run(proxy_port=args.port, admin_port=args.admin_port, cache=args.cache)
+    run(
+        proxy_port=args.port,
+        admin_port=args.admin_port,
+        cache=args.cache,
+        sandboxed=args.sandbox,
+    )
     return 0
 
 
@@ -120,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_explain(commands)
     _add_keys(commands)
+    add_ca(commands)
     add_usage(commands)
     _add_demo(commands)
     return parser
@@ -313,6 +320,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="store_false",
         dest="cache",
         help="no prompt cache: the same request always gets the same counts",
+    )
+    command.add_argument(
+        "--sandbox",
+        action="store_true",
+        help="stand in for api.openai.com and others, too, as a proxy that ends their TLS: prints "
+        "the variables with which a sandboxed program finds it",
     )
     command.set_defaults(run=run_demo)
 

@@ -24,8 +24,10 @@ from llmproxy.record.ledger_report import (
     Checkpoint,
     Group,
     Totals,
+    Ways,
     checkpoints_of,
     refused_in,
+    tunnels_of,
     usage_of,
 )
 from llmproxy.record.ledger_schema import TOKENS, LedgerError
@@ -82,17 +84,25 @@ def add_usage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="show the checkpoint of each session in place of totals, the last one first; "
         "--since then is about its last request",
     )
+    command.add_argument(
+        "--tunnels",
+        action="store_true",
+        help="show the hosts that clients asked for by CONNECT, and what became of it, in place of "
+        "totals",
+    )
     command.add_argument("--json", action="store_true", help="print JSON to stdout")
     command.set_defaults(run=usage)
 
 
 def usage(args: argparse.Namespace) -> int:
-    """Print totals, or checkpoints of sessions."""
+    """Print totals, checkpoints of sessions, or tunnels."""
     since = "" if args.since is None else timestamp(args.since(time.time()))
     try:
         paths = args.files or _ledgers(args.config)
         if args.sessions:
             _print_sessions(checkpoints_of(paths, since), as_json=args.json)
+        elif args.tunnels:
+            _print_tunnels(tunnels_of(paths, since), as_json=args.json)
         else:
             found, refused = usage_of(paths, args.by, since), refused_in(paths, since)
             _print_totals(args.by, found, refused, as_json=args.json)
@@ -161,6 +171,22 @@ def _print_sessions(found: list[Checkpoint], *, as_json: bool) -> None:
     _print_table(("session", "client", *ends), cells)
 
 
+def _print_tunnels(found: list[Ways], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"tunnels": [msgspec.structs.asdict(one) for one in found]}))
+        return
+    cells = [
+        (
+            *map(_word, (one.host or None, one.outcome, one.client)),
+            *(f"{figure:,}" for figure in (one.count, one.bytes_in, one.bytes_out)),
+            one.last_time,
+        )
+        for one in found
+    ]
+    names = ("host", "outcome", "client", "count", "bytes in", "bytes out", "last time")
+    _print_table(names, cells, figures=())
+
+
 def _session(one: Checkpoint) -> dict[str, object]:
     shown: dict[str, object] = msgspec.structs.asdict(one)
     del shown["totals"]
@@ -174,7 +200,10 @@ def _figures(totals: Totals) -> tuple[str, ...]:
 
 
 def _print_table(
-    names: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str] = ()
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    footer: Sequence[str] = (),
+    figures: Sequence[str] = _FIGURES,
 ) -> None:
     # Not at the top: no other command, and none that prints JSON, has to load it.
     from rich import box
@@ -186,7 +215,7 @@ def _print_table(
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, show_footer=bool(footer), footer_style="bold"
     )
-    for at, name in enumerate((*names, *_FIGURES)):
+    for at, name in enumerate((*names, *figures)):
         table.add_column(
             name.removesuffix("_tokens").replace("_", " "),
             Text(footer[at] if footer else ""),

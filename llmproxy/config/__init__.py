@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import msgspec
 
+from llmproxy.config.authority import Authority
 from llmproxy.config.credentials import Credentials, Secret
 from llmproxy.config.keypair import Keypair
 from llmproxy.config.parent_proxy import ParentProxy
@@ -29,10 +30,12 @@ from llmproxy.config.readers import client_name, instance_name, provider_name
 from llmproxy.config.schema import Context, Table
 from llmproxy.config.sections import (
     read_client,
+    read_intercept,
     read_provider,
     read_proxy,
     read_route,
     read_trace,
+    read_tunnel,
 )
 from llmproxy.config.settings import (
     ROOT,
@@ -42,6 +45,7 @@ from llmproxy.config.settings import (
     ClientKey,
     Config,
     CredentialCommand,
+    Intercept,
     Limits,
     Log,
     Override,
@@ -50,7 +54,9 @@ from llmproxy.config.settings import (
     Route,
     Timeouts,
     Trace,
+    Tunnel,
 )
+from llmproxy.config.tunnel_target import TunnelTarget
 from llmproxy.config.url import Url
 from llmproxy.config.values import Wrong, show
 from llmproxy.config.values import text as any_text
@@ -58,11 +64,13 @@ from llmproxy.dialects.dialect import Dialect
 
 __all__ = [
     "Admin",
+    "Authority",
     "Client",
     "ClientKey",
     "Config",
     "ConfigError",
     "CredentialCommand",
+    "Intercept",
     "Keypair",
     "Limits",
     "Log",
@@ -74,6 +82,8 @@ __all__ = [
     "Secret",
     "Timeouts",
     "Trace",
+    "Tunnel",
+    "TunnelTarget",
     "Url",
     "ledger_path",
     "load",
@@ -94,18 +104,25 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-def load(path: str, *, instance: str = "0", environ: Mapping[str, str]) -> Config:
+def load(
+    path: str,
+    *,
+    instance: str = "0",
+    environ: Mapping[str, str],
+    now: float | None = None,
+) -> Config:
     """Read a configuration file and the credential files that it names.
 
     Args:
         path: the TOML file.
         instance: this daemon's name among several, which replaces ``{instance}``.
         environ: where ``$CREDENTIALS_DIRECTORY`` may stand.
+        now: seconds since the epoch, or None: an expired authority is no mistake.
 
     Raises:
         ConfigError: the file cannot be read or is wrong.
     """
-    return parse(_text_of(path), instance=instance, environ=environ, source=path)
+    return parse(_text_of(path), instance=instance, environ=environ, now=now, source=path)
 
 
 def ledger_path(path: str) -> str | None:
@@ -132,6 +149,7 @@ def parse(
     *,
     instance: str = "0",
     environ: Mapping[str, str],
+    now: float | None = None,
     source: str = "configuration",
 ) -> Config:
     """Do as :func:`load` with the ``text`` of a file; ``source`` is what errors call it."""
@@ -141,7 +159,7 @@ def parse(
         instance_name(instance)
     except Wrong as wrong:
         problems.append(f"--instance: expected {wrong.expected}, got {show(instance)}")
-    root = Table(data, "", ROOT, problems, Context(instance))
+    root = Table(data, "", ROOT, problems, Context(instance, now))
     config = _read(root, environ, problems)
     if problems:
         raise ConfigError(problems)
@@ -190,6 +208,12 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
         limits=root.table("limits", SECTIONS["limits"]).struct(Limits),
         providers={name: read_provider(name, one) for name, one in providers.items()},
         routes=tuple(read_route(one) for one in root.tables("routes", SECTIONS["routes"])),
+        intercept=(
+            read_intercept(root.table("intercept", SECTIONS["intercept"]))
+            if "intercept" in root
+            else None
+        ),
+        tunnel=read_tunnel(root.table("tunnel", SECTIONS["tunnel"])),
         trace=read_trace(root.table("trace", SECTIONS["trace"])),
         log=root.table("log", SECTIONS["log"]).struct(Log),
     )

@@ -69,12 +69,13 @@ def keypair(certificate: bytes, key: Secret) -> Keypair:
     own = load_pem_private_key(key.reveal().encode("ascii"), None).public_key()
     if own != leaf.public_key():
         raise Wrong("the key of `certificate`", hidden=True)
-    if not _is_strong(own):
+    if not is_strong(own):
         raise Wrong("an RSA key of 2048 bits or more, or an elliptic one", hidden=True)
     return Keypair(certificate=certificate, key=key, not_after=leaf.not_valid_after_utc.timestamp())
 
 
-def _is_strong(key: object) -> bool:
+def is_strong(key: object) -> bool:
+    """Return whether clients of TLS 1.2 and newer accept what a public key has signed."""
     if isinstance(key, rsa.RSAPublicKey):
         return key.key_size >= _RSA_BITS
     return isinstance(

@@ -12,7 +12,9 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
+from llmproxy.config.authority import check_time, signing_chain
 from llmproxy.config.endpoints import endpoint, endpoint_for_tls
+from llmproxy.config.host_pattern import host_name_pattern
 from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.parent_proxy import direct_host, parent_proxy, parent_proxy_or_none
 from llmproxy.config.readers import (
@@ -33,6 +35,7 @@ from llmproxy.config.readers import (
     web_origin,
 )
 from llmproxy.config.schema import Key, Kind, Reader, Section, Table, redacted
+from llmproxy.config.tunnel_target import tunnel_target
 from llmproxy.config.url import url
 from llmproxy.config.values import (
     Wrong,
@@ -266,6 +269,18 @@ def key_digest(table: Table) -> Reader[bytes]:
     return digest(table.name)
 
 
+def _signing_chain(table: Table) -> Reader[Any]:
+    """Return the reader of a chain that can be used now, if the time is known."""
+
+    def read(value: object) -> object:
+        chain = signing_chain(value)
+        if table.context.now is not None:
+            check_time(chain, table.context.now)
+        return chain
+
+    return read
+
+
 def _added_header(table: Table) -> Reader[str]:
     return lambda one: added_header_name(one, table.take("header"))
 
@@ -280,6 +295,9 @@ URL = value(url, show=_where_set(str))
 PARENT_PROXY = value(parent_proxy, show=_where_set(str))
 PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))
 DIRECT_HOSTS = array(lambda table: direct_host, may_be_empty=True)
+TUNNEL_TARGETS = array(
+    lambda table: tunnel_target, may_be_empty=True, show=lambda targets: [*map(str, targets)]
+)
 DIALECT = one_of({one.value: one for one in Dialect})
 ENDPOINT = of_table(lambda table: endpoint(table.context.instance))
 FILE = of_table(lambda table: file_of_instance(table.context.instance))
@@ -294,6 +312,8 @@ CERTIFICATE = of_table(
     lambda table: table.context.credentials.pem(certificate_chain), show=_presence
 )
 PRIVATE_KEY = of_table(lambda table: table.context.credentials.pem(private_key), show=_presence)
+SIGNING_CERTIFICATE = of_table(_signing_chain, show=lambda authority: authority.chain.path)
+HOST_NAMES = array(lambda table: host_name_pattern)
 ENDPOINTS = array(lambda table: endpoint(table.context.instance), empty_beside="listen_tls")
 ENDPOINTS_FOR_TLS = array(lambda table: endpoint_for_tls(table.context.instance))
 RETRY_ON = array(lambda table: failure, "array of words and statuses", may_be_empty=True)

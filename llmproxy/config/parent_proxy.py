@@ -8,11 +8,13 @@ the environment.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 
 import msgspec
 
 from llmproxy.config.credentials import Secret
-from llmproxy.config.url import Url, host, url
+from llmproxy.config.host_pattern import HostPatterns, host_pattern, is_address
+from llmproxy.config.url import Url, url
 from llmproxy.config.values import Wrong
 
 THIS_MACHINE = ("localhost", "*.localhost", "127.0.0.0/8", "::1")
@@ -56,7 +58,7 @@ def parent_proxy_or_none(value: object) -> Url | str:
 
 
 def direct_host(value: object) -> str:
-    """Read which hosts are reached past the parent proxy, in the spelling of :func:`is_direct`."""
+    """Read which hosts are reached past the parent proxy, as :class:`DirectHosts` takes them."""
     if not isinstance(value, str):
         raise Wrong(_HOST)
     try:
@@ -64,27 +66,33 @@ def direct_host(value: object) -> str:
             return str(ipaddress.ip_network(value))
         if ":" in value and not value.startswith("["):
             return str(ipaddress.IPv6Address(value))
-        found = host(value.removeprefix("*."))
+        return host_pattern(value)
     except (ValueError, Wrong):
         raise Wrong(_HOST) from None
-    if not value.startswith("*."):
-        return found
-    if ":" in found or found.rpartition(".")[2].isdigit():
-        raise Wrong(_HOST)  # an address has no names below it
-    return f"*.{found}"
 
 
-def is_direct(name: str, hosts: tuple[str, ...]) -> bool:
-    """Return whether one of ``hosts`` means the host ``name`` of a provider's URL."""
-    return any(_is_meant(name, one) for one in hosts)
+class DirectHosts:
+    """The hosts that are reached past the parent proxy.
 
+    Args:
+        hosts: patterns, addresses and networks, as :func:`direct_host` returns them.
+    """
 
-def _is_meant(name: str, one: str) -> bool:
-    if one.startswith("*."):
-        return name.endswith(one[1:])
-    if "/" not in one:
-        return name == one
-    try:
-        return ipaddress.ip_address(name) in ipaddress.ip_network(one)
-    except ValueError:
-        return False  # a name is no address
+    __slots__ = ("_networks", "_patterns")
+
+    def __init__(self, hosts: Iterable[str]) -> None:
+        listed = tuple(hosts)
+        self._patterns = HostPatterns(one for one in listed if "/" not in one)
+        self._networks = tuple(ipaddress.ip_network(one) for one in listed if "/" in one)
+
+    def match(self, name: str) -> bool:
+        """Return whether the host ``name``, as patterns are compared with it, is one of them."""
+        if self._patterns.match(name):
+            return True
+        if not self._networks or not is_address(name):
+            return False
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False  # a name that ends in digits
+        return any(address in one for one in self._networks)

@@ -165,12 +165,14 @@ class Context:
 
     Args:
         instance: this daemon's name among several.
+        now: seconds since the epoch, or ``None``: what expires is not judged.
         credentials: the directory of credential files.
         providers: the names of all providers.
         routes: the names of all routes, or ``None`` where a route has none.
     """
 
     instance: str
+    now: float | None = None
     credentials: Credentials = field(init=False)
     providers: Collection[str] = ()
     routes: Collection[str] | None = None

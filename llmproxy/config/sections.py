@@ -7,13 +7,15 @@ What only the whole file can tell is ``__init__.py``'s.
 
 from __future__ import annotations
 
+from llmproxy.config.authority import authority, outside
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import Table
-from llmproxy.config.settings import Client, Provider, Proxy, Route, Trace
+from llmproxy.config.settings import Client, Intercept, Provider, Proxy, Route, Trace, Tunnel
 from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
+from llmproxy.net.addresses import AddressGuard
 
 
 def read_proxy(table: Table) -> Proxy:
@@ -48,6 +50,38 @@ def _keypair(table: Table) -> Keypair | None:
     if chain is None or key is None:
         return None
     return table.read("key", lambda _: keypair(chain, key), None)
+
+
+def read_intercept(table: Table) -> Intercept | None:
+    """Read ``[intercept]``; ``None`` if it cannot be used (and that is reported)."""
+    hosts, chain, key = (table.take(name) for name in ("hosts", "ca_certificate", "ca_key"))
+    if chain is None:
+        return None
+    for host in outside(chain, hosts):
+        table.problem(
+            "hosts",
+            f"expected hosts inside the name constraints of `ca_certificate`, and {show(host)} "
+            "wants a new authority, as what clients trust cannot be changed: `llmproxy ca new`",
+        )
+    if key is None:
+        return None
+    signs = table.read("ca_key", lambda _: authority(chain, key), None)
+    return None if signs is None else table.struct(Intercept, hosts=hosts, authority=signs)
+
+
+def read_tunnel(table: Table) -> Tunnel:
+    """Read ``[tunnel]``; what could never be reached is no target."""
+    guard = AddressGuard(tuple, allow_private=table.take("allow_private"))
+    for target in table.take("allow"):
+        forbidden = guard.forbids_name(target.host, target.port or 0)
+        if forbidden is not None:
+            beside = "" if guard.allow_private else ", or `allow_private = true` beside it"
+            table.problem(
+                "allow",
+                f"expected hosts that tunnels may reach{beside}, "
+                f"but {show(str(target))} is not public ({forbidden.kind})",
+            )
+    return table.struct(Tunnel)
 
 
 def read_trace(table: Table) -> Trace:

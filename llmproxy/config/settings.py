@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from llmproxy.config.authority import Authority
 from llmproxy.config.credentials import Secret
 from llmproxy.config.keypair import Keypair
 from llmproxy.config.kinds import (
@@ -38,6 +39,7 @@ from llmproxy.config.kinds import (
     ENDPOINTS_FOR_TLS,
     FILE,
     HEADERS,
+    HOST_NAMES,
     HOSTS,
     INSTANT,
     KEY_QUERY,
@@ -51,9 +53,11 @@ from llmproxy.config.kinds import (
     RETRY_ON,
     ROUTE_HEADERS,
     ROUTES,
+    SIGNING_CERTIFICATE,
     SIZE,
     SIZE_ABOVE_ZERO,
     TIME_TO_LIVE,
+    TUNNEL_TARGETS,
     URL,
     USER_AND_PASSWORD,
     by_name,
@@ -68,7 +72,7 @@ from llmproxy.config.kinds import (
     whole_number,
     word_of,
 )
-from llmproxy.config.parent_proxy import THIS_MACHINE, ParentProxy, is_direct
+from llmproxy.config.parent_proxy import THIS_MACHINE, DirectHosts, ParentProxy
 from llmproxy.config.readers import (
     certificates,
     credential_format,
@@ -78,6 +82,7 @@ from llmproxy.config.readers import (
     session_header,
 )
 from llmproxy.config.schema import Key, Section, redacted
+from llmproxy.config.tunnel_target import TunnelTarget
 from llmproxy.config.url import Url
 from llmproxy.config.values import absolute_path, text, token
 from llmproxy.dialects.dialect import Dialect
@@ -725,6 +730,67 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Intercept(msgspec.Struct, frozen=True, kw_only=True):
+    """The hosts whose TLS is ended here, and the authority that signs their certificates."""
+
+    hosts: Annotated[tuple[str, ...], Key(HOST_NAMES)]
+    """Hosts whose TLS the proxy ends: exact names, and ``*.DOMAIN`` for all names below a domain.
+    Addresses cannot stand here. Each host must be inside the name constraints of
+    ``ca_certificate``; a new host outside of them needs a new authority."""
+
+    authority: Annotated[
+        Authority, Key(SIGNING_CERTIFICATE, "ca_certificate"), Key(PRIVATE_KEY, "ca_key")
+    ]
+    """Absolute path of a PEM file: first the certificate that signs, then those that lead to the
+    root, without the root. The whole file is sent along in each handshake. ``llmproxy ca new``
+    makes one. It is read again at a reload.
+
+    Bare name of a credential file in PEM: the private key of the first certificate of
+    ``ca_certificate``, without a passphrase. It is an elliptic key, or an RSA key of 2048 bits or
+    more."""
+
+    plain_http: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether requests behind a CONNECT to one of the hosts are served without TLS, too, as
+    Node's ``fetch`` sends them for ``http://`` URLs. By default they get a 403 that says to use
+    ``https://``."""
+
+    handshakes: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
+    """Most connections at once that were intercepted and have not finished TLS; ``0`` is no limit.
+    One more is refused with a 503."""
+
+
+class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
+    """Where clients may go through the proxy without its looking in."""
+
+    allow: Annotated[tuple[TunnelTarget, ...], Key(TUNNEL_TARGETS)] = ()
+    """Where tunnels (``CONNECT``) and plain requests with a whole ``http://`` URL may lead:
+    ``HOST:PORT``, ``*.DOMAIN:PORT`` for all names below a domain at any depth (not the domain
+    itself), or an address, an IPv6 one in brackets. The port ``*`` is every port. Without this key
+    everything is refused. An address that ``allow_private`` is needed for is an error without
+    it."""
+
+    allow_private: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether tunnels may reach addresses that are not public: loopback, link-local with the
+    metadata services of clouds, private, shared and reserved ones; see `sandbox.rst
+    <sandbox.rst>`_. It is the address that counts, whatever the name. The proxy's own listeners,
+    multicast and the unspecified addresses are never reached."""
+
+    observe: Annotated[bool, Key(BOOLEAN)] = False
+    """``true`` lets tunnels pass that ``allow`` would refuse, and marks their records with
+    ``would_refuse``, so that you can write the list from what you see. Addresses are checked all
+    the same."""
+
+    idle: Annotated[float | None, Key(DURATION_OR_OFF)] = 600.0
+    """How long a tunnel may be silent in both directions. Then both connections are reset."""
+
+    total: Annotated[float | None, Key(DURATION_OR_OFF)] = None
+    """How long a tunnel may last, silent or not."""
+
+    max_per_client: Annotated[int, Key(whole_number(0, 1_000_000))] = 100
+    """Most tunnels of one client at once; ``0`` is no limit. Coding agents open up to 20 at their
+    start."""
+
+
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where the record of each request goes; ``None`` is nowhere.
 
@@ -780,6 +846,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     providers: dict[str, Provider] = {}
     routes: tuple[Route, ...] = ()
     clients: dict[str, Client] = {}
+    intercept: Intercept | None = None
+    tunnel: Tunnel = Tunnel()
     trace: Trace = Trace()
     log: Log = Log()
 
@@ -793,7 +861,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             return ParentProxy(provider.parent_proxy, provider.parent_proxy_credential)
         url = self.proxy.parent_proxy
         past_it = provider.parent_proxy is not None  # "none"
-        if url is None or past_it or is_direct(provider.url.host, self.proxy.no_parent_proxy):
+        if url is None or past_it:
+            return None
+        if DirectHosts(self.proxy.no_parent_proxy).match(provider.url.host):
             return None
         return ParentProxy(url, self.proxy.parent_proxy_credential)
 
@@ -811,6 +881,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "providers": {name: redacted(one) for name, one in self.providers.items()},
             "routes": [{"name": one.name, **redacted(one)} for one in self.routes],
             "clients": {name: redacted(one) for name, one in self.clients.items()},
+            "intercept": None if self.intercept is None else redacted(self.intercept),
+            "tunnel": redacted(self.tunnel),
             "trace": redacted(self.trace),
             "log": redacted(self.log),
         }
@@ -842,6 +914,8 @@ SECTIONS: Mapping[str, Section] = {
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),
     "clients.*.keys": CLIENT_KEY,
+    "intercept": Section.of(Intercept),
+    "tunnel": Section.of(Tunnel),
     "trace": Section.of(Trace),
     "log": Section.of(Log),
 }
@@ -849,6 +923,5 @@ SECTIONS: Mapping[str, Section] = {
 
 ROOT = Section(
     names=tuple(dict.fromkeys(path.partition(".")[0] for path in SECTIONS)),
-    not_built=frozenset({"intercept", "tunnel"}),
 )
 """The file itself, which holds the sections."""

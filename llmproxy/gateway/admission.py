@@ -10,15 +10,17 @@ from __future__ import annotations
 import msgspec
 
 from llmproxy.config import Client
+from llmproxy.config.host_pattern import as_compared
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import first_values
-from llmproxy.http1.headers import BODY_FIELDS, nominated, refuse_disguised
+from llmproxy.http1.headers import BODY_FIELDS, host_of, nominated, refuse_disguised
 from llmproxy.http1.websocket import USE_HTTP, Handshake, is_handshake, read_handshake
-from llmproxy.policy.auth import ANONYMOUS, Auth
+from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces
 from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
+from llmproxy.server.inside import Inside
 from llmproxy.server.request import Request
 
 
@@ -29,11 +31,13 @@ class Rules(msgspec.Struct, frozen=True):
         pseudonym: ours in ``Via``, in lower case.
         guarded: the fields that some provider gets from the proxy alone, or not at all.
         auth: knows the clients' keys.
+        serves_plain: requests behind CONNECT are served without TLS, too.
     """
 
     pseudonym: bytes
     guarded: frozenset[bytes]
     auth: Auth
+    serves_plain: bool = False
 
 
 def admit(request: Request, place: PathMatch, rules: Rules) -> None:
@@ -52,14 +56,37 @@ def admit(request: Request, place: PathMatch, rules: Rules) -> None:
         raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
     if not request.uri.startswith(b"/"):
         raise ProxyError(400, "bad_target", "The request target must be a path.")
+    if (inside := request.inside) is not None:
+        refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
     refuse_dots(request.path)
+    takes = place.websockets is not None
+    admit_fields(request, rules.pseudonym, rules.guarded, takes_websockets=takes)
+
+
+def admit_fields(
+    request: Request,
+    pseudonym: bytes,
+    guarded: frozenset[bytes] = frozenset(),
+    *,
+    takes_websockets: bool = False,
+) -> None:
+    """Let the fields of ``request`` pass, or refuse them.
+
+    Args:
+        pseudonym: ours in ``Via``, in lower case.
+        guarded: as :class:`Rules` has them.
+        takes_websockets: a WebSocket handshake may pass.
+
+    Raises:
+        ProxyError: a handshake that cannot be met, a loop, or a header that is disguised.
+    """
     first = request.first
-    if b"upgrade" in first and place.websockets is None and _asks_for_websocket(request):
+    if b"upgrade" in first and not takes_websockets and _asks_for_websocket(request):
         text = "WebSockets are not served here; use HTTP streaming."
         raise ProxyError(426, "websocket", text, fields=USE_HTTP)
-    if b"via" in first and _came_through(request, rules.pseudonym):
+    if b"via" in first and _came_through(request, pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
-    refuse_disguised(first, rules.guarded)
+    refuse_disguised(first, guarded)
     if (
         b"connection" in first
         and not _is_usual(request)
@@ -82,10 +109,45 @@ def identify(request: Request, place: PathMatch, rules: Rules) -> Client:
         ProxyError: it cannot be served, nobody is known, or a web page of somebody else's calls.
     """
     admit(request, place, rules)
-    client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+    client = who_calls(request, place.keys, rules.auth)
     if client is ANONYMOUS and not place.keys.passes:
         refuse_page(request.first, place.origins)
     return client
+
+
+def who_calls(request: Request, keys: KeyPlaces, auth: Auth) -> Client:
+    """Return the client of ``request``: the one of its CONNECT, or of the keys that it shows.
+
+    Raises:
+        ProxyError: 401.
+    """
+    inside = request.inside
+    if inside is not None and inside.authorization is not None:
+        return auth.identify_within(inside.authorization, request.fields, request.uri, keys)
+    return auth.identify(request.fields, request.uri, keys, request.first)
+
+
+def refuse_elsewhere(request: Request, inside: Inside, *, serves_plain: bool) -> None:
+    """Refuse a request behind CONNECT that is for another host than that, or in the clear.
+
+    Raises:
+        ProxyError: 400 without a Host; 421 where Host or the name in TLS is another one (RFC 9110,
+            section 15.5.20); 403 where TLS is needed.
+    """
+    asked = f"{inside.host}:{inside.port}"
+    if not inside.is_secure and not serves_plain:
+        text = f"This proxy serves https://{inside.host} and not http://: change the URL."
+        raise ProxyError(403, "plain_http", text)
+    value = request.first.get(b"host")
+    if value is None:
+        raise ProxyError(400, "bad_host", "A request behind CONNECT needs a Host field.")
+    name = host_of(value)
+    port = value[len(name) + 1 :]
+    if as_compared(name) != inside.host or (port and port != b"%d" % inside.port):
+        raise ProxyError(421, "wrong_host", f"Host is another one than CONNECT asked for, {asked}.")
+    if inside.name is not None and as_compared(inside.name) != inside.host:
+        text = f"TLS named another host than CONNECT asked for, {asked}."
+        raise ProxyError(421, "wrong_host", text)
 
 
 def handshake_of(request: Request, place: PathMatch) -> Handshake | None:
@@ -124,7 +186,7 @@ def needs_model(request: Request, place: PathMatch, rules: Rules) -> bool:
     if not place.needs_model():
         return False
     try:
-        client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+        client = who_calls(request, place.keys, rules.auth)
     except ProxyError:
         return False  # it will be refused
     return place.needs_model(client)

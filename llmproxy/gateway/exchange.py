@@ -29,6 +29,9 @@ from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
+_LABELLED = frozenset((*METHODS, b"CONNECT"))
+"""The methods that are words in a label."""
+
 
 class Exchange:
     """One request under way: what is known of it so far, and how it can be stopped.
@@ -221,7 +224,7 @@ class Exchange:
         """Return route, provider, client, method and status class, from closed sets."""
         trace = self.trace
         status = "none" if trace.status is None else f"{trace.status // 100}xx"
-        method = trace.method if self.request.method in METHODS else "other"
+        method = trace.method if self.request.method in _LABELLED else "other"
         return trace.route or "", trace.provider or "", trace.client or "", method, status
 
     def _is_between_events(self) -> bool:

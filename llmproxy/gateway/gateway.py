@@ -28,6 +28,7 @@ from llmproxy.gateway.admission import (
     handshake_of,
     identify,
     needs_model,
+    who_calls,
 )
 from llmproxy.gateway.attempt import SWITCHING, Attempts
 from llmproxy.gateway.detached import DetachedStreams
@@ -108,7 +109,9 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        self._rules = Rules(via.lower(), guarded_fields(config), Auth(config, recorder.now))
+        serves_plain = config.intercept is not None and config.intercept.plain_http
+        auth = Auth(config, recorder.now)
+        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:
@@ -294,7 +297,7 @@ class Gateway(Handler):
         candidate = match.candidates[0]
         # The model may lead to a route on which keys stand elsewhere; who calls must be the same.
         if candidate.keys != place.keys:
-            found = self._rules.auth.identify(request.fields, request.uri, candidate.keys)
+            found = who_calls(request, candidate.keys, self._rules.auth)
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match

@@ -102,14 +102,25 @@ class Recorder:
         self._metrics.request_began()
         return exchange
 
-    def close(self, exchange: Exchange, end: EndReason, error: ProxyError | None) -> None:
-        """Close a record, with why the request ended and the error that its client got."""
+    def close(
+        self,
+        exchange: Exchange,
+        end: EndReason,
+        error: ProxyError | None,
+        *,
+        writes_access: bool = True,
+    ) -> None:
+        """Close a record, with why the request ended and the error that its client got.
+
+        Args:
+            writes_access: whether the request has an access line.
+        """
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
         hint = None if exchange.status != NOT_FOUND else hint_for_operator(exchange)
-        self._write(exchange.trace, exchange.labels(), error, hint)
+        self._write(exchange.trace, exchange.labels(), error, hint, writes_access=writes_access)
 
     def record_part(self, trace: Trace) -> None:
         """Keep the record of one response of a WebSocket; its connection has the access line."""
@@ -148,9 +159,14 @@ class Recorder:
         labels: tuple[str, ...],
         error: ProxyError | None,
         hint: str | None = None,
+        *,
+        writes_access: bool = True,
     ) -> None:
-        self._metrics.request_ended(labels, trace.end_reason, trace.bytes_in)
+        bytes_in = 0 if trace.tunnel is not None else trace.bytes_in
+        self._metrics.request_ended(labels, trace.end_reason, bytes_in)
         self._sink.write(trace)
+        if not writes_access:
+            return
         if error is not None and error.detail:
             self._access(trace, error.cause, error.detail)
         else:

@@ -38,6 +38,12 @@ _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]{0,5})?",
 )
 
+_AUTHORITY = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255})):([0-9]{1,5})")
+_ABSOLUTE = re.compile(
+    rb"([A-Za-z][A-Za-z0-9+.-]*)://(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z\-._~]{1,255}))"
+    rb"(?::([0-9]{1,5}))?([/?].*)?"
+)
+
 
 class BadMessage(ValueError):
     """The bytes are not HTTP/1.1; the text says what is wrong, without quoting values.
@@ -164,6 +170,46 @@ def list_tokens(values: list[bytes]) -> list[bytes]:
     """Split the comma lists of several lines into lower-case members (RFC 9110, 5.6.1)."""
     members = b",".join(values).lower().split(b",")
     return [token for member in members if (token := member.strip(b" \t"))]
+
+
+def parse_authority(target: bytes) -> tuple[str, int]:
+    """Read the target of CONNECT (RFC 9112, section 3.2.3): a host and a port.
+
+    Returns:
+        the host as it came, an IPv6 address without its brackets; and the port.
+
+    Raises:
+        BadMessage: it is anything else.
+    """
+    match = _AUTHORITY.fullmatch(target)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise BadMessage("the target of CONNECT must be HOST:PORT")
+    return (match[1] or match[2]).decode("ascii"), int(match[3])
+
+
+def parse_absolute(target: bytes) -> tuple[str, str, int, bytes]:
+    """Read the target of a request to a proxy: an http:// URL (RFC 9112, section 3.2.2).
+
+    Returns:
+        the authority as a Host field has it, without the default port; the host as it came, an IPv6
+        address without its brackets; the port; and path and query, byte for byte.
+
+    Raises:
+        BadMessage: it is anything else, such as a URL with a user or of another scheme.
+    """
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        raise BadMessage("the target must be a path, or http://HOST[:PORT]/PATH without a user")
+    scheme, port = match[1].lower(), int(match[4] or b"80")
+    if scheme == b"https":
+        raise BadMessage("https:// is reached with CONNECT")
+    if scheme != b"http" or not 0 < port < 65536:
+        raise BadMessage("the target must be an http:// URL")
+    host = (match[2] or match[3]).decode("ascii")
+    authority = f"[{host}]" if match[2] else host
+    rest = match[5] or b"/"
+    rest = rest if rest.startswith(b"/") else b"/" + rest
+    return authority if port == 80 else f"{authority}:{port}", host, port, rest
 
 
 def is_chunked(values: list[bytes]) -> bool:

@@ -30,6 +30,9 @@ from llmproxy.net.transport import has_sent_all, unsent_bytes
 READ_SIZE = 80 * 1024
 """Most bytes of one read; ``bufferSize`` is how many may be queued before a producer is paused."""
 
+_GLANCE = 8
+"""Bytes that tell one protocol from another."""
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 """SO_LINGER for a reset instead of a FIN (socket(7))."""
 
@@ -103,6 +106,24 @@ class DirectTransport(tcp.Connection):
         self.socket.close()
         reactor: Any = self.reactor
         reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
+
+    def peek(self, call: Callable[[bytes], object]) -> None:
+        """Call ``call`` once with the first bytes of what comes next, which stay unread."""
+
+        def look() -> Any:
+            try:
+                data = self.socket.recv(_GLANCE, socket.MSG_PEEK)
+            except BlockingIOError:
+                return None
+            except OSError:
+                return CONNECTION_LOST
+            if not data:
+                return CONNECTION_DONE
+            del self.doRead
+            call(data)
+            return None
+
+        self.doRead = look  # type: ignore[method-assign]  # of this one alone, until something comes
 
     def release(self) -> socket.socket:
         """Give the socket away, for another transport on it; this one never touches it again."""

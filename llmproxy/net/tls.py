@@ -33,7 +33,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListen
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import READ_SIZE, DirectClient, DirectTransport
+from llmproxy.net.tcp import READ_SIZE, DirectClient, DirectServer, DirectTransport
 
 _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
@@ -281,7 +281,7 @@ class TlsClient(TlsTransport, tcp.Client):
 
 
 class TlsBehindPlain(TlsTransport, tcp.Server):
-    """A connection that we made, and on which TLS begins only now.
+    """A connection on which TLS begins only now, as the side that made it or that accepted it.
 
     Twisted's transport of an accepted connection is the one that takes a connected socket.
 
@@ -292,12 +292,20 @@ class TlsBehindPlain(TlsTransport, tcp.Server):
     """
 
     def __init__(
-        self, tls: Callable[[Any], SSL.Connection], plain: DirectClient, protocol: Any
+        self,
+        tls: Callable[[Any], SSL.Connection],
+        plain: DirectClient | DirectServer,
+        protocol: Any,
     ) -> None:
-        address, reactor = plain.realAddress, plain.reactor
-        super().__init__(plain.release(), protocol, address, None, 0, reactor)
+        accepted = isinstance(plain, DirectServer)
+        address = plain.client if isinstance(plain, DirectServer) else plain.realAddress
+        super().__init__(plain.release(), protocol, address, None, 0, plain.reactor)
         self.repstr = f"<{type(self).__name__} to {address}>"
         self._begin(tls(self))
+        if accepted:
+            self.tls.set_accept_state()
+            protocol.makeConnection(self)
+            return
         self.tls.set_connect_state()
         protocol.makeConnection(self)
         if self.connected and not self._aborting:

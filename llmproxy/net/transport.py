@@ -57,6 +57,12 @@ def raw_transport(transport: Any) -> Any:
     return transport
 
 
+def tls_of(transport: Any) -> Any:
+    """Return OpenSSL's side of a transport with TLS, ours or Twisted's layer."""
+    ours = getattr(transport, "tls", None)
+    return transport.getHandle() if ours is None else ours
+
+
 def pending_bytes(transport: Any) -> int:
     """Return how many bytes were written but not yet taken by the kernel, TLS layers included."""
     pending = 0

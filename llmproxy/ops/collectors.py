@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.process import Process
@@ -18,6 +19,7 @@ from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks
+from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
 from llmproxy.upstream.credential import Credentials
 
@@ -31,11 +33,13 @@ def expose(
     standing: Standing,
     limits: ClientLimits,
     credentials: Credentials,
+    leaves: Leaves,
     sink: Sinks,
     drain: Drain,
     reload: Reload,
     log: LogWriter | None,
     process: Process,
+    ways: Ways,
     wall: Callable[[], float],
 ) -> None:
     """Let ``metrics`` show what these parts hold, and what ``setup`` has in use.
@@ -60,6 +64,18 @@ def expose(
     )
     gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.memory.held})
     gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
+    gauge(
+        "tunnels",
+        "Open tunnels, and those that are being opened.",
+        [],
+        lambda: {(): len(ways.tunnels)},
+    )
+    gauge(
+        "intercepted_connections",
+        "Open client connections behind a CONNECT that was intercepted.",
+        [],
+        lambda: {(): sum(one.inside is not None for one in site.connections)},
+    )
     gauge(
         "provider_up",
         "0 while a circuit of the provider is open, for any client.",
@@ -102,7 +118,10 @@ def expose(
         "certificate_not_after_timestamp_seconds",
         "When a certificate expires.",
         ["certificate"],
-        lambda: {} if setup.tls is None else {("listen_tls",): setup.tls.not_after},
+        lambda: {
+            **({} if setup.tls is None else {("listen_tls",): setup.tls.not_after}),
+            **{(name,): end for name, end in leaves.expiries().items()},
+        },
     )
     gauge(
         "client_key_expires_timestamp_seconds",

@@ -59,6 +59,8 @@ class Listeners:
     Attributes:
         proxy: the ports that clients reach, those that end TLS behind the others.
         admin: the ports that operators reach.
+        addresses: the host and port of each of them, Unix sockets left out; the list is never
+            another one.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Listeners:
         self._given: set[int] = set()
         self.proxy: list[Any] = []
         self.admin: list[Any] = []
+        self.addresses: list[tuple[str, int]] = []
 
     # -- from one configuration to the next -----------------------------------------------------
 
@@ -114,6 +117,11 @@ class Listeners:
         self._given.update(port.given for _, port in listeners if port.given is not None)
         self.proxy[:] = [port for place, port in listeners if place.whose == "proxy"]
         self.admin[:] = [port for place, port in listeners if place.whose == "admin"]
+        self.addresses[:] = [
+            (where.host, where.port)
+            for where in (port.getHost() for _, port in listeners)
+            if hasattr(where, "port")
+        ]
         for place, port in listeners:
             if place.whose == "proxy":
                 share(port, place.text, reuse_port=reuse_port)

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 from twisted.logger import Logger
 
 from llmproxy.config import Config
+from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
+from llmproxy.net.addresses import AddressGuard
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
@@ -30,10 +32,12 @@ from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.record.trace import timestamp
 from llmproxy.server.handler import Router
+from llmproxy.server.leaves import Leaves, PreparedLeaves
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential, Credentials
+from llmproxy.upstream.way_out import WayOut, tunnel_resolver
 
 RESERVE = 512
 """Descriptors for everything else: listeners, the admin site, files, rejected connections."""
@@ -46,9 +50,11 @@ class Prepared(NamedTuple):
 
     config: Config
     tls: ListenerTls | None
+    leaves: PreparedLeaves | None
     credentials: Mapping[str, CommandCredential]
     upstream: Upstream
     gateway: Gateway
+    connect: Connect
     writers: Writers
     spent: Spent
 
@@ -69,6 +75,8 @@ class Setup:
         limits: what clients use.
         drain: how the process will shut down.
         site: serves clients.
+        leaves: the TLS of intercepted hosts.
+        ways: the CONNECTs that are under way.
         admin: the sites that serve operators.
         listeners: where all of them are reached.
         raise_limit: sees to the descriptors for so many clients, or raises ``OSError``.
@@ -94,6 +102,8 @@ class Setup:
         limits: ClientLimits,
         drain: Drain,
         site: Site,
+        leaves: Leaves,
+        ways: Ways,
         admin: tuple[Site, ...],
         listeners: Listeners,
         raise_limit: Callable[[int], None],
@@ -110,6 +120,9 @@ class Setup:
         self._limits = limits
         self._drain = drain
         self._site = site
+        self._leaves = leaves
+        self._ways = ways
+        self._names = tunnel_resolver(reactor, clock)
         self._admin = admin
         self._listeners = listeners
         self._raise_limit = raise_limit
@@ -122,7 +135,7 @@ class Setup:
 
         Raises:
             OSError: a file cannot be opened.
-            ValueError: OpenSSL would not use the certificate.
+            ValueError: OpenSSL would not use a certificate, or the authority has expired.
         """
         keypair = config.proxy.keypair
         credentials = self._credentials.prepare(config)
@@ -141,10 +154,24 @@ class Setup:
             reactor=self._timers,
             clock=self._clock,
         )
+        guard = AddressGuard(
+            lambda: self._listeners.addresses, allow_private=config.tunnel.allow_private
+        )
+        connect = Connect(
+            config,
+            self._recorder,
+            self._metrics,
+            self._ways,
+            leaf=self._leaves.tls_for,
+            way_out=WayOut(self._reactor, self._names, config, guard),
+        )
         tls = None if keypair is None else ListenerTls(keypair)
+        leaves = self._leaves.prepare(config.intercept)
         writers = self._sinks.prepare(config.trace)
         spent = self._spent_today(config)
-        return Prepared(config, tls, credentials, upstream, gateway, writers, spent)
+        return Prepared(
+            config, tls, leaves, credentials, upstream, gateway, connect, writers, spent
+        )
 
     def _spent_today(self, config: Config) -> Spent:
         """Return what clients have used today, if a limit asks for it and the ledger knows it."""
@@ -199,12 +226,13 @@ class Setup:
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address
         )
-        self._site.serve(Router(gateway))
+        self._site.serve(Router(gateway, methods={b"CONNECT": prepared.connect}))
         for site in (self._site, *self._admin):
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)
         self.upstream = prepared.upstream
         self._credentials.use(prepared.credentials)
+        self._leaves.follow(prepared.leaves)
 
 
 def needed(max_connections: int) -> int:

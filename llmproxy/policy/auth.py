@@ -142,6 +142,72 @@ class Auth:
             return ANONYMOUS
         raise _unauthorized("no_key", "No key was given. Send one of this proxy's client keys.")
 
+    def identify_proxy(self, value: bytes) -> Client:
+        """Return the client that a ``Proxy-Authorization`` names (RFC 9110, section 11.7.1).
+
+        It is Basic with ``NAME:KEY`` (RFC 7617), as a proxy's URL has it, or Bearer with a key.
+        NAME is the client's; the password may be percent-encoded, because some programs do not
+        decode it; and a key may stand alone, before the colon.
+
+        Raises:
+            ProxyError: 407.
+        """
+        scheme, _, rest = value.partition(b" ")
+        name, keys = b"", [rest.strip(b" ")]
+        if scheme.lower() == b"basic":
+            try:
+                pair = binascii.a2b_base64(rest.strip(b" "), strict_mode=True)
+            except binascii.Error:
+                raise _proxy_unauthorized("no_key", "Proxy-Authorization is malformed.") from None
+            name, _, password = pair.partition(b":")
+            if not password:
+                name, password = b"", name
+            keys = [password, unquote_to_bytes(password)]
+        elif scheme.lower() != b"bearer":
+            text = "Proxy-Authorization must be Basic NAME:KEY or a Bearer key."
+            raise _proxy_unauthorized("no_key", text)
+        for key in keys:
+            client = self._client_of(key)
+            if client is not None and key:
+                break
+        else:
+            text = "The key in Proxy-Authorization is not one of this proxy's client keys."
+            raise _proxy_unauthorized("unknown_key", text)
+        if name and client.name.encode() not in (name, unquote_to_bytes(name)):
+            text = "The key in Proxy-Authorization is not a key of the client that it names."
+            raise _proxy_unauthorized("keys_disagree", text)
+        if self._ends and self._is_expired(key):
+            text = "The key in Proxy-Authorization has expired. Ask the operator for a new one."
+            raise _proxy_unauthorized("key_expired", text, detail=f"a key of {client.name}")
+        return client
+
+    def identify_within(
+        self, authorization: bytes, fields: Fields, target: bytes, places: KeyPlaces
+    ) -> Client:
+        """Return the client of a request behind a CONNECT that named it; keys in it do not count.
+
+        Args:
+            authorization: the CONNECT's ``Proxy-Authorization``; it is looked at anew each time.
+            fields: the request's header fields.
+            target: path and query, as the client sent them.
+            places: where keys stand.
+
+        Raises:
+            ProxyError: 401, where that names nobody any more, or a client's key stands in what
+                would cross.
+        """
+        try:
+            client = self.identify_proxy(authorization)
+        except ProxyError as error:
+            raise _unauthorized(error.reason, error.message, detail=error.detail) from None
+        _, target = cut_keys(target, places.query)
+        if places.dropped:
+            target = without(target, places.dropped)
+        names = _OWN_KEY_FIELDS if places.passes else _ALL_KEY_FIELDS
+        crossing = b"\n".join([target, *(value for name, value in fields if name not in names)])
+        self._refuse_misplaced([], crossing, fields, target, places)
+        return client
+
     def refuse_expired(self, client: Client) -> None:
         """Refuse a client all of whose keys have expired, as its keys would be.
 
@@ -393,3 +459,17 @@ def _unauthorized(
         detail=detail if place is None else f"a client's key in {place}",
         cause=place,
     )
+
+
+PROXY_AUTHENTICATE = (b"proxy-authenticate", b'Basic realm="llmproxy"')
+"""What a 407 asks for (RFC 9110, section 11.7.1); curl and git know no other scheme by default."""
+
+
+def _proxy_unauthorized(reason: str, message: str, detail: str = "") -> ProxyError:
+    return ProxyError(407, reason, message, fields=(PROXY_AUTHENTICATE,), detail=detail)
+
+
+def no_proxy_key() -> ProxyError:
+    """Nobody says who asks for a tunnel."""
+    text = "No key was given. Set HTTPS_PROXY=http://NAME:KEY@HOST:PORT with a client key."
+    return _proxy_unauthorized("no_key", text)

@@ -32,6 +32,9 @@ GROUPS = {
 
 _PREFLIGHT = "(method = 'OPTIONS' AND provider IS NULL AND end_reason = 'complete')"
 
+_REQUEST = "tunnel IS NULL"
+"""A CONNECT asks for a way and not for an answer; it is in :func:`tunnels_of` alone."""
+
 _ONE = "NOT coalesce(responses, 0)"
 """A WebSocket's own record has the sums of those of its responses, which count."""
 
@@ -66,6 +69,33 @@ class Totals(msgspec.Struct):
                 setattr(self, name, theirs if ours is None else ours + theirs)
 
 
+class Ways(msgspec.Struct):
+    """The CONNECTs of one client to one host that came to the same.
+
+    Attributes:
+        host: host and port.
+        outcome: ``intercepted``, ``tunnelled``, ``would_refuse`` or ``refused``.
+        client: None where nobody said who calls.
+        bytes_in: bytes from the client to the host.
+        bytes_out: bytes from the host to the client.
+    """
+
+    host: str
+    outcome: str
+    client: str | None
+    count: int
+    bytes_in: int
+    bytes_out: int
+    last_time: str
+
+    def add(self, other: Ways) -> None:
+        """Add those of another ledger."""
+        self.count += other.count
+        self.bytes_in += other.bytes_in
+        self.bytes_out += other.bytes_out
+        self.last_time = max(self.last_time, other.last_time)
+
+
 class Checkpoint(msgspec.Struct):
     """How far a session has come.
 
@@ -97,7 +127,8 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
     columns = ", ".join(GROUPS[one] for one in by)
     query = (
         f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
-        f"FROM traces WHERE time >= ? AND end_reason != ? AND NOT {_PREFLIGHT} AND {_ONE} "
+        f"FROM traces WHERE time >= ? AND end_reason != ? AND NOT {_PREFLIGHT} AND {_REQUEST} "
+        f"AND {_ONE} "
         f"GROUP BY {columns}"
     )
     for path in paths:
@@ -117,9 +148,34 @@ def refused_in(paths: Sequence[str], since: str = "") -> int:
     Raises:
         LedgerError: one of the ledgers cannot be read.
     """
-    query = "SELECT count(*) FROM traces WHERE time >= ? AND end_reason = ?"
+    query = f"SELECT count(*) FROM traces WHERE time >= ? AND end_reason = ? AND {_REQUEST}"  # noqa: S608 - words of ours
     counts = (_rows(path, query, since, EndReason.REJECTED.value) for path in paths)
     return sum(count for rows in counts for (count,) in rows)
+
+
+def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
+    """Return the hosts that were asked for by CONNECT, those that were most often first.
+
+    Args:
+        paths: the ledgers.
+        since: RFC 3339 in UTC.
+
+    Raises:
+        LedgerError: one of the ledgers cannot be read.
+    """
+    query = (
+        "SELECT path, tunnel, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
+        "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, client"
+    )
+    found: dict[tuple[str, str, str | None], Ways] = {}
+    for path in paths:
+        for row in _rows(path, query, since):
+            other = Ways(*row)
+            ours = found.setdefault(row[:3], other)
+            if ours is not other:
+                ours.add(other)
+    order = sorted(found, key=lambda key: (-found[key].count, _order(key)))
+    return [found[key] for key in order]
 
 
 def tokens_by_client(path: str, since: str) -> dict[str, int]:

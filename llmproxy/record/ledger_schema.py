@@ -92,11 +92,12 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
     ("ALTER TABLE traces ADD COLUMN queued_s REAL NOT NULL DEFAULT 0",),
     ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
+    ("ALTER TABLE traces ADD COLUMN tunnel TEXT",),
     ("ALTER TABLE traces ADD COLUMN responses INTEGER",),
 )
 """The statements of each step: the traces, their sessions, where a request named its model, for how
-long it waited in a queue, the tokens that counted for its client's limits, and how many responses a
-WebSocket had."""
+long it waited in a queue, the tokens that counted for its client's limits, what became of a
+CONNECT, and how many responses a WebSocket had."""
 
 
 class LedgerError(OSError):

@@ -101,6 +101,7 @@ class Metrics:
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, int] = defaultdict(int)
+        self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
         self.head = Histogram(_SECONDS)
         self.first_chunk = Histogram(_SECONDS)
@@ -112,6 +113,7 @@ class Metrics:
         self.reactor_lag = Histogram(_FINE_SECONDS)
         self.queue_wait = Histogram(_SECONDS)
         self._bytes = {"in": 0, "out": 0}
+        self._tunnelled = {"in": 0, "out": 0}
         self._chunks = 0
         self._paused_s = 0.0
         self._version = version
@@ -143,6 +145,15 @@ class Metrics:
         self._attempts[provider, outcome] += 1
         if cause is not None:
             self._causes[provider, cause] += 1
+
+    def connected(self, outcome: str) -> None:
+        """A CONNECT has come to something: a word of ``gateway/connect.py``."""
+        self._connects[outcome,] += 1
+
+    def tunnelled(self, sent: int, received: int) -> None:
+        """A tunnel has ended, with so many bytes from its client and to it."""
+        self._tunnelled["in"] += sent
+        self._tunnelled["out"] += received
 
     def degraded(self, reason: str) -> None:
         """A tap did not understand its response in full."""
@@ -233,6 +244,18 @@ class Metrics:
                 labels=["reason"],
             ),
             self._degraded.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "connects", "CONNECTs, by what became of them.", labels=["outcome"]
+            ),
+            self._connects.items(),
+        )
+        yield _family(
+            CounterMetricFamily(
+                _PREFIX + "tunnel_bytes", "Bytes of tunnels that ended.", labels=["direction"]
+            ),
+            [((direction,), count) for direction, count in self._tunnelled.items()],
         )
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(

@@ -96,6 +96,7 @@ class Trace(msgspec.Struct, kw_only=True):
     model_from: str | None = None
     queued_s: float = 0.0
     counted_tokens: int | None = None
+    tunnel: str | None = None
     responses: int | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET

@@ -70,9 +70,11 @@ from llmproxy.net.transport import (
     host_of,
     pending_bytes,
     raw_transport,
+    tls_of,
 )
 from llmproxy.server.delivery import Delivery
 from llmproxy.server.hand_over import ClientSocket
+from llmproxy.server.inside import Inside
 from llmproxy.server.request import Request
 from llmproxy.server.upload import Upload
 
@@ -132,13 +134,23 @@ class ClientConnection(http.HTTPChannel):
         deadline: monotonic seconds at which the present phase is over, or infinity.
         phase: where the connection stands.
         address: the client's, where it is known.
+        inside: what it was opened to by CONNECT, once its requests are for that; else None.
     """
 
     __slots__ = (  # with those of the request, 1.2 µs and 2.5 KiB of a request
         *("_aborted", "_advancing", "_buffer", "_delivery", "_discarding", "_has_ended"),
         *("_invited", "_is_held", "_lingers", "_peer", "_peer_name", "_reader", "_resets"),
         *("_seen", "_skips_line", "_socket", "_stall_after", "_turn", "_upload_left"),
-        *("_upload_paused_at", "_watch", "_written", "address", "deadline", "phase", "site"),
+        *(
+            "_upload_paused_at",
+            "_watch",
+            "_written",
+            "address",
+            "deadline",
+            "inside",
+            "phase",
+            "site",
+        ),
     )
     transport: Any
     _networkProducer: Any
@@ -149,6 +161,7 @@ class ClientConnection(http.HTTPChannel):
         self.factory = site
         self.timeOut = None
         self.address = address
+        self.inside: Inside | None = None
         self.phase: str = Phase.IDLE
         self.deadline = math.inf
         self._peer: Any = None
@@ -196,6 +209,8 @@ class ClientConnection(http.HTTPChannel):
 
     def handshakeCompleted(self) -> None:
         """TLS is there: begin to wait for a request."""
+        if self.inside is not None:
+            self.inside.shaken(tls_of(self.transport))
         self.await_request()
 
     def await_request(self) -> None:
@@ -209,6 +224,8 @@ class ClientConnection(http.HTTPChannel):
         """The connection is gone: report it to whatever ran on it."""
         self._cancel_calls()
         self.resume_upload()
+        if self.inside is not None:
+            self.inside.lost(reason)
         try:
             self._report_lost(reason)
             super().connectionLost(reason)
@@ -250,8 +267,10 @@ class ClientConnection(http.HTTPChannel):
             self._discarding = self._has_ended = True
             self._look_now()
             return
-        if self.phase is Phase.HANDED_OVER and self._socket and self._socket.end_reading():
-            return
+        if self.phase is Phase.HANDED_OVER and self._socket:
+            self._has_ended = True
+            if self._socket.end_reading():
+                return
         if any(request.is_unframed for request in self.requests):
             self.abort()
         else:
@@ -665,6 +684,16 @@ class ClientConnection(http.HTTPChannel):
             _log.failure("a protocol that was given a client's socket failed")
             self.abort()
 
+    def turn_inside(self, request: Request, head: bytes, inside: Inside) -> None:
+        """Go on behind CONNECT with this site; see :meth:`Request.turn_inside`."""
+        early, self._buffer = self._buffer, b""
+        self.requests.remove(request)
+        request.delivered()
+        self.inside = inside
+        self.write(head)
+        self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
+        inside.begin(self, early)
+
     def _refuse_connection(self, error: ProxyError) -> None:
         """Respond where there is no request yet that could; what still comes is dropped."""
         self.write(self.site.malformed(self.peer_name, error))
@@ -689,8 +718,8 @@ class ClientConnection(http.HTTPChannel):
         self._networkProducer.unregisterProducer()
         if isinstance(self.transport, TLSMemoryBIOProtocol):
             self.transport.loseConnection()  # Twisted's TLS waits for the client's end by itself
-        else:
-            self.transport.loseWriteConnection()
+        elif self._socket is None or not self._socket.has_ended_writing:
+            self.transport.loseWriteConnection()  # twice, epoll would report a broken connection
         self._let_go()
 
     def _wait_for_close(self) -> None:
@@ -766,6 +795,8 @@ class ClientConnection(http.HTTPChannel):
             slow = ProxyError(408, "slow_request", "The request came too slowly.")
             self._refuse_connection(slow)
         elif self.phase is Phase.HANDSHAKE:
+            if self.inside is not None:
+                self.inside.late()
             self.abort()
         else:
             self.loseConnection()

@@ -52,9 +52,13 @@ class ClientSocket:
     Attributes:
         transport: what is below (``net/transport.py`` looks there for what waits).
         disconnecting: the protocol has closed or aborted it.
+        has_ended_writing: the protocol has ended our side.
     """
 
-    __slots__ = ("_connection", "_early", "_is_paused", "_protocol", "disconnecting", "transport")
+    __slots__ = (
+        *("_connection", "_early", "_is_paused", "_protocol", "disconnecting"),
+        *("has_ended_writing", "transport"),
+    )
 
     def __init__(self, connection: Any, protocol: IProtocol, early: bytes) -> None:
         self._connection = connection
@@ -62,7 +66,7 @@ class ClientSocket:
         self._early = early
         self._is_paused = False
         self.transport = connection.transport
-        self.disconnecting = False
+        self.disconnecting = self.has_ended_writing = False
 
     # -- from the connection ----------------------------------------------------------------------
 
@@ -169,6 +173,7 @@ class ClientSocket:
     def loseWriteConnection(self) -> None:
         """End our side after what was written; where that cannot be, as in Twisted's TLS, close."""
         if self.transport is raw_transport(self.transport):
+            self.has_ended_writing = True
             self.transport.loseWriteConnection()
         else:
             self.loseConnection()

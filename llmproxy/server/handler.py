@@ -15,6 +15,8 @@ from twisted.web.resource import Resource
 from llmproxy.errors import ProxyError
 from llmproxy.server.request import Request
 
+(_SLASH,) = b"/"
+
 
 class Handler(Resource):
     """Serves requests; a subclass has its own ``render``, and changes what else it needs."""
@@ -56,6 +58,7 @@ class Router:
         default: serves whatever has no handler of its own.
         paths: handlers of exact paths, raw and without a query.
         methods: handlers of whole methods, which come first: the target of CONNECT is no path.
+        urls: serves requests whose target is a whole URL; by default that is nothing special.
     """
 
     def __init__(
@@ -63,11 +66,16 @@ class Router:
         default: Handler,
         paths: Mapping[bytes, Handler] | None = None,
         methods: Mapping[bytes, Handler] | None = None,
+        urls: Handler | None = None,
     ) -> None:
         self._default = default
+        self._urls = default if urls is None else urls
         self._paths = dict(paths or {})
         self._methods = dict(methods or {})
 
     def find(self, method: bytes, path: bytes) -> Handler:
         """Return the handler of a request."""
-        return self._methods.get(method) or self._paths.get(path, self._default)
+        handler = self._methods.get(method) or self._paths.get(path)
+        if handler is not None:
+            return handler
+        return self._default if path[0] == _SLASH or path.find(b"://") < 0 else self._urls

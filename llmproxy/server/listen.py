@@ -29,7 +29,7 @@ from llmproxy.net.transport import has_input, notice_vanished_peer
 from llmproxy.server.connection_limits import RejectedConnection
 from llmproxy.server.proxy_protocol import Proxied, ProxyHeaders
 from llmproxy.server.site import Site
-from llmproxy.server.tls import ListenerTls
+from llmproxy.server.tls import ServerTls
 
 _BACKLOG = 4096
 """Connections that wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
@@ -51,7 +51,7 @@ def listen(
     text: str,
     site: Site,
     *,
-    tls: ListenerTls | None = None,
+    tls: ServerTls | None = None,
     direct: bool = True,
     reuse_port: bool = False,
 ) -> Any:

@@ -28,6 +28,7 @@ from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.http1.framing import LAST_CHUNK, chunk
 from llmproxy.http1.grammar import RequestHead, field_lines
 from llmproxy.server.error_response import memory_full, status_line, too_large
+from llmproxy.server.inside import Inside
 from llmproxy.server.upload import Upload
 
 _BODY_GRACE = 1 / 65536
@@ -55,6 +56,7 @@ class Request(server.Request):
         refusal: why the request cannot be served, where that is known before it is served.
         held: how many bytes of the body are held.
         owner: the client whose body it is, once that is known.
+        inside: what its connection was opened to by CONNECT, if it was.
         caller: whatever the handler found out of its client before the body came.
         gone: called once with the reason where the client leaves before the response is whole.
         stall_after: seconds without progress after which a client that takes nothing is dropped.
@@ -76,6 +78,7 @@ class Request(server.Request):
             "gone",
             "handler",
             "held",
+            "inside",
             "is_over",
         ),
         *("kept", "owner", "refusal", "sent", "stall_after", "status", "upload"),
@@ -90,6 +93,7 @@ class Request(server.Request):
         self.site = channel.site
         self.transport = channel.transport
         self.client = channel.peer
+        self.inside: Inside | None = channel.inside
         self.notifications: list[Deferred[None]] = []
         self.queued = False
         self._parsePOSTFormSubmission = False
@@ -264,11 +268,14 @@ class Request(server.Request):
 
     # -- out ------------------------------------------------------------------------------------
 
-    def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
+    def start(
+        self, status: int, fields: Iterable[tuple[bytes, bytes]], phrase: str | None = None
+    ) -> None:
         """Begin the response; the head leaves with the first bytes, or at :meth:`flush`.
 
         Args:
             fields: as they go on the wire, without framing but for a ``Content-Length``.
+            phrase: in ASCII; stands behind the status instead of what is usual.
         """
         if self._disconnected or self.startedWriting:
             return
@@ -282,6 +289,8 @@ class Request(server.Request):
             else:
                 self._length = int(length)
         head = [status_line(status), *field_lines(fields)]
+        if phrase is not None:
+            head[0] = b"HTTP/1.1 %d %b" % (status, phrase.encode("ascii"))
         if self._length is None and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
@@ -451,6 +460,36 @@ class Request(server.Request):
                 can still be responded to.
             RuntimeError: the response has begun, or the request's body is not whole.
         """
+        head = self._last_head(status, fields) + behind
+        channel = self.channel
+        self._end()
+        self._part(lambda request: channel.hand_over(request, head, protocol))
+
+    def turn_inside(self, fields: Iterable[tuple[bytes, bytes]], inside: Inside) -> None:
+        """Respond to a CONNECT with 200, and go on with this site instead of a tunnel.
+
+        The connection is its site's as before.  What its client says next decides whether TLS is
+        ended here (``server/inside.py``); then requests are served, which know ``inside`` by their
+        connection.  For the handshake the client has ``request_head``.
+
+        Args:
+            fields: as they go on the wire; no framing is added.
+            inside: what the client asked for.
+
+        Raises:
+            ClientGone, ProxyError, RuntimeError: as :meth:`hand_over`.
+        """
+        head = self._last_head(200, fields)
+        channel = self.channel
+        self._end()
+        self._part(lambda request: channel.turn_inside(request, head, inside))
+
+    def _last_head(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """Begin a response that is a head alone, behind which HTTP ends for now; return the head.
+
+        Raises:
+            ClientGone, ProxyError, RuntimeError: as :meth:`hand_over`.
+        """
         if self.ended or self._disconnected:
             raise ClientGone("the client has left")
         channel = self.channel
@@ -461,11 +500,10 @@ class Request(server.Request):
             raise ProxyError(400, "early_data", text)
         # Neither 1xx nor a 2xx to CONNECT has a length (RFC 9110, 8.6): what follows is no body.
         fields = [field for field in fields if field[0] != b"content-length"]
-        head = _END.join([status_line(status), *field_lines(fields), _END]) + behind
+        head = _END.join([status_line(status), *field_lines(fields), _END])
         self.startedWriting = 1
         self.status = self.code = status
-        self._end()
-        self._part(lambda request: channel.hand_over(request, head, protocol))
+        return head
 
     def leave(self, why: ClientGone) -> None:
         """The client is gone, or is being dropped: report that to what serves the request."""

@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -27,6 +27,7 @@ from llmproxy.config import ParentProxy, Provider, Timeouts
 from llmproxy.errors import upstream_timeout
 from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.net.transport import is_quiet, raw_transport
+from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.dialer import Dial, Dialer
 from llmproxy.upstream.http1 import Connection, State
 from llmproxy.upstream.request_body import Phase
@@ -40,8 +41,6 @@ _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
 _late = partial(upstream_timeout, may_have_run=True)
-
-_T = TypeVar("_T")
 
 
 @implementer(IAgent)
@@ -124,7 +123,7 @@ class ProviderPool:
         self._idle_count = 0
         self._live: set[Connection] = set()
         self._last: set[Connection] = set()  # serve their last request
-        self._connecting: set[Dial] = set()
+        self._connecting: set[Dial[Connection]] = set()
         self._dialer = Dialer(
             reactor,
             resolver,
@@ -206,7 +205,7 @@ class ProviderPool:
         dial = self._dialer.connect(outgoing.credential)
         self._connecting.add(dial)
         connected, late = dial.connected, partial(upstream_timeout, may_have_run=False)
-        _limit(self._reactor, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
+        limit(self._reactor, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
         try:
             connection = await dial.connected
         finally:
@@ -229,10 +228,10 @@ class ProviderPool:
         While a body is being sent, the clock begins anew as long as the provider takes some of it,
         or waits for more.
         """
-        head = self._head(method, outgoing, body)
+        head = request_head(method, outgoing.target, self._host_line, outgoing.fields, body)
         outgoing.began()
         response = connection.send(method, head, body)
-        _limit(
+        limit(
             self._timers, outgoing.timeouts.first_byte, response, Phase(connection.sending), _late
         )
         if self._dialer.secure:
@@ -242,18 +241,6 @@ class ProviderPool:
     def _remember(self, response: Response, connection: Connection) -> Response:
         self._dialer.remember(connection)
         return response
-
-    def _head(self, method: bytes, outgoing: OutgoingRequest, body: IBodyProducer | None) -> bytes:
-        start = b"%b %b HTTP/1.1" % (method, outgoing.target)
-        lines = [start, self._host_line, *field_lines(outgoing.fields)]
-        if body is not None and body.length is UNKNOWN_LENGTH:
-            lines.append(b"transfer-encoding: chunked")
-        elif body is not None:
-            lines.append(b"content-length: %d" % body.length)
-        elif method in (b"POST", b"PUT", b"PATCH"):
-            lines.append(b"content-length: 0")
-        lines.append(_END)
-        return _END.join(lines)
 
     # -- the pool -------------------------------------------------------------------------------
 
@@ -327,59 +314,16 @@ class ProviderPool:
                     self._watch_expiry(connection.expires_at)
 
 
-def _limit(
-    reactor: Any,
-    seconds: float | None,
-    step: Deferred[_T],
-    phase: Callable[[], str | None],
-    error: Callable[[str], Exception],
-) -> None:
-    """Let ``step`` take so many seconds at most; then cancel it, and let it fail.
-
-    Args:
-        seconds: None lets it wait for ever.
-        phase: returns what took so long, when the time is over; None lets the time begin anew.
-        error: makes what ``step`` fails with from that.
-    """
-    if seconds is not None:
-        _Deadline(reactor, seconds, step, phase, error)
-
-
-class _Deadline:
-    """One such deadline; an object, because functions that refer to each other keep each other."""
-
-    __slots__ = ("_error", "_late", "_phase", "_reactor", "_seconds", "_step", "_timer")
-
-    def __init__(
-        self,
-        reactor: Any,
-        seconds: float,
-        step: Deferred[Any],
-        phase: Callable[[], str | None],
-        error: Callable[[str], Exception],
-    ) -> None:
-        self._reactor = reactor
-        self._seconds = seconds
-        self._step: Deferred[Any] | None = step
-        self._phase = phase
-        self._error = error
-        self._late: str | None = None
-        self._timer = reactor.callLater(seconds, self._ring)
-        step.addBoth(self._settle)
-
-    def _ring(self) -> None:
-        """Give up, or begin anew."""
-        self._late = self._phase()
-        if self._late is None:
-            self._timer = self._reactor.callLater(self._seconds, self._ring)
-        elif self._step is not None:
-            self._step.cancel()
-
-    def _settle(self, result: Any) -> Any:
-        """Stop the clock, and say why where it was the clock."""
-        self._step = None
-        if self._timer.active():
-            self._timer.cancel()
-        if self._late is not None and isinstance(result, Failure):
-            return Failure(self._error(self._late))
-        return result
+def request_head(
+    method: bytes, target: bytes, host_line: bytes, fields: Fields, body: IBodyProducer | None
+) -> bytes:
+    """Return the head of a request as it goes on the wire, with the framing of its body."""
+    lines = [b"%b %b HTTP/1.1" % (method, target), host_line, *field_lines(fields)]
+    if body is not None and body.length is UNKNOWN_LENGTH:
+        lines.append(b"transfer-encoding: chunked")
+    elif body is not None:
+        lines.append(b"content-length: %d" % body.length)
+    elif method in (b"POST", b"PUT", b"PATCH"):
+        lines.append(b"content-length: 0")
+    lines.append(_END)
+    return _END.join(lines)

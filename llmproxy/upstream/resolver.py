@@ -1,15 +1,19 @@
-"""From a provider's name to its addresses: one lookup for all requests that wait for the name.
+"""From a name to its addresses: one lookup for all who wait for the name.
 
 ``getaddrinfo`` blocks a thread for as long as a resolver is silent, and Twisted shares a few
 threads among everything.  Here each name has at most one lookup under way, on a thread of its own.
 So a name that hangs delays no other name, and there are never more threads than names in the
 configuration.  Addresses are kept for a short time, and for longer where the name cannot be looked
 up any more: a resolver that is down must not take the providers along (ADR-0006).
+
+The names of tunnels are chosen by callers, who could choose any number of them.  A resolver for
+these has bounds: for threads, beyond which lookups wait for their turn, and for remembered names.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import threading
@@ -32,6 +36,9 @@ PATIENCE = 1.0
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)
 """What the lack of descriptors is called; ``getaddrinfo`` says EBUSY where nsswitch asks mdns."""
 
+_MOST_ADDRESSES = 64
+"""How many addresses of a name are kept, and tried at most."""
+
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 _Lookup = Callable[..., list[Any]]
@@ -49,12 +56,14 @@ class _Kept:
 
 
 class Resolver:
-    """Resolves names for connections to providers.
+    """Resolves names for connections to providers, or for tunnels.
 
     Args:
         reactor: delivers what the threads find.
         clock: monotonic seconds.
         getaddrinfo: looks a name up, and blocks.
+        most_lookups: how many lookups may be under way; others wait until one has ended.
+        most_names: how many names are remembered; those that were found longest ago are forgotten.
 
     Attributes:
         failures: the error of the last lookup by name, where it failed.
@@ -67,10 +76,16 @@ class Resolver:
         clock: Callable[[], float],
         *,
         getaddrinfo: _Lookup = socket.getaddrinfo,
+        most_lookups: float = math.inf,
+        most_names: float = math.inf,
     ) -> None:
         self._reactor = reactor
         self._clock = clock
         self._getaddrinfo = getaddrinfo
+        self._most_lookups = most_lookups
+        self._most_names = most_names
+        self._under_way = 0
+        self._in_line: dict[str, None] = {}  # names that wait for a lookup of their own
         self._kept: dict[str, _Kept] = {}
         self._timers: dict[str, Any] = {}
         self._waiting: dict[str, list[Deferred[list[Address]]]] = {}
@@ -92,11 +107,14 @@ class Resolver:
         if kept is not None and now - kept.found_at < STALE and name not in self._timers:
             self._timers[name] = self._reactor.callLater(PATIENCE, self._use_stale, name)
         waiting = self._waiting.get(name)
-        if waiting is None:
-            self._waiting[name] = [found]
-            self._look_up(name)
-        else:
+        if waiting is not None:
             waiting.append(found)
+        else:
+            self._waiting[name] = [found]
+            if self._under_way < self._most_lookups:
+                self._look_up(name)
+            else:
+                self._in_line[name] = None
         return found
 
     def _forget(self, name: str, cancelled: Deferred[list[Address]]) -> None:
@@ -104,14 +122,17 @@ class Resolver:
         waiting[:] = [one for one in waiting if one is not cancelled]
         if not waiting:
             self._stop_timer(name)
+            if name in self._in_line:
+                del self._in_line[name], self._waiting[name]
 
     def _look_up(self, name: str) -> None:
+        self._under_way += 1
         # A daemon thread: one that hangs in the resolver must not keep the process from ending.
         asking = threading.Thread(target=self._ask, args=(name,), name="name", daemon=True)
         try:
             asking.start()
         except RuntimeError as error:  # no more threads: this request fails, the next asks again
-            self._found(name, [], error)
+            self._settle(name, [], error)
 
     def _ask(self, name: str) -> None:
         """On a thread: look the name up, and give the result to the reactor."""
@@ -124,23 +145,43 @@ class Resolver:
         self._reactor.callFromThread(self._found, name, rows, error)
 
     def _found(self, name: str, rows: list[Any], error: Exception | None) -> None:
-        found = [(row[0], row[4][0]) for row in rows if row[0] in _FAMILIES]
+        """A thread has ended its lookup: the next name has its turn."""
+        self._settle(name, rows, error)
+        while self._in_line and self._under_way < self._most_lookups:
+            following = next(iter(self._in_line))
+            del self._in_line[following]
+            self._look_up(following)
+
+    def _settle(self, name: str, rows: list[Any], error: Exception | None) -> None:
+        self._under_way -= 1
+        found = [(row[0], row[4][0]) for row in rows if row[0] in _FAMILIES][:_MOST_ADDRESSES]
         self._stop_timer(name)
         now, kept = self._clock(), self._kept.get(name)
         if error is None:
+            self._kept.pop(name, None)
             self._kept[name] = _Kept(found, now, now + KEPT)
             self.failures.pop(name, None)
+            self._bound(self._kept)
         else:
+            self.failures.pop(name, None)
             self.failures[name] = error
+            self._bound(self.failures)
             if kept is not None and now - kept.found_at < STALE:
                 self._use_stale(name)
         for waiting in self._waiting.pop(name):
             waiting.callback(found)
 
+    def _bound(self, names: dict[str, Any]) -> None:
+        """Forget the name that was put there first, if there are too many."""
+        if len(names) > self._most_names:
+            del names[next(iter(names))]
+
     def _use_stale(self, name: str) -> None:
         """Give whoever waits the addresses of before, and use them for a while without asking."""
         self._timers.pop(name, None)
-        kept = self._kept[name]
+        kept = self._kept.get(name)
+        if kept is None:
+            return  # it was forgotten meanwhile, and the lookup is waited for
         kept.good_until = self._clock() + KEPT
         self.stale += 1
         waiting, self._waiting[name] = self._waiting[name], []

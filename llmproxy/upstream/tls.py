@@ -24,7 +24,7 @@ from twisted.internet.ssl import (
 from zope.interface import implementer
 
 from llmproxy.config import Provider
-from llmproxy.net.tls import TlsTransport
+from llmproxy.net.transport import tls_of
 
 _MARK = b"-----BEGIN CERTIFICATE-----"
 
@@ -102,8 +102,7 @@ class ProviderTls:
 
     def remember(self, transport: Any) -> None:
         """Keep the session of a verified connection for the next one."""
-        handle = transport.tls if isinstance(transport, TlsTransport) else transport.getHandle()
-        session = handle.get_session()
+        session = tls_of(transport).get_session()
         if session is not None:
             self._session = session
 

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
-from llmproxy.config import ParentProxy, Url
+from llmproxy.config import ParentProxy
 from llmproxy.errors import ProxyError, upstream_unreachable
 from llmproxy.http1.grammar import BadMessage, Fields, field_values, parse_fields, parse_status_line
 from llmproxy.net.transport import pending_bytes
@@ -25,10 +25,10 @@ _WANTS_CREDENTIALS = (401, 407)
 _BEGIN = b"HTTP/"
 
 
-def connect_request(to: Url, parent: ParentProxy) -> bytes:
-    """Return the head that asks ``parent`` for a tunnel to a provider."""
-    host = f"[{to.host}]" if ":" in to.host else to.host
-    lines = [f"CONNECT {host}:{to.port} HTTP/1.1", f"Host: {host}:{to.port}"]
+def connect_request(host: str, port: int, parent: ParentProxy) -> bytes:
+    """Return the head that asks ``parent`` for a tunnel; ``host`` has no brackets."""
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
     if parent.credential is not None:
         basic = b64encode(parent.credential.reveal().encode("utf-8")).decode("ascii")
         lines.append(f"Proxy-Authorization: Basic {basic}")
@@ -40,10 +40,17 @@ class Tunnel(Protocol):
 
     Args:
         max_head: most bytes of the parent's response.
+        may_speak_first: what is reached may send before it is sent anything.  If so, nothing is
+            read behind the parent's response until somebody else has the transport.
+
+    Attributes:
+        early: what has come through the tunnel so far.
     """
 
-    def __init__(self, max_head: int) -> None:
+    def __init__(self, max_head: int, *, may_speak_first: bool = False) -> None:
         self._left = max_head
+        self._may_speak_first = may_speak_first
+        self.early = b""
         self._received = b""
         self._opened: Deferred[None] | None = None
 
@@ -51,9 +58,10 @@ class Tunnel(Protocol):
         """Send the CONNECT.
 
         Returns:
-            fires when the parent has opened the tunnel.  Nothing has come through it yet: neither a
-            server of TLS nor one of HTTP speaks first.  Cancelling it closes the socket at once.
-            It fails with ``ProxyError``, and the socket is closed then.
+            fires when the parent has opened the tunnel.  Unless the far side may speak first,
+            nothing has come through it yet: neither a server of TLS nor one of HTTP does.
+            Cancelling it closes the socket at once.  It fails with ``ProxyError``, and the socket
+            is closed then.
         """
         self._opened = Deferred(lambda _: self.abort())
         self._transport.write(request)
@@ -70,6 +78,7 @@ class Tunnel(Protocol):
     def dataReceived(self, data: bytes) -> None:
         """Take bytes of the response, split at any point."""
         if self._opened is None or self._opened.called:
+            self.early += data if self._may_speak_first else b""
             return  # it is being closed
         self._received += data
         try:
@@ -80,6 +89,8 @@ class Tunnel(Protocol):
             self._fail(self._opened, refusal)
         else:
             if is_open:
+                if self._may_speak_first:
+                    self._transport.pauseProducing()
                 self._opened.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -109,10 +120,11 @@ class Tunnel(Protocol):
                 raise _refusal(status, line, fields)
             if status >= 200:
                 # A Content-Length says nothing here: no content follows (RFC 9110, 9.3.6).
-                if self._received:
+                if self._received and not self._may_speak_first:
                     raise BadMessage("bytes behind it")
                 if pending_bytes(self._transport):
                     raise BadMessage("it came before it was asked for")
+                self.early = self._received
                 return True
             if status == 101:
                 raise BadMessage("a protocol switch that nobody asked for")

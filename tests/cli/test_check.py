@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from llmproxy.cli.ca import new_authority
 from llmproxy.cli.main import main
 from llmproxy.config.values import show_instant
+from tests.support.authorities import OpenAuthority, signed
 from tests.support.commands import COUNTED, runs, script
 from tests.support.configs import KEYS_LINE, toml, vault, with_credential
 
@@ -54,6 +56,46 @@ def test_a_warning_is_a_line_of_stderr_and_the_code_is_0(tmp_path: Path, capsys:
     report = json.loads(captured.out)
     assert (report["ok"], report["problems"], captured.err) == (True, [], "")
     assert report["warnings"] == [warning]
+
+
+# --- the authority of intercepted hosts -----------------------------------------------------------
+
+
+def authority_warnings(folder: Path, printed: Printed, chain: bytes, key: bytes) -> list[str]:
+    """Return the warnings to a file with this authority."""
+    made = OpenAuthority(folder, "inference.local")
+    made.put(chain, key)
+    (folder / "checked.toml").write_text(f"{toml({})}\n{made.config()}")
+    assert main(["check", str(folder / "checked.toml")]) == 0
+    return printed.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("days", "warned"), [(13, True), (15, False), (365, False)])
+def test_an_authority_that_expires_soon(
+    days: int, warned: bool, tmp_path: Path, capsys: Printed
+) -> None:
+    """Clients must get another one before that."""
+    made = new_authority(["inference.local"], now=time.time(), days=days)
+    found = authority_warnings(tmp_path, capsys, made.chain, made.key)
+    words = f"the certificate will expire, at {show_instant(made.not_after)}"
+    assert found == ([f"warning: intercept.ca_certificate: {words}"] if warned else [])
+
+
+def test_an_authority_without_constraints(tmp_path: Path, capsys: Printed) -> None:
+    """It may sign for every host there is: that is allowed, and said."""
+    free = signed(signed())
+    (warning,) = authority_warnings(tmp_path, capsys, free.pem, free.key_pem)
+    assert warning.startswith("warning: intercept.ca_certificate: it has no name constraints: ")
+    assert "`llmproxy ca new`" in warning
+
+
+def test_an_authority_that_has_expired_is_a_problem(tmp_path: Path, capsys: Printed) -> None:
+    """The check judges by the time of now, as the start does."""
+    made = OpenAuthority(tmp_path, "inference.local", now=time.time() - 9 * 86400, days=7)
+    (tmp_path / "checked.toml").write_text(f"{toml({})}\n{made.config()}")
+    assert main(["check", str(tmp_path / "checked.toml")]) == 1
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert problem.startswith("intercept.ca_certificate: expected a certificate that has not exp")
 
 
 # --- lists of models ------------------------------------------------------------------------------

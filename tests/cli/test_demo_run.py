@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,15 @@ class RunningDemo:
 @pytest.fixture
 def demo() -> Iterator[RunningDemo]:
     """A demo on ports of the kernel's choice; at its end nothing may stand on standard error."""
+    with running() as demo:
+        yield demo
+
+
+@contextmanager
+def running(*options: str) -> Iterator[RunningDemo]:
+    """Run a demo in this way."""
     with subprocess.Popen(
-        COMMAND,
+        [*COMMAND, *options],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -125,3 +134,33 @@ def test_a_prompt_is_remembered(demo: RunningDemo) -> None:
         _, document = demo.ask("/openai/v1/chat/completions", body)
         counts.append(json.loads(document)["usage"]["prompt_tokens_details"]["cached_tokens"])
     assert counts == [0, 32]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_a_sandbox_is_what_it_prints() -> None:
+    """In a shell with nothing but these variables, curl reaches the providers' own hosts."""
+    with running("--sandbox") as demo:
+        text = demo.begin
+        exports = [line for line in text.splitlines() if line.startswith("export ")]
+        folder = Path(re.findall(r"NODE_EXTRA_CA_CERTS=(\S+)/root.pem", text)[0])
+        calls = re.findall(r"curl -N https://[^\n]*\n[^\n]*", text)
+        assert len(calls) == 2
+        for call in calls:
+            done = in_a_shell(*exports, call)
+            assert done.returncode == 0, done.stderr
+            assert "data: " in done.stdout
+        assert in_a_shell(*exports, "curl -sS https://example.com/").returncode == 56
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def in_a_shell(*lines: str) -> subprocess.CompletedProcess[str]:
+    """Run lines in a shell that knows nothing else."""
+    return subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )

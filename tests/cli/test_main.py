@@ -289,19 +289,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (8080, 9080, True)),
-        (["--port", "0", "--admin-port", "1"], (0, 1, True)),
-        (["--no-cache"], (8080, 9080, False)),
+        ([], (8080, 9080, True, False)),
+        (["--port", "0", "--admin-port", "1"], (0, 1, True, False)),
+        (["--no-cache"], (8080, 9080, False, False)),
+        (["--sandbox"], (8080, 9080, True, True)),
     ],
 )
 def test_demo(
-    arguments: list[str], expected: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], expected: tuple[int, int, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The demo runs on the ports that are asked for, and has a prompt cache unless told not to."""
-    calls: list[tuple[int, int, bool]] = []
+    calls: list[tuple[int, int, bool, bool]] = []
 
-    def run(*, proxy_port: int, admin_port: int, cache: bool) -> None:
-        calls.append((proxy_port, admin_port, cache))
+    def run(*, proxy_port: int, admin_port: int, cache: bool, sandboxed: bool) -> None:
+        calls.append((proxy_port, admin_port, cache, sandboxed))
 
     stand_in = types.ModuleType("llmproxy.cli.demo.run")
     monkeypatch.setattr(stand_in, "run", run, raising=False)

@@ -259,3 +259,35 @@ def test_a_terminal_gets_its_own_width(
     monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
     lines = re.sub(r"\x1b\[[0-9]*m", "", printed(capsys, ledger)).splitlines()
     assert {len(line) for line in lines} == {100}
+
+
+def test_tunnels_are_hosts_and_no_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A team writes its list from what it sees; a CONNECT is in no total, nor among the refused."""
+    at = {"time": "2026-11-01T10:00:00.000Z"}
+    first = fill(
+        tmp_path / "one",
+        trace(1, client="a", model="m"),
+        trace(2, path="h:443", method="CONNECT", client="a", tunnel="would_refuse", bytes_in=5),
+        trace(3, path="h:443", method="CONNECT", client="a", tunnel="would_refuse", bytes_out=7),
+        trace(4, path="x:443", tunnel="refused", end_reason="rejected"),
+        trace(5, path="i:443", tunnel="intercepted", is_complete=True, **at),
+    )
+    other = fill(
+        tmp_path / "two", trace(6, path="h:443", client="a", tunnel="would_refuse", bytes_in=1000)
+    )
+    found = json_report(capsys, first, other, "--tunnels")["tunnels"]
+    assert [tuple(one.values())[:6] for one in found] == [
+        ("h:443", "would_refuse", "a", 3, 1005, 7),
+        ("i:443", "intercepted", None, 1, 0, 0),
+        ("x:443", "refused", None, 1, 0, 0),
+    ]
+    assert found[1]["last_time"] == at["time"]
+    later = json_report(capsys, first, "--tunnels", "--since", "2026-11-01T12:00")["tunnels"]
+    assert "i:443" not in [one["host"] for one in later]
+    head, *body = rows(printed(capsys, first, other, "--tunnels"))
+    assert " ".join(head) == "host outcome client count bytes in bytes out last time"
+    assert body[0][:6] == ["h:443", "would_refuse", "a", "3", "1,005", "7"]
+    totals = json_report(capsys, first)
+    assert (totals["total"]["requests"], totals["refused"]) == (1, 0)

@@ -145,6 +145,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             }
         ],
         "clients": {},
+        "intercept": None,
+        "tunnel": {
+            "allow": [],
+            "allow_private": False,
+            "observe": False,
+            "idle": "10m",
+            "total": "off",
+            "max_per_client": 100,
+        },
         "trace": {
             "jsonl": None,
             "ledger": None,
@@ -580,3 +589,25 @@ def test_a_key_may_expire(at: str) -> None:
     shown = config.redacted()["clients"]
     assert isinstance(shown, dict)
     assert shown["c"]["keys"] == 3
+
+
+# --- tunnels --------------------------------------------------------------------------------------
+
+
+def test_where_tunnels_may_lead_is_read_and_shown() -> None:
+    """One spelling of each; what is shown can be written into a file again."""
+    allow = ["A.Example:443", "*.b.example:*", "[2606:4700:0::1]:443", "1.1.1.1:853"]
+    config = accepted({"tunnel.allow": json.dumps(allow), "tunnel.total": '"1h"'})
+    shown = ["a.example:443", "*.b.example:*", "[2606:4700::1]:443", "1.1.1.1:853"]
+    tunnel = config.redacted()["tunnel"]
+    assert isinstance(tunnel, dict)
+    assert (tunnel["allow"], tunnel["total"]) == (shown, "1h")
+    assert accepted({"tunnel.allow": json.dumps(shown)}).tunnel.allow == config.tunnel.allow
+    assert config.tunnel.allow[1].port is None
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1:443", "[fd12::1]:443", "localhost:11434"])
+def test_private_hosts_may_be_listed_where_private_addresses_are_allowed(host: str) -> None:
+    """Without that, the list could not mean what it says."""
+    changes = {"tunnel.allow": json.dumps([host]), "tunnel.allow_private": "true"}
+    assert str(accepted(changes).tunnel.allow[0]) == host

@@ -13,6 +13,7 @@ import pytest
 
 from llmproxy.cli.main import main
 from llmproxy.config.settings import ROOT, SECTIONS
+from tests.support.authorities import OpenAuthority
 from tests.support.configs import KEYS_LINE, SECRET
 from tests.support.keypairs import Vault
 
@@ -27,6 +28,7 @@ OWNER = {key: path for path, section in reversed(list(SECTIONS.items())) for key
 """A section for each key; that which stands first in the file, where several have the key."""
 
 DIRECTORY = re.compile(r'^directory = ".*?"', re.MULTILINE)
+CA_CERTIFICATE = re.compile(r'^ca_certificate = ".*?"', re.MULTILINE)
 CREDENTIAL = re.compile(r'^\s*(?:credential|token) = "(.*?)"', re.MULTILINE)
 
 
@@ -50,6 +52,12 @@ class Shown(NamedTuple):
         """Whether it has all that a file needs."""
         return {"proxy", "providers", "routes"} <= self.sections
 
+    @property
+    def intercepted(self) -> list[str]:
+        """The hosts whose TLS it has the proxy end."""
+        hosts: list[str] = tomllib.loads(self.text)["intercept"]["hosts"]
+        return hosts
+
     def completed(self, vault: Vault) -> str:
         """Return a file of it: a part gets what it lacks, and credentials are in ``vault``."""
         found, text = self.sections, self.text
@@ -65,6 +73,10 @@ class Shown(NamedTuple):
         vault.write("proxy-certificate", (issued := vault.put()).chain)
         vault.write("proxy-key", issued.key)
         vault.write("parent-proxy", b"team:" + SECRET.encode())
+        if "intercept" in found:
+            authority = OpenAuthority(folder := vault.directory.parent, *self.intercepted)
+            text = CA_CERTIFICATE.sub(f'ca_certificate = "{folder}/ca.pem"', text)
+            vault.write("ca-key", authority.made.key)
         return DIRECTORY.sub(f'directory = "{vault.directory}"', text)
 
 

@@ -69,6 +69,32 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("limits.request_head", '"0"', "", "a size above zero"),
     ("limits.response_head", '"0B"', "", "a size above zero"),
     ("limits.connections_per_address", "-1", "", "a whole number from 0 to 10000000, got -1"),
+    ("tunnel.allow", '"a.example:443"', "", "an array"),
+    ("tunnel.allow", "[443]", "[0]", "HOST:PORT"),
+    ("tunnel.allow", '["a.example"]', "[0]", 'a port, or "*" for every port'),
+    ("tunnel.allow", '["a.example:"]', "[0]", "a port from 1 to 65535"),
+    ("tunnel.allow", '["a.example:0"]', "[0]", "a port from 1 to 65535"),
+    ("tunnel.allow", '["a.example:65536"]', "[0]", "a port from 1 to 65535"),
+    ("tunnel.allow", '["a.example:https"]', "[0]", "a port from 1 to 65535"),
+    ("tunnel.allow", '["a.example:**"]', "[0]", "a port from 1 to 65535"),
+    ("tunnel.allow", '["https://a.example:443"]', "[0]", "without a scheme or a path"),
+    ("tunnel.allow", '["a.example:443/x"]', "[0]", "without a scheme or a path"),
+    ("tunnel.allow", '["*:443"]', "[0]", "no pattern stands for all hosts"),
+    ("tunnel.allow", '["a.*.example:443"]', "[0]", "only at the beginning"),
+    ("tunnel.allow", '[":443"]', "[0]", "as HOST a host's name"),
+    ("tunnel.allow", '["[fd12::1]"]', "[0]", 'a port, or "*" for every port'),
+    ("tunnel.allow", '["fd12::1:443"]', "[0]", "an IPv6 address stands in brackets"),
+    ("tunnel.allow", '["[fd12::x]:443"]', "[0]", "as HOST a host's name"),
+    ("tunnel.allow", '["a.example:443", "10.0.0.1:443"]', "", '"10.0.0.1:443" is not public (p'),
+    ("tunnel.allow", '["[::ffff:127.0.0.1]:1"]', "", "is not public (loopback)"),
+    ("tunnel.allow", '["localhost:11434"]', "", "or `allow_private = true` beside it"),
+    ("tunnel.allow", '["*.localhost:80"]', "", "is not public (loopback)"),
+    ("tunnel.allow_private", '"yes"', "", "true or false"),
+    ("tunnel.observe", "1", "", "true or false"),
+    ("tunnel.idle", "600", "", 'write "600s"'),
+    ("tunnel.total", '"never"', "", 'or "off"'),
+    ("tunnel.max_per_client", "-1", "", "a whole number from 0"),
+    ("tunnel.hosts", '["a.example"]', "", "unknown key"),
     ("trace.jsonl", '"trace.jsonl"', "", "an absolute path"),
     ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
     ("trace.ledger", '"ledger"', "", "an absolute path"),
@@ -346,7 +372,8 @@ def test_other_headers_may_be_set(name: str) -> None:
 
 
 NOT_BUILT = [
-    *("intercept", "tunnel", "routes[0].heartbeat", "routes[0].padding"),
+    "routes[0].heartbeat",
+    "routes[0].padding",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmproxy.config import parse
 from llmproxy.config.reference import rewritten
 from llmproxy.config.settings import ROOT, SECTIONS
 from llmproxy.http1.grammar import MAX_FIELDS
+from tests.support.authorities import OpenAuthority
 from tests.support.configs import KEYS_LINE, accepted
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -118,7 +120,7 @@ DEFAULTS = [
 
 @pytest.mark.parametrize(("key", "default"), DEFAULTS, ids=[key for key, _ in DEFAULTS])
 def test_a_documented_default_is_the_one_in_force(
-    key: str, default: str, monkeypatch: pytest.MonkeyPatch
+    key: str, default: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that writes the default down gives the same configuration as a file without it."""
     monkeypatch.setattr(socket, "gethostname", lambda: "HOSTNAME")
@@ -132,6 +134,11 @@ def test_a_documented_default_is_the_one_in_force(
         base["routes[0].override.p.model"] = '"m"'
     if key.startswith("providers.p.credential."):
         base["providers.p.credential.command"] = '["/bin/token"]'
+    if key.startswith("intercept."):
+        made = OpenAuthority(tmp_path, "inference.local")
+        base["credentials.directory"] = json.dumps(str(made.directory))
+        base |= {"intercept.hosts": '["inference.local"]', "intercept.ca_key": '"ca-key"'}
+        base["intercept.ca_certificate"] = json.dumps(str(made.chain))
     assert accepted({**base, key: default}) == accepted(base)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from twisted.web.client import ResponseDone
 
 from llmproxy.config import parse
 from llmproxy.gateway.gateway import Gateway
-from llmproxy.gateway.recorder import Recorder
+from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
@@ -119,6 +120,7 @@ class PlayedGateway:
         more: str = "",
         client: str = "",
         candidates: str = "p",
+        access: Callable[[Trace, str | None, str | None], None] = log_access,
     ) -> None:
         dialect = "" if "dialect" in provider else 'dialect = "openai"'
         config = parse(
@@ -135,6 +137,7 @@ class PlayedGateway:
         self.recorder = Recorder(
             self.metrics,
             self.sink,
+            access=access,
             clock=self.clock.seconds,
             wall=lambda: 1_700_000_000.0,
             instance="7",

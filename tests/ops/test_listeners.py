@@ -117,6 +117,21 @@ def refuses(where: Any) -> bool:
 
 
 @ensureDeferred
+async def test_every_address_that_is_listened_on_is_known(tmp_path: Path) -> None:
+    """Those of operators, too; a reload changes the list that others hold."""
+    async with opened() as sites:
+        held = sites.listeners.addresses
+        metrics = 'metrics_listen = "tcp:0:interface=127.0.0.4"'
+        sites.follow(HOME, OTHER, f"unix:{tmp_path}/socket", admin=metrics)
+        hosts = [host for host, _ in held]
+        assert hosts == ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        ports = [*sites.listeners.proxy[:2], *sites.listeners.admin]
+        assert [port for _, port in held] == [one.getHost().port for one in ports]
+        sites.follow(OTHER)
+        assert [host for host, _ in held] == ["127.0.0.2", "127.0.0.3"]
+
+
+@ensureDeferred
 async def test_a_listener_that_stays_in_the_file_stays_open() -> None:
     """The very same sockets, also of the admin site, in whatever order they are named."""
     async with opened() as sites:

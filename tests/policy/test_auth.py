@@ -532,3 +532,97 @@ def test_the_next_end_of_a_clients_keys(
     """It is what an alert waits for: an old key that is still in the file is not."""
     config = Config(clients={"c": expiring("c", **ends)})
     assert soonest_ends(config, NOW) == ({} if soonest is None else {"c": soonest})
+
+
+# --- Proxy-Authorization --------------------------------------------------------------------------
+
+
+def by_proxy(value: bytes, *, clients: dict[str, Client] = CLIENTS, now: float = NOW) -> str:
+    """Return the client that ``Proxy-Authorization`` names, or status and reason."""
+    auth = Auth(Config(clients=clients), lambda: now)
+    try:
+        return auth.identify_proxy(value).name
+    except ProxyError as error:
+        asks = error.fields == ((b"proxy-authenticate", b'Basic realm="llmproxy"'),)
+        return error.reason if asks and error.status == 407 else f"{error.status}"
+
+
+def pair(text: str) -> bytes:
+    """Return the credentials of Basic."""
+    return b"Basic " + b64encode(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (pair("a:key-a"), "a"),
+        (pair("a:key-a2"), "a"),
+        (pair("key-a:"), "a"),
+        (pair("key-a"), "a"),
+        (pair(f"b:{OWN}"), "b"),
+        (pair("b:" + quote_from_bytes(OWN.encode(), safe="")), "b"),
+        (pair(f"b:{MADE}"), "b"),
+        (pair("%61:key-a"), "a"),
+        (b"basic   " + b64encode(b"a:key-a"), "a"),
+        (b"Bearer key-a", "a"),
+        (b"bearer  " + MADE.encode(), "b"),
+        (pair("b:key-a"), "keys_disagree"),
+        (pair("nobody:key-a"), "keys_disagree"),
+        (pair("a:key-x"), "unknown_key"),
+        (pair("a:"), "unknown_key"),
+        (pair(":key-a"), "a"),
+        (pair(":"), "unknown_key"),
+        (b"Basic", "unknown_key"),
+        (b"Basic a:key-a", "no_key"),
+        (b"Basic " + b64encode(b"a:key-a")[:-3], "no_key"),
+        (b"Digest key-a", "no_key"),
+        (b"key-a", "no_key"),
+        (b"", "no_key"),
+    ],
+)
+def test_a_proxy_s_credentials_name_the_client(value: bytes, name: str) -> None:
+    """As the URL of a proxy has them, percent-decoded or not, or as a bearer key."""
+    assert by_proxy(value) == name
+
+
+def test_a_proxy_s_key_expires_as_any_other() -> None:
+    """The text says so, and the client may ask again with another one."""
+    key = ClientKey(hash=digest("key"), expires=NOW)
+    clients = {"a": Client(name="a", keys=(key,))}
+    assert by_proxy(pair("a:key"), clients=clients, now=NOW - 1) == "a"
+    assert by_proxy(pair("a:key"), clients=clients) == "key_expired"
+
+
+def within(value: bytes, fields: Fields, target: bytes = b"/v1", places: KeyPlaces = _HERE) -> str:
+    """Return the client of a request behind a CONNECT with these credentials."""
+    auth = Auth(Config(clients=CLIENTS), lambda: NOW)
+    try:
+        return auth.identify_within(value, fields, target, places).name
+    except ProxyError as error:
+        return error.reason if error.status == 401 else f"{error.status}"
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"])
+@pytest.mark.parametrize("value", [b"Bearer placeholder", b"Bearer key-b", b"key-b", b""])
+def test_keys_behind_a_connect_that_named_its_client_do_not_count(
+    name: bytes, value: bytes
+) -> None:
+    """They are dropped: what a sandboxed program has is a placeholder, or somebody's mistake."""
+    assert within(pair("a:key-a"), [(name, value)]) == "a"
+
+
+def test_credentials_of_a_connect_are_looked_at_anew() -> None:
+    """For each request: a key that is no client's any more ends the connection's use."""
+    assert within(pair("a:gone"), []) == "unknown_key"
+
+
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [([(b"x-other", MADE.encode())], b"/v1"), ([], b"/v1/" + MADE.encode())],
+)
+def test_a_client_s_key_does_not_cross_behind_a_connect_either(
+    fields: Fields, target: bytes
+) -> None:
+    """In what the provider gets."""
+    assert within(pair("a:key-a"), fields, target) == "misplaced_key"
+    assert within(pair("a:key-a"), [], b"/v1?key=key-b", IN_QUERY) == "a"

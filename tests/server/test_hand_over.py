@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet import reactor as real_reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
@@ -585,6 +587,29 @@ async def test_our_side_may_end_first(hand_over: HandOver) -> None:
         tunnel.transport.loseConnection()
         wire.close()
         await until(lambda: tunnel.ends)
+
+
+@pytest.mark.parametrize("hand_over", [KINDS[0], KINDS[2]], ids=[IDS[0], IDS[2]], indirect=True)
+@ensureDeferred
+async def test_a_close_behind_both_ends_is_an_orderly_one(hand_over: HandOver) -> None:
+    """It waits for what the client has not taken; epoll must not take it for a break."""
+    tunnel, size = TwoSided(), 60_000
+    listener = hand_over(tunnel)
+    async with listener.served as served:
+        wire = await served.run(listener.tunnel, receive_buffer=4096)
+        tunnel.transport.write(bytes(size))
+        tunnel.transport.loseWriteConnection()
+        wire.sock.shutdown(socket.SHUT_WR)
+        await until(lambda: sorted(tunnel.sides) == ["read", "write"])
+        tunnel.transport.loseConnection()
+        await served.pass_time(1)
+        assert not tunnel.ends
+        assert len(await served.run(wire.read, size)) == size
+        assert await served.run(wire.wait_closed) == "fin"
+        await served.pass_time(1)
+        await until(lambda: tunnel.ends)
+        wire.close()
+    assert [type(end) for end in tunnel.ends] == [ConnectionDone]
 
 
 @ensureDeferred

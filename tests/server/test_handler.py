@@ -33,13 +33,23 @@ def response_to(router: Router, data: bytes) -> bytes:
         ("GET", "/", "default"),
         ("CONNECT", "host:443", "connect"),
         ("CONNECT", "/page", "connect"),
+        ("CONNECT", "http://host/", "connect"),
+        ("GET", "http://host/", "urls"),
+        ("POST", "HTTP://host", "urls"),
+        ("GET", "https://host/page", "urls"),
+        ("GET", "/http://host/", "default"),
+        ("OPTIONS", "*", "default"),
+        ("GET", "http:/page", "default"),
     ],
 )
 def test_a_request_finds_its_handler(method: str, target: str, found: str) -> None:
-    """By its method, else by its exact path without the query, else by default."""
-    handlers = {name: WaitingHandler() for name in ("default", "page", "connect")}
+    """By its method, by its exact path without the query, by a whole URL, else by default."""
+    handlers = {name: WaitingHandler() for name in ("default", "page", "connect", "urls")}
     router = Router(
-        handlers["default"], {b"/page": handlers["page"]}, {b"CONNECT": handlers["connect"]}
+        handlers["default"],
+        {b"/page": handlers["page"]},
+        {b"CONNECT": handlers["connect"]},
+        handlers["urls"],
     )
     response_to(router, request(method, target))
     assert [name for name, handler in handlers.items() if handler.requests] == [found]

@@ -24,6 +24,7 @@ def channel() -> Any:
         getPeer=lambda: PEER,
         getHost=lambda: HOST,
         transport=object(),
+        inside=None,
         site=SimpleNamespace(
             _parsePOSTFormSubmission=False, timeouts=Timeouts(), router=Router(Handler())
         ),

@@ -18,7 +18,7 @@ from llmproxy.server.handler import Handler, Router
 from llmproxy.server.listen import listen
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
-from llmproxy.server.tls import ListenerTls
+from llmproxy.server.tls import ServerTls
 from tests.support.fake_transport import TurnedReactor, turn, until
 from tests.support.sockets import WAIT, Wire, request
 
@@ -66,7 +66,7 @@ class Served:
         self,
         text: str = TCP,
         *,
-        tls: ListenerTls | None = None,
+        tls: ServerTls | None = None,
         limiter: ConnectionLimiter | None = None,
         timeouts: Timeouts | None = None,
         reuse_port: bool = False,

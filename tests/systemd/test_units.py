@@ -172,7 +172,9 @@ def test_the_services_differ_in_what_they_must() -> None:
 def test_every_credential_of_the_sample_has_a_line() -> None:
     """An operator who begins with the sample finds each of its keys in the drop-in."""
     sample = (ROOT / "docs" / "llmproxy.toml").read_text()
-    wanted = re.findall(r'^(?:# )?(?:credential|certificate|key) = "([^"]+)"', sample, re.MULTILINE)
+    wanted = re.findall(
+        r'^(?:# )?(?:credential|certificate|key|ca_key) = "([^"]+)"', sample, re.MULTILINE
+    )
     text = (UNITS / "drop-ins" / "credentials.conf").read_text()
     lines = re.findall(r"^#?LoadCredential=(\S+):/etc/llmproxy/credentials/(\S+)$", text, re.M)
     assert len(wanted) >= 4

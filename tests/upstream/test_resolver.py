@@ -16,7 +16,7 @@ from twisted.internet import reactor
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason
 from llmproxy.upstream.resolver import KEPT, PATIENCE, STALE, Resolver
-from tests.support.fake_transport import until
+from tests.support.fake_transport import TurnedReactor, until
 from tests.upstream.one_provider import (
     Lookup,
     OneProviderPool,
@@ -198,3 +198,118 @@ async def test_a_lookup_that_cannot_begin_fails_its_request_alone(
         error = await failure_of(failed)
         assert error.end in (EndReason.UPSTREAM_UNREACHABLE, EndReason.REJECTED)
         assert await pool.fetch() == b"ok"
+
+
+# --- names that callers choose --------------------------------------------------------------------
+
+
+def rows(*addresses: str) -> list[Any]:
+    """Return what ``getaddrinfo`` returns."""
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
+
+
+@ensureDeferred
+async def test_so_many_lookups_are_under_way_and_no_more() -> None:
+    """A thousand names start a few threads; each name has its turn, in order."""
+    at_once, most = 0, 0
+    lock, names = threading.Lock(), list[str]()
+    go_on = threading.Semaphore(0)
+
+    def lookup(name: str, *_: object) -> list[Any]:
+        nonlocal at_once, most
+        with lock:
+            at_once, most = at_once + 1, max(most, at_once + 1)
+            names.append(name)
+        go_on.acquire()
+        with lock:
+            at_once -= 1
+        return rows("192.0.2.1")
+
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup, most_lookups=3)
+    wanted = [f"n{number}.example" for number in range(1000)]
+    found = [resolver.addresses(name) for name in wanted]
+    await until(lambda: len(names) == 3)
+    for _ in wanted:
+        go_on.release()
+    for one in found:
+        assert await one == [(socket.AF_INET, "192.0.2.1")]
+    assert most == 3
+    assert sorted(names) == sorted(wanted)
+
+
+@ensureDeferred
+async def test_a_name_that_nobody_waits_for_any_more_has_no_turn() -> None:
+    """What was cancelled in the line is forgotten; the name can be asked for again."""
+    lookup = Lookup()
+    lookup.hangs = lambda name: name == "hangs.example"
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup, most_lookups=1)
+    hangs = resolver.addresses("hangs.example")
+    for name in ("a.example", "b.example"):
+        waits = resolver.addresses(name)
+        waits.addErrback(lambda failure: None)
+        waits.cancel()
+    again = resolver.addresses("b.example")
+    lookup.over.set()
+    assert await hangs
+    assert await again
+    assert lookup.names == ["hangs.example", "b.example"]
+    assert not resolver._waiting
+
+
+@ensureDeferred
+async def test_so_many_names_are_remembered_and_no_more() -> None:
+    """Those that were found, and those that were not; the oldest are forgotten."""
+    lookup = Lookup()
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup, most_names=2)
+    for error in (None, socket.gaierror(socket.EAI_NONAME, "who?")):
+        lookup.error = error
+        for number in range(5):
+            await resolver.addresses(f"n{number}{error is None}.example")
+    assert list(resolver._kept) == ["n3True.example", "n4True.example"]
+    assert list(resolver.failures) == ["n3False.example", "n4False.example"]
+
+
+@ensureDeferred
+async def test_a_name_that_was_forgotten_meanwhile_is_waited_for() -> None:
+    """Its addresses of before are gone when its patience is over."""
+    turned, lookup = TurnedReactor(), Lookup()
+    clock = turned.clock
+    resolver = Resolver(turned, clock.seconds, getaddrinfo=lookup, most_names=1)
+    await resolver.addresses("a.example")
+    clock.advance(KEPT)
+    lookup.hangs = lambda name: name == "a.example"
+    waits = resolver.addresses("a.example")
+    await resolver.addresses("b.example")
+    clock.advance(PATIENCE)
+    assert not waits.called
+    lookup.over.set()
+    assert await waits
+
+
+@ensureDeferred
+async def test_a_name_with_endless_addresses_is_cut() -> None:
+    """Whoever owns a name decides how many there are."""
+    many = rows(*(f"192.0.{high}.{low}" for high in range(8) for low in range(256)))
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lambda *_: many)
+    assert len(await resolver.addresses("many.example")) == 64
+
+
+@ensureDeferred
+async def test_names_in_the_line_fail_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many there are: one does not wait on the other."""
+    lookup = Lookup()
+    lookup.hangs = lambda name: True
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup, most_lookups=1)
+    first = resolver.addresses("hangs.example")
+    others = [resolver.addresses(f"n{number}.example") for number in range(2000)]
+
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    lookup.over.set()
+    assert await first
+    for one in others:
+        assert await one == []

@@ -7,7 +7,12 @@ of file that an operator writes.  Here, as in ``service.py``, the reactor enters
 from __future__ import annotations
 
 import atexit
+import os
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from twisted.internet import reactor as global_reactor
@@ -19,22 +24,31 @@ from twisted.logger import (
     globalLogBeginner,
 )
 
+from llmproxy.cli.ca import make_authority
 from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.provider import demo_site
-from llmproxy.cli.demo.texts import curl_lines, demo_config, request_line
+from llmproxy.cli.demo.texts import (
+    SANDBOX_HOSTS,
+    curl_lines,
+    demo_config,
+    request_line,
+    sandbox_config,
+    sandbox_lines,
+)
 from llmproxy.config import parse
 from llmproxy.record.log import ACCESS, JsonLog, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.service import ProxyService
 
 
-def run(*, proxy_port: int, admin_port: int, cache: bool = True) -> None:
+def run(*, proxy_port: int, admin_port: int, cache: bool = True, sandboxed: bool = False) -> None:
     """Serve until interrupted; prints commands to try once everything listens.
 
     Args:
         proxy_port: where the proxy listens on loopback.
         admin_port: where its admin site does.
         cache: the provider remembers prompts.
+        sandboxed: the proxy intercepts hosts, with an authority that lasts as long as the demo.
 
     Raises:
         SystemExit: 1, where a port is taken.
@@ -46,15 +60,31 @@ def run(*, proxy_port: int, admin_port: int, cache: bool = True) -> None:
     text = demo_config(
         provider_port=provider.getHost().port, proxy_port=proxy_port, admin_port=admin_port
     )
-    service = ProxyService(parse(text, environ={}), reactor)
+    environment: Mapping[str, str] = {}
+    if sandboxed:
+        more, environment = _sandbox()
+        text += more
+    service = ProxyService(parse(text, environ={}, now=time.time()), reactor)
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
-    reactor.callWhenRunning(_tell_what_to_do, service)  # Ctrl-C is taken by then
+    reactor.callWhenRunning(_tell_what_to_do, service, environment)  # Ctrl-C is taken by then
     reactor.run()
 
 
-def _tell_what_to_do(service: ProxyService) -> None:
+def _sandbox() -> tuple[str, Mapping[str, str]]:
+    """Make an authority; return what makes a sandbox of a configuration, and the variables."""
+    folder = tempfile.mkdtemp(prefix="llmproxy-sandbox-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    report = make_authority(folder, SANDBOX_HOSTS, days=30)
+    credentials = os.path.join(folder, "credentials")
+    os.mkdir(credentials, 0o700)
+    os.rename(report.ca_key, os.path.join(credentials, "ca-key"))
+    text = sandbox_config(ca_certificate=report.ca_certificate, credentials=credentials)
+    return "\n" + text, report.environment
+
+
+def _tell_what_to_do(service: ProxyService, environment: Mapping[str, str]) -> None:
     proxy_port, admin_port = (
         ports[0].getHost().port for ports in (service.proxy_ports, service.admin_ports)
     )
@@ -62,6 +92,8 @@ def _tell_what_to_do(service: ProxyService) -> None:
         f"# The proxy listens on http://127.0.0.1:{proxy_port}, a demo provider behind it.\n"
         "# Paste a command into another terminal; Ctrl-C ends this.\n\n"
     )
+    if environment:
+        sys.stdout.write(sandbox_lines(proxy_port, environment))
     sys.stdout.write(curl_lines(proxy_port, admin_port=admin_port))
     sys.stdout.flush()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,10 +47,87 @@ def demo_config(
     for dialect in _DIALECTS:
         parts.append(f'[[routes]]\npath = "/{dialect}"\nproviders = ["demo-{dialect}"]\n')
     if trace is not None:
-        # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
-        quoted = json.dumps(trace, ensure_ascii=False).replace("\x7f", "\\u007f")
-        parts.append(f"[trace]\njsonl = {quoted}\n")
+        parts.append(f"[trace]\njsonl = {_quoted(trace)}\n")
     return "\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """Return a string of TOML: one of JSON is that, but for DEL, which TOML wants escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+SANDBOX_HOSTS = (
+    "inference.local",
+    "api.openai.com",
+    "api.anthropic.com",
+    "generativelanguage.googleapis.com",
+)
+"""The hosts that the demo of a sandbox intercepts."""
+
+
+def sandbox_config(*, ca_certificate: str, credentials: str) -> str:
+    """The further configuration of a proxy that intercepts :data:`SANDBOX_HOSTS`.
+
+    Whatever model is asked for at the providers' own hosts, the demo's takes its place: programs
+    ask for models that it has not.
+
+    Args:
+        ca_certificate: the file of the authority's signing certificate.
+        credentials: the folder with its key.
+    """
+    parts = [
+        f"[credentials]\ndirectory = {_quoted(credentials)}\n",
+        f"[intercept]\nhosts = {json.dumps(SANDBOX_HOSTS)}\n"
+        f'ca_certificate = {_quoted(ca_certificate)}\nca_key = "ca-key"\n',
+    ]
+    places = [
+        ("inference.local", "/v1/messages", "anthropic"),
+        ("inference.local", "/api", "ollama"),
+        ("inference.local", "/v1beta", "gemini"),
+        ("inference.local", "/", "openai"),
+        ("api.openai.com", "/", "openai"),
+        ("api.anthropic.com", "/", "anthropic"),
+        ("generativelanguage.googleapis.com", "/", "gemini"),
+    ]
+    for host, path, dialect in places:
+        parts.append(
+            f'[[routes]]\nname = "{host}{path}"\npath = "{path}"\nhosts = ["{host}"]\n'
+            f'providers = ["demo-{dialect}"]\nstrip = false\n'
+        )
+        if host != "inference.local":
+            parts.append(f'[routes.override]\ndemo-{dialect} = {{ model = "demo-20tps" }}\n')
+    return "\n".join(parts)
+
+
+def sandbox_lines(proxy_port: int, environment: Mapping[str, str]) -> str:
+    """What to paste into a shell in which everything goes through the proxy.
+
+    Args:
+        environment: the variables by which programs trust the authority.
+    """
+    url = f"http://demo:{DEMO_KEY}@127.0.0.1:{proxy_port}"
+    given = {"HTTPS_PROXY": url, **environment, "OPENAI_API_KEY": "placeholder"}
+    given |= {"ANTHROPIC_API_KEY": "placeholder", "CODEX_API_KEY": "placeholder"}
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in given.items())
+    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    message = {**body, "model": "demo-20tps", "max_tokens": 1024}
+    return f"""\
+# A sandbox: paste these into another terminal
+{exports}
+
+# Then everything in it goes through the proxy, unmodified, such as
+curl -N https://api.openai.com/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{json.dumps(body)}'
+
+curl -N https://inference.local/v1/messages -H 'content-type: application/json' \\
+  -d '{json.dumps(message)}'
+
+claude -p 'Say hello'
+
+# and what is on no list is refused
+curl https://example.com/
+
+"""
 
 
 def request_line(event: Mapping[str, Any]) -> str:

@@ -1,0 +1,296 @@
+"""Requests with a whole URL: a client asks the proxy to fetch ``http://host/path`` for it.
+
+Most programs ask so for ``http://`` when they know a proxy (RFC 9112, section 3.2.2).  Such a
+request goes to the hosts that tunnels may reach, and to the address that was checked, as a tunnel
+does; but it is HTTP, so it has a record and header rules as every other request.  It needs a
+client's key in ``Proxy-Authorization``, which does not cross; ``Authorization`` is the host's, and
+does.  What the body means is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.server import NOT_DONE_YET
+
+from llmproxy.config import Client, Config
+from llmproxy.config.host_pattern import HostPatterns, as_compared
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
+from llmproxy.gateway.admission import admit_fields
+from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.recorder import Recorder
+from llmproxy.http1.grammar import BadMessage, parse_absolute
+from llmproxy.http1.headers import HeaderRewriter, for_client
+from llmproxy.net.task import Task
+from llmproxy.policy.auth import holds_made_key
+from llmproxy.policy.limits import ClientLimits, limited
+from llmproxy.policy.tunnels import Tunnels
+from llmproxy.record.metrics import Metrics
+from llmproxy.server.error_response import METHODS
+from llmproxy.server.handler import Handler
+from llmproxy.server.request import Request
+from llmproxy.stream.relay import Batch, Relay
+from llmproxy.upstream.deadline import limit
+from llmproxy.upstream.http1 import Connection
+from llmproxy.upstream.pool import request_head
+from llmproxy.upstream.request_body import Phase
+from llmproxy.upstream.response import Response
+from llmproxy.upstream.way_out import WayOut, of_host
+
+_log = Logger()
+
+_late = partial(upstream_timeout, may_have_run=True)
+
+Identify = Callable[[Request, bytes], Client]
+"""Returns who calls, by ``Proxy-Authorization``; the bytes are the path and query that will cross.
+
+It raises ``ProxyError``: 407 without a good key, 401 where a client's key stands in what crosses.
+"""
+
+
+class Destination(msgspec.Struct, frozen=True):
+    """Where a request goes, and who sends it.
+
+    Attributes:
+        authority: as a Host field has it.
+        host, port: where it is connected to.
+        target: path and query, byte for byte.
+        client: who calls.
+        would_refuse: the list would refuse it, and it passes because all are observed.
+    """
+
+    authority: str
+    host: str
+    port: int
+    target: bytes
+    client: Client
+    would_refuse: bool
+
+
+class Forward(Handler):
+    """Serves every request whose target is a URL, as one configuration has it.
+
+    Args:
+        config: the checked configuration.
+        recorder: keeps a record of each.
+        metrics: counts what is on the way.
+        out: opens connections to hosts.
+        identify: finds out who calls.
+        intercepts: the hosts that are intercepted, which are not reached so.
+        limits: what clients use.
+        reactor: keeps the deadlines of requests.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recorder: Recorder,
+        metrics: Metrics,
+        out: WayOut,
+        *,
+        identify: Identify,
+        intercepts: HostPatterns,
+        limits: ClientLimits,
+        reactor: Any,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._metrics = metrics
+        self._out = out
+        self._identify = identify
+        self._intercepts = intercepts
+        self._tunnels = Tunnels(config.tunnel)
+        self._limits = limits
+        self._limited = frozenset(limited(config.clients))
+        self._reactor = reactor
+        self._clock = clock
+        self._timeouts = config.timeouts
+        self._body_limit = config.limits.request_body
+        self._max_head = config.limits.response_head
+        via = config.proxy.via.encode("ascii")
+        self._pseudonym = via.lower()
+        self._via_1_1, self._via_1_0 = b"1.1 " + via, b"1.0 " + via
+        self._rewriter = HeaderRewriter(
+            pass_credential=True, credential=None, dropped=(), defaults=(), accept_events=False
+        )
+        self._batch = Batch()
+
+    # -- what the server asks before a request is served ----------------------------------------
+
+    def body_limit(self, request: Request) -> int:
+        """Return the most bytes that the body of ``request`` may have."""
+        return self._body_limit
+
+    def holds_body(self, request: Request) -> bool:
+        """Return False: every body streams, and none is invited before the host is there."""
+        return False
+
+    def render(self, request: Request) -> int:
+        """Begin to serve ``request``."""
+        exchange = self._recorder.begin(request)
+
+        def client_left(why: ClientGone) -> None:
+            exchange.left, left_at = why, self._clock()
+            exchange.drop()
+            self._metrics.cancel.observe(self._clock() - left_at)
+
+        request.gone = client_left
+        exchange.task = Task(self._serve(exchange), _end_failed)
+        return NOT_DONE_YET
+
+    # -- the story ------------------------------------------------------------------------------
+
+    async def _tell(self, exchange: Exchange) -> EndReason:
+        request, trace = exchange.request, exchange.trace
+        trace.path = _shown(request.path)
+        if request.refusal is not None:
+            raise request.refusal
+        to = self._judge(request)
+        trace.client = to.client.name
+        if to.client.name in self._limited:
+            exchange.lease = self._limits.admit(to.client, None, None)
+        request.stall_after = self._timeouts.client_stall
+        if self._timeouts.total is not None:
+            exchange.timer = self._reactor.callLater(self._timeouts.total, exchange.expire)
+
+        response = await self._send(exchange, to)
+        exchange.response = response
+        fields = for_client(response.fields, response.first, trace.id.encode("ascii"))
+        request.start(response.code, fields)
+        await self._pump(exchange, response)
+        request.finish()
+        if (delivered := request.when_delivered()) is not None:
+            exchange.stop_timer()
+            await delivered
+        return EndReason.COMPLETE if response.code < 400 else EndReason.UPSTREAM_REFUSED
+
+    async def _serve(self, exchange: Exchange) -> None:
+        """Tell the story, and see to its end, whatever that is."""
+        error: ProxyError | None = None
+        try:
+            end = await self._tell(exchange)
+        except ProxyError as problem:
+            of_host(problem)
+            error, end = problem, problem.end
+        except Exception as problem:
+            if exchange.is_late:
+                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
+                of_host(error)
+                end = error.end
+            elif exchange.left is not None:
+                end = exchange.left.end
+            elif isinstance(problem, ClientGone):
+                exchange.left, end = problem, problem.end
+            else:
+                _log.failure("request {id} failed", id=exchange.trace.id)
+                end = EndReason.INTERNAL
+                error = ProxyError(500, "internal", "The proxy failed.", end=end)
+        if exchange.left is not None:
+            end, error = exchange.left.end, None  # no client waits for an error
+        elif error is not None:
+            exchange.fail(error, Dialect.OPENAI, self._recorder.now())
+        self._recorder.close(exchange, end, error)
+
+    # -- its steps ------------------------------------------------------------------------------
+
+    def _judge(self, request: Request) -> Destination:
+        """Return where the request goes, or refuse it.
+
+        Raises:
+            ProxyError: whatever is wrong with it, before anything is looked up.
+        """
+        if request.method not in METHODS:
+            allow = (b"allow", b", ".join(METHODS))
+            raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
+        try:
+            authority, name, port, target = parse_absolute(request.uri)
+        except BadMessage as error:
+            raise ProxyError(400, "bad_target", f"The request is refused: {error}.") from None
+        host = as_compared(name)
+        if self._intercepts.match(host):
+            text = f"This proxy serves https://{host} and not http://: change the URL."
+            raise ProxyError(403, "plain_http", text)
+        client = self._identify(request, target)
+        admit_fields(request, self._pseudonym)
+        would_refuse = self._tunnels.permit(host, port)
+        return Destination(authority, host, port, target, client, would_refuse)
+
+    async def _send(self, exchange: Exchange, to: Destination) -> Response:
+        """Send the request on a connection of its own; return the head of the response.
+
+        Raises:
+            ProxyError: no connection, no head in time, or a head that is not HTTP.
+        """
+        request = exchange.request
+        way = await self._out.open(to.host, to.port)
+        connection = Connection(
+            max_head=self._max_head,
+            became_idle=Connection.abort,
+            closed=_nothing,
+            secure=False,
+            tunnelled=way.is_tunnelled,
+        )
+        way.begin(connection)
+        fields = self._rewriter.for_provider(
+            request.fields,
+            request.first,
+            via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
+            request_id=exchange.trace.id.encode("ascii"),
+            streams=False,
+            identity=False,
+            credential=None,
+        )
+        fields.append((b"connection", b"close"))
+        host = b"host: " + to.authority.encode("ascii")
+        head = request_head(request.method, to.target, host, fields, request.upload)
+        exchange.asked()
+        answer = connection.send(request.method, head, request.upload)
+        phase = Phase(connection.sending)
+        limit(self._reactor, self._timeouts.first_byte, answer, phase, _late)
+        return await answer
+
+    async def _pump(self, exchange: Exchange, response: Response) -> None:
+        """Relay the body to the client."""
+        began = self._clock()
+        exchange.keep_of(response)
+        relay = exchange.relay = Relay(
+            response,
+            exchange.request,
+            self._reactor,
+            self._clock,
+            idle=self._timeouts.idle,
+            batch=self._batch,
+            gaps=self._metrics.gap.observe,
+            delays=self._metrics.relay_delay.observe,
+        )
+        self._metrics.began(relay)
+        try:
+            done = relay.start()
+            exchange.request.flush()
+            await done
+        finally:
+            self._metrics.finished(relay)
+            self._metrics.stream.observe(self._clock() - began)
+
+
+def _shown(url: bytes) -> str:
+    """Return a URL for the record: nothing of one with a key or a password in it."""
+    if b"@" in url or holds_made_key(url):
+        return ""
+    return url.decode("ascii", "backslashreplace")[:2048]
+
+
+def _nothing(connection: Connection) -> None:
+    """A connection has ended, which nobody counts."""
+
+
+def _end_failed(failure: Failure) -> None:
+    _log.failure("a request's end failed", failure)
