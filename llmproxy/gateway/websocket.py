@@ -170,10 +170,13 @@ class WebSockets:
             try:
                 ending = await relay.over()
             except Exception:  # it was cancelled: the exchange knows why
-                end = EndReason.UPSTREAM_TIMEOUT
-                relay.end(None)
-                await relay.over()
-                raise
+                if relay.ending is None:
+                    end = EndReason.UPSTREAM_TIMEOUT
+                    relay.end(None)
+                    await relay.over()
+                    raise
+                ending = relay.ending  # the process ends, and the provider's side has not closed
+                relay.drop()
             end = conversation.judged(ending)
         except (ProxyError, ClientGone) as error:
             end = error.end

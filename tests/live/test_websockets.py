@@ -567,3 +567,26 @@ def test_a_shutdown_closes_with_1001(tmp_path: Path, link: Link, signals: int) -
         assert (got.opcode, got.payload) == (CLOSE, b"\x03\xe9")
         assert daemon.process.wait(WAIT) == 0
         assert trace_of(daemon, path="/p")["end_reason"] == "drained"
+
+
+def test_a_shutdown_waits_for_no_provider(tmp_path: Path, link: Link) -> None:
+    """One that does not close its side is left behind; the record is written all the same."""
+    over = Turn()
+
+    def then(wire: Wire) -> None:
+        read_frame(wire)
+        over.take()
+
+    with (
+        link.provider(switching(then)) as provider,
+        Daemon(tmp_path, link.config(provider, route="websocket = true")) as daemon,
+    ):
+        with connect(daemon.port) as client:
+            client.send(handshake("/p"))
+            read_switch(client)
+            for _ in range(2):
+                daemon.terminate()
+            assert read_frame(client).payload == b"\x03\xe9"
+        assert daemon.process.wait(WAIT) == 0
+        over.give()
+        assert trace_of(daemon, path="/p")["end_reason"] == "drained"
