@@ -584,8 +584,9 @@ def test_a_shutdown_waits_for_no_provider(tmp_path: Path, link: Link) -> None:
         with connect(daemon.port) as client:
             client.send(handshake("/p"))
             read_switch(client)
-            for _ in range(2):
-                daemon.terminate()
+            daemon.terminate()
+            daemon.wait_log("draining")
+            daemon.terminate()
             assert read_frame(client).payload == b"\x03\xe9"
         assert daemon.process.wait(WAIT) == 0
         over.give()
