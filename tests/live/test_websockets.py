@@ -165,6 +165,17 @@ def test_a_faulty_handshake_is_refused(
     assert got.values(b"sec-websocket-version") == wanted
 
 
+def test_a_page_of_another_site_needs_a_key(live: LiveProxy) -> None:
+    """A browser lets any page open a WebSocket: nobody is anonymous there, as on any request."""
+    got = live.reject(handshake("/p", "Origin: https://evil.example"))
+    assert (got.status, got.error) == (403, "origin")
+    live.script = switching(echo)
+    for fields in (("Origin: http://proxy",), ("Origin: null", "Authorization: Bearer x")):
+        with live.connect() as client:
+            got = ask(client, handshake("/p", *fields))
+        assert got.status == (101 if len(fields) == 1 else 401)
+
+
 def test_an_upgrade_in_http_1_0_is_none(live: LiveProxy) -> None:
     """RFC 9110, section 7.8: the field is ignored, and does not cross."""
     asked, got = live.ask(handshake().replace(b"HTTP/1.1", b"HTTP/1.0"))
