@@ -53,6 +53,7 @@ from llmproxy.http1.headers import (
     ROUTING_FIELDS,
     host_of,
 )
+from llmproxy.http1.websocket import is_handshake
 from llmproxy.policy.auth import ANONYMOUS, Auth
 from llmproxy.policy.routes import Candidate, ModelList, Named, NoModel, RouteMatch, Routes
 
@@ -136,7 +137,7 @@ def explained(config: Config, client: Client, asked: Asked) -> Report:
     place = routes.at(asked.path, host_of(asked.first.get(b"host")))
     via = config.proxy.via.encode("ascii")
     auth = Auth(config, time.time)
-    admit(request, Rules(via.lower(), guarded_fields(config), auth))
+    admit(request, place, Rules(via.lower(), guarded_fields(config), auth))
     auth.refuse_expired(client)
     place.require()
     if place.lists and not is_call(asked.method) and not asked.has_body:
@@ -147,12 +148,15 @@ def explained(config: Config, client: Client, asked: Asked) -> Report:
     named: tuple[Named, ...] = facts.models
     if not named:
         named = (NoModel.WITH_BODY,) if asked.has_body else (NoModel.WITHOUT_BODY,)
+    calls = is_call(asked.method)
+    if place.websockets is not None and is_handshake(asked.fields, asked.clientproto):
+        calls, place = True, place.websockets
     match = place.choose(
         client,
         asked.uri,
         named,
         reads_list=named[0] is NoModel.WITHOUT_BODY and reads_list(asked.method, asked.path),
-        is_call=is_call(asked.method),
+        is_call=calls,
     )
     return {
         "route": _of_route(config, match.route),

@@ -129,6 +129,10 @@ def read_route(table: Table) -> Route:
                 table.problem(
                     "override", f'expected balance = "weighted" beside the weight of {show(name)}'
                 )
+    if route.websocket and any(one.model is not None for one in route.override.values()):
+        table.problem(
+            "websocket", "expected no `model` in `override` beside it: frames are not changed"
+        )
     return route
 
 

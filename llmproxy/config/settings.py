@@ -590,6 +590,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     nothing of origins. A page of another site that shows no key gets a 403 in any case, if
     ``anonymous`` would let it call with the provider's credential."""
 
+    websocket: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether WebSocket handshakes pass, and then all frames both ways as they are; see
+    ``docs/websocket.rst``. Without this key, a handshake gets a 426, on which clients fall back to
+    HTTP at once. Not with a ``model`` in ``override``: frames are not changed."""
+
     strip: Annotated[bool, Key(BOOLEAN)] = True
     """Whether the proxy cuts ``path`` off before it sends the request."""
 

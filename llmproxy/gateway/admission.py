@@ -13,17 +13,15 @@ from llmproxy.config import Client
 from llmproxy.config.host_pattern import as_compared
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
-from llmproxy.http1.grammar import field_values, list_tokens
+from llmproxy.http1.grammar import first_values
 from llmproxy.http1.headers import BODY_FIELDS, host_of, nominated, refuse_disguised
+from llmproxy.http1.websocket import USE_HTTP, Handshake, is_handshake, read_handshake
 from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces
 from llmproxy.policy.origins import refuse_page
 from llmproxy.policy.routes import PathMatch, refuse_dots
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.inside import Inside
 from llmproxy.server.request import Request
-
-_USE_HTTP = ((b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade"))
-"""What a 426 must say (RFC 9110, section 15.5.22); clients then use HTTP at once."""
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -42,8 +40,11 @@ class Rules(msgspec.Struct, frozen=True):
     serves_plain: bool = False
 
 
-def admit(request: Request, rules: Rules) -> None:
+def admit(request: Request, place: PathMatch, rules: Rules) -> None:
     """Let ``request`` pass, or refuse it.
+
+    Args:
+        place: where its path leads.
 
     Raises:
         ProxyError: why it cannot be served; what the server refused already comes first.
@@ -58,25 +59,31 @@ def admit(request: Request, rules: Rules) -> None:
     if (inside := request.inside) is not None:
         refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
     refuse_dots(request.path)
-    admit_fields(request, rules.pseudonym, rules.guarded)
+    takes = place.websockets is not None
+    admit_fields(request, rules.pseudonym, rules.guarded, takes_websockets=takes)
 
 
 def admit_fields(
-    request: Request, pseudonym: bytes, guarded: frozenset[bytes] = frozenset()
+    request: Request,
+    pseudonym: bytes,
+    guarded: frozenset[bytes] = frozenset(),
+    *,
+    takes_websockets: bool = False,
 ) -> None:
     """Let the fields of ``request`` pass, or refuse them.
 
     Args:
         pseudonym: ours in ``Via``, in lower case.
         guarded: as :class:`Rules` has them.
+        takes_websockets: a WebSocket handshake may pass.
 
     Raises:
         ProxyError: a handshake that cannot be met, a loop, or a header that is disguised.
     """
     first = request.first
-    if b"upgrade" in first and _asks_for_websocket(request):
-        text = "WebSockets are not served; use HTTP streaming."
-        raise ProxyError(426, "websocket", text, fields=_USE_HTTP)
+    if b"upgrade" in first and not takes_websockets and _asks_for_websocket(request):
+        text = "WebSockets are not served here; use HTTP streaming."
+        raise ProxyError(426, "websocket", text, fields=USE_HTTP)
     if b"via" in first and _came_through(request, pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, guarded)
@@ -101,7 +108,7 @@ def identify(request: Request, place: PathMatch, rules: Rules) -> Client:
     Raises:
         ProxyError: it cannot be served, nobody is known, or a web page of somebody else's calls.
     """
-    admit(request, rules)
+    admit(request, place, rules)
     client = who_calls(request, place.keys, rules.auth)
     if client is ANONYMOUS and not place.keys.passes:
         refuse_page(request.first, place.origins)
@@ -141,6 +148,23 @@ def refuse_elsewhere(request: Request, inside: Inside, *, serves_plain: bool) ->
     if inside.name is not None and as_compared(inside.name) != inside.host:
         text = f"TLS named another host than CONNECT asked for, {asked}."
         raise ProxyError(421, "wrong_host", text)
+
+
+def handshake_of(request: Request, place: PathMatch) -> Handshake | None:
+    """Return the WebSocket handshake that ``request`` is, or None where it is none, or no route.
+
+    The request then has header fields in the place of the subprotocols that mean some, such as a
+    key.
+
+    Raises:
+        ProxyError: 400 or 426, where it is a faulty one.
+    """
+    if place.websockets is None or request.refusal is not None or not _asks_for_websocket(request):
+        return None
+    has_body = request.body_bytes > 0 or request.upload is not None
+    handshake = read_handshake(request.method, request.fields, has_body=has_body)
+    request.fields, request.first = handshake.fields, first_values(handshake.fields)
+    return handshake
 
 
 def early_refusal(request: Request, place: PathMatch, rules: Rules) -> ProxyError | None:
@@ -185,11 +209,7 @@ def unread_body(text: str) -> ProxyError:
 
 
 def _asks_for_websocket(request: Request) -> bool:
-    """Return whether this is a WebSocket handshake (RFC 9110, section 7.8; RFC 6455, 4.1)."""
-    if request.clientproto != b"HTTP/1.1" or b"upgrade" not in nominated(request.fields):
-        return False
-    asked = list_tokens(field_values(request.fields, b"upgrade"))
-    return any(protocol.partition(b"/")[0] == b"websocket" for protocol in asked)
+    return is_handshake(request.fields, request.clientproto)
 
 
 def _came_through(request: Request, pseudonym: bytes) -> bool:

@@ -20,6 +20,7 @@ from llmproxy.dialects.request import RequestFacts
 from llmproxy.dialects.retry_after import retry_after
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.http1.websocket import UPGRADE, Handshake
 from llmproxy.net.turns import Turns
 from llmproxy.policy.health import Health
 from llmproxy.policy.origins import ORIGIN
@@ -30,7 +31,7 @@ from llmproxy.upstream.client import Upstream, pool_key
 from llmproxy.upstream.credential import Field
 from llmproxy.upstream.response import Response
 
-UNAUTHORIZED, FORBIDDEN = 401, 403
+SWITCHING, UNAUTHORIZED, FORBIDDEN = 101, 401, 403
 
 _TELL_EVERY_S = 60.0
 
@@ -118,6 +119,9 @@ class Attempts:
             identity=match.route.accept_encoding == "identity",
             credential=credential,
         )
+        handshake = exchange.handshake
+        if handshake is not None:
+            fields = [*fields, *UPGRADE]
         client = trace.client or ""
         if self._health.is_troubled:
             self._health.asks(candidate.provider, client)
@@ -136,8 +140,11 @@ class Attempts:
                 credential=pool_key(candidate.provider, credential, request.fields),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
+                upgrades=handshake is not None,
             )
             exchange.response = response
+            if handshake is not None and response.code == SWITCHING:
+                _prove(handshake, response)
             if (code := response.code) >= 400:
                 outcome, cause = EndReason.UPSTREAM_REFUSED, str(code)
                 self._refused(exchange, candidate, response, credential)
@@ -204,6 +211,19 @@ def asked_model(exchange: Exchange, candidate: Candidate) -> str:
 def refuses_proxy(candidate: Candidate, code: int) -> bool:
     """Return whether a status refuses the credential that the proxy sent, not the caller's."""
     return code in (UNAUTHORIZED, FORBIDDEN) and candidate.credential is not None
+
+
+def _prove(handshake: Handshake, response: Response) -> None:
+    """Check that a 101 is the response to a handshake; if it is not, close the connection.
+
+    Raises:
+        ProxyError: 502.
+    """
+    try:
+        handshake.prove(response.fields)
+    except ProxyError:
+        response.abort()
+        raise
 
 
 def model_edits(

@@ -1,6 +1,6 @@
 """CONNECT: a client asks for a way to some host, and gets the host, this proxy, or a refusal.
 
-By the authority that is asked for there are three outcomes (ADR-0030, ADR-0031)::
+By the authority that is asked for there are three outcomes (ADR-0033)::
 
     the host is in [intercept]     the connection goes on with this proxy: TLS is ended here, and
                                    each request in it is served by the gateway, as any other
@@ -33,7 +33,7 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_authority
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import Auth, no_proxy_key
+from llmproxy.policy.auth import Auth, holds_made_key, no_proxy_key
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import error_fields
@@ -183,7 +183,8 @@ class Connect(Handler):
         if request.refusal is not None:
             raise request.refusal
         host, port = self._authority(request)
-        trace.path = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if not holds_made_key(request.uri):
+            trace.path = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if request.inside is not None:
             text = "A CONNECT within a connection that is intercepted is not served."
             raise ProxyError(405, "method", text)

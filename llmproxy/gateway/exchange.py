@@ -15,6 +15,7 @@ from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
+from llmproxy.http1.websocket import Handshake
 from llmproxy.net.task import Task
 from llmproxy.policy.fair_queue import Place, Waiting
 from llmproxy.policy.limits import Lease
@@ -24,6 +25,7 @@ from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
 
@@ -37,6 +39,7 @@ class Exchange:
     Attributes:
         match: the route that it takes, once that is chosen.
         candidate: the one of it that is asked, or whose response this is.
+        handshake: the WebSocket handshake that the request is, or None.
         waiting: its place in a queue, while it waits there.
         place: the place at a provider that it holds.
         decoded_body: the request's body without its Content-Encoding, where it was read, and until
@@ -58,7 +61,7 @@ class Exchange:
 
     __slots__ = (
         *("candidate", "place", "waiting"),
-        *("at_work", "lease"),
+        *("at_work", "handshake", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
         *("has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
@@ -71,6 +74,7 @@ class Exchange:
         self.started = started
         self.match: RouteMatch | None = None
         self.candidate: Candidate | None = None
+        self.handshake: Handshake | None = None
         self.waiting: Waiting | None = None
         self.place: Place | None = None
         self.page: Fields = []
@@ -78,7 +82,7 @@ class Exchange:
         self.left: ClientGone | None = None
         self.is_late = False
         self.at_work = 0
-        self.relay: Relay | None = None
+        self.relay: Relay | WebSocketRelay | None = None
         self.response: Response | HeldResponse | None = None
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None

@@ -19,16 +19,18 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
+from llmproxy.dialects.websocket import socket_api
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import (
     Rules,
     admit,
     early_refusal,
+    handshake_of,
     identify,
     needs_model,
     who_calls,
 )
-from llmproxy.gateway.attempt import Attempts
+from llmproxy.gateway.attempt import SWITCHING, Attempts
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.failover import Failover
@@ -36,6 +38,7 @@ from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
+from llmproxy.gateway.websocket import WebSockets, opens_websocket
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
@@ -119,6 +122,9 @@ class Gateway(Handler):
             upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
         )
         self._failover = Failover(attempts, standing, self._meet_next, clock)
+        self._websockets = WebSockets(
+            config.limits, self.limits, self._inspection, recorder, metrics, reactor, clock
+        )
 
     # -- what the server asks before a request is served ----------------------------------------
 
@@ -155,6 +161,8 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
+        if b"upgrade" in request.first:
+            exchange.handshake = handshake_of(request, place)
         if place.origins:
             exchange.page = page_fields(request.first, place.origins)
             if (fields := self._preflight(request, place)) is not None:
@@ -168,7 +176,10 @@ class Gateway(Handler):
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
-        if client.name in self._limited:
+        is_limited, caller = client.name in self._limited, None
+        if exchange.handshake is not None:
+            caller = opens_websocket(exchange, match, place, client, is_limited=is_limited)
+        if is_limited and (caller is None or caller.api is None):
             size = None  # it costs tokens if those of its response can be read
             if exchange.endpoint is not None:
                 size = request.body_bytes if facts.json else 0
@@ -185,6 +196,8 @@ class Gateway(Handler):
             fields += hint_fields(exchange)
         if exchange.page:
             fields = for_page(fields, exchange.page)
+        if response.code == SWITCHING and caller is not None:
+            return await self._websockets.serve(exchange, match, caller, response, fields)
         request.start(response.code, fields)
         await self._pump(exchange, match, response)
         request.finish()
@@ -228,7 +241,7 @@ class Gateway(Handler):
         """Return the response to a preflight of a browser's, which shows no key; or None."""
         fields = preflight_fields(request.method, request.first, place.origins)
         if fields is not None:
-            admit(request, self._rules)
+            admit(request, place, self._rules)
         return fields
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
@@ -273,6 +286,10 @@ class Gateway(Handler):
             named = (NoModel.WITH_BODY,) if exchange.has_body else (NoModel.WITHOUT_BODY,)
         is_read = named[0] is NoModel.WITHOUT_BODY and reads_list(request.method, request.path)
         calls = is_call(request.method)
+        if exchange.handshake is not None and place.websockets is not None:
+            calls, place = True, place.websockets
+            if socket_api(place.dialect, request.path) is not None:
+                named = facts.models  # its messages will name one
         match = place.choose(client, request.uri, named, reads_list=is_read, is_call=calls)
         request.limit_body(match.body_limit)
         if len(exchange.decoded_body) > match.body_limit:

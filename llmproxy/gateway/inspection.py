@@ -117,13 +117,22 @@ class Inspection:
         if tap is None:
             return end
         result = tap.finish(end)
+        match = exchange.match
+        self.note(trace, result, keeps=match is not None and match.route.capture == "content")
+        return result.end_reason
+
+    def note(self, trace: Trace, result: Result, *, keeps: bool) -> None:
+        """Write down what was in one response, and count its tokens.
+
+        Args:
+            keeps: the content as well.
+        """
         _note(trace, result)
-        if exchange.match is not None and exchange.match.route.capture == "content":
+        if keeps:
             _keep_content(trace, result)
         model = trace.model if trace.model in self._models else "other"
         labels = trace.client or "", trace.provider or "", model or "other"
         self._metrics.used(labels, [(kind, getattr(trace, name)) for kind, name in _TYPES])
-        return result.end_reason
 
     def _broke(self, trace: Trace) -> None:
         _log.failure("{id}: what its response holds could not be read", id=trace.id)

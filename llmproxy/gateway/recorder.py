@@ -122,6 +122,10 @@ class Recorder:
         hint = None if exchange.status != NOT_FOUND else hint_for_operator(exchange)
         self._write(exchange.trace, exchange.labels(), error, hint, writes_access=writes_access)
 
+    def record_part(self, trace: Trace) -> None:
+        """Keep the record of one response of a WebSocket; its connection has the access line."""
+        self._sink.write(trace)
+
     def close_all(self) -> None:
         """End the requests that outlive their clients, each with what is known of it so far."""
         for exchange in list(self._running):

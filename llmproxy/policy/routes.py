@@ -203,6 +203,7 @@ class PathMatch:
         may_add: whether something may be added to a request body on some route here.
         origins: of web pages that may call some route here.
         lists: lists of models are made by the proxy itself here.
+        websockets: the same, of the routes alone that take WebSockets; None where none does.
     """
 
     def __init__(
@@ -220,6 +221,11 @@ class PathMatch:
         self.keys = found[0].candidates[0].keys if found else KeyPlaces()
         dropped = [to.keys.dropped for one in found for to in one.candidates]
         self.drops: frozenset[bytes] = frozenset.intersection(*dropped) if dropped else frozenset()
+        taking = [one for one in found if one.route.websocket]
+        self.websockets: PathMatch | None = None
+        if taking:
+            whole = len(taking) == len(found)
+            self.websockets = self if whole else PathMatch(path, taking, clients, default_limit)
 
     def needs_model(self, client: Client | None = None) -> bool:
         """Return whether the model of a request decides anything here.

@@ -38,6 +38,9 @@ _REQUEST = "tunnel IS NULL"
 
 _PORT = re.compile(r":[0-9]+$")
 
+_ONE = "NOT coalesce(responses, 0)"
+"""A WebSocket's own record has the sums of those of its responses, which count."""
+
 _SUMS = ", ".join(f"sum({name})" for name in TOKENS)
 
 Group = tuple[str | None, ...]
@@ -128,6 +131,7 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
     query = (
         f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
         f"FROM traces WHERE time >= ? AND end_reason != ? AND NOT {_PREFLIGHT} AND {_REQUEST} "
+        f"AND {_ONE} "
         f"GROUP BY {columns}"
     )
     for path in paths:
@@ -198,9 +202,9 @@ def tokens_by_client(path: str, since: str) -> dict[str, int]:
         LedgerError: the ledger cannot be read.
     """
     query = (
-        "SELECT client, sum(coalesce(counted_tokens, "
+        "SELECT client, sum(coalesce(counted_tokens, "  # noqa: S608 - words of ours
         "coalesce(input_tokens, 0) + coalesce(output_tokens, 0))) "
-        "FROM traces WHERE time >= ? AND client IS NOT NULL GROUP BY client"
+        f"FROM traces WHERE time >= ? AND client IS NOT NULL AND {_ONE} GROUP BY client"
     )
     return dict(_rows(path, query, since))
 

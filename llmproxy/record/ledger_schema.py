@@ -38,7 +38,8 @@ ADD_TO_SESSIONS = f"""
     SELECT session, coalesce(client, ''), count(*), sum(is_complete), sum(usage IS NOT 'reported'),
            {", ".join(f"sum({name})" for name in TOKENS)},
            substr(max(printf('%020d', rowid) || id), 21), min(time), max(time)
-    FROM traces WHERE rowid > ? AND session IS NOT NULL AND client IS NOT NULL GROUP BY 1, 2
+    FROM traces WHERE rowid > ? AND session IS NOT NULL AND client IS NOT NULL
+        AND NOT coalesce(responses, 0) GROUP BY 1, 2
     ON CONFLICT (session, client) DO UPDATE SET
         requests = requests + excluded.requests,
         complete = complete + excluded.complete,
@@ -50,10 +51,15 @@ ADD_TO_SESSIONS = f"""
 """  # noqa: S608 - names of ours
 """Adds the traces behind a row to the checkpoints; ``max`` finds the id of the last one.
 
-A request whose caller was not known adds to none: anybody could fill the table with names.
+A request whose caller was not known adds to none: anybody could fill the table with names.  A
+WebSocket adds its responses, and not itself besides.
 """
 
-_FIRST_SESSIONS = ADD_TO_SESSIONS.replace("?", "0").replace(" AND client IS NOT NULL", "")
+_FIRST_SESSIONS = (
+    ADD_TO_SESSIONS.replace("?", "0")
+    .replace(" AND client IS NOT NULL", "")
+    .replace("AND NOT coalesce(responses, 0)", "")
+)
 """The same as the second step has it, which is never rewritten."""
 
 STEPS: tuple[tuple[str, ...], ...] = (
@@ -87,10 +93,11 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE traces ADD COLUMN queued_s REAL NOT NULL DEFAULT 0",),
     ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
     ("ALTER TABLE traces ADD COLUMN tunnel TEXT",),
+    ("ALTER TABLE traces ADD COLUMN responses INTEGER",),
 )
 """The statements of each step: the traces, their sessions, where a request named its model, for how
-long it waited in a queue, the tokens that counted for its client's limits, and what became of a
-CONNECT."""
+long it waited in a queue, the tokens that counted for its client's limits, what became of a
+CONNECT, and how many responses a WebSocket had."""
 
 
 class LedgerError(OSError):

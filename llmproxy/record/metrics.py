@@ -88,11 +88,13 @@ class Metrics:
 
     Attributes:
         live: the bodies that are being relayed.
+        websockets: the WebSockets that are open.
     """
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
         self.live: set[Live] = set()
+        self.websockets = 0
         self._requests: dict[Labels, int] = defaultdict(int)
         self._ended: dict[Labels, int] = defaultdict(int)
         self._attempts: dict[Labels, int] = defaultdict(int)
@@ -275,6 +277,9 @@ class Metrics:
             _PREFIX + "paused_streams",
             "Response bodies that wait for their client.",
             value=sum(body.is_paused for body in self.live),
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "websocket_connections", "Open WebSockets.", value=self.websockets
         )
         yield _family(
             GaugeMetricFamily(_PREFIX + "build_info", "What is running.", labels=["version"]),

@@ -87,6 +87,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.model_from", "model_from", _string),
     ("llmproxy.counted_tokens", "counted_tokens", _integer),
     ("llmproxy.tunnel", "tunnel", _string),
+    ("llmproxy.responses", "responses", _integer),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 

@@ -48,7 +48,10 @@ class ToolCall(Protocol):
 class Trace(msgspec.Struct, kw_only=True):
     """The record of one request; names and order are those of design 10.
 
-    Times are in seconds; ``bytes_in`` and ``bytes_out`` count bodies.  Token fields are null if no
+    Times are in seconds; ``bytes_in`` and ``bytes_out`` count bodies.  A WebSocket on which
+    responses were followed has one record for itself, with their number in ``responses`` and the
+    sums of their tokens, and one for each of them, whose id is the connection's with a number
+    behind it.  Token fields are null if no
     tokens were counted: unknown is not zero.  The last fields, :data:`CONTENT`, are left out of the
     record unless they are set.  If ``tool_calls`` is set, ``text`` must be set, too, if only to "".
     """
@@ -94,6 +97,7 @@ class Trace(msgspec.Struct, kw_only=True):
     queued_s: float = 0.0
     counted_tokens: int | None = None
     tunnel: str | None = None
+    responses: int | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET

@@ -53,7 +53,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 from zope.interface import implementer
 
-from llmproxy.errors import ClientGone, ClientStalled, ProxyError
+from llmproxy.errors import ClientGone, ClientStalled, Cut, ProxyError
 from llmproxy.http1.framing import BodyReader, LengthReader, request_body
 from llmproxy.http1.grammar import (
     BadMessage,
@@ -96,6 +96,9 @@ A client that has just connected will send one, and on a busy machine that takes
 
 _WATCH = 0.05
 """Seconds between looks at a client that is not read from."""
+
+_HELLO = b"\x16\x03"
+"""How TLS begins: a record of a handshake (RFC 8446, section 5.1)."""
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
@@ -387,6 +390,9 @@ class ClientConnection(http.HTTPChannel):
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 self._begin(parse_request_head(head))
                 return True
+            if self._buffer.startswith(_HELLO):
+                self.site.report_tls(self.peer_name)
+                raise BadMessage("it is TLS, which is not spoken on this port")
             if len(self._buffer) > longest + 3:
                 in_first = b"\r\n" not in self._buffer[:longest]
                 raise BadMessage("the request's head is too long", 414 if in_first else 431)
@@ -724,6 +730,18 @@ class ClientConnection(http.HTTPChannel):
     def _close(self) -> None:
         """Close the socket: the client has acknowledged all, our end as well."""
         raw_transport(self.transport).connectionLost(Failure(ConnectionDone()))
+
+    def drain(self) -> None:
+        """The process shuts down: wait for another request no longer than a short grace."""
+        if self.phase is Phase.IDLE:
+            self.await_request()
+        elif self._socket is not None:
+            self._socket.drain()
+
+    def cut(self) -> None:
+        """Drop the connection, unless another protocol has it and ends it by itself."""
+        if self._socket is None or not self._socket.cut():
+            self.drop(Cut())
 
     def drop(self, why: ClientGone) -> None:
         """Drop the connection at once, for a reason of ours, and report that to what runs on it.

@@ -9,7 +9,7 @@ and may drop it.  What the protocol does with the bytes is not known here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet.interfaces import (
     IConsumer,
@@ -22,6 +22,17 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from llmproxy.net.transport import raw_transport
+
+
+@runtime_checkable
+class Drainable(Protocol):
+    """A protocol that can end in an orderly way when the process shuts down; others are dropped."""
+
+    def end_soon(self) -> None:
+        """End as soon as nothing runs that is worth waiting for."""
+
+    def end_now(self) -> bool:
+        """End now, within about a second; return False where that is under way already."""
 
 
 @implementer(ITCPTransport, IConsumer, IPushProducer)
@@ -81,6 +92,17 @@ class ClientSocket:
         self.disconnecting = True
         if protocol is not None:
             protocol.connectionLost(reason)
+
+    def drain(self) -> None:
+        """The process shuts down."""
+        protocol: Any = self._protocol
+        if isinstance(protocol, Drainable):
+            protocol.end_soon()
+
+    def cut(self) -> bool:
+        """The time for that is over; return whether the protocol ends by itself."""
+        protocol: Any = self._protocol
+        return isinstance(protocol, Drainable) and protocol.end_now()
 
     def end_reading(self) -> bool:
         """The client sends no more; return whether the protocol goes on with one side."""

@@ -430,7 +430,12 @@ class Request(server.Request):
             super().connectionLost(reason)
 
     def hand_over(
-        self, status: int, fields: Iterable[tuple[bytes, bytes]], protocol: IProtocol
+        self,
+        status: int,
+        fields: Iterable[tuple[bytes, bytes]],
+        protocol: IProtocol,
+        *,
+        behind: bytes = b"",
     ) -> None:
         """End the request with a head alone, and let ``protocol`` have the client's socket.
 
@@ -447,6 +452,7 @@ class Request(server.Request):
             status: such as 101, or 200 for CONNECT.
             fields: as they go on the wire; no framing is added.
             protocol: gets the socket.
+            behind: bytes of the protocol that leave together with the head.
 
         Raises:
             ClientGone: the client has left.
@@ -454,7 +460,7 @@ class Request(server.Request):
                 can still be responded to.
             RuntimeError: the response has begun, or the request's body is not whole.
         """
-        head = self._last_head(status, fields)
+        head = self._last_head(status, fields) + behind
         channel = self.channel
         self._end()
         self._part(lambda request: channel.hand_over(request, head, protocol))

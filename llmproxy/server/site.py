@@ -7,6 +7,7 @@ business (``server/handler.py``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from llmproxy.config import Limits, Timeouts
-from llmproxy.errors import ClientGone, Cut, ProxyError
+from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.net.transport import host_of, pending_bytes
 from llmproxy.server.body_memory import BodyMemory
 from llmproxy.server.connection import ClientConnection, Phase
@@ -28,6 +29,9 @@ from llmproxy.server.handler import Router
 from llmproxy.server.request import Request
 
 _TIMEOUTS, _LIMITS = Timeouts(), Limits()
+
+_TELL_EVERY_S, _MOST_TOLD = 60.0, 1024
+"""How often the same address is named, and how many addresses are remembered for that."""
 
 _log = Logger()
 
@@ -87,6 +91,7 @@ class Site(Factory):
         self._sweep = LoopingCall(self._check_all)
         self._sweep.clock = reactor
         self._listening = False
+        self._told_at: dict[str, float] = {}
 
     def serve(self, router: Router) -> None:
         """Find handlers by another router; a request whose head is in keeps its own handler."""
@@ -148,6 +153,20 @@ class Site(Factory):
             for deferred in waiting:
                 deferred.callback(None)
 
+    def report_tls(self, peer: str) -> None:
+        """Log, once a minute for each address, that a client speaks TLS where none is spoken."""
+        now = self.clock()
+        if now - self._told_at.get(peer, -math.inf) < _TELL_EVERY_S:
+            return
+        if len(self._told_at) >= _MOST_TOLD:
+            self._told_at.clear()
+        self._told_at[peer] = now
+        _log.warn(
+            "{peer} speaks TLS on a port where none is spoken: it must use http:// and ws:// here, "
+            "or a port of listen_tls (OpenAI's Realtime for npm always speaks wss://)",
+            peer=peer,
+        )
+
     def pending_bytes(self) -> int:
         """Return what was written to clients and not yet taken by the kernel, in bytes."""
         return sum(pending_bytes(connection.transport) for connection in self.connections)
@@ -160,8 +179,7 @@ class Site(Factory):
         """
         self.draining = True
         for connection in list(self.connections):
-            if connection.phase is Phase.IDLE:
-                connection.await_request()
+            connection.drain()
 
     def when_empty(self) -> Deferred[None]:
         """Fire once no client is connected; at once where none is."""
@@ -172,9 +190,9 @@ class Site(Factory):
         return waiting
 
     def cut(self) -> None:
-        """Drop every connection now."""
+        """Drop every connection now, but for those whose protocol ends them within a second."""
         for connection in list(self.connections):
-            connection.drop(Cut())
+            connection.cut()
 
     def _keep_sweeping(self) -> None:
         wanted = self._listening or bool(self.connections)

@@ -85,6 +85,34 @@ class _Decoder(Protocol):
         """Whether the member has ended."""
 
 
+class Credit:
+    """The work that may be done for one body: time brings it, and output costs it.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._left: float = _CREDIT
+        self._since = clock()
+
+    def earn(self) -> None:
+        """Add what the time since the last call brings."""
+        since, self._since = self._since, self._clock()
+        self._left = min(_CREDIT, self._left + _CREDIT_S * (self._since - since))
+
+    def spend(self, cost: int) -> None:
+        """Count work, in bytes of output.
+
+        Raises:
+            Bomb: there is no credit any more.
+        """
+        self._left -= cost
+        if self._left < 0:
+            raise Bomb
+
+
 class Decompressor:
     """Decompresses one body.
 
@@ -107,9 +135,7 @@ class Decompressor:
         self._coding = known
         self._decoder: _Decoder | None = None
         self._is_over = False
-        self._clock = clock
-        self._credit: float = _CREDIT
-        self._since = clock()
+        self._credit = Credit(clock)
 
     @property
     def is_whole(self) -> bool:
@@ -117,14 +143,8 @@ class Decompressor:
         return self._decoder is None
 
     def spend(self, cost: int) -> None:
-        """Count work that the output made, in bytes of output.
-
-        Raises:
-            Bomb: there is no credit any more.
-        """
-        self._credit -= cost
-        if self._credit < 0:
-            raise Bomb
+        """Count work that the output made; see :meth:`Credit.spend`."""
+        self._credit.spend(cost)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Decompress ``data``, split at any point; yield the output in bounded pieces.
@@ -133,8 +153,7 @@ class Decompressor:
             BadCoding: ``data`` is not in the coding.
             Bomb: there is no credit any more.
         """
-        since, self._since = self._since, self._clock()
-        self._credit = min(_CREDIT, self._credit + _CREDIT_S * (self._since - since))
+        self._credit.earn()
         for at in range(0, len(data), _IN):
             yield from self._decompress(data[at : at + _IN])
 

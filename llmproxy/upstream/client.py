@@ -227,6 +227,7 @@ class Upstream:
         credential: bytes,
         timeouts: Timeouts,
         began: Callable[[], None] = lambda: None,
+        upgrades: bool = False,
     ) -> Deferred[Response]:
         """Send one request, exactly as it is given.
 
@@ -236,13 +237,16 @@ class Upstream:
             body: the whole body, or what produces it.
             credential: keeps connections of different credentials apart.
             began: called when a byte of the request may leave: the provider may do the work.
+            upgrades: the request asks for another protocol, and a 101 is a response to it.
 
         Returns:
             fires with the :class:`Response` once its whole head is in, its body paused.  Cancelling
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
         reached = self._reached[provider.name]
-        outgoing = OutgoingRequest(reached.pool, target, fields, credential, timeouts, began)
+        outgoing = OutgoingRequest(
+            reached.pool, target, fields, credential, timeouts, began, upgrades=upgrades
+        )
         client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
         response: Deferred[Any] = client.request(  # which wraps none here
             method,

@@ -73,7 +73,7 @@ class Connection(Protocol):
         *("_response", "_became_idle", "_buffer", "_closed", "_consumer", "_early", "_interim"),
         *("_knows_fin", "_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "persistent"),
-        *("pool_key", "ready", "sending", "serving", "state", "verdict", "_framed"),
+        *("pool_key", "ready", "sending", "serving", "state", "upgrades", "verdict", "_framed"),
     )
 
     def __init__(
@@ -99,6 +99,9 @@ class Connection(Protocol):
         """The response that comes in on it now."""
         self.persistent = True
         """Whether another request may be sent when that response has ended."""
+        self.upgrades = False
+        """Whether a request on it asks for another protocol: then a 101 is a response, whose body
+        is that protocol's and ends with the connection."""
         self._became_idle, self._closed = became_idle, closed
         self._max_head, self._secure = max_head, secure
         self._knows_fin = secure or not tunnelled  # behind TLS it comes with close_notify
@@ -235,12 +238,11 @@ class Connection(Protocol):
         if length is not None:
             response.length = length
         if response.code < 200:
-            self._interim += 1
-            if response.code == 101 or self._interim > MAX_INTERIM:
-                raise BadMessage(
-                    "a protocol switch that nobody asked for, or endless 1xx responses"
-                )
-            return False
+            if response.code == 101 and self.upgrades:
+                reader = LengthReader(None)
+            else:
+                self._skip_interim(response.code)
+                return False
         self._reader = reader
         self._until_close = isinstance(reader, LengthReader) and reader.left is None
         self.persistent = response.is_persistent and not self._until_close
@@ -253,6 +255,11 @@ class Connection(Protocol):
             self._paused = True
             self._transport.pauseProducing()
         return True
+
+    def _skip_interim(self, code: int) -> None:
+        self._interim += 1
+        if code == 101 or self._interim > MAX_INTERIM:
+            raise BadMessage("a protocol switch that nobody asked for, or endless 1xx responses")
 
     def _tell(self, result: Any) -> None:
         deferred, self._response = self._response, None

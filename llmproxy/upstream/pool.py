@@ -53,6 +53,7 @@ class OutgoingRequest:
         credential: what idle connections are kept apart by.
         timeouts: of these, ``connect`` and ``first_byte`` are enforced here.
         began: called when a byte of the request may leave; a failure before that did no work.
+        upgrades: the request asks for another protocol, with a 101; it has a connection of its own.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class OutgoingRequest:
         credential: bytes,
         timeouts: Timeouts,
         began: Callable[[], None] = lambda: None,
+        *,
+        upgrades: bool = False,
     ) -> None:
         self._pool = pool
         self.target = target
@@ -70,6 +73,7 @@ class OutgoingRequest:
         self.credential = credential
         self.timeouts = timeouts
         self.began = began
+        self.upgrades = upgrades
 
     def request(
         self,
@@ -176,7 +180,7 @@ class ProviderPool:
             fires with the :class:`Response`.  Cancelling it aborts whatever is under way at once.
             It fails with ``ProxyError``.
         """
-        connection = self._take(outgoing.credential)
+        connection = None if outgoing.upgrades else self._take(outgoing.credential)
         if connection is not None:
             return self._ask(connection, outgoing, method, body)
         connecting = Deferred.fromCoroutine(self._connect(outgoing))
@@ -207,6 +211,9 @@ class ProviderPool:
         finally:
             self._connecting.discard(dial)
         self._live.add(connection)
+        if outgoing.upgrades:
+            connection.upgrades = True
+            self._last.add(connection)
         return connection
 
     def _ask(

@@ -127,6 +127,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "models": None,
                 "models_list": "upstream",
                 "allowed_origins": [],
+                "websocket": False,
                 "strip": True,
                 "override": {},
                 "timeouts": {},

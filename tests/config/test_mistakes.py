@@ -612,3 +612,11 @@ def test_a_list_of_models_is_not_made_for_gemini() -> None:
     changes = {"providers.p.dialect": '"gemini"', "routes[0].models_list": '"configured"'}
     (problem,) = problems_of(changes)
     assert problem.startswith('routes[0].models_list: expected "upstream", as a provider')
+
+
+def test_a_websocket_has_no_model_of_the_operators() -> None:
+    """Frames cross as they are, so that nothing could put it there."""
+    changes = {"routes[0].websocket": "true", "routes[0].override.p": '{ model = "m" }'}
+    (problem,) = problems_of(changes)
+    assert problem.startswith("routes[0].websocket: expected no `model` in `override` beside it")
+    accepted({"routes[0].websocket": "true", "routes[0].override": "{}"})

@@ -301,3 +301,22 @@ def test_what_the_list_would_refuse_passes_where_it_is_observed() -> None:
     played.connect()
     played.ask("in.example:443", basic("c:key"))
     assert len(played.ways_out) == 1
+
+
+@pytest.mark.parametrize("host", ["in.example", "a.in.example"])
+def test_a_host_in_both_lists_is_intercepted_or_fails(host: str) -> None:
+    """It never falls back to a tunnel, whichever of the lists has it by a wildcard."""
+    more = '[tunnel]\nallow = ["in.example:443", "*.in.example:*", "*.example:443"]\n'
+    played = PlayedConnect(more=more)
+    played.ask(f"{host}:443", basic("c:key"))
+    played.leaves[0][1].errback(ValueError("the authority has expired"))
+    assert played.refusal() == (503, "no_certificate")
+    assert not played.ways_out
+
+
+def test_a_key_in_the_place_of_the_host_is_in_no_record() -> None:
+    """Somebody's variable was put together wrongly."""
+    played = PlayedConnect()
+    played.ask("llmp_" + "a" * 43 + ":443", basic("c:key"))
+    assert played.refusal() == (403, "tunnel_refused")
+    assert played.trace().path == ""

@@ -105,6 +105,44 @@ def test_a_client_that_leaves_ends_the_provider_s_work(live: Sandbox) -> None:
     assert_settles(live.daemon)
 
 
+HEADS = {
+    "urllib on Python 3.11": b"CONNECT %b:443 HTTP/1.0\r\n%b\r\n",
+    "aiohttp": b"CONNECT %b:443 HTTP/1.1\r\nHost: %b\r\nAccept: */*\r\n%b\r\n",
+    "Node's fetch": b"CONNECT %b:443 HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n"
+    b"proxy-connection: keep-alive\r\n%b\r\n",
+    "Claude Code": b"CONNECT %b:443 HTTP/1.1\r\nHost: %b:443\r\nProxy-Connection: close\r\n%b\r\n",
+    "another case": b"CONNECT Inference.LOCAL.:443 HTTP/1.1\r\nHost: x\r\n%b\r\n",
+}
+"""How programs ask, as it was measured; names of fields and orders are theirs."""
+
+
+@pytest.mark.parametrize("program", HEADS)
+def test_the_connects_of_real_programs(live: Sandbox, program: str) -> None:
+    """The tunnel is used whatever they say of their connection, and requests can follow."""
+    host = b"inference.local"
+    head = HEADS[program]
+    names = [host] * (head.count(b"%b") - 1)
+    head %= (*names, b"Proxy-Authorization: Bearer %b\r\n" % KEY.encode())
+    with connect(live.daemon.port) as wire:
+        wire.send(head)
+        assert wire.read_until(b"\r\n\r\n") == b"HTTP/1.1 200 OK\r\n\r\n"
+        with Wire(live.trust.wrap_socket(wire.sock, server_hostname="inference.local")) as inner:
+            for _ in range(2):
+                inner.send(call("inference.local"))
+                assert read_response(inner).status == 200
+
+
+def test_a_name_in_tls_that_is_another_one_is_421(live: Sandbox) -> None:
+    """Host and CONNECT agree, and the handshake named somebody else."""
+    with live.tunnel("inference.local") as wire:
+        context = ssl.create_default_context(cafile=live.report["root"])
+        context.check_hostname = False
+        with Wire(context.wrap_socket(wire.sock, server_hostname="api.openai.com")) as inner:
+            inner.send(call("inference.local"))
+            got = read_response(inner)
+    assert (got.status, got.error) == (421, "wrong_host")
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

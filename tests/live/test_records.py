@@ -23,7 +23,7 @@ time id client_request_id instance peer user_agent client session route provider
 path model served_model stream status end_reason error is_complete attempts bytes_in bytes_out
 chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens
 cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
-model_from queued_s counted_tokens tunnel
+model_from queued_s counted_tokens tunnel responses
 """
 
 live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))

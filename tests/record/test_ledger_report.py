@@ -238,3 +238,24 @@ def test_two_read_while_one_writes(tmp_path: Path) -> None:
             output, errors = reader.communicate(timeout=WAIT)
             assert reader.returncode == 0, errors
             assert output.splitlines()[-1] == "2000"
+
+
+def test_a_websocket_is_counted_by_its_responses(tmp_path: Path) -> None:
+    """Its own record has their sums; one without responses is a request like any other."""
+    path = str(tmp_path / "ledger")
+    ledger = Ledger(path, keep_s=None, wall=lambda: 0.0)
+    fields = {"client": "a", "session": "s", "time": "2026-11-02T12:00:00.000Z"}
+    ledger.put(
+        [
+            trace(1, responses=2, output_tokens=30, counted_tokens=30, **fields),
+            trace(2, output_tokens=10, counted_tokens=10, **fields),
+            trace(3, output_tokens=20, counted_tokens=20, **fields),
+            trace(4, responses=0, **fields),
+        ]
+    )
+    ledger.close()
+    totals = usage_of([path], ["client"])[("a",)]
+    assert (totals.requests, totals.output_tokens) == (3, 30)
+    assert tokens_by_client(path, "") == {"a": 30}
+    (checkpoint,) = checkpoints_of([path])
+    assert (checkpoint.totals.requests, checkpoint.totals.output_tokens) == (3, 30)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import queue
-import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,58 +12,11 @@ from tests.sdk.sdks import KEY
 from tests.support.daemon import Daemon, provider_table, route_table
 from tests.support.demo import Demo
 from tests.support.live_proxy import client_config
-
-PAGE = Path(__file__).parents[1] / "browser"
-BUNDLER = PAGE / "node_modules" / ".bin" / "esbuild"
-CHROMIUM = shutil.which("chromium")
-WITHIN = 120.0
-"""Seconds for a browser to start and to do its calls, on a busy machine."""
+from tests.support.page import BUNDLER, CHROMIUM, PAGE, PageServer, report_of, serving
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or not BUNDLER.exists(), reason="needs chromium and the packages of the page"
 )
-
-
-class PageServer(ThreadingHTTPServer):
-    """Serves one page, its script and its settings, and takes its report."""
-
-    def __init__(self, script: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), _PageHandler)
-        self.config: dict[str, str] = {}
-        self.script = script
-        self.reports: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    @property
-    def origin(self) -> str:
-        """The page's origin."""
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _PageHandler(BaseHTTPRequestHandler):
-    server: PageServer
-
-    def do_GET(self) -> None:
-        parts = {
-            "/page.js": ("text/javascript", self.server.script),
-            "/config": ("application/json", json.dumps(self.server.config).encode()),
-        }
-        page = b'<!doctype html><script type="module" src="/page.js"></script>'
-        self._respond(*parts.get(self.path, ("text/html", page)))
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self._respond("text/plain", b"")
-        self.server.reports.put(json.loads(body))
-
-    def _respond(self, kind: str, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +32,8 @@ def server() -> Iterator[PageServer]:
     bundled = subprocess.run(
         [BUNDLER, PAGE / "page.mjs", *options], check=True, capture_output=True
     )
-    with PageServer(bundled.stdout) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(bundled.stdout) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +62,7 @@ def found(
             "anonymous": f"http://127.0.0.1:{anonymous.port}",
             "key": KEY,
         }
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        profile = f"--user-data-dir={folder / 'profile'}"
-        with subprocess.Popen(
-            [str(CHROMIUM), *options, profile, server.origin],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as browser:
-            try:
-                return server.reports.get(timeout=WITHIN)
-            finally:
-                browser.terminate()
+        return report_of(server, folder)
 
 
 @pytest.mark.parametrize("sdk", ["openai", "anthropic"])

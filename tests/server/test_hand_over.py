@@ -116,6 +116,13 @@ def test_the_head_goes_out_first_and_has_no_framing() -> None:
     assert caller.request.status == 101
 
 
+def test_bytes_of_the_protocol_may_leave_with_the_head() -> None:
+    """In one write."""
+    caller = Caller(CONNECT)
+    caller.request.hand_over(200, [], Tunnel(), behind=b"hello")
+    assert caller.transport.writes == [HEAD + b"hello"]
+
+
 def test_what_the_protocol_writes_reaches_the_client() -> None:
     """Bytes are not changed, and the addresses are those of the connection."""
     caller, tunnel = handed_over()
@@ -247,6 +254,33 @@ def test_a_cut_drops_the_connection_and_is_reported() -> None:
     caller.send(b"x")
     caller.transport.end(ABORTED)
     assert (len(tunnel.ends), tunnel.pieces) == (1, [])
+
+
+class Ending(Tunnel):
+    """Ends by itself when the process shuts down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def end_soon(self) -> None:
+        self.told.append("soon")
+
+    def end_now(self) -> bool:
+        self.told.append("now")
+        return self.told.count("now") == 1
+
+
+def test_a_protocol_may_end_by_itself_when_the_process_shuts_down() -> None:
+    """It is told of the drain; at the deadline it is left alone, and at a second cut dropped."""
+    caller, tunnel = handed_over(ending := Ending())
+    caller.site.drain()
+    assert (ending.told, caller.is_open()) == (["soon"], True)
+    caller.site.cut()
+    assert (ending.told, caller.is_open()) == (["soon", "now"], True)
+    caller.site.cut()
+    assert [type(end) for end in tunnel.ends] == [Cut]
+    assert not caller.is_open()
 
 
 def test_the_protocol_may_abort() -> None:
