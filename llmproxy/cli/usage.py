@@ -87,8 +87,8 @@ def add_usage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--tunnels",
         action="store_true",
-        help="show the hosts that clients asked for by CONNECT, and what became of it, in place of "
-        "totals",
+        help="show the hosts that clients asked for by CONNECT or by an http:// URL, and what "
+        "became of it, in place of totals",
     )
     command.add_argument("--json", action="store_true", help="print JSON to stdout")
     command.set_defaults(run=usage)

@@ -23,15 +23,17 @@ from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import admit_fields
+from llmproxy.gateway.connect import OBSERVED, REFUSED
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_absolute
 from llmproxy.http1.headers import HeaderRewriter, for_client
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import holds_made_key
+from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth, KeyPlaces, holds_made_key, no_proxy_key
 from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.tunnels import Tunnels
 from llmproxy.record.metrics import Metrics
+from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
@@ -47,11 +49,11 @@ _log = Logger()
 
 _late = partial(upstream_timeout, may_have_run=True)
 
-Identify = Callable[[Request, bytes], Client]
-"""Returns who calls, by ``Proxy-Authorization``; the bytes are the path and query that will cross.
+FORWARDED = "forwarded"
+"""What became of such a request; the words of a CONNECT are the others."""
 
-It raises ``ProxyError``: 407 without a good key, 401 where a client's key stands in what crosses.
-"""
+_KEYS = KeyPlaces(passes=True)
+"""The fields in which SDKs send keys are the host's, and cross."""
 
 
 class Destination(msgspec.Struct, frozen=True):
@@ -62,7 +64,6 @@ class Destination(msgspec.Struct, frozen=True):
         host, port: where it is connected to.
         target: path and query, byte for byte.
         client: who calls.
-        would_refuse: the list would refuse it, and it passes because all are observed.
     """
 
     authority: str
@@ -70,7 +71,6 @@ class Destination(msgspec.Struct, frozen=True):
     port: int
     target: bytes
     client: Client
-    would_refuse: bool
 
 
 class Forward(Handler):
@@ -80,9 +80,7 @@ class Forward(Handler):
         config: the checked configuration.
         recorder: keeps a record of each.
         metrics: counts what is on the way.
-        out: opens connections to hosts.
-        identify: finds out who calls.
-        intercepts: the hosts that are intercepted, which are not reached so.
+        way_out: opens connections to hosts.
         limits: what clients use.
         reactor: keeps the deadlines of requests.
         clock: monotonic seconds.
@@ -93,10 +91,8 @@ class Forward(Handler):
         config: Config,
         recorder: Recorder,
         metrics: Metrics,
-        out: WayOut,
         *,
-        identify: Identify,
-        intercepts: HostPatterns,
+        way_out: WayOut,
         limits: ClientLimits,
         reactor: Any,
         clock: Callable[[], float],
@@ -104,9 +100,10 @@ class Forward(Handler):
         super().__init__()
         self._recorder = recorder
         self._metrics = metrics
-        self._out = out
-        self._identify = identify
-        self._intercepts = intercepts
+        self._way_out = way_out
+        self._auth = Auth(config, recorder.now)
+        intercept = config.intercept
+        self._intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         self._tunnels = Tunnels(config.tunnel)
         self._limits = limits
         self._limited = frozenset(limited(config.clients))
@@ -153,8 +150,7 @@ class Forward(Handler):
         trace.path = _shown(request.path)
         if request.refusal is not None:
             raise request.refusal
-        to = self._judge(request)
-        trace.client = to.client.name
+        to = self._judge(exchange)
         if to.client.name in self._limited:
             exchange.lease = self._limits.admit(to.client, None, None)
         request.stall_after = self._timeouts.client_stall
@@ -180,6 +176,8 @@ class Forward(Handler):
         except ProxyError as problem:
             of_host(problem)
             error, end = problem, problem.end
+            if error.reason == MISPLACED:
+                conceal(exchange.trace, path=error.cause == THE_PATH)
         except Exception as problem:
             if exchange.is_late:
                 error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
@@ -201,12 +199,15 @@ class Forward(Handler):
 
     # -- its steps ------------------------------------------------------------------------------
 
-    def _judge(self, request: Request) -> Destination:
+    def _judge(self, exchange: Exchange) -> Destination:
         """Return where the request goes, or refuse it.
 
         Raises:
             ProxyError: whatever is wrong with it, before anything is looked up.
         """
+        request, trace = exchange.request, exchange.trace
+        if request.inside is not None:
+            raise ProxyError(400, "bad_target", "The request target must be a path.")
         if request.method not in METHODS:
             allow = (b"allow", b", ".join(METHODS))
             raise ProxyError(405, "method", "This method is not served.", fields=(allow,))
@@ -214,14 +215,28 @@ class Forward(Handler):
             authority, name, port, target = parse_absolute(request.uri)
         except BadMessage as error:
             raise ProxyError(400, "bad_target", f"The request is refused: {error}.") from None
-        host = as_compared(name)
+        trace.tunnel, host = REFUSED, as_compared(name)
         if self._intercepts.match(host):
             text = f"This proxy serves https://{host} and not http://: change the URL."
             raise ProxyError(403, "plain_http", text)
         client = self._identify(request, target)
+        trace.client = client.name
         admit_fields(request, self._pseudonym)
-        would_refuse = self._tunnels.permit(host, port)
-        return Destination(authority, host, port, target, client, would_refuse)
+        trace.tunnel = OBSERVED if self._tunnels.permit(host, port) else FORWARDED
+        return Destination(authority, host, port, target, client)
+
+    def _identify(self, request: Request, target: bytes) -> Client:
+        """Return who calls.
+
+        Raises:
+            ProxyError: 407 without a good key; 401 where a client's key stands in what crosses.
+        """
+        value = request.first.get(b"proxy-authorization")
+        if value is None:
+            raise no_proxy_key()
+        client = self._auth.identify_proxy(value)
+        self._auth.identify_within(value, request.fields, target, _KEYS)
+        return client
 
     async def _send(self, exchange: Exchange, to: Destination) -> Response:
         """Send the request on a connection of its own; return the head of the response.
@@ -230,7 +245,7 @@ class Forward(Handler):
             ProxyError: no connection, no head in time, or a head that is not HTTP.
         """
         request = exchange.request
-        way = await self._out.open(to.host, to.port)
+        way = await self._way_out.open(to.host, to.port)
         connection = Connection(
             max_head=self._max_head,
             became_idle=Connection.abort,

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from llmproxy.config import Config
 from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.gateway.detached import DetachedStreams
+from llmproxy.gateway.forward import Forward
 from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.net.addresses import AddressGuard
@@ -55,6 +56,7 @@ class Prepared(NamedTuple):
     upstream: Upstream
     gateway: Gateway
     connect: Connect
+    forward: Forward
     writers: Writers
     spent: Spent
 
@@ -157,20 +159,30 @@ class Setup:
         guard = AddressGuard(
             lambda: self._listeners.addresses, allow_private=config.tunnel.allow_private
         )
+        way_out = WayOut(self._reactor, self._names, config, guard)
         connect = Connect(
             config,
             self._recorder,
             self._metrics,
             self._ways,
             leaf=self._leaves.tls_for,
-            way_out=WayOut(self._reactor, self._names, config, guard),
+            way_out=way_out,
+        )
+        forward = Forward(
+            config,
+            self._recorder,
+            self._metrics,
+            way_out=way_out,
+            limits=self._limits,
+            reactor=self._timers,
+            clock=self._clock,
         )
         tls = None if keypair is None else ListenerTls(keypair)
         leaves = self._leaves.prepare(config.intercept)
         writers = self._sinks.prepare(config.trace)
         spent = self._spent_today(config)
         return Prepared(
-            config, tls, leaves, credentials, upstream, gateway, connect, writers, spent
+            config, tls, leaves, credentials, upstream, gateway, connect, forward, writers, spent
         )
 
     def _spent_today(self, config: Config) -> Spent:
@@ -226,7 +238,8 @@ class Setup:
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address
         )
-        self._site.serve(Router(gateway, methods={b"CONNECT": prepared.connect}))
+        methods = {b"CONNECT": prepared.connect}
+        self._site.serve(Router(gateway, methods=methods, urls=prepared.forward))
         for site in (self._site, *self._admin):
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)

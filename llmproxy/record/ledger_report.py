@@ -8,6 +8,7 @@ reported any.  ``unreported`` says how many requests did not report all of their
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -33,7 +34,9 @@ GROUPS = {
 _PREFLIGHT = "(method = 'OPTIONS' AND provider IS NULL AND end_reason = 'complete')"
 
 _REQUEST = "tunnel IS NULL"
-"""A CONNECT asks for a way and not for an answer; it is in :func:`tunnels_of` alone."""
+"""What goes to other hosts than providers is in :func:`tunnels_of` alone."""
+
+_PORT = re.compile(r":[0-9]+$")
 
 _ONE = "NOT coalesce(responses, 0)"
 """A WebSocket's own record has the sums of those of its responses, which count."""
@@ -70,11 +73,11 @@ class Totals(msgspec.Struct):
 
 
 class Ways(msgspec.Struct):
-    """The CONNECTs of one client to one host that came to the same.
+    """What one client asked of one host, if it came to the same: by CONNECT, or by URL.
 
     Attributes:
         host: host and port.
-        outcome: ``intercepted``, ``tunnelled``, ``would_refuse`` or ``refused``.
+        outcome: ``intercepted``, ``tunnelled``, ``forwarded``, ``would_refuse`` or ``refused``.
         client: None where nobody said who calls.
         bytes_in: bytes from the client to the host.
         bytes_out: bytes from the host to the client.
@@ -154,7 +157,7 @@ def refused_in(paths: Sequence[str], since: str = "") -> int:
 
 
 def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
-    """Return the hosts that were asked for by CONNECT, those that were most often first.
+    """Return the hosts that were asked for, by CONNECT or by URL; the most frequent ones first.
 
     Args:
         paths: the ledgers.
@@ -170,12 +173,20 @@ def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
     found: dict[tuple[str, str, str | None], Ways] = {}
     for path in paths:
         for row in _rows(path, query, since):
-            other = Ways(*row)
-            ours = found.setdefault(row[:3], other)
+            other = Ways(_host_and_port(row[0]), *row[1:])
+            ours = found.setdefault((other.host, other.outcome, other.client), other)
             if ours is not other:
                 ours.add(other)
     order = sorted(found, key=lambda key: (-found[key].count, _order(key)))
     return [found[key] for key in order]
+
+
+def _host_and_port(path: str) -> str:
+    """Return the authority in a record's path, which is a URL where the request had one."""
+    if not path.startswith("http://"):
+        return path
+    authority = path.removeprefix("http://").partition("/")[0].partition("?")[0].lower()
+    return authority if _PORT.search(authority) else f"{authority}:80"
 
 
 def tokens_by_client(path: str, since: str) -> dict[str, int]:

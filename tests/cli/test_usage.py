@@ -264,7 +264,7 @@ def test_a_terminal_gets_its_own_width(
 def test_tunnels_are_hosts_and_no_requests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A team writes its list from what it sees; a CONNECT is in no total, nor among the refused."""
+    """A team writes its list from what it sees; none is in a total, nor among the refused."""
     at = {"time": "2026-11-01T10:00:00.000Z"}
     first = fill(
         tmp_path / "one",
@@ -273,6 +273,9 @@ def test_tunnels_are_hosts_and_no_requests(
         trace(3, path="h:443", method="CONNECT", client="a", tunnel="would_refuse", bytes_out=7),
         trace(4, path="x:443", tunnel="refused", end_reason="rejected"),
         trace(5, path="i:443", tunnel="intercepted", is_complete=True, **at),
+        trace(7, path="http://f.example/a", client="a", tunnel="forwarded", bytes_in=1),
+        trace(8, path="http://F.example:80/b", client="a", tunnel="forwarded", bytes_in=2),
+        trace(9, path="http://[fd12::1]:81", client="a", tunnel="forwarded"),
     )
     other = fill(
         tmp_path / "two", trace(6, path="h:443", client="a", tunnel="would_refuse", bytes_in=1000)
@@ -280,10 +283,12 @@ def test_tunnels_are_hosts_and_no_requests(
     found = json_report(capsys, first, other, "--tunnels")["tunnels"]
     assert [tuple(one.values())[:6] for one in found] == [
         ("h:443", "would_refuse", "a", 3, 1005, 7),
+        ("f.example:80", "forwarded", "a", 2, 3, 0),
+        ("[fd12::1]:81", "forwarded", "a", 1, 0, 0),
         ("i:443", "intercepted", None, 1, 0, 0),
         ("x:443", "refused", None, 1, 0, 0),
     ]
-    assert found[1]["last_time"] == at["time"]
+    assert found[3]["last_time"] == at["time"]
     later = json_report(capsys, first, "--tunnels", "--since", "2026-11-01T12:00")["tunnels"]
     assert "i:443" not in [one["host"] for one in later]
     head, *body = rows(printed(capsys, first, other, "--tunnels"))

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
+import msgspec
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 
-from llmproxy.config import Client, Config, Limits, Proxy, Timeouts, Tunnel
-from llmproxy.config.host_pattern import HostPatterns
+from llmproxy.config import (
+    Client,
+    ClientKey,
+    Config,
+    Intercept,
+    Limits,
+    Proxy,
+    Timeouts,
+    Tunnel,
+)
 from llmproxy.config.tunnel_target import tunnel_target
-from llmproxy.errors import ProxyError
 from llmproxy.gateway.forward import Forward
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_absolute
@@ -24,7 +35,6 @@ from llmproxy.policy.limits import ClientLimits
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Handler, Router
-from llmproxy.server.request import Request
 from llmproxy.upstream.way_out import WayOut, tunnel_resolver
 from tests.gateway.played import KeptTraces
 from tests.support.fake_transport import until
@@ -32,17 +42,11 @@ from tests.support.served import Served
 from tests.support.sockets import Provider, Wire, connect, request
 from tests.upstream.one_provider import RespondingProvider, plain, take
 
-CLIENT = Client(name="c", keys=())
-KEY = "Proxy-Authorization: Bearer right"
+SECRET = "llmp_" + "k" * 43
+CLIENT = Client(name="c", keys=(ClientKey(hash=hashlib.sha256(SECRET.encode()).digest()),))
+KEY = "Proxy-Authorization: Basic " + b64encode(f"c:{SECRET}".encode()).decode()
+INTERCEPT = Intercept(hosts=("inference.local", "*.ours.example"), authority=cast("Any", None))
 SMALL_BODY = 1000
-
-
-def by_key(request: Request, target: bytes) -> Client:
-    """Know one key, as ``policy/auth.py`` knows all."""
-    if request.first.get(b"proxy-authorization") != b"Bearer right":
-        fields = ((b"proxy-authenticate", b'Basic realm="llmproxy"'),)
-        raise ProxyError(407, "no_key", "A key is needed.", fields=fields)
-    return CLIENT
 
 
 class Forwarding(NamedTuple):
@@ -80,6 +84,8 @@ def read_body(wire: Wire, fields: list[tuple[bytes, bytes]]) -> bytes:
 async def forwarding(
     *allow: str,
     is_strict: bool = False,
+    observe: bool = False,
+    client: Client = CLIENT,
     limits: Limits | None = None,
     timeouts: Timeouts | None = None,
 ) -> AsyncIterator[Forwarding]:
@@ -90,13 +96,18 @@ async def forwarding(
             proxy=Proxy(via="us"),
             timeouts=timeouts or Timeouts(),
             limits=limits or Limits(),
-            tunnel=Tunnel(allow=tuple(map(tunnel_target, allow)), allow_private=True),
-            clients={"c": CLIENT},
+            tunnel=Tunnel(
+                allow=tuple(map(tunnel_target, allow)), allow_private=True, observe=observe
+            ),
+            clients={"c": client},
+            intercept=INTERCEPT,
         )
         sink, metrics = KeptTraces(), Metrics("1")
         recorder = Recorder(
             metrics, sink, clock=reactor.seconds, wall=lambda: 1_700_000_000.0, instance="0"
         )
+        client_limits = ClientLimits(reactor.seconds, lambda: 1_700_000_000.0)
+        client_limits.follow(config.clients)
         out = WayOut(
             reactor,
             tunnel_resolver(reactor, reactor.seconds),
@@ -107,10 +118,8 @@ async def forwarding(
             config,
             recorder,
             metrics,
-            out,
-            identify=by_key,
-            intercepts=HostPatterns(["inference.local", "*.ours.example"]),
-            limits=ClientLimits(reactor.seconds, lambda: 1_700_000_000.0),
+            way_out=out,
+            limits=client_limits,
             reactor=reactor,
             clock=reactor.seconds,
         )
@@ -174,7 +183,7 @@ async def test_a_host_gets_the_request_as_its_own() -> None:
                     url(host, "/a%2Fb/../c?q=%41&r"),
                     KEY,
                     "Authorization: Basic aG9zdDpvd24=",
-                    "X-LLMProxy-Key: right",
+                    f"X-LLMProxy-Key: {SECRET}",
                     "Proxy-Connection: keep-alive",
                     "Connection: x-hop",
                     "X-Hop: 1",
@@ -204,6 +213,7 @@ async def test_a_host_gets_the_request_as_its_own() -> None:
             assert b"proxy-authenticate" not in fields
             trace = await site.record()
             assert (trace.id, trace.client, trace.status) == (name, "c", 201)
+            assert trace.tunnel == "forwarded"
             assert (trace.method, trace.path) == ("POST", url(host, "/a%2Fb/../c"))
             assert (trace.end_reason, trace.bytes_in, trace.bytes_out) == ("complete", 5, 5)
 
@@ -322,6 +332,7 @@ async def test_what_is_not_forwarded_is_refused_with_the_reason(
         assert words in json.loads(body)["error"]["message"]
         trace = await site.record()
         assert (trace.end_reason, trace.error) == ("rejected", reason)
+        assert trace.tunnel == (None if reason == "bad_target" else "refused")
         assert "secret" not in trace.path
 
 
@@ -428,7 +439,7 @@ async def test_a_silent_host_is_given_up(key: str) -> None:
         async with forwarding(ANY, timeouts=timeouts) as site:
             asked = Deferred.fromCoroutine(site.ask(request("GET", url(host), KEY)))
             wire = await take(host.wires)
-            assert await site.served.run(wire.read_head)
+            await until(partial(has_head, wire))
             await site.served.pass_time(31)
             line, _, body = await asked
             assert line.startswith(b"HTTP/1.1 504 ")
@@ -448,12 +459,17 @@ async def test_a_client_that_leaves_takes_the_hosts_connection_along() -> None:
                 client.send(request("GET", url(host), KEY))
                 wire = await take(host.wires)
                 if response is None:
-                    await site.served.run(wire.read_head)
+                    await until(partial(has_head, wire))
                 else:
                     await site.served.run(client.read_until, b"half")
                 client.reset()
                 await take(host.closed)
                 assert (await site.record()).end_reason == "client_gone"
+
+
+def has_head(wire: Wire) -> bool:
+    """Tell whether a host's own thread has read the head of a request."""
+    return b"\r\n\r\n" in wire.buffer
 
 
 @ensureDeferred
@@ -480,15 +496,54 @@ async def test_a_body_that_breaks_is_not_whole_for_the_client() -> None:
 @ensureDeferred
 async def test_limits_of_the_client_count() -> None:
     """A request counts for its limits as every other."""
+    client = msgspec.structs.replace(CLIENT, requests_per_minute=1)
     with RespondingProvider() as host:
-        async with forwarding(ANY) as site:
-            forward: Any = site.served.site.router._urls
-            limited = Client(name="c", keys=(), requests_per_minute=1)
-            forward._limited = frozenset({"c"})
-            forward._limits.follow({"c": limited})
-            forward._identify = lambda request, target: limited
+        async with forwarding(ANY, client=client) as site:
             statuses = []
             for _ in range(2):
                 line, _, _ = await site.ask(request("GET", url(host), KEY))
                 statuses.append(line.split(b" ")[1])
             assert statuses == [b"200", b"429"]
+
+
+@pytest.mark.parametrize(
+    ("target", "field", "place"),
+    [
+        ("/", f"Authorization: Bearer {SECRET}", "the header authorization"),
+        ("/", f"X-Api-Key: {SECRET}", "the header x-api-key"),
+        ("/", f"Cookie: k={SECRET}", "the header cookie"),
+        (f"/?key={SECRET}", "Accept: */*", "the query"),
+        (f"/{SECRET}/", "Accept: */*", "the path"),
+    ],
+)
+@ensureDeferred
+async def test_no_key_of_a_client_crosses(target: str, field: str, place: str) -> None:
+    """A host that anybody may own must not get one; it is in no record, either."""
+    async with forwarding("127.0.0.1:80") as site:
+        line, fields, body = await site.ask(request("GET", f"http://127.0.0.1{target}", KEY, field))
+        assert line.startswith(b"HTTP/1.1 401 ")
+        assert fields[b"x-llmproxy-error"] == b"misplaced_key"
+        assert place in json.loads(body)["error"]["message"]
+        assert SECRET not in (await site.record()).path
+
+
+@ensureDeferred
+async def test_what_is_observed_passes_and_is_marked() -> None:
+    """As a tunnel."""
+    with RespondingProvider() as host:
+        async with forwarding("a.example:80", observe=True) as site:
+            line, _, _ = await site.ask(request("GET", url(host), KEY))
+            assert line == b"HTTP/1.1 200 OK"
+            trace = await site.record()
+            assert (trace.tunnel, trace.end_reason) == ("would_refuse", "complete")
+
+
+@ensureDeferred
+async def test_a_wrong_key_is_a_407() -> None:
+    """It is not a 401, which would be the host's."""
+    async with forwarding(ANY) as site:
+        line, fields, _ = await site.ask(
+            request("GET", "http://127.0.0.1:80/", "Proxy-Authorization: Bearer wrong")
+        )
+        assert line.startswith(b"HTTP/1.1 407 ")
+        assert fields[b"proxy-authenticate"] == b'Basic realm="llmproxy"'
