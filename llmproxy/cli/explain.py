@@ -40,8 +40,9 @@ from llmproxy.dialects.request import (
     read_request,
     reads_list,
 )
+from llmproxy.dialects.websocket import socket_api
 from llmproxy.errors import ProxyError
-from llmproxy.gateway.admission import Rules, admit, refuse_unread, unread_body
+from llmproxy.gateway.admission import Rules, admit, handshake_of, refuse_unread, unread_body
 from llmproxy.gateway.attempt import model_edits
 from llmproxy.gateway.gateway import guarded_fields
 from llmproxy.http1.grammar import Fields, first_values
@@ -53,7 +54,7 @@ from llmproxy.http1.headers import (
     ROUTING_FIELDS,
     host_of,
 )
-from llmproxy.http1.websocket import is_handshake
+from llmproxy.http1.websocket import UPGRADE, Handshake
 from llmproxy.policy.auth import ANONYMOUS, Auth
 from llmproxy.policy.routes import Candidate, ModelList, Named, NoModel, RouteMatch, Routes
 
@@ -87,6 +88,8 @@ class Asked:
     refusal: ProxyError | None = None
     inside: None = None
     clientproto: bytes = b"HTTP/1.1"
+    upload: None = None
+    handshake: Handshake | None = None
     first: dict[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,11 @@ class Asked:
     def has_body(self) -> bool:
         """Whether the request has a body."""
         return bool(self.body)
+
+    @property
+    def body_bytes(self) -> int:
+        """How long the body is."""
+        return len(self.body)
 
 
 def explain(args: argparse.Namespace) -> int:
@@ -137,6 +145,7 @@ def explained(config: Config, client: Client, asked: Asked) -> Report:
     place = routes.at(asked.path, host_of(asked.first.get(b"host")))
     via = config.proxy.via.encode("ascii")
     auth = Auth(config, time.time)
+    asked.handshake = handshake_of(request, place)
     admit(request, place, Rules(via.lower(), guarded_fields(config), auth))
     auth.refuse_expired(client)
     place.require()
@@ -149,13 +158,15 @@ def explained(config: Config, client: Client, asked: Asked) -> Report:
     if not named:
         named = (NoModel.WITH_BODY,) if asked.has_body else (NoModel.WITHOUT_BODY,)
     calls = is_call(asked.method)
-    if place.websockets is not None and is_handshake(asked.fields, asked.clientproto):
+    if asked.handshake is not None and place.websockets is not None:
         calls, place = True, place.websockets
+        if socket_api(place.dialect, asked.path) is not None:
+            named = facts.models
     match = place.choose(
         client,
         asked.uri,
         named,
-        reads_list=named[0] is NoModel.WITHOUT_BODY and reads_list(asked.method, asked.path),
+        reads_list=named[:1] == (NoModel.WITHOUT_BODY,) and reads_list(asked.method, asked.path),
         is_call=calls,
     )
     return {
@@ -261,6 +272,8 @@ def _of_candidate(
         identity=match.route.accept_encoding == "identity",
         credential=None if carrier is None else (carrier, b"(the credential)"),
     )
+    if asked.handshake is not None:
+        sent += UPGRADE
     came, url = set(asked.fields), provider.url
     return {
         "provider": provider.name,

@@ -15,8 +15,6 @@ from twisted.web.resource import Resource
 from llmproxy.errors import ProxyError
 from llmproxy.server.request import Request
 
-(_SLASH,) = b"/"
-
 
 class Handler(Resource):
     """Serves requests; a subclass has its own ``render``, and changes what else it needs."""
@@ -78,4 +76,4 @@ class Router:
         handler = self._methods.get(method) or self._paths.get(path)
         if handler is not None:
             return handler
-        return self._default if path[0] == _SLASH or path.find(b"://") < 0 else self._urls
+        return self._urls if path[:1] != b"/" and b"://" in path else self._default

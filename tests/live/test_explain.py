@@ -27,7 +27,7 @@ CONFIG = (
     + route_table("/o", "o", 'models = ["m", "n"]')
     + route_table("/over", "o", 'override = { o = { model = "own" } }', 'accept_encoding = "pass"')
     + route_table("/a", "a", "strip = false")
-    + route_table("/raw", "raw")
+    + route_table("/raw", "raw", "websocket = true")
     + route_table("/list", "a", 'models = ["m", "n", "k*"]', 'models_list = "configured"')
     + client_config("team", KEY, 'models = ["m", "k1", "-"]')
 )
@@ -43,6 +43,13 @@ ASKED = [
     ("/a/v1/models", "GET", None, False, ()),
     ("/raw/x", "GET", None, False, ("Authorization: Bearer theirs", "X-Real-IP: 1.2.3.4")),
     ("/list/v1/messages", "POST", "k1", False, ()),
+    (
+        *("/raw/socket", "GET", None, False),
+        (
+            *("Upgrade: websocket", "Connection: upgrade", "Sec-WebSocket-Version: 13"),
+            *("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: a, b"),
+        ),
+    ),
 ]
 REFUSED = [
     ("/else", "POST", "m", False, ()),
@@ -55,6 +62,7 @@ REFUSED = [
     ("/o/v1", "TRACE", None, False, ()),
     ("/o/v1", "POST", "m", False, ("x_api_key: 1",)),
     ("/o/v1", "POST", "m", False, ("Upgrade: websocket", "Connection: upgrade")),
+    ("/raw/x", "GET", None, False, ("Upgrade: websocket", "Connection: upgrade")),
     ("/o/v1", "POST", "m", False, ("Content-Type: text/csv",)),
     ("/list/v1/models/n", "GET", None, False, ()),
 ]

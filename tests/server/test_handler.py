@@ -67,3 +67,11 @@ def test_a_handler_takes_no_body_by_default() -> None:
     refusal = handler.requests[0].refusal
     assert refusal is not None
     assert refusal.status == 413
+
+
+@pytest.mark.parametrize("target", ["?x", "*", "x", "http:/x", "x://", "http://"])
+def test_every_target_finds_a_handler(target: str) -> None:
+    """Also one without a path: what is wrong with it is the handler's to say."""
+    handlers = [WaitingHandler(), WaitingHandler()]
+    response_to(Router(handlers[0], urls=handlers[1]), request("GET", target))
+    assert [len(one.requests) for one in handlers] == ([0, 1] if "://" in target else [1, 0])

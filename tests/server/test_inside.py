@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from twisted.internet.threads import deferToThread
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Timeouts
@@ -223,24 +222,24 @@ async def test_a_client_has_a_head_s_time_for_its_handshake(
 ) -> None:
     """Whether it says nothing or stops in the middle."""
 
-    def client() -> str:
-        with connect(served.port) as wire:
-            opened(wire, before + CONNECT)
-            wire.send(first)
-            return wire.wait_closed()
+    def client() -> Wire:
+        wire = connect(served.port)
+        opened(wire, before + CONNECT)
+        wire.send(first)
+        return wire
 
     timeouts = Timeouts(request_head=5.0)
     async with Turned(vault, text, direct=direct, timeouts=timeouts) as served:
-        talk = deferToThread(client)
-        await until(lambda: any(one.inside for one in served.site.connections))
+        wire = await served.run(client)
+        (connection,) = served.site.connections
+        assert connection.inside is not None
         if first:
-            await until(
-                lambda: any(one.inside and one.inside.is_secure for one in served.site.connections)
-            )
+            await until(lambda: connection.inside is not None and connection.inside.is_secure)
         await served.pass_time(4.5)
         assert len(served.site.connections) == 1
         await served.pass_time(3)
-        assert await talk in ("reset", "truncated")
+        with wire:
+            assert await served.run(wire.wait_closed) == "reset"
         assert served.handler.outcome() == word
 
 
