@@ -171,21 +171,22 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     tuned parts has a fault."""
 
     parent_proxy: Annotated[Url | None, Key(PARENT_PROXY)] = None
-    """An ``http://`` URL of a proxy through which providers are reached, such as
-    ``"http://proxy.corp.example:3128"``; see `operations.rst <operations.rst>`_. The proxy asks it
-    for a tunnel to the provider (``CONNECT``), for ``https://`` and ``http://`` providers alike,
-    and it looks up the provider's name. ``HTTPS_PROXY`` and the like are not read."""
+    """An ``http://`` URL of a proxy through which providers and the hosts of ``[tunnel]`` are
+    reached, such as ``"http://proxy.corp.example:3128"``; see `operations.rst <operations.rst>`_.
+    The proxy asks it for a tunnel to the provider (``CONNECT``), for ``https://`` and ``http://``
+    providers alike, and it looks up the provider's name. ``HTTPS_PROXY`` and the like are not
+    read."""
 
     parent_proxy_credential: Annotated[Secret | None, Key(USER_AND_PASSWORD)] = None
     """Bare name of a credential file that holds ``NAME:PASSWORD`` in UTF-8 for ``parent_proxy``,
     which gets them as ``Basic`` credentials. The name ends at the first colon."""
 
     no_parent_proxy: Annotated[tuple[str, ...], Key(DIRECT_HOSTS)] = THIS_MACHINE
-    """Hosts of providers that are reached directly and not through ``parent_proxy``: names,
-    ``*.DOMAIN`` for all names below a domain, addresses, and networks such as ``10.0.0.0/8``. They
-    are compared with the host in a provider's ``url``. A name is not looked up for that, so a
-    network stands only for hosts that the ``url`` gives as addresses. An array of your own takes
-    the place of the default, which is this machine."""
+    """Hosts that are reached directly and not through ``parent_proxy``: names, ``*.DOMAIN`` for all
+    names below a domain, addresses, and networks such as ``10.0.0.0/8``. They are compared with the
+    host in a provider's ``url``, or with the host that a tunnel is to lead to. A name is not looked
+    up for that, so a network stands only for hosts that are given as addresses. An array of your
+    own takes the place of the default, which is this machine."""
 
     via: Annotated[str, Key(value(token), stated='default ``"llmproxy-HOSTNAME"``')] = "llmproxy"
     """The proxy's pseudonym in the ``Via`` header, a token. If a request already carries the

@@ -278,7 +278,7 @@ class Connect(Handler):
         trace.tunnel = OBSERVED if self._tunnels.permit(host, port) else TUNNELLED
         tunnels.enter(client.name, self._tunnel_settings.max_per_client)
         try:
-            way = await self._way_out.open(host, port)
+            way = await self._way_out.open(host, port, client.name)
             splice = Splice(
                 way,
                 self._ways.splices,

@@ -245,7 +245,7 @@ class Forward(Handler):
             ProxyError: no connection, no head in time, or a head that is not HTTP.
         """
         request = exchange.request
-        way = await self._way_out.open(to.host, to.port)
+        way = await self._way_out.open(to.host, to.port, to.client.name)
         connection = Connection(
             max_head=self._max_head,
             became_idle=Connection.abort,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import ref
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
@@ -139,6 +140,7 @@ class Splice(TwistedProtocol):
 
     Attributes:
         done: fires once with the end reason, when the client's connection is gone; it never fails.
+            Cancelling it resets both sides.
             ``complete``: both sides ended in order, and all was delivered.  ``client_gone``: the
             client reset its connection, or closed it where half of it cannot be closed (Twisted's
             own TLS).  ``client_stalled``: it did not take the last bytes.  ``upstream_broken``: the
@@ -170,7 +172,8 @@ class Splice(TwistedProtocol):
         self._reason: EndReason | None = None
         self.detail = ""
         self.sent = self.received = 0
-        self.done: Deferred[EndReason] = Deferred()
+        ours = ref(self)  # which would keep each other
+        self.done: Deferred[EndReason] = Deferred(lambda _: _end(ours()))
 
     def end(self, reason: EndReason) -> None:
         """Reset both sides at once, for a reason of ours such as ``killed``."""
@@ -229,7 +232,8 @@ class Splice(TwistedProtocol):
             self._host.loseConnection()  # behind what the client sent
         else:
             self._host.abortConnection()
-        self.done.callback(self._reason)
+        if not self.done.called:
+            self.done.callback(self._reason)
 
     # -- from the host --------------------------------------------------------------------------
 
@@ -300,6 +304,11 @@ class Splice(TwistedProtocol):
         elif self._from_host.is_paused and has_failed(self._host):
             self.detail = "the host reset the connection"
             self.end(EndReason.UPSTREAM_BROKEN)
+
+
+def _end(splice: Splice | None) -> None:
+    if splice is not None:
+        splice.end(EndReason.KILLED)
 
 
 @implementer(IHalfCloseableProtocol)

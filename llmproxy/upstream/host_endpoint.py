@@ -48,6 +48,7 @@ class HostEndpoint:
         connector: makes connections with the transports of ``net/``; None for Twisted's own.
         wrap: makes of a Twisted endpoint what is connected with instead.
         guard: judges each address; without one every address may be connected to.
+        caller: who has chosen the host, for whom the name is looked up.
         is_parent: whether it is a parent proxy, for what an operator reads.
     """
 
@@ -61,6 +62,7 @@ class HostEndpoint:
         connector: Callable[..., Any] | None,
         wrap: Callable[[Any], Any] = lambda endpoint: endpoint,
         guard: Guard | None = None,
+        caller: str = "",
         is_parent: bool = False,
     ) -> None:
         self._reactor = reactor if connector is None else _Connecting(reactor, connector)
@@ -69,6 +71,7 @@ class HostEndpoint:
         self._host, self._port = host, port
         self._wrap = wrap
         self._guard = guard
+        self._caller = caller
         self._is_parent = is_parent
 
     async def connect(self, make: Callable[[], Any]) -> Any:
@@ -94,7 +97,7 @@ class HostEndpoint:
             return [(AF_INET, self._host)]
         if isIPv6Address(self._host):
             return [(AF_INET6, self._host)]
-        addresses = interleaved(await self._resolver.addresses(self._host))
+        addresses = interleaved(await self._resolver.addresses(self._host, self._caller))
         if not addresses:
             raise DNSLookupError(f"no results for hostname lookup: {self._host}")
         return addresses

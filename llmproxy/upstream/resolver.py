@@ -7,7 +7,8 @@ configuration.  Addresses are kept for a short time, and for longer where the na
 up any more: a resolver that is down must not take the providers along (ADR-0006).
 
 The names of tunnels are chosen by callers, who could choose any number of them.  A resolver for
-these has bounds: for threads, beyond which lookups wait for their turn, and for remembered names.
+these has bounds: for threads, beyond which lookups wait for their turn, also for those of one
+caller, and for remembered names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +65,7 @@ class Resolver:
         clock: monotonic seconds.
         getaddrinfo: looks a name up, and blocks.
         most_lookups: how many lookups may be under way; others wait until one has ended.
+        most_of_one: how many of these may be on account of the same caller.
         most_names: how many names are remembered; those that were found longest ago are forgotten.
 
     Attributes:
@@ -77,6 +80,7 @@ class Resolver:
         *,
         getaddrinfo: _Lookup = socket.getaddrinfo,
         most_lookups: float = math.inf,
+        most_of_one: float = math.inf,
         most_names: float = math.inf,
     ) -> None:
         self._reactor = reactor
@@ -84,16 +88,22 @@ class Resolver:
         self._getaddrinfo = getaddrinfo
         self._most_lookups = most_lookups
         self._most_names = most_names
-        self._under_way = 0
-        self._in_line: dict[str, None] = {}  # names that wait for a lookup of their own
+        self._most_of_one = most_of_one
+        self._under_way = Counter[str]()  # lookups, by caller
+        self._callers: dict[str, str] = {}  # on whose account each name is looked up
+        self._in_line: dict[str, str] = {}  # the same for names that wait for their lookup
         self._kept: dict[str, _Kept] = {}
         self._timers: dict[str, Any] = {}
         self._waiting: dict[str, list[Deferred[list[Address]]]] = {}
         self.failures: dict[str, Exception] = {}
         self.stale = 0
 
-    def addresses(self, name: str) -> Deferred[list[Address]]:
+    def addresses(self, name: str, caller: str = "") -> Deferred[list[Address]]:
         """Look a name up, or take what was found a moment ago.
+
+        Args:
+            name: of a host.
+            caller: who asks, where that counts.
 
         Returns:
             fires with every address of the name, in the system's order; with none where the lookup
@@ -106,16 +116,20 @@ class Resolver:
             return found
         if kept is not None and now - kept.found_at < STALE and name not in self._timers:
             self._timers[name] = self._reactor.callLater(PATIENCE, self._use_stale, name)
-        waiting = self._waiting.get(name)
-        if waiting is not None:
-            waiting.append(found)
-        else:
-            self._waiting[name] = [found]
-            if self._under_way < self._most_lookups:
-                self._look_up(name)
-            else:
-                self._in_line[name] = None
+        is_under_way = name in self._callers
+        self._waiting.setdefault(name, []).append(found)
+        if not is_under_way and self._has_room(caller):
+            self._in_line.pop(name, None)  # another caller may have to wait for its turn
+            self._look_up(name, caller)
+        elif not is_under_way:
+            self._in_line.setdefault(name, caller)
         return found
+
+    def _has_room(self, caller: str) -> bool:
+        """Return whether another lookup may begin, for this caller."""
+        if self._under_way[caller] >= self._most_of_one:
+            return False
+        return len(self._callers) < self._most_lookups
 
     def _forget(self, name: str, cancelled: Deferred[list[Address]]) -> None:
         waiting = self._waiting.get(name, [])
@@ -125,8 +139,9 @@ class Resolver:
             if name in self._in_line:
                 del self._in_line[name], self._waiting[name]
 
-    def _look_up(self, name: str) -> None:
-        self._under_way += 1
+    def _look_up(self, name: str, caller: str) -> None:
+        self._callers[name] = caller
+        self._under_way[caller] += 1
         # A daemon thread: one that hangs in the resolver must not keep the process from ending.
         asking = threading.Thread(target=self._ask, args=(name,), name="name", daemon=True)
         try:
@@ -147,13 +162,18 @@ class Resolver:
     def _found(self, name: str, rows: list[Any], error: Exception | None) -> None:
         """A thread has ended its lookup: the next name has its turn."""
         self._settle(name, rows, error)
-        while self._in_line and self._under_way < self._most_lookups:
-            following = next(iter(self._in_line))
-            del self._in_line[following]
-            self._look_up(following)
+        for following, caller in list(self._in_line.items()):
+            if len(self._callers) >= self._most_lookups:
+                break
+            if self._has_room(caller):
+                del self._in_line[following]
+                self._look_up(following, caller)
 
     def _settle(self, name: str, rows: list[Any], error: Exception | None) -> None:
-        self._under_way -= 1
+        caller = self._callers.pop(name)
+        self._under_way[caller] -= 1
+        if not self._under_way[caller]:
+            del self._under_way[caller]
         found = [(row[0], row[4][0]) for row in rows if row[0] in _FAMILIES][:_MOST_ADDRESSES]
         self._stop_timer(name)
         now, kept = self._clock(), self._kept.get(name)

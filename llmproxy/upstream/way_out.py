@@ -5,7 +5,7 @@ proxy is asked, which looks the name up itself.  Then only a host that is an add
 in whatever spelling, before the parent hears of it.
 
 Callers choose the names, so these have a resolver of their own, with bounds: a caller that asks for
-names without end delays other tunnels, and no provider.
+names without end delays its own tunnels, and no provider.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ from llmproxy.upstream.host_endpoint import HostEndpoint
 from llmproxy.upstream.resolver import Resolver
 from llmproxy.upstream.tunnel import Tunnel, connect_request
 
-_MOST_LOOKUPS = 32
-"""Threads that look up names of tunnels; a name that hangs takes one for some ten seconds."""
+_MOST_LOOKUPS, _MOST_OF_ONE = 32, 8
+"""Threads that look up names of tunnels; a name that hangs takes one for some ten seconds.
+
+A caller has a part of them, so that it cannot keep the others from asking.
+"""
 
 _MOST_NAMES = 1024
 
@@ -52,7 +55,13 @@ _MESSAGES = {
 
 def tunnel_resolver(reactor: Any, clock: Callable[[], float]) -> Resolver:
     """Return a resolver of names that callers choose; it lasts longer than a configuration."""
-    return Resolver(reactor, clock, most_lookups=_MOST_LOOKUPS, most_names=_MOST_NAMES)
+    return Resolver(
+        reactor,
+        clock,
+        most_lookups=_MOST_LOOKUPS,
+        most_of_one=_MOST_OF_ONE,
+        most_names=_MOST_NAMES,
+    )
 
 
 class OpenWay:
@@ -122,12 +131,13 @@ class WayOut:
                 is_parent=True,
             )
 
-    def open(self, host: str, port: int) -> Deferred[OpenWay]:
+    def open(self, host: str, port: int, caller: str = "") -> Deferred[OpenWay]:
         """Connect to a host.
 
         Args:
             host: as a caller names it: in any case and spelling, IPv6 with brackets or without.
             port: from 1 to 65535.
+            caller: the client's name; those who are not named share one part of the lookups.
 
         Returns:
             fires with the connection.  Cancelling it ends whatever is under way at once, and fails
@@ -137,13 +147,13 @@ class WayOut:
             ``no_descriptors``, and 504 ``upstream_timeout`` behind ``timeouts.connect``.
         """
         dial = Dial[OpenWay]()
-        dial.connected = Deferred.fromCoroutine(self._open(host, port, dial))
+        dial.connected = Deferred.fromCoroutine(self._open(host, port, caller, dial))
         late = partial(upstream_timeout, may_have_run=False)
         limit(self._reactor, self._seconds, dial.connected, lambda: dial.phase, late)
         dial.connected.addErrback(_for_caller)
         return dial.connected
 
-    async def _open(self, host: str, port: int, dial: Dial[OpenWay]) -> OpenWay:
+    async def _open(self, host: str, port: int, caller: str, dial: Dial[OpenWay]) -> OpenWay:
         name = _plain(host)
         parent = self._parent
         first = self._first
@@ -155,6 +165,7 @@ class WayOut:
                 port,
                 connector=self._connector,
                 guard=self._guard.forbids,
+                caller=caller,
             )
             opened: Any = first.connect(_Placeholder)
         else:

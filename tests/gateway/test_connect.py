@@ -66,7 +66,7 @@ class PlayedConnect(PlayedGateway):
         self.leaves.append((host, found))
         return found
 
-    def open(self, host: str, port: int) -> Deferred[Any]:
+    def open(self, host: str, port: int, caller: str) -> Deferred[Any]:
         """Take the question for a connection."""
         found: Deferred[Any] = Deferred()
         self.ways_out.append((host, port, found))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from pytest_twisted import ensureDeferred
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Config, Proxy, Timeouts
@@ -362,7 +362,7 @@ async def test_an_end_comes_behind_what_waits(
     async with tunnels(tmp_path, kind, receive_buffer=4096) as one:
         client, host, splice = await one.open(receive_buffer=4096)
         source, sink = (client, host) if who == "client" else (host, client)
-        size = 3_000_000
+        size = 30_000_000  # more than kernels hold
 
         def send() -> bytes:
             sent = send_all(source, size, 1, end=not kind[0])
@@ -576,6 +576,17 @@ async def test_a_tunnel_can_be_ended_from_outside(tmp_path: Path) -> None:
         splice.end(EndReason.INTERNAL)
         assert await one.run(client.wait_closed, host.wait_closed) == ["reset"] * 2
         assert await one.ended(splice) is EndReason.KILLED
+
+
+@ensureDeferred
+async def test_who_does_not_wait_any_more_ends_the_tunnel(tmp_path: Path) -> None:
+    """A tunnel without somebody who waits for its end would have no record."""
+    async with tunnels(tmp_path) as one:
+        client, host, splice = await one.open()
+        splice.done.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        splice.done.cancel()
+        assert await one.run(client.wait_closed, host.wait_closed) == ["reset"] * 2
+        await until(lambda: not len(one.pumps))
 
 
 @ensureDeferred

@@ -153,8 +153,8 @@ class WatchedResolver(Resolver):
 
     waiting: list[weakref.ref[Any]]
 
-    def addresses(self, name: str) -> Any:
-        found = super().addresses(name)
+    def addresses(self, name: str, caller: str = "") -> Any:
+        found = super().addresses(name, caller)
         self.waiting.append(weakref.ref(found))
         return found
 
@@ -235,6 +235,30 @@ async def test_so_many_lookups_are_under_way_and_no_more() -> None:
         assert await one == [(socket.AF_INET, "192.0.2.1")]
     assert most == 3
     assert sorted(names) == sorted(wanted)
+
+
+@ensureDeferred
+async def test_a_caller_cannot_keep_others_from_asking() -> None:
+    """Its names that hang take its own part; another caller's name is looked up at once."""
+    lookup = Lookup()
+    lookup.hangs = lambda name: name.startswith("hangs")
+    resolver = Resolver(CLOCK, CLOCK.seconds, getaddrinfo=lookup, most_lookups=3, most_of_one=2)
+    hanging = [resolver.addresses(f"hangs{number}.example", "greedy") for number in range(50)]
+    common = resolver.addresses("common.example", "greedy")
+    assert await resolver.addresses("common.example", "other")
+    assert await common
+    for number in range(5):  # one after another, each has the place that is left
+        assert await resolver.addresses(f"n{number}.example", "other")
+    assert sorted(one for one in lookup.names if "hangs" in one) == [
+        "hangs0.example",
+        "hangs1.example",
+    ]
+    lookup.over.set()
+    for one in hanging:
+        assert await one
+    assert len(lookup.names) == 56
+    assert not resolver._under_way
+    assert not resolver._callers
 
 
 @ensureDeferred

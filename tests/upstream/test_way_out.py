@@ -337,7 +337,7 @@ async def test_a_deadline_covers_name_and_connection() -> None:
     """The phase is the cause."""
     hangs: Deferred[Any] = Deferred()
     ways = Ways()
-    ways.resolver.addresses = lambda name: hangs  # type: ignore[method-assign]
+    ways.resolver.addresses = lambda name, caller="": hangs  # type: ignore[method-assign]
     waits = ways.out.open("a.example", 443)
     ways.clock.advance(9.9)
     assert not waits.called
@@ -512,4 +512,5 @@ def test_names_of_callers_have_a_resolver_with_bounds() -> None:
     """Its threads and its memory are a number, not a caller's choice."""
     reactor = TurnedReactor()
     resolver = tunnel_resolver(reactor, reactor.seconds)
-    assert (resolver._most_lookups, resolver._most_names) == (32, 1024)
+    bounds = (resolver._most_lookups, resolver._most_of_one, resolver._most_names)
+    assert bounds == (32, 8, 1024)
