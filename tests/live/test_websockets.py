@@ -20,7 +20,7 @@ from tests.support.live_proxy import (
     until,
 )
 from tests.support.parents import PlayedParent
-from tests.support.scripts import KEPT, Notes, Turn, keep_replying
+from tests.support.scripts import KEPT, OK, Notes, Turn, keep_replying
 from tests.support.sockets import WAIT, Received, Script, Wire, connect, request
 from tests.support.websocket import (
     CLOSE,
@@ -285,13 +285,14 @@ def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
     """One that was used before is not its own, and is left for others."""
 
     def script(wire: Wire) -> None:
-        while True:
-            asked = wire.read_request()
-            if asked.values(b"upgrade"):
-                wire.send(switch(asked))
-                echo(wire)
-                return
-            wire.send(KEPT)
+        asked = wire.read_request()
+        if asked.values(b"upgrade"):
+            wire.send(switch(asked))
+            echo(wire)
+            return
+        wire.send(KEPT)
+        wire.read_request()
+        wire.send(OK)  # which ends it, so that nobody waits for a third one
 
     live.script = script
     assert live.get(request("GET", "/p/x")).status == 200
