@@ -25,7 +25,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity bench-sticky soak peers peer-programs dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -83,6 +83,9 @@ bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one p
 
 bench-sticky: $(DEV_STAMP) ## what providers find in their prompt caches, sticky or not (ARGS="--help")
 	@$(BIN)/python -m bench.sticky $(ARGS)
+
+bench-sandbox: $(DEV_STAMP) ## what an interception and a tunnel cost, beside Go and HAProxy (ARGS="--help")
+	@$(BIN)/python -m bench.sandbox $(ARGS)
 
 soak: $(DEV_STAMP) ## whether memory goes flat under load and reloads, for two hours (ARGS="--help")
 	@$(BIN)/python -m bench.soak $(ARGS)

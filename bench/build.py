@@ -51,9 +51,15 @@ def tool(name: str) -> str:
 
 def go_proxy() -> str:
     """Build Go's ReverseProxy; return its path."""
-    made, source = CACHE / "reverseproxy", PROXIES / "reverseproxy.go"
+    return go_program("proxies/reverseproxy.go")
+
+
+def go_program(name: str) -> str:
+    """Build a program from a file below ``bench/``; return its path."""
+    source = ROOT / "bench" / name
+    made = CACHE / source.stem
     if not is_fresh(made, source):
-        _run("Go's ReverseProxy", find("go"), "build", "-o", str(made), str(source))
+        _run(source.stem, find("go"), "build", "-o", str(made), str(source))
     return str(made)
 
 

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/tls"
 	"io"
 	"log"
@@ -13,6 +14,18 @@ import (
 	"os"
 	"strings"
 )
+
+// forward copies, and names the host in the heads of requests as a program would.
+func forward(far io.Writer, client net.Conn, name string) {
+	own := []byte("Host: " + client.LocalAddr().String())
+	piece := make([]byte, 1<<20)
+	for {
+		size, err := client.Read(piece)
+		if _, failed := far.Write(bytes.Replace(piece[:size], own, []byte("Host: "+name), 1)); failed != nil || err != nil {
+			return
+		}
+	}
+}
 
 func main() {
 	listener, err := net.Listen("tcp", "127.0.0.1:"+os.Args[1])
@@ -24,7 +37,8 @@ func main() {
 	if key := os.Getenv("PROXY_AUTHORIZATION"); key != "" {
 		head += "Proxy-Authorization: " + key + "\r\n"
 	}
-	config := &tls.Config{InsecureSkipVerify: true, ServerName: strings.Split(host, ":")[0]}
+	name := strings.Split(host, ":")[0]
+	config := &tls.Config{InsecureSkipVerify: true, ServerName: name}
 	for {
 		client, err := listener.Accept()
 		if err != nil {
@@ -47,7 +61,7 @@ func main() {
 				far = tls.Client(proxy, config)
 			}
 			done := make(chan bool, 2)
-			go func() { io.Copy(far, client); done <- true }()
+			go func() { forward(far, client, name); done <- true }()
 			go func() { io.Copy(client, far); done <- true }()
 			<-done
 		}()

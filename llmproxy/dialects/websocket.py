@@ -160,12 +160,15 @@ class ClientEvent(Part, gc=False):
         return self.generate is not False
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Every model that it names, wherever a provider may look for one."""
+        nested = (part.model for part in (self.response, self.session) if part is not None)
+        return tuple(dict.fromkeys(name for name in (self.model, *nested) if name))
+
+    @property
     def named(self) -> str | None:
         """The model that it names, or None."""
-        for part in (self.response, self.session):
-            if part is not None and part.model:
-                return part.model
-        return self.model
+        return next(iter(self.names), None)
 
 
 read_provider_event = msgspec.json.Decoder(ProviderEvent).decode

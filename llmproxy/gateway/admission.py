@@ -59,15 +59,13 @@ def admit(request: Request, place: PathMatch, rules: Rules) -> None:
     if (inside := request.inside) is not None:
         refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
     refuse_dots(request.path)
-    takes = place.websockets is not None
-    admit_fields(request, rules.pseudonym, rules.guarded, takes_websockets=takes)
+    admit_fields(request, rules.pseudonym, rules.guarded, place.websockets is not None)
 
 
 def admit_fields(
     request: Request,
     pseudonym: bytes,
     guarded: frozenset[bytes] = frozenset(),
-    *,
     takes_websockets: bool = False,
 ) -> None:
     """Let the fields of ``request`` pass, or refuse them.
@@ -109,7 +107,10 @@ def identify(request: Request, place: PathMatch, rules: Rules) -> Client:
         ProxyError: it cannot be served, nobody is known, or a web page of somebody else's calls.
     """
     admit(request, place, rules)
-    client = who_calls(request, place.keys, rules.auth)
+    if request.inside is None:  # as nearly always
+        client = rules.auth.identify(request.fields, request.uri, place.keys, request.first)
+    else:
+        client = who_calls(request, place.keys, rules.auth)
     if client is ANONYMOUS and not place.keys.passes:
         refuse_page(request.first, place.origins)
     return client

@@ -6,9 +6,10 @@ The handshake was admitted, routed and sent as any request is, until a candidate
 end was, which responses there were, and which a client may have (ADR-0032).
 
 A client's limits, and the models that it may use, are looked at again with each
-``response.create``.  For that its text messages are held until they are whole, on connections
-where something may be refused, and there alone.  A refusal is an event of the API's own on the open
-connection: clients take a refused handshake for a broken network, and try again.
+``response.create``.  For that its messages are held until they are whole, on connections where
+something may be refused, and there alone; binary ones as well, because some servers read JSON in
+either.  A refusal is an event of the API's own on the open connection: clients take a refused
+handshake for a broken network, and try again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import Fields, first_values
 from llmproxy.http1.websocket import EXTENSIONS, UPGRADE, Handshake
 from llmproxy.policy.limits import ClientLimits, Lease
-from llmproxy.policy.routes import NoModel, PathMatch, RouteMatch
+from llmproxy.policy.routes import Named, NoModel, PathMatch, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace, timestamp
 from llmproxy.stream.frames import NO_CODE, TEXT, frame
@@ -170,10 +171,13 @@ class WebSockets:
             try:
                 ending = await relay.over()
             except Exception:  # it was cancelled: the exchange knows why
-                end = EndReason.UPSTREAM_TIMEOUT
-                relay.end(None)
-                await relay.over()
-                raise
+                if relay.ending is None:
+                    end = EndReason.UPSTREAM_TIMEOUT
+                    relay.end(None)
+                    await relay.over()
+                    raise
+                ending = relay.ending  # the process ends, and the provider's side has not closed
+                relay.drop()
             end = conversation.judged(ending)
         except (ProxyError, ClientGone) as error:
             end = error.end
@@ -289,10 +293,10 @@ class Conversation:
     def _permit(self, event: ClientEvent, tap: WebSocketTap) -> None:
         """Refuse a model that the client may not use here."""
         caller, request = self._caller, self._exchange.request
-        named = event.named or (tap.model if event.asks else None)
-        if not caller.place.needs_model(caller.client) or not (named or event.asks):
+        names: tuple[Named, ...] = event.names
+        if not caller.place.needs_model(caller.client) or not (names or event.asks):
             return
-        asked = (named or NoModel.WITH_BODY,)
+        asked = names or ((NoModel.WITH_BODY,) if tap.model is None else (tap.model,))
         match = caller.place.choose(caller.client, request.uri, asked)
         if match.route is not self._match.route:
             text = "This model takes another route; open a WebSocket that names it in its query."

@@ -1,20 +1,19 @@
-"""Holds a client's text messages back until somebody has looked at them (ADR-0032).
+"""Holds a client's messages back until somebody has looked at them (ADR-0032).
 
-Everything else passes at once: binary messages, control frames, and those that come between the
-frames of a message that is held.  A message that passes goes on frame by frame, as it came.  One
-that does not is dropped whole, so that what is forwarded stays a sequence of whole frames.  Nothing
-here knows what messages mean.
+Control frames pass at once, also those that come between the frames of a message.  A message that
+passes goes on frame by frame, as it came.  One that does not is dropped whole, so that what is
+forwarded stays a sequence of whole frames.  Nothing here knows what messages mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmproxy.stream.frames import CONTROL, TEXT, read_header, unmasked
+from llmproxy.stream.frames import CONTROL, read_header, unmasked
 
 
 class Gate:
-    """The text messages of a client, one by one.
+    """The messages of a client, one by one.
 
     Args:
         passes: returns whether a message is forwarded.
@@ -24,7 +23,7 @@ class Gate:
     """
 
     __slots__ = (
-        *("_drops", "_held", "_hold", "_holds", "_is_last", "_left", "_let_go", "_mask", "_parts"),
+        *("_drops", "_held", "_hold", "_is_last", "_left", "_let_go", "_mask", "_parts"),
         *("_passes", "_payload", "_raw", "_rest", "_size"),
     )
 
@@ -39,8 +38,7 @@ class Gate:
         self._let_go = let_go
         self._rest = b""  # the beginning of a header
         self._left = 0  # bytes of the frame's payload that are still to come
-        self._held = False  # the frame is one of a message that is held
-        self._holds = False  # a message is held, or dropped
+        self._held = False  # the frame is one of a message
         self._drops = False
         self._is_last = False
         self._mask = b""
@@ -72,9 +70,7 @@ class Gate:
                     self._rest = data[at:]
                     break
                 if header.opcode < CONTROL:
-                    if header.opcode:
-                        self._holds = header.opcode == TEXT
-                    self._held = self._holds
+                    self._held = True
                     self._is_last, self._mask = header.is_last, header.mask
                 self._left = header.size
                 stop = at + header.length
@@ -112,7 +108,7 @@ class Gate:
         if not self._drops and self._passes(b"".join(self._parts)):
             out += self._raw
         self._forget()
-        self._drops = self._holds = False
+        self._drops = False
 
     def _forget(self) -> None:
         self._raw, self._payload, self._parts = [], [], []

@@ -13,6 +13,7 @@ route, a trace, a metric or the relay.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -50,6 +51,11 @@ _TAIL = b"\x00\x00\xff\xff"
 
 _EVENT_COST = 400
 """Bytes of inflated output that take as long as reading one event of which nothing is known."""
+
+_HEAD = 4096
+"""Bytes of a message that is too long in which its type is looked for."""
+
+_may_end = re.compile(rb'"response\.(?:completed|incomplete|failed|done)"').search
 
 _MOST_RUNNING = 256
 """Most responses of one connection that are under way at once, as far as they are followed."""
@@ -130,6 +136,7 @@ class Messages:
         most: bytes of the longest message that is read.
         clock: monotonic seconds.
         take: called with each message.
+        too_long: called with the beginning of one that is longer.
         degraded: called with why something is not read.
     """
 
@@ -142,9 +149,11 @@ class Messages:
         clock: Callable[[], float],
         take: Callable[[bytes], object],
         degraded: Callable[[Degraded], object],
+        too_long: Callable[[bytes], object] = lambda head: None,
     ) -> None:
         self._most = most
         self._take = take
+        self._too_long = too_long
         self._degraded = degraded
         self._credit = Credit(clock)
         self._parts: list[bytes] = []
@@ -198,6 +207,8 @@ class Messages:
         self._size += len(payload)
         if self._size <= self._most:
             self._parts.append(payload)
+        elif not self._parts:
+            self._parts.append(payload[:_HEAD])
         if not (part.frame_finished and part.message_finished):
             return
         message, size = b"".join(self._parts), self._size
@@ -205,6 +216,7 @@ class Messages:
         self._credit.spend(_EVENT_COST)
         if size > self._most:
             self._degraded(Degraded.OVERLONG)
+            self._too_long(message[:_HEAD])
         else:
             self._take(message)
 
@@ -313,16 +325,22 @@ class WebSocketTap:
         self._report = degraded
         self._asked: deque[SocketResponse] = deque()
         self._running: dict[str, SocketResponse] = {}
-        self._client, self._provider = (
-            Messages(
-                from_server=from_server,
-                extensions=extensions,
-                most=event,
-                clock=clock,
-                take=take,
-                degraded=self._degrade,
-            )
-            for from_server, take in ((False, self._client_said), (True, self._provider_said))
+        self._client = Messages(
+            from_server=False,
+            extensions=extensions,
+            most=event,
+            clock=clock,
+            take=self._client_said,
+            degraded=self._degrade,
+        )
+        self._provider = Messages(
+            from_server=True,
+            extensions=extensions,
+            most=event,
+            clock=clock,
+            take=self._provider_said,
+            degraded=self._degrade,
+            too_long=self._provider_said_much,
         )
         self.feed_client, self.feed_provider = self._client.feed, self._provider.feed
 
@@ -334,9 +352,7 @@ class WebSocketTap:
     @property
     def knows_all(self) -> bool:
         """Whether it can be told if a response is under way."""
-        return Degraded.OVERLONG not in self.degraded and (
-            not self.degraded or (self._client.is_reading and self._provider.is_reading)
-        )
+        return not self.degraded or (self._client.is_reading and self._provider.is_reading)
 
     def finish(self) -> list[SocketResponse]:
         """Return the responses that are still under way, now that the connection has ended."""
@@ -378,6 +394,13 @@ class WebSocketTap:
             self._fail(event)
         elif (response := self._of(event)) is not None:
             self._read(event, response)
+
+    def _provider_said_much(self, head: bytes) -> None:
+        """Let the only response end where a message that is too long says so; it has no counts."""
+        if len(self._running) == 1 and _may_end(head):
+            _, response = self._running.popitem()
+            response.seen.has_ended = True
+            self._ended(response)
 
     def _begin(self, name: str) -> None:
         response = self._asked.popleft() if self._asked else self._response(self.model)

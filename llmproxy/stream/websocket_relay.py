@@ -230,6 +230,10 @@ class WebSocketRelay:
     def abort(self, why: Exception) -> None:
         """Drop both sides at once."""
         self._end("proxy", why)
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop what is left of either side."""
         self._drop_client()
         self._drop_provider()
 
@@ -466,7 +470,7 @@ class WebSocketRelay:
     def _close(self) -> None:
         """Send both sides a close frame at the end of a frame, and end both."""
         self._is_closing = True
-        self._call("last words", _LAST_WORDS_S, self._drop_both)
+        self._call("last words", _LAST_WORDS_S, self.drop)
         if self._client is not None and self._to_client.is_between_frames:
             self._close_within(b"", self._to_client, self._write_client, self._part_client)
         if self._to_provider.is_between_frames:
@@ -503,11 +507,7 @@ class WebSocketRelay:
             self._provider.unregisterProducer()
             self._provider.loseConnection()
             if within is not None:
-                self._call("last words", within, self._drop_both)
-
-    def _drop_both(self) -> None:
-        self._drop_client()
-        self._drop_provider()
+                self._call("last words", within, self.drop)
 
     def _drop_client(self) -> None:
         if self._client is not None and not self._client_gone:

@@ -260,6 +260,8 @@ def test_a_slot_is_that_of_a_response(peers: Peers, provider: Provider) -> None:
         ({"type": "response.create"}, False),
         ({"type": "session.update", "session": {"model": "gpt-6"}}, False),
         ({"type": "response.create", "response": {"model": "gpt-6"}}, False),
+        ({"type": "response.create", "model": "gpt-6", "response": {"model": "gpt-5"}}, False),
+        ({"type": "response.create", "model": "gpt-5", "response": {"model": "gpt-6"}}, False),
         ({"type": "something.else"}, True),
     ],
 )
@@ -283,8 +285,12 @@ def test_a_message_that_cannot_be_read_is_refused_where_it_matters(
 ) -> None:
     """Who has no limits may send anything."""
     with peers.connect("/p/odd/responses", **by(NARROW)) as client:
-        client.send("{")
-        assert read(client)["error"]["code"] == "bad_event"
+        for message in ("{", b"\0\1\2"):
+            client.send(message)
+            assert read(client)["error"]["code"] == "bad_event"
+        client.send(json.dumps({"type": "response.create", "model": "gpt-6"}).encode())
+        assert read(client)["error"]["code"] == "model_forbidden"
+    assert provider.asked.empty()
 
 
 def test_a_message_may_be_as_long_as_a_body(tmp_path: Path) -> None:

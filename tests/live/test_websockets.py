@@ -165,6 +165,17 @@ def test_a_faulty_handshake_is_refused(
     assert got.values(b"sec-websocket-version") == wanted
 
 
+def test_a_page_of_another_site_needs_a_key(live: LiveProxy) -> None:
+    """A browser lets any page open a WebSocket: nobody is anonymous there, as on any request."""
+    got = live.reject(handshake("/p", "Origin: https://evil.example"))
+    assert (got.status, got.error) == (403, "origin")
+    live.script = switching(echo)
+    for fields in (("Origin: http://proxy",), ("Origin: null", "Authorization: Bearer x")):
+        with live.connect() as client:
+            got = ask(client, handshake("/p", *fields))
+        assert got.status == (101 if len(fields) == 1 else 401)
+
+
 def test_an_upgrade_in_http_1_0_is_none(live: LiveProxy) -> None:
     """RFC 9110, section 7.8: the field is ignored, and does not cross."""
     asked, got = live.ask(handshake().replace(b"HTTP/1.1", b"HTTP/1.0"))
@@ -566,4 +577,28 @@ def test_a_shutdown_closes_with_1001(tmp_path: Path, link: Link, signals: int) -
         got = heard.read()
         assert (got.opcode, got.payload) == (CLOSE, b"\x03\xe9")
         assert daemon.process.wait(WAIT) == 0
+        assert trace_of(daemon, path="/p")["end_reason"] == "drained"
+
+
+def test_a_shutdown_waits_for_no_provider(tmp_path: Path, link: Link) -> None:
+    """One that does not close its side is left behind; the record is written all the same."""
+    over = Turn()
+
+    def then(wire: Wire) -> None:
+        read_frame(wire)
+        over.take()
+
+    with (
+        link.provider(switching(then)) as provider,
+        Daemon(tmp_path, link.config(provider, route="websocket = true")) as daemon,
+    ):
+        with connect(daemon.port) as client:
+            client.send(handshake("/p"))
+            read_switch(client)
+            daemon.terminate()
+            daemon.wait_log("draining")
+            daemon.terminate()
+            assert read_frame(client).payload == b"\x03\xe9"
+        assert daemon.process.wait(WAIT) == 0
+        over.give()
         assert trace_of(daemon, path="/p")["end_reason"] == "drained"

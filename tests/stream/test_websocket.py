@@ -286,6 +286,20 @@ def test_what_has_not_ended_is_there_at_the_end() -> None:
     assert not tapped.is_busy()
 
 
+def test_a_last_event_may_be_too_long() -> None:
+    """The response has ended, and its tokens are not known."""
+    tapped = Tapped()
+    tapped.provider("response.created", response={"id": "r1"})
+    tapped.provider("response.output_text.done", text="x" * 2 * MIB)
+    assert tapped.is_busy()
+    response = {"id": "r1", "status": "completed", "output": "x" * 2 * MIB, "usage": USAGE}
+    tapped.provider("response.completed", response=response)
+    assert (tapped.is_busy(), tapped.degraded) == (False, [Degraded.OVERLONG])
+    (result,) = tapped.results
+    assert (result.end_reason, result.usage.provenance) == (EndReason.COMPLETE, "none")
+    assert tapped.tap.knows_all
+
+
 def test_an_odd_event_degrades_the_record_alone() -> None:
     """What the provider sends is read on; what the client sends is the provider's to judge."""
     tapped = Tapped()

@@ -88,6 +88,7 @@ def running_peers(
         0,
         process_request=peers.process,
         max_size=None,
+        max_queue=1,
         subprotocols=None,
         select_subprotocol=lambda connection, offered: None,
     )
