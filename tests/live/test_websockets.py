@@ -19,6 +19,7 @@ from tests.support.live_proxy import (
     trace_of,
     until,
 )
+from tests.support.parents import PlayedParent
 from tests.support.scripts import KEPT, Notes, Turn, keep_replying
 from tests.support.sockets import WAIT, Received, Script, Wire, connect, request
 from tests.support.websocket import (
@@ -300,6 +301,48 @@ def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
         assert read_frame(client).payload == b"on"
     assert live.get(request("GET", "/p/x")).status == 200
     assert live.provider.accepted == before + 1
+
+
+def test_a_client_that_leaves_before_the_101_ends_the_attempt(live: LiveProxy) -> None:
+    """Within 100 ms, as with any request."""
+    asked, left = Notes(), Notes()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        asked.put(None)
+        wire.wait_closed()
+        left.put(time.monotonic())
+
+    live.script = script
+    client = live.connect()
+    client.send(handshake("/p/too-soon"))
+    asked.read()
+    left_at = time.monotonic()
+    client.reset()
+    assert left.read() - left_at < 0.1
+    live.assert_ended("/p/too-soon", "client_gone", None)
+
+
+def test_a_parent_proxy_leads_to_the_provider(tmp_path: Path, link: Link) -> None:
+    """By CONNECT, and with TLS behind it where the provider has TLS."""
+    with (
+        link.provider(switching(echo)) as provider,
+        PlayedParent(b"HTTP/1.1 200 OK\r\n\r\n") as parent,
+        Daemon(
+            tmp_path,
+            link.config(
+                provider, keys=f'parent_proxy = "{parent.url}"\n', route="websocket = true"
+            ),
+        ) as daemon,
+        connect(daemon.port) as client,
+    ):
+        client.send(handshake("/p"))
+        read_switch(client)
+        client.send(frame(b"x" * 200_000, mask=MASK))
+        assert read_frame(client).payload == b"x" * 200_000
+        client.send(close(mask=MASK))
+        assert read_frame(client).opcode == CLOSE
+        assert parent.accepted == 1
 
 
 # --- the bytes ------------------------------------------------------------------------------------
