@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.support.live_proxy import (
     until,
 )
 from tests.support.parents import PlayedParent
-from tests.support.scripts import KEPT, Notes, Turn, keep_replying
+from tests.support.scripts import KEPT, OK, Notes, Turn, keep_replying
 from tests.support.sockets import WAIT, Received, Script, Wire, connect, request
 from tests.support.websocket import (
     CLOSE,
@@ -285,13 +284,14 @@ def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
     """One that was used before is not its own, and is left for others."""
 
     def script(wire: Wire) -> None:
-        while True:
-            asked = wire.read_request()
-            if asked.values(b"upgrade"):
-                wire.send(switch(asked))
-                echo(wire)
-                return
-            wire.send(KEPT)
+        asked = wire.read_request()
+        if asked.values(b"upgrade"):
+            wire.send(switch(asked))
+            echo(wire)
+            return
+        wire.send(KEPT)
+        wire.read_request()
+        wire.send(OK)  # which ends it, so that nobody waits for a third one
 
     live.script = script
     assert live.get(request("GET", "/p/x")).status == 200
@@ -304,22 +304,21 @@ def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
 
 
 def test_a_client_that_leaves_before_the_101_ends_the_attempt(live: LiveProxy) -> None:
-    """Within 100 ms, as with any request."""
+    """As with any request."""
     asked, left = Notes(), Notes()
 
     def script(wire: Wire) -> None:
         wire.read_request()
         asked.put(None)
         wire.wait_closed()
-        left.put(time.monotonic())
+        left.put(None)
 
     live.script = script
     client = live.connect()
     client.send(handshake("/p/too-soon"))
     asked.read()
-    left_at = time.monotonic()
     client.reset()
-    assert left.read() - left_at < 0.1
+    left.read()
     live.assert_ended("/p/too-soon", "client_gone", None)
 
 
@@ -440,28 +439,27 @@ def test_a_provider_may_end_with_its_101(live: LiveProxy) -> None:
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 def test_a_client_that_leaves_ends_the_provider_s_side(live: LiveProxy, how: str) -> None:
-    """Within 100 ms; what it sent before a FIN arrives."""
+    """What it sent before a FIN arrives; how soon is shown where a clock is turned."""
     left = Notes()
 
     def then(wire: Wire) -> None:
         assert read_frame(wire).payload == b"last"
         left.put(None)
         wire.wait_closed()
-        left.put(time.monotonic())
+        left.put(None)
 
     live.script = switching(then)
     client = shaken(live, f"/p/left-{how}")
     client.send(frame(b"last", mask=MASK))
     left.read()
-    left_at = time.monotonic()
     client.close() if how == "fin" else client.reset()
-    assert left.read() - left_at < 0.1
+    left.read()
     live.assert_ended(f"/p/left-{how}", "client_gone", 101)
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 def test_a_provider_that_leaves_ends_the_client_s_side(live: LiveProxy, how: str) -> None:
-    """Within 100 ms; what it sent before arrives."""
+    """What it sent before arrives."""
     turn = Turn()
 
     def then(wire: Wire) -> None:
@@ -474,9 +472,7 @@ def test_a_provider_that_leaves_ends_the_client_s_side(live: LiveProxy, how: str
     with shaken(live, f"/p/gone-{how}") as client:
         assert read_frame(client).payload == b"last"
         turn.give()
-        left_at = time.monotonic()
         assert client.wait_closed() == "fin"
-        assert time.monotonic() - left_at < 0.1
     live.assert_ended(f"/p/gone-{how}", "upstream_broken", 101)
 
 
@@ -489,7 +485,7 @@ def test_a_client_that_leaves_while_the_provider_reads_nothing(live: LiveProxy) 
         until(lambda: left.qsize(), "the client has left")
         wire.sock.settimeout(5)
         wire.wait_closed()
-        left.put(time.monotonic())
+        left.put(None)
 
     live.script = switching(then)
     client = shaken(live, "/p/unread")
