@@ -67,7 +67,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def copy(target: Path) -> set[str]:
     """Copy what an sdist is made of to an empty folder; give back the names of its files."""
     for folder in FOLDERS:
-        skip = shutil.ignore_patterns("__pycache__", "*_cache", ".hypothesis")
+        skip = shutil.ignore_patterns("__pycache__", "*_cache", ".hypothesis", "node_modules")
         shutil.copytree(ROOT / folder, target / folder, ignore=skip)
     for file in FILES:
         (target / file).parent.mkdir(parents=True, exist_ok=True)

@@ -235,7 +235,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmproxy-mutants-") as folder:
         copy = Path(folder) / "copy"
-        skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
+        skipped = shutil.ignore_patterns(
+            ".git", ".venv", "build", "*.egg-info", "__pycache__", "node_modules"
+        )
         shutil.copytree(args.root, copy, ignore=skipped)
         for line in judged(args, copy):
             sys.stdout.write(json.dumps(line) + "\n")

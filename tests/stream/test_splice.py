@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import queue
 import random
 import socket
@@ -15,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from llmproxy.server.request import Request
 from llmproxy.server.tls import ListenerTls
 from llmproxy.stream.splice import Splice, Splices
 from llmproxy.upstream.way_out import WayOut, tunnel_resolver
-from tests.support.fake_transport import until
+from tests.support.fake_transport import turn, until
 from tests.support.keypairs import Vault
 from tests.support.served import Served
 from tests.support.sockets import WAIT, Provider, Wire, connect, request
@@ -642,3 +643,113 @@ async def test_nothing_of_a_tunnel_is_kept_when_it_is_over(tmp_path: Path) -> No
             await until(lambda: gone() is None)
         finally:
             gc.enable()
+
+
+# --- drawn lives ----------------------------------------------------------------------------------
+
+SEED = int(os.environ["LLMPROXY_TEST_SEED"])  # tests/conftest.py
+LIVES = 30
+
+
+class PlayedEnd:
+    """One end of a tunnel, which sends, takes, ends and resets as it is drawn; it never blocks.
+
+    Args:
+        sock: the end's.
+        marks: what its bytes are made of.
+
+    Attributes:
+        sent, got: every byte that was sent and taken.
+        has_ended: it has sent its FIN.
+        over: how the other side has ended: ``fin`` or ``reset``.
+    """
+
+    def __init__(self, sock: socket.socket, marks: random.Random) -> None:
+        sock.setblocking(False)
+        self.sock, self._marks = sock, marks
+        self.sent, self.got = bytearray(), bytearray()
+        self.has_ended = self.has_reset = False
+        self.over = ""
+
+    def send(self, size: int) -> None:
+        """Send up to so many bytes."""
+        if self.has_ended or self.has_reset:
+            return
+        data = self._marks.randbytes(size)
+        try:
+            self.sent += data[: self.sock.send(data)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.over = "reset"
+
+    def take(self, size: int) -> None:
+        """Take up to so many bytes."""
+        if self.over or self.has_reset:
+            return
+        try:
+            data = self.sock.recv(size)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.over = "reset"
+            return
+        self.got += data
+        if not data:
+            self.over = "fin"
+
+    def end(self) -> None:
+        """End this side."""
+        if not (self.has_ended or self.has_reset):
+            self.has_ended = True
+            with suppress(OSError):  # the other side has reset it
+                self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Reset the connection."""
+        if not self.has_reset:
+            self.has_reset = True
+            Wire(self.sock).reset()
+
+
+@pytest.mark.parametrize("kind", [PLAIN, (False, False)], ids=["direct", "twisted"])
+@ensureDeferred
+async def test_whatever_two_sides_do_no_byte_is_lost_or_made_up(
+    tmp_path: Path, kind: tuple[bool, bool]
+) -> None:
+    """What one gets is how the other's bytes begin; where both end in order it is all of them."""
+    async with tunnels(tmp_path, kind) as one:
+        for number in range(LIVES):
+            drawn = random.Random(SEED * 1000 + number)
+            client, host, splice = await one.open(receive_buffer=drawn.choice([0, 4096]))
+            ends = [PlayedEnd(wire.sock, random.Random(drawn.random())) for wire in (client, host)]
+            resets = drawn.random() < 0.3
+            for _ in range(drawn.randrange(60)):
+                end, step = drawn.choice(ends), drawn.random()
+                if step < 0.45:
+                    end.send(drawn.choice([1, 1000, 300_000]))
+                elif step < 0.9:
+                    end.take(drawn.choice([1, 5000, 300_000]))
+                elif step < 0.93:
+                    end.end()
+                elif step < 0.94 and resets:
+                    end.reset()
+                if drawn.random() < 0.3:
+                    await turn()
+            for end in ends:
+                end.end()
+
+            def is_over() -> bool:
+                for end in ends:  # noqa: B023 - called before the next life
+                    end.take(1 << 20)
+                return all(end.over or end.has_reset for end in ends)  # noqa: B023 - the same
+
+            await until(is_over)
+            reason = await one.ended(splice)
+            was_reset = any(end.has_reset for end in ends)
+            for sender, taker in (ends, ends[::-1]):
+                assert sender.sent.startswith(taker.got), number
+                assert was_reset or taker.got == sender.sent, number
+            assert was_reset or reason is EndReason.COMPLETE, number
+            assert splice.received <= len(ends[1].sent)
+            assert splice.sent <= len(ends[0].sent)
