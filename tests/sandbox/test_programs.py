@@ -20,7 +20,9 @@ import pytest
 from tests.support.live_proxy import assert_settles, trace_of
 from tests.support.sandbox import KEY, Sandbox, open_sandbox
 from tests.support.scripts import DONE, event
-from tests.support.sockets import WAIT
+
+PATIENCE = 60.0
+"""Seconds that a program may take to start and to write; on an idle machine Java takes four."""
 
 PROGRAMS = Path(__file__).parent / "programs"
 MODULES = Path(__file__).parents[1] / "sandbox" / "node_modules"
@@ -140,7 +142,7 @@ def assert_streams(
                 turn.give()
                 got = b""
                 while len(got) < len(shown):
-                    ready = select.select([process.stdout], [], [], WAIT)[0]
+                    ready = select.select([process.stdout], [], [], PATIENCE)[0]
                     piece = os.read(process.stdout.fileno(), 65536) if ready else b""
                     if not piece:
                         process.kill()
@@ -148,7 +150,7 @@ def assert_streams(
                     got += piece
                 assert got == shown
             turn.give(2)
-            rest, complaint = process.communicate(timeout=WAIT)
+            rest, complaint = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert (process.returncode, rest) == (0, shown_end), complaint
@@ -229,7 +231,7 @@ def refused(command: list[str], environ: dict[str, str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=WAIT,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode != 0
