@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -66,13 +66,6 @@ _REPEATED_S = 60.0
 _MOST_REPEATED = 1024
 
 
-class Ending(Protocol):
-    """Ends TLS for one host; what a listener's own TLS has (``server/tls.py``)."""
-
-    def on_socket(self, transport: Any) -> Any:
-        """Return OpenSSL's side of a transport of ``net/tls.py``."""
-
-
 class Repeats:
     """Keeps refusals that come again and again from filling the log.
 
@@ -83,12 +76,14 @@ class Repeats:
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._others = 0  # refusals that were not told apart any more
         self._timer: Any = None
 
     def is_first(self, host: str, client: str) -> bool:
         """Return whether this refusal has a line of its own; count it for later where not."""
         key = (host, client)
         if key not in self._counts and len(self._counts) >= _MOST_REPEATED:
+            self._others += 1
             return False
         self._counts[key] += 1
         if self._timer is None:
@@ -98,6 +93,9 @@ class Repeats:
     def _tell(self) -> None:
         self._timer = None
         counts, self._counts = self._counts, Counter()
+        others, self._others = self._others, 0
+        if others:
+            _log.warn("CONNECT was refused {count} times more, for many hosts", count=others)
         for (host, client), count in counts.items():
             if count > 1:
                 _log.warn(
@@ -137,7 +135,7 @@ class Connect(Handler):
         recorder: keeps a record of each.
         metrics: counts what became of them.
         ways: what is under way, whatever configuration it began with.
-        leaf: makes TLS for a host that is intercepted; it fires with an :class:`Ending`.
+        leaf: makes the TLS of a host that is intercepted; it fires with a ``ServerTls``.
         way_out: opens connections for tunnels.
     """
 

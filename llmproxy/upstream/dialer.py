@@ -93,7 +93,7 @@ class Dialer:
         self.secure = self._tls is not None
         self._direct = direct
         connector: Callable[..., Any] | None = None
-        wrap: Callable[[Any], Any] = lambda endpoint: endpoint  # noqa: E731
+        wrap: Callable[[Any], Any] | None = None
         if direct and (self._tls is None or parent is not None):
             connector = DirectConnector
         elif direct:

@@ -60,7 +60,7 @@ class HostEndpoint:
         port: int,
         *,
         connector: Callable[..., Any] | None,
-        wrap: Callable[[Any], Any] = lambda endpoint: endpoint,
+        wrap: Callable[[Any], Any] | None = None,
         guard: Guard | None = None,
         caller: str = "",
         is_parent: bool = False,
@@ -118,7 +118,9 @@ class HostEndpoint:
         """Begin to connect to one address."""
         family, host = address
         kind = TCP4ClientEndpoint if family == AF_INET else TCP6ClientEndpoint
-        endpoint = self._wrap(kind(self._reactor, host, self._port, _NO_TIMEOUT))
+        endpoint: Any = kind(self._reactor, host, self._port, _NO_TIMEOUT)
+        if self._wrap is not None:
+            endpoint = self._wrap(endpoint)
         return cast("Deferred[Any]", endpoint.connect(cast(IProtocolFactory, factory)))
 
     def why_not(self, error: Exception) -> ProxyError:

@@ -9,11 +9,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 
 from llmproxy.config import Intercept
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.gateway.connect import Connect, Ways
+from llmproxy.gateway.connect import Connect, Repeats, Ways
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
 from tests.gateway.played import PlayedGateway
@@ -320,3 +321,15 @@ def test_a_key_in_the_place_of_the_host_is_in_no_record() -> None:
     played.ask("llmp_" + "a" * 43 + ":443", basic("c:key"))
     assert played.refusal() == (403, "tunnel_refused")
     assert played.trace().path == ""
+
+
+def test_refusals_of_many_hosts_are_counted_together() -> None:
+    """A program that invents hosts fills neither the log nor the memory; nothing goes untold."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    told = [repeats.is_first(f"h{number}.example:443", "c") for number in range(1030)]
+    assert told == [True] * 1024 + [False] * 6
+    with capturedLogs() as lines:
+        clock.advance(60)
+    assert [line["count"] for line in lines] == [6]
+    assert repeats.is_first("h1029.example:443", "c")

@@ -323,8 +323,8 @@ async def test_tls_within_tls(vault: Vault) -> None:
             assert (done.stdout, done.stderr) == (b"localhost 443 localhost True 0", b"")
 
 
-def test_a_client_that_has_left_is_not_turned() -> None:
-    """And neither is one whose request is not whole; as for a socket that is handed over."""
+def test_a_response_that_has_begun_is_not_turned() -> None:
+    """A head goes out once; all else is refused as for a socket that is handed over."""
     caller = Caller(CONNECT)
     caller.request.start(200, [])
     ended: list[object] = []
