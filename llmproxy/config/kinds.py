@@ -44,6 +44,7 @@ from llmproxy.config.values import (
     choice,
     duration,
     duration_or_off,
+    filler_size,
     instant,
     integer,
     model_pattern,
@@ -291,6 +292,7 @@ DURATION = value(duration, "duration", show_duration)
 DURATION_OR_OFF = value(duration_or_off, 'duration or ``"off"``', show_duration)
 SIZE = value(size, "size", _where_set(show_size))
 SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
+FILLER = value(filler_size, "size", show_size)
 URL = value(url, show=_where_set(str))
 PARENT_PROXY = value(parent_proxy, show=_where_set(str))
 PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))

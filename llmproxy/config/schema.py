@@ -30,8 +30,6 @@ D = TypeVar("D")
 S = TypeVar("S", bound=msgspec.Struct)
 Reader = Callable[[object], T]
 
-NOT_BUILT_YET = "is not built yet in this version"
-
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -111,8 +109,6 @@ class Section:
     Args:
         names: of the keys.
         keys: how they are declared; the file's own tables, at its root, are not.
-        not_built: keys that the design has and this version has not; they are refused, never read
-            and ignored.
         elsewhere: keys that are only known in ``[timeouts]``.
         instead: what to write instead of keys that operators expect here, by those; ``*`` stands
             for every other that is no slip. ``{}`` stands for the table's own name.
@@ -120,20 +116,16 @@ class Section:
 
     names: Collection[str]
     keys: Mapping[str, Key] = field(default_factory=dict)
-    not_built: frozenset[str] = frozenset()
     elsewhere: Collection[str] = ()
     instead: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls,
-        struct: type[msgspec.Struct],
-        *not_built: str,
-        instead: Mapping[str, str] | None = None,
+        cls, struct: type[msgspec.Struct], *, instead: Mapping[str, str] | None = None
     ) -> Section:
         """Return the section whose keys ``struct`` declares."""
         keys = keys_of(struct)
-        return cls(tuple(keys), keys, frozenset(not_built), instead=instead or {})
+        return cls(tuple(keys), keys, instead=instead or {})
 
     @classmethod
     def part_of(cls, struct: type[msgspec.Struct], name: str) -> Section:
@@ -146,8 +138,6 @@ class Section:
         """Return what is wrong with a key of this ``name`` in a ``table``, or ``None``."""
         if name in self.names:
             return None
-        if name in self.not_built:
-            return NOT_BUILT_YET
         if name in self.elsewhere:
             return "can only be set in [timeouts]"
         instead = self.instead.get(name.lower().replace("-", "_"))

@@ -38,6 +38,7 @@ from llmproxy.config.kinds import (
     ENDPOINTS,
     ENDPOINTS_FOR_TLS,
     FILE,
+    FILLER,
     HEADERS,
     HOST_NAMES,
     HOSTS,
@@ -652,6 +653,21 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     error_event: Annotated[bool, Key(BOOLEAN)] = False
     """Whether the proxy ends a broken stream with one error event in the provider's dialect."""
 
+    heartbeat: Annotated[float | None, Key(DURATION_OR_OFF)] = None
+    """After how long a silence of the provider the proxy writes a comment into a stream of events,
+    and how often from then on; for hops that cut a connection on which nothing comes. It stands
+    between two events, and readers drop it. In Anthropic's dialect it is an ``event: ping``, as in
+    that API's own streams. Never in NDJSON or JSON, nor in a compressed response, nor in one with a
+    ``Content-Length``; nor before the head of the provider's response, for which ``first_byte``
+    waits. With ``"off"`` no byte is added."""
+
+    heartbeat_bytes: Annotated[int, Key(FILLER)] = 0
+    """How long each of these is at least, line ends included: some hops hold back little pieces."""
+
+    padding: Annotated[int, Key(FILLER)] = 0
+    """How long a comment the proxy writes at the start of a stream of events, line ends included;
+    for hops that hold back the first so many bytes. In the same responses as ``heartbeat``."""
+
     capture: Annotated[Capture, Key(word_of(Capture))] = "usage"
     """What the record of a request keeps of the response. ``"usage"`` keeps the tokens.
     ``"content"`` also keeps the text and the tool calls, up to ``limits.accumulate``."""
@@ -910,7 +926,7 @@ SECTIONS: Mapping[str, Section] = {
     "providers.*.timeouts": PROVIDER_TIMEOUTS,
     "providers.*.health": HEALTH,
     "providers.*.queue": QUEUE,
-    "routes": Section.of(Route, "heartbeat", "padding"),
+    "routes": Section.of(Route),
     "routes.timeouts": ROUTE_TIMEOUTS,
     "routes.override.*": OVERRIDE,
     "clients.*": Section.of(Client, instead=dict.fromkeys(_INLINE, _MAKE_A_KEY)),

@@ -188,6 +188,16 @@ def size_above_zero(value: object) -> int:
     return read
 
 
+_SHORTEST_FILLER, _LONGEST_FILLER = 3, 64 * 1024
+
+
+def filler_size(value: object) -> int:
+    """Read the size of a comment in a stream: one needs three bytes, and is held as a whole."""
+    if (read := size(value)) and not _SHORTEST_FILLER <= read <= _LONGEST_FILLER:
+        raise Wrong('"0", or a size from "3B" to "64KiB"')
+    return read
+
+
 def show_size(size_bytes: int) -> str:
     """Return a size as :func:`size` reads it, in the largest unit that is whole."""
     if size_bytes == 0:

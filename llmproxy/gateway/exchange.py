@@ -23,6 +23,7 @@ from llmproxy.policy.routes import ATTEMPTS, Candidate, RouteMatch
 from llmproxy.record.trace import SKIPPED, Trace
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
+from llmproxy.stream.heartbeat import is_between_events
 from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
@@ -227,12 +228,20 @@ class Exchange:
         method = trace.method if self.request.method in _LABELLED else "other"
         return trace.route or "", trace.provider or "", trace.client or "", method, status
 
+    @property
+    def takes_comments(self) -> bool:
+        """Whether something of ours can stand in the body: it is events, as they are read."""
+        if self.content_encoding is not None or self.has_length:
+            return False
+        return is_stream(self.content_type) and not is_ndjson(self.content_type)
+
     def _is_between_events(self) -> bool:
         """Return whether the stream stands between two events, so that one more can be added."""
-        if self.relay is None or self.response is None or not is_stream(self.content_type):
-            return False
-        if self.has_length or self.content_encoding is not None:
+        if self.relay is None or self.response is None:
             return False
         tail = self.relay.statistics.tail
-        ends = (b"\n",) if is_ndjson(self.content_type) else (b"\n\n", b"\r\r", b"\r\n\r\n")
-        return not tail or tail.endswith(ends)
+        if self.takes_comments:
+            return is_between_events(tail)
+        is_lines = is_ndjson(self.content_type)
+        is_plain = self.content_encoding is None and not self.has_length
+        return is_lines and is_plain and (not tail or tail.endswith(b"\n"))

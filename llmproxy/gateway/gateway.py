@@ -16,7 +16,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
-from llmproxy.config import Client, Config
+from llmproxy.config import Client, Config, Route
+from llmproxy.dialects.dialect import Dialect
+from llmproxy.dialects.filler import heartbeat, padding
 from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.dialects.websocket import socket_api
@@ -53,6 +55,7 @@ from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
+from llmproxy.stream.heartbeat import Heartbeat
 from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential
@@ -358,13 +361,33 @@ class Gateway(Handler):
             stays=lambda: self.detached.takes(exchange, ClientGone()),
         )
         self._metrics.began(relay)
+        beats = None
+        if (match.route.padding or match.route.heartbeat is not None) and exchange.takes_comments:
+            exchange.request.write(padding(match.route.padding))  # with the head
+            beats = self._begin_heartbeat(exchange, match.route, candidate.provider.dialect, relay)
         try:
             done = relay.start()
             exchange.request.flush()  # the head leaves before the body, unless some of it is there
             await done
         finally:
+            if beats is not None:
+                beats.stop()
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
+
+    def _begin_heartbeat(
+        self, exchange: Exchange, route: Route, dialect: Dialect, relay: Relay
+    ) -> Heartbeat | None:
+        if route.heartbeat is None:
+            return None
+        return Heartbeat(
+            relay,
+            exchange.request.write,
+            self._reactor,
+            self._clock,
+            every=route.heartbeat,
+            beat=heartbeat(dialect, route.heartbeat_bytes),
+        )
 
 
 def guarded_fields(config: Config) -> frozenset[bytes]:

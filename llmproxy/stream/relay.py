@@ -366,6 +366,11 @@ class Relay(TwistedProtocol):
         """Whether the client pauses the relay now."""
         return self.state is State.PAUSED
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is forwarded."""
+        return self.state is State.ENDED
+
     # -- from the provider ----------------------------------------------------------------------
 
     def dataReceived(self, data: bytes) -> None:

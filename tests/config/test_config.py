@@ -140,6 +140,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 "on_disconnect": "cancel",
                 "drain_for": "30s",
                 "error_event": False,
+                "heartbeat": "off",
+                "heartbeat_bytes": "0",
+                "padding": "0",
                 "capture": "usage",
                 "request_body": None,
             }
