@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``ca``, ``usage``, ``demo``.
+"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``doctor``, ``keys``, ``ca``, ...
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
+from llmproxy.cli.doctor.command import add_doctor
 from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong, duration, instant, show_instant
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_check(commands)
     _add_explain(commands)
+    add_doctor(commands)
     _add_keys(commands)
     add_ca(commands)
     add_usage(commands)
