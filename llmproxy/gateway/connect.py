@@ -21,7 +21,6 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -29,7 +28,7 @@ from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ClientGone, EndReason, ProxyError
-from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_authority
 from llmproxy.net.task import Task
@@ -171,7 +170,7 @@ class Connect(Handler):
             exchange.drop()
 
         request.gone = client_left
-        exchange.task = Task(self._serve(exchange), _end_failed)
+        exchange.task = Task(self._serve(exchange), end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
@@ -199,20 +198,11 @@ class Connect(Handler):
         error: ProxyError | None = None
         try:
             end = await self._tell(exchange)
-        except ProxyError as problem:
-            error, end = problem, problem.end
-        except Exception as problem:
             if exchange.left is not None:
                 end = exchange.left.end
-            elif isinstance(problem, ClientGone):
-                end = problem.end
-            else:
-                _log.failure("CONNECT {id} failed", id=exchange.trace.id)
-                end = EndReason.INTERNAL
-                error = ProxyError(500, "internal", "The proxy failed.", end=end)
-        if exchange.left is not None:
-            end, error = exchange.left.end, None
-        elif error is not None:
+        except Exception as problem:
+            end, error = exchange.judge(problem)
+        if error is not None:
             self._refuse(exchange, error)
         trace = exchange.trace
         self._metrics.connected(trace.tunnel or REFUSED)
@@ -308,7 +298,3 @@ class Connect(Handler):
         request.start(error.status, fields, phrase)
         request.write(body)
         request.finish()
-
-
-def _end_failed(failure: Failure) -> None:
-    _log.failure("the end of a CONNECT failed", failure)

@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -24,16 +22,15 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import admit_fields
 from llmproxy.gateway.connect import OBSERVED, REFUSED
-from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_absolute
 from llmproxy.http1.headers import HeaderRewriter, for_client
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth, KeyPlaces, holds_made_key, no_proxy_key
+from llmproxy.policy.auth import Auth, KeyPlaces, holds_made_key, no_proxy_key
 from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.tunnels import Tunnels
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
@@ -44,8 +41,6 @@ from llmproxy.upstream.pool import request_head
 from llmproxy.upstream.request_body import Phase
 from llmproxy.upstream.response import Response
 from llmproxy.upstream.way_out import WayOut, of_host
-
-_log = Logger()
 
 _late = partial(upstream_timeout, may_have_run=True)
 
@@ -140,7 +135,7 @@ class Forward(Handler):
             self._metrics.cancel.observe(self._clock() - left_at)
 
         request.gone = client_left
-        exchange.task = Task(self._serve(exchange), _end_failed)
+        exchange.task = Task(self._serve(exchange), end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
@@ -173,27 +168,12 @@ class Forward(Handler):
         error: ProxyError | None = None
         try:
             end = await self._tell(exchange)
-        except ProxyError as problem:
-            of_host(problem)
-            error, end = problem, problem.end
-            if error.reason == MISPLACED:
-                conceal(exchange.trace, path=error.cause == THE_PATH)
-        except Exception as problem:
-            if exchange.is_late:
-                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
-                of_host(error)
-                end = error.end
-            elif exchange.left is not None:
+            if exchange.left is not None:
                 end = exchange.left.end
-            elif isinstance(problem, ClientGone):
-                exchange.left, end = problem, problem.end
-            else:
-                _log.failure("request {id} failed", id=exchange.trace.id)
-                end = EndReason.INTERNAL
-                error = ProxyError(500, "internal", "The proxy failed.", end=end)
-        if exchange.left is not None:
-            end, error = exchange.left.end, None  # no client waits for an error
-        elif error is not None:
+        except Exception as problem:
+            end, error = exchange.judge(problem)
+        if error is not None:
+            of_host(error)
             exchange.fail(error, Dialect.OPENAI, self._recorder.now())
         self._recorder.close(exchange, end, error)
 
@@ -305,7 +285,3 @@ def _shown(url: bytes) -> str:
 
 def _nothing(connection: Connection) -> None:
     """A connection has ended, which nobody counts."""
-
-
-def _end_failed(failure: Failure) -> None:
-    _log.failure("a request's end failed", failure)
