@@ -215,7 +215,7 @@ class Forward(Handler):
         if value is None:
             raise no_proxy_key()
         client = self._auth.identify_proxy(value)
-        self._auth.identify_within(value, request.fields, target, _KEYS)
+        self._auth.refuse_crossing(request.fields, target, _KEYS)
         return client
 
     async def _send(self, exchange: Exchange, to: Destination) -> Response:
