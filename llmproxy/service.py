@@ -398,6 +398,7 @@ class ProxyService(Service):
         self.leaves.stop()
         self.notify.close()
         self.recorder.close_all()
+        self.ways.repeats.close()
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())

@@ -15,12 +15,10 @@ each request in it must have one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.logger import Logger
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -30,7 +28,8 @@ from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.http1.grammar import BadMessage, parse_authority
+from llmproxy.gateway.repeats import Repeats
+from llmproxy.http1.grammar import BadMessage, authority_of, parse_authority
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, holds_made_key, no_proxy_key
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
@@ -41,8 +40,6 @@ from llmproxy.server.inside import HANDSHAKE, LEFT, Inside
 from llmproxy.server.request import Request
 from llmproxy.stream.splice import Splice, Splices
 from llmproxy.upstream.way_out import WayOut
-
-_log = Logger()
 
 INTERCEPTED, TUNNELLED, OBSERVED, REFUSED = "intercepted", "tunnelled", "would_refuse", "refused"
 """What became of a CONNECT: the words of its record and of the metric."""
@@ -59,51 +56,6 @@ _PHRASES = {
 _OUT = 200
 """The status of what goes wrong when the response is out: it is for the record alone."""
 
-_REPEATED_S = 60.0
-"""Refusals of the same host and client within this time are one line of the log, and a count."""
-
-_MOST_REPEATED = 1024
-
-
-class Repeats:
-    """Keeps refusals that come again and again from filling the log.
-
-    Args:
-        reactor: keeps time.
-    """
-
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._others = 0  # refusals that were not told apart any more
-        self._timer: Any = None
-
-    def is_first(self, host: str, client: str) -> bool:
-        """Return whether this refusal has a line of its own; count it for later where not."""
-        key = (host, client)
-        if key not in self._counts and len(self._counts) >= _MOST_REPEATED:
-            self._others += 1
-            return False
-        self._counts[key] += 1
-        if self._timer is None:
-            self._timer = self._reactor.callLater(_REPEATED_S, self._tell)
-        return self._counts[key] == 1
-
-    def _tell(self) -> None:
-        self._timer = None
-        counts, self._counts = self._counts, Counter()
-        others, self._others = self._others, 0
-        if others:
-            _log.warn("CONNECT was refused {count} times more, for many hosts", count=others)
-        for (host, client), count in counts.items():
-            if count > 1:
-                _log.warn(
-                    "CONNECT {host} was refused {count} times more within a minute",
-                    host=host,
-                    count=count - 1,
-                    client=client,
-                )
-
 
 class Ways:
     """What lasts over a reload.
@@ -116,7 +68,7 @@ class Ways:
         handshakes: connections that were turned inside, and on which no request can come yet.
         tunnels: those that each client has open.
         splices: their pumps.
-        repeats: keeps the log short.
+        repeats: keeps their refusals from filling the log, and those of requests with a whole URL.
     """
 
     def __init__(self, reactor: Any, clock: Callable[[], float]) -> None:
@@ -181,7 +133,7 @@ class Connect(Handler):
             raise request.refusal
         host, port = self._authority(request)
         if not holds_made_key(request.uri):
-            trace.path = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            trace.path = authority_of(host, port)
         if request.inside is not None:
             text = "A CONNECT within a connection that is intercepted is not served."
             raise ProxyError(405, "method", text)

@@ -21,10 +21,10 @@ from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import admit_fields
-from llmproxy.gateway.connect import OBSERVED, REFUSED
+from llmproxy.gateway.connect import OBSERVED, REFUSED, Ways
 from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.http1.grammar import BadMessage, parse_absolute
+from llmproxy.http1.grammar import BadMessage, authority_of, parse_absolute
 from llmproxy.http1.headers import HeaderRewriter, for_client
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, KeyPlaces, holds_made_key, no_proxy_key
@@ -75,6 +75,7 @@ class Forward(Handler):
         config: the checked configuration.
         recorder: keeps a record of each.
         metrics: counts what is on the way.
+        ways: keeps repeated refusals from filling the log.
         way_out: opens connections to hosts.
         limits: what clients use.
         reactor: keeps the deadlines of requests.
@@ -86,6 +87,7 @@ class Forward(Handler):
         config: Config,
         recorder: Recorder,
         metrics: Metrics,
+        ways: Ways,
         *,
         way_out: WayOut,
         limits: ClientLimits,
@@ -95,6 +97,7 @@ class Forward(Handler):
         super().__init__()
         self._recorder = recorder
         self._metrics = metrics
+        self._repeats = ways.repeats
         self._way_out = way_out
         self._auth = Auth(config, recorder.now)
         intercept = config.intercept
@@ -166,6 +169,7 @@ class Forward(Handler):
     async def _serve(self, exchange: Exchange) -> None:
         """Tell the story, and see to its end, whatever that is."""
         error: ProxyError | None = None
+        has_line = True
         try:
             end = await self._tell(exchange)
             if exchange.left is not None:
@@ -174,8 +178,10 @@ class Forward(Handler):
             end, error = exchange.judge(problem)
         if error is not None:
             of_host(error)
+            if end is EndReason.REJECTED and not exchange.request.startedWriting:
+                has_line = self._note_refusal(exchange)
             exchange.fail(error, Dialect.OPENAI, self._recorder.now())
-        self._recorder.close(exchange, end, error)
+        self._recorder.close(exchange, end, error, writes_access=has_line)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -217,6 +223,14 @@ class Forward(Handler):
         client = self._auth.identify_proxy(value)
         self._auth.refuse_crossing(request.fields, target, _KEYS)
         return client
+
+    def _note_refusal(self, exchange: Exchange) -> bool:
+        """The request is refused: return whether that has a line of the log."""
+        trace = exchange.trace
+        if trace.tunnel is not None:
+            trace.tunnel = REFUSED
+        host = _host_of(exchange.request.uri) if trace.path else ""
+        return self._repeats.is_first(host, trace.client or trace.peer)
 
     async def _send(self, exchange: Exchange, to: Destination) -> Response:
         """Send the request on a connection of its own; return the head of the response.
@@ -281,6 +295,15 @@ def _shown(url: bytes) -> str:
     if b"@" in url or holds_made_key(url):
         return ""
     return url.decode("ascii", "backslashreplace")[:2048]
+
+
+def _host_of(url: bytes) -> str:
+    """Return host and port of a URL; empty where it has none."""
+    try:
+        _, name, port, _ = parse_absolute(url)
+    except BadMessage:
+        return ""
+    return authority_of(as_compared(name), port)
 
 
 def _nothing(connection: Connection) -> None:

@@ -14,7 +14,8 @@ from twisted.logger import LogLevel, capturedLogs
 
 from llmproxy.config import Intercept
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.gateway.connect import Connect, Repeats, Ways
+from llmproxy.gateway.connect import Connect, Ways
+from llmproxy.gateway.repeats import Repeats
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
 from tests.gateway.played import PlayedGateway
@@ -333,3 +334,17 @@ def test_refusals_of_many_hosts_are_counted_together() -> None:
         clock.advance(60)
     assert [line["count"] for line in lines] == [6]
     assert repeats.is_first("h1029.example:443", "c")
+
+
+def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
+    """No timer stays behind."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    repeats.close()
+    for _ in range(3):
+        repeats.is_first("h.example:443", "c")
+    with capturedLogs() as lines:
+        repeats.close()
+        repeats.close()
+    assert [line["count"] for line in lines] == [2]
+    assert not clock.getDelayedCalls()
