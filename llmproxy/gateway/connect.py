@@ -56,6 +56,9 @@ _PHRASES = {
 _OUT = 200
 """The status of what goes wrong when the response is out: it is for the record alone."""
 
+_End = tuple[EndReason, str | None]
+"""How a CONNECT ended, and for the log how a connection was lost."""
+
 
 class Ways:
     """What lasts over a reload.
@@ -127,7 +130,7 @@ class Connect(Handler):
 
     # -- the story ------------------------------------------------------------------------------
 
-    async def _tell(self, exchange: Exchange) -> EndReason:
+    async def _tell(self, exchange: Exchange) -> _End:
         request, trace = exchange.request, exchange.trace
         if request.refusal is not None:
             raise request.refusal
@@ -148,8 +151,9 @@ class Connect(Handler):
     async def _serve(self, exchange: Exchange) -> None:
         """Tell the story, and see to its end, whatever that is."""
         error: ProxyError | None = None
+        detail = None
         try:
-            end = await self._tell(exchange)
+            end, detail = await self._tell(exchange)
             if exchange.left is not None:
                 end = exchange.left.end
         except Exception as problem:
@@ -161,7 +165,7 @@ class Connect(Handler):
         is_new = error is None or self._ways.repeats.is_first(
             trace.path, trace.client or trace.peer
         )
-        self._recorder.close(exchange, end, error, writes_access=is_new)
+        self._recorder.close(exchange, end, error, writes_access=is_new, detail=detail)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -174,7 +178,7 @@ class Connect(Handler):
 
     async def _intercept(
         self, exchange: Exchange, host: str, port: int, authorization: bytes | None
-    ) -> EndReason:
+    ) -> _End:
         """Let the client's connection go on with this proxy; it is over when requests can come."""
         exchange.trace.tunnel = INTERCEPTED
         if 0 < self._most_handshakes <= self._ways.handshakes:
@@ -191,10 +195,10 @@ class Connect(Handler):
         finally:
             self._ways.handshakes -= 1
         if why is None:
-            return EndReason.COMPLETE
+            return EndReason.COMPLETE, None
         word, words = why
         if word == LEFT:
-            return EndReason.CLIENT_GONE
+            return EndReason.CLIENT_GONE, None
         end = EndReason.CLIENT_GONE if word == HANDSHAKE else EndReason.REJECTED
         raise ProxyError(_OUT, word, "", end=end, detail=words)
 
@@ -211,7 +215,7 @@ class Connect(Handler):
 
     async def _tunnel(
         self, exchange: Exchange, host: str, port: int, client: Client | None
-    ) -> EndReason:
+    ) -> _End:
         if client is None:
             raise no_proxy_key()
         trace, request, tunnels = exchange.trace, exchange.request, self._ways.tunnels
@@ -235,7 +239,7 @@ class Connect(Handler):
             tunnels.leave(client.name)
         request.body_bytes, request.sent = splice.sent, splice.received
         self._metrics.tunnelled(splice.sent, splice.received)
-        return end
+        return end, splice.detail or None
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         """Respond with an error, unless the response is out already."""
