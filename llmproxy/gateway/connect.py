@@ -69,13 +69,14 @@ class Ways:
 
     Attributes:
         handshakes: connections that were turned inside, and on which no request can come yet.
+        waiting: those whose host's certificate is being made; they are to be turned inside.
         tunnels: those that each client has open.
         splices: their pumps.
         repeats: keeps their refusals from filling the log, and those of requests with a whole URL.
     """
 
     def __init__(self, reactor: Any, clock: Callable[[], float]) -> None:
-        self.handshakes = 0
+        self.handshakes = self.waiting = 0
         self.tunnels = OpenTunnels()
         self.splices = Splices(reactor, clock)
         self.repeats = Repeats(reactor)
@@ -181,19 +182,17 @@ class Connect(Handler):
     ) -> _End:
         """Let the client's connection go on with this proxy; it is over when requests can come."""
         exchange.trace.tunnel = INTERCEPTED
-        if 0 < self._most_handshakes <= self._ways.handshakes:
-            text = "The proxy makes as many TLS handshakes as it may; try again."
-            fields = ((b"retry-after", b"1"),)
-            raise ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")
-        self._ways.handshakes += 1
+        tls, ways = await self._leaf_for(host, exchange), self._ways
+        if self._are_enough(ways.handshakes):
+            raise _too_many_handshakes()
+        ways.handshakes += 1
         try:
-            tls = await self._leaf_for(host, exchange)
             shaken: Deferred[tuple[str, str] | None] = Deferred()
             inside = Inside(host, port, authorization=authorization, tls=tls, ended=shaken.callback)
             exchange.request.turn_inside([], inside)
             why = await shaken
         finally:
-            self._ways.handshakes -= 1
+            ways.handshakes -= 1
         if why is None:
             return EndReason.COMPLETE, None
         word, words = why
@@ -202,9 +201,24 @@ class Connect(Handler):
         end = EndReason.CLIENT_GONE if word == HANDSHAKE else EndReason.REJECTED
         raise ProxyError(_OUT, word, "", end=end, detail=words)
 
+    def _are_enough(self, count: int) -> bool:
+        """Return whether so many connections are all that may be on their way to a request."""
+        return 0 < self._most_handshakes <= count
+
     async def _leaf_for(self, host: str, exchange: Exchange) -> Any:
+        """Return the TLS of a host; one that is to be made first is waited for.
+
+        Those who wait are counted apart: a program that asks for many new names below a wildcard
+        must not keep the others from the hosts whose TLS is there.
+        """
+        leaf, ways = self._leaf(host), self._ways
+        if not leaf.called and self._are_enough(ways.waiting):
+            leaf.addErrback(lambda _: None)
+            leaf.cancel()
+            raise _too_many_handshakes()
+        ways.waiting += 1
         try:
-            return await self._leaf(host)
+            return await leaf
         except Exception as error:
             if exchange.left is not None:
                 raise
@@ -212,6 +226,8 @@ class Connect(Handler):
             raise ProxyError(
                 503, "no_certificate", text, end=EndReason.INTERNAL, detail=str(error)
             ) from error
+        finally:
+            ways.waiting -= 1
 
     async def _tunnel(
         self, exchange: Exchange, host: str, port: int, client: Client | None
@@ -254,3 +270,9 @@ class Connect(Handler):
         request.start(error.status, fields, phrase)
         request.write(body)
         request.finish()
+
+
+def _too_many_handshakes() -> ProxyError:
+    text = "The proxy makes as many TLS handshakes as it may; try again."
+    fields = ((b"retry-after", b"1"),)
+    return ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")
