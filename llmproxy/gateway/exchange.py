@@ -245,6 +245,7 @@ class Exchange:
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
+            trace.chunks_at_once = relay.statistics.at_once
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
 

@@ -102,6 +102,7 @@ class Metrics:
         self._attempts: dict[Labels, int] = defaultdict(int)
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
+        self._held_back: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, int] = defaultdict(int)
         self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
@@ -160,6 +161,10 @@ class Metrics:
     def degraded(self, reason: str) -> None:
         """A tap did not understand its response in full."""
         self._degraded[reason,] += 1
+
+    def held_back(self, provider: str) -> None:
+        """The events of a stream came in bursts."""
+        self._held_back[provider,] += 1
 
     def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
         """Count the tokens of a response.
@@ -227,6 +232,12 @@ class Metrics:
                 "Responses that were not understood in full.",
                 ["reason"],
                 self._degraded,
+            ),
+            (
+                "buffered_upstream",
+                "Streams whose events came in bursts, as if a hop behind the proxy held them back.",
+                ["provider"],
+                self._held_back,
             ),
             ("connects", "CONNECTs, by what became of them.", ["outcome"], self._connects),
             ("tunnel_bytes", "Bytes of tunnels that ended.", ["direction"], self._tunnelled),
