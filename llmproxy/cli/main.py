@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
-from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
+from llmproxy.cli.ledgers import DEFAULT_CONFIG
+from llmproxy.cli.usage import add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong, duration, instant, show_instant
 from llmproxy.policy.auth import KEY_PREFIX
