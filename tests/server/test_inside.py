@@ -244,6 +244,31 @@ async def test_a_client_has_a_head_s_time_for_its_handshake(
 
 
 @pytest.mark.parametrize(("text", "direct", "before"), KINDS)
+@ensureDeferred
+async def test_a_first_record_brings_no_further_time(
+    vault: Vault, text: str, direct: bool, before: bytes
+) -> None:
+    """The deadline runs from the CONNECT on, whenever TLS begins."""
+
+    def client() -> Wire:
+        wire = connect(served.port)
+        opened(wire, before + CONNECT)
+        return wire
+
+    timeouts = Timeouts(request_head=5.0)
+    async with Turned(vault, text, direct=direct, timeouts=timeouts) as served:
+        wire = await served.run(client)
+        (connection,) = served.site.connections
+        await served.pass_time(3)
+        await served.run(lambda: wire.send(b"\x16\x03\x01\x02\x00"))
+        await until(lambda: connection.inside is not None and connection.inside.is_secure)
+        await served.pass_time(3)
+        with wire:
+            assert await served.run(wire.wait_closed) == "reset"
+        assert served.handler.outcome() == "tls_timeout"
+
+
+@pytest.mark.parametrize(("text", "direct", "before"), KINDS)
 @pytest.mark.parametrize(
     "leave",
     [
