@@ -165,6 +165,15 @@ def test_a_connect_with_a_body_is_refused(length: str) -> None:
     assert not played.leaves
 
 
+def test_a_connect_with_a_chunked_body_is_refused_at_once() -> None:
+    """Nobody waits for the end of such a body, and nothing that follows is taken for a tunnel."""
+    played = PlayedConnect()
+    played.ask("in.example:443", "Transfer-Encoding: chunked")
+    assert played.refusal()[0] == 400
+    played.send(b"5\r\nhello\r\n0\r\n\r\n")
+    assert not played.leaves
+
+
 # --- interception ---------------------------------------------------------------------------------
 
 

@@ -156,6 +156,15 @@ def test_what_is_wrong_inside_is_told_inside(live: Sandbox) -> None:
     assert got.json()["type"] == "error"
 
 
+def test_a_connect_within_an_interception_is_405(live: Sandbox) -> None:
+    """The response says what is served there, as each 405 must (RFC 9110, section 15.5.6)."""
+    with live.inside("inference.local") as wire:
+        wire.send(connect_head("api.openai.com"))
+        got = read_response(wire)
+    assert (got.status, got.error) == (405, "method")
+    assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]
+
+
 def test_a_wrong_key_on_the_connect_is_407_and_the_next_one_counts(live: Sandbox) -> None:
     """On the same connection, as git does it."""
     with connect(live.daemon.port) as wire:
