@@ -120,6 +120,8 @@ class Inside:
 
     def lost(self, reason: Failure) -> None:
         """The connection is gone."""
+        if self._ended is None:
+            return
         if reason.check(SSL.Error):
             self.end((HANDSHAKE, f"the TLS handshake failed: {reason.getErrorMessage()}"))
         else:
