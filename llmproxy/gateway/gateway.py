@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
+from llmproxy.config.host_pattern import HostPatterns
 from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.dialects.websocket import socket_api
@@ -109,9 +110,11 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        serves_plain = config.intercept is not None and config.intercept.plain_http
+        intercept = config.intercept
+        serves_plain = intercept is not None and intercept.plain_http
+        intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         auth = Auth(config, recorder.now)
-        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain)
+        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain, intercepts)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:

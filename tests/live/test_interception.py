@@ -237,7 +237,7 @@ def test_a_host_below_a_wildcard_has_a_leaf_of_its_own(live: Sandbox) -> None:
 def test_a_key_that_is_taken_back_ends_its_use_on_an_open_connection(
     live: Sandbox,
 ) -> None:
-    """And an interception that ends with a reload goes on for who is in it."""
+    """Each request is checked by the configuration of its time."""
     with live.inside("inference.local") as wire:
         wire.send(call("inference.local"))
         assert read_response(wire).status == 200
@@ -252,6 +252,28 @@ def test_a_key_that_is_taken_back_ends_its_use_on_an_open_connection(
         finally:
             live.daemon.config_path.write_text(text)
             reload(live.daemon)
+
+
+def test_a_host_that_is_no_more_intercepted_is_not_served_on_an_open_connection(
+    live: Sandbox,
+) -> None:
+    """Its client is told to connect again, and meets what the host is now."""
+    host = "api.openai.com"
+    with live.inside(host) as wire:
+        wire.send(call(host))
+        assert read_response(wire).status == 200
+        rest = '"api.anthropic.com", "*.models.example"'
+        reload(live.daemon, (f'"{host}", {rest}', rest))
+        try:
+            wire.send(call(host))
+            got = read_response(wire)
+            assert (got.status, got.error) == (421, "not_intercepted")
+            assert got.values(b"connection") == [b"close"]
+            with connect(live.daemon.port) as again:
+                again.send(connect_head(host))
+                assert read_response(again).error == "tunnel_refused"
+        finally:
+            reload(live.daemon, (rest, f'"{host}", {rest}'))
 
 
 def test_everything_is_let_go_of(live: Sandbox) -> None:
