@@ -90,6 +90,21 @@ def test_text_messages_are_read_at_any_split(
     assert not taken.degraded
 
 
+@pytest.mark.parametrize("bits", range(9, 16))
+def test_a_smaller_window_is_read(bits: int) -> None:
+    """Each side may be told to look back less far; its context lasts from message to message."""
+    words = f"permessage-deflate; server_max_window_bits={bits}; client_max_window_bits={bits}"
+    packed = zlib.compressobj(9, zlib.DEFLATED, -bits)
+    random = os.urandom(300).hex()
+    messages = [f"{number} {random * 20}".encode() for number in range(3)]
+    wire = b"".join(
+        frame((packed.compress(one) + packed.flush(zlib.Z_SYNC_FLUSH))[:-4], rsv=4)
+        for one in messages
+    )
+    taken = fed(wire, [], extensions=words.encode())
+    assert (taken.messages, taken.degraded) == (messages, [])
+
+
 @pytest.mark.parametrize("is_compressed", [True, False])
 def test_a_message_that_is_too_long_is_left_out(is_compressed: bool) -> None:
     """Whatever it is on the wire; the next ones are read, for which its context is needed."""
