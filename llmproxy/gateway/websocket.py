@@ -43,7 +43,7 @@ from llmproxy.record.trace import Trace, timestamp
 from llmproxy.stream.frames import NO_CODE, TEXT, frame
 from llmproxy.stream.gate import Gate
 from llmproxy.stream.tap import Degraded
-from llmproxy.stream.websocket import SocketResponse, WebSocketTap
+from llmproxy.stream.websocket import MOST_RUNNING, SocketResponse, WebSocketTap
 from llmproxy.stream.websocket_relay import GOING_AWAY, Ending, WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
@@ -305,6 +305,9 @@ class Conversation:
     def _admit(self, event: ClientEvent, tap: WebSocketTap, size: int) -> Lease | None:
         if not self._caller.is_limited or not (event.is_wanted or not self._warms_up):
             return None
+        if tap.is_full:
+            text = f"{MOST_RUNNING} responses are asked for on this WebSocket, and none has begun."
+            raise ProxyError(429, "too_many_responses", text)
         model = event.named or tap.model
         return self._sockets.client_limits.admit(self._caller.client, model, size)
 

@@ -26,11 +26,12 @@ USAGE = {
     "output_tokens_details": {"reasoning_tokens": 5},
 }
 LIMITED, NARROW, SLOTTED = "sk-limited", "sk-narrow", "sk-slotted"
-LIMITED_COLD = "sk-limited-cold"
+LIMITED_COLD, MANY = "sk-limited-cold", "sk-many"
 OTHERS = "".join(
     (
         client_config("limited", LIMITED, "requests_per_minute = 2\ntokens_per_day = 1000000"),
         client_config("cold", LIMITED_COLD, "requests_per_minute = 2"),
+        client_config("many", MANY, "max_streams = 1000"),
         client_config("narrow", NARROW, 'models = ["gpt-5", "gpt-4*"]'),
         client_config("slotted", SLOTTED, "max_streams = 1"),
     )
@@ -273,6 +274,23 @@ def test_a_slot_is_that_of_a_response(peers: Peers, provider: Provider) -> None:
         create(other, model="gpt-5")
         provider.turn.give()
         assert types(other) == WHOLE
+
+
+def test_more_responses_than_are_followed_cannot_be_asked_for(
+    peers: Peers, provider: Provider
+) -> None:
+    """Each has a place of its client's until it ends, and none may be lost sight of."""
+    provider.turn = Turn()
+    with peers.connect("/p/many/responses", **by(MANY)) as client:
+        create(client, model="gpt-5")
+        assert types(client, 2) == WHOLE[:2]
+        for _ in range(257):
+            create(client, model="gpt-5")
+        assert "256 responses" in read(client)["error"]["message"]
+        provider.turn.give(257)
+        assert types(client, 1 + 256 * 3) == [WHOLE[2], *WHOLE * 256]
+    whole = trace_of(peers.daemon, path="/p/many/responses", responses=257)
+    assert whole["end_reason"] == "complete"
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,35 @@ def test_a_last_event_may_be_too_long() -> None:
     assert tapped.tap.knows_all
 
 
+def test_a_name_that_comes_again_is_another_response() -> None:
+    """Each that was asked for comes to an end: it may hold a place of its client's."""
+    tapped = Tapped()
+    for number in range(3):
+        tapped.client(type="response.create", model=f"m{number}")
+        for _ in range(2):
+            tapped.provider("response.created", response={"id": "always the same"})
+    tapped.provider("response.completed", response={"id": "always the same"})
+    assert [one.model for one in tapped.ended] == ["m0", "m1", "m2"]
+    reasons = [one.result(EndReason.COMPLETE).end_reason for one in tapped.ended]
+    assert reasons == [EndReason.UPSTREAM_FAILED, EndReason.UPSTREAM_FAILED, EndReason.COMPLETE]
+    assert not tapped.is_busy()
+
+
+def test_however_many_run_each_comes_to_an_end() -> None:
+    """Those that ran longest are given up first; more than are followed cannot be asked for."""
+    tapped = Tapped()
+    for number in range(300):
+        assert not tapped.tap.is_full
+        tapped.client(type="response.create", model=f"m{number}")
+        tapped.provider("response.created", response={"id": f"r{number}"})
+    assert [one.model for one in tapped.ended] == [f"m{number}" for number in range(44)]
+    for _ in range(256):
+        assert not tapped.tap.is_full
+        tapped.client(type="response.create")
+    assert tapped.tap.is_full
+    assert len(tapped.ended) + len(tapped.tap.finish()) == 556
+
+
 def test_an_odd_event_degrades_the_record_alone() -> None:
     """What the provider sends is read on; what the client sends is the provider's to judge."""
     tapped = Tapped()
