@@ -199,13 +199,15 @@ def test_another_protocol_ends_with_a_line_in_the_log(live: Sandbox) -> None:
 
 
 def test_a_client_that_does_not_trust_the_authority_is_in_the_log(live: Sandbox) -> None:
-    """With what its TLS says."""
-    with live.tunnel("inference.local", "User-Agent: distrust/1") as wire:
+    """With what its TLS says, and what to do."""
+    with live.tunnel("distrusted.models.example", "User-Agent: distrust/1") as wire:
         context = ssl.create_default_context()
         with pytest.raises(ssl.SSLCertVerificationError):
-            context.wrap_socket(wire.sock, server_hostname="inference.local")
+            context.wrap_socket(wire.sock, server_hostname="distrusted.models.example")
     record = trace_of(live.daemon, user_agent="distrust/1")
     assert (record["end_reason"], record["error"]) == ("client_gone", "tls_handshake")
+    line = live.daemon.wait_log("CONNECT", id=record["id"])
+    assert "does not trust the certificate (TLS alert: unknown ca)" in line["detail"]
     assert_settles(live.daemon)
 
 
