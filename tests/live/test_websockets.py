@@ -278,6 +278,7 @@ def test_tls_on_a_plain_port_is_named_in_the_log(live: LiveProxy) -> None:
     assert len(lines) == 1
     assert lines[0]["level"] == "warn"
     assert "listen_tls" in lines[0]["message"]
+    assert "HTTPS_PROXY" in lines[0]["message"]  # whose name leads newcomers to https://
 
 
 def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:
