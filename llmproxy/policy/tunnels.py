@@ -127,4 +127,4 @@ def _is_loopback(host: str) -> bool:
 
 
 def _refusal(message: str, cause: str) -> ProxyError:
-    return ProxyError(403, REFUSED, message, cause=cause)
+    return ProxyError(403, REFUSED, message, detail=message, cause=cause)

@@ -170,13 +170,15 @@ def test_a_wrong_key_on_the_connect_is_407_and_the_next_one_counts(live: Sandbox
 
 
 def test_another_host_has_its_reason_in_the_status_line(live: Sandbox) -> None:
-    """Nothing is listed here."""
+    """Nothing is listed here; the log says the same."""
     with connect(live.daemon.port) as wire:
         wire.send(connect_head("example.com"))
         first, fields = wire.read_head()
         assert first == b"HTTP/1.1 403 No host is on the tunnel list"
         body = json.loads(wire.read_body(fields))
     assert body["error"]["message"] == "No host is on the tunnel list."
+    words = "No host is on the tunnel list."
+    live.daemon.wait_log("CONNECT example.com:443 rejected", cause="host", detail=words)
 
 
 def test_an_http_client_behind_the_connect_is_told_the_url(live: Sandbox) -> None:
