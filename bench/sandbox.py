@@ -32,8 +32,8 @@ HOST = "inference.local"
 
 NEW = Work(
     "new",
-    "600 streams of one event, each on a connection of its own",
-    "--mode stream --conns 600 --events 1 --interval-us 1000 --ramp 4 --timeout 60",
+    "600 streams of one event within a second, each on a connection of its own",
+    "--mode stream --conns 600 --events 1 --interval-us 1000 --ramp 1 --timeout 60",
     "us_event",
     (),
     5,
@@ -76,6 +76,11 @@ def mitm(port: int, upstream: Upstream, folder: Path) -> Start:
     return Start(command, {"UPSTREAM": upstream.url, "GOMAXPROCS": "1"}, peers.PATH)
 
 
+def blind(port: int, upstream: Upstream, folder: Path) -> Start:
+    """Start Go's proxy, which tunnels to every host."""
+    return mitm(port, upstream, folder)._replace(environ={"GOMAXPROCS": "1"})
+
+
 def forwarder(port: int, upstream: Upstream, folder: Path) -> Start:
     """Start HAProxy, which forwards TCP."""
     config = folder / f"forwarder-{port}.cfg"
@@ -96,6 +101,7 @@ WAYS = {
         lambda upstream: f"127.0.0.1:{upstream.port}",
         ends_tls=False,
     ),
+    "go-tunnel": Way(blind, lambda upstream: f"127.0.0.1:{upstream.port}", ends_tls=False),
     "haproxy": Way(forwarder, None, ends_tls=False),
 }
 
@@ -109,7 +115,13 @@ ROWS: tuple[tuple[str, Work, bool, tuple[str, ...], str], ...] = (
         "us_event",
     ),
     ("a request", WORKS["W3"], False, ("plain", "intercepted", "go"), "us_request"),
-    ("a connection of its own", NEW, False, ("plain", "intercepted", "go", "tunnel"), "us_event"),
+    (
+        "a connection of its own",
+        NEW,
+        False,
+        ("plain", "intercepted", "go", "tunnel", "go-tunnel"),
+        "us_event",
+    ),
     ("11 MB through a tunnel", WORKS["W5"], False, ("tunnel", "haproxy"), "us_request"),
 )
 

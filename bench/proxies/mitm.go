@@ -1,9 +1,11 @@
 // A forward proxy that ends TLS for every host, and forwards what is inside to one provider.
-// Usage: mitm PORT CERTIFICATE KEY; UPSTREAM is the provider's URL.
+// Usage: mitm PORT CERTIFICATE KEY; UPSTREAM is the provider's URL.  Where that is not set, it moves
+// bytes between the client and the host that is asked for, as tunnels do.
 package main
 
 import (
 	"crypto/tls"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -21,6 +23,17 @@ type one struct {
 func (l one) Accept() (net.Conn, error) { return <-l.conns, nil }
 func (l one) Close() error              { return nil }
 func (l one) Addr() net.Addr            { return l.addr }
+
+// tunnel moves bytes both ways until both sides have ended.
+func tunnel(client, host net.Conn) {
+	go pour(host, client)
+	pour(client, host)
+}
+
+func pour(to, from net.Conn) {
+	io.Copy(to, from)
+	to.(*net.TCPConn).CloseWrite()
+}
 
 func main() {
 	upstream, err := url.Parse(os.Getenv("UPSTREAM"))
@@ -54,6 +67,14 @@ func main() {
 			return
 		}
 		if _, err := conn.Write([]byte("HTTP/1.1 200 OK\r\n\r\n")); err != nil {
+			return
+		}
+		if upstream.Host == "" {
+			defer conn.Close()
+			if host, err := net.Dial("tcp", r.Host); err == nil {
+				defer host.Close()
+				tunnel(conn, host)
+			}
 			return
 		}
 		ended.conns <- tls.Server(conn, config)

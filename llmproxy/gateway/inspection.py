@@ -23,15 +23,6 @@ from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
 
 _log = Logger()
 
-_TYPES = (
-    ("input", "input_tokens"),
-    ("output", "output_tokens"),
-    ("cache_read", "cache_read_tokens"),
-    ("cache_write", "cache_write_tokens"),
-    ("reasoning", "reasoning_tokens"),
-)
-"""The types of ``llmproxy_tokens_total``, and the trace's fields that they are counted from."""
-
 _ANSWERED = range(200, 204)
 """The statuses of an endpoint's own responses: no refusal, no redirect, nothing without a body."""
 
@@ -127,29 +118,31 @@ class Inspection:
         Args:
             keeps: the content as well.
         """
-        _note(trace, result)
+        usage = result.usage
+        trace.served_model = result.model
+        trace.usage = usage.provenance
+        trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
+        trace.cache_read_tokens = usage.cache_read_tokens
+        trace.cache_write_tokens = usage.cache_write_tokens
+        trace.reasoning_tokens = usage.reasoning_tokens
+        if result.degraded:
+            trace.degraded = [reason.value for reason in result.degraded]
         if keeps:
             _keep_content(trace, result)
         model = trace.model if trace.model in self._models else "other"
-        labels = trace.client or "", trace.provider or "", model or "other"
-        self._metrics.used(labels, [(kind, getattr(trace, name)) for kind, name in _TYPES])
+        tokens = (
+            ("input", usage.input_tokens),
+            ("output", usage.output_tokens),
+            ("cache_read", usage.cache_read_tokens),
+            ("cache_write", usage.cache_write_tokens),
+            ("reasoning", usage.reasoning_tokens),
+        )
+        self._metrics.used((trace.client or "", trace.provider or "", model or "other"), tokens)
 
     def _broke(self, trace: Trace) -> None:
         _log.failure("{id}: what its response holds could not be read", id=trace.id)
         trace.degraded = [Degraded.INTERNAL.value]
         self._metrics.degraded(Degraded.INTERNAL)
-
-
-def _note(trace: Trace, result: Result) -> None:
-    usage = result.usage
-    trace.served_model = result.model
-    trace.usage = usage.provenance
-    trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
-    trace.cache_read_tokens = usage.cache_read_tokens
-    trace.cache_write_tokens = usage.cache_write_tokens
-    trace.reasoning_tokens = usage.reasoning_tokens
-    if result.degraded:
-        trace.degraded = [reason.value for reason in result.degraded]
 
 
 def _keep_content(trace: Trace, result: Result) -> None:

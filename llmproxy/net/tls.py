@@ -12,8 +12,8 @@ queue of ``net/tcp.py`` (ADR-0009).  What its safety rests on::
     our end       close_notify and FIN, then the peer's; an abort is a reset, without either
     renegotiation refused by the contexts; a key update is OpenSSL's own affair
 
-pyOpenSSL's private ``_ssl``, ``_raise_ssl_error`` and ``_util`` are leaned on for reading;
-``tests/net/test_tls.py`` fails when they change (ADR-0011).
+pyOpenSSL's private ``_ssl``, ``_raise_ssl_error`` and ``_util`` are leaned on for reading and
+writing; ``tests/net/test_tls.py`` fails when they change (ADR-0011).
 
 To a protocol that implements ``IHandshakeListener`` it is reported that the handshake is done.  No
 certificate, provider or client is known here.
@@ -44,7 +44,7 @@ _BULK = _RECORD // 2
 _MOST = READ_SIZE // _RECORD
 """Most records of one read, so that other connections have their turn."""
 
-_read_record = lib.SSL_read
+_read_record, _write_record = lib.SSL_read, lib.SSL_write
 _BUFFER = ffi.new("char[]", _RECORD)
 _VIEW = ffi.buffer(_BUFFER)
 
@@ -153,17 +153,34 @@ class TlsTransport(DirectTransport):
 
     def _send_records(self, data: bytes) -> int:
         """Send what the kernel takes; where the connection is broken, nothing: doWrite ends it."""
-        sent = self.writeSomeData(data)
-        return sent if isinstance(sent, int) else 0
+        size = len(data)
+        if 0 < size <= _RECORD:
+            # pyOpenSSL's send() makes a view of the bytes, and looks for the error of a success.
+            sent: int = _write_record(self._ssl, data, size)
+            if sent > 0:
+                return sent
+            self._why_not_sent(sent)
+            return 0
+        result = self.writeSomeData(data)
+        return result if isinstance(result, int) else 0
 
     def writeSomeData(self, data: bytes) -> Any:
         """Send records as long as the kernel takes them; return how many bytes, or why not."""
         view = memoryview(data)
         end = min(len(view), self.SEND_LIMIT)
         sent = 0
+        while sent < end:
+            record = view[sent : sent + _RECORD]
+            size = _write_record(self._ssl, ffi.from_buffer(record), len(record))
+            if size <= 0:
+                return self._why_not_sent(size) or sent
+            sent += size
+        return sent
+
+    def _why_not_sent(self, result: int) -> Any:
+        """Return why the connection is lost, or None where it goes on: OpenSSL did not write."""
         try:
-            while sent < end:
-                sent += self.tls.send(view[sent : sent + _RECORD])
+            self.tls._raise_ssl_error(self._ssl, result)
         except SSL.WantWriteError:
             pass
         except SSL.WantReadError:
@@ -171,7 +188,7 @@ class TlsTransport(DirectTransport):
             self.stopWriting()
         except SSL.Error:
             return CONNECTION_LOST
-        return sent
+        return None
 
     def doWrite(self) -> Any:
         """The kernel takes bytes: go on with what waited for that."""

@@ -236,6 +236,8 @@ class ClientConnection(http.HTTPChannel):
 
     def _report_lost(self, reason: Failure) -> None:
         """Report the end to the requests, with whether the client had room for their responses."""
+        if not (self.requests or self._buffer):
+            return
         why = ClientGone(reason.getErrorMessage())
         why.had_room = self._delivery.had_room
         if self.phase is Phase.SENDING and self.requests and why.had_room and not self._aborted:

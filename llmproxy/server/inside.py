@@ -123,6 +123,8 @@ class Inside:
 
     def lost(self, reason: Failure) -> None:
         """The connection is gone."""
+        if self._ended is None:
+            return
         if reason.check(SSL.Error):
             self.end((HANDSHAKE, _failed(reason.getErrorMessage())))
         else:

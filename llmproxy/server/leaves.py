@@ -245,10 +245,10 @@ class Leaves:
             with :class:`NoCertificate` where none can be made.  Cancelling it leaves the making to
             others who wait for the same.
         """
-        used = self._used
-        if used is None or not _is_name(host) or not used.patterns.match(host):
+        used, now = self._used, self._wall()
+        leaf = None if used is None else used.find(host)
+        if used is None or not (leaf or (_is_name(host) and used.patterns.match(host))):
             return fail(NoCertificate(f"{show(host)} is no host of [intercept]"))
-        leaf, now = used.find(host), self._wall()
         if leaf is not None and leaf.is_valid(now):
             if now >= leaf.renew_at:
                 used.to_renew[host] = None
