@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from websockets.sync.server import ServerConnection
 
 from tests.support.demo import Demo
+from tests.support.live_proxy import trace_of
 from tests.support.sandbox import KEY, Sandbox, open_sandbox
+from tests.support.websocket_peers import Peers, running_provider
 
 BINARIES = Path(__file__).parent / "node_modules" / ".bin"
 LONGEST = 110.0
@@ -109,3 +114,57 @@ def test_a_model_that_is_not_there_ends_soon_with_our_words(live: Sandbox, tmp_p
     code, text = codex(live, tmp_path, "forbidden")
     assert code != 0
     assert "forbidden" in text
+
+
+def test_codex_asks_by_http_where_the_route_has_no_websocket(live: Sandbox, tmp_path: Path) -> None:
+    """It tries one first, and the refusal says how to go on: one handshake is enough."""
+    before = len(live.daemon.traces())
+    code, text = codex(live, tmp_path)
+    assert code == 0, text
+    record = trace_of(live.daemon, method="POST", path="/v1/responses", session=_session(text))
+    assert (record["status"], record["usage"]) == (200, "reported")
+    tried = [one for one in live.daemon.traces()[before:] if one["error"] == "websocket"]
+    assert [(one["method"], one["status"]) for one in tried] == [("GET", 426)]
+
+
+def test_codex_over_a_websocket(tmp_path: Path) -> None:
+    """Its warm-up, with ``"generate": false``, costs nothing; the response behind it is counted."""
+    peers, asked = Peers(), list[dict[str, Any]]()
+
+    def play(connection: ServerConnection) -> None:
+        for message in connection:
+            asked.append(json.loads(message))
+            for event in _response(generates=asked[-1].get("generate") is not False):
+                connection.send(json.dumps(event))
+
+    peers.play = play
+    with (
+        running_provider(peers) as url,
+        open_sandbox(tmp_path, url=url, native="\nwebsocket = true") as live,
+    ):
+        code, text = codex(live, tmp_path)
+        assert code == 0, text
+        assert "Hello from the WebSocket" in text
+        record = trace_of(live.daemon, responses=1)
+        assert (record["client"], record["status"], record["input_tokens"]) == ("team", 101, 100)
+        inside = trace_of(live.daemon, id=record["id"] + "-1")
+        assert (inside["usage"], inside["output_tokens"]) == ("reported", 7)
+    assert len([one for one in asked if one.get("generate") is not False]) == 1
+
+
+def _session(text: str) -> str:
+    return next(line.split()[-1] for line in text.splitlines() if line.startswith("session id:"))
+
+
+def _response(*, generates: bool) -> Iterator[dict[str, Any]]:
+    """Yield the events of one response, as far as Codex needs them."""
+    response = {"id": "resp_1", "object": "response", "model": "demo-fast", "output": []}
+    yield {"type": "response.created", "response": {**response, "status": "in_progress"}}
+    if generates:
+        part = {"type": "output_text", "text": "Hello from the WebSocket", "annotations": []}
+        item = {"id": "msg_1", "type": "message", "role": "assistant", "content": [part]}
+        yield {"type": "response.output_item.added", "output_index": 0, "item": item}
+        yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    usage = {"input_tokens": 100, "output_tokens": 7, "total_tokens": 107}
+    done = {**response, "status": "completed", "usage": usage}
+    yield {"type": "response.completed", "response": done}

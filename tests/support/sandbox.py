@@ -39,7 +39,7 @@ name = "messages"{override}
 path = "/"
 hosts = ["inference.local", "api.openai.com"]
 providers = ["p"]
-name = "native"
+name = "native"{native}
 [[routes]]
 path = "/"
 hosts = ["any.models.example"]
@@ -67,6 +67,7 @@ class Sandbox(LiveProxy):
     Args:
         url: another provider's, in place of the one that the test plays.
         override: what the messages' route overrides.
+        native: further keys of the route of OpenAI's own host.
 
     Attributes:
         report: what ``llmproxy ca new`` says.
@@ -81,6 +82,7 @@ class Sandbox(LiveProxy):
         proxy: str = "",
         url: str | None = None,
         override: str = "",
+        native: str = "",
     ) -> None:
         super().__init__()
         self.report = new_authority(folder / "ca", *HOSTS)
@@ -89,9 +91,9 @@ class Sandbox(LiveProxy):
         (credentials / "ca-key").write_bytes(Path(self.report["ca_key"]).read_bytes())
         (credentials / "provider-key").write_text("the-provider-s-own")
         config = f'[credentials]\ndirectory = "{credentials}"\n'
-        config += _ROUTES.format(url=url or self.provider.url, override=override) + client_config(
-            "team", KEY
-        )
+        url = url or self.provider.url
+        config += _ROUTES.format(url=url, override=override, native=native)
+        config += client_config("team", KEY)
         config += self.report["configuration"] + intercept + more
         self.daemon = Daemon(folder, config, proxy=proxy or "drain_timeout = '1s'")
 

@@ -82,6 +82,24 @@ def running_peers(
         url: the provider's, where it is not ours.
     """
     peers = Peers()
+    with running_provider(peers) as own:
+        config = (
+            trace
+            + config
+            + (
+                write_credential(folder, "provider", "sk-of-provider")
+                + provider_table("p", 'credential = "provider"', url=url or own, dialect="openai")
+                + route_table("/p", "p", "websocket = true", route)
+                + client_config("team", KEY)
+            )
+        )
+        with Daemon(folder, config, proxy=proxy) as peers.daemon:
+            yield peers
+
+
+@contextmanager
+def running_provider(peers: Peers) -> Iterator[str]:
+    """Run the provider alone; yield its URL."""
     server = serve(
         lambda connection: peers.play(connection),
         "127.0.0.1",
@@ -92,23 +110,10 @@ def running_peers(
         subprotocols=None,
         select_subprotocol=lambda connection, offered: None,
     )
-    port = server.socket.getsockname()[1]
-    url = url or f"http://127.0.0.1:{port}"
-    config = (
-        trace
-        + config
-        + (
-            write_credential(folder, "provider", "sk-of-provider")
-            + provider_table("p", 'credential = "provider"', url=url, dialect="openai")
-            + route_table("/p", "p", "websocket = true", route)
-            + client_config("team", KEY)
-        )
-    )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        with Daemon(folder, config, proxy=proxy) as peers.daemon:
-            yield peers
+        yield f"http://127.0.0.1:{server.socket.getsockname()[1]}"
     finally:
         server.shutdown()
         thread.join(WAIT)
