@@ -347,12 +347,12 @@ async def test_a_body_that_breaks_is_not_closed_as_if_it_were_whole(
 
 @ensureDeferred
 async def test_tls_within_tls(vault: Vault) -> None:
-    """The listener may have TLS itself: curl asks for a tunnel within it."""
+    """The listener may have TLS itself, for another name: curl asks for a tunnel within it."""
     authority = str(vault.ca_path)
     for direct in (True, False):
         tls = ListenerTls(vault.issue().keypair())
         async with Turned(vault, tls=tls, direct=direct) as served:
-            command = ["curl", "-sS", "--proxy", f"https://localhost:{served.port}"]
+            command = ["curl", "-sS", "--proxy", f"https://127.0.0.1:{served.port}"]
             command += ["--proxy-cacert", authority, "--cacert", authority, "https://localhost/a"]
             done = await served.run(subprocess.run, command, capture_output=True, timeout=20)
             assert (done.stdout, done.stderr) == (b"localhost 443 localhost True 0", b"")
