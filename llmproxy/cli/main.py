@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import hashlib
+import os
 import re
 import secrets
 import sys
@@ -30,6 +31,9 @@ _KEY_BYTES = 32  # 43 characters of URL-safe base64
 _AUTHORITY = re.compile(r"[^/?#@]+:[0-9]+")
 """How the target of a CONNECT looks."""
 
+_PIPE_CLOSED = 128 + 13
+"""What a shell says of a program that SIGPIPE has ended."""
+
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
 
 
@@ -41,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    try:
+        code = run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return code
 
 
 def keys_new(args: argparse.Namespace) -> int:
