@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import hashlib
+import os
 import re
 import secrets
 import sys
@@ -27,6 +28,12 @@ from llmproxy.version import version
 
 _KEY_LINE = re.compile(rb"([!-~]+)(?:\r?\n)?")
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
+_AUTHORITY = re.compile(r"[^/?#@]+:[0-9]+")
+"""How the target of a CONNECT looks."""
+
+_PIPE_CLOSED = 128 + 13
+"""What a shell says of a program that SIGPIPE has ended."""
+
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
 
 
@@ -38,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    try:
+        code = run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return code
 
 
 def keys_new(args: argparse.Namespace) -> int:
@@ -203,8 +216,9 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say what would happen to a request",
         description="Say what the proxy would do with a request: its route, the candidates in "
         "order, the URL of each, the headers that are added and dropped, timeouts and limits; or "
-        "why it would be refused. Nothing is started or sent, and no command is run. What only a "
-        "running daemon knows is not said: which provider is busy, cools down or is switched off.",
+        "why it would be refused. Of a CONNECT it says what becomes of it. Nothing is started or "
+        "sent, and no command is run. What only a running daemon knows is not said: which provider "
+        "is busy, cools down or is switched off.",
         epilog=_CODES.format(
             ok="the request would be served",
             no="it would be refused, or the file cannot be used",
@@ -212,14 +226,18 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _add_file(command)
     command.add_argument(
-        "--path", required=True, type=_target, metavar="PATH", help="path and query of the request"
+        "--path",
+        required=True,
+        type=_target,
+        metavar="PATH",
+        help="path and query of the request, or HOST:PORT of a CONNECT",
     )
     command.add_argument(
         "--client", metavar="NAME", help="who calls (default: nobody known, if anonymous is true)"
     )
     command.add_argument("--model", metavar="NAME", help="the model that the body names")
     command.add_argument(
-        "--method", default="POST", metavar="METHOD", help="of the request (default: %(default)s)"
+        "--method", metavar="METHOD", help="of the request (default: POST, or CONNECT by the path)"
     )
     command.add_argument(
         "--host",
@@ -343,8 +361,11 @@ def _value_of(reader: Callable[[object], str]) -> Callable[[str], str]:
 
 
 def _target(word: str) -> str:
-    if not word.startswith("/") or not word.isascii() or not word.isprintable() or " " in word:
-        raise argparse.ArgumentTypeError(f"expected a path that begins with '/', got {word!r}")
+    is_target = word.startswith("/") or _AUTHORITY.fullmatch(word)
+    if not is_target or not word.isascii() or not word.isprintable() or " " in word:
+        raise argparse.ArgumentTypeError(
+            f"expected a path that begins with '/', or HOST:PORT of a CONNECT, got {word!r}"
+        )
     return word
 
 

@@ -177,13 +177,13 @@ def _print_tunnels(found: list[Ways], *, as_json: bool) -> None:
         return
     cells = [
         (
-            *map(_word, (one.host or None, one.outcome, one.client)),
+            *map(_word, (one.host or None, one.outcome, one.error, one.client)),
             *(f"{figure:,}" for figure in (one.count, one.bytes_in, one.bytes_out)),
             one.last_time,
         )
         for one in found
     ]
-    names = ("host", "outcome", "client", "count", "bytes in", "bytes out", "last time")
+    names = ("host", "outcome", "error", "client", "count", "bytes in", "bytes out", "last time")
     _print_table(names, cells, figures=())
 
 

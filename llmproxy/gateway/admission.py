@@ -83,7 +83,8 @@ def admit_fields(
     first = request.first
     if b"upgrade" in first and not takes_websockets and _asks_for_websocket(request):
         text = "WebSockets are not served here; use HTTP streaming."
-        raise ProxyError(426, "websocket", text, fields=USE_HTTP)
+        lacks = "no route here has `websocket = true`"
+        raise ProxyError(426, "websocket", text, fields=USE_HTTP, detail=lacks)
     if b"via" in first and _came_through(request, pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, guarded)

@@ -169,7 +169,7 @@ class Connect(Handler):
         trace = exchange.trace
         self._metrics.connected(trace.tunnel or REFUSED)
         is_new = error is None or self._ways.repeats.is_first(
-            trace.path, trace.client or trace.peer
+            trace.path, trace.client or trace.peer, error.reason
         )
         self._recorder.close(exchange, end, error, writes_access=is_new, detail=detail)
 

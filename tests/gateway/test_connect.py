@@ -378,12 +378,24 @@ def test_refusals_of_many_hosts_are_counted_together() -> None:
     """A program that invents hosts fills neither the log nor the memory; nothing goes untold."""
     clock = Clock()
     repeats = Repeats(clock)
-    told = [repeats.is_first(f"h{number}.example:443", "c") for number in range(1030)]
+    told = [repeats.is_first(f"h{number}.example:443", "c", "no_key") for number in range(1030)]
     assert told == [True] * 1024 + [False] * 6
     with capturedLogs() as lines:
         clock.advance(60)
     assert [line["count"] for line in lines] == [6]
-    assert repeats.is_first("h1029.example:443", "c")
+    assert repeats.is_first("h1029.example:443", "c", "no_key")
+
+
+def test_another_reason_is_another_line() -> None:
+    """Who mends one mistake sees the next one, and not a count of the first."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    reasons = ["no_key", "unknown_key", "tls_handshake", "unknown_key"]
+    told = [repeats.is_first("h.example:443", "c", reason) for reason in reasons]
+    assert told == [True, True, True, False]
+    with capturedLogs() as lines:
+        clock.advance(60)
+    assert [(line["count"], line["error"]) for line in lines] == [(1, "unknown_key")]
 
 
 def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
@@ -392,7 +404,7 @@ def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
     repeats = Repeats(clock)
     repeats.close()
     for _ in range(3):
-        repeats.is_first("h.example:443", "c")
+        repeats.is_first("h.example:443", "c", "no_key")
     with capturedLogs() as lines:
         repeats.close()
         repeats.close()

@@ -179,13 +179,15 @@ def test_a_wrong_key_on_the_connect_is_407_and_the_next_one_counts(live: Sandbox
 
 
 def test_another_host_has_its_reason_in_the_status_line(live: Sandbox) -> None:
-    """Nothing is listed here."""
+    """Nothing is listed here; the log says the same."""
     with connect(live.daemon.port) as wire:
         wire.send(connect_head("example.com"))
         first, fields = wire.read_head()
         assert first == b"HTTP/1.1 403 No host is on the tunnel list"
         body = json.loads(wire.read_body(fields))
     assert body["error"]["message"] == "No host is on the tunnel list."
+    words = "No host is on the tunnel list."
+    live.daemon.wait_log("CONNECT example.com:443 rejected", cause="host", detail=words)
 
 
 def test_an_http_client_behind_the_connect_is_told_the_url(live: Sandbox) -> None:
@@ -208,13 +210,15 @@ def test_another_protocol_ends_with_a_line_in_the_log(live: Sandbox) -> None:
 
 
 def test_a_client_that_does_not_trust_the_authority_is_in_the_log(live: Sandbox) -> None:
-    """With what its TLS says."""
-    with live.tunnel("inference.local", "User-Agent: distrust/1") as wire:
+    """With what its TLS says, and what to do."""
+    with live.tunnel("distrusted.models.example", "User-Agent: distrust/1") as wire:
         context = ssl.create_default_context()
         with pytest.raises(ssl.SSLCertVerificationError):
-            context.wrap_socket(wire.sock, server_hostname="inference.local")
+            context.wrap_socket(wire.sock, server_hostname="distrusted.models.example")
     record = trace_of(live.daemon, user_agent="distrust/1")
     assert (record["end_reason"], record["error"]) == ("client_gone", "tls_handshake")
+    line = live.daemon.wait_log("CONNECT", id=record["id"])
+    assert "does not trust the certificate (TLS alert: unknown ca)" in line["detail"]
     assert_settles(live.daemon)
 
 
