@@ -86,6 +86,15 @@ def test_tokens_come_one_by_one(live: Sandbox) -> None:
             assert wire.read_chunk() == piece
 
 
+def test_no_session_ticket_is_sent(live: Sandbox) -> None:
+    """Nobody would come back with it on another tunnel."""
+    with live.inside("inference.local") as wire:
+        wire.send(call("inference.local"))
+        assert read_response(wire).status == 200
+        assert isinstance(wire.sock, ssl.SSLSocket)
+        assert wire.sock.session is None or not wire.sock.session.has_ticket
+
+
 def test_many_requests_use_one_connection(live: Sandbox) -> None:
     """And each is checked anew: a wrong host in between is a 421, and the next one is served."""
     with live.inside("inference.local") as wire:
