@@ -107,8 +107,8 @@ class _Signer:
             context = server_context(certificate, self._chain, key)
         except SSL.Error as error:
             raise NoCertificate(f"OpenSSL refuses it: {error}") from error
-        # Nobody resumes a session on a second tunnel: none is kept, here or in a ticket.  Set on the
-        # context, the option sends tickets of another kind; set within the handshake, it sends none.
+        # Nobody resumes a session on a second tunnel: none is kept, here or in a ticket.  On the
+        # context the option makes tickets of another kind; within the handshake it sends none.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_tlsext_servername_callback(_without_ticket)
         is_last = end == self.not_after
