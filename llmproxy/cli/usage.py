@@ -132,13 +132,13 @@ def _print_tunnels(found: list[Ways], *, as_json: bool) -> None:
         return
     cells = [
         (
-            *map(shown, (one.host or None, one.outcome, one.client)),
+            *map(shown, (one.host or None, one.outcome, one.error, one.client)),
             *(f"{figure:,}" for figure in (one.count, one.bytes_in, one.bytes_out)),
             one.last_time,
         )
         for one in found
     ]
-    names = ("host", "outcome", "client", "count", "bytes in", "bytes out", "last time")
+    names = ("host", "outcome", "error", "client", "count", "bytes in", "bytes out", "last time")
     print_table(names, cells)
 
 

@@ -78,6 +78,7 @@ class Ways(msgspec.Struct):
     Attributes:
         host: host and port.
         outcome: ``intercepted``, ``tunnelled``, ``forwarded``, ``would_refuse`` or ``refused``.
+        error: the reason word of the refusal or the failure, such as ``no_key``; None for neither.
         client: None where nobody said who calls.
         bytes_in: bytes from the client to the host.
         bytes_out: bytes from the host to the client.
@@ -85,6 +86,7 @@ class Ways(msgspec.Struct):
 
     host: str
     outcome: str
+    error: str | None
     client: str | None
     count: int
     bytes_in: int
@@ -167,14 +169,14 @@ def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
         LedgerError: one of the ledgers cannot be read.
     """
     query = (
-        "SELECT path, tunnel, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
-        "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, client"
+        "SELECT path, tunnel, error, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
+        "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, error, client"
     )
-    found: dict[tuple[str, str, str | None], Ways] = {}
+    found: dict[Group, Ways] = {}
     for path in paths:
         for row in rows_of(path, query, since):
             other = Ways(_host_and_port(row[0]), *row[1:])
-            ours = found.setdefault((other.host, other.outcome, other.client), other)
+            ours = found.setdefault((other.host, other.outcome, other.error, other.client), other)
             if ours is not other:
                 ours.add(other)
     order = sorted(found, key=lambda key: (-found[key].count, _order(key)))

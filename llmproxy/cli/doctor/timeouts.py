@@ -74,9 +74,9 @@ _NEAR = 0.03
 
 
 def add_timeouts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``llmproxy doctor``."""
+    """Add the command to those of ``llmproxy``."""
     command = commands.add_parser(
-        "timeouts",
+        "doctor timeouts",
         help="find limits that cut requests, from the ledger",
         description=_ABOUT,
         epilog=_CODES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmproxy.cli.doctor.fingerprint import Fingerprint
-from llmproxy.cli.doctor.timeouts import add_timeouts, advice
+from llmproxy.cli.doctor.timeouts import advice
+from llmproxy.cli.main import main
 from llmproxy.record.ledger import Ledger
 from llmproxy.record.trace import Trace
 from tests.support.records import trace
@@ -18,11 +18,7 @@ from tests.support.records import trace
 
 def run(*arguments: str) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser()
-    add_timeouts(parser.add_subparsers())
-    args = parser.parse_args(["timeouts", *arguments])
-    code: int = args.run(args)
-    return code
+    return main(["doctor", "timeouts", *arguments])
 
 
 def fill(path: Path, *traces: Trace) -> str:
