@@ -255,28 +255,7 @@ class ProxyService(Service):
             malformed=self.recorder.malformed,
             limiter=ConnectionLimiter(clock=clock, wall=time.time),
         )
-        site = partial(
-            admin_site,
-            reactor,
-            clock,
-            wall=time.time,
-            ready=lambda: self.ready,
-            registry=self.metrics.registry,
-        )
-        admin = site(
-            config=lambda: {
-                **self.setup.config.redacted(),
-                "switched_off": self.standing.switches.rows(),
-            },
-            clients=self.limits.rows,
-            providers=Providers(
-                lambda: self.setup.config,
-                lambda: self.setup.upstream.counts(),
-                self.standing.switches,
-            ),
-            hosts=lambda: self.setup.config.admin.hosts,
-        )
-        metrics = site(config=None)
+        admin, metrics = self._make_admin_sites(clock)
         self._listeners = Listeners(
             reactor, site=self.site, admin=admin, metrics=metrics, direct=tuned
         )
@@ -315,6 +294,35 @@ class ProxyService(Service):
         status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
         self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
+        self._expose()
+
+    def _make_admin_sites(self, clock: Callable[[], float]) -> tuple[Site, Site]:
+        """Return the site of operators, and the one that has the metrics alone."""
+        site = partial(
+            admin_site,
+            self._reactor,
+            clock,
+            wall=time.time,
+            ready=lambda: self.ready,
+            registry=self.metrics.registry,
+        )
+        admin = site(
+            config=lambda: {
+                **self.setup.config.redacted(),
+                "switched_off": self.standing.switches.rows(),
+            },
+            clients=self.limits.rows,
+            providers=Providers(
+                lambda: self.setup.config,
+                lambda: self.setup.upstream.counts(),
+                self.standing.switches,
+            ),
+            hosts=lambda: self.setup.config.admin.hosts,
+        )
+        return admin, site(config=None)
+
+    def _expose(self) -> None:
+        """Let the metrics show what the parts hold."""
         expose(
             self.metrics,
             site=self.site,
@@ -398,6 +406,7 @@ class ProxyService(Service):
         self.leaves.stop()
         self.notify.close()
         self.recorder.close_all()
+        self.ways.repeats.close()
         self.setup.upstream.close()
         self._timers.close()
         return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())

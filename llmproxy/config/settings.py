@@ -773,7 +773,8 @@ class Intercept(msgspec.Struct, frozen=True, kw_only=True):
 
     handshakes: Annotated[int, Key(whole_number(0, 1_000_000))] = 1000
     """Most connections at once that were intercepted and have not finished TLS; ``0`` is no limit.
-    One more is refused with a 503."""
+    One more is refused with a 503. Those that wait for a new certificate of a host below a wildcard
+    are counted apart, up to the same number, so that they do not keep others out."""
 
 
 class Tunnel(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,13 +15,10 @@ each request in it must have one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -29,21 +26,20 @@ from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.errors import error_body
 from llmproxy.errors import ClientGone, EndReason, ProxyError
-from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.http1.grammar import BadMessage, parse_authority
+from llmproxy.gateway.repeats import Repeats
+from llmproxy.http1.grammar import BadMessage, authority_of, parse_authority
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, holds_made_key, no_proxy_key
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
-from llmproxy.server.error_response import error_fields
+from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.handler import Handler
 from llmproxy.server.inside import HANDSHAKE, LEFT, Inside
 from llmproxy.server.request import Request
 from llmproxy.stream.splice import Splice, Splices
 from llmproxy.upstream.way_out import WayOut
-
-_log = Logger()
 
 INTERCEPTED, TUNNELLED, OBSERVED, REFUSED = "intercepted", "tunnelled", "would_refuse", "refused"
 """What became of a CONNECT: the words of its record and of the metric."""
@@ -60,50 +56,8 @@ _PHRASES = {
 _OUT = 200
 """The status of what goes wrong when the response is out: it is for the record alone."""
 
-_REPEATED_S = 60.0
-"""Refusals of the same host and client within this time are one line of the log, and a count."""
-
-_MOST_REPEATED = 1024
-
-
-class Repeats:
-    """Keeps refusals that come again and again from filling the log.
-
-    Args:
-        reactor: keeps time.
-    """
-
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._others = 0  # refusals that were not told apart any more
-        self._timer: Any = None
-
-    def is_first(self, host: str, client: str) -> bool:
-        """Return whether this refusal has a line of its own; count it for later where not."""
-        key = (host, client)
-        if key not in self._counts and len(self._counts) >= _MOST_REPEATED:
-            self._others += 1
-            return False
-        self._counts[key] += 1
-        if self._timer is None:
-            self._timer = self._reactor.callLater(_REPEATED_S, self._tell)
-        return self._counts[key] == 1
-
-    def _tell(self) -> None:
-        self._timer = None
-        counts, self._counts = self._counts, Counter()
-        others, self._others = self._others, 0
-        if others:
-            _log.warn("CONNECT was refused {count} times more, for many hosts", count=others)
-        for (host, client), count in counts.items():
-            if count > 1:
-                _log.warn(
-                    "CONNECT {host} was refused {count} times more within a minute",
-                    host=host,
-                    count=count - 1,
-                    client=client,
-                )
+_End = tuple[EndReason, str | None]
+"""How a CONNECT ended, and for the log how a connection was lost."""
 
 
 class Ways:
@@ -115,13 +69,14 @@ class Ways:
 
     Attributes:
         handshakes: connections that were turned inside, and on which no request can come yet.
+        waiting: those whose host's certificate is being made; they are to be turned inside.
         tunnels: those that each client has open.
         splices: their pumps.
-        repeats: keeps the log short.
+        repeats: keeps their refusals from filling the log, and those of requests with a whole URL.
     """
 
     def __init__(self, reactor: Any, clock: Callable[[], float]) -> None:
-        self.handshakes = 0
+        self.handshakes = self.waiting = 0
         self.tunnels = OpenTunnels()
         self.splices = Splices(reactor, clock)
         self.repeats = Repeats(reactor)
@@ -162,6 +117,10 @@ class Connect(Handler):
         self._tunnels = Tunnels(config.tunnel)
         self._tunnel_settings = config.tunnel
 
+    def early_refusal(self, request: Request) -> ProxyError:
+        """Refuse a body in chunks, which a CONNECT cannot have either (RFC 9110, section 9.3.6)."""
+        return ProxyError(400, "malformed", "The request is refused: a CONNECT has no body.")
+
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
         exchange = self._recorder.begin(request)
@@ -171,21 +130,22 @@ class Connect(Handler):
             exchange.drop()
 
         request.gone = client_left
-        exchange.task = Task(self._serve(exchange), _end_failed)
+        exchange.task = Task(self._serve(exchange), end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
 
-    async def _tell(self, exchange: Exchange) -> EndReason:
+    async def _tell(self, exchange: Exchange) -> _End:
         request, trace = exchange.request, exchange.trace
         if request.refusal is not None:
             raise request.refusal
         host, port = self._authority(request)
         if not holds_made_key(request.uri):
-            trace.path = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            trace.path = authority_of(host, port)
         if request.inside is not None:
             text = "A CONNECT within a connection that is intercepted is not served."
-            raise ProxyError(405, "method", text)
+            allow = (b"allow", b", ".join(METHODS))
+            raise ProxyError(405, "method", text, fields=(allow,))
         value = request.first.get(b"proxy-authorization")
         client = None if value is None else self._auth.identify_proxy(value)
         if client is not None:
@@ -197,29 +157,21 @@ class Connect(Handler):
     async def _serve(self, exchange: Exchange) -> None:
         """Tell the story, and see to its end, whatever that is."""
         error: ProxyError | None = None
+        detail = None
         try:
-            end = await self._tell(exchange)
-        except ProxyError as problem:
-            error, end = problem, problem.end
-        except Exception as problem:
+            end, detail = await self._tell(exchange)
             if exchange.left is not None:
                 end = exchange.left.end
-            elif isinstance(problem, ClientGone):
-                end = problem.end
-            else:
-                _log.failure("CONNECT {id} failed", id=exchange.trace.id)
-                end = EndReason.INTERNAL
-                error = ProxyError(500, "internal", "The proxy failed.", end=end)
-        if exchange.left is not None:
-            end, error = exchange.left.end, None
-        elif error is not None:
+        except Exception as problem:
+            end, error = exchange.judge(problem)
+        if error is not None:
             self._refuse(exchange, error)
         trace = exchange.trace
         self._metrics.connected(trace.tunnel or REFUSED)
         is_new = error is None or self._ways.repeats.is_first(
-            trace.path, trace.client or trace.peer
+            trace.path, trace.client or trace.peer, error.reason
         )
-        self._recorder.close(exchange, end, error, writes_access=is_new)
+        self._recorder.close(exchange, end, error, writes_access=is_new, detail=detail)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -232,33 +184,46 @@ class Connect(Handler):
 
     async def _intercept(
         self, exchange: Exchange, host: str, port: int, authorization: bytes | None
-    ) -> EndReason:
+    ) -> _End:
         """Let the client's connection go on with this proxy; it is over when requests can come."""
         exchange.trace.tunnel = INTERCEPTED
-        if 0 < self._most_handshakes <= self._ways.handshakes:
-            text = "The proxy makes as many TLS handshakes as it may; try again."
-            fields = ((b"retry-after", b"1"),)
-            raise ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")
-        self._ways.handshakes += 1
+        tls, ways = await self._leaf_for(host, exchange), self._ways
+        if self._are_enough(ways.handshakes):
+            raise _too_many_handshakes()
+        ways.handshakes += 1
         try:
-            tls = await self._leaf_for(host, exchange)
             shaken: Deferred[tuple[str, str] | None] = Deferred()
             inside = Inside(host, port, authorization=authorization, tls=tls, ended=shaken.callback)
             exchange.request.turn_inside([], inside)
             why = await shaken
         finally:
-            self._ways.handshakes -= 1
+            ways.handshakes -= 1
         if why is None:
-            return EndReason.COMPLETE
+            return EndReason.COMPLETE, None
         word, words = why
         if word == LEFT:
-            return EndReason.CLIENT_GONE
+            return EndReason.CLIENT_GONE, None
         end = EndReason.CLIENT_GONE if word == HANDSHAKE else EndReason.REJECTED
         raise ProxyError(_OUT, word, "", end=end, detail=words)
 
+    def _are_enough(self, count: int) -> bool:
+        """Return whether so many connections are all that may be on their way to a request."""
+        return 0 < self._most_handshakes <= count
+
     async def _leaf_for(self, host: str, exchange: Exchange) -> Any:
+        """Return the TLS of a host; one that is to be made first is waited for.
+
+        Those who wait are counted apart: a program that asks for many new names below a wildcard
+        must not keep the others from the hosts whose TLS is there.
+        """
+        leaf, ways = self._leaf(host), self._ways
+        if not leaf.called and self._are_enough(ways.waiting):
+            leaf.addErrback(lambda _: None)
+            leaf.cancel()
+            raise _too_many_handshakes()
+        ways.waiting += 1
         try:
-            return await self._leaf(host)
+            return await leaf
         except Exception as error:
             if exchange.left is not None:
                 raise
@@ -266,10 +231,12 @@ class Connect(Handler):
             raise ProxyError(
                 503, "no_certificate", text, end=EndReason.INTERNAL, detail=str(error)
             ) from error
+        finally:
+            ways.waiting -= 1
 
     async def _tunnel(
         self, exchange: Exchange, host: str, port: int, client: Client | None
-    ) -> EndReason:
+    ) -> _End:
         if client is None:
             raise no_proxy_key()
         trace, request, tunnels = exchange.trace, exchange.request, self._ways.tunnels
@@ -293,7 +260,7 @@ class Connect(Handler):
             tunnels.leave(client.name)
         request.body_bytes, request.sent = splice.sent, splice.received
         self._metrics.tunnelled(splice.sent, splice.received)
-        return end
+        return end, splice.detail or None
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         """Respond with an error, unless the response is out already."""
@@ -310,5 +277,7 @@ class Connect(Handler):
         request.finish()
 
 
-def _end_failed(failure: Failure) -> None:
-    _log.failure("the end of a CONNECT failed", failure)
+def _too_many_handshakes() -> ProxyError:
+    text = "The proxy makes as many TLS handshakes as it may; try again."
+    fields = ((b"retry-after", b"1"),)
+    return ProxyError(503, "handshakes", text, fields=fields, cause="intercept.handshakes")

@@ -1,26 +1,31 @@
 """One request under way: what is known of it, how it fails, and how its record ends.
 
-The gateway tells the story; an :class:`Exchange` carries what one step leaves for the next.  It
-knows the two ends that a request can come to before its response is whole: an error that the client
-can still get, and a break that only the end of the connection can show.
+A handler tells the story; an :class:`Exchange` carries what one step leaves for the next.  What
+breaks a story off is judged here, for every handler (:meth:`Exchange.judge`).  So are the two ends
+that a request can come to before its response is whole: an error that the client can still get, and
+a break that only the end of the connection can show.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
-from llmproxy.errors import ClientGone, EndReason, ProxyError
+from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.http1.websocket import Handshake
 from llmproxy.net.task import Task
+from llmproxy.policy.auth import MISPLACED, THE_PATH
 from llmproxy.policy.fair_queue import Place, Waiting
 from llmproxy.policy.limits import Lease
 from llmproxy.policy.routes import ATTEMPTS, Candidate, RouteMatch
-from llmproxy.record.trace import SKIPPED, Trace
+from llmproxy.record.trace import SKIPPED, Trace, conceal
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import is_between_events
@@ -29,6 +34,8 @@ from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
+
+_log = Logger()
 
 _LABELLED = frozenset((*METHODS, b"CONNECT"))
 """The methods that are words in a label."""
@@ -56,7 +63,7 @@ class Exchange:
         is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
         lease: what the request holds of its client's limits, if the client has some.
-        task: runs the gateway's story.
+        task: runs the handler's story.
         timer: rings after ``total``.
     """
 
@@ -159,6 +166,31 @@ class Exchange:
         asked = sum(one.outcome != SKIPPED for one in attempts)
         return [told[0], (ATTEMPTS, b"%d" % asked)]
 
+    def judge(self, problem: Exception) -> tuple[EndReason, ProxyError | None]:
+        """Return why the request ends, and the error for its client; None where no client waits.
+
+        Call it while ``problem`` is being handled: a fault of ours is logged with its traceback.
+
+        Args:
+            problem: what the story has raised.
+        """
+        if isinstance(problem, ProxyError):
+            error = problem
+            if error.reason == MISPLACED:
+                conceal(self.trace, path=error.cause == THE_PATH)
+        elif self.is_late:
+            error = upstream_timeout("total", may_have_run=self.at_work > 0)
+        elif self.left is not None:
+            return self.left.end, None
+        elif isinstance(problem, ClientGone):
+            self.left = problem
+            return problem.end, None
+        else:
+            _log.failure("request {id} failed", id=self.trace.id)
+            end = EndReason.INTERNAL
+            error = ProxyError(500, "internal", "The proxy failed.", end=end)
+        return (error.end, error) if self.left is None else (self.left.end, None)
+
     def fail(self, error: ProxyError, dialect: Dialect, now: float) -> None:
         """Tell the client of an error; if it has bytes of a response, break that off.
 
@@ -213,8 +245,10 @@ class Exchange:
         if relay is not None:
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
             trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
+            trace.chunks_at_once = relay.statistics.at_once
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
+                trace.last_chunk_s = round(relay.statistics.last_at - self.started, 6)
 
     def _settle_unknown(self, lease: Lease, reported: int) -> int | None:
         """Settle where no whole usage was reported: about one token came with each event."""
@@ -245,3 +279,8 @@ class Exchange:
         is_lines = is_ndjson(self.content_type)
         is_plain = self.content_encoding is None and not self.has_length
         return is_lines and is_plain and (not tail or tail.endswith(b"\n"))
+
+
+def end_failed(failure: Failure) -> None:
+    """Log that a request could not be ended; nobody else would see it."""
+    _log.failure("a request's end failed", failure)

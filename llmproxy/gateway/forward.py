@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
@@ -23,17 +21,16 @@ from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.admission import admit_fields
-from llmproxy.gateway.connect import OBSERVED, REFUSED
-from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.connect import OBSERVED, REFUSED, Ways
+from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.http1.grammar import BadMessage, parse_absolute
+from llmproxy.http1.grammar import BadMessage, authority_of, parse_absolute
 from llmproxy.http1.headers import HeaderRewriter, for_client
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import MISPLACED, THE_PATH, Auth, KeyPlaces, holds_made_key, no_proxy_key
+from llmproxy.policy.auth import Auth, KeyPlaces, holds_made_key, no_proxy_key
 from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.tunnels import Tunnels
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import METHODS
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
@@ -44,8 +41,6 @@ from llmproxy.upstream.pool import request_head
 from llmproxy.upstream.request_body import Phase
 from llmproxy.upstream.response import Response
 from llmproxy.upstream.way_out import WayOut, of_host
-
-_log = Logger()
 
 _late = partial(upstream_timeout, may_have_run=True)
 
@@ -80,6 +75,7 @@ class Forward(Handler):
         config: the checked configuration.
         recorder: keeps a record of each.
         metrics: counts what is on the way.
+        ways: keeps repeated refusals from filling the log.
         way_out: opens connections to hosts.
         limits: what clients use.
         reactor: keeps the deadlines of requests.
@@ -91,6 +87,7 @@ class Forward(Handler):
         config: Config,
         recorder: Recorder,
         metrics: Metrics,
+        ways: Ways,
         *,
         way_out: WayOut,
         limits: ClientLimits,
@@ -100,6 +97,7 @@ class Forward(Handler):
         super().__init__()
         self._recorder = recorder
         self._metrics = metrics
+        self._repeats = ways.repeats
         self._way_out = way_out
         self._auth = Auth(config, recorder.now)
         intercept = config.intercept
@@ -140,7 +138,7 @@ class Forward(Handler):
             self._metrics.cancel.observe(self._clock() - left_at)
 
         request.gone = client_left
-        exchange.task = Task(self._serve(exchange), _end_failed)
+        exchange.task = Task(self._serve(exchange), end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
@@ -171,31 +169,19 @@ class Forward(Handler):
     async def _serve(self, exchange: Exchange) -> None:
         """Tell the story, and see to its end, whatever that is."""
         error: ProxyError | None = None
+        has_line = True
         try:
             end = await self._tell(exchange)
-        except ProxyError as problem:
-            of_host(problem)
-            error, end = problem, problem.end
-            if error.reason == MISPLACED:
-                conceal(exchange.trace, path=error.cause == THE_PATH)
-        except Exception as problem:
-            if exchange.is_late:
-                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
-                of_host(error)
-                end = error.end
-            elif exchange.left is not None:
+            if exchange.left is not None:
                 end = exchange.left.end
-            elif isinstance(problem, ClientGone):
-                exchange.left, end = problem, problem.end
-            else:
-                _log.failure("request {id} failed", id=exchange.trace.id)
-                end = EndReason.INTERNAL
-                error = ProxyError(500, "internal", "The proxy failed.", end=end)
-        if exchange.left is not None:
-            end, error = exchange.left.end, None  # no client waits for an error
-        elif error is not None:
+        except Exception as problem:
+            end, error = exchange.judge(problem)
+        if error is not None:
+            of_host(error)
+            if end is EndReason.REJECTED and not exchange.request.startedWriting:
+                has_line = self._note_refusal(exchange, error)
             exchange.fail(error, Dialect.OPENAI, self._recorder.now())
-        self._recorder.close(exchange, end, error)
+        self._recorder.close(exchange, end, error, writes_access=has_line)
 
     # -- its steps ------------------------------------------------------------------------------
 
@@ -235,8 +221,16 @@ class Forward(Handler):
         if value is None:
             raise no_proxy_key()
         client = self._auth.identify_proxy(value)
-        self._auth.identify_within(value, request.fields, target, _KEYS)
+        self._auth.refuse_crossing(request.fields, target, _KEYS)
         return client
+
+    def _note_refusal(self, exchange: Exchange, error: ProxyError) -> bool:
+        """The request is refused: return whether that has a line of the log."""
+        trace = exchange.trace
+        if trace.tunnel is not None:
+            trace.tunnel = REFUSED
+        host = _host_of(exchange.request.uri) if trace.path else ""
+        return self._repeats.is_first(host, trace.client or trace.peer, error.reason)
 
     async def _send(self, exchange: Exchange, to: Destination) -> Response:
         """Send the request on a connection of its own; return the head of the response.
@@ -303,9 +297,14 @@ def _shown(url: bytes) -> str:
     return url.decode("ascii", "backslashreplace")[:2048]
 
 
+def _host_of(url: bytes) -> str:
+    """Return host and port of a URL; empty where it has none."""
+    try:
+        _, name, port, _ = parse_absolute(url)
+    except BadMessage:
+        return ""
+    return authority_of(as_compared(name), port)
+
+
 def _nothing(connection: Connection) -> None:
     """A connection has ended, which nobody counts."""
-
-
-def _end_failed(failure: Failure) -> None:
-    _log.failure("a request's end failed", failure)

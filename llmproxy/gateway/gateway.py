@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config, Route
+from llmproxy.config.host_pattern import HostPatterns
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.filler import heartbeat, padding
 from llmproxy.dialects.model_list import document
 from llmproxy.dialects.request import RequestFacts, is_call, is_held, reads_list
 from llmproxy.dialects.websocket import socket_api
-from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
+from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.admission import (
     Rules,
     admit,
@@ -34,7 +33,7 @@ from llmproxy.gateway.admission import (
 )
 from llmproxy.gateway.attempt import SWITCHING, Attempts
 from llmproxy.gateway.detached import DetachedStreams
-from llmproxy.gateway.exchange import Exchange
+from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.failover import Failover
 from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
@@ -45,13 +44,12 @@ from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
-from llmproxy.policy.auth import ANONYMOUS, MISPLACED, THE_PATH, Auth
+from llmproxy.policy.auth import ANONYMOUS, Auth
 from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import conceal
 from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
@@ -61,8 +59,6 @@ from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
-
-_log = Logger()
 
 
 class Gateway(Handler):
@@ -112,9 +108,11 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        serves_plain = config.intercept is not None and config.intercept.plain_http
+        intercept = config.intercept
+        serves_plain = intercept is not None and intercept.plain_http
+        intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         auth = Auth(config, recorder.now)
-        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain)
+        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain, intercepts)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:
@@ -157,7 +155,7 @@ class Gateway(Handler):
                 self._metrics.cancel.observe(self._clock() - left_at)
 
         request.gone = client_left
-        exchange.task = Task(self._serve(exchange, place), _end_failed)
+        exchange.task = Task(self._serve(exchange, place), end_failed)
         return NOT_DONE_YET
 
     # -- the story ------------------------------------------------------------------------------
@@ -214,26 +212,12 @@ class Gateway(Handler):
         error: ProxyError | None = None
         try:
             end = await self._tell(exchange, place)
-        except ProxyError as problem:
-            error, end = problem, problem.end
-            if error.reason == MISPLACED:
-                conceal(exchange.trace, path=error.cause == THE_PATH)
-        except Exception as problem:
-            if exchange.is_late:
-                error = upstream_timeout("total", may_have_run=exchange.at_work > 0)
-                end = error.end
-            elif exchange.left is not None:
+            if exchange.left is not None:
+                exchange.is_read_out = end is EndReason.COMPLETE
                 end = exchange.left.end
-            elif isinstance(problem, ClientGone):
-                exchange.left, end = problem, problem.end
-            else:
-                _log.failure("request {id} failed", id=exchange.trace.id)
-                end = EndReason.INTERNAL
-                error = ProxyError(500, "internal", "The proxy failed.", end=end)
-        if exchange.left is not None:
-            exchange.is_read_out = end is EndReason.COMPLETE
-            end, error = exchange.left.end, None  # no client waits for an error
-        elif error is not None:
+        except Exception as problem:
+            end, error = exchange.judge(problem)
+        if error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
         self.detached.over(exchange)
         self._recorder.close(exchange, self._inspection.conclude(exchange, end), error)
@@ -399,7 +383,3 @@ def guarded_fields(config: Config) -> frozenset[bytes]:
         if provider.credential is not None:
             fields.add(provider.header.encode("ascii"))
     return frozenset(fields)
-
-
-def _end_failed(failure: Failure) -> None:
-    _log.failure("a request's end failed", failure)

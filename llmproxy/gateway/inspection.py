@@ -19,7 +19,10 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
+from llmproxy.stream.arrivals import are_held_back
+from llmproxy.stream.relay import Relay
 from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
+from llmproxy.stream.websocket_relay import WebSocketRelay
 
 _log = Logger()
 
@@ -108,9 +111,31 @@ class Inspection:
         if tap is None:
             return end
         result = tap.finish(end)
+        if exchange.relay is not None:
+            self._note_arrivals(exchange, exchange.relay, tap.events)
         match = exchange.match
         self.note(trace, result, keeps=match is not None and match.route.capture == "content")
         return result.end_reason
+
+    def _note_arrivals(
+        self, exchange: Exchange, relay: Relay | WebSocketRelay, events: int
+    ) -> None:
+        """Write down how the response came, and whether some hop on its way held it back.
+
+        What waited in the kernel while the client took nothing comes at once, whoever sent it.
+        """
+        trace, statistics = exchange.trace, relay.statistics
+        trace.events = events
+        if trace.stream and not relay.paused_s:
+            seconds = statistics.last_at - exchange.started
+            trace.buffered_upstream = are_held_back(
+                events=events,
+                chunks=statistics.chunks,
+                at_once=statistics.at_once,
+                seconds=seconds,
+            )
+            if trace.buffered_upstream:
+                self._metrics.held_back(trace.provider or "")
 
     def note(self, trace: Trace, result: Result, *, keeps: bool) -> None:
         """Write down what was in one response, and count its tokens.

@@ -109,18 +109,21 @@ class Recorder:
         error: ProxyError | None,
         *,
         writes_access: bool = True,
+        detail: str | None = None,
     ) -> None:
         """Close a record, with why the request ended and the error that its client got.
 
         Args:
             writes_access: whether the request has an access line.
+            detail: what that says of an end without an error.
         """
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
-        hint = None if exchange.status != NOT_FOUND else hint_for_operator(exchange)
-        self._write(exchange.trace, exchange.labels(), error, hint, writes_access=writes_access)
+        if exchange.status == NOT_FOUND:
+            detail = hint_for_operator(exchange)
+        self._write(exchange.trace, exchange.labels(), error, detail, writes_access=writes_access)
 
     def record_part(self, trace: Trace) -> None:
         """Keep the record of one response of a WebSocket; its connection has the access line."""
@@ -158,7 +161,7 @@ class Recorder:
         trace: Trace,
         labels: tuple[str, ...],
         error: ProxyError | None,
-        hint: str | None = None,
+        detail: str | None = None,
         *,
         writes_access: bool = True,
     ) -> None:
@@ -170,7 +173,7 @@ class Recorder:
         if error is not None and error.detail:
             self._access(trace, error.cause, error.detail)
         else:
-            self._access(trace, None, hint)
+            self._access(trace, None, detail)
 
 
 def _no_access(trace: Trace, cause: str | None, detail: str | None) -> None:

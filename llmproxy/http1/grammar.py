@@ -187,6 +187,11 @@ def parse_authority(target: bytes) -> tuple[str, int]:
     return (match[1] or match[2]).decode("ascii"), int(match[3])
 
 
+def authority_of(host: str, port: int) -> str:
+    """Return host and port as CONNECT has them; an IPv6 address is without its brackets before."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def parse_absolute(target: bytes) -> tuple[str, str, int, bytes]:
     """Read the target of a request to a proxy: an http:// URL (RFC 9112, section 3.2.2).
 

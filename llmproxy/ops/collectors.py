@@ -5,7 +5,7 @@ Each value is read when it is scraped.  The parts do not know that they are watc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
@@ -17,7 +17,7 @@ from llmproxy.policy.auth import soonest_ends
 from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
-from llmproxy.record.metrics import Metrics
+from llmproxy.record.metrics import Metrics, Source
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
@@ -48,8 +48,31 @@ def expose(
         wall: seconds since the epoch.
     """
     metrics.registry.register(process)
-    gauge, count = metrics.watch, metrics.watch_count
-    gauge("client_connections", "Open client connections.", [], lambda: {(): len(site.connections)})
+    _expose_connections(metrics, site, setup, detached, ways)
+    _expose_providers(metrics, setup, standing, credentials)
+    _expose_clients(metrics, setup, site, limits, wall)
+    _expose_certificates(metrics, setup, leaves)
+    _expose_life(metrics, drain, reload)
+    _expose_losses(metrics, sink, log)
+
+
+def _expose_connections(
+    metrics: Metrics, site: Site, setup: Setup, detached: DetachedStreams, ways: Ways
+) -> None:
+    gauge = metrics.watch
+    gauge("client_connections", "Open client connections.", [], _one(lambda: len(site.connections)))
+    gauge(
+        "intercepted_connections",
+        "Open client connections behind a CONNECT that was intercepted.",
+        [],
+        _one(lambda: sum(one.inside is not None for one in site.connections)),
+    )
+    gauge(
+        "tunnels",
+        "Open tunnels, and those that are being opened.",
+        [],
+        _one(lambda: len(ways.tunnels)),
+    )
     gauge(
         "upstream_connections",
         "Connections to providers.",
@@ -60,88 +83,58 @@ def expose(
         "buffered_bytes",
         "Bytes written that clients' kernels did not take yet.",
         [],
-        lambda: {(): site.pending_bytes()},
+        _one(site.pending_bytes),
     )
-    gauge("request_bytes_held", "Request bodies in memory.", [], lambda: {(): site.memory.held})
-    gauge("drains", "Responses read on for their usage alone.", [], lambda: {(): len(detached)})
-    gauge(
-        "tunnels",
-        "Open tunnels, and those that are being opened.",
-        [],
-        lambda: {(): len(ways.tunnels)},
-    )
-    gauge(
-        "intercepted_connections",
-        "Open client connections behind a CONNECT that was intercepted.",
-        [],
-        lambda: {(): sum(one.inside is not None for one in site.connections)},
-    )
+    gauge("request_bytes_held", "Request bodies in memory.", [], _one(lambda: site.memory.held))
+    gauge("drains", "Responses read on for their usage alone.", [], _one(lambda: len(detached)))
+
+
+def _expose_providers(
+    metrics: Metrics, setup: Setup, standing: Standing, credentials: Credentials
+) -> None:
+    gauge, count, health = metrics.watch, metrics.watch_count, standing.health
     gauge(
         "provider_up",
         "0 while a circuit of the provider is open, for any client.",
         ["provider"],
-        lambda: {(name,): standing.health.is_up(name) for name in setup.config.providers},
+        _by(lambda: {name: health.is_up(name) for name in setup.config.providers}),
     )
     gauge(
         "provider_cooldown_seconds",
         "How long the provider is to be left alone, for some client or model.",
         ["provider"],
-        lambda: {(name,): standing.health.cooldown_s(name) for name in setup.config.providers},
+        _by(lambda: {name: health.cooldown_s(name) for name in setup.config.providers}),
     )
     gauge(
         "queued_requests",
         "Requests that wait for a place at a provider with a queue.",
         ["provider"],
-        lambda: {(name,): float(n) for name, n in standing.places.queued().items()},
-    )
-    gauge("draining", "1 while the process shuts down.", [], lambda: {(): drain.begun})
-    gauge("drain_remaining_requests", "What a drain waits for.", [], lambda: {(): drain.remaining})
-    gauge(
-        "drain_remaining_seconds",
-        "Until a drain cuts what is left; 0 where there is none.",
-        [],
-        lambda: {(): drain.remaining_s},
-    )
-    gauge(
-        "config_last_reload_successful",
-        "Whether the last reload went well.",
-        [],
-        lambda: {(): reload.succeeded},
-    )
-    gauge(
-        "config_last_reload_success_timestamp_seconds",
-        "When the last reload that went well did.",
-        [],
-        lambda: {(): reload.succeeded_at},
-    )
-    gauge(
-        "certificate_not_after_timestamp_seconds",
-        "When a certificate expires.",
-        ["certificate"],
-        lambda: {
-            **({} if setup.tls is None else {("listen_tls",): setup.tls.not_after}),
-            **{(name,): end for name, end in leaves.expiries().items()},
-        },
-    )
-    gauge(
-        "client_key_expires_timestamp_seconds",
-        "When the next key of a client expires.",
-        ["client"],
-        lambda: {(name,): end for name, end in soonest_ends(setup.config, wall()).items()},
+        _by(standing.places.queued),
     )
     gauge(
         "credential_age_seconds",
         "How old the credential is that a provider's command printed last.",
         ["provider"],
-        lambda: {(name,): age for name, age in credentials.ages().items()},
+        _by(credentials.ages),
     )
     count(
         "credential_failures",
         "Runs of a provider's command that printed no credential.",
         ["provider"],
-        lambda: {(name,): float(n) for name, n in credentials.failures.items()},
+        _by(lambda: credentials.failures),
     )
     count(
+        "stale_lookups",
+        "Lookups that failed or hung, where addresses of before were used.",
+        [],
+        _one(lambda: setup.upstream.stale_lookups),
+    )
+
+
+def _expose_clients(
+    metrics: Metrics, setup: Setup, site: Site, limits: ClientLimits, wall: Callable[[], float]
+) -> None:
+    metrics.watch_count(
         "limited",
         "What was refused because of a limit.",
         ["client", "limit"],
@@ -150,27 +143,74 @@ def expose(
             **{labels: float(n) for labels, n in limits.refused.items()},
         },
     )
-    gauge(
+    metrics.watch(
         "limit_remaining",
         "What is left of a client's limit.",
         ["client", "limit"],
         lambda: {labels: float(n) for labels, n in limits.remaining().items()},
     )
-    count(
-        "records_lost",
-        "Records that were not written.",
-        ["sink"],
-        lambda: {(name,): float(lost) for name, lost in sink.losses().items()},
+    metrics.watch(
+        "client_key_expires_timestamp_seconds",
+        "When the next key of a client expires.",
+        ["client"],
+        _by(lambda: soonest_ends(setup.config, wall())),
     )
-    count(
-        "stale_lookups",
-        "Lookups that failed or hung, where addresses of before were used.",
+
+
+def _expose_certificates(metrics: Metrics, setup: Setup, leaves: Leaves) -> None:
+    def ends() -> dict[str, float]:
+        listeners = {} if setup.tls is None else {"listen_tls": setup.tls.not_after}
+        return {**listeners, **leaves.expiries()}
+
+    metrics.watch(
+        "certificate_not_after_timestamp_seconds",
+        "When a certificate expires.",
+        ["certificate"],
+        _by(ends),
+    )
+
+
+def _expose_life(metrics: Metrics, drain: Drain, reload: Reload) -> None:
+    gauge = metrics.watch
+    gauge("draining", "1 while the process shuts down.", [], _one(lambda: drain.begun))
+    gauge("drain_remaining_requests", "What a drain waits for.", [], _one(lambda: drain.remaining))
+    gauge(
+        "drain_remaining_seconds",
+        "Until a drain cuts what is left; 0 where there is none.",
         [],
-        lambda: {(): float(setup.upstream.stale_lookups)},
+        _one(lambda: drain.remaining_s),
     )
-    count(
+    gauge(
+        "config_last_reload_successful",
+        "Whether the last reload went well.",
+        [],
+        _one(lambda: reload.succeeded),
+    )
+    gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the last reload that went well did.",
+        [],
+        _one(lambda: reload.succeeded_at),
+    )
+
+
+def _expose_losses(metrics: Metrics, sink: Sinks, log: LogWriter | None) -> None:
+    metrics.watch_count(
+        "records_lost", "Records that were not written.", ["sink"], _by(sink.losses)
+    )
+    metrics.watch_count(
         "log_lines_lost",
         "Lines of the log that were not written.",
         [],
-        lambda: {(): 0.0 if log is None else float(log.lost)},
+        _one(lambda: 0 if log is None else log.lost),
     )
+
+
+def _one(value: Callable[[], float]) -> Source:
+    """Return the source of a metric without labels."""
+    return lambda: {(): value()}
+
+
+def _by(values: Callable[[], Mapping[str, float]]) -> Source:
+    """Return the source of a metric with one label."""
+    return lambda: {(name,): value for name, value in values().items()}

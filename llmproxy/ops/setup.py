@@ -172,6 +172,7 @@ class Setup:
             config,
             self._recorder,
             self._metrics,
+            self._ways,
             way_out=way_out,
             limits=self._limits,
             reactor=self._timers,

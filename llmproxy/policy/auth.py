@@ -200,13 +200,26 @@ class Auth:
             client = self.identify_proxy(authorization)
         except ProxyError as error:
             raise _unauthorized(error.reason, error.message, detail=error.detail) from None
+        self.refuse_crossing(fields, target, places)
+        return client
+
+    def refuse_crossing(self, fields: Fields, target: bytes, places: KeyPlaces) -> None:
+        """Refuse a client's key in what crosses of a request that shows elsewhere who calls.
+
+        Args:
+            fields: the request's header fields.
+            target: path and query, as the client sent them.
+            places: where keys stand; those there do not count.
+
+        Raises:
+            ProxyError: 401.
+        """
         _, target = cut_keys(target, places.query)
         if places.dropped:
             target = without(target, places.dropped)
         names = _OWN_KEY_FIELDS if places.passes else _ALL_KEY_FIELDS
         crossing = b"\n".join([target, *(value for name, value in fields if name not in names)])
         self._refuse_misplaced([], crossing, fields, target, places)
-        return client
 
     def refuse_expired(self, client: Client) -> None:
         """Refuse a client all of whose keys have expired, as its keys would be.

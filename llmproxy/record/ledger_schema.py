@@ -94,10 +94,16 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
     ("ALTER TABLE traces ADD COLUMN tunnel TEXT",),
     ("ALTER TABLE traces ADD COLUMN responses INTEGER",),
+    (
+        "ALTER TABLE traces ADD COLUMN events INTEGER",
+        "ALTER TABLE traces ADD COLUMN chunks_at_once INTEGER",
+        "ALTER TABLE traces ADD COLUMN last_chunk_s REAL",
+        "ALTER TABLE traces ADD COLUMN buffered_upstream INTEGER",
+    ),
 )
 """The statements of each step: the traces, their sessions, where a request named its model, for how
 long it waited in a queue, the tokens that counted for its client's limits, what became of a
-CONNECT, and how many responses a WebSocket had."""
+CONNECT, how many responses a WebSocket had, and how the events of a stream arrived."""
 
 
 class LedgerError(OSError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -78,6 +78,8 @@ class Live(Protocol):
 
 
 Labels = tuple[str, ...]
+Source = Callable[[], Mapping[Labels, float]]
+"""Returns the values of one metric, by its labels."""
 
 
 class Metrics:
@@ -100,6 +102,7 @@ class Metrics:
         self._attempts: dict[Labels, int] = defaultdict(int)
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
+        self._held_back: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, int] = defaultdict(int)
         self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
@@ -113,18 +116,18 @@ class Metrics:
         self.reactor_lag = Histogram(_FINE_SECONDS)
         self.queue_wait = Histogram(_SECONDS)
         self._bytes = {"in": 0, "out": 0}
-        self._tunnelled = {"in": 0, "out": 0}
+        self._tunnelled: dict[Labels, int] = {("in",): 0, ("out",): 0}
         self._chunks = 0
         self._paused_s = 0.0
         self._version = version
-        self._sources: list[tuple[str, str, list[str], bool, _Source]] = []
+        self._sources: list[tuple[str, str, list[str], bool, Source]] = []
         self.registry.register(self)
 
-    def watch(self, name: str, text: str, labels: list[str], source: _Source) -> None:
+    def watch(self, name: str, text: str, labels: list[str], source: Source) -> None:
         """Expose a gauge whose values another part holds; ``source`` is called at each scrape."""
         self._sources.append((name, text, labels, False, source))
 
-    def watch_count(self, name: str, text: str, labels: list[str], source: _Source) -> None:
+    def watch_count(self, name: str, text: str, labels: list[str], source: Source) -> None:
         """Expose a counter whose values another part holds."""
         self._sources.append((name, text, labels, True, source))
 
@@ -152,12 +155,16 @@ class Metrics:
 
     def tunnelled(self, sent: int, received: int) -> None:
         """A tunnel has ended, with so many bytes from its client and to it."""
-        self._tunnelled["in"] += sent
-        self._tunnelled["out"] += received
+        self._tunnelled["in",] += sent
+        self._tunnelled["out",] += received
 
     def degraded(self, reason: str) -> None:
         """A tap did not understand its response in full."""
         self._degraded[reason,] += 1
+
+    def held_back(self, provider: str) -> None:
+        """The events of a stream came in bursts."""
+        self._held_back[provider,] += 1
 
     def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
         """Count the tokens of a response.
@@ -199,64 +206,43 @@ class Metrics:
             yield _family(kind(_PREFIX + name, text, labels=labels), source().items())
 
     def _counters(self) -> Iterator[Metric]:
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "requests",
+        for name, text, labels, counts in (
+            (
+                "requests",
                 "Requests that ended.",
-                labels=["route", "provider", "client", "method", "status"],
+                ["route", "provider", "client", "method", "status"],
+                self._requests,
             ),
-            self._requests.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "ended", "Requests that ended, by end reason.", labels=["reason"]
-            ),
-            self._ended.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "upstream_attempts",
-                "Tries at a provider.",
-                labels=["provider", "outcome"],
-            ),
-            self._attempts.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "upstream_failures",
+            ("ended", "Requests that ended, by end reason.", ["reason"], self._ended),
+            ("upstream_attempts", "Tries at a provider.", ["provider", "outcome"], self._attempts),
+            (
+                "upstream_failures",
                 "Failed tries at a provider, by cause, where an outcome has several causes.",
-                labels=["provider", "cause"],
+                ["provider", "cause"],
+                self._causes,
             ),
-            self._causes.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "tokens",
+            (
+                "tokens",
                 "Tokens, as the providers count them.",
-                labels=["client", "provider", "model", "type"],
+                ["client", "provider", "model", "type"],
+                self._tokens,
             ),
-            self._tokens.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "tap_degraded",
+            (
+                "tap_degraded",
                 "Responses that were not understood in full.",
-                labels=["reason"],
+                ["reason"],
+                self._degraded,
             ),
-            self._degraded.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "connects", "CONNECTs, by what became of them.", labels=["outcome"]
+            (
+                "buffered_upstream",
+                "Streams whose events came in bursts, as if a hop behind the proxy held them back.",
+                ["provider"],
+                self._held_back,
             ),
-            self._connects.items(),
-        )
-        yield _family(
-            CounterMetricFamily(
-                _PREFIX + "tunnel_bytes", "Bytes of tunnels that ended.", labels=["direction"]
-            ),
-            [((direction,), count) for direction, count in self._tunnelled.items()],
-        )
+            ("connects", "CONNECTs, by what became of them.", ["outcome"], self._connects),
+            ("tunnel_bytes", "Bytes of tunnels that ended.", ["direction"], self._tunnelled),
+        ):
+            yield _family(CounterMetricFamily(_PREFIX + name, text, labels=labels), counts.items())
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
         yield _family(
             CounterMetricFamily(_PREFIX + "bytes", "Bytes of bodies.", labels=["direction"]),
@@ -308,9 +294,6 @@ class Metrics:
         ):
             buckets, total = histogram.buckets()
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
-
-
-_Source = Callable[[], "dict[Labels, float]"]
 
 
 def _family(metric: Metric, rows: Iterable[tuple[Labels, float]]) -> Metric:

@@ -51,6 +51,9 @@ LONGEST_CHUNK = 4096
 _FOLLOWED = 2
 """Which chunk of a batch is followed until the kernel has it."""
 
+AT_ONCE_S = 0.001
+"""A chunk that comes so soon behind another was sent together with it."""
+
 _OVER: Deferred[None] = succeed(None)
 """What stands for :attr:`Relay.done` once that has fired."""
 
@@ -119,8 +122,8 @@ class StreamStatistics:
     """
 
     __slots__ = (
-        *("_batch", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps", "_last_at"),
-        *("_longest_gap", "_tail", "_verbatim"),
+        *("_at_once", "_batch", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps"),
+        *("_last_at", "_longest_gap", "_tail", "_verbatim"),
     )
 
     def __init__(
@@ -133,7 +136,7 @@ class StreamStatistics:
         self._batch = batch
         self._gaps = gaps
         self._copy = copy
-        self._chunks = self._byte_count = self._verbatim = 0
+        self._chunks = self._byte_count = self._verbatim = self._at_once = 0
         self._first_at: float | None = None
         self._last_at = now
         self._longest_gap = 0.0
@@ -176,6 +179,12 @@ class StreamStatistics:
         return self._longest_gap
 
     @property
+    def at_once(self) -> int:
+        """How many chunks came within :data:`AT_ONCE_S` of the one before."""
+        self._batch.read()
+        return self._at_once
+
+    @property
     def tail(self) -> bytes:
         """The last four bytes of the content, which say whether an event has ended."""
         self._batch.read()
@@ -192,6 +201,8 @@ class StreamStatistics:
             gaps(gap)
             if gap > self._longest_gap:
                 self._longest_gap = gap
+            if gap < AT_ONCE_S:
+                self._at_once += 1
         else:
             self._first_at = at
         self._last_at = at

@@ -14,7 +14,8 @@ from twisted.logger import LogLevel, capturedLogs
 
 from llmproxy.config import Intercept
 from llmproxy.errors import EndReason, ProxyError
-from llmproxy.gateway.connect import Connect, Repeats, Ways
+from llmproxy.gateway.connect import Connect, Ways
+from llmproxy.gateway.repeats import Repeats
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
 from tests.gateway.played import PlayedGateway
@@ -32,6 +33,7 @@ class PlayedConnect(PlayedGateway):
 
     Attributes:
         leaves: the hosts for which TLS was asked for, each with what the test fires.
+        kept: the hosts whose TLS is there at once.
     """
 
     def __init__(self, **more: Any) -> None:
@@ -41,6 +43,7 @@ class PlayedConnect(PlayedGateway):
         super().__init__(access=self.access, **more)
         self.ways = Ways(self.clock, self.clock.seconds)
         self.leaves: list[tuple[str, Deferred[Any]]] = []
+        self.kept: set[str] = set()
         intercept = Intercept(
             hosts=("in.example", "*.in.example"), authority=cast("Any", None), handshakes=2
         )
@@ -65,6 +68,8 @@ class PlayedConnect(PlayedGateway):
         """Take the question for TLS."""
         found: Deferred[Any] = Deferred()
         self.leaves.append((host, found))
+        if host in self.kept:
+            found.callback(None)
         return found
 
     def open(self, host: str, port: int, caller: str) -> Deferred[Any]:
@@ -165,6 +170,15 @@ def test_a_connect_with_a_body_is_refused(length: str) -> None:
     assert not played.leaves
 
 
+def test_a_connect_with_a_chunked_body_is_refused_at_once() -> None:
+    """Nobody waits for the end of such a body, and nothing that follows is taken for a tunnel."""
+    played = PlayedConnect()
+    played.ask("in.example:443", "Transfer-Encoding: chunked")
+    assert played.refusal()[0] == 400
+    played.send(b"5\r\nhello\r\n0\r\n\r\n")
+    assert not played.leaves
+
+
 # --- interception ---------------------------------------------------------------------------------
 
 
@@ -175,7 +189,7 @@ def test_an_intercepted_host_needs_no_key_and_is_never_tunnelled(host: str) -> N
     played.ask(f"{host}:443")
     ((asked, _),) = played.leaves
     assert asked == host.lower().rstrip(".")
-    assert played.ways.handshakes == 1
+    assert played.ways.waiting == 1
     assert played.transport.value() == b""
     assert not played.sink.traces
 
@@ -185,21 +199,58 @@ def test_a_client_that_leaves_before_the_leaf_is_there() -> None:
     played = PlayedConnect()
     played.ask("in.example:443")
     played.transport.end(FIN)
-    assert played.ways.handshakes == 0
+    assert played.ways.waiting == 0
     assert played.trace().end_reason == "client_gone"
     assert played.leaves[0][1].called
 
 
 def test_as_many_handshakes_as_may_be() -> None:
-    """One more is a 503 before anything is made for it."""
+    """One more is a 503; where a client has left there is room."""
     played = PlayedConnect()
+    played.kept = {"in.example"}
+    first = played.transport
     for _ in range(2):
         played.ask("in.example:443")
+        assert played.first_line() == "HTTP/1.1 200 OK"
         played.connect()
     played.ask("in.example:443")
     status, fields, _ = played.got()
     assert (status, fields[b"retry-after"]) == (503, b"1")
-    assert len(played.leaves) == 2
+    first.end(FIN)
+    played.ask("in.example:443")
+    assert played.first_line() == "HTTP/1.1 200 OK"
+    assert (played.ways.handshakes, played.ways.waiting) == (2, 0)
+
+
+def test_who_asks_for_many_new_names_locks_out_nobody_else() -> None:
+    """Those that wait for a leaf are counted apart; a host whose leaf is there takes no notice."""
+    played = PlayedConnect()
+    played.kept = {"in.example", "old.in.example"}
+    for number in range(2):
+        played.ask(f"{number}.in.example:443")
+        played.connect()
+    played.ask("2.in.example:443")
+    assert played.refusal() == (503, "handshakes")
+    assert played.leaves[-1][1].called  # nobody waits for it
+    for host in played.kept:
+        played.connect()
+        played.ask(f"{host}:443")
+        assert played.first_line() == "HTTP/1.1 200 OK"
+    assert (played.ways.handshakes, played.ways.waiting) == (2, 2)
+
+
+def test_a_leaf_that_comes_when_there_are_enough_handshakes() -> None:
+    """Its client is refused as any other."""
+    played = PlayedConnect()
+    played.kept = {"in.example"}
+    waiting = played.transport
+    played.ask("new.in.example:443")
+    for _ in range(2):
+        played.connect()
+        played.ask("in.example:443")
+    played.leaves[0][1].callback(None)
+    assert b" 503 " in waiting.take().partition(b"\r\n")[0]
+    assert (played.ways.handshakes, played.ways.waiting) == (2, 0)
 
 
 def test_a_leaf_that_cannot_be_made_is_an_error_of_ours() -> None:
@@ -209,7 +260,7 @@ def test_a_leaf_that_cannot_be_made_is_an_error_of_ours() -> None:
     played.leaves[0][1].errback(ValueError("it has expired"))
     assert played.refusal() == (503, "no_certificate")
     assert played.details == ["it has expired"]
-    assert played.ways.handshakes == 0
+    assert played.ways.waiting == 0
     assert played.transport.calls == ["nodelay"]
 
 
@@ -327,9 +378,35 @@ def test_refusals_of_many_hosts_are_counted_together() -> None:
     """A program that invents hosts fills neither the log nor the memory; nothing goes untold."""
     clock = Clock()
     repeats = Repeats(clock)
-    told = [repeats.is_first(f"h{number}.example:443", "c") for number in range(1030)]
+    told = [repeats.is_first(f"h{number}.example:443", "c", "no_key") for number in range(1030)]
     assert told == [True] * 1024 + [False] * 6
     with capturedLogs() as lines:
         clock.advance(60)
     assert [line["count"] for line in lines] == [6]
-    assert repeats.is_first("h1029.example:443", "c")
+    assert repeats.is_first("h1029.example:443", "c", "no_key")
+
+
+def test_another_reason_is_another_line() -> None:
+    """Who mends one mistake sees the next one, and not a count of the first."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    reasons = ["no_key", "unknown_key", "tls_handshake", "unknown_key"]
+    told = [repeats.is_first("h.example:443", "c", reason) for reason in reasons]
+    assert told == [True, True, True, False]
+    with capturedLogs() as lines:
+        clock.advance(60)
+    assert [(line["count"], line["error"]) for line in lines] == [(1, "unknown_key")]
+
+
+def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
+    """No timer stays behind."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    repeats.close()
+    for _ in range(3):
+        repeats.is_first("h.example:443", "c", "no_key")
+    with capturedLogs() as lines:
+        repeats.close()
+        repeats.close()
+    assert [line["count"] for line in lines] == [2]
+    assert not clock.getDelayedCalls()

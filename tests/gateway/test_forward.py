@@ -15,6 +15,8 @@ import msgspec
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
 
 from llmproxy.config import (
     Client,
@@ -27,6 +29,7 @@ from llmproxy.config import (
     Tunnel,
 )
 from llmproxy.config.tunnel_target import tunnel_target
+from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.forward import Forward
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.grammar import BadMessage, parse_absolute
@@ -54,6 +57,9 @@ class Forwarding(NamedTuple):
 
     served: Served
     sink: KeptTraces
+    clock: Clock
+    ways: Ways
+    accessed: list[Trace]
 
     async def ask(self, data: bytes) -> tuple[bytes, dict[bytes, bytes], bytes]:
         """Send a request on a connection of its own; return status line, fields and body."""
@@ -103,8 +109,15 @@ async def forwarding(
             intercept=INTERCEPT,
         )
         sink, metrics = KeptTraces(), Metrics("1")
+        clock, accessed = Clock(), list[Trace]()
+        ways = Ways(clock, clock.seconds)
         recorder = Recorder(
-            metrics, sink, clock=reactor.seconds, wall=lambda: 1_700_000_000.0, instance="0"
+            metrics,
+            sink,
+            access=lambda trace, *_: accessed.append(trace),
+            clock=reactor.seconds,
+            wall=lambda: 1_700_000_000.0,
+            instance="0",
         )
         client_limits = ClientLimits(reactor.seconds, lambda: 1_700_000_000.0)
         client_limits.follow(config.clients)
@@ -118,13 +131,14 @@ async def forwarding(
             config,
             recorder,
             metrics,
+            ways,
             way_out=out,
             limits=client_limits,
             reactor=reactor,
             clock=reactor.seconds,
         )
         served.site.serve(Router(Handler(), urls=forward))
-        yield Forwarding(served, sink)
+        yield Forwarding(served, sink, clock, ways, accessed)
 
 
 def url(host: Provider, path: str = "/") -> str:
@@ -352,7 +366,8 @@ async def test_addresses_are_checked_as_those_of_tunnels() -> None:
         line, fields, _ = await site.ask(request("GET", "http://127.0.0.1:80/", KEY))
         assert line.startswith(b"HTTP/1.1 403 ")
         assert fields[b"x-llmproxy-error"] == b"address_forbidden"
-        assert (await site.record()).error == "address_forbidden"
+        trace = await site.record()
+        assert (trace.error, trace.tunnel) == ("address_forbidden", "refused")
 
 
 @ensureDeferred
@@ -381,6 +396,56 @@ async def test_a_body_that_is_too_large_is_refused() -> None:
         async with forwarding(ANY, limits=Limits(request_body=SMALL_BODY)) as site:
             line, _, _ = await site.ask(request("POST", url(host), KEY, body=bytes(SMALL_BODY + 1)))
             assert line.startswith(b"HTTP/1.1 413 ")
+
+
+@ensureDeferred
+async def test_refusals_that_repeat_are_a_line_and_a_count() -> None:
+    """Whatever path of the host is asked for; each has its record."""
+    async with forwarding("127.0.0.1:80") as site:
+        for target in ("http://other.example/a", "http://OTHER.example:80/b?c", "http://[::2]/"):
+            await site.ask(request("GET", target, KEY))
+            await site.ask(request("GET", target, KEY))
+        await site.ask(request("GET", "http://other.example/"))
+        await site.record(7)
+        assert [(one.path, one.client) for one in site.accessed] == [
+            ("http://other.example/a", "c"),
+            ("http://[::2]/", "c"),
+            ("http://other.example/", None),
+        ]
+        with capturedLogs() as lines:
+            site.clock.advance(60)
+        assert [(line["host"], line["count"], line["client"]) for line in lines] == [
+            ("other.example:80", 3, "c"),
+            ("[::2]:80", 1, "c"),
+        ]
+        assert {line["log_level"] for line in lines} == {LogLevel.warn}
+        await site.ask(request("GET", "http://other.example/", KEY))
+        await site.record(8)
+        assert len(site.accessed) == 4
+
+
+@ensureDeferred
+async def test_a_refused_connect_and_a_refused_url_of_a_host_are_the_same() -> None:
+    """A program that cannot have the one tries the other."""
+    async with forwarding("127.0.0.1:80") as site:
+        assert site.ways.repeats.is_first("other.example:80", "c", "tunnel_refused")
+        await site.ask(request("GET", "http://other.example/", KEY))
+        await site.record()
+        assert not site.accessed
+
+
+@pytest.mark.parametrize("target", ["https://a.example/", f"http://{SECRET}/"])
+@ensureDeferred
+async def test_a_target_that_is_not_shown_is_counted_without_it(target: str) -> None:
+    """It may be anything, and hold a key."""
+    async with forwarding("127.0.0.1:80") as site:
+        for _ in range(2):
+            await site.ask(request("GET", target, KEY))
+        await site.record(2)
+        assert len(site.accessed) == 1
+        with capturedLogs() as lines:
+            site.clock.advance(60)
+        assert [line["host"] for line in lines] == ["a target that is not shown"]
 
 
 # --- how it fails ---------------------------------------------------------------------------------
@@ -416,6 +481,9 @@ async def test_a_host_that_does_not_respond_is_a_502(
             assert line.startswith(b"HTTP/1.1 502 ")
             assert json.loads(body)["error"]["message"] == words
             assert (await site.record()).end_reason == end
+            await site.ask(request("GET", url(host), KEY))
+            await site.record(2)
+            assert len(site.accessed) == 2  # it was not refused: each has its line
 
 
 @ensureDeferred

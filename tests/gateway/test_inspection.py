@@ -261,3 +261,22 @@ def test_an_impossible_count_is_counted_nowhere(count: int) -> None:
     assert played.value("tokens_total", **labels, type="input") is None
     trace = played.trace()
     assert (trace.input_tokens, trace.degraded) == (None, ["unreadable"])
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_stream_that_was_held_back_is_told_of(held: bool) -> None:
+    """In its record, and in a metric of its provider; one that came event by event is not."""
+    played = PlayedGateway()
+    events = [b'data: {"n":%d}\n\n' % n for n in range(40)]
+    response = played.begun(SSE, target=CHAT)
+    if held:
+        played.clock.advance(2)
+        response.push(b"".join(events))
+    else:
+        for event in events:
+            played.clock.advance(0.05)
+            response.push(event)
+    response.end()
+    trace = played.trace()
+    assert (trace.events, trace.buffered_upstream) == (40, held)
+    assert played.value("buffered_upstream_total", provider="p") == (1.0 if held else None)

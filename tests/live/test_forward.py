@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.live_proxy import assert_settles, read_response, trace_of
+from tests.support.live_proxy import assert_settles, read_response, trace_of, until
 from tests.support.sandbox import KEY, Sandbox, open_sandbox
 from tests.support.sockets import Provider, Wire, connect, request
 
@@ -95,6 +95,30 @@ def test_an_intercepted_host_says_https(live: Sandbox) -> None:
         assert b"https://inference.local" in got.body
     record = trace_of(live.daemon, user_agent="plain/1")
     assert (record["end_reason"], record["tunnel"]) == ("rejected", "refused")
+
+
+def test_refusals_that_repeat_are_one_line_of_the_log(live: Sandbox) -> None:
+    """By CONNECT and by URL together; each has its record."""
+    key = f"Proxy-Authorization: Bearer {KEY}"
+    with connect(live.daemon.port) as wire:
+        for method, target in (
+            ("GET", "http://again.example/1"),
+            ("GET", "http://again.example/2"),
+            ("CONNECT", "again.example:80"),
+            ("GET", "http://last.example/"),
+        ):
+            wire.send(request(method, target, key, "User-Agent: repeats/1"))
+            assert read_response(wire).status == 403
+
+    def lines() -> list[str]:
+        return [one["path"] for one in live.daemon.log if one.get("user_agent") == "repeats/1"]
+
+    until(lambda: "http://last.example/" in lines(), "the last refusal is in the log")
+    assert lines() == ["http://again.example/1", "http://last.example/"]
+    until(
+        lambda: sum(one["user_agent"] == "repeats/1" for one in live.daemon.traces()) == 4,
+        "each is recorded",
+    )
 
 
 def test_a_whole_url_within_an_interception_is_no_path(live: Sandbox) -> None:

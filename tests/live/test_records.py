@@ -23,7 +23,8 @@ time id client_request_id instance peer user_agent client session route provider
 path model served_model stream status end_reason error is_complete attempts bytes_in bytes_out
 chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens
 cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
-model_from queued_s counted_tokens tunnel responses
+model_from queued_s counted_tokens tunnel responses events chunks_at_once
+last_chunk_s buffered_upstream
 """
 
 live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))
@@ -45,6 +46,8 @@ def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
     duration, gap = record.pop("duration_s"), record.pop("longest_gap_s")
     assert 0 < attempt["seconds"] <= head <= first <= duration
     assert 0 < gap <= duration
+    assert first < record.pop("last_chunk_s") <= duration
+    at_once = int(gap < 0.001)
     assert {name: value for name, value in record.items() if value is not None} == {
         "client_request_id": "r-1",
         "instance": "0",
@@ -67,6 +70,7 @@ def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
         "bytes_in": len(STREAM_BODY),
         "bytes_out": len(event(0)) + len(DONE),
         "chunks": 2,
+        "chunks_at_once": at_once,
         "paused_s": 0.0,
         "degraded": [],
     }

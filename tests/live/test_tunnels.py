@@ -31,6 +31,7 @@ allow_private = true
 max_per_client = 1000
 """
 MOST = 1000
+LOST = "Connection to the other side was lost in a non-clean fashion."
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,19 @@ def test_bytes_cross_both_ways_and_each_side_ends_by_itself(live: Sandbox) -> No
     assert (record["client"], record["path"]) == ("team", f"127.0.0.1:{far.port}")
     assert live.gauge("tunnels") == 0
     assert_settles(live.daemon)
+
+
+@pytest.mark.parametrize("at", [0, 1, 30, -1])
+def test_a_connect_may_come_behind_another_request(live: Sandbox, at: int) -> None:
+    """In the same write or split; the first request has its response before the tunnel begins."""
+    with Provider(echo) as far, connect(live.daemon.port) as wire:
+        first = connect_head("127.0.0.1", key="wrong", port=far.port)
+        sent = connect_head("127.0.0.1", port=far.port) + b"early"
+        wire.send(first + sent[:at])
+        wire.send(sent[at:])
+        assert read_response(wire).error == "unknown_key"
+        assert wire.read_until(b"\r\n\r\n") == b"HTTP/1.1 200 OK\r\n\r\n"
+        assert wire.read(5) == b"early"
 
 
 def test_a_hundred_megabytes_each_way_are_exact_in_flat_memory(live: Sandbox) -> None:
@@ -141,7 +155,7 @@ def test_a_thousand_idle_tunnels_stay(live: Sandbox) -> None:
 
 @pytest.mark.parametrize("end", ["fin", "reset"])
 def test_the_end_of_the_host_is_the_client_s(live: Sandbox, end: str) -> None:
-    """A reset is one, and no end of what was to come."""
+    """A reset is one, and no end of what was to come; the log says how the connection was lost."""
 
     def leave(wire: Wire) -> None:
         wire.send(b"some")
@@ -158,6 +172,30 @@ def test_the_end_of_the_host_is_the_client_s(live: Sandbox, end: str) -> None:
         wire.close()
     record = trace_of(live.daemon, user_agent=f"ends/{end}")
     assert record["end_reason"] == ("complete" if end == "fin" else "upstream_broken")
+    assert how_it_was_lost(live, f"ends/{end}") == (None if end == "fin" else LOST)
+
+
+def test_a_client_that_resets_is_gone(live: Sandbox) -> None:
+    """The log says how its connection was lost."""
+    with (
+        Provider(echo) as far,
+        live.tunnel("127.0.0.1", "User-Agent: resets/1", port=far.port) as wire,
+    ):
+        wire.reset()
+    record = trace_of(live.daemon, user_agent="resets/1")
+    assert (record["end_reason"], record["error"]) == ("client_gone", None)
+    assert how_it_was_lost(live, "resets/1") == LOST
+
+
+def how_it_was_lost(live: Sandbox, user_agent: str) -> str | None:
+    """Return the detail of a CONNECT's access line."""
+
+    def line() -> dict[str, Any] | None:
+        found = (one for one in live.daemon.log if one["logger"] == "llmproxy.access")
+        return next((one for one in found if one.get("user_agent") == user_agent), None)
+
+    detail: str | None = until(line, "it has an access line").get("detail")
+    return detail
 
 
 # --- what may be reached --------------------------------------------------------------------------

@@ -24,7 +24,8 @@ DESIGN_10 = (
     "method path model served_model stream status end_reason error is_complete attempts bytes_in "
     "bytes_out chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens "
     "output_tokens cache_read_tokens cache_write_tokens reasoning_tokens usage degraded "
-    "on_disconnect model_from queued_s counted_tokens tunnel responses"
+    "on_disconnect model_from queued_s counted_tokens tunnel responses events "
+    "chunks_at_once last_chunk_s buffered_upstream"
 )
 
 

@@ -344,6 +344,20 @@ def test_one_leaf_is_made_for_all_that_ask_at_once(kept: Kept) -> None:
     assert id(kept.get(f"a.{DOMAIN}")) in first
 
 
+def test_who_asks_for_many_new_names_keeps_nobody_waiting(kept: Kept) -> None:
+    """A leaf that is there is shown at once, however many are to be made; others take turns."""
+    exact, old = kept.get(HOST), kept.get(f"old.{DOMAIN}")
+    kept.aside.at_once = False
+    flood = [kept.leaves.tls_for(f"{number}.{DOMAIN}") for number in range(100)]
+    assert (kept.get(HOST), kept.get(f"old.{DOMAIN}")) == (exact, old)
+    late = kept.leaves.tls_for(f"late.{DOMAIN}")
+    flood += [kept.leaves.tls_for(f"{number}.{DOMAIN}") for number in range(100, 110)]
+    while not late.called:
+        kept.aside.run()
+    assert [one.called for one in flood] == [True] * 100 + [False] * 10
+    assert (kept.get(HOST), kept.get(f"old.{DOMAIN}")) == (exact, old)
+
+
 def test_whoever_waits_may_give_up(kept: Kept) -> None:
     """The others get their leaf; if nobody is left, it is not made."""
     kept.aside.at_once = False

@@ -185,6 +185,14 @@ def test_chunks_bytes_and_times_are_counted() -> None:
     assert (relay.paused_s, relay.is_paused) == (0.0, False)
 
 
+def test_chunks_that_come_at_once_are_counted() -> None:
+    """Those within a millisecond of the one before; the first one is not behind another."""
+    pump = Pump()
+    for after in (1.0, 0.0, 0.0005, 0.0011, 0.0009):
+        pump.feed(b"a", after=after)
+    assert pump.relay.statistics.at_once == 3
+
+
 @given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))
 def test_the_tail_is_the_end_of_all_that_came(chunks: list[bytes]) -> None:
     """The last four bytes are reported, wherever the chunks were split."""

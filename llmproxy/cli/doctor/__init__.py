@@ -1,6 +1,7 @@
-"""``llmproxy doctor URL...``: which hop on the way holds a stream back, and which line changes it.
+"""``llmproxy doctor``: what holds a stream back, what cuts it, and which line changes that.
 
-A run goes from the command line to the last line of the report like this:
+``doctor URL...`` asks the hops themselves.  A run goes from the command line to the last line of
+the report like this:
 
     ``command.py``
         the arguments, the progress on a terminal, the exit code
@@ -26,4 +27,6 @@ A run goes from the command line to the last line of the report like this:
 
 ``examination`` and ``exchange`` touch sockets and the clock.  ``shape``, ``verdict``, ``hops`` and
 ``advice`` are functions of what was seen, and ``report`` prints.
+
+``doctor timeouts`` (``timeouts.py``, ``fingerprint.py``) asks nobody: it reads the ledger.
 """
