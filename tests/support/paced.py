@@ -1,6 +1,6 @@
 """A paced stream for tests of the doctor: it speaks as ``/-/pace`` does, over blocking sockets.
 
-Two of its fields it does not send unless told to, so that hops do what they do by default.
+Unlike that, it sends no field that keeps hops from holding it, unless it is told to.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class PacedServer:
         fields: further fields of the response.
         framing: ``chunked``, or ``close`` for a body that ends with the connection.
         unknown: words of the query that are refused, as an older far end would.
+        most: streams; further ones are refused with a 429.
 
     Attributes:
         streams: what became of each stream that has a mark.
@@ -37,12 +38,14 @@ class PacedServer:
         *fields: str,
         framing: str = "chunked",
         unknown: tuple[str, ...] = (),
+        most: int = 1000,
     ) -> None:
         self.streams: dict[str, dict[str, Any]] = {}
         self.requests: list[Received] = []
         self._fields = fields
         self._framing = framing
         self._unknown = unknown
+        self._most = most
 
     def __call__(self, wire: Wire) -> None:
         """Serve one request."""
@@ -53,6 +56,8 @@ class PacedServer:
         elif (mark := asked.get("ended")) is not None:
             found = self.streams.get(mark)
             wire.send(_whole("404 Not Found" if found is None else "200 OK", found or {}))
+        elif len(self.requests) >= self._most:
+            wire.send(_whole("429 Too Many Requests", {"error": {"message": "enough"}}))
         else:
             self.requests.append(request)
             self._stream(wire, request, asked)

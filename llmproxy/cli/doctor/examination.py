@@ -34,6 +34,8 @@ _SMALL_BUFFER = 65536
 _MOST_TAKEN = 48 * 1024**2
 _WIDE_BYTES = 4000
 _SILENT_MS = 30_000
+_REFUSALS = (400, 429)
+"""The far end does not know a word of the query, or has had enough requests of this client."""
 
 Progress = Callable[[str], None]
 """Called with what is tried next."""
@@ -115,7 +117,7 @@ class _Examination:
         """Return what was seen."""
         target = self._target
         self._progress("the stream")
-        stream = self._read("gzip")
+        stream = self._read("gzip", {})
         found = Observations(target=str(target), direct=target.direct, stream=stream)
         if stream.status is None:
             return found
@@ -130,10 +132,10 @@ class _Examination:
         held = shape_of(stream).pattern in (Pattern.HELD, Pattern.BLOCKS)
         if stream.coding is not None or held:
             self._progress("the stream, without compression")
-            found.plain = self._read("identity")
+            found.plain = self._again({})
         if paced and shape_of(found.plain or stream).pattern in (Pattern.HELD, Pattern.BLOCKS):
             self._progress("the stream, with larger events")
-            found.wide = self._read("identity", {"bytes": _WIDE_BYTES})
+            found.wide = self._again({"bytes": _WIDE_BYTES})
         if paced:
             self._ask_more(found)
         return found
@@ -171,16 +173,21 @@ class _Examination:
             receive_buffer=receive_buffer,
         )
 
-    def _read(self, encoding: str, pace: Mapping[str, object] | None = None) -> Seen:
-        with self._open(pace or {}, self._checks.timeout_s, encoding=encoding) as exchange:
+    def _read(self, encoding: str, pace: Mapping[str, object]) -> Seen:
+        with self._open(pace, self._checks.timeout_s, encoding=encoding) as exchange:
             return exchange.read()
+
+    def _again(self, pace: Mapping[str, object]) -> Seen | None:
+        """Return the stream without compression, unless it is refused this time."""
+        seen = self._read("identity", pace)
+        return seen if seen.status == 200 else None
 
     def _break(self) -> Seen | None:
         pace = {"n": 20, "interval_ms": 50, "break_after": _BREAK_AFTER}
         with self._open(pace, min(_BREAK_WAIT_S, self._checks.timeout_s)) as exchange:
             seen = exchange.read()
-        knows = seen.status != 400 and len(seen.events) <= _BREAK_AFTER
-        return seen if knows else None
+        was_broken = seen.status not in _REFUSALS and len(seen.events) <= _BREAK_AFTER
+        return seen if was_broken else None
 
     def _leave(self, pace: Mapping[str, object]) -> tuple[Told | None, dict[str, str] | None]:
         """Leave a stream; return when the far end knew, and what it saw of the request."""
@@ -236,8 +243,8 @@ class _Examination:
         pace = {"n": 4, "interval_ms": 50} | silent
         with self._open(pace, idle_s + _BEYOND_SILENCE_S) as exchange:
             seen = exchange.read()
-        was_silent = seen.status != 400 and (len(seen.events) < 4 or seen.end_s >= idle_s)
-        return seen if was_silent else None
+        was_silent = len(seen.events) < 4 or seen.end_s >= idle_s
+        return seen if was_silent and seen.status not in _REFUSALS else None
 
 
 class _Waited:

@@ -13,13 +13,23 @@ from llmproxy.cli.doctor.diagnosis import Diagnosis
 from llmproxy.cli.doctor.examination import Observations, Told
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.shape import shape_of
-from llmproxy.cli.doctor.verdict import Level, Verdict
+from llmproxy.cli.doctor.verdict import Kind, Level, Verdict
 
 _WIDE = 120  # columns where the output is no terminal
 _BLOCKS, _ASCII = "▂▄▆█", ".:+#"
 _STEPS = (1, 2, 4, 8)
 _SECRET_FIELDS = ("set-cookie", "authorization", "proxy-authenticate")
 _UNKNOWN = "not known"
+_TITLES = {
+    Kind.BLOCKS: "held in blocks",
+    Kind.BREAK_HIDDEN: "a break is hidden",
+    Kind.BREAK_LOST: "a break is not passed on",
+    Kind.CANCEL_LOST: "a client that leaves is not noticed",
+    Kind.CANCEL_LOST_IN_SILENCE: "a client that leaves in a silence is not noticed",
+    Kind.TAKES_MUCH: "takes what nobody reads",
+    Kind.LENGTH_KNOWN: "a Content-Length on a stream",
+    Kind.ASKED_IN_1_0: "the far end is asked in HTTP/1.0",
+}
 _STYLES = {
     Level.FATAL: "bold red",
     Level.BAD: "bold red",
@@ -189,7 +199,8 @@ def _time(seconds: float | None) -> str:
 
 
 def _show_plot(console: Any, found: Sequence[Observations]) -> None:
-    shown = [(number, seen.stream) for number, seen in enumerate(found, 1) if seen.stream.reads]
+    streams = [(number, seen.stream) for number, seen in enumerate(found, 1)]
+    shown = [(number, seen) for number, seen in streams if seen.reads and seen.status == 200]
     if not shown:
         return
     longest = max(seen.end_s for _, seen in shown)
@@ -250,8 +261,8 @@ def _show_guilty(console: Any, found: Diagnosis) -> None:
     from rich.text import Text
 
     for guilt, lines in found.guilts:
-        name = guilt.kind.value.replace("_", " ")
-        console.print(Text.assemble(f"\n{name}: ", (guilt.words, "bold")))
+        title = _TITLES.get(guilt.kind) or guilt.kind.value.replace("_", " ")
+        console.print(Text.assemble(f"\n{title}: ", (guilt.words, "bold")))
         for advice in lines:
             _show_advice(console, advice)
 

@@ -13,7 +13,7 @@ from llmproxy.cli.doctor.diagnosis import diagnose
 from llmproxy.cli.doctor.examination import Checks, Observations, examine
 from llmproxy.cli.doctor.exchange import End, Trust
 from llmproxy.cli.doctor.target import target
-from llmproxy.cli.doctor.verdict import State
+from llmproxy.cli.doctor.verdict import State, judge
 from tests.support.paced import OPEN_FIELDS, PacedServer
 from tests.support.scripts import DONE, LAST, SSE, event
 from tests.support.sockets import Provider, Script, Wire, chunked
@@ -86,6 +86,18 @@ def test_a_far_end_that_does_not_know_a_word(word: str, unknown: list[str]) -> N
     assert [name for name in names if getattr(seen, name) is None] == [
         name for name in names if name in unknown
     ]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_client_that_has_used_up_its_requests(most: int) -> None:
+    """What is refused is not known, and is no finding."""
+    checks = Checks(stall_s=0.3, patience_s=0.3, idle_s=0.2)
+    server = PacedServer(*OPEN_FIELDS, most=most)
+    seen, _ = examined(server, checks=checks)
+    assert (seen.broken is None) is (most == 1)
+    unknown = (seen.cancel_sending, seen.cancel_silent, seen.unread, seen.silence)
+    assert unknown == (None,) * 4
+    assert judge(seen).findings == []
 
 
 class Relay:
