@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import pytest
@@ -10,9 +11,12 @@ from llmproxy.cli.doctor.diagnosis import Diagnosis, diagnose
 from llmproxy.cli.doctor.examination import Checks
 from llmproxy.cli.doctor.target import target
 from llmproxy.cli.doctor.verdict import Kind, Level, State
+from llmproxy.dialects.dialect import Dialect
 from tests.support.hops import hop, is_installed
+from tests.support.live_proxy import LiveProxy, live_fixture
 from tests.support.paced import OPEN_FIELDS, PacedServer
-from tests.support.sockets import Provider
+from tests.support.scripts import DONE, LAST, SSE
+from tests.support.sockets import Provider, Script, Wire, chunked
 
 PACE = "/-/pace?n=16&interval_ms=100&bytes=200"
 CHECKS = Checks(timeout_s=20.0, stall_s=1.0, patience_s=1.0)
@@ -129,3 +133,56 @@ def test_a_silence_that_a_hop_cuts_is_timed() -> None:
     assert (guilt.kind, guilt.programs) == (Kind.CUT_IN_SILENCE, ["nginx"])
     assert lines[0].lines == ("proxy_read_timeout 1h;",)
     assert lines[1].lines == ('heartbeat = "15s"',)
+
+
+# --- a real request through llmproxy --------------------------------------------------------------
+
+live = live_fixture()
+
+
+def words(count: int, *, pause_s: float) -> Script:
+    """Play a provider that sends events in the shape of a chat, with pauses or all at once."""
+
+    def script(wire: Wire) -> None:
+        request = wire.read_request()
+        assert request.target.endswith(b"/chat/completions")
+        events = [b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'] * count
+        if pause_s:
+            wire.send(SSE)
+            for one in events:
+                wire.send(chunked(one))
+                time.sleep(pause_s)
+            wire.send(chunked(DONE), LAST)
+        else:
+            time.sleep(1.2)
+            wire.send(SSE + chunked(b"".join([*events, DONE])) + LAST)
+
+    return script
+
+
+def called(live: LiveProxy) -> Diagnosis:
+    """What is said of llmproxy, and of the provider that is asked directly."""
+    ways = ((f"http://127.0.0.1:{live.daemon.port}/p", False), (live.provider.url, True))
+    calls = [target(url, dialect=Dialect.OPENAI, model="m", direct=direct) for url, direct in ways]
+    return diagnose(calls, checks=CHECKS)
+
+
+def test_a_call_through_llmproxy_streams(live: LiveProxy) -> None:
+    """As it does at the provider itself."""
+    live.script = words(12, pause_s=0.1)
+    found = called(live)
+    assert (found.code, found.guilts) == (0, [])
+    assert [one.shape.events for one in found.verdicts] == [13, 13]
+
+
+def test_a_provider_that_holds_its_stream_is_not_put_down_to_llmproxy(live: LiveProxy) -> None:
+    """It is held at both URLs, so that the inner one is to blame."""
+    live.script = words(12, pause_s=0)
+    found = called(live)
+    assert found.code == 1
+    assert [one.state for one in found.verdicts] == [State.BUFFERED] * 2
+    (guilt, _), *more = found.guilts
+    assert (guilt.kind, guilt.at, guilt.programs, more) == (
+        *(Kind.HELD, found.verdicts[1].target, []),
+        [],
+    )
