@@ -62,7 +62,7 @@ CASES = {
     "nginx, with gzip and without buffering": Case("nginx", (*HTTP_11, *GZIP, *OFF)),
     "nginx, with gzip, for llmproxy's head": Case("nginx", (*HTTP_11, *GZIP), fields=OPEN_FIELDS),
     "HAProxy, as it comes": Case(
-        "haproxy", held=Kind.LATE, warned=(Kind.CANCEL_LOST_IN_SILENCE,), programs=()
+        "haproxy", held=Kind.LATE, warned=(Kind.CANCEL_LOST_IN_SILENCE,), programs=("HAProxy",)
     ),
     "HAProxy, with http-no-delay": Case(
         "haproxy",

@@ -400,13 +400,15 @@ def _guilt(finding: Finding, verdict: Verdict, behind: Verdict | None, *, last: 
     hops = [hop for hop in verdict.hops if hop.program not in known]
     if behind is None and len(hops) > 1:
         hops = [hop for hop in hops if hop.program != LLMPROXY]
+    if not hops and _waits_as_haproxy(verdict):
+        hops = [Hop("HAProxy", "it does not name itself, but holds events for 200 ms")]
     programs = [hop.program for hop in hops]
     if finding.kind is Kind.LIMIT_AHEAD:
         programs = ["Envoy"]
-    shown = " or ".join(f"{hop.program} ({hop.evidence})" for hop in hops)
-    name = shown or f"a hop that does not name itself{_mark(finding.kind, verdict.shape)}"
-    if behind is None and last and not hops:
-        name = "the server itself, or a hop that does not name itself"
+    name = " or ".join(f"{hop.program} ({hop.evidence})" for hop in hops)
+    if not hops:
+        itself = "the server itself, or " if behind is None and last else ""
+        name = f"{itself}a hop that does not name itself"
     if behind is not None:
         words = f"{name}, between {verdict.target} and {behind.target}"
     elif last:
@@ -422,9 +424,8 @@ def _guilt(finding: Finding, verdict: Verdict, behind: Verdict | None, *, last: 
     )
 
 
-def _mark(kind: Kind, shape: Shape) -> str:
-    """Return by what else a program is known, or nothing."""
+def _waits_as_haproxy(verdict: Verdict) -> bool:
+    """Return whether events wait for the time for which HAProxy holds them by default."""
     shortest, longest = _TIMER_S
-    if kind is Kind.LATE and shortest <= (shape.latest_s or 0) <= longest:
-        return " (HAProxy waits 200 ms where option http-no-delay is not set)"
-    return ""
+    is_late = any(finding.kind is Kind.LATE for finding in verdict.findings)
+    return is_late and shortest <= (verdict.shape.latest_s or 0) <= longest

@@ -301,11 +301,15 @@ def test_one_url_alone() -> None:
 
 
 def test_a_hop_without_a_name_is_known_by_its_timer() -> None:
-    """HAProxy adds nothing to a head; its advice comes first."""
-    late = paced([at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:])
-    (found,) = blame(verdicts(late, STREAM))
-    assert "HAProxy waits 200 ms" in found.words
-    assert advice(found)[0].lines == ("option http-no-delay",)
+    """HAProxy adds nothing to a head, but 200 ms to each event."""
+    held = paced([at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:])
+    behind = judge(at_url(STREAM, "http://b.example/-/pace"))
+    late, lost = blame([*verdicts(held, cancel_silent=Told(None)), behind])
+    assert late.words.startswith("HAProxy (it does not name itself, but holds events for 200 ms), ")
+    assert (late.programs, lost.programs) == (["HAProxy"], ["HAProxy"])
+    assert [one.lines for one in advice(late)] == [("option http-no-delay",)]
+    later = paced([at + 0.6 for at in ON_TIME[:-1]] + ON_TIME[-1:])
+    assert blame(verdicts(later, STREAM))[0].programs == []
 
 
 def test_a_url_that_was_not_measured_says_nothing_of_the_hop() -> None:
