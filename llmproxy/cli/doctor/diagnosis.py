@@ -10,7 +10,7 @@ from llmproxy.cli.doctor.advice import Advice, advice
 from llmproxy.cli.doctor.examination import Checks, Observations, examine
 from llmproxy.cli.doctor.exchange import Trust
 from llmproxy.cli.doctor.target import Target
-from llmproxy.cli.doctor.verdict import Guilt, State, Verdict, blame, judge
+from llmproxy.cli.doctor.verdict import Guilt, State, Verdict, blame, judge_all
 
 _CODES = {State.HEALTHY: 0, State.BUFFERED: 1, State.UNREACHABLE: 2}
 
@@ -56,6 +56,6 @@ def diagnose(
             progress(number, words)
 
         seen.append(examine(target, checks or Checks(), trust or Trust(), tell))
-    verdicts = [judge(one) for one in seen]
+    verdicts = judge_all(seen)
     guilts = [(guilt, advice(guilt)) for guilt in blame(verdicts)]
     return Diagnosis(seen=seen, verdicts=verdicts, guilts=guilts)

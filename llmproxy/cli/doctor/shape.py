@@ -41,6 +41,7 @@ _READ_BYTES = 16384  # a record of TLS; a plain read takes more
 _BLOCK_GAP_S = 0.1
 _BLOCK_EVENTS = 4
 _BLOCK_BURSTS = 3
+_QUICK_SHARE = 0.1  # of the time that the stream takes at the URL behind
 _FIRST_EVENTS, _FIRST_BYTES = 6, 1000
 _ALIKE = 0.1
 
@@ -68,6 +69,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         events: how many came; reads, where there are no events.
         bursts: how many times something came.
         first_s: when the first one came, since the request.
+        took_s: how long it took from the first to the last one.
         longest_gap_s: the longest time between two.
         late_s: how late an event was in the middle; None where that is not known.
         latest_s: how late the latest one was.
@@ -80,6 +82,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     events: int = 0
     bursts: int = 0
     first_s: float | None = None
+    took_s: float = 0.0
     longest_gap_s: float | None = None
     late_s: float | None = None
     latest_s: float | None = None
@@ -100,9 +103,23 @@ def shape_of(seen: Seen) -> Shape:
         pattern,
         events=len(arrivals),
         first_s=arrivals[0],
+        took_s=arrivals[-1] - arrivals[0],
         longest_gap_s=max(gaps, default=None),
         is_sure=seen.is_paced,
     )
+
+
+def beside(shape: Shape, behind: Shape | None) -> Shape:
+    """Return the shape, read once more in the light of how the stream came at the URL behind it.
+
+    What is too quick to tell alone is held, if the same stream takes its time there.
+    """
+    if behind is None or shape.pattern is not Pattern.UNKNOWN or shape.events < _HELD_EVENTS:
+        return shape
+    takes_its_time = behind.pattern is Pattern.STREAMS and behind.took_s >= _SPREAD_S
+    if takes_its_time and shape.took_s <= _QUICK_SHARE * behind.took_s:
+        return msgspec.structs.replace(shape, pattern=Pattern.HELD)
+    return shape
 
 
 def block_of(seen: Seen) -> int | None:

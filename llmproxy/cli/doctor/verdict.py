@@ -16,7 +16,7 @@ import msgspec
 from llmproxy.cli.doctor.examination import Observations
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.hops import LLMPROXY, Hop, hops_of
-from llmproxy.cli.doctor.shape import Pattern, Shape, block_of, shape_of
+from llmproxy.cli.doctor.shape import FEWEST_EVENTS, Pattern, Shape, beside, block_of, shape_of
 
 _SHORT = 160
 _ENVOY_LIMIT = "x-envoy-expected-rq-timeout-ms"
@@ -121,10 +121,23 @@ class Guilt(msgspec.Struct, frozen=True, kw_only=True):
 # --- one URL --------------------------------------------------------------------------------------
 
 
-def judge(seen: Observations) -> Verdict:
-    """Return what is thought of one URL."""
+def judge_all(seen: Sequence[Observations]) -> list[Verdict]:
+    """Return what is thought of several URLs, from the client's side to the provider's."""
+    verdicts: list[Verdict] = []
+    for one in reversed(seen):
+        verdicts.insert(0, judge(one, verdicts[0].shape if verdicts else None))
+    return verdicts
+
+
+def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
+    """Return what is thought of one URL.
+
+    Args:
+        seen: what was seen there.
+        behind: how the stream came at the URL behind it, if there is one.
+    """
     found = _fatal(seen.stream)
-    shape = shape_of(seen.stream)
+    shape = beside(shape_of(seen.stream), behind)
     if not found:
         found = [
             *_of_arrival(seen, shape),
@@ -152,7 +165,7 @@ def judge(seen: Observations) -> Verdict:
 
 def _healthy(seen: Seen, shape: Shape) -> str:
     if shape.pattern is Pattern.UNKNOWN:
-        return "nothing is found, but the stream was too short or too quick to tell"
+        return "nothing is wrong, as far as it can be told"
     coded = f", compressed with {seen.coding}" if seen.coding else ""
     return f"streams: {shape.events} events, one by one{coded}"
 
@@ -219,10 +232,14 @@ def _of_arrival(seen: Observations, shape: Shape) -> list[Finding]:
         likely = "" if shape.is_sure else ", as it looks"
         found.append(Finding(bad[shape.pattern], Level.BAD, _how(shape) + likely))
     if coding and not found:
-        text = f"compressed with {coding}, but not held"
+        not_held = "" if shape.pattern is Pattern.UNKNOWN else ", but not held"
+        text = f"compressed with {coding}{not_held}"
         found.append(Finding(Kind.COMPRESSED, Level.NOTE, text))
     if shape.pattern is Pattern.UNKNOWN:
-        text = f"only {shape.events} events, or all of them too quick: held or not is not known"
+        text = f"only {shape.events} events: too few to tell whether it is held"
+        if shape.events >= FEWEST_EVENTS:
+            quick = f"all {shape.events} events within {1000 * shape.took_s:.0f} ms"
+            text = f"{quick}: too quick to tell whether it is held"
         found.append(Finding(Kind.UNTOLD, Level.WARNING, text))
     return found
 

@@ -12,7 +12,7 @@ from llmproxy.cli.doctor.advice import advice
 from llmproxy.cli.doctor.examination import Observations, Told, Unread
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.hops import hops_of
-from llmproxy.cli.doctor.verdict import Guilt, Kind, Level, State, Verdict, blame, judge
+from llmproxy.cli.doctor.verdict import Guilt, Kind, Level, State, Verdict, blame, judge, judge_all
 from tests.cli.doctor.made import OPEN, arrived, at_url, every, paced
 
 ON_TIME = every(0.25, 20)
@@ -239,6 +239,19 @@ def test_what_a_head_tells() -> None:
     assert behind_nginx.findings == []  # it takes the other one out
 
 
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (arrived([0.1] * 60), "all 60 events within 0 ms: too quick to tell whether it is held"),
+        (arrived(every(0.1, 3)), "only 3 events: too few to tell whether it is held"),
+    ],
+)
+def test_what_cannot_be_told(stream: Seen, words: str) -> None:
+    """It is a warning, and no fault."""
+    verdict = judge(at_url(stream))
+    assert (verdict.state, [one.text for one in verdict.findings]) == (State.HEALTHY, [words])
+
+
 def test_compressed_but_not_held() -> None:
     """It is noted, and no fault."""
     seen = at_url(paced(ON_TIME, fields=[("content-encoding", "gzip"), *OPEN]), plain=STREAM)
@@ -251,10 +264,12 @@ def test_compressed_but_not_held() -> None:
 
 def verdicts(*streams: Seen, **more: Any) -> list[Verdict]:
     """Of URLs a, b and so on, from the client's side to the provider's."""
-    return [
-        judge(at_url(stream, f"http://{name}.example/-/pace", **more))
-        for name, stream in zip("abc", streams, strict=False)
-    ]
+    return judge_all(
+        [
+            at_url(stream, f"http://{name}.example/-/pace", **more)
+            for name, stream in zip("abc", streams, strict=False)
+        ]
+    )
 
 
 def guilty(found: Sequence[Guilt]) -> list[tuple[Kind, str, str | None, list[str]]]:
@@ -289,6 +304,17 @@ def test_one_that_holds_in_another_way_in_front_of_one_that_holds() -> None:
     in_blocks = paced([at for at in every(1.25, 4, late=1.0) for _ in range(5)], fields=LLMPROXY)
     found = blame(verdicts(HELD_BY_NGINX, in_blocks, STREAM))
     assert guilty(found) == [(Kind.BLOCKS, "b", "c", ["llmproxy"])]
+
+
+def test_what_is_too_quick_to_tell_alone_is_told_by_the_url_behind_it() -> None:
+    """The same stream takes its time there, so that a model cannot have been as quick here."""
+    quick, slow = arrived([0.9] * 30, fields=NGINX), arrived(every(0.03, 30))
+    assert guilty(blame(verdicts(quick, slow))) == [(Kind.HELD, "a", "b", ["nginx"])]
+    assert verdicts(quick, slow)[0].words == (
+        "held until the end: 30 events at once, after 0.9 s, as it looks"
+    )
+    for outer, inner in ((quick, quick), (slow, quick), (arrived([0.9] * 6), slow)):
+        assert blame(verdicts(outer, inner)) == []
 
 
 def test_one_url_alone() -> None:
