@@ -15,7 +15,7 @@ from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.shape import shape_of
 from llmproxy.cli.doctor.verdict import Kind, Level, Verdict
 
-_WIDE = 120  # columns where the output is no terminal
+_WIDE = 100  # columns where the output is no terminal
 _BLOCKS, _ASCII = "▂▄▆█", ".:+#"
 _STEPS = (1, 2, 4, 8)
 _SECRET_FIELDS = ("set-cookie", "authorization", "proxy-authenticate")
@@ -103,7 +103,7 @@ def _row(table: Any, *cells: str) -> None:
 
 
 def _show_ways(console: Any, found: Diagnosis) -> None:
-    names = ("", "URL", "connect", "TLS", "HTTP", "head", "first event", "longest gap", "events")
+    names = ("", "URL", "connect", "TLS", "HTTP", "head", "first", "longest gap", "events")
     table = _table(names)
     for number, seen in enumerate(found.seen, 1):
         stream, shape = seen.stream, shape_of(seen.stream)
@@ -172,7 +172,7 @@ def _unread(seen: Observations) -> str:
     if seen.unread is None:
         return _UNKNOWN
     size = f"{seen.unread.size / 1024**2:.1f} MiB taken"
-    return f"{size}, then the far end waits" if seen.unread.far_end_waited else f"{size}, no end"
+    return f"{size}, then none" if seen.unread.far_end_waited else f"{size}, no end"
 
 
 def _silence(seen: Observations) -> str:

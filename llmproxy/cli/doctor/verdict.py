@@ -252,7 +252,8 @@ def _of_size(seen: Observations, shape: Shape) -> Finding:
         return Finding(kind, Level.BAD, _how(shape))
     block = block_of(seen.wide) or block_of(seen.plain or seen.stream)
     if block is not None:
-        return Finding(Kind.BLOCKS, Level.BAD, f"held in blocks of {block:,} bytes")
+        short = ": this stream is shorter than one" if shape.pattern is Pattern.HELD else ""
+        return Finding(Kind.BLOCKS, Level.BAD, f"held in blocks of {block:,} bytes{short}")
     if wide.pattern is Pattern.STREAMS:
         return Finding(Kind.BLOCKS, Level.BAD, "held in blocks of a few kilobytes: more passes")
     late = 1000 * (wide.latest_s or 0)

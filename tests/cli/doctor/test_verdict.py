@@ -60,7 +60,7 @@ def test_a_stream_that_streams() -> None:
                 ),
             ),
             Kind.BLOCKS,
-            "held in blocks of 4,096 bytes",
+            "held in blocks of 4,096 bytes: this stream is shorter than one",
             id="a block that is longer than the stream",
         ),
         pytest.param(
