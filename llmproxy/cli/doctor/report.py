@@ -13,7 +13,7 @@ from llmproxy.cli.doctor.diagnosis import Diagnosis
 from llmproxy.cli.doctor.examination import Observations, Told
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.shape import shape_of
-from llmproxy.cli.doctor.verdict import Kind, Level, Verdict
+from llmproxy.cli.doctor.verdict import Kind, Level, State, Verdict
 
 _WIDE = 100  # columns where the output is no terminal
 _BLOCKS, _ASCII = "▂▄▆█", ".:+#"
@@ -244,36 +244,46 @@ def plot(times: Sequence[float], longest: float, width: int, blocks: str = _BLOC
 def _show_verdict(console: Any, number: int, verdict: Verdict) -> None:
     from rich.text import Text
 
-    style = "bold green" if verdict.state.value == "healthy" else "bold red"
-    head = Text.assemble(f"\n{number} {verdict.target}: ", (verdict.state.value, style))
-    head.append(f": {verdict.words}")
-    console.print(head)
+    style = "bold green" if verdict.state is State.HEALTHY else "bold red"
+    state = (verdict.state.value, style)
+    console.print(Text.assemble(f"\n{number} {verdict.target}: ", state, f": {verdict.words}"))
     if verdict.hops:
         seen = ", ".join(f"{hop.program} ({hop.evidence})" for hop in verdict.hops)
-        console.print(Text(f"  seen there: {seen}"))
+        _print_below(console, Text(f"seen there: {seen}"), 2)
     for finding in verdict.findings:
         if finding.text != verdict.words:
-            line = Text("  ").append(f"{finding.level.value}: ", _STYLES[finding.level])
-            console.print(line.append(finding.text))
+            level = (f"{finding.level.value}: ", _STYLES[finding.level])
+            _print_below(console, Text.assemble(level, finding.text), 2)
 
 
 def _show_guilty(console: Any, found: Diagnosis) -> None:
     from rich.text import Text
 
+    said: set[Advice] = set()
     for guilt, lines in found.guilts:
         title = _TITLES.get(guilt.kind) or guilt.kind.value.replace("_", " ")
         console.print(Text.assemble(f"\n{title}: ", (guilt.words, "bold")))
         for advice in lines:
-            _show_advice(console, advice)
+            _show_advice(console, advice, again=advice in said)
+        said.update(lines)
 
 
-def _show_advice(console: Any, advice: Advice) -> None:
+def _show_advice(console: Any, advice: Advice, *, again: bool) -> None:
     from rich.text import Text
 
     tried = "" if advice.tried else " (not tried here)"
     where = f", {advice.where}" if advice.where else ""
-    console.print(Text(f"  {advice.program}{where}{tried}:"))
+    if again:
+        _print_below(console, Text(f"{advice.program}{where}: as above"), 2)
+        return
+    _print_below(console, Text(f"{advice.program}{where}{tried}:"), 2)
     for line in advice.lines:
         console.print(Text(f"      {line}", "cyan"), soft_wrap=True)
     if advice.note:
-        console.print(Text(f"      {advice.note}"))
+        _print_below(console, Text(advice.note), 6)
+
+
+def _print_below(console: Any, text: Any, indent: int) -> None:
+    from rich.padding import Padding
+
+    console.print(Padding(text, (0, 0, 0, indent), expand=False))
