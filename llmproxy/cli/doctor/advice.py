@@ -84,9 +84,13 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Caddy",
             "in the site",
-            "encode { match { header Content-Type text/html* } }",
+            "encode {",
+            "    gzip",
+            "    match {",
+            "        header Content-Type text/html*",
+            "    }",
+            "}",
             note="So that it leaves text/event-stream alone.",
-            tried=False,
         ),
     ),
     (_SILENCE, _lines("Caddy", "in reverse_proxy", "transport http { read_timeout 1h }")),
@@ -134,10 +138,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _HELD,
         _lines(
             "Traefik",
-            "in the service's loadBalancer",
-            "responseForwarding: { flushInterval: 1ms }",
-            note="And no buffering middleware on the router.",
-            tried=False,
+            "in the router's middlewares",
+            note="Take out the buffering middleware: without it, Traefik holds nothing.",
         ),
     ),
     (
@@ -146,7 +148,6 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "Traefik",
             "in the compress middleware",
             "excludedContentTypes: [text/event-stream]",
-            tried=False,
         ),
     ),
     (
@@ -154,7 +155,7 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Traefik",
             "in the entry point",
-            "transport: { respondingTimeouts: { writeTimeout: 0s, idleTimeout: 3600s } }",
+            "transport: { respondingTimeouts: { writeTimeout: 0s } }",
             tried=False,
         ),
     ),

@@ -31,6 +31,8 @@ def together(count: int, times: list[float]) -> list[float]:
         pytest.param(together(5, ON_TIME), BLOCKS, id="five at a time"),
         pytest.param(together(2, ON_TIME), BLOCKS, id="two at a time"),
         pytest.param([2.252] * 10 + ON_TIME[10:], AT_FIRST, id="the first ten together"),
+        pytest.param([0.502] * 3 + ON_TIME[3:], AT_FIRST, id="the first three together"),
+        pytest.param([0.252] * 2 + ON_TIME[2:], STREAMS, id="the first two together"),
         pytest.param([at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:], LATE, id="200 ms late"),
         pytest.param([at + 0.03 for at in ON_TIME[:-1]] + ON_TIME[-1:], STREAMS, id="30 ms late"),
         pytest.param(every(0.25, 4), UNKNOWN, id="too few events"),
@@ -68,6 +70,13 @@ def test_the_size_of_blocks(size: int, count: int) -> None:
     """It is what came at a time, without what the end of the stream left over."""
     shape = shape_of(paced(together(count, ON_TIME[:-1])))
     assert (shape.block_bytes, shape.alike) == (size, True)
+
+
+def test_a_block_that_comes_in_several_reads() -> None:
+    """They belong together."""
+    groups = together(5, ON_TIME)
+    shape = shape_of(paced([at + number % 5 / 1000 for number, at in enumerate(groups)]))
+    assert (shape.pattern, shape.bursts, shape.block_bytes) == (BLOCKS, 4, 1000)
 
 
 def test_the_size_of_what_is_held_at_first() -> None:

@@ -239,6 +239,17 @@ def test_what_a_head_tells() -> None:
     assert behind_nginx.findings == []  # it takes the other one out
 
 
+def test_the_worst_comes_first() -> None:
+    """And decides about the URL."""
+    silence = changed(paced(every(0.05, 2)), end=End.CUT, end_s=60.052)
+    broken, bare = paced(ON_TIME[:5]), paced(ON_TIME, fields=[])
+    seen = at_url(bare, broken=broken, silence=silence, silence_s=90.0)
+    assert kinds(seen, least=Level.NOTE) == [
+        *(Kind.CUT_IN_SILENCE, Kind.BREAK_HIDDEN, Kind.INVITES_BUFFERING),
+    ]
+    assert judge(seen).words == "cut after 60.0 s of silence"
+
+
 @pytest.mark.parametrize(
     ("stream", "words"),
     [
@@ -297,6 +308,19 @@ def test_a_hop_further_in_is_not_blamed_on_those_before_it() -> None:
     """All in front of it show the same; what shows first is where it begins."""
     found = blame(verdicts(HELD_BY_NGINX, paced(HELD, fields=LLMPROXY), STREAM))
     assert guilty(found) == [(Kind.HELD, "b", "c", ["llmproxy"])]
+
+
+def test_another_fault_further_in_does_not_excuse_a_hop() -> None:
+    """Only one of the same kind does; and a note of it does not."""
+    behind = judge(at_url(BY_LLMPROXY, "http://b.example/-/pace", cancel_sending=Told(None)))
+    found = blame([judge(at_url(HELD_BY_NGINX)), behind])
+    assert guilty(found) == [
+        (Kind.HELD, "a", "b", ["nginx"]),
+        (Kind.CANCEL_LOST, "b", None, ["llmproxy"]),
+    ]
+    packed = paced(ON_TIME, fields=[("content-encoding", "gzip"), *LLMPROXY])
+    found = blame(verdicts(HELD_BY_NGINX, packed))
+    assert guilty(found) == [(Kind.HELD, "a", "b", ["nginx"])]
 
 
 def test_one_that_holds_in_another_way_in_front_of_one_that_holds() -> None:
