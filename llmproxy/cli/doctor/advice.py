@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from llmproxy.cli.doctor.hops import LLMPROXY
+from llmproxy.cli.doctor.hops import LLMPROXY, NODE
 from llmproxy.cli.doctor.verdict import Guilt, Kind
-
-NODE = "Node (http-proxy: Vite, Next.js)"
-"""What development servers are made of; it does not name itself."""
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +39,7 @@ _LIMIT = (Kind.CUT, Kind.LIMIT_AHEAD)
 _BREAK = (Kind.BREAK_HIDDEN, Kind.BREAK_LOST)
 _FRAMING = (Kind.ASKED_IN_1_0,)
 _CANCEL = (Kind.CANCEL_LOST, Kind.CANCEL_LOST_IN_SILENCE)
+_LOST = (Kind.CANCEL_LOST_IN_SILENCE,)
 
 _AT_LLMPROXY = "under [[routes]]"
 _NGINX, _ROUTE = "in the location that leads to llmproxy", "in the route"
@@ -76,7 +74,7 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         ),
     ),
     (_SILENCE, _lines("HAProxy", "in defaults", "timeout client 1h", "timeout server 1h")),
-    (_CANCEL, _lines("HAProxy", "", note=f"option abortonclose changes nothing. {_NO_CURE}")),
+    (_LOST, _lines("HAProxy", "", note=f"option abortonclose changes nothing. {_NO_CURE}")),
     # Caddy
     (_HELD, _lines("Caddy", "in reverse_proxy", "flush_interval -1")),
     (
@@ -163,10 +161,10 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
     (_HELD, _lines("Apache", "in ProxyPass", "flushpackets=on", tried=False)),
     (_PACKED, _lines("Apache", "in the Location", "SetEnv no-gzip 1", tried=False)),
     (_SILENCE, _lines("Apache", "in the virtual host", "ProxyTimeout 3600", tried=False)),
-    (_CANCEL, _lines("Apache", "", note=_NO_CURE)),
+    (_LOST, _lines("Apache", "", note=_NO_CURE)),
     # Varnish
     (
-        (*_HELD, *_CANCEL),
+        (*_HELD, *_LOST),
         _lines("Varnish", "in vcl_recv, for these paths", "return (pipe);", tried=False),
     ),
     (
@@ -192,29 +190,19 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "before the proxy",
             "app.use(compression({ filter: (req, res) => "
             "!/event-stream/.test(res.getHeader('Content-Type')) }))",
-            note="http-proxy holds nothing by itself: compression before it does. In Next.js: "
+            note="http-proxy and Vite hold nothing: compression in front of them does. In Next.js: "
             "compress: false in next.config.js.",
-            tried=False,
         ),
     ),
     (
-        _BREAK,
+        (*_BREAK, Kind.CANCEL_LOST),
         _lines(
             NODE,
-            "in vite.config.js, in the entry of server.proxy",
-            "configure: (proxy) => proxy.on('proxyRes', (up, req, res) => "
-            "up.on('aborted', () => res.destroy()))",
-            tried=False,
-        ),
-    ),
-    (
-        _CANCEL,
-        _lines(
-            NODE,
-            "in vite.config.js, in the entry of server.proxy",
-            "configure: (proxy) => proxy.on('proxyReq', (up, req, res) => "
-            "res.on('close', () => up.destroy()))",
-            tried=False,
+            "where the proxy is made; in Vite, in configure of server.proxy",
+            "proxy.on('proxyRes', (up, req, res) => {",
+            "  up.on('aborted', () => res.destroy())",
+            "  res.on('close', () => up.destroy())",
+            "})",
         ),
     ),
     # what cannot be run here
@@ -252,7 +240,7 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(LLMPROXY, _AT_LLMPROXY, 'padding = "2KiB"', note="More than the hop holds."),
     ),
     (
-        (*_SILENCE, Kind.CANCEL_LOST_IN_SILENCE),
+        (*_SILENCE, *_LOST),
         _lines(
             LLMPROXY,
             _AT_LLMPROXY,

@@ -13,6 +13,9 @@ import msgspec
 
 LLMPROXY = "llmproxy"
 
+NODE = "Node's http-proxy or Vite"
+"""What development servers are made of; it does not name itself."""
+
 
 class Hop(msgspec.Struct, frozen=True):
     """A program on the way, and the line that tells of it."""

@@ -15,7 +15,7 @@ import msgspec
 
 from llmproxy.cli.doctor.examination import Observations
 from llmproxy.cli.doctor.exchange import End, Seen
-from llmproxy.cli.doctor.hops import LLMPROXY, Hop, hops_of
+from llmproxy.cli.doctor.hops import LLMPROXY, NODE, Hop, hops_of
 from llmproxy.cli.doctor.shape import FEWEST_EVENTS, Pattern, Shape, beside, block_of, shape_of
 
 _SHORT = 160
@@ -418,8 +418,8 @@ def _guilt(finding: Finding, verdict: Verdict, behind: Verdict | None, *, last: 
     hops = [hop for hop in verdict.hops if hop.program not in known]
     if behind is None and len(hops) > 1:
         hops = [hop for hop in hops if hop.program != LLMPROXY]
-    if not hops and _waits_as_haproxy(verdict):
-        hops = [Hop("HAProxy", "it does not name itself, but holds events for 200 ms")]
+    if not hops and behind is not None:
+        hops = _by_habit(verdict)
     programs = [hop.program for hop in hops]
     if finding.kind is Kind.LIMIT_AHEAD:
         programs = ["Envoy"]
@@ -442,8 +442,12 @@ def _guilt(finding: Finding, verdict: Verdict, behind: Verdict | None, *, last: 
     )
 
 
-def _waits_as_haproxy(verdict: Verdict) -> bool:
-    """Return whether events wait for the time for which HAProxy holds them by default."""
+def _by_habit(verdict: Verdict) -> list[Hop]:
+    """Return what a hop without a name is known by: nobody else was seen to do it."""
     shortest, longest = _TIMER_S
-    is_late = any(finding.kind is Kind.LATE for finding in verdict.findings)
-    return is_late and shortest <= (verdict.shape.latest_s or 0) <= longest
+    kinds = {finding.kind for finding in verdict.findings}
+    if Kind.LATE in kinds and shortest <= (verdict.shape.latest_s or 0) <= longest:
+        return [Hop("HAProxy", "it does not name itself, but holds events for 200 ms")]
+    if Kind.BREAK_LOST in kinds:
+        return [Hop(NODE, "it does not name itself, but does not pass a break on")]
+    return []

@@ -11,7 +11,7 @@ import pytest
 from llmproxy.cli.doctor.advice import advice
 from llmproxy.cli.doctor.examination import Observations, Told, Unread
 from llmproxy.cli.doctor.exchange import End, Seen
-from llmproxy.cli.doctor.hops import hops_of
+from llmproxy.cli.doctor.hops import NODE, hops_of
 from llmproxy.cli.doctor.verdict import Guilt, Kind, Level, State, Verdict, blame, judge, judge_all
 from tests.cli.doctor.made import OPEN, arrived, at_url, every, paced
 
@@ -348,6 +348,16 @@ def test_one_url_alone() -> None:
     found = blame(verdicts(paced(HELD)))
     assert guilty(found) == [(Kind.HELD, "a", None, [])]
     assert found[0].words.startswith("the server itself, or a hop that does not name itself, at ")
+
+
+def test_a_hop_without_a_name_is_known_by_what_it_does_to_breaks() -> None:
+    """Node's http-proxy, and Vite, which is made of it, leave their client waiting."""
+    lost = judge(at_url(STREAM, broken=paced([], end=End.OPEN), cancel_sending=Told(None)))
+    found = blame([lost, judge(at_url(STREAM, "http://b.example/-/pace"))])
+    assert [one.programs for one in found] == [[NODE], [NODE]]
+    assert "up.on('aborted', () => res.destroy())" in advice(found[0])[0].lines[1]
+    assert advice(found[1]) == advice(found[0])[:1]  # one line for both
+    assert blame([lost])[0].programs == []
 
 
 def test_a_hop_without_a_name_is_known_by_its_timer() -> None:
