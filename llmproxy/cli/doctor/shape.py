@@ -10,7 +10,6 @@ Nothing here knows a socket, HTTP or a hop.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from itertools import pairwise
@@ -44,6 +43,7 @@ _BLOCK_BURSTS = 3
 _QUICK_SHARE = 0.1  # of the time that the stream takes at the URL behind
 _FIRST_EVENTS, _FIRST_BYTES = 6, 1000
 _ALIKE = 0.1
+_LEAST_BLOCK = 256
 
 
 class Pattern(StrEnum):
@@ -130,9 +130,14 @@ def block_of(seen: Seen) -> int | None:
     """
     if len(seen.reads) < _BLOCK_BURSTS or not seen.events:
         return None
-    (size, count), *_ = Counter(read.size for read in seen.reads).most_common(1)
     per_event = round(seen.size / len(seen.events))
-    return size if count >= len(seen.reads) / 2 and size % per_event else None
+    sizes = [read.size for read in seen.reads]
+    best, most = None, len(sizes) / 2
+    for size in sorted({*sizes}):
+        count = sum(other % size == 0 for other in sizes)  # a busy machine reads several at once
+        if size >= _LEAST_BLOCK and size % per_event and count >= most:
+            best, most = size, count
+    return best
 
 
 def taken_unread(events: Sequence[Event], stall_s: float) -> tuple[int, bool]:

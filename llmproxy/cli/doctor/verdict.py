@@ -16,7 +16,15 @@ import msgspec
 from llmproxy.cli.doctor.examination import Observations
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.hops import LLMPROXY, NODE, Hop, hops_of
-from llmproxy.cli.doctor.shape import FEWEST_EVENTS, Pattern, Shape, beside, block_of, shape_of
+from llmproxy.cli.doctor.shape import (
+    FEWEST_EVENTS,
+    LATE_S,
+    Pattern,
+    Shape,
+    beside,
+    block_of,
+    shape_of,
+)
 
 _SHORT = 160
 _ENVOY_LIMIT = "x-envoy-expected-rq-timeout-ms"
@@ -250,12 +258,12 @@ def _of_size(seen: Observations, shape: Shape) -> Finding:
     if seen.wide is None or wide is None or wide.pattern is Pattern.HELD:
         kind = Kind.HELD if shape.pattern is Pattern.HELD else Kind.BLOCKS
         return Finding(kind, Level.BAD, _how(shape))
+    if wide.pattern is Pattern.STREAMS and (wide.late_s or 0) < LATE_S / 2:
+        return Finding(Kind.BLOCKS, Level.BAD, "held in blocks of a few kilobytes: more passes")
     block = block_of(seen.wide) or block_of(seen.plain or seen.stream)
     if block is not None:
         short = ": this stream is shorter than one" if shape.pattern is Pattern.HELD else ""
         return Finding(Kind.BLOCKS, Level.BAD, f"held in blocks of {block:,} bytes{short}")
-    if wide.pattern is Pattern.STREAMS:
-        return Finding(Kind.BLOCKS, Level.BAD, "held in blocks of a few kilobytes: more passes")
     late = 1000 * (wide.latest_s or 0)
     return Finding(Kind.LATE, Level.BAD, f"events are up to {late:.0f} ms late, several at a time")
 

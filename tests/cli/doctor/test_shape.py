@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llmproxy.cli.doctor.exchange import Event, Seen
+from llmproxy.cli.doctor.exchange import Event, Read, Seen
 from llmproxy.cli.doctor.shape import Pattern, block_of, shape_of, taken_unread
 from tests.cli.doctor.made import SENT_AT, arrived, every, paced
 
@@ -82,6 +82,27 @@ def test_a_block_that_comes_in_several_reads() -> None:
 def test_the_size_of_what_is_held_at_first() -> None:
     """It is all that came at once."""
     assert shape_of(paced([2.252] * 10 + ON_TIME[10:])).block_bytes == 2000
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block"),
+    [
+        ([953, *[1024] * 70, 199], 1024),
+        ([953, *[1024, 2048, 3072] * 12, 1024, 199], 1024),
+        ([4025, *[4096] * 18, 2247], 4096),
+        ([4025, *[8192, 4096] * 6, 2247], 4096),
+        ([12000] * 6 + [8000], None),
+        ([4000] * 12 + [8000] * 4, None),
+        ([1237, 2763, 3111, 889] * 5, None),
+        ([80000], None),
+        ([100] * 800, None),
+    ],
+)
+def test_the_size_of_a_buffer_by_its_reads(sizes: list[int], block: int | None) -> None:
+    """Also where several blocks were read at once; what is left over at both ends may be any."""
+    seen = paced(ON_TIME, size=4000)
+    seen.reads = [Read(at / 100, size) for at, size in enumerate(sizes)]
+    assert block_of(seen) == block
 
 
 def test_a_block_is_no_multiple_of_an_event() -> None:

@@ -55,7 +55,7 @@ def test_a_stream_that_streams() -> None:
             at_url(
                 paced(HELD),
                 wide=changed(
-                    paced(every(0.25, 20, late=0.25), size=4000),
+                    paced([at + 0.25 for at in ON_TIME[:-1]] + ON_TIME[-1:], size=4000),
                     reads=[type(one)(one.at, 4096) for one in STREAM.reads[:-1]],
                 ),
             ),
