@@ -57,6 +57,7 @@ def test_a_stream_needs_no_key() -> None:
     """It is as the one of the proxy port."""
     admin = Admin()
     wire = admin.get(STREAM)
+    assert wire.writes[0].endswith(b"\r\n\r\n")  # the head leaves by itself
     head, _, body = wire.take().partition(b"\r\n\r\n")
     assert b"content-type: text/event-stream" in head
     assert b"x-accel-buffering: no" in head
@@ -88,6 +89,16 @@ def test_some_streams_at_once_are_enough() -> None:
     admin.clock.pump([0.25] * 20)
     assert admin.status("/pace/stream?n=1") == 200
     admin.assert_nothing_left()
+
+
+def test_a_cut_ends_it() -> None:
+    """As at the end of the process, or for a client that takes nothing."""
+    admin = Admin()
+    wire = admin.get("/pace/stream")
+    admin.site.cut()
+    admin.clock.advance(1)
+    assert wire.count("abort") == 1
+    assert not [call for call in admin.clock.getDelayedCalls() if call.getTime() < 2]
 
 
 def test_a_full_wire_holds_it_up() -> None:

@@ -80,6 +80,13 @@ def test_events_come_at_their_times_and_say_them() -> None:
     ]
 
 
+def test_an_event_that_is_late_does_not_shift_the_next_one() -> None:
+    """A busy process does not slow the stream down for good."""
+    taker, clock = play(Pace(events=4, interval_s=0.25))
+    clock.pump([0, 0.375, 0.125, 0.75])
+    assert taker.times == [0, 0.375, 0.5, 1.25]
+
+
 def test_microseconds_are_in_the_event() -> None:
     """As digits: a float as Python writes it may have fewer."""
     taker, clock = play(Pace(events=1))
