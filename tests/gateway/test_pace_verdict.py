@@ -90,6 +90,15 @@ def blocks(block: int, n: int = 60, interval: float = 100, size: int = 400, **mo
     return run_of(arrivals, sent, size=size, **{"reads": reads, **more})
 
 
+def with_reads(run: Run, large: int, small: int) -> Run:
+    """Return the run with a small read behind each large one, 100 ms later."""
+    reads = []
+    for number in range(6):
+        at = AWAY_MS + number * 600
+        reads += [{"at_ms": at, "bytes": large}, {"at_ms": at + 100, "bytes": small}]
+    return {**run, "reads": [*reads, {"at_ms": AWAY_MS + 3900, "bytes": 40000}]}
+
+
 def first_held(events: int, n: int = 60) -> Run:
     """Nothing comes before so many events are there, and all of them then."""
     sent = sent_at(n, 100)
@@ -131,7 +140,7 @@ CASES: dict[str, tuple[Run, str, str, str, str]] = {
         to_the_end(),
         "held_to_end",
         "Held until the end.",
-        "60 events were sent over 5.8 s",
+        "60 events were sent over 5.9 s",
         "nginx: proxy_buffering off",
     ),
     "five held": (to_the_end(5, 1000), "held_to_end", "Held until the end.", "", "doctor"),
@@ -169,6 +178,20 @@ CASES: dict[str, tuple[Run, str, str, str, str]] = {
         "The first 2.0 KiB are held back.",
         "first 5 events",
         'padding = "2KiB"',
+    ),
+    "a small block behind each large one": (
+        with_reads(blocks(61440, 40, size=10000), 56000, 4000),
+        "held_in_blocks",
+        "Held in blocks of 55 KiB.",
+        "in 7 blocks, one every 600 ms",
+        "",
+    ),
+    "one block, and the rest with the end": (
+        blocks(4096, 13),
+        "held_in_blocks",
+        "Held in blocks of 4.0 KiB.",
+        "in 2 blocks;",
+        "",
     ),
     "compressed": (
         with_fields(streamed(), content_encoding="gzip", server="nginx/1.22"),

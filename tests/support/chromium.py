@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,27 +34,54 @@ class Chromium:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
+        self._session: str | None = None
         self.faults: list[str] = []
         self.asked: list[str] = []
 
     def __enter__(self) -> Self:
         """Start it."""
+        with ExitStack() as stack:
+            stack.enter_context(self._running())
+            self._socket = stack.enter_context(
+                connect(self._address, max_size=None, open_timeout=WITHIN)
+            )
+            self._attach()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it."""
+        self._stack.close()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         profile = f"--user-data-dir={self._folder / 'profile'}"
         options = (*OPTIONS, profile, "--remote-debugging-port=0", "--hide-scrollbars")
-        self._process = subprocess.Popen(
+        with subprocess.Popen(
             [str(CHROMIUM), *options, "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-        )
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        ) as process:
+            try:
+                self._address = self._said_by(process)
+                yield
+            finally:
+                process.terminate()
+                process.communicate()
+
+    @staticmethod
+    def _said_by(process: subprocess.Popen[str]) -> str:
+        """Return where a browser listens, which it says once it does."""
+        assert process.stderr is not None
+        for line in process.stderr:
             if (found := _LISTENS.search(line)) is not None:
-                break
-        else:
-            raise AssertionError("chromium did not start")
-        self._socket = connect(found[1], max_size=None, open_timeout=WITHIN)
-        self._session: str | None = None
+                return found[1]
+        raise AssertionError("chromium did not start")
+
+    def _attach(self) -> None:
+        """Steer the browser's page from now on."""
+        self._session = None
         (target,) = (
             one for one in self._call("Target.getTargets")["targetInfos"] if one["type"] == "page"
         )
@@ -60,15 +89,6 @@ class Chromium:
         self._session = session["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop it."""
-        self._socket.close()
-        self._process.terminate()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-        self._process.wait()
 
     def open(self, url: str) -> None:
         """Open a page, until it is loaded."""

@@ -215,7 +215,7 @@ function draw(run) {
   const { quickest } = aligned(run);
   const { asked, events } = run;
   const lasts = (asked.n - 1) * asked.interval_ms + asked.silence_ms + quickest;
-  const longest = Math.max(lasts, run.end_ms, events[events.length - 1].at_ms, 1);
+  const longest = Math.max(run.end ? 0 : lasts, run.end_ms, events[events.length - 1].at_ms, 1);
   const x = (time) => left + ((width - left - right) * time) / longest;
   const parts = [line(left, top, width - right, top, "axis"), line(left, bottom, width - right, bottom, "axis")];
   for (const event of events) {
@@ -228,7 +228,7 @@ function draw(run) {
   parts.push(label(left, bottom + 24, "Arrived here", "start", "lane"));
   const step = stepOf(longest, width);
   for (let time = 0; time <= longest; time += step) {
-    const anchor = time === 0 ? "start" : x(time) > width - 40 ? "end" : "middle";
+    const anchor = time === 0 ? "start" : x(time) > width - 20 ? "end" : "middle";
     parts.push(label(time ? x(time) : left, bottom + 46, `${time / 1000} s`, anchor));
     parts.push(line(x(time), bottom, x(time), bottom + 6, "tick"));
   }
@@ -238,7 +238,7 @@ function draw(run) {
   const { late_ms } = figures(run);
   const size = run.reads.reduce((sum, one) => sum + one.bytes, 0);
   at("caption").textContent =
-    `${events.length} events, ${bytes(size)} in ${run.reads.length} reads. A line that leans to the right is an event ` +
+    `${events.length} events, ${bytes(size)} in ${run.reads.length} ${run.reads.length === 1 ? "read" : "reads"}. A line that leans to the right is an event ` +
     `that arrived later than the quickest one, by ${seconds(late_ms)} at most.`;
 }
 

@@ -81,7 +81,9 @@ function held(found, run) {
       found.held = true;
       return;
     }
-    const sent = `${seen.length + 1} events were sent over ${seconds(span_ms)}`;
+    const all = run.events;
+    const lasted = all[all.length - 1].sent_ms - all[0].sent_ms;
+    const sent = `${all.length} events were sent over ${seconds(lasted)}`;
     told(found, "held_to_end", "Held until the end.", [
       `${sent}, and all of them arrived together, when the last one was sent.`,
       "A hop between here and llmproxy collects the whole response before it passes it on.",
@@ -90,9 +92,10 @@ function held(found, run) {
     return;
   }
   const firstFree = isHeld.indexOf(false);
-  if (firstFree >= 3 && count <= firstFree + seen.length / 10) {
+  const together = seen.filter((event) => event.at_ms - seen[0].at_ms <= LATE_MS / 2).length;
+  const isFree = firstFree >= 3 && count <= firstFree + seen.length / 10;
+  if (isFree && seen.length - together >= ENOUGH_EVENTS) {
     const size = groups.length ? groups[0].bytes : 0;
-    const together = seen.filter((event) => event.at_ms - seen[0].at_ms <= LATE_MS / 2).length;
     const text = `The first ${together} events arrived together, ${seconds(delays[0])} late; the others came as they were sent.`;
     begin(found, "held_at_first", `The first ${bytes(size)} are held back.`, [text]);
     found.size = size;
@@ -100,12 +103,12 @@ function held(found, run) {
     return;
   }
   if (count < seen.length / 4) return;
-  const inner = groups.slice(0, -1);
-  const size = median(inner.map((group) => group.bytes));
-  const apart = median(inner.slice(1).map((group, index) => group.at_ms - inner[index].at_ms));
-  const every = inner.length > 1 ? `, one every ${seconds(apart)}` : "";
+  const size = usualSize(groups.slice(0, -1));
+  const blocks = groups.slice(0, -1).filter((group) => group.bytes >= size / 2);
+  const apart = median(blocks.slice(1).map((group, index) => group.at_ms - blocks[index].at_ms));
+  const every = blocks.length > 1 ? `, one every ${seconds(apart)}` : "";
   begin(found, "held_in_blocks", `Held in blocks of ${bytes(size)}.`, [
-    `The events arrived in ${groups.length} blocks${every}; the latest was ${seconds(late_ms)} late.`,
+    `The events arrived in ${blocks.length + 1} blocks${every}; the latest was ${seconds(late_ms)} late.`,
     "A hop between here and llmproxy collects bytes before it passes them on.",
   ]);
   found.size = size;
@@ -191,7 +194,7 @@ function begin(found, word, title, sentences) {
 }
 
 function limit(milliseconds) {
-  const near = LIMITS_S.find((one) => Math.abs(milliseconds / 1000 - one) <= 0.25 + one * 0.02);
+  const near = LIMITS_S.find((one) => Math.abs(milliseconds / 1000 - one) <= 0.35 + one * 0.02);
   return near ? `That looks like a limit of ${near} s.` : "";
 }
 
@@ -286,7 +289,19 @@ function median(numbers) {
   return sorted[Math.floor(sorted.length / 2)];
 }
 
+// The size of the block that half of the bytes came in, or in smaller ones: some hops let a small one follow.
+function usualSize(groups) {
+  const sizes = groups.map((group) => group.bytes).sort((a, b) => a - b);
+  let rest = sizes.reduce((sum, size) => sum + size, 0) / 2;
+  for (const size of sizes) {
+    rest -= size;
+    if (rest <= 0) return size;
+  }
+  return 0;
+}
+
 export function seconds(milliseconds) {
+  if (milliseconds < 0.5) return "less than 1 ms";
   if (milliseconds < 1000) return `${Math.round(milliseconds)} ms`;
   return `${(milliseconds / 1000).toFixed(1)} s`;
 }
