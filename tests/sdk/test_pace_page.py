@@ -98,7 +98,11 @@ http://127.0.0.1:{port} {{
 }}
 """
 
+CORKED = HAPROXY.replace("    option http-no-delay\n", "")
+"""HAProxy's default: what is less than a segment waits for 200 ms."""
+
 HOPS = {
+    "corked": (CORKED, ("-db", "-f")),
     "nginx": (NGINX, ("-e", "stderr", "-c")),
     "haproxy": (HAPROXY, ("-db", "-f")),
     "caddy": (CADDY, ("run", "--adapter", "caddyfile", "--config")),
@@ -131,9 +135,10 @@ def free_port() -> int:
 @contextmanager
 def hop(name: str, folder: Path, behind: int) -> Iterator[int]:
     """Run a hop before ``behind``; yield its port."""
-    program = shutil.which(name, path=_PATH)
+    command = "haproxy" if name == "corked" else name
+    program = shutil.which(command, path=_PATH)
     if program is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{command} is not installed")
     text, options = HOPS[name]
     port = free_port()
     file = folder / f"{name}.conf"
@@ -272,6 +277,14 @@ def test_hops_that_pass_it_on(browser: Chromium, daemon: Daemon, tmp_path: Path,
     with hop(name, tmp_path, daemon.port) as port:
         found = measure(browser, f"http://127.0.0.1:{port}/-/pace/")
     assert (found["word"], found["title"]) == ("streams", "It streams.")
+
+
+def test_a_hop_that_waits_for_more(browser: Chromium, daemon: Daemon, tmp_path: Path) -> None:
+    """For a fifth of a second; it names itself nowhere, so that several lines are shown."""
+    with hop("corked", tmp_path, daemon.port) as port:
+        found = measure(browser, f"http://127.0.0.1:{port}/-/pace/", n="20")
+    assert found["word"] == "held_in_blocks", found
+    assert "HAProxy: option http-no-delay" in found["advice"]
 
 
 @pytest.mark.parametrize(

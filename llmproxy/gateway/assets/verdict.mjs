@@ -174,12 +174,13 @@ function unanswered(found, run) {
 function refused(found, run) {
   const title = `Refused with status ${run.status}.`;
   const text = {
-    401: "The key is none of llmproxy's client keys, or a hop in front of it asks for one of its own.",
+    401: "A hop in front of llmproxy asks for a key of its own.",
+    403: "A hop in front of llmproxy lets nobody pass here.",
     404: "What responds there does not know this path.",
     426: "A hop speaks HTTP/1.0 to one that does not: with nginx, set proxy_http_version 1.1.",
     429: "A limit of the client is reached.",
   }[run.status];
-  return told(found, "refused", title, [run.problem || "", text || ""]);
+  return told(found, "refused", title, [run.problem || text || ""]);
 }
 
 function told(found, word, title, sentences) {
