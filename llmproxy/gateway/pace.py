@@ -3,7 +3,7 @@
 The stream is made here (``stream/pace.py``) and goes to its client by a relay, as a provider's
 does.  So it is seen, held up, counted, recorded and ended as any other; it has no route and no
 provider.  It counts against its client's limits on requests, and costs no tokens.  What is timed
-of providers' streams is left alone by it.
+of providers' streams is left alone by it (ADR-0035).
 
 A stream can be given a name (``mark=WORD``).  ``?ended=WORD`` then says what became of it, as seen
 from here: a client that cancels cannot see whether that reached the proxy.  It also says what of
