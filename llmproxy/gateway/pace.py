@@ -50,6 +50,7 @@ _MOST_MARKS = 200
 _SHOWN = frozenset(
     (
         *(b"via", b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"),
+        *(b"x-forwarded-port", b"x-forwarded-server"),
         *(b"x-real-ip", b"x-varnish", b"cf-ray", b"x-amzn-trace-id"),
         *(b"accept-encoding", b"connection"),
     )

@@ -290,6 +290,8 @@ def test_what_became_of_a_stream_can_be_asked() -> None:
         "Via: 1.1 second",
         "X-Envoy-Expected-Rq-Timeout-Ms: 15000",
         "X-Forwarded-For: 192.0.2.1",
+        "X-Forwarded-Port: 443",
+        "X-Forwarded-Server: edge",
         "X-Other: 1",
         "Cookie: a=b",
         "Authorization: Bearer key",
@@ -307,6 +309,8 @@ def test_what_became_of_a_stream_can_be_asked() -> None:
             "via": "1.0 first, 1.1 second",
             "x-envoy-expected-rq-timeout-ms": "15000",
             "x-forwarded-for": "192.0.2.1",
+            "x-forwarded-port": "443",
+            "x-forwarded-server": "edge",
             "x-varnish": "1 2",
         },
     }

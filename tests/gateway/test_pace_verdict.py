@@ -124,6 +124,11 @@ def with_fields(run: Run, **fields: str) -> Run:
     return {**run, "fields": {**run["fields"], **named}}
 
 
+def with_request(run: Run, **fields: str) -> Run:
+    """Return a run whose request reached the proxy with these fields."""
+    return {**run, "request": {name.replace("_", "-"): value for name, value in fields.items()}}
+
+
 SILENT = run_of(sent_at(60, 100, 5000), sent_at(60, 100, 5000))
 SILENT["asked"]["silence_ms"] = 5000
 
@@ -148,8 +153,43 @@ CASES: dict[str, tuple[Run, str, str, str, str]] = {
         with_fields(to_the_end(), via="1.1 Caddy"),
         "held_to_end",
         "Held until the end.",
-        "names Caddy",
+        "On the way is Caddy.",
         "Caddy: flush_interval -1",
+    ),
+    "held by Traefik": (
+        with_request(to_the_end(), x_forwarded_server="edge", x_forwarded_port="443"),
+        "held_to_end",
+        "Held until the end.",
+        "On the way is Traefik.",
+        "Traefik: no buffering",
+    ),
+    "held by Apache": (
+        with_request(to_the_end(), x_forwarded_server="edge"),
+        "held_to_end",
+        "Held until the end.",
+        "On the way is Apache.",
+        "Apache: flushpackets=on",
+    ),
+    "held by one that speaks HTTP/1.0": (
+        with_request(to_the_end(), version="1.0"),
+        "held_to_end",
+        "Held until the end.",
+        "speaks HTTP/1.0",
+        "nginx: proxy_http_version 1.1;",
+    ),
+    "to be cut by Envoy": (
+        with_request(streamed(), x_envoy_expected_rq_timeout_ms="15000"),
+        "streams",
+        "It streams.",
+        "Envoy is on the way, and cuts each request after 15.0 s",
+        "Envoy: timeout: 0s",
+    ),
+    "not to be cut by Envoy": (
+        with_request(streamed(), x_envoy_attempt_count="1", version="1.0"),
+        "streams",
+        "It streams.",
+        "",
+        "",
     ),
     "blocks of 4 KiB": (
         blocks(4096),
@@ -317,5 +357,4 @@ def test_the_words_are_right(found: dict[str, Any], name: str) -> None:
     assert sentence in " ".join(verdict["sentences"])
     assert all(verdict["sentences"])
     assert advice in " ".join(verdict["advice"])
-    needs = word.startswith("held") or word in ("cut", "compressed")
-    assert bool(verdict["advice"]) is needs
+    assert bool(verdict["advice"]) is bool(advice or word == "cut" or word.startswith("held"))

@@ -2,6 +2,7 @@
 import { bytes, figures, seconds, verdict } from "./verdict.mjs";
 
 const DRAWN_EVERY_MS = 200;
+const PATIENCE_MS = 3000;
 const SVG = "http://www.w3.org/2000/svg";
 const at = (id) => document.getElementById(id);
 const site = document.body.dataset.site;
@@ -46,8 +47,10 @@ async function measure() {
   }
   const how = { broken: " Then it was cut.", stopped: " Then it was stopped." }[run.end] || "";
   at("progress").textContent = `${run.events.length} of ${asked.n} events arrived.${how}`;
+  run.request = await requestOf(run);
+  if (shown !== run) return;
   show(run, verdict(run));
-  await showHops(run);
+  showHops(run);
 }
 
 function begin(asked) {
@@ -57,6 +60,7 @@ function begin(asked) {
     status: 0,
     problem: "",
     fields: {},
+    request: {},
     is_paced: false,
     head_ms: 0,
     events: [],
@@ -178,24 +182,27 @@ function show(run, found) {
   at("numbers").hidden = !run.events.length;
 }
 
-// What hops wrote into the response, and into the request as far as this process of llmproxy knows it.
-async function showHops(run) {
-  if (!run.status) return;
-  const ours = new Set(["cache-control", "date", "x-accel-buffering", "x-llmproxy-request-id"]);
-  const rows = Object.entries(run.fields).filter(([name]) => !ours.has(name));
-  const found = rows.map(([name, value]) => row(["response here", name, value]));
-  if (run.mark && run.status === 200) {
-    const address = new URL(document.body.dataset.stream, location.href);
-    address.search = new URLSearchParams({ ended: run.mark }).toString();
-    try {
-      const response = await fetch(address, { headers: keyFields(), cache: "no-store" });
-      const { request } = await response.json();
-      found.push(...Object.entries(request).map(([name, value]) => row(["request there", name, value])));
-    } catch {
-      // Another process may have responded, which knows nothing of the stream.
-    }
+// What reached llmproxy of the request, as far as the process knows it that responds now.
+async function requestOf(run) {
+  if (!run.mark || run.status !== 200) return {};
+  const address = new URL(document.body.dataset.stream, location.href);
+  address.search = new URLSearchParams({ ended: run.mark }).toString();
+  try {
+    const signal = AbortSignal.timeout(PATIENCE_MS);
+    const response = await fetch(address, { headers: keyFields(), cache: "no-store", signal });
+    return (await response.json()).request || {};
+  } catch {
+    return {}; // the verdict does without
   }
-  if (shown !== run) return;
+}
+
+function showHops(run) {
+  const ours = new Set(["cache-control", "date", "x-accel-buffering", "x-llmproxy-request-id"]);
+  const fields = Object.entries(run.fields).filter(([name]) => !ours.has(name));
+  const found = [
+    ...fields.map(([name, value]) => row(["response here", name, value])),
+    ...Object.entries(run.request).map(([name, value]) => row(["request there", name, value])),
+  ];
   at("fields").replaceChildren(...found);
   at("headers").hidden = !found.length;
 }

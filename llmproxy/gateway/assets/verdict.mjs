@@ -4,6 +4,7 @@
 //   asked     {n, interval_ms, bytes, silence_ms}
 //   status    of the response, or 0 where there was none; `problem` then says why
 //   fields    header fields of the response by their names in lower case
+//   request   what reached llmproxy of the request: its version, and fields that hops add; may be empty
 //   is_paced  the body is a paced stream
 //   events    [{n, sent_ms, at_ms}]: by the far end's clock, and by ours from the request on
 //   reads     [{at_ms, bytes}]: the pieces in which the body came
@@ -201,7 +202,8 @@ function limit(milliseconds) {
 
 // -- what to change ---------------------------------------------------------------------------------
 
-// How each hop is known by what it writes into a response, or into Via; and which line to change.
+// How each hop is known by what it writes into a response (`fields`) or adds to a request (`asked`), and
+// which line of it to change.
 const HOPS = [
   {
     name: "nginx",
@@ -219,28 +221,35 @@ const HOPS = [
   },
   {
     name: "Envoy",
-    known: (fields) => /envoy/i.test(fields.server || "") || "x-envoy-upstream-service-time" in fields,
+    known: (fields, asked) => /envoy/i.test(fields.server || "") || [...Object.keys(fields), ...Object.keys(asked)].some((name) => name.startsWith("x-envoy-")),
     held: "no buffer filter on the route",
     coding: "leave text/event-stream out of the compressor's content_type",
     cut: "timeout: 0s on the route (15 s by default), and a stream_idle_timeout that is long enough",
   },
   {
     name: "Varnish",
-    known: (fields) => "x-varnish" in fields || /varnish/i.test(fields.via || ""),
+    known: (fields, asked) => "x-varnish" in fields || "x-varnish" in asked || /varnish/i.test(fields.via || ""),
     held: "set beresp.do_stream = true; in vcl_backend_response",
     coding: "set beresp.do_gzip = false; in vcl_backend_response",
     cut: "between_bytes_timeout of the backend, 60 s by default",
   },
   {
     name: "Apache",
-    known: (fields) => /apache/i.test(fields.server || ""),
+    known: (fields, asked) => /apache/i.test(fields.server || "") || ("x-forwarded-server" in asked && !("x-forwarded-port" in asked)),
     held: "flushpackets=on on ProxyPass",
     coding: "SetEnv no-gzip 1 for the location",
     cut: "timeout=3600 on ProxyPass",
   },
   {
+    name: "Traefik", // it writes nothing into responses
+    known: (fields, asked) => "x-forwarded-server" in asked && "x-forwarded-port" in asked,
+    held: "no buffering middleware on the router",
+    coding: "excludedContentTypes with text/event-stream in the compress middleware",
+    cut: "writeTimeout = 0 in respondingTimeouts of the entry point",
+  },
+  {
     name: "Cloudflare",
-    known: (fields) => "cf-ray" in fields || /cloudflare/i.test(fields.server || ""),
+    known: (fields, asked) => "cf-ray" in fields || "cf-ray" in asked || /cloudflare/i.test(fields.server || ""),
     held: "a rule that turns response buffering and transformations off for the path",
     coding: "a compression rule that leaves the path out",
     cut: "a heartbeat: it waits about 100 s for a byte",
@@ -259,11 +268,20 @@ function advise(found, run) {
   if (found.held) needs.push("held");
   if (found.coding) needs.push("coding");
   if (found.word === "cut") needs.push("cut");
+  const asked = run.request || {};
+  const expected = Number(asked["x-envoy-expected-rq-timeout-ms"]);
+  if (expected > 0 && found.word !== "cut") {
+    found.sentences.push(`Envoy is on the way, and cuts each request after ${seconds(expected)}, however busy it is.`);
+    found.advice.push("Envoy: timeout: 0s on the route");
+  }
   if (!needs.length) return;
-  const known = HOPS.filter((hop) => hop.known(run.fields));
+  const known = HOPS.filter((hop) => hop.known(run.fields, asked));
   if (known.length) {
-    const names = known.map((hop) => hop.name).join(" and ");
-    found.sentences.push(`The response names ${names} on the way.`);
+    found.sentences.push(`On the way is ${known.map((hop) => hop.name).join(" and ")}.`);
+  }
+  if (found.held && asked.version === "1.0") {
+    found.sentences.push("A hop speaks HTTP/1.0 to llmproxy, which has no chunks.");
+    found.advice.push('nginx: proxy_http_version 1.1; and proxy_set_header Connection ""; in its location');
   }
   const guilty = known.length ? known : HOPS.filter((hop) => ["nginx", "HAProxy", "Caddy"].includes(hop.name));
   for (const hop of guilty) {
