@@ -73,7 +73,14 @@ function begin(asked) {
 async function read(run, signal) {
   const began = performance.now();
   const passed = () => performance.now() - began;
-  let drawn = 0;
+  let drawing = 0;
+  const drawSoon = () => {
+    drawing ||= setTimeout(() => {
+      drawing = 0;
+      at("bar").value = run.events.length;
+      draw(run);
+    }, DRAWN_EVERY_MS);
+  };
   try {
     const response = await fetch(addressOf(run), { headers: keyFields(), cache: "no-store", signal });
     run.head_ms = passed();
@@ -93,11 +100,7 @@ async function read(run, signal) {
       const now = passed();
       run.reads.push({ at_ms: now, bytes: value.length });
       take(value, now);
-      if (now - drawn > DRAWN_EVERY_MS) {
-        drawn = now;
-        at("bar").value = run.events.length;
-        draw(run);
-      }
+      drawSoon();
     }
     run.end = "complete";
   } catch (error) {
@@ -105,6 +108,7 @@ async function read(run, signal) {
     if (!run.status) run.problem = `The browser says: ${error.message}.`;
   } finally {
     run.end_ms = passed();
+    clearTimeout(drawing);
   }
 }
 
