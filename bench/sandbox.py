@@ -32,8 +32,8 @@ HOST = "inference.local"
 
 NEW = Work(
     "new",
-    "600 streams of one event within a second, each on a connection of its own",
-    "--mode stream --conns 600 --events 1 --interval-us 1000 --ramp 1 --timeout 60",
+    "3,000 streams of one event within five seconds, each on a connection of its own",
+    "--mode stream --conns 3000 --events 1 --interval-us 1000 --ramp 5 --timeout 60",
     "us_event",
     (),
     5,

@@ -28,6 +28,7 @@ from llmproxy.config import (
 )
 from llmproxy.config.credentials import ENVIRONMENT
 from llmproxy.config.endpoints import socket_path
+from llmproxy.config.host_pattern import HostPatterns
 from llmproxy.config.values import show_instant
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ProxyError
@@ -99,6 +100,7 @@ def warnings_of(config: Config) -> list[str]:
             f"routes[{before}] takes all that this route would take"
         )
     found += _of_lists(config)
+    found += _of_interceptions(config)
     for key, endpoint in _endpoints(config):
         if (path := socket_path(endpoint)) is not None:
             found += _of_folder(key, os.path.dirname(path))
@@ -107,6 +109,23 @@ def warnings_of(config: Config) -> list[str]:
             found += _of_folder(key, os.path.dirname(path)) or _of_records(key, path)
     found += _of_limits(config)
     return found
+
+
+def _of_interceptions(config: Config) -> Iterator[str]:
+    """Yield which hosts of a sandbox are not served as the file seems to say."""
+    hosts = () if config.intercept is None else config.intercept.hosts
+    routed = [route.hosts for route in config.routes]
+    for host in hosts:
+        is_it = HostPatterns([host]).match
+        if all(names is not None and not any(map(is_it, names)) for names in routed):
+            yield (
+                f'intercept.hosts: every request to "{host}" gets a 404: no route has it in '
+                "`hosts`, and none is without `hosts`"
+            )
+    is_intercepted = HostPatterns(hosts).match
+    for target in config.tunnel.allow:
+        if is_intercepted(target.host):  # a star counts as a label like any other
+            yield f'tunnel.allow: no tunnel leads to "{target}": `intercept.hosts` has it, too'
 
 
 def _of_limits(config: Config) -> Iterator[str]:

@@ -28,6 +28,7 @@ from llmproxy.config import (
     load,
 )
 from llmproxy.config.credentials import ENVIRONMENT
+from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.config.schema import redacted
 from llmproxy.config.settings import PROVIDER_TIMEOUTS
 from llmproxy.config.values import show_size
@@ -45,7 +46,7 @@ from llmproxy.errors import ProxyError
 from llmproxy.gateway.admission import Rules, admit, handshake_of, refuse_unread, unread_body
 from llmproxy.gateway.attempt import model_edits
 from llmproxy.gateway.gateway import guarded_fields
-from llmproxy.http1.grammar import Fields, first_values
+from llmproxy.http1.grammar import BadMessage, Fields, first_values, parse_authority
 from llmproxy.http1.headers import (
     ACCOUNT_FIELDS,
     HOP_BY_HOP,
@@ -55,8 +56,9 @@ from llmproxy.http1.headers import (
     host_of,
 )
 from llmproxy.http1.websocket import UPGRADE, Handshake
-from llmproxy.policy.auth import ANONYMOUS, Auth
+from llmproxy.policy.auth import ANONYMOUS, Auth, no_proxy_key
 from llmproxy.policy.routes import Candidate, ModelList, Named, NoModel, RouteMatch, Routes
+from llmproxy.policy.tunnels import Tunnels
 
 _WITH_BODY = (b"POST", b"PUT", b"PATCH")
 _SEEN = (
@@ -141,6 +143,8 @@ def explained(config: Config, client: Client, asked: Asked) -> Report:
     Raises:
         ProxyError: it would be refused.
     """
+    if asked.method == b"CONNECT":
+        return {"connect": _of_connect(config, client, asked.uri)}
     routes, request = Routes(config), cast(Any, asked)
     place = routes.at(asked.path, host_of(asked.first.get(b"host")))
     via = config.proxy.via.encode("ascii")
@@ -201,7 +205,8 @@ def _client(config: Config, name: str | None) -> Client:
 
 
 def _asked(args: argparse.Namespace) -> Asked:
-    method: bytes = args.method.encode("latin-1")
+    usual = "POST" if args.path.startswith("/") else "CONNECT"
+    method: bytes = (args.method or usual).encode("latin-1")
     said = {} if args.model is None else {"model": args.model}
     body = json.dumps(said | ({"stream": True} if args.stream else {})).encode()
     given = [_field(line) for line in args.header]
@@ -245,6 +250,26 @@ def _of_route(config: Config, route: Route) -> Report:
     at = config.routes.index(route)
     shown = {"name": route.name, "at": f"routes[{at}]", "path": route.path}
     return {**shown, "models": route.models, "hosts": route.hosts, "rules": rules}
+
+
+def _of_connect(config: Config, client: Client, target: bytes) -> Report:
+    """Return what becomes of a CONNECT, as far as its host says; addresses are checked later."""
+    try:
+        asked, port = parse_authority(target)
+    except BadMessage as error:
+        raise ProxyError(400, "bad_target", f"The request is refused: {error}.") from None
+    host = as_compared(asked)
+    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if config.intercept is not None and HostPatterns(config.intercept.hosts).match(host):
+        return {"host": shown, "outcome": "intercepted"}
+    if client is ANONYMOUS:
+        raise no_proxy_key()
+    try:
+        Auth(config, time.time).refuse_expired(client)
+    except ProxyError as error:
+        raise ProxyError(407, error.reason, error.message) from error
+    is_observed = Tunnels(config.tunnel).permit(host, port)
+    return {"host": shown, "outcome": "would_refuse" if is_observed else "tunnelled"}
 
 
 def _of_list(config: Config, listed: ModelList) -> Report:
@@ -333,6 +358,9 @@ def _lines(report: Report) -> Sequence[str]:
         refused = report["refused"]
         lines.append(_line("refused", f"{refused['status']} {refused['reason']}"))
         return [*lines, _line("", refused["message"])]
+    if "connect" in report:
+        connect = report["connect"]
+        return [*lines, _line("connect", f"{connect['host']} ({connect['outcome']})")]
     route = report["route"]
     lines.append(_line("route", f"{route['name']} ({route['at']}, path {route['path']})"))
     lines += [_line("rules", _pairs(route["rules"]))]

@@ -1,4 +1,4 @@
-"""The ``llmproxy`` command: ``run``, ``check``, ``explain``, ``keys``, ``ca``, ``usage``, ``demo``.
+"""The ``llmproxy`` command and its parts: ``run``, ``check``, ``explain``, ``keys`` and so on.
 
 What a program may read goes to stdout, what a person must know goes to stderr.  Nothing here knows
 how the daemon works; ``check`` reads a configuration by the very code of the start.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import hashlib
+import os
 import re
 import secrets
 import sys
@@ -19,7 +20,9 @@ from collections.abc import Callable, Sequence
 
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
-from llmproxy.cli.usage import DEFAULT_CONFIG, add_usage
+from llmproxy.cli.doctor.timeouts import add_timeouts
+from llmproxy.cli.ledgers import DEFAULT_CONFIG
+from llmproxy.cli.usage import add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong, duration, instant, show_instant
 from llmproxy.policy.auth import KEY_PREFIX
@@ -27,6 +30,15 @@ from llmproxy.version import version
 
 _KEY_LINE = re.compile(rb"([!-~]+)(?:\r?\n)?")
 _KEY_BYTES = 32  # 43 characters of URL-safe base64
+_AUTHORITY = re.compile(r"[^/?#@]+:[0-9]+")
+"""How the target of a CONNECT looks."""
+
+_PIPE_CLOSED = 128 + 13
+"""What a shell says of a program that SIGPIPE has ended."""
+
+_OF_THE_DOCTOR = ("doctor timeouts",)
+"""Commands of two words: behind the first one alone there are URLs."""
+
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
 
 
@@ -36,9 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; ``None`` takes those of the process.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(words[:2]) in _OF_THE_DOCTOR:
+        words[:2] = [" ".join(words[:2])]
+    args = _parser().parse_args(words)
     run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    try:
+        code = run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return code
 
 
 def keys_new(args: argparse.Namespace) -> int:
@@ -128,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands)
     add_ca(commands)
     add_usage(commands)
+    add_timeouts(commands)
     _add_demo(commands)
     return parser
 
@@ -203,8 +225,9 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say what would happen to a request",
         description="Say what the proxy would do with a request: its route, the candidates in "
         "order, the URL of each, the headers that are added and dropped, timeouts and limits; or "
-        "why it would be refused. Nothing is started or sent, and no command is run. What only a "
-        "running daemon knows is not said: which provider is busy, cools down or is switched off.",
+        "why it would be refused. Of a CONNECT it says what becomes of it. Nothing is started or "
+        "sent, and no command is run. What only a running daemon knows is not said: which provider "
+        "is busy, cools down or is switched off.",
         epilog=_CODES.format(
             ok="the request would be served",
             no="it would be refused, or the file cannot be used",
@@ -212,14 +235,18 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _add_file(command)
     command.add_argument(
-        "--path", required=True, type=_target, metavar="PATH", help="path and query of the request"
+        "--path",
+        required=True,
+        type=_target,
+        metavar="PATH",
+        help="path and query of the request, or HOST:PORT of a CONNECT",
     )
     command.add_argument(
         "--client", metavar="NAME", help="who calls (default: nobody known, if anonymous is true)"
     )
     command.add_argument("--model", metavar="NAME", help="the model that the body names")
     command.add_argument(
-        "--method", default="POST", metavar="METHOD", help="of the request (default: %(default)s)"
+        "--method", metavar="METHOD", help="of the request (default: POST, or CONNECT by the path)"
     )
     command.add_argument(
         "--host",
@@ -343,8 +370,11 @@ def _value_of(reader: Callable[[object], str]) -> Callable[[str], str]:
 
 
 def _target(word: str) -> str:
-    if not word.startswith("/") or not word.isascii() or not word.isprintable() or " " in word:
-        raise argparse.ArgumentTypeError(f"expected a path that begins with '/', got {word!r}")
+    is_target = word.startswith("/") or _AUTHORITY.fullmatch(word)
+    if not is_target or not word.isascii() or not word.isprintable() or " " in word:
+        raise argparse.ArgumentTypeError(
+            f"expected a path that begins with '/', or HOST:PORT of a CONNECT, got {word!r}"
+        )
     return word
 
 

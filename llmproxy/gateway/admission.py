@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from llmproxy.config import Client
-from llmproxy.config.host_pattern import as_compared
+from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.request import is_readable
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import first_values
@@ -32,12 +32,14 @@ class Rules(msgspec.Struct, frozen=True):
         guarded: the fields that some provider gets from the proxy alone, or not at all.
         auth: knows the clients' keys.
         serves_plain: requests behind CONNECT are served without TLS, too.
+        intercepts: the hosts for which requests behind CONNECT are served.
     """
 
     pseudonym: bytes
     guarded: frozenset[bytes]
     auth: Auth
     serves_plain: bool = False
+    intercepts: HostPatterns = HostPatterns(())
 
 
 def admit(request: Request, place: PathMatch, rules: Rules) -> None:
@@ -57,7 +59,7 @@ def admit(request: Request, place: PathMatch, rules: Rules) -> None:
     if not request.uri.startswith(b"/"):
         raise ProxyError(400, "bad_target", "The request target must be a path.")
     if (inside := request.inside) is not None:
-        refuse_elsewhere(request, inside, serves_plain=rules.serves_plain)
+        refuse_elsewhere(request, inside, rules)
     refuse_dots(request.path)
     admit_fields(request, rules.pseudonym, rules.guarded, place.websockets is not None)
 
@@ -81,7 +83,8 @@ def admit_fields(
     first = request.first
     if b"upgrade" in first and not takes_websockets and _asks_for_websocket(request):
         text = "WebSockets are not served here; use HTTP streaming."
-        raise ProxyError(426, "websocket", text, fields=USE_HTTP)
+        lacks = "no route here has `websocket = true`"
+        raise ProxyError(426, "websocket", text, fields=USE_HTTP, detail=lacks)
     if b"via" in first and _came_through(request, pseudonym):
         raise ProxyError(508, "loop", "The request came through this proxy already.")
     refuse_disguised(first, guarded)
@@ -128,15 +131,20 @@ def who_calls(request: Request, keys: KeyPlaces, auth: Auth) -> Client:
     return auth.identify(request.fields, request.uri, keys, request.first)
 
 
-def refuse_elsewhere(request: Request, inside: Inside, *, serves_plain: bool) -> None:
+def refuse_elsewhere(request: Request, inside: Inside, rules: Rules) -> None:
     """Refuse a request behind CONNECT that is for another host than that, or in the clear.
+
+    A connection may outlive the configuration that it was opened under: what counts is the present.
 
     Raises:
         ProxyError: 400 without a Host; 421 where Host or the name in TLS is another one (RFC 9110,
-            section 15.5.20); 403 where TLS is needed.
+            section 15.5.20), or the host is not intercepted any more; 403 where TLS is needed.
     """
     asked = f"{inside.host}:{inside.port}"
-    if not inside.is_secure and not serves_plain:
+    if not rules.intercepts.match(inside.host):
+        text = f"This proxy serves https://{inside.host} no more: connect again."
+        raise ProxyError(421, "not_intercepted", text, fields=((b"connection", b"close"),))
+    if not inside.is_secure and not rules.serves_plain:
         text = f"This proxy serves https://{inside.host} and not http://: change the URL."
         raise ProxyError(403, "plain_http", text)
     value = request.first.get(b"host")

@@ -34,7 +34,7 @@ from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, holds_made_key, no_proxy_key
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
-from llmproxy.server.error_response import error_fields
+from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.handler import Handler
 from llmproxy.server.inside import HANDSHAKE, LEFT, Inside
 from llmproxy.server.request import Request
@@ -117,6 +117,10 @@ class Connect(Handler):
         self._tunnels = Tunnels(config.tunnel)
         self._tunnel_settings = config.tunnel
 
+    def early_refusal(self, request: Request) -> ProxyError:
+        """Refuse a body in chunks, which a CONNECT cannot have either (RFC 9110, section 9.3.6)."""
+        return ProxyError(400, "malformed", "The request is refused: a CONNECT has no body.")
+
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
         exchange = self._recorder.begin(request)
@@ -140,7 +144,8 @@ class Connect(Handler):
             trace.path = authority_of(host, port)
         if request.inside is not None:
             text = "A CONNECT within a connection that is intercepted is not served."
-            raise ProxyError(405, "method", text)
+            allow = (b"allow", b", ".join(METHODS))
+            raise ProxyError(405, "method", text, fields=(allow,))
         value = request.first.get(b"proxy-authorization")
         client = None if value is None else self._auth.identify_proxy(value)
         if client is not None:
@@ -164,7 +169,7 @@ class Connect(Handler):
         trace = exchange.trace
         self._metrics.connected(trace.tunnel or REFUSED)
         is_new = error is None or self._ways.repeats.is_first(
-            trace.path, trace.client or trace.peer
+            trace.path, trace.client or trace.peer, error.reason
         )
         self._recorder.close(exchange, end, error, writes_access=is_new, detail=detail)
 

@@ -248,6 +248,7 @@ class Exchange:
             trace.chunks_at_once = relay.statistics.at_once
             if (first_at := relay.statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
+                trace.last_chunk_s = round(relay.statistics.last_at - self.started, 6)
 
     def _settle_unknown(self, lease: Lease, reported: int) -> int | None:
         """Settle where no whole usage was reported: about one token came with each event."""

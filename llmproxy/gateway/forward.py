@@ -179,7 +179,7 @@ class Forward(Handler):
         if error is not None:
             of_host(error)
             if end is EndReason.REJECTED and not exchange.request.startedWriting:
-                has_line = self._note_refusal(exchange)
+                has_line = self._note_refusal(exchange, error)
             exchange.fail(error, Dialect.OPENAI, self._recorder.now())
         self._recorder.close(exchange, end, error, writes_access=has_line)
 
@@ -224,13 +224,13 @@ class Forward(Handler):
         self._auth.refuse_crossing(request.fields, target, _KEYS)
         return client
 
-    def _note_refusal(self, exchange: Exchange) -> bool:
+    def _note_refusal(self, exchange: Exchange, error: ProxyError) -> bool:
         """The request is refused: return whether that has a line of the log."""
         trace = exchange.trace
         if trace.tunnel is not None:
             trace.tunnel = REFUSED
         host = _host_of(exchange.request.uri) if trace.path else ""
-        return self._repeats.is_first(host, trace.client or trace.peer)
+        return self._repeats.is_first(host, trace.client or trace.peer, error.reason)
 
     async def _send(self, exchange: Exchange, to: Destination) -> Response:
         """Send the request on a connection of its own; return the head of the response.

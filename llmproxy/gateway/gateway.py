@@ -15,6 +15,7 @@ import msgspec
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config, Route
+from llmproxy.config.host_pattern import HostPatterns
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.filler import heartbeat, padding
 from llmproxy.dialects.model_list import document
@@ -107,9 +108,11 @@ class Gateway(Handler):
         self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
-        serves_plain = config.intercept is not None and config.intercept.plain_http
+        intercept = config.intercept
+        serves_plain = intercept is not None and intercept.plain_http
+        intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         auth = Auth(config, recorder.now)
-        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain)
+        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain, intercepts)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:

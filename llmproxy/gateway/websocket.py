@@ -43,7 +43,7 @@ from llmproxy.record.trace import Trace, timestamp
 from llmproxy.stream.frames import NO_CODE, TEXT, frame
 from llmproxy.stream.gate import Gate
 from llmproxy.stream.tap import Degraded
-from llmproxy.stream.websocket import SocketResponse, WebSocketTap
+from llmproxy.stream.websocket import MOST_RUNNING, SocketResponse, WebSocketTap
 from llmproxy.stream.websocket_relay import GOING_AWAY, Ending, WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
@@ -215,7 +215,7 @@ class Conversation:
         self._number = 0
         self._sums: dict[str, int] = {}
         self._usage: set[str] = set()
-        self._counted: int | None = None
+        self._warms_up = True  # the provider knows what asks for no response, as far as is seen
         self._api = caller.api
         self._tap: WebSocketTap | None = None
         gate: Gate | None = None
@@ -303,8 +303,11 @@ class Conversation:
             raise ProxyError(403, "model_forbidden", text)
 
     def _admit(self, event: ClientEvent, tap: WebSocketTap, size: int) -> Lease | None:
-        if not self._caller.is_limited or not event.is_wanted:
+        if not self._caller.is_limited or not (event.is_wanted or not self._warms_up):
             return None
+        if tap.is_full:
+            text = f"{MOST_RUNNING} responses are asked for on this WebSocket, and none has begun."
+            raise ProxyError(429, "too_many_responses", text)
         model = event.named or tap.model
         return self._sockets.client_limits.admit(self._caller.client, model, size)
 
@@ -327,12 +330,15 @@ class Conversation:
     # -- what responses there were ----------------------------------------------------------------
 
     def _record(self, response: SocketResponse, end: EndReason) -> None:
-        """Write the record of a response that has ended."""
+        """Write the record of a response that has ended; of a warm-up if it made something."""
+        result = response.result(end)
         if not response.is_wanted:
-            return
+            if not result.usage.output_tokens:
+                return
+            self._warms_up = False
         self._number += 1
         sockets, whole = self._sockets, self._exchange.trace
-        now, result = sockets.clock(), response.result(end)
+        now = sockets.clock()
         age = now - response.asked_at
         trace = msgspec.structs.replace(
             whole,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from select import EPOLLIN
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, poll
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
@@ -28,6 +28,8 @@ _THRESHOLDS = (10_000, 20, 50)
 
 _ROUNDS = 100
 """Polls in a row, before the reactor's own loop has its turn in any case."""
+
+_BROKEN = EPOLLERR | EPOLLHUP
 
 _MOST = 256
 """Most ready sockets that one poll reports; the next poll reports the others."""
@@ -68,14 +70,14 @@ def calm_collector() -> None:
 
 
 def _iteration(reactor: Any) -> Callable[[float | None], None]:
-    poll, selectables, seconds = reactor._poller.poll, reactor._selectables, reactor.seconds
+    wait, selectables, seconds = reactor._poller.poll, reactor._selectables, reactor.seconds
     general, disconnect = reactor._doReadOrWrite, reactor._disconnectSelectable
 
     def iterate(timeout: float | None) -> None:
         """Poll, and again as long as only sockets have something to do."""
         for _ in range(1 if timeout == 0 else _ROUNDS):  # without a wait, something else is due
             try:
-                ready = poll(-1 if timeout is None else timeout, _MOST)
+                ready = wait(-1 if timeout is None else timeout, _MOST)
             except InterruptedError:
                 return
             for fd, event in ready:
@@ -90,7 +92,7 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                         log.err()
                     if why:
                         disconnect(selectable, why, True)
-                else:
+                elif event & EPOLLIN or not event & _BROKEN or _is_broken(fd):
                     log.callWithLogger(selectable, general, selectable, fd, event)
             if reactor.threadCallQueue or reactor._newTimedCalls or reactor._justStopped:
                 return
@@ -107,6 +109,16 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                 return
 
     return iterate
+
+
+def _is_broken(fd: int) -> bool:
+    """Return whether the kernel reports an error or a hang-up of a descriptor now.
+
+    What a poll reported may be of a socket that is closed since, and its number another's.
+    """
+    now = poll()
+    now.register(fd, 0)  # errors are always reported, and so are hang-ups
+    return bool(now.poll(0))
 
 
 class Lag:

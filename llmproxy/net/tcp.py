@@ -21,7 +21,7 @@ from typing import Any
 
 from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionAborted
+from twisted.internet.error import ConnectionAborted, ConnectionLost
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -179,6 +179,22 @@ class DirectTransport(tcp.Connection):
             return CONNECTION_DONE
         self.protocol.dataReceived(data)
         return None
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """The peer sends no more, or has reset the connection.
+
+        The kernel notes the error of a reset a moment before the end of what comes.  If epoll looks
+        in between, Twisted takes the error alone for an end, and what was broken off would look
+        whole.  The kernel still knows: behind a FIN a read returns nothing, and here it fails.
+        """
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            pass  # TLS has ended, and TCP has not
+        except OSError:
+            self.connectionLost(Failure(ConnectionLost()))
+            return
+        super().readConnectionLost(reason)
 
     def startTLS(self, ctx: Any, normal: bool = True) -> None:
         """Refuse: what is written would pass by Twisted's TLS layer, and leave in the clear.

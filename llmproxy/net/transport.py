@@ -16,6 +16,8 @@ import socket
 import sys
 from typing import Any
 
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+
 _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 30),
     (socket.TCP_KEEPINTVL, 10),
@@ -58,8 +60,12 @@ def raw_transport(transport: Any) -> Any:
 
 
 def tls_of(transport: Any) -> Any:
-    """Return OpenSSL's side of a transport with TLS, ours or Twisted's layer."""
-    ours = getattr(transport, "tls", None)
+    """Return OpenSSL's side of a transport with TLS, ours or Twisted's layer.
+
+    What a layer lacks it takes from the transport below, which may be one of ours with TLS, too.
+    """
+    is_layer = isinstance(transport, TLSMemoryBIOProtocol)
+    ours = None if is_layer else getattr(transport, "tls", None)
     return transport.getHandle() if ours is None else ours
 
 

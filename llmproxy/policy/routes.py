@@ -194,6 +194,13 @@ class _Clients:
 class PathMatch:
     """Every answer about one path and host that needs no body.
 
+    Args:
+        path: a raw path, without its query.
+        found: the routes at this path that take the host, the most particular one first.
+        clients: who may do what.
+        default_limit: the most bytes of a body where no route leads.
+        lost: the host, where routes are at this path and all of them are for others.
+
     Attributes:
         dialect: the shape of errors for the client: that of the first candidate, or without a route
             that of the API which the path looks like (design 8).
@@ -207,9 +214,15 @@ class PathMatch:
     """
 
     def __init__(
-        self, path: bytes, found: list[_Prepared], clients: _Clients, default_limit: int
+        self,
+        path: bytes,
+        found: list[_Prepared],
+        clients: _Clients,
+        default_limit: int,
+        lost: str | None = None,
     ) -> None:
         self._found = found
+        self._lost = lost
         self._clients = clients
         self._needs_model = any(one.needs_model for one in found)
         self.may_add = any(one.route.include_usage == "inject" for one in found)
@@ -247,7 +260,7 @@ class PathMatch:
             ProxyError: 404.
         """
         if not self._found:
-            raise _no_route(path_known=False)
+            raise self._no_route()
 
     def choose(
         self,
@@ -280,7 +293,7 @@ class PathMatch:
                 if all(map(one.allows, models)):
                     break
             else:
-                raise _no_route(path_known=bool(found))
+                raise self._no_route()
         if (key := one.candidates[0].keys.query) is not None:
             target = cut_keys(target, key)[1]
         path, mark, query = target.partition(b"?")
@@ -289,11 +302,19 @@ class PathMatch:
         if one.joins_model and not reads_list and self.needs_model(client):
             models = _joined(one, path, models, is_call=is_call)
             if not all(map(one.allows, models)):
-                raise _no_route(path_known=True)
+                raise self._no_route()
         self._clients.permit(client, one.route, () if reads_list else models)
         return RouteMatch(
             one.route, one.candidates, one.balance, one.body_limit, path, mark + query, is_call
         )
+
+    def _no_route(self) -> ProxyError:
+        if self._found:
+            return ProxyError(404, "no_route", "No route at this path takes this model.")
+        if self._lost is None:
+            return ProxyError(404, "no_route", "No route leads to this path.")
+        words = "No route for this host leads to this path."
+        return ProxyError(404, "no_route", words, detail=f"host {self._lost}")
 
     def list_of(self, client: Client, path: bytes) -> ModelList | None:
         """Return the list of models that a read of this path asks for, if it asks for one.
@@ -364,12 +385,10 @@ class Routes:
         """Return what there is at a raw path (without its query) and a lower-case host."""
         match = self._known.get((path, host))
         if match is None:
-            found = [
-                one
-                for one in self._routes
-                if one.is_at(path) and (one.hosts is None or host in one.hosts)
-            ]
-            match = PathMatch(path, found, self._clients, self._default_limit)
+            here = [one for one in self._routes if one.is_at(path)]
+            found = [one for one in here if one.hosts is None or host in one.hosts]
+            lost = host if here and not found else None
+            match = PathMatch(path, found, self._clients, self._default_limit, lost)
             if len(self._known) < _MOST_KNOWN and len(path) + len(host) < _LONGEST_KNOWN:
                 self._known[path, host] = match
         return match
@@ -527,9 +546,3 @@ def _matcher(patterns: Iterable[str]) -> Callable[[Named], bool]:
         return named.fullmatch(model) is not None
 
     return allows
-
-
-def _no_route(*, path_known: bool) -> ProxyError:
-    if path_known:
-        return ProxyError(404, "no_route", "No route at this path takes this model.")
-    return ProxyError(404, "no_route", "No route leads to this path.")

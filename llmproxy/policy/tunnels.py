@@ -56,16 +56,19 @@ class Tunnels:
         Raises:
             ProxyError: 403; the message is for people, and short enough for a status line.
         """
-        if not self._allow_private and _is_loopback(host):
+        is_loopback = _is_loopback(host)
+        if is_loopback and not self._allow_private:
             raise _refusal(_NO_PROXY, "localhost")
         if self.is_listed(host, port):
             return False
         if self._observe:
             return True
-        if not self._by_port:
-            raise _refusal(_NO_LIST, "host")
         if self._at_any_port.match(as_compared(host)):
             raise _refusal(_PORT_NOT_LISTED, "port")
+        if is_loopback:
+            raise _refusal(_NO_PROXY, "localhost")
+        if not self._by_port:
+            raise _refusal(_NO_LIST, "host")
         raise _refusal(_NOT_LISTED, "host")
 
 
@@ -124,4 +127,4 @@ def _is_loopback(host: str) -> bool:
 
 
 def _refusal(message: str, cause: str) -> ProxyError:
-    return ProxyError(403, REFUSED, message, cause=cause)
+    return ProxyError(403, REFUSED, message, detail=message, cause=cause)

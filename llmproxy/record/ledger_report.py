@@ -78,6 +78,7 @@ class Ways(msgspec.Struct):
     Attributes:
         host: host and port.
         outcome: ``intercepted``, ``tunnelled``, ``forwarded``, ``would_refuse`` or ``refused``.
+        error: the reason word of the refusal or the failure, such as ``no_key``; None for neither.
         client: None where nobody said who calls.
         bytes_in: bytes from the client to the host.
         bytes_out: bytes from the host to the client.
@@ -85,6 +86,7 @@ class Ways(msgspec.Struct):
 
     host: str
     outcome: str
+    error: str | None
     client: str | None
     count: int
     bytes_in: int
@@ -135,7 +137,7 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
         f"GROUP BY {columns}"
     )
     for path in paths:
-        for row in _rows(path, query, since, EndReason.REJECTED.value):
+        for row in rows_of(path, query, since, EndReason.REJECTED.value):
             group, figures = row[: len(by)], row[len(by) :]
             found.setdefault(group, Totals()).add(Totals(*figures))
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
@@ -152,7 +154,7 @@ def refused_in(paths: Sequence[str], since: str = "") -> int:
         LedgerError: one of the ledgers cannot be read.
     """
     query = f"SELECT count(*) FROM traces WHERE time >= ? AND end_reason = ? AND {_REQUEST}"  # noqa: S608 - words of ours
-    counts = (_rows(path, query, since, EndReason.REJECTED.value) for path in paths)
+    counts = (rows_of(path, query, since, EndReason.REJECTED.value) for path in paths)
     return sum(count for rows in counts for (count,) in rows)
 
 
@@ -167,14 +169,14 @@ def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
         LedgerError: one of the ledgers cannot be read.
     """
     query = (
-        "SELECT path, tunnel, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
-        "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, client"
+        "SELECT path, tunnel, error, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
+        "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, error, client"
     )
-    found: dict[tuple[str, str, str | None], Ways] = {}
+    found: dict[Group, Ways] = {}
     for path in paths:
-        for row in _rows(path, query, since):
+        for row in rows_of(path, query, since):
             other = Ways(_host_and_port(row[0]), *row[1:])
-            ours = found.setdefault((other.host, other.outcome, other.client), other)
+            ours = found.setdefault((other.host, other.outcome, other.error, other.client), other)
             if ours is not other:
                 ours.add(other)
     order = sorted(found, key=lambda key: (-found[key].count, _order(key)))
@@ -206,7 +208,7 @@ def tokens_by_client(path: str, since: str) -> dict[str, int]:
         "coalesce(input_tokens, 0) + coalesce(output_tokens, 0))) "
         f"FROM traces WHERE time >= ? AND client IS NOT NULL AND {_ONE} GROUP BY client"
     )
-    return dict(_rows(path, query, since))
+    return dict(rows_of(path, query, since))
 
 
 def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
@@ -225,7 +227,7 @@ def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
         f"requests, complete, unreported, {', '.join(TOKENS)} FROM sessions WHERE last_time >= ?"
     )
     for path in paths:
-        for session, client, last, first_time, last_time, *figures in _rows(path, query, since):
+        for session, client, last, first_time, last_time, *figures in rows_of(path, query, since):
             other = Checkpoint(
                 session, client or None, Totals(*figures), last, first_time, last_time
             )
@@ -243,7 +245,12 @@ def _merge(ours: Checkpoint, other: Checkpoint) -> None:
         ours.last_time, ours.last_trace = other.last_time, other.last_trace
 
 
-def _rows(path: str, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
+def rows_of(path: str, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
+    """Yield what a query finds in a ledger.
+
+    Raises:
+        LedgerError: the ledger cannot be read.
+    """
     with _named(path), closing(open_for_reading(path)) as connection:
         yield from connection.execute(query, arguments)
 

@@ -97,6 +97,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE traces ADD COLUMN events INTEGER",
         "ALTER TABLE traces ADD COLUMN chunks_at_once INTEGER",
+        "ALTER TABLE traces ADD COLUMN last_chunk_s REAL",
         "ALTER TABLE traces ADD COLUMN buffered_upstream INTEGER",
     ),
 )

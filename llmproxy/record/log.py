@@ -181,8 +181,8 @@ def _access_line(at: float, trace: Trace, cause: str | None, detail: str | None)
 
 
 def access_message(trace: Trace) -> str:
-    """Return an access line in words."""
-    return f"{trace.method} {trace.path} {trace.end_reason}"
+    """Return an access line in words: what could not be read has neither method nor path."""
+    return f"{trace.method or 'unreadable'} {trace.path or 'request'} {trace.end_reason}"
 
 
 def access_event(trace: Trace, cause: str | None, detail: str | None) -> dict[str, Any]:

@@ -90,6 +90,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.responses", "responses", _integer),
     ("llmproxy.events", "events", _integer),
     ("llmproxy.chunks_at_once", "chunks_at_once", _integer),
+    ("llmproxy.last_chunk_s", "last_chunk_s", _double),
     ("llmproxy.buffered_upstream", "buffered_upstream", _boolean),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))

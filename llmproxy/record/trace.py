@@ -100,6 +100,7 @@ class Trace(msgspec.Struct, kw_only=True):
     responses: int | None = None
     events: int | None = None
     chunks_at_once: int | None = None
+    last_chunk_s: float | None = None
     buffered_upstream: bool | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET

@@ -202,6 +202,8 @@ class ClientConnection(http.HTTPChannel):
         raw_transport(self.transport).bufferSize = _QUEUE
         self._delivery = Delivery(self.transport, self.site.reactor)
         self.site.joined(self)
+        if self.inside is not None:
+            return  # TLS behind a CONNECT: the handshake's time runs from that on
         if isinstance(self.transport, TLSMemoryBIOProtocol | TlsTransport):
             self.enter(Phase.HANDSHAKE, self.site.timeouts.request_head)
         else:

@@ -34,6 +34,9 @@ _TLS_RECORD = b"\x16\x03"
 _HTTP = re.compile(rb"[A-Z]{1,8}(?: |$)|[A-Z]{8}")
 """How a client of HTTP begins, as far as the first bytes show it."""
 
+_DISTRUST = re.compile(r"alert (unknown ca|bad certificate|certificate unknown)")
+"""How OpenSSL names the alerts of clients that do not know who signed; Go and Java differ."""
+
 TIMEOUT, SILENT, STRANGE = "tls_timeout", "no_hello", "no_tls"
 LEFT, HANDSHAKE = "left", "tls_handshake"
 """Why a connection did not go on, in a word; what a handshake fails of is told in words."""
@@ -123,7 +126,7 @@ class Inside:
         if self._ended is None:
             return
         if reason.check(SSL.Error):
-            self.end((HANDSHAKE, f"the TLS handshake failed: {reason.getErrorMessage()}"))
+            self.end((HANDSHAKE, _failed(reason.getErrorMessage())))
         else:
             self.end((LEFT, reason.getErrorMessage()))
 
@@ -132,6 +135,16 @@ class Inside:
         ended, self._ended = self._ended, None
         if ended is not None:
             ended(why)
+
+
+def _failed(said: str) -> str:
+    """Return what a handshake failed of, for the operator; ``said`` is what OpenSSL says."""
+    if (alert := _DISTRUST.search(said)) is None:
+        return f"the TLS handshake failed: {said}"
+    return (
+        f"the client does not trust the certificate (TLS alert: {alert[1]}): "
+        "it needs the root of the authority"
+    )
 
 
 @implementer(IHalfCloseableProtocol)

@@ -107,9 +107,10 @@ class _Signer:
             context = server_context(certificate, self._chain, key)
         except SSL.Error as error:
             raise NoCertificate(f"OpenSSL refuses it: {error}") from error
-        # Nobody resumes a session on a second tunnel: none is kept, here or in a ticket.
-        context.set_options(SSL.OP_NO_TICKET)
+        # Nobody resumes a session on a second tunnel: none is kept, here or in a ticket.  On the
+        # context the option makes tickets of another kind; within the handshake it sends none.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+        context.set_tlsext_servername_callback(_without_ticket)
         is_last = end == self.not_after
         return Leaf(context, begin, end, float("inf") if is_last else now + (end - now) / 2)
 
@@ -135,6 +136,11 @@ class _Signer:
             .add_extension(self._issuer, critical=False)
         )
         return builder.sign(self._key, self._hash)
+
+
+def _without_ticket(connection: SSL.Connection) -> None:
+    """Send no ticket behind the handshake: two records that no client uses."""
+    connection.set_options(SSL.OP_NO_TICKET)
 
 
 _HANDSHAKES = x509.KeyUsage(

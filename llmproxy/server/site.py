@@ -163,7 +163,8 @@ class Site(Factory):
         self._told_at[peer] = now
         _log.warn(
             "{peer} speaks TLS on a port where none is spoken: it must use http:// and ws:// here, "
-            "or a port of listen_tls (OpenAI's Realtime for npm always speaks wss://)",
+            "also in HTTPS_PROXY, or a port of listen_tls (OpenAI's Realtime for npm always speaks "
+            "wss://)",
             peer=peer,
         )
 

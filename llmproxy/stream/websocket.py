@@ -57,7 +57,7 @@ _HEAD = 4096
 
 _may_end = re.compile(rb'"response\.(?:completed|incomplete|failed|done)"').search
 
-_MOST_RUNNING = 256
+MOST_RUNNING = 256
 """Most responses of one connection that are under way at once, as far as they are followed."""
 
 _log = Logger()
@@ -354,6 +354,11 @@ class WebSocketTap:
         """Whether it can be told if a response is under way."""
         return not self.degraded or (self._client.is_reading and self._provider.is_reading)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no further response that is asked for would be followed."""
+        return len(self._asked) >= MOST_RUNNING
+
     def finish(self) -> list[SocketResponse]:
         """Return the responses that are still under way, now that the connection has ended."""
         left = [*self._running.values(), *self._asked]
@@ -364,7 +369,7 @@ class WebSocketTap:
     def expect(self, event: ClientEvent) -> SocketResponse:
         """A client asks for a response."""
         asked = self._response(event.named or self.model, is_wanted=event.is_wanted)
-        if len(self._asked) < _MOST_RUNNING:
+        if not self.is_full:
             self._asked.append(asked)
         return asked
 
@@ -403,9 +408,16 @@ class WebSocketTap:
             self._ended(response)
 
     def _begin(self, name: str) -> None:
+        if name in self._running and not self._asked:
+            return  # it is said twice
         response = self._asked.popleft() if self._asked else self._response(self.model)
-        if len(self._running) < _MOST_RUNNING:
-            self._running[name] = response
+        before, running = self._running.pop(name, None), self._running
+        if before is None and len(running) >= MOST_RUNNING:
+            before = running.pop(next(iter(running)))
+        running[name] = response
+        if before is not None:  # it may hold a place of its client's
+            before.seen.fail("never_ended", None)
+            self._ended(before)
 
     def _of(self, event: ProviderEvent) -> SocketResponse | None:
         """Return the response that an event belongs to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,6 +96,79 @@ def test_an_authority_that_has_expired_is_a_problem(tmp_path: Path, capsys: Prin
     assert main(["check", str(tmp_path / "checked.toml")]) == 1
     (problem,) = capsys.readouterr().err.splitlines()
     assert problem.startswith("intercept.ca_certificate: expected a certificate that has not exp")
+
+
+# --- interceptions and tunnels --------------------------------------------------------------------
+
+
+def sandbox_warnings(
+    folder: Path,
+    printed: Printed,
+    *hosts: str,
+    routes: Sequence[str] | None,
+    tunnel: str = "",
+) -> list[str]:
+    """Return the warnings to a file that intercepts ``hosts``, with a route for others."""
+    for_hosts: dict[str, str | None] = {}
+    if routes is not None:
+        for_hosts["routes[0].hosts"] = json.dumps(routes)
+    made = OpenAuthority(folder, *hosts)
+    path = folder / "checked.toml"
+    path.write_text(f"{toml(for_hosts)}\n{made.config()}\n[tunnel]\n{tunnel}\n")
+    assert main(["check", str(path)]) == 0
+    return [line.removeprefix("warning: ") for line in printed.readouterr().err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "routes", "lost"),
+    [
+        (["a.example", "b.example"], ["a.example"], ["b.example"]),
+        (["a.example"], ["a.exampel"], ["a.example"]),
+        (["*.a.example"], ["b.example"], ["*.a.example"]),
+        (["*.a.example"], ["a.example"], ["*.a.example"]),
+        (["*.a.example"], ["x.y.a.example"], []),
+        (["a.example"], ["b.example", "a.example"], []),
+        (["a.example", "*.b.example"], None, []),
+    ],
+)
+def test_an_intercepted_host_without_a_route(
+    hosts: list[str],
+    routes: list[str] | None,
+    lost: list[str],
+    tmp_path: Path,
+    capsys: Printed,
+) -> None:
+    """Each request to it would get a 404; a route that is kept to no host serves all of them."""
+    found = sandbox_warnings(tmp_path, capsys, *hosts, routes=routes)
+    assert found == [
+        f'intercept.hosts: every request to "{host}" gets a 404: no route has it in `hosts`, and '
+        "none is without `hosts`"
+        for host in lost
+    ]
+
+
+@pytest.mark.parametrize(
+    ("allow", "dead"),
+    [
+        ("a.example:443", True),
+        ("A.example:*", True),
+        ("*.b.example:443", True),
+        ("*.c.b.example:443", True),
+        ("c.b.example:22", True),
+        ("*.a.example:443", False),
+        ("b.example:443", False),
+        ("*.example:443", False),
+        ("other.example:443", False),
+    ],
+)
+def test_a_tunnel_that_is_intercepted_instead(
+    allow: str, dead: bool, tmp_path: Path, capsys: Printed
+) -> None:
+    """No tunnel leads to a host of both lists; a wildcard that has other hosts, too, is usual."""
+    hosts = ("a.example", "*.b.example")
+    found = sandbox_warnings(tmp_path, capsys, *hosts, routes=None, tunnel=f'allow = ["{allow}"]')
+    words = f'tunnel.allow: no tunnel leads to "{allow.lower()}": `intercept.hosts` has it, too'
+    assert found == ([words] if dead else [])
 
 
 # --- lists of models ------------------------------------------------------------------------------

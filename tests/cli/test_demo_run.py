@@ -141,7 +141,7 @@ def test_a_sandbox_is_what_it_prints() -> None:
     """In a shell with nothing but these variables, curl reaches the providers' own hosts."""
     with running("--sandbox") as demo:
         text = demo.begin
-        exports = [line for line in text.splitlines() if line.startswith("export ")]
+        exports = [line for line in text.splitlines() if line.startswith(("export ", "unset "))]
         folder = Path(re.findall(r"NODE_EXTRA_CA_CERTS=(\S+)/root.pem", text)[0])
         calls = re.findall(r"curl -N https://[^\n]*\n[^\n]*", text)
         assert len(calls) == 2
@@ -150,15 +150,19 @@ def test_a_sandbox_is_what_it_prints() -> None:
             assert done.returncode == 0, done.stderr
             assert "data: " in done.stdout
         assert in_a_shell(*exports, "curl -sS https://example.com/").returncode == 56
+        # What stands in a shell may win over what is printed.
+        others = {"https_proxy": "http://127.0.0.1:1", "CURL_CA_BUNDLE": "/none.pem"}
+        others["no_proxy"] = "*"
+        assert in_a_shell(*exports, calls[0], **others).returncode == 0
         assert folder.is_dir()
     assert not folder.exists()
 
 
-def in_a_shell(*lines: str) -> subprocess.CompletedProcess[str]:
-    """Run lines in a shell that knows nothing else."""
+def in_a_shell(*lines: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run lines in a shell that knows nothing else but these variables."""
     return subprocess.run(
         ["bash", "-c", "\n".join(lines)],
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], **variables},
         capture_output=True,
         text=True,
         timeout=WAIT,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llmproxy.cli.main import main
+from tests.support.authorities import OpenAuthority
 from tests.support.configs import SECRET, vault
 
 DIGEST = "1" * 64
@@ -156,6 +157,60 @@ def test_why_a_request_would_be_refused(
     refused = found["refused"]
     assert (found["ok"], refused["status"], refused["reason"]) == (False, status, reason)
     assert refused["message"]
+
+
+TUNNELS = '\n[tunnel]\nallow = ["git.example:443", "*.openai.example:443"]\n'
+
+
+@pytest.mark.parametrize(
+    ("target", "outcome"),
+    [
+        ("git.example:443", "tunnelled"),
+        ("GIT.example:443", "tunnelled"),
+        ("api.openai.example:443", "intercepted"),
+        ("api.openai.example:8443", "intercepted"),
+        ("x.openai.example:443", "tunnelled"),
+    ],
+)
+def test_what_becomes_of_a_connect(target: str, outcome: str, file: Path, capsys: Printed) -> None:
+    """The target of a CONNECT is host and port; interception wins."""
+    made = OpenAuthority(file.parent, "api.openai.example")
+    _, section, keys = made.config().partition("[intercept]")
+    file.write_text(f"{file.read_text()}{TUNNELS}{section}{keys}")
+    asked = ("--path", target)
+    assert explained(file, capsys, *asked)["connect"] == {
+        "host": target.lower(),
+        "outcome": outcome,
+    }
+    code, out, _ = run(file, capsys, "--client", "team-a", *asked)
+    assert (code, out.splitlines()[1]) == (0, f"connect     {target.lower()} ({outcome})")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        (["--path", "git.example:22"], 403, "tunnel_refused"),
+        (["--path", "else.example:443"], 403, "tunnel_refused"),
+        (["--path", "git.example:0"], 400, "bad_target"),
+        (["--path", "/openai/x", "--method", "CONNECT"], 400, "bad_target"),
+        (["--path", "git.example:443", "--client", "late"], 407, "key_expired"),
+        (["--path", "git.example:443", "--client", "anonymous"], 407, "no_key"),
+    ],
+)
+def test_why_a_tunnel_would_be_refused(
+    arguments: list[str], status: int, reason: str, file: Path, capsys: Printed
+) -> None:
+    """As for a request, with the words of the status line."""
+    file.write_text(f"[proxy]\nanonymous = true\n{file.read_text()}{TUNNELS}")
+    refused = explained(file, capsys, *arguments, code=1)["refused"]
+    assert (refused["status"], refused["reason"]) == (status, reason)
+
+
+def test_a_tunnel_that_is_observed(file: Path, capsys: Printed) -> None:
+    """It passes, and says that the list would refuse it."""
+    file.write_text(f"{file.read_text()}\n[tunnel]\nobserve = true\n")
+    found = explained(file, capsys, "--path", "git.example:443")
+    assert found["connect"]["outcome"] == "would_refuse"
 
 
 def test_a_list_of_our_own(file: Path, capsys: Printed) -> None:

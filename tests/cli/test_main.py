@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 import types
@@ -309,3 +311,21 @@ def test_demo(
     monkeypatch.setitem(sys.modules, "llmproxy.cli.demo.run", stand_in)
     assert main(["demo", *arguments]) == 0
     assert calls == [expected]
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As behind ``| head``; no traceback, and the code of a closed pipe."""
+    program = "import sys; from llmproxy.cli import main; sys.exit(main.main(['keys', 'new', 'a']))"
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=writes,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -276,23 +276,25 @@ def test_tunnels_are_hosts_and_no_requests(
         trace(7, path="http://f.example/a", client="a", tunnel="forwarded", bytes_in=1),
         trace(8, path="http://F.example:80/b", client="a", tunnel="forwarded", bytes_in=2),
         trace(9, path="http://[fd12::1]:81", client="a", tunnel="forwarded"),
+        trace(10, path="x:443", tunnel="refused", end_reason="rejected", error="no_key"),
     )
     other = fill(
         tmp_path / "two", trace(6, path="h:443", client="a", tunnel="would_refuse", bytes_in=1000)
     )
     found = json_report(capsys, first, other, "--tunnels")["tunnels"]
-    assert [tuple(one.values())[:6] for one in found] == [
-        ("h:443", "would_refuse", "a", 3, 1005, 7),
-        ("f.example:80", "forwarded", "a", 2, 3, 0),
-        ("[fd12::1]:81", "forwarded", "a", 1, 0, 0),
-        ("i:443", "intercepted", None, 1, 0, 0),
-        ("x:443", "refused", None, 1, 0, 0),
+    assert [tuple(one.values())[:7] for one in found] == [
+        ("h:443", "would_refuse", None, "a", 3, 1005, 7),
+        ("f.example:80", "forwarded", None, "a", 2, 3, 0),
+        ("[fd12::1]:81", "forwarded", None, "a", 1, 0, 0),
+        ("i:443", "intercepted", None, None, 1, 0, 0),
+        ("x:443", "refused", None, None, 1, 0, 0),
+        ("x:443", "refused", "no_key", None, 1, 0, 0),
     ]
     assert found[3]["last_time"] == at["time"]
     later = json_report(capsys, first, "--tunnels", "--since", "2026-11-01T12:00")["tunnels"]
     assert "i:443" not in [one["host"] for one in later]
     head, *body = rows(printed(capsys, first, other, "--tunnels"))
-    assert " ".join(head) == "host outcome client count bytes in bytes out last time"
-    assert body[0][:6] == ["h:443", "would_refuse", "a", "3", "1,005", "7"]
+    assert " ".join(head) == "host outcome error client count bytes in bytes out last time"
+    assert body[0][:7] == ["h:443", "would_refuse", "-", "a", "3", "1,005", "7"]
     totals = json_report(capsys, first)
     assert (totals["total"]["requests"], totals["refused"]) == (1, 0)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 from anthropic._streaming import SSEDecoder as AnthropicDecoder
+from httpx_sse import EventSource
 from openai._streaming import SSEDecoder as OpenAIDecoder
 
 from llmproxy.dialects.dialect import Dialect
@@ -38,6 +44,13 @@ def by_anthropic(pieces: Iterator[bytes]) -> list[tuple[str | None, str]]:
     return [event for event in events if event[0] != "ping"]
 
 
+def by_httpx_sse(pieces: Iterator[bytes]) -> list[tuple[str | None, str]]:
+    """Return the events that httpx-sse reads."""
+    fields = {"content-type": "text/event-stream"}
+    source = EventSource(httpx.Response(200, headers=fields, content=pieces))
+    return [(event.event, event.data) for event in source.iter_sse()]
+
+
 @pytest.mark.parametrize("size", [0, LEAST, 4, 2048])
 def test_padding_has_its_size(size: int) -> None:
     """To the byte, with the empty line behind it; and an SDK finds nothing in it."""
@@ -58,7 +71,11 @@ def test_a_heartbeat_has_its_least_size(dialect: Dialect, least: int) -> None:
 @pytest.mark.parametrize("least", [0, 64])
 @pytest.mark.parametrize(
     ("read", "dialect", "events"),
-    [(by_openai, Dialect.OPENAI, OPENAI), (by_anthropic, Dialect.ANTHROPIC, ANTHROPIC)],
+    [
+        (by_openai, Dialect.OPENAI, OPENAI),
+        (by_httpx_sse, Dialect.OPENAI, OPENAI),
+        (by_anthropic, Dialect.ANTHROPIC, ANTHROPIC),
+    ],
 )
 def test_sdks_read_the_same_events(
     read: Read, dialect: Dialect, events: tuple[bytes, ...], least: int
@@ -70,3 +87,23 @@ def test_sdks_read_the_same_events(
     whole = padding(100) + beat + b"".join(event + beat for event in events)
     for at in range(len(whole) + 1):
         assert read(iter([whole[:at], whole[at:]])) == expected
+
+
+BROWSER = Path(__file__).parents[1] / "browser"
+
+
+def test_npm_s_parser_reads_the_same_events() -> None:
+    """The one of the AI SDK, at every split in two, too."""
+    if shutil.which("node") is None or not (BROWSER / "node_modules/eventsource-parser").is_dir():
+        pytest.skip("eventsource-parser is not installed; make peers")
+    beat = heartbeat(Dialect.OPENAI, 0)
+
+    def read(whole: bytes) -> list[object]:
+        command = ["node", str(BROWSER / "events.mjs")]
+        done = subprocess.run(command, input=whole, capture_output=True, check=True, timeout=60)
+        found: list[object] = json.loads(done.stdout)
+        return found
+
+    (expected,) = read(b"".join(OPENAI))
+    assert expected
+    assert read(padding(100) + beat + b"".join(event + beat for event in OPENAI)) == [expected]

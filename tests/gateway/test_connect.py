@@ -170,6 +170,15 @@ def test_a_connect_with_a_body_is_refused(length: str) -> None:
     assert not played.leaves
 
 
+def test_a_connect_with_a_chunked_body_is_refused_at_once() -> None:
+    """Nobody waits for the end of such a body, and nothing that follows is taken for a tunnel."""
+    played = PlayedConnect()
+    played.ask("in.example:443", "Transfer-Encoding: chunked")
+    assert played.refusal()[0] == 400
+    played.send(b"5\r\nhello\r\n0\r\n\r\n")
+    assert not played.leaves
+
+
 # --- interception ---------------------------------------------------------------------------------
 
 
@@ -369,12 +378,24 @@ def test_refusals_of_many_hosts_are_counted_together() -> None:
     """A program that invents hosts fills neither the log nor the memory; nothing goes untold."""
     clock = Clock()
     repeats = Repeats(clock)
-    told = [repeats.is_first(f"h{number}.example:443", "c") for number in range(1030)]
+    told = [repeats.is_first(f"h{number}.example:443", "c", "no_key") for number in range(1030)]
     assert told == [True] * 1024 + [False] * 6
     with capturedLogs() as lines:
         clock.advance(60)
     assert [line["count"] for line in lines] == [6]
-    assert repeats.is_first("h1029.example:443", "c")
+    assert repeats.is_first("h1029.example:443", "c", "no_key")
+
+
+def test_another_reason_is_another_line() -> None:
+    """Who mends one mistake sees the next one, and not a count of the first."""
+    clock = Clock()
+    repeats = Repeats(clock)
+    reasons = ["no_key", "unknown_key", "tls_handshake", "unknown_key"]
+    told = [repeats.is_first("h.example:443", "c", reason) for reason in reasons]
+    assert told == [True, True, True, False]
+    with capturedLogs() as lines:
+        clock.advance(60)
+    assert [(line["count"], line["error"]) for line in lines] == [(1, "unknown_key")]
 
 
 def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
@@ -383,7 +404,7 @@ def test_what_was_counted_is_told_at_the_end_of_the_process() -> None:
     repeats = Repeats(clock)
     repeats.close()
     for _ in range(3):
-        repeats.is_first("h.example:443", "c")
+        repeats.is_first("h.example:443", "c", "no_key")
     with capturedLogs() as lines:
         repeats.close()
         repeats.close()

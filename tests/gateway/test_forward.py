@@ -428,7 +428,7 @@ async def test_refusals_that_repeat_are_a_line_and_a_count() -> None:
 async def test_a_refused_connect_and_a_refused_url_of_a_host_are_the_same() -> None:
     """A program that cannot have the one tries the other."""
     async with forwarding("127.0.0.1:80") as site:
-        assert site.ways.repeats.is_first("other.example:80", "c")
+        assert site.ways.repeats.is_first("other.example:80", "c", "tunnel_refused")
         await site.ask(request("GET", "http://other.example/", KEY))
         await site.record()
         assert not site.accessed

@@ -110,6 +110,7 @@ def test_a_record_tells_the_whole_story() -> None:
         "duration_s": 8.0,
         "longest_gap_s": 4.0,
         "chunks_at_once": 0,
+        "last_chunk_s": 7.0,
         "paused_s": 0.0,
     }
     labels = {"route": "p", "provider": "p", "client": "c", "method": "POST", "status": "2xx"}

@@ -6,6 +6,7 @@ from base64 import b64encode
 
 import pytest
 
+from llmproxy.config.host_pattern import HostPatterns
 from llmproxy.gateway.admission import Rules
 from llmproxy.http1.grammar import Fields
 from llmproxy.server.connection import ClientConnection
@@ -31,7 +32,8 @@ def inside(
     assert isinstance(played.channel, ClientConnection)
     played.channel.inside = found
     rules = played.gateway._rules
-    played.gateway._rules = Rules(rules.pseudonym, rules.guarded, rules.auth, serves_plain)
+    hosts = HostPatterns(("in.example",))
+    played.gateway._rules = Rules(rules.pseudonym, rules.guarded, rules.auth, serves_plain, hosts)
     return played
 
 

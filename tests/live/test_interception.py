@@ -86,6 +86,15 @@ def test_tokens_come_one_by_one(live: Sandbox) -> None:
             assert wire.read_chunk() == piece
 
 
+def test_no_session_ticket_is_sent(live: Sandbox) -> None:
+    """Nobody would come back with it on another tunnel."""
+    with live.inside("inference.local") as wire:
+        wire.send(call("inference.local"))
+        assert read_response(wire).status == 200
+        assert isinstance(wire.sock, ssl.SSLSocket)
+        assert wire.sock.session is None or not wire.sock.session.has_ticket
+
+
 def test_many_requests_use_one_connection(live: Sandbox) -> None:
     """And each is checked anew: a wrong host in between is a 421, and the next one is served."""
     with live.inside("inference.local") as wire:
@@ -176,6 +185,15 @@ def test_what_is_wrong_inside_is_told_inside(live: Sandbox) -> None:
     assert got.json()["type"] == "error"
 
 
+def test_a_connect_within_an_interception_is_405(live: Sandbox) -> None:
+    """The response says what is served there, as each 405 must (RFC 9110, section 15.5.6)."""
+    with live.inside("inference.local") as wire:
+        wire.send(connect_head("api.openai.com"))
+        got = read_response(wire)
+    assert (got.status, got.error) == (405, "method")
+    assert got.values(b"allow") == [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]
+
+
 def test_a_wrong_key_on_the_connect_is_407_and_the_next_one_counts(live: Sandbox) -> None:
     """On the same connection, as git does it."""
     with connect(live.daemon.port) as wire:
@@ -190,13 +208,15 @@ def test_a_wrong_key_on_the_connect_is_407_and_the_next_one_counts(live: Sandbox
 
 
 def test_another_host_has_its_reason_in_the_status_line(live: Sandbox) -> None:
-    """Nothing is listed here."""
+    """Nothing is listed here; the log says the same."""
     with connect(live.daemon.port) as wire:
         wire.send(connect_head("example.com"))
         first, fields = wire.read_head()
         assert first == b"HTTP/1.1 403 No host is on the tunnel list"
         body = json.loads(wire.read_body(fields))
     assert body["error"]["message"] == "No host is on the tunnel list."
+    words = "No host is on the tunnel list."
+    live.daemon.wait_log("CONNECT example.com:443 rejected", cause="host", detail=words)
 
 
 def test_an_http_client_behind_the_connect_is_told_the_url(live: Sandbox) -> None:
@@ -219,13 +239,15 @@ def test_another_protocol_ends_with_a_line_in_the_log(live: Sandbox) -> None:
 
 
 def test_a_client_that_does_not_trust_the_authority_is_in_the_log(live: Sandbox) -> None:
-    """With what its TLS says."""
-    with live.tunnel("inference.local", "User-Agent: distrust/1") as wire:
+    """With what its TLS says, and what to do."""
+    with live.tunnel("distrusted.models.example", "User-Agent: distrust/1") as wire:
         context = ssl.create_default_context()
         with pytest.raises(ssl.SSLCertVerificationError):
-            context.wrap_socket(wire.sock, server_hostname="inference.local")
+            context.wrap_socket(wire.sock, server_hostname="distrusted.models.example")
     record = trace_of(live.daemon, user_agent="distrust/1")
     assert (record["end_reason"], record["error"]) == ("client_gone", "tls_handshake")
+    line = live.daemon.wait_log("CONNECT", id=record["id"])
+    assert "does not trust the certificate (TLS alert: unknown ca)" in line["detail"]
     assert_settles(live.daemon)
 
 
@@ -248,7 +270,7 @@ def test_a_host_below_a_wildcard_has_a_leaf_of_its_own(live: Sandbox) -> None:
 def test_a_key_that_is_taken_back_ends_its_use_on_an_open_connection(
     live: Sandbox,
 ) -> None:
-    """And an interception that ends with a reload goes on for who is in it."""
+    """Each request is checked by the configuration of its time."""
     with live.inside("inference.local") as wire:
         wire.send(call("inference.local"))
         assert read_response(wire).status == 200
@@ -263,6 +285,28 @@ def test_a_key_that_is_taken_back_ends_its_use_on_an_open_connection(
         finally:
             live.daemon.config_path.write_text(text)
             reload(live.daemon)
+
+
+def test_a_host_that_is_no_more_intercepted_is_not_served_on_an_open_connection(
+    live: Sandbox,
+) -> None:
+    """Its client is told to connect again, and meets what the host is now."""
+    host = "api.openai.com"
+    with live.inside(host) as wire:
+        wire.send(call(host))
+        assert read_response(wire).status == 200
+        rest = '"api.anthropic.com", "*.models.example"'
+        reload(live.daemon, (f'"{host}", {rest}', rest))
+        try:
+            wire.send(call(host))
+            got = read_response(wire)
+            assert (got.status, got.error) == (421, "not_intercepted")
+            assert got.values(b"connection") == [b"close"]
+            with connect(live.daemon.port) as again:
+                again.send(connect_head(host))
+                assert read_response(again).error == "tunnel_refused"
+        finally:
+            reload(live.daemon, (rest, f'"{host}", {rest}'))
 
 
 def test_everything_is_let_go_of(live: Sandbox) -> None:

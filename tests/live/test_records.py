@@ -24,7 +24,7 @@ path model served_model stream status end_reason error is_complete attempts byte
 chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens
 cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
 model_from queued_s counted_tokens tunnel responses events chunks_at_once
-buffered_upstream
+last_chunk_s buffered_upstream
 """
 
 live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))
@@ -46,6 +46,7 @@ def test_a_record_says_all_that_is_known(live: LiveProxy) -> None:
     duration, gap = record.pop("duration_s"), record.pop("longest_gap_s")
     assert 0 < attempt["seconds"] <= head <= first <= duration
     assert 0 < gap <= duration
+    assert first < record.pop("last_chunk_s") <= duration
     at_once = int(gap < 0.001)
     assert {name: value for name, value in record.items() if value is not None} == {
         "client_request_id": "r-1",

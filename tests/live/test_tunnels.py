@@ -74,6 +74,19 @@ def test_bytes_cross_both_ways_and_each_side_ends_by_itself(live: Sandbox) -> No
     assert_settles(live.daemon)
 
 
+@pytest.mark.parametrize("at", [0, 1, 30, -1])
+def test_a_connect_may_come_behind_another_request(live: Sandbox, at: int) -> None:
+    """In the same write or split; the first request has its response before the tunnel begins."""
+    with Provider(echo) as far, connect(live.daemon.port) as wire:
+        first = connect_head("127.0.0.1", key="wrong", port=far.port)
+        sent = connect_head("127.0.0.1", port=far.port) + b"early"
+        wire.send(first + sent[:at])
+        wire.send(sent[at:])
+        assert read_response(wire).error == "unknown_key"
+        assert wire.read_until(b"\r\n\r\n") == b"HTTP/1.1 200 OK\r\n\r\n"
+        assert wire.read(5) == b"early"
+
+
 def test_a_hundred_megabytes_each_way_are_exact_in_flat_memory(live: Sandbox) -> None:
     """The far side sends back what it gets, so that both directions are full at once."""
     block = random.Random(1).randbytes(1_000_000)

@@ -26,9 +26,12 @@ USAGE = {
     "output_tokens_details": {"reasoning_tokens": 5},
 }
 LIMITED, NARROW, SLOTTED = "sk-limited", "sk-narrow", "sk-slotted"
+LIMITED_COLD, MANY = "sk-limited-cold", "sk-many"
 OTHERS = "".join(
     (
         client_config("limited", LIMITED, "requests_per_minute = 2\ntokens_per_day = 1000000"),
+        client_config("cold", LIMITED_COLD, "requests_per_minute = 2"),
+        client_config("many", MANY, "max_streams = 1000"),
         client_config("narrow", NARROW, 'models = ["gpt-5", "gpt-4*"]'),
         client_config("slotted", SLOTTED, "max_streams = 1"),
     )
@@ -41,11 +44,13 @@ class Provider:
     Attributes:
         asked: what the provider got, message by message.
         turn: each response takes one before it ends, if it is set.
+        warms: a warm-up is answered with nothing but its beginning and its end.
     """
 
     def __init__(self) -> None:
         self.asked = Notes()
         self.turn: Turn | None = None
+        self.warms = True
 
     def __call__(self, connection: ServerConnection) -> None:
         number = 0
@@ -54,18 +59,24 @@ class Provider:
             self.asked.put(event)
             if event["type"] == "response.create":
                 number += 1
-                self._respond(connection, f"resp_{number}", event.get("model", "none"))
+                is_warm_up = self.warms and event.get("generate") is False
+                name, model = f"resp_{number}", event.get("model", "none")
+                self._respond(connection, name, model, is_warm_up=is_warm_up)
 
-    def _respond(self, connection: ServerConnection, name: str, model: str) -> None:
+    def _respond(
+        self, connection: ServerConnection, name: str, model: str, *, is_warm_up: bool
+    ) -> None:
         def send(kind: str, **more: Any) -> None:
             connection.send(json.dumps({"type": kind, **more}))
 
         response: dict[str, Any] = {"id": name, "model": f"{model}-2026", "status": "in_progress"}
         send("response.created", response=response)
-        send("response.output_text.delta", delta="hello")
+        if not is_warm_up:
+            send("response.output_text.delta", delta="hello")
         if self.turn is not None:
             self.turn.take()
-        response |= {"status": "completed", "usage": USAGE, "output": []}
+        usage = {**USAGE, "output_tokens": 0} if is_warm_up else USAGE
+        response |= {"status": "completed", "usage": usage, "output": []}
         send("response.completed", response=response)
 
 
@@ -108,6 +119,7 @@ def types(client: ClientConnection, count: int = 3) -> list[str]:
 
 
 WHOLE = ["response.created", "response.output_text.delta", "response.completed"]
+WARMED = ["response.created", "response.completed"]
 
 
 def outputs(peers: Peers) -> float:
@@ -152,9 +164,22 @@ def test_a_warm_up_is_not_recorded(peers: Peers, provider: Provider) -> None:
     """Codex sends one first; the connection's record has nothing of it."""
     with peers.connect("/p/warm/responses") as client:
         create(client, model="gpt-5", generate=False)
-        assert types(client) == WHOLE
+        assert types(client, 2) == WARMED
     whole = trace_of(peers.daemon, path="/p/warm/responses")
     assert (whole["responses"], whole["input_tokens"], whole["usage"]) == (0, None, "none")
+
+
+def test_a_warm_up_that_is_answered_is_a_response(peers: Peers, provider: Provider) -> None:
+    """A provider may not know the word: then nobody gets anything past the records and limits."""
+    provider.warms = False
+    with peers.connect("/p/cold/responses", **by(LIMITED_COLD)) as client:
+        for _ in range(2):
+            create(client, model="gpt-5", generate=False)
+            assert types(client) == WHOLE
+        create(client, model="gpt-5", generate=False)
+        assert read(client)["error"]["code"] == "rate_limit_exceeded"
+    whole = trace_of(peers.daemon, path="/p/cold/responses", responses=2)
+    assert (whole["input_tokens"], whole["output_tokens"]) == (20, 40)
 
 
 def leave(client: ClientConnection) -> None:
@@ -213,7 +238,7 @@ def test_a_limit_is_told_on_the_open_connection(peers: Peers, provider: Provider
         assert client.protocol.extensions == [], "what is left out would be missing in the context"
         for _ in range(3):
             create(client, model="gpt-5", generate=False)
-            assert types(client) == WHOLE
+            assert types(client, 2) == WARMED
         for _ in range(2):
             create(client, model="gpt-5", text="x" * 100_000)
             assert types(client) == WHOLE
@@ -249,6 +274,23 @@ def test_a_slot_is_that_of_a_response(peers: Peers, provider: Provider) -> None:
         create(other, model="gpt-5")
         provider.turn.give()
         assert types(other) == WHOLE
+
+
+def test_more_responses_than_are_followed_cannot_be_asked_for(
+    peers: Peers, provider: Provider
+) -> None:
+    """Each has a place of its client's until it ends, and none may be lost sight of."""
+    provider.turn = Turn()
+    with peers.connect("/p/many/responses", **by(MANY)) as client:
+        create(client, model="gpt-5")
+        assert types(client, 2) == WHOLE[:2]
+        for _ in range(257):
+            create(client, model="gpt-5")
+        assert "256 responses" in read(client)["error"]["message"]
+        provider.turn.give(257)
+        assert types(client, 1 + 256 * 3) == [WHOLE[2], *WHOLE * 256]
+    whole = trace_of(peers.daemon, path="/p/many/responses", responses=257)
+    assert whole["end_reason"] == "complete"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_a_handshake_crosses_and_comes_back(live: LiveProxy) -> None:
 
 
 def test_a_route_without_the_key_answers_426(live: LiveProxy) -> None:
-    """With what RFC 9110 asks, a JSON body and a close; nobody is asked."""
+    """With what RFC 9110 asks, a JSON body and a close; the log says what the operator can do."""
     with live.connect() as client:
         client.send(handshake("/http"))
         first, fields = client.read_head()
@@ -141,6 +141,8 @@ def test_a_route_without_the_key_answers_426(live: LiveProxy) -> None:
         assert names[b"content-type"] == b"application/json"
         assert b'"code":"websocket"' in client.read_body(fields)
         assert client.wait_closed() == "fin"
+    sent = names[b"x-llmproxy-request-id"].decode()
+    live.daemon.wait_log("rejected", id=sent, detail="no route here has `websocket = true`")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,7 @@ def test_tls_on_a_plain_port_is_named_in_the_log(live: LiveProxy) -> None:
     assert len(lines) == 1
     assert lines[0]["level"] == "warn"
     assert "listen_tls" in lines[0]["message"]
+    assert "HTTPS_PROXY" in lines[0]["message"]  # whose name leads newcomers to https://
 
 
 def test_a_handshake_takes_no_connection_of_the_pool(live: LiveProxy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLERR, EPOLLIN, EPOLLOUT, poll
 
 import pytest
 import pytest_twisted
@@ -228,6 +228,21 @@ async def test_the_end_of_the_peer_comes_behind_its_bytes(how: str, direct: Open
         await until(lambda: peer.held.end.lost)
         clean = how == "fin" and isinstance(direct, OpenTcp)
         assert reasons(peer.held.end) == [ConnectionDone if clean else ConnectionLost]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_reset_that_is_reported_without_an_end_is_a_loss(direct: Open) -> None:
+    """The kernel notes the error a moment before the end; Twisted takes that for a FIN."""
+    for end in (End(), HalfCloseable()):
+        async with direct.handshake_done(end) as peer:
+            transport = peer.held.transport
+            peer.held.reset()
+            seen = poll()
+            seen.register(transport.fileno(), 0)
+            assert seen.poll(5000)
+            transport.reactor._doReadOrWrite(transport, transport.fileno(), EPOLLERR)
+            assert reasons(end) == [ConnectionLost]
+            assert getattr(end, "halves", []) == []
 
 
 @implementer(IHalfCloseableProtocol)

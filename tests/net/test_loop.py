@@ -115,6 +115,31 @@ def _run(loop: Any) -> None:
     loop.run(installSignalHandlers=False)
 
 
+def test_what_was_reported_of_a_closed_socket_is_not_taken_for_the_next_one(
+    loop: Any, make_socket: MakeSocket
+) -> None:
+    """One poll reports both; the first one's read closes the second, whose number is used again."""
+    lost: list[list[Any]] = []
+
+    def replace(_: Socket) -> None:
+        number = gone.fileno()
+        gone.stopWriting()
+        gone.sock.close()
+        held: list[Socket] = []
+        while not held or held[-1].fileno() != number:
+            held.append(make_socket(lambda _: None, readable=False))
+        loop.callLater(0, lambda: lost.append(list(held[-1].lost)))
+        loop.callLater(0, loop.stop)
+
+    make_socket(replace)
+    gone = make_socket(lambda _: None, readable=False)
+    gone.stopReading()
+    gone.startWriting()
+    gone.other.close()
+    _run(loop)
+    assert lost == [[]]
+
+
 # -- what is tuned --------------------------------------------------------------------------
 
 

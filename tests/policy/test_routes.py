@@ -163,6 +163,17 @@ def test_dot_segments_are_refused(path: bytes) -> None:
 # --- hosts ----------------------------------------------------------------------------------------
 
 
+def test_who_asks_for_a_host_without_a_route_is_told_that_it_is_the_host() -> None:
+    """The path is good elsewhere; the operator sees which host it was."""
+    routing = configured('path = "/a"\nhosts = ["one.example"]', 'path = "/b"')
+    error = routing.refusal(b"/a/v1", host="two.example")
+    assert (error.status, error.reason) == (404, "no_route")
+    assert error.message == "No route for this host leads to this path."
+    assert error.detail == "host two.example"
+    other = routing.refusal(b"/c", host="two.example")
+    assert (other.message, other.detail) == ("No route leads to this path.", "")
+
+
 def test_hosts_are_compared_where_a_route_names_some() -> None:
     """Without ``hosts`` any host is good."""
     routing = configured('path = "/a"\nhosts = ["One.example", "two.example"]', 'path = "/b"')

@@ -96,6 +96,14 @@ def test_the_proxys_machine_may_be_listed_on_purpose() -> None:
     assert refusal(asked, "localhost", 22).message == "Port not on the tunnel list for this host."
 
 
+@pytest.mark.parametrize("allow", [(), ("git.example.org:443",)])
+def test_a_machine_of_ones_own_is_told_of_no_proxy_where_it_could_be_listed(
+    allow: tuple[str, ...],
+) -> None:
+    """Also where private addresses may be listed, the caller is told how to reach its own."""
+    assert "NO_PROXY" in refusal(tunnels(*allow, allow_private=True), "localhost").message
+
+
 def test_what_is_observed_passes_and_is_marked() -> None:
     """Only what the list would refuse."""
     asked = tunnels(*ALLOW, observe=True)

@@ -15,7 +15,7 @@ from twisted.logger import Logger, LogLevel, LogPublisher, globalLogPublisher
 from twisted.python import log as old_log
 from twisted.python.failure import Failure
 
-from llmproxy.record.log import _TOGETHER, JsonLog, log_opener, log_writer
+from llmproxy.record.log import _TOGETHER, JsonLog, access_message, log_opener, log_writer
 from llmproxy.record.log_writer import QUEUE, LogFile
 from llmproxy.record.trace import Trace, timestamp
 from tests.support.sockets import WAIT
@@ -237,7 +237,21 @@ def test_a_message_that_cannot_be_formatted_is_logged() -> None:
 
 def trace(name: str, **values: Any) -> Trace:
     """Return the record of a request that has ended."""
-    return Trace(time="t", id=name, instance="0", peer="p", method="GET", path="/x", **values)
+    given = {"method": "GET", "path": "/x", **values}
+    return Trace(time="t", id=name, instance="0", peer="p", **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/p", "GET /p rejected"),
+        ("GET", "", "GET request rejected"),
+        ("", "", "unreadable request rejected"),
+    ],
+)
+def test_an_access_line_in_words(method: str, path: str, message: str) -> None:
+    """What could not be read, or may not be shown, leaves no hole."""
+    assert access_message(trace("a", method=method, path=path, end_reason="rejected")) == message
 
 
 def test_access_lines_have_their_own_time() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from OpenSSL import SSL
 from pytest_twisted import ensureDeferred
+from twisted.python.failure import Failure
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Timeouts
@@ -244,6 +246,31 @@ async def test_a_client_has_a_head_s_time_for_its_handshake(
 
 
 @pytest.mark.parametrize(("text", "direct", "before"), KINDS)
+@ensureDeferred
+async def test_a_first_record_brings_no_further_time(
+    vault: Vault, text: str, direct: bool, before: bytes
+) -> None:
+    """The deadline runs from the CONNECT on, whenever TLS begins."""
+
+    def client() -> Wire:
+        wire = connect(served.port)
+        opened(wire, before + CONNECT)
+        return wire
+
+    timeouts = Timeouts(request_head=5.0)
+    async with Turned(vault, text, direct=direct, timeouts=timeouts) as served:
+        wire = await served.run(client)
+        (connection,) = served.site.connections
+        await served.pass_time(3)
+        await served.run(lambda: wire.send(b"\x16\x03\x01\x02\x00"))
+        await until(lambda: connection.inside is not None and connection.inside.is_secure)
+        await served.pass_time(3)
+        with wire:
+            assert await served.run(wire.wait_closed) == "reset"
+        assert served.handler.outcome() == "tls_timeout"
+
+
+@pytest.mark.parametrize(("text", "direct", "before"), KINDS)
 @pytest.mark.parametrize(
     "leave",
     [
@@ -287,7 +314,40 @@ async def test_a_client_that_does_not_trust_us_says_so(
         await served.until_connected(0)
         ((word, words),) = served.handler.outcomes  # type: ignore[misc]  # it is no None
         assert word == "tls_handshake"
-        assert "unknown ca" in words.replace("_", " ").lower()
+        assert words == (
+            "the client does not trust the certificate (TLS alert: unknown ca): "
+            "it needs the root of the authority"
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("sslv3 alert bad certificate", "does not trust the certificate (TLS alert: bad cert"),
+        ("tls alert bad certificate", "does not trust the certificate (TLS alert: bad cert"),
+        ("ssl/tls alert certificate unknown", "does not trust the certificate (TLS alert: cert"),
+        (
+            "no shared cipher",
+            "the TLS handshake failed: [('SSL routines', '', 'no shared cipher')]",
+        ),
+        (
+            "sslv3 alert certificate expired",
+            "alert certificate expired",
+        ),
+    ],
+)
+def test_what_a_handshake_failed_of_is_told_in_plain_words(said: str, words: str) -> None:
+    """Go and Java say of an authority that they do not know that the certificate is bad."""
+    assert words in failed_of(SSL.Error([("SSL routines", "", said)]))
+
+
+def failed_of(error: SSL.Error) -> str:
+    """Return what the operator is told of a handshake that failed of ``error``."""
+    told: list[tuple[str, str] | None] = []
+    Inside("a.example", 443, authorization=None, tls=None, ended=told.append).lost(Failure(error))
+    ((word, words),) = told  # type: ignore[misc]  # it is no None
+    assert word == "tls_handshake"
+    return words
 
 
 @pytest.mark.parametrize(("text", "direct", "before"), KINDS)
@@ -312,12 +372,12 @@ async def test_a_body_that_breaks_is_not_closed_as_if_it_were_whole(
 
 @ensureDeferred
 async def test_tls_within_tls(vault: Vault) -> None:
-    """The listener may have TLS itself: curl asks for a tunnel within it."""
+    """The listener may have TLS itself, for another name: curl asks for a tunnel within it."""
     authority = str(vault.ca_path)
     for direct in (True, False):
         tls = ListenerTls(vault.issue().keypair())
         async with Turned(vault, tls=tls, direct=direct) as served:
-            command = ["curl", "-sS", "--proxy", f"https://localhost:{served.port}"]
+            command = ["curl", "-sS", "--proxy", f"https://127.0.0.1:{served.port}"]
             command += ["--proxy-cacert", authority, "--cacert", authority, "https://localhost/a"]
             done = await served.run(subprocess.run, command, capture_output=True, timeout=20)
             assert (done.stdout, done.stderr) == (b"localhost 443 localhost True 0", b"")

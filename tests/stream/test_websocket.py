@@ -90,6 +90,21 @@ def test_text_messages_are_read_at_any_split(
     assert not taken.degraded
 
 
+@pytest.mark.parametrize("bits", range(9, 16))
+def test_a_smaller_window_is_read(bits: int) -> None:
+    """Each side may be told to look back less far; its context lasts from message to message."""
+    words = f"permessage-deflate; server_max_window_bits={bits}; client_max_window_bits={bits}"
+    packed = zlib.compressobj(9, zlib.DEFLATED, -bits)
+    random = os.urandom(300).hex()
+    messages = [f"{number} {random * 20}".encode() for number in range(3)]
+    wire = b"".join(
+        frame((packed.compress(one) + packed.flush(zlib.Z_SYNC_FLUSH))[:-4], rsv=4)
+        for one in messages
+    )
+    taken = fed(wire, [], extensions=words.encode())
+    assert (taken.messages, taken.degraded) == (messages, [])
+
+
 @pytest.mark.parametrize("is_compressed", [True, False])
 def test_a_message_that_is_too_long_is_left_out(is_compressed: bool) -> None:
     """Whatever it is on the wire; the next ones are read, for which its context is needed."""
@@ -298,6 +313,35 @@ def test_a_last_event_may_be_too_long() -> None:
     (result,) = tapped.results
     assert (result.end_reason, result.usage.provenance) == (EndReason.COMPLETE, "none")
     assert tapped.tap.knows_all
+
+
+def test_a_name_that_comes_again_is_another_response() -> None:
+    """Each that was asked for comes to an end: it may hold a place of its client's."""
+    tapped = Tapped()
+    for number in range(3):
+        tapped.client(type="response.create", model=f"m{number}")
+        for _ in range(2):
+            tapped.provider("response.created", response={"id": "always the same"})
+    tapped.provider("response.completed", response={"id": "always the same"})
+    assert [one.model for one in tapped.ended] == ["m0", "m1", "m2"]
+    reasons = [one.result(EndReason.COMPLETE).end_reason for one in tapped.ended]
+    assert reasons == [EndReason.UPSTREAM_FAILED, EndReason.UPSTREAM_FAILED, EndReason.COMPLETE]
+    assert not tapped.is_busy()
+
+
+def test_however_many_run_each_comes_to_an_end() -> None:
+    """Those that ran longest are given up first; more than are followed cannot be asked for."""
+    tapped = Tapped()
+    for number in range(300):
+        assert not tapped.tap.is_full
+        tapped.client(type="response.create", model=f"m{number}")
+        tapped.provider("response.created", response={"id": f"r{number}"})
+    assert [one.model for one in tapped.ended] == [f"m{number}" for number in range(44)]
+    for _ in range(256):
+        assert not tapped.tap.is_full
+        tapped.client(type="response.create")
+    assert tapped.tap.is_full
+    assert len(tapped.ended) + len(tapped.tap.finish()) == 556
 
 
 def test_an_odd_event_degrades_the_record_alone() -> None:

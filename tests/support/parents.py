@@ -9,13 +9,12 @@ import queue
 import re
 import shutil
 import socket
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.live_proxy import until
+from tests.support.programs import free_port, running_program
 from tests.support.sockets import WAIT, Provider, Wire
 
 _OPENS = re.compile(rb"HTTP/1\.[01] 2")
@@ -91,7 +90,7 @@ def squid(*, user: str = "", any_port: bool = False) -> Iterator[int]:
         any_port: CONNECT may go to any port; else to 443 alone.
     """
     assert SQUID is not None
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         folder.chmod(0o755)  # squid leaves root behind
@@ -122,7 +121,7 @@ def squid(*, user: str = "", any_port: bool = False) -> Iterator[int]:
             if line and not line.startswith(("#", *own))
         ]
         (folder / "squid.conf").write_text("\n".join(lines) + "\n")
-        with _running([SQUID, "-N", "-f", f"{folder}/squid.conf"], port):
+        with running_program([SQUID, "-N", "-f", f"{folder}/squid.conf"], port):
             yield port
 
 
@@ -135,7 +134,7 @@ def tinyproxy(*, user: str = "", more: str = "") -> Iterator[int]:
         more: another line of its configuration.
     """
     assert TINYPROXY is not None
-    port = _free_port()
+    port = free_port()
     lines = [f"Port {port}", "Listen 127.0.0.1", "Timeout 600", "Allow 127.0.0.1", more]
     lines += ["LogLevel Critical", "MaxClients 100"]
     if user:
@@ -143,33 +142,5 @@ def tinyproxy(*, user: str = "", more: str = "") -> Iterator[int]:
     with tempfile.TemporaryDirectory() as path:
         settings = Path(path) / "tinyproxy.conf"
         settings.write_text("\n".join(lines) + "\n")
-        with _running([TINYPROXY, "-d", "-c", str(settings)], port):
+        with running_program([TINYPROXY, "-d", "-c", str(settings)], port):
             yield port
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def _running(command: list[str], port: int) -> Iterator[None]:
-    """Run a program, from when it listens on."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-
-        def listens() -> bool:
-            assert process.poll() is None, f"{command} ended"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                return True
-            return False
-
-        try:
-            until(listens, f"{command} listens")
-            yield
-        finally:
-            process.terminate()
-            process.wait(WAIT)

@@ -109,11 +109,13 @@ def sandbox_lines(proxy_port: int, environment: Mapping[str, str]) -> str:
     given = {"HTTPS_PROXY": url, **environment, "OPENAI_API_KEY": "placeholder"}
     given |= {"ANTHROPIC_API_KEY": "placeholder", "CODEX_API_KEY": "placeholder"}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in given.items())
+    others = "https_proxy no_proxy CURL_CA_BUNDLE OPENAI_BASE_URL ANTHROPIC_BASE_URL"
     body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
     message = {**body, "model": "demo-20tps", "max_tokens": 1024}
     return f"""\
-# A sandbox: paste these into another terminal
+# A sandbox: paste these into another terminal; what is unset would win over them
 {exports}
+unset {others}
 
 # Then everything in it goes through the proxy, unmodified, such as
 curl -N https://api.openai.com/v1/chat/completions -H 'content-type: application/json' \\

@@ -1,0 +1,1 @@
+"""``llmproxy doctor``: what holds a stream back, and what cuts it."""
