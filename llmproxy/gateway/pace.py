@@ -24,13 +24,13 @@ from twisted.web.server import NOT_DONE_YET
 from llmproxy.config import Client, Config
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ClientGone, EndReason, ProxyError
-from llmproxy.gateway.admission import admit_fields, refuse_elsewhere, who_calls
+from llmproxy.gateway.admission import Rules, admit_fields, refuse_elsewhere, who_calls
 from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.pace_page import PageFile, page_fields
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.http1.headers import ANTI_BUFFERING
 from llmproxy.net.task import Task
-from llmproxy.policy.auth import ANONYMOUS, Auth, KeyPlaces, holds_made_key
+from llmproxy.policy.auth import ANONYMOUS, KeyPlaces, holds_made_key
 from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.origins import refuse_page
 from llmproxy.record.metrics import Metrics
@@ -119,6 +119,7 @@ class PacedStreams(Handler):
 
     Args:
         config: the checked configuration.
+        rules: what requests are admitted by.
         recorder: keeps a record of each request.
         metrics: counts what is on the way.
         marks: remembers the streams that have names.
@@ -130,6 +131,7 @@ class PacedStreams(Handler):
     def __init__(
         self,
         config: Config,
+        rules: Rules,
         recorder: Recorder,
         metrics: Metrics,
         marks: Marks,
@@ -139,14 +141,12 @@ class PacedStreams(Handler):
         clock: Callable[[], float],
     ) -> None:
         super().__init__()
+        self._rules = rules
         self._recorder = recorder
         self._metrics = metrics
         self._marks = marks
         self._limits = limits
         self._limited = frozenset(limited(config.clients))
-        self._auth = Auth(config, recorder.now)
-        self._pseudonym = config.proxy.via.encode("ascii").lower()
-        self._serves_plain = config.intercept is not None and config.intercept.plain_http
         self._reactor = reactor
         self._clock = clock
         self._batch = Batch()
@@ -222,9 +222,9 @@ class PacedStreams(Handler):
             raise request.refusal
         refuse_other_methods(request)
         if (inside := request.inside) is not None:
-            refuse_elsewhere(request, inside, serves_plain=self._serves_plain)
-        admit_fields(request, self._pseudonym)
-        client = who_calls(request, _KEYS, self._auth)
+            refuse_elsewhere(request, inside, self._rules)
+        admit_fields(request, self._rules.pseudonym)
+        client = who_calls(request, _KEYS, self._rules.auth)
         if client is ANONYMOUS:
             refuse_page(request.first, ())
         return client

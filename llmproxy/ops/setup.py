@@ -187,6 +187,7 @@ class Setup:
         )
         paced = PacedStreams(
             config,
+            gateway.rules,
             self._recorder,
             self._metrics,
             self._marks,

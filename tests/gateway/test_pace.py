@@ -10,6 +10,7 @@ import pytest
 
 from llmproxy.gateway.pace import PATH, Marks, PacedStreams, PacePage
 from llmproxy.gateway.pace_page import proxy_files
+from llmproxy.policy.auth import Auth
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Handler, Router
 from tests.gateway.played import PlayedGateway
@@ -27,8 +28,10 @@ class Paced(PlayedGateway):
         super().__init__(client=client)
         self.gateway.limits.follow({"c": self.client})
         proxy = msgspec.structs.replace(self.config.proxy, anonymous=anonymous)
+        auth = Auth(msgspec.structs.replace(self.config, proxy=proxy), self.recorder.now)
         paced = PacedStreams(
-            msgspec.structs.replace(self.config, proxy=proxy),
+            self.config,
+            msgspec.structs.replace(self.gateway.rules, auth=auth),
             self.recorder,
             self.metrics,
             Marks(),
