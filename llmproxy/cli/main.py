@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
 from llmproxy.cli.doctor.timeouts import add_timeouts
+from llmproxy.cli.doctor.trust import add_trust
 from llmproxy.cli.ledgers import DEFAULT_CONFIG
 from llmproxy.cli.usage import add_usage
 from llmproxy.config.readers import client_name, instance_name
@@ -36,7 +37,7 @@ _AUTHORITY = re.compile(r"[^/?#@]+:[0-9]+")
 _PIPE_CLOSED = 128 + 13
 """What a shell says of a program that SIGPIPE has ended."""
 
-_OF_THE_DOCTOR = ("doctor timeouts",)
+_OF_THE_DOCTOR = ("doctor timeouts", "doctor trust")
 """Commands of two words: behind the first one alone there are URLs."""
 
 _CODES = "exit codes: 0 {ok}; 1 {no}; 2 the command line is wrong"
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ca(commands)
     add_usage(commands)
     add_timeouts(commands)
+    add_trust(commands)
     _add_demo(commands)
     return parser
 
