@@ -236,7 +236,7 @@ def test_a_hop_that_buffers_holds_blocks_where_there_is_more(browser: Chromium, 
     """Of the size of its buffers."""
     found = measure(browser, f"http://127.0.0.1:{nginx}/held/-/pace/", n="40", bytes="10000")
     assert found["word"] == "held_in_blocks", found
-    assert found["title"].startswith("Held in blocks of ")
+    assert re.fullmatch(r"Held in blocks of 6\d KiB\.", found["title"])
     assert "blocks, one every" in found["text"]
     picture(browser, "blocks")
 
