@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
+from llmproxy.cli.doctor.command import add_doctor
 from llmproxy.cli.doctor.timeouts import add_timeouts
 from llmproxy.cli.doctor.trust import add_trust
 from llmproxy.cli.ledgers import DEFAULT_CONFIG
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_check(commands)
     _add_explain(commands)
+    add_doctor(commands)
     _add_keys(commands)
     add_ca(commands)
     add_usage(commands)
