@@ -207,7 +207,8 @@ def variant(tmp_path: Path) -> Callable[[str, str, str | None], Path]:
 
 def wheel_of(names: set[str]) -> set[str]:
     """What the wheel of a tree with these files holds, and nothing else."""
-    modules = {n for n in names if n.startswith("llmproxy/") and n.endswith((".py", "py.typed"))}
+    kinds = (".py", "py.typed", ".html", ".css", ".mjs")
+    modules = {n for n in names if n.startswith("llmproxy/") and n.endswith(kinds)}
     metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
     plugin = "twisted/plugins/llmproxy_plugin.py"
     return modules | {plugin, "dist-info/licenses/LICENSE"} | {f"dist-info/{n}" for n in metadata}
@@ -217,9 +218,9 @@ def wheel_of(names: set[str]) -> set[str]:
 def test_the_wheel_holds_the_package_and_the_plugin(
     source: tuple[Path, set[str]], built: Path
 ) -> None:
-    """The wheel holds the modules, py.typed, the plugin and metadata: no tests, no documents."""
+    """It holds modules, py.typed, pages, the plugin and metadata: no tests, no documents."""
     assert in_wheel(built) == wheel_of(source[1])
-    assert "llmproxy/py.typed" in in_wheel(built)
+    assert {"llmproxy/py.typed", "llmproxy/gateway/assets/page.html"} <= in_wheel(built)
 
 
 def test_the_sdist_holds_the_source(source: tuple[Path, set[str]], built: Path) -> None:

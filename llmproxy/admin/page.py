@@ -26,31 +26,53 @@ Response = tuple[int, bytes, bytes]
 """Status, content type, body."""
 
 
-class Page(Handler):
+class ReadOnly(Handler):
     """One path that is read with GET or HEAD; any other method is a 405.
 
     Args:
-        read: makes the response to one request.
         is_ours: whether a request is for this site; else it is a 421.
+    """
+
+    def __init__(self, is_ours: Callable[[Request], bool]) -> None:
+        super().__init__()
+        self._is_ours = is_ours
+
+    def render(self, request: Request) -> int:
+        """Respond, or refuse; a body is neither needed nor kept."""
+        if not self._is_ours(request):
+            return respond(request, error(421, FOREIGN))
+        if request.method in (b"GET", b"HEAD"):
+            return self.read(request)
+        refusal = error(405, "This endpoint is only read.")
+        return respond(request, refusal, (b"allow", b"GET, HEAD"))
+
+    def read(self, request: Request) -> int:
+        """Respond to a GET or a HEAD; returns what ``render`` returns."""
+        raise NotImplementedError("a page is read")
+
+
+class Page(ReadOnly):
+    """A path whose response is made at once.
+
+    Args:
+        make: makes the response to one request.
+        is_ours: whether a request is for this site; else it is a 421.
+        more: further header fields of the response.
     """
 
     def __init__(
         self,
-        read: Callable[[Request], Response],
+        make: Callable[[Request], Response],
         is_ours: Callable[[Request], bool] = lambda request: True,
+        more: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        super().__init__()
-        self._read = read
-        self._is_ours = is_ours
+        super().__init__(is_ours)
+        self._make = make
+        self._more = more
 
-    def render(self, request: Request) -> int:
-        """Respond at once; a body is neither needed nor kept."""
-        if not self._is_ours(request):
-            return respond(request, error(421, FOREIGN))
-        if request.method in (b"GET", b"HEAD"):
-            return respond(request, self._read(request))
-        refusal = error(405, "This endpoint is only read.")
-        return respond(request, refusal, (b"allow", b"GET, HEAD"))
+    def read(self, request: Request) -> int:
+        """Respond at once."""
+        return respond(request, self._make(request), *self._more)
 
 
 class NotFound(Handler):

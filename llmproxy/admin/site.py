@@ -1,4 +1,4 @@
-"""The admin site: alive, ready, metrics, configuration, clients, providers.
+"""The admin site: alive, ready, metrics, configuration, clients, providers, and the paced stream.
 
 Any caller that reaches its listener may read; a change needs the admin token.  The responses are
 made from what is passed in, so that this module knows neither gateway nor upstream.
@@ -7,12 +7,14 @@ made from what is passed in, so that this module knows neither gateway nor upstr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from llmproxy.admin.pace import pace_pages
 from llmproxy.admin.page import TEXT, NotFound, Page, Response, is_ours, json
 from llmproxy.admin.providers import PATH, Providers, Switching
 from llmproxy.server.handler import Handler, Router
@@ -69,6 +71,7 @@ def admin_site(
         clients=clients,
         providers=providers,
         hosts=hosts,
+        paced=None if config is None else partial(pace_pages, reactor, clock, wall),
     )
     return Site(router, reactor, clock, wall=wall)
 
@@ -81,6 +84,7 @@ def admin_router(
     clients: Callable[[], object] | None = None,
     providers: Providers | None = None,
     hosts: Callable[[], Container[str]] = tuple,
+    paced: Callable[[Callable[[Request], bool]], Mapping[bytes, Handler]] | None = None,
 ) -> Router:
     """Return the pages of the admin site; below a page there is nothing.
 
@@ -92,6 +96,8 @@ def admin_router(
         providers: what is shown and switched below ``/providers``; None leaves that out.
         hosts: returns the names, in lower case, by which operators may reach the site, besides
             those that only this machine or its network knows.
+        paced: from what tells whether a request is for this site to the handlers of ``/pace``, by
+            their paths; None leaves them out.
     """
 
     def readyz(request: Request) -> Response:
@@ -115,6 +121,8 @@ def admin_router(
     def shows(rows: Callable[[], object]) -> Page:
         return Page(lambda request: json(rows()), is_for_us)
 
+    if paced is not None:
+        pages.update(paced(is_for_us))
     if config is not None:
         pages[b"/config"] = shows(config)
     if clients is not None:

@@ -78,6 +78,9 @@ class Gateway(Handler):
         limits: what clients use, of this gateway alone by default.
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
+
+    Attributes:
+        rules: what requests are admitted by.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Gateway(Handler):
         serves_plain = intercept is not None and intercept.plain_http
         intercepts = HostPatterns(() if intercept is None else intercept.hosts)
         auth = Auth(config, recorder.now)
-        self._rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain, intercepts)
+        self.rules = Rules(via.lower(), guarded_fields(config), auth, serves_plain, intercepts)
         turns = Turns(reactor, clock)
         self._reader = RequestReader(turns)
         if standing is None:
@@ -137,11 +140,11 @@ class Gateway(Handler):
     def holds_body(self, request: Request) -> bool:
         """Return whether the body must be whole before the request is served, or else streams."""
         kind = request.first.get(b"content-type")
-        return is_held(kind, lambda: needs_model(request, request.kept, self._rules))
+        return is_held(kind, lambda: needs_model(request, request.kept, self.rules))
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
-        return early_refusal(request, request.kept, self._rules)
+        return early_refusal(request, request.kept, self.rules)
 
     def render(self, request: Request) -> int:
         """Begin to serve ``request``."""
@@ -228,14 +231,14 @@ class Gateway(Handler):
         """Return the response to a preflight of a browser's, which shows no key; or None."""
         fields = preflight_fields(request.method, request.first, place.origins)
         if fields is not None:
-            admit(request, place, self._rules)
+            admit(request, place, self.rules)
         return fields
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
         request = exchange.request
         client: Client | None = request.caller
         if client is None:
-            client = identify(request, place, self._rules)
+            client = identify(request, place, self.rules)
         elif request.refusal is not None:  # of its body: it was admitted before that came
             raise request.refusal
         exchange.trace.client = client.name
@@ -284,7 +287,7 @@ class Gateway(Handler):
         candidate = match.candidates[0]
         # The model may lead to a route on which keys stand elsewhere; who calls must be the same.
         if candidate.keys != place.keys:
-            found = who_calls(request, candidate.keys, self._rules.auth)
+            found = who_calls(request, candidate.keys, self.rules.auth)
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
         exchange.match = match

@@ -49,7 +49,7 @@ _RESPONSE_DROPPED = HOP_BY_HOP | {b"alt-svc", b"strict-transport-security"}
 _REQUEST_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-llmproxy-")
 _RESPONSE_PREFIXES = (b"proxy-", b"x-llmproxy-")
 _STREAM_TYPES = (b"text/event-stream", b"application/x-ndjson", b"application/jsonl")
-_ANTI_BUFFERING = (
+ANTI_BUFFERING = (
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
 )
@@ -58,7 +58,7 @@ _MOST_KNOWN, _LONGEST_KNOWN = 512, 64
 
 (_UNDERSCORE,) = b"_"  # bytes find a number ten times as fast as a bytes object of length one
 _CHARSET = re.compile(rb'charset="?utf-?8"?(?![^;])')
-_STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in _ANTI_BUFFERING}
+_STREAM_DROPPED = _RESPONSE_DROPPED | {name for name, _ in ANTI_BUFFERING}
 
 
 @known(256)
@@ -229,7 +229,7 @@ def for_client(fields: Fields, first: Mapping[bytes, bytes], request_id: bytes) 
     streams = is_stream(first.get(b"content-type"))
     kept = (_STREAM_CROSSES if streams else _RESPONSE_CROSSES).of(fields, first)
     if streams:
-        kept += _ANTI_BUFFERING
+        kept += ANTI_BUFFERING
     kept.append((b"x-llmproxy-request-id", request_id))
     return kept
 

@@ -21,6 +21,8 @@ from llmproxy.gateway.connect import Connect, Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.forward import Forward
 from llmproxy.gateway.gateway import Gateway
+from llmproxy.gateway.pace import PATH, Marks, PacedStreams, PacePage
+from llmproxy.gateway.pace_page import proxy_files
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.net.addresses import AddressGuard
 from llmproxy.ops.drain import Drain
@@ -32,7 +34,7 @@ from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.record.trace import timestamp
-from llmproxy.server.handler import Router
+from llmproxy.server.handler import Handler, Router
 from llmproxy.server.leaves import Leaves, PreparedLeaves
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
@@ -57,6 +59,7 @@ class Prepared(NamedTuple):
     gateway: Gateway
     connect: Connect
     forward: Forward
+    paced: PacedStreams
     writers: Writers
     spent: Spent
 
@@ -125,6 +128,10 @@ class Setup:
         self._leaves = leaves
         self._ways = ways
         self._names = tunnel_resolver(reactor, clock)
+        self._marks = Marks()
+        self._pages: dict[bytes, Handler] = {
+            PATH + b"/" + name: PacePage(recorder, file) for name, file in proxy_files().items()
+        }
         self._admin = admin
         self._listeners = listeners
         self._raise_limit = raise_limit
@@ -178,12 +185,32 @@ class Setup:
             reactor=self._timers,
             clock=self._clock,
         )
+        paced = PacedStreams(
+            config,
+            gateway.rules,
+            self._recorder,
+            self._metrics,
+            self._marks,
+            limits=self._limits,
+            reactor=self._reactor,
+            clock=self._clock,
+        )
         tls = None if keypair is None else ListenerTls(keypair)
         leaves = self._leaves.prepare(config.intercept)
         writers = self._sinks.prepare(config.trace)
         spent = self._spent_today(config)
         return Prepared(
-            config, tls, leaves, credentials, upstream, gateway, connect, forward, writers, spent
+            config,
+            tls,
+            leaves,
+            credentials,
+            upstream,
+            gateway,
+            connect,
+            forward,
+            paced,
+            writers,
+            spent,
         )
 
     def _spent_today(self, config: Config) -> Spent:
@@ -240,7 +267,8 @@ class Setup:
             config.proxy.max_connections, config.limits.connections_per_address
         )
         methods = {b"CONNECT": prepared.connect}
-        self._site.serve(Router(gateway, methods=methods, urls=prepared.forward))
+        paths = {PATH: prepared.paced, **self._pages}
+        self._site.serve(Router(gateway, paths, methods, urls=prepared.forward))
         for site in (self._site, *self._admin):
             site.follow(config.timeouts, config.limits)
         prepared.upstream.take_over(self.upstream)

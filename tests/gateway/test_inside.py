@@ -31,9 +31,9 @@ def inside(
     found.is_secure, found.name = secure, name
     assert isinstance(played.channel, ClientConnection)
     played.channel.inside = found
-    rules = played.gateway._rules
+    rules = played.gateway.rules
     hosts = HostPatterns(("in.example",))
-    played.gateway._rules = Rules(rules.pseudonym, rules.guarded, rules.auth, serves_plain, hosts)
+    played.gateway.rules = Rules(rules.pseudonym, rules.guarded, rules.auth, serves_plain, hosts)
     return played
 
 

@@ -22,7 +22,6 @@ PACE = "/-/pace?n=16&interval_ms=100&bytes=200"
 CHECKS = Checks(timeout_s=20.0, stall_s=1.0, patience_s=1.0)
 GZIP = ("gzip on;", "gzip_types text/event-stream;")
 HTTP_11 = ("proxy_http_version 1.1;", 'proxy_set_header Connection "";')
-BUFFERS = ("proxy_buffer_size 1k;", "proxy_buffers 2 1k;", "proxy_busy_buffers_size 1k;")
 OFF = ("proxy_buffering off;",)
 
 
@@ -53,9 +52,6 @@ CASES = {
     "nginx, as it comes": Case("nginx", warned=(TAKES,)),
     "nginx, for a stream without framing": Case(
         "nginx", held=Kind.BLOCKS, warned=(TAKES,), framing="close"
-    ),
-    "nginx, with small buffers": Case(
-        "nginx", BUFFERS, held=Kind.BLOCKS, warned=(TAKES,), framing="close"
     ),
     "nginx, without buffering": Case("nginx", OFF, framing="close"),
     "nginx, with gzip": Case("nginx", (*HTTP_11, *GZIP), held=Kind.COMPRESSED, warned=(TAKES,)),
@@ -105,14 +101,6 @@ def test_what_a_hop_does_is_found_and_put_down_to_it(name: str) -> None:
     for guilt, lines in found.guilts:
         if guilt.at == outer.target:
             assert lines[0].program == (case.programs or ("HAProxy",))[0]
-
-
-def test_the_size_of_nginx_buffers_is_told() -> None:
-    """As its configuration has it."""
-    if not is_installed("nginx"):
-        pytest.skip("nginx is not installed")
-    outer, _ = examined(CASES["nginx, with small buffers"]).verdicts
-    assert outer.words == "held in blocks of 1,024 bytes"
 
 
 def test_a_silence_that_a_hop_cuts_is_timed() -> None:

@@ -114,6 +114,26 @@ def test_a_client_that_leaves_ends_the_provider_s_work(live: Sandbox) -> None:
     assert_settles(live.daemon)
 
 
+@pytest.mark.parametrize("where", ["connect", "request"])
+def test_a_sandbox_can_measure_its_way(live: Sandbox, where: str) -> None:
+    """The proxy's own paced stream is at every intercepted host, and for nobody else there."""
+    key, shown = (KEY, "placeholder") if where == "connect" else (None, KEY)
+    with live.inside("api.openai.com", key=key) as wire:
+        for host, bearer, status in (
+            ("api.openai.com", shown, 200),
+            ("inference.local", shown, 421),
+            *([("api.openai.com", "other", 401)] if key is None else []),
+        ):
+            fields = (f"Authorization: Bearer {bearer}", f"X-Request-Id: {where}-{status}")
+            wire.send(request("GET", "/-/pace?n=2&interval_ms=1", *fields, host=host))
+            got = read_response(wire)
+            assert got.status == status
+            if status == 200:
+                assert got.body.count(b"data: {") == 2
+    record = trace_of(live.daemon, client_request_id=f"{where}-200")
+    assert (record["client"], record["route"]) == ("team", None)
+
+
 HEADS = {
     "urllib on Python 3.11": b"CONNECT %b:443 HTTP/1.0\r\n%b\r\n",
     "aiohttp": b"CONNECT %b:443 HTTP/1.1\r\nHost: %b\r\nAccept: */*\r\n%b\r\n",

@@ -165,6 +165,7 @@ def _response(*, generates: bool) -> Iterator[dict[str, Any]]:
         item = {"id": "msg_1", "type": "message", "role": "assistant", "content": [part]}
         yield {"type": "response.output_item.added", "output_index": 0, "item": item}
         yield {"type": "response.output_item.done", "output_index": 0, "item": item}
-    usage = {"input_tokens": 100, "output_tokens": 7, "total_tokens": 107}
+    out = 7 if generates else 0
+    usage = {"input_tokens": 100, "output_tokens": out, "total_tokens": 100 + out}
     done = {**response, "status": "completed", "usage": usage}
     yield {"type": "response.completed", "response": done}

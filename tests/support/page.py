@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium")
 WITHIN = 120.0
 """Seconds for a browser to start and to do its calls, on a busy machine."""
 
-_OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run")
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run")
 
 
 class PageServer(ThreadingHTTPServer):
@@ -83,7 +83,7 @@ def report_of(server: PageServer, folder: Path) -> dict[str, Any]:
     """
     profile = f"--user-data-dir={folder / 'profile'}"
     with subprocess.Popen(
-        [str(CHROMIUM), *_OPTIONS, profile, server.origin],
+        [str(CHROMIUM), *OPTIONS, profile, server.origin],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as browser:

@@ -29,4 +29,5 @@ the report like this:
 ``advice`` are functions of what was seen, and ``report`` prints.
 
 ``doctor timeouts`` (``timeouts.py``, ``fingerprint.py``) asks nobody: it reads the ledger.
+``doctor trust`` (``trust.py``) lets the programs of a sandbox ask.
 """
