@@ -23,6 +23,7 @@ CHECKS = Checks(timeout_s=20.0, stall_s=1.0, patience_s=1.0)
 GZIP = ("gzip on;", "gzip_types text/event-stream;")
 HTTP_11 = ("proxy_http_version 1.1;", 'proxy_set_header Connection "";')
 OFF = ("proxy_buffering off;",)
+SMALL = ("proxy_buffer_size 1k;", "proxy_buffers 2 1k;", "proxy_busy_buffers_size 1k;")
 
 
 class Case(NamedTuple):
@@ -103,6 +104,14 @@ def test_what_a_hop_does_is_found_and_put_down_to_it(name: str) -> None:
             assert lines[0].program == (case.programs or ("HAProxy",))[0]
 
 
+def test_the_size_of_a_buffer_is_told() -> None:
+    """As nginx's configuration has it."""
+    if not is_installed("nginx"):
+        pytest.skip("nginx is not installed")
+    outer, _ = examined(Case("nginx", SMALL, framing="close")).verdicts
+    assert outer.words.startswith("held in blocks of 1,024 bytes"), outer
+
+
 def test_a_silence_that_a_hop_cuts_is_timed() -> None:
     """nginx gives up after ``proxy_read_timeout``, and the line that sets it is named."""
     if not is_installed("nginx"):
@@ -174,3 +183,18 @@ def test_a_provider_that_holds_its_stream_is_not_put_down_to_llmproxy(live: Live
         *(Kind.HELD, found.verdicts[1].target, []),
         [],
     )
+
+
+def test_the_daemons_own_paced_stream(live: LiveProxy) -> None:
+    """It shows everything, and nginx does not hold it: its head forbids that."""
+    if not is_installed("nginx"):
+        pytest.skip("nginx is not installed")
+    with hop("nginx", live.daemon.port) as port:
+        urls = (f"http://127.0.0.1:{port}{PACE}", f"http://127.0.0.1:{live.daemon.port}{PACE}")
+        checks = Checks(timeout_s=20.0, idle_s=1.0, stall_s=1.0, patience_s=5.0)
+        found = diagnose([target(url) for url in urls], checks=checks)
+    assert [one.state for one in found.verdicts] == [State.HEALTHY] * 2
+    assert [(one.kind, one.programs) for one, _ in found.guilts] == [(Kind.ASKED_IN_1_0, ["nginx"])]
+    for seen in found.seen:
+        tried = (seen.broken, seen.cancel_sending, seen.cancel_silent, seen.unread, seen.silence)
+        assert None not in tried
