@@ -56,6 +56,11 @@ def diagnose(
             progress(number, words)
 
         seen.append(examine(target, checks or Checks(), trust or Trust(), tell))
+    return conclude(seen)
+
+
+def conclude(seen: list[Observations]) -> Diagnosis:
+    """Say what is wrong and where, of URLs that were examined."""
     verdicts = judge_all(seen)
     guilts = [(guilt, advice(guilt)) for guilt in blame(verdicts)]
     return Diagnosis(seen=seen, verdicts=verdicts, guilts=guilts)
