@@ -85,7 +85,7 @@ def examined(case: Case) -> Diagnosis:
 
 
 def diagnosed(*urls: str, checks: Checks = CHECKS) -> Diagnosis:
-    """What the doctor says of URLs; they are examined at the same time, which takes half as long."""
+    """What the doctor says of URLs; examined at the same time, it takes half as long."""
 
     def one(url: str) -> Observations:
         return examine(target(url), checks, Trust(), lambda words: None)

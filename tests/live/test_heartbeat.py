@@ -94,6 +94,7 @@ def test_padding_leaves_with_the_head(live: LiveProxy) -> None:
         ("/openai/padded", NDJSON, b'{"n":0}\n'),
         ("/openai/off", SSE, event(0)),
     ],
+    ids=["ndjson", "json", "gzip", "padded-gzip", "padded-ndjson", "off"],
 )
 def test_where_nothing_is_added(live: LiveProxy, path: str, head: bytes, body: bytes) -> None:
     """While another stream gets its third heartbeat, this one gets nothing but its provider's."""
