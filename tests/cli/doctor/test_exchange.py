@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,7 +25,7 @@ PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 LINES = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nContent-Length: 8\r\n\r\n"
 
 
-@contextmanager
+@contextlib.contextmanager
 def asked(script: Script, *, timeout_s: float = 20.0) -> Iterator[Exchange]:
     """An exchange with a provider that follows a script."""
     with Provider(script) as provider:
@@ -132,6 +132,20 @@ def test_compressed_events_are_told_apart() -> None:
     assert (unknown.coding, unknown.events) == ("br", [])
 
 
+def test_the_last_event_counts_without_its_blank_line() -> None:
+    """Some providers leave it out."""
+    seen = seen_of(SSE + chunked(event(0) + event(1)[:-1]) + LAST)
+    assert len(seen.events) == 2
+
+
+def test_the_beginning_of_a_body_is_kept() -> None:
+    """So that an error's words can be shown; no more of it is."""
+    body = b'{"error": {"message": "' + b"x" * 5000
+    seen = seen_of(b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert seen.excerpt == body[: len(seen.excerpt)]
+    assert 1000 < len(seen.excerpt) < 5000
+
+
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
@@ -201,6 +215,22 @@ def test_the_time_is_bounded_where_nothing_comes(scheme: str) -> None:
     )
 
 
+def test_the_time_is_bounded_where_nobody_accepts() -> None:
+    """A host that drops what comes is not waited for."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # the queue has room for one, and the kernel drops what is too much
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        there = target(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        with Exchange(there, there.request("gzip"), trust=Trust(), timeout_s=0.3) as exchange:
+            seen = exchange.read()
+    assert (seen.problem, seen.connect_s) == ("no connection in time", None)
+
+
 def test_the_time_is_bounded_where_bytes_trickle() -> None:
     """Each byte is in time, and the whole is not."""
     over = Turn()
@@ -260,6 +290,25 @@ def test_a_handshake(tmp_path: Path) -> None:
     assert (seen.status, seen.tls, seen.problem) == (200, "TLSv1.3", None)
     assert seen.tls_s is not None
     assert chosen() == "h2"
+
+
+@pytest.mark.parametrize(("notify", "end"), [(True, End.CLOSED), (False, End.CUT)])
+def test_an_end_over_tls(tmp_path: Path, notify: bool, end: End) -> None:
+    """A body that ends with its connection has ended only if TLS says so."""
+    authority = Authority(tmp_path)
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(PLAIN + b"\r\n" + event(0))
+        if notify:
+            wire.close_notify()
+
+    with Provider(script, tls=authority.server()) as provider:
+        there = target(f"{provider.url}/")
+        trust = Trust(str(authority.ca_path))
+        with Exchange(there, there.request("gzip"), trust=trust, timeout_s=20) as exchange:
+            seen = exchange.read()
+    assert (seen.framing, len(seen.events), seen.end) == ("close", 1, end)
 
 
 @pytest.mark.parametrize(
