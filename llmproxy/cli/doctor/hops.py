@@ -17,6 +17,9 @@ NODE = "Node's http-proxy or Vite"
 """What development servers are made of; it does not name itself."""
 
 
+_LONGEST_SHOWN = 160
+
+
 class Hop(msgspec.Struct, frozen=True):
     """A program on the way, and the line that tells of it."""
 
@@ -54,6 +57,12 @@ _REQUEST_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Programs by the fields that they add to a request; all of a line are there."""
 
 
+def printable(words: str) -> str:
+    """Return words of somebody else as a terminal may see them, and not too many."""
+    words = "".join(char if char.isprintable() else " " for char in words)
+    return words if len(words) <= _LONGEST_SHOWN else words[:_LONGEST_SHOWN] + "..."
+
+
 def hops_of(
     fields: Sequence[tuple[str, str]], arrived: Mapping[str, str] | None = None
 ) -> list[Hop]:
@@ -67,15 +76,9 @@ def hops_of(
     for program, name, pattern in _MARKS:
         for field, value in fields:
             if field == name and re.search(pattern, value, re.IGNORECASE):
-                shown = value if pattern else "..."
+                shown = printable(value) if pattern else "..."
                 found.setdefault(program, Hop(program, f"{name}: {shown}"))
     for program, names in _REQUEST_MARKS:
         if all(name in (arrived or {}) for name in names):
             found.setdefault(program, Hop(program, f"it adds {names[0]} to requests"))
     return list(found.values())
-
-
-def program_of(hops: Sequence[Hop], behind: Sequence[Hop]) -> list[Hop]:
-    """Return the hops that are seen at one URL, and not at the URL behind it."""
-    known = {hop.program for hop in behind}
-    return [hop for hop in hops if hop.program not in known]

@@ -15,7 +15,7 @@ import msgspec
 
 from llmproxy.cli.doctor.examination import Observations
 from llmproxy.cli.doctor.exchange import End, Seen
-from llmproxy.cli.doctor.hops import LLMPROXY, NODE, Hop, hops_of
+from llmproxy.cli.doctor.hops import LLMPROXY, NODE, Hop, hops_of, printable
 from llmproxy.cli.doctor.shape import (
     FEWEST_EVENTS,
     LATE_S,
@@ -26,7 +26,6 @@ from llmproxy.cli.doctor.shape import (
     shape_of,
 )
 
-_SHORT = 160
 _ENVOY_LIMIT = "x-envoy-expected-rq-timeout-ms"
 _ENOUGH_LIMIT_MS = 600_000
 _MUCH_BYTES = 32 * 1024**2  # kernels took 14 MiB on the way through one hop
@@ -174,7 +173,7 @@ def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
 def _healthy(seen: Seen, shape: Shape) -> str:
     if shape.pattern is Pattern.UNKNOWN:
         return "nothing is wrong, as far as it can be told"
-    coded = f", compressed with {seen.coding}" if seen.coding else ""
+    coded = f", compressed with {printable(seen.coding)}" if seen.coding else ""
     return f"streams: {shape.events} events, one by one{coded}"
 
 
@@ -182,7 +181,7 @@ def _fatal(seen: Seen) -> list[Finding]:
     if seen.status is None:
         return [Finding(Kind.UNREACHABLE, Level.FATAL, seen.problem or "there is no response")]
     if 300 <= seen.status < 400:
-        where = _shown(seen.field("location") or "nowhere")
+        where = printable(seen.field("location") or "nowhere")
         text = f"it redirects to {where}, which is not followed"
         return [Finding(Kind.REFUSED, Level.FATAL, text)]
     if seen.status != 200:
@@ -206,17 +205,11 @@ def _reason(seen: Seen) -> str:
         return ""
     error = said.get("error", said) if isinstance(said, dict) else None
     words = error.get("message") if isinstance(error, dict) else error
-    return f": {_shown(words)}" if isinstance(words, str) and words else ""
-
-
-def _shown(words: str) -> str:
-    """Return foreign words as a terminal may see them, and not too many."""
-    words = "".join(char if char.isprintable() else " " for char in words)
-    return words if len(words) <= _SHORT else words[:_SHORT] + "..."
+    return f": {printable(words)}" if isinstance(words, str) and words else ""
 
 
 def _of_arrival(seen: Observations, shape: Shape) -> list[Finding]:
-    stream, coding = seen.stream, seen.stream.coding
+    stream, coding = seen.stream, printable(seen.stream.coding or "")
     plain = shape_of(seen.plain) if seen.plain is not None else None
     if stream.end is End.OPEN and not stream.reads:
         text = f"nothing of the body came within {stream.end_s:.0f} s"

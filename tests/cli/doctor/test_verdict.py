@@ -412,6 +412,15 @@ def test_programs_that_tell_of_themselves(
     assert [hop.program for hop in hops_of(fields, arrived)] == programs
 
 
+def test_a_head_cannot_steer_the_terminal() -> None:
+    """Bytes above ASCII may stand in a value, and some are a terminal's commands."""
+    (hop,) = hops_of([("server", "nginx\x9b31m" + "x" * 500)])
+    assert "\x9b" not in hop.evidence
+    assert len(hop.evidence) < 200
+    packed = judge(at_url(paced(ON_TIME, fields=[("content-encoding", "x\x9b31m"), *OPEN])))
+    assert "\x9b" not in packed.words + packed.findings[0].text
+
+
 @pytest.mark.parametrize(
     "program",
     ["nginx", "HAProxy", "Caddy", "Envoy", "Traefik", "Apache", "Varnish", "Next.js", "Cloudflare"],
