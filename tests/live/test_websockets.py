@@ -276,6 +276,7 @@ def test_tls_on_a_plain_port_is_named_in_the_log(live: LiveProxy) -> None:
             assert first.startswith(b"HTTP/1.1 400 ")
             assert b"TLS" in client.read_body(fields)
             client.wait_closed()
+    live.daemon.wait_log("speaks TLS")
     lines = [one for one in live.daemon.log if "speaks TLS" in one["message"]]
     assert len(lines) == 1
     assert lines[0]["level"] == "warn"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,15 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "llmproxy.cli.main", "doctor", *arguments]
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT is not ignored by what is started here, as it is where tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_ends_it_cleanly() -> None:
     """One word on standard error, no traceback, and the code of a shell."""
     begun = Turn()
