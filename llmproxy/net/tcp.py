@@ -48,7 +48,11 @@ class DirectTransport(tcp.Connection):
 
     # What every write looks at.  Twisted's own marks, and attributes in the dictionary of an
     # instance with some forty of them, are slower to find (docs/performance.rst).
-    __slots__ = ("_is_pulled", "_may_wait", "_send", "protocol", "socket", "written")
+    # Those of TLS stand here, too, so that it can begin on a transport that is there.
+    __slots__ = (
+        *("_flows", "_is_pulled", "_may_wait", "_send", "_ssl", "protocol", "socket"),
+        "written",
+    )
     drained: Callable[[], object] | None = None
     _reads: bool = False
     unsent: int = 0
@@ -124,14 +128,6 @@ class DirectTransport(tcp.Connection):
             return None
 
         self.doRead = look  # type: ignore[method-assign]  # of this one alone, until something comes
-
-    def release(self) -> socket.socket:
-        """Give the socket away, for another transport on it; this one never touches it again."""
-        self.stopReading()
-        self.stopWriting()
-        self._aborting = True
-        self._send = len
-        return self.socket
 
     def startReading(self) -> None:
         """Read, unless the connection is aborted, or is read already."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
@@ -63,8 +63,8 @@ class TlsTransport(DirectTransport):
         verdict: what the handshake found out, if the maker of ``tls`` keeps that here.
     """
 
-    # What every read looks at: ``_flows`` says that nothing is in its way.
-    __slots__ = ("_flows", "_ssl")
+    # What every read looks at, of the slots: ``_flows`` says that nothing is in its way.
+    __slots__ = ()
     tls: SSL.Connection
     verdict: Any = None
     handshake_done: bool = False
@@ -297,36 +297,25 @@ class TlsClient(TlsTransport, tcp.Client):
             self.startWriting()  # the handshake begins in the next turn, where it may fail
 
 
-class TlsBehindPlain(TlsTransport, tcp.Server):
-    """A connection on which TLS begins only now, as the side that made it or that accepted it.
+def begin_tls(transport: DirectClient | DirectServer, tls: Callable[[Any], SSL.Connection]) -> None:
+    """Begin TLS on a connection that was plain so far, as the side that made it or accepted it.
 
-    Twisted's transport of an accepted connection is the one that takes a connected socket.
+    The transport stays, and is of another class from here on: nobody has one left that writes in
+    the clear, and the reactor need not learn of another.
 
     Args:
+        transport: nothing waits in its queue.
         tls: makes OpenSSL's side of a connection, on its ``socket``.
-        plain: the transport so far, which gives its socket away; nothing waits in its queue.
-        protocol: gets this transport.
     """
-
-    def __init__(
-        self,
-        tls: Callable[[Any], SSL.Connection],
-        plain: DirectClient | DirectServer,
-        protocol: Any,
-    ) -> None:
-        accepted = isinstance(plain, DirectServer)
-        address = plain.client if isinstance(plain, DirectServer) else plain.realAddress
-        super().__init__(plain.release(), protocol, address, None, 0, plain.reactor)
-        self.repstr = f"<{type(self).__name__} to {address}>"
-        self._begin(tls(self))
-        if accepted:
-            self.tls.set_accept_state()
-            protocol.makeConnection(self)
-            return
-        self.tls.set_connect_state()
-        protocol.makeConnection(self)
-        if self.connected and not self._aborting:
-            self.startWriting()  # the handshake begins in the next turn, where it may fail
+    accepted, changed = isinstance(transport, DirectServer), cast(Any, transport)
+    changed.__class__ = TlsServer if accepted else TlsClient
+    changed._begin(tls(changed))
+    if accepted:
+        changed.tls.set_accept_state()
+    else:
+        changed.tls.set_connect_state()
+        if changed.connected and not changed._aborting:
+            changed.startWriting()  # the handshake begins in the next turn, where it may fail
 
 
 class TlsConnector(tcp.Connector):

@@ -26,7 +26,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from llmproxy.net.tcp import DirectServer
-from llmproxy.net.tls import TlsBehindPlain
+from llmproxy.net.tls import begin_tls
 
 _TLS_RECORD = b"\x16\x03"
 """How a client of TLS begins: a handshake record of some TLS (RFC 8446, section 5.1)."""
@@ -94,11 +94,11 @@ class Inside:
         """
         if first.startswith(_TLS_RECORD[: len(first)]):
             self.is_secure = True
-            connection.transport.unregisterProducer()
             if read or not isinstance(connection.transport, DirectServer):
+                connection.transport.unregisterProducer()
                 _layer(self.tls, connection).dataReceived(read)
             else:
-                TlsBehindPlain(self.tls.on_socket, connection.transport, connection)
+                begin_tls(connection.transport, self.tls.on_socket)
         elif _HTTP.match(first):
             self.end(None)
             connection.await_request()

@@ -21,7 +21,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from llmproxy.config import ParentProxy, Provider
 from llmproxy.errors import ProxyError, upstream_tls
 from llmproxy.net.tcp import DirectConnector
-from llmproxy.net.tls import TlsBehindPlain, TlsConnector
+from llmproxy.net.tls import TlsConnector, begin_tls
 from llmproxy.upstream.host_endpoint import HostEndpoint
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.resolver import Resolver
@@ -157,11 +157,11 @@ class Dialer:
 
     def _begin(self, connection: Connection, transport: Any) -> None:
         """Let ``connection`` take over an open tunnel, with TLS if the provider's URL has it."""
-        if self._tls is None:
+        if self._tls is None or self._direct:
+            if self._tls is not None:
+                begin_tls(transport, self._tls.on_socket)
             transport.protocol = connection
             connection.makeConnection(transport)
-        elif self._direct:
-            TlsBehindPlain(self._tls.on_socket, transport, connection)
         else:
             factory = Factory.forProtocol(cast(Any, lambda: connection))
             layers = TLSMemoryBIOFactory(cast(Any, self._tls), True, cast(Any, factory))

@@ -12,7 +12,7 @@ from OpenSSL import SSL
 from twisted.internet.protocol import ClientFactory, Protocol
 
 from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
-from llmproxy.net.tls import TlsBehindPlain, TlsConnector, TlsServer
+from llmproxy.net.tls import TlsConnector, TlsServer, begin_tls
 from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
 from tests.support.tls_peer import ENGINES, Contexts, TlsPeer
@@ -54,7 +54,10 @@ class OpenTls:
             def connectionMade(self) -> None:
                 opened.plain = self.transport
                 end = factory.buildProtocol(None)
-                TlsBehindPlain(opened.on_socket, cast(DirectClient, self.transport), end)
+                transport = cast(DirectClient, self.transport)
+                begin_tls(transport, opened.on_socket)
+                transport.protocol = end
+                end.makeConnection(transport)
 
         plain: Any = ClientFactory.forProtocol(Plain)
         plain.noisy = False

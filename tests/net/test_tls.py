@@ -35,22 +35,17 @@ BULK = random.Random(7).randbytes(3_000_000)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_transport_that_gave_its_socket_away_touches_it_no_more(contexts: Contexts) -> None:
-    """Whatever is still called on it, the other transport reads, writes and stays open."""
+async def test_nobody_is_left_who_writes_in_the_clear(contexts: Contexts) -> None:
+    """Whoever held the transport before holds one with TLS: what is written waits for that."""
     tls = OpenTls(contexts, "later")
     async with tls.raw() as held:
-        for call in ("doWrite", "startWriting", "stopWriting", "stopReading"):
-            getattr(tls.plain, call)()
-        tls.plain.write(b"in the clear")
-        tls.plain.loseConnection()
-        tls.plain.abortConnection()
+        assert tls.plain is held.transport
+        tls.plain.write(b"1")
         peer = tls.peer(held)
         await peer.handshake()
-        held.transport.write(b"1")
         assert await peer.hear(1) == b"1"
         held.sock.send(peer.records(b"2"))
         await until(lambda: held.end.received == b"2")
-        assert str(held.transport) == f"<TlsBehindPlain to {held.sock.getsockname()}>"
 
 
 @pytest_twisted.ensureDeferred
