@@ -149,11 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_explain(commands)
     add_doctor(commands)
+    add_timeouts(commands)
+    add_trust(commands)
     _add_keys(commands)
     add_ca(commands)
     add_usage(commands)
-    add_timeouts(commands)
-    add_trust(commands)
     _add_demo(commands)
     return parser
 

@@ -336,7 +336,7 @@ def test_the_last_names_are_remembered() -> None:
     """Some hundreds: memory is bounded, whoever asks how often."""
     marks = Marks()
     for number in (*range(1000), 800, 1000):  # that one is young again
-        marks.keep("a", str(number), object())  # type: ignore[arg-type]
+        marks.keep("a", str(number), object())  # type: ignore[arg-type]  # never looked into
     assert marks.find("a", "800") is not None
     assert marks.find("a", "802") is not None
     with pytest.raises(Exception, match="remembered"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,48 +10,24 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import environment
+from tests.support.hops import hop, is_installed
 from tests.support.live_proxy import ONE_ROUTE, assert_settles, begin, open_live_proxy, until
-from tests.support.programs import free_port, running_program
 from tests.support.scripts import SSE, event
 from tests.support.sockets import chunked, connect
-
-_NGINX = """
-daemon off; master_process off; pid {folder}/pid;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;
-    uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://127.0.0.1:{upstream};
-            proxy_http_version 1.1;
-            proxy_buffering off;
-            proxy_read_timeout 1500ms;
-        }}
-    }}
-}}
-"""
 
 _CUTS = 6
 
 
 def test_nginx_s_read_timeout_is_found(tmp_path: Path) -> None:
     """It cuts streams in a silence; the ledger has the time to a tenth of a second, and who."""
-    program = shutil.which("nginx", path="/usr/sbin:/usr/bin")
-    if program is None:
+    if not is_installed("nginx"):
         pytest.skip("nginx is not installed")
     ledger = tmp_path / "ledger.sqlite3"
     with ExitStack() as stack:
         trace = f'ledger = "{ledger}"\n'  # what stands before it ends with [trace]
         live = stack.enter_context(open_live_proxy(tmp_path, trace + ONE_ROUTE))
-        port = free_port()
-        config = tmp_path / "nginx.conf"
-        config.write_text(
-            _NGINX.format(folder=tmp_path, port=port, upstream=live.daemon.port), encoding="utf-8"
-        )
-        stack.enter_context(running_program([program, "-e", "stderr", "-c", str(config)], port))
+        lines = ("proxy_http_version 1.1;", "proxy_buffering off;", "proxy_read_timeout 1500ms;")
+        port = stack.enter_context(hop("nginx", live.daemon.port, *lines))
         live.hold(SSE, chunked(event(0)))
         clients = [begin(connect(port), "/p/v1/chat/completions") for _ in range(_CUTS)]
         for client in clients:

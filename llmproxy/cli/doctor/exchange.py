@@ -269,11 +269,11 @@ class Exchange:
         Raises:
             TimeoutError: the limit has passed.
         """
-        assert self._sock is not None  # noqa: S101
+        assert self._sock is not None  # noqa: S101 - it is read only once it is there
         return _when_ready(self._sock, lambda: self._recv(), limit)
 
     def _recv(self) -> bytes:
-        assert self._sock is not None  # noqa: S101
+        assert self._sock is not None  # noqa: S101 - as above
         return self._sock.recv(_READ)
 
     def _now(self) -> float:

@@ -68,7 +68,7 @@ def test_each_event_has_its_own_time() -> None:
         for number in range(3):
             before = time.monotonic()
             turn.give()
-            exchange.read(lambda seen, count=number: len(seen.events) > count)  # type: ignore[misc]
+            exchange.read(lambda seen, count=number: len(seen.events) > count)  # type: ignore[misc]  # of a lambda
             took = time.monotonic() - before
             seen = exchange.seen
             assert len(seen.events) == number + 1
