@@ -8,14 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.live_proxy import until
-from tests.support.sockets import WAIT
+from tests.support.programs import free_port, running_program
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 NGINX = shutil.which("nginx", path=_PATH)
@@ -97,35 +94,5 @@ def hop(kind: str, origin: int, *lines: str) -> Iterator[int]:
         file.write_text(text.format(folder=folder, port=port, origin=origin, lines=joined))
         command = [program, *(folder if one == "FOLDER" else one for one in options), str(file)]
         environment = {**os.environ, "HOME": folder, "XDG_DATA_HOME": folder}
-        with running(command, port, environment):
+        with running_program(command, port, environment):
             yield port
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int, environment: dict[str, str]) -> Iterator[None]:
-    """Run a program until the end of the block, which begins when it listens."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-    def listens() -> bool:
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[1].decode())
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), WAIT):
-            return True
-        return False
-
-    try:
-        until(listens, f"{command[0]} listens")
-        yield
-    finally:
-        process.terminate()
-        process.communicate(timeout=WAIT)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 
 from tests.support.live_proxy import until
@@ -20,15 +21,32 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_program(command: list[str], port: int) -> Iterator[None]:
-    """Run a program; within, it listens on its port."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+def running_program(
+    command: list[str], port: int, environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    """Run a program; within, it listens on its port.
+
+    Args:
+        command: its words.
+        port: of loopback.
+        environment: the whole of it; by default that of the tests.
+    """
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        ) as process,
+    ):
 
         def listens() -> bool:
-            assert process.poll() is None, f"{command} ended"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            if process.poll() is not None:
+                said.seek(0)
+                raise AssertionError(f"{command} ended: {said.read().decode(errors='replace')}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), WAIT):
                 return True
             return False
 

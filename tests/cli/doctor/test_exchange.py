@@ -16,7 +16,7 @@ import pytest
 from llmproxy.cli.doctor import exchange as module
 from llmproxy.cli.doctor.exchange import End, Exchange, Seen, Trust, protocol
 from llmproxy.cli.doctor.target import Target, target
-from tests.support.hops import free_port
+from tests.support.programs import free_port
 from tests.support.scripts import LAST, SSE, Turn, event
 from tests.support.sockets import Provider, Script, Wire, chunked
 from tests.support.tls import Authority
