@@ -44,6 +44,7 @@ def chunks_of(written: bytes) -> list[bytes]:
 
 @example(path="/v1/messages", sizes=[2600], whole=True, events=1)
 @example(path="/v1/responses", sizes=[3000], whole=False, events=1)
+@example(path="/v1/responses", sizes=[1, 101, 3000], whole=True, events=16)
 @given(
     path=st.sampled_from(sorted(STREAM_ENDS)),
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=12),

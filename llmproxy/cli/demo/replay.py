@@ -10,8 +10,9 @@ provider shares with the proxy in front of it (docs/records.rst).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Annotated
 
 import msgspec
@@ -209,15 +210,18 @@ def _streamed(capsule: Capsule, body: _Body, endpoint: Streamed, ask: Asked, clo
         count = max((n for n, event in enumerate(made, 1) if event.tokens), default=0)
         return [event.data for event in made[: count + fails]]
 
-    *before, around = events("x")[: -1 if fails else None]
-    around_size = len(around) - 1
+    *before, first = events("x")[: -1 if fails else None]
+    around = len(first) - 1
+    begun = len(b"".join(before))
     room = body.bytes - (len(events("x")[-1]) if fails else 0)
-    size = max(1, room // max(1, body.events or body.chunks) - around_size)
-    left = room - len(b"".join(before))
-    if left < around_size + 1:  # not even one event has room
+    if room <= begun + around:  # not even one event has room
         return b"".join(events("x"))[: body.bytes]
-    count = max(1, left // (around_size + size))
-    over = left - count * (around_size + size)  # below 0 where the first one is to be shorter
+    size = max(1, room // max(1, body.events or body.chunks) - around)
+    most = max(1, (room - begun) // (around + size))
+    sizes = [len(event) for event in events(["x" * size] * most)[len(before) :][:most]]
+    ends = list(accumulate(sizes, initial=begun))
+    count = max(1, bisect_right(ends, room) - 1)  # an event may be longer than the first
+    over = room - ends[count]  # below 0 where the first one is to be shorter
     tokens = ["x" * size] * (count - 1)
     if body.ends_between_events or fails:
         return b"".join(events([*tokens, "x" * (size + over)]))
