@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
@@ -57,6 +58,10 @@ SEED = _seed_of_commit() if _asked == "commit" else int(_asked)
 
 # xdist's workers, and tests that draw by themselves, read it there.
 os.environ["LLMPROXY_TEST_SEED"] = str(SEED)
+# Tests start the daemon and other programs of this tree hundreds of times: where the environment
+# forbids Python to keep bytecode, each of them would compile the whole tree again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 hypothesis.core.global_force_seed = SEED  # type: ignore[assignment]  # None is only its default
 
 SHRINKING_S = 20
