@@ -143,17 +143,21 @@ def block_of(seen: Seen) -> int | None:
 def taken_unread(events: Sequence[Event], stall_s: float) -> tuple[int, bool]:
     """Return how many bytes the way took while nobody read, and whether the far end then waited.
 
+    If it did not wait, only what it sent in that time counts: over a slow line, that may be little.
+
     Args:
         events: of a stream that is sent as fast as it is taken; after the first of them nobody read
             for ``stall_s`` seconds.
         stall_s: see there.
     """
-    taken = 0
+    taken = in_time = 0
     for before, after in pairwise(events):
         taken += before.size
         if (after.sent or 0.0) - (before.sent or 0.0) >= stall_s / 2:
             return taken, True
-    return taken, False
+        if (before.sent or 0.0) - (events[0].sent or 0.0) <= stall_s:
+            in_time = taken
+    return in_time, False
 
 
 # --- sending times are known ----------------------------------------------------------------------
