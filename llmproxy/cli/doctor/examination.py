@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from llmproxy.cli.doctor.exchange import End, Exchange, Seen, Trust, protocol
-from llmproxy.cli.doctor.shape import Pattern, shape_of, taken_unread
+from llmproxy.cli.doctor.shape import Pattern, is_after, shape_of, taken_unread
 from llmproxy.cli.doctor.target import Target
 
 _ENOUGH_EVENTS = 3
@@ -233,11 +233,10 @@ class _Examination:
             if seen.status != 200 or not seen.events:
                 return None
             time.sleep(stall_s)
-            seen = exchange.read(_Waited(stall_s))
-        size, far_end_waited = taken_unread(seen.events, stall_s)
-        if far_end_waited or seen.end is not End.OPEN or seen.size >= _MOST_TAKEN:
-            return Unread(size, far_end_waited)
-        return None
+            seen = exchange.read(lambda seen: _has_shown(seen, stall_s))
+        if seen.end is End.OPEN and not _has_shown(seen, stall_s):
+            return None
+        return Unread(*taken_unread(seen.events, stall_s))
 
     def _wait(self, idle_s: float) -> Seen | None:
         silent = {"silence_after": SILENCE_AFTER, "silence_ms": int(idle_s * 1000)}
@@ -248,22 +247,9 @@ class _Examination:
         return seen if was_silent and seen.status not in _REFUSALS else None
 
 
-class _Waited:
-    """Tells when an event has come for whose sending the far end had to wait.
-
-    Args:
-        stall_s: how long nobody read.
-    """
-
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
-        self._looked_at = 0
-
-    def __call__(self, seen: Seen) -> bool:
-        """Return whether enough has come."""
-        new = seen.events[self._looked_at :]
-        self._looked_at = max(0, len(seen.events) - 1)  # the next one is compared with the last
-        return taken_unread(new, self._stall_s)[1] or seen.size >= _MOST_TAKEN
+def _has_shown(seen: Seen, stall_s: float) -> bool:
+    """Return whether enough has come to say what was taken while nobody read."""
+    return is_after(seen.events[0], stall_s, seen.events[-1]) or seen.size >= _MOST_TAKEN
 
 
 def _arrived(told: dict[str, object]) -> dict[str, str] | None:

@@ -143,21 +143,24 @@ def block_of(seen: Seen) -> int | None:
 def taken_unread(events: Sequence[Event], stall_s: float) -> tuple[int, bool]:
     """Return how many bytes the way took while nobody read, and whether the far end then waited.
 
-    If it did not wait, only what it sent in that time counts: over a slow line, that may be little.
+    What was sent later does not count: over a slow line, or on a busy machine, it may be much.
 
     Args:
         events: of a stream that is sent as fast as it is taken; after the first of them nobody read
             for ``stall_s`` seconds.
         stall_s: see there.
     """
-    taken = in_time = 0
+    taken = 0
     for before, after in pairwise(events):
         taken += before.size
-        if (after.sent or 0.0) - (before.sent or 0.0) >= stall_s / 2:
-            return taken, True
-        if (before.sent or 0.0) - (events[0].sent or 0.0) <= stall_s:
-            in_time = taken
-    return in_time, False
+        if is_after(events[0], stall_s, after):
+            return taken, (after.sent or 0.0) - (before.sent or 0.0) >= stall_s / 2
+    return taken, False
+
+
+def is_after(first: Event, stall_s: float, event: Event) -> bool:
+    """Return whether an event was sent more than so many seconds after the first one."""
+    return (event.sent or 0.0) - (first.sent or 0.0) > stall_s
 
 
 # --- sending times are known ----------------------------------------------------------------------

@@ -191,7 +191,11 @@ def _fatal(seen: Seen) -> list[Finding]:
     if seen.status != 200:
         key = " (--key-file?)" if seen.status == 401 else ""
         text = f"refused with {seen.status}{_reason(seen)}{key}"
-        return [Finding(Kind.REFUSED, Level.FATAL, text)]
+        found = [Finding(Kind.REFUSED, Level.FATAL, text)]
+        if seen.status == 426:
+            text = "a hop asks in HTTP/1.0, which the far end refuses, as Envoy does"
+            found.append(Finding(Kind.ASKED_IN_1_0, Level.WARNING, text))
+        return found
     kind = (seen.field("content-type") or "").partition(";")[0]
     if kind == "text/html" or (not seen.events and kind == "application/json"):
         text = f"a whole response of type {kind} and no stream: is it the right path?"

@@ -207,6 +207,15 @@ def test_what_cannot_be_measured(stream: Seen, words: str) -> None:
     assert len(verdict.findings) == 1
 
 
+def test_http_1_0_that_is_refused() -> None:
+    """A 426 for what the doctor asks in HTTP/1.1 is that of a hop's own request."""
+    refused = changed(STREAM, status=426, fields=NGINX)
+    assert kinds(at_url(refused)) == [Kind.REFUSED, Kind.ASKED_IN_1_0]
+    (guilt,) = blame(verdicts(refused, STREAM))
+    assert (guilt.kind, guilt.programs) == (Kind.ASKED_IN_1_0, ["nginx"])
+    assert advice(guilt)[0].lines[0] == "proxy_http_version 1.1;"
+
+
 @pytest.mark.parametrize(
     ("more", "kind"),
     [
