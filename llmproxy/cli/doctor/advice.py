@@ -42,7 +42,7 @@ _CANCEL = (Kind.CANCEL_LOST, Kind.CANCEL_LOST_IN_SILENCE)
 _LOST = (Kind.CANCEL_LOST_IN_SILENCE,)
 
 _AT_LLMPROXY = "under [[routes]]"
-_NGINX, _ROUTE = "in the location that leads to llmproxy", "in the route"
+_NGINX, _ROUTE = "in the location that passes requests on", "in the route"
 _HTTP_11 = ("proxy_http_version 1.1;", 'proxy_set_header Connection "";')
 _NO_CURE = "It has no line for that. timeouts.idle and heartbeat of llmproxy bound it."
 
@@ -121,8 +121,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Caddy",
             "",
-            note="Caddy 2.6 ends a broken body as if it were whole. 2.11 does not, but with "
-            "response_buffers: update, and take that out.",
+            note="Caddy 2.6 ends a broken body as if it were whole, and 2.11 does with "
+            "response_buffers. Update, and take that out.",
         ),
     ),
     # Envoy
@@ -215,8 +215,7 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "before the proxy",
             "app.use(compression({ filter: (req, res) => "
             "!/event-stream/.test(res.getHeader('Content-Type')) }))",
-            note="http-proxy and Vite hold nothing: compression in front of them does. In Next.js: "
-            "compress: false in next.config.js.",
+            note="http-proxy and Vite hold nothing: compression in front of them does.",
         ),
     ),
     (_SILENCE, _lines(NODE, "in the options of the proxy", "proxyTimeout: 3600000")),

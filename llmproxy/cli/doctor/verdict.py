@@ -28,7 +28,7 @@ from llmproxy.cli.doctor.shape import (
 
 _ENVOY_LIMIT = "x-envoy-expected-rq-timeout-ms"
 _ENOUGH_LIMIT_MS = 600_000
-_MUCH_BYTES = 32 * 1024**2  # kernels took 14 MiB on the way through one hop
+_MUCH_BYTES = 48 * 1024**2  # kernels took 30 MiB on the way through two hops
 _KEPT = (Pattern.HELD, Pattern.BLOCKS)
 _TIMER_S = (0.15, 0.35)
 _STREAM_TYPES = ("text/event-stream", "ndjson", "jsonl", "json-seq")
