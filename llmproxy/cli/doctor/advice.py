@@ -90,7 +90,7 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "in reverse_proxy",
             note="Take out response_buffers (2.6: buffer_responses): without it, Caddy holds "
             "nothing. flush_interval -1 is not needed, and with it 2.6 does not tell the far end "
-            "that a client left.",
+            "that a client left in a silence.",
         ),
     ),
     (
@@ -98,7 +98,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Caddy",
             "in reverse_proxy",
-            note="Take out flush_interval -1: with it, Caddy 2.6 goes on for a client that left.",
+            note="Take out flush_interval -1: with it, 2.6 does not tell of a client that left in "
+            "a silence.",
         ),
     ),
     (
