@@ -51,6 +51,9 @@ from tests.support.sockets import Provider
 
 PACE = "/-/pace"
 QUERY = "?n=12&interval_ms=250&bytes=200"
+LONG_QUERY = "?n=36&interval_ms=150&bytes=200"
+"""Of several blocks, where a block is small."""
+
 CHECKS = Checks(timeout_s=60.0, stall_s=None, patience_s=1.5)
 FLOOD_CHECKS = Checks(timeout_s=60.0, stall_s=3.0, patience_s=1.5)
 LIMIT_CHECKS = Checks(timeout_s=60.0, stall_s=None, patience_s=1.5, idle_s=5.0)
@@ -182,16 +185,19 @@ def matrix(
         behind = {names[cell]: at[cell] for cell in cells if cell.side == BEHIND}
         outer = stack.enter_context(Daemon(folder(), ways(behind)))
         direct = f"http://127.0.0.1:{inner.port}/direct"
+        queries: dict[str, str] = {}
         stations, asked = {}, {direct: ALL_CHECKS, provider.url: ALL_CHECKS}
         for cell in cells:
             urls = [f"{at[cell]}/direct", direct]
             if cell.side == BEHIND:
                 urls = [f"http://127.0.0.1:{outer.port}/{names[cell]}", at[cell]]
             stations[cell] = [*urls, provider.url]
+            if cell.told == SMALL:
+                queries |= dict.fromkeys({*urls} - {direct}, LONG_QUERY)
             asked = {url: checks_of(cell, is_hop=url.startswith(at[cell])) for url in urls} | asked
         order = Order(len(asked))
         with ThreadPoolExecutor(len(asked)) as threads:
-            full = [f"{url}{PACE}{QUERY}" for url in asked]
+            full = [f"{url}{PACE}{queries.get(url, QUERY)}" for url in asked]
             seen = dict(zip(asked, threads.map(order.examine, full, asked.values()), strict=True))
     return {
         cell: Seen(conclude([seen[url] for url in urls]), 0 if cell.side == BEFORE else 1)

@@ -97,7 +97,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         shape: how the stream came.
         findings: the worst first.
         hops: the programs that are seen there.
-        latest_s: how late the latest event was without compression, where that is known.
+        late_s: how late events were without compression: in the middle, and at most.
     """
 
     target: str
@@ -106,7 +106,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     shape: Shape
     findings: list[Finding]
     hops: list[Hop]
-    latest_s: float | None = None
+    late_s: tuple[float, float] = (0.0, 0.0)
 
 
 class Guilt(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +170,7 @@ def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
         shape=shape,
         findings=found,
         hops=hops_of(seen.stream.fields, seen.arrived),
-        latest_s=plain.latest_s,
+        late_s=(plain.late_s or 0.0, plain.latest_s or 0.0),
     )
 
 
@@ -273,8 +273,9 @@ def _of_size(seen: Observations, shape: Shape) -> Finding:
         return Finding(Kind.HELD_AT_FIRST, Level.BAD, _how(wide))
     if wide.pattern is Pattern.STREAMS and (wide.late_s or 0) < LATE_S / 2:
         return Finding(Kind.BLOCKS, Level.BAD, "held in blocks of a few kilobytes: more passes")
-    block = block_of(seen.wide) or block_of(seen.plain or seen.stream)
-    if block is not None:
+    blocks = [block_of(one) for one in (seen.wide, seen.plain or seen.stream)]
+    # A busy machine reads several at once, so the smaller one is the block.
+    if block := min(filter(None, blocks), default=None):
         short = ": this stream is shorter than one" if shape.pattern is Pattern.HELD else ""
         return Finding(Kind.BLOCKS, Level.BAD, f"held in blocks of {block:,} bytes{short}")
     late = 1000 * (wide.latest_s or 0)
@@ -473,7 +474,7 @@ def _by_habit(verdict: Verdict) -> list[Hop]:
     """Return what a hop without a name is known by: nobody else was seen to do it."""
     shortest, longest = _TIMER_S
     kinds = {finding.kind for finding in verdict.findings}
-    if Kind.LATE in kinds and shortest <= (verdict.latest_s or 0) <= longest:
+    if Kind.LATE in kinds and any(shortest <= late <= longest for late in verdict.late_s):
         return [Hop("HAProxy", "it does not name itself, but holds events for 200 ms")]
     if Kind.BREAK_LOST in kinds:
         return [Hop(NODE, "it does not name itself, but does not pass a break on")]

@@ -10,7 +10,7 @@ import pytest
 
 from llmproxy.cli.doctor.advice import advice
 from llmproxy.cli.doctor.examination import Observations, Told, Unread
-from llmproxy.cli.doctor.exchange import End, Seen
+from llmproxy.cli.doctor.exchange import End, Read, Seen
 from llmproxy.cli.doctor.hops import NODE, hops_of
 from llmproxy.cli.doctor.verdict import Guilt, Kind, Level, State, Verdict, blame, judge, judge_all
 from tests.cli.doctor.made import OPEN, arrived, at_url, every, paced
@@ -63,6 +63,21 @@ def test_a_stream_that_streams() -> None:
             Kind.BLOCKS,
             "held in blocks of 4,096 bytes: this stream is shorter than one",
             id="a block that is longer than the stream",
+        ),
+        pytest.param(
+            at_url(
+                changed(
+                    paced([at for at in every(1.25, 4, late=1.0) for _ in range(5)]),
+                    reads=[Read(at, 1024) for at in every(1.25, 4, late=1.0)],
+                ),
+                wide=changed(
+                    paced([at + 0.25 for at in ON_TIME[:-1]] + ON_TIME[-1:], size=4000),
+                    reads=[Read(at, 4096) for at in ON_TIME[:-1]],
+                ),
+            ),
+            Kind.BLOCKS,
+            "held in blocks of 1,024 bytes",
+            id="a block of which several are read at once",
         ),
         pytest.param(
             at_url(paced(HELD), wide=paced(ON_TIME, size=4000)),
@@ -315,6 +330,14 @@ def test_compressed_and_late_for_two_reasons() -> None:
     )
     behind = at_url(STREAM, "http://b.example/-/pace")
     assert [one.programs for one in blame(judge_all([seen, behind]))] == [["HAProxy"]] * 2
+
+
+def test_a_single_event_that_is_later_does_not_hide_the_timer() -> None:
+    """What is late in the middle tells the timer, whatever the machine did for a moment."""
+    late = [at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:]
+    late[7] += 0.2
+    found = blame(judge_all([at_url(paced(late)), at_url(STREAM, "http://b.example/-/pace")]))
+    assert [one.programs for one in found] == [["HAProxy"]]
 
 
 def test_compressed_but_not_held() -> None:
