@@ -113,7 +113,7 @@ def node(*also: Kind) -> dict[str, Told]:
     named = (NODE,)
     return {
         DEFAULTS: both(does=Does(also=also, names=named)),
-        FORCED: both(*NODE_COLLECTS, does=Does((HELD,), (*also, TAKES), named)),
+        FORCED: both(*NODE_COLLECTS, does=Does((HELD,), also, named)),
         # llmproxy forbids it: its streams have no-transform.
         GZIP: Told(
             (NODE_GZIP,),
@@ -132,7 +132,7 @@ def caddy(hold: str, *also: Kind, held: tuple[Kind, ...] = ()) -> dict[str, Told
     names = ("Caddy",)
     return {
         DEFAULTS: both(does=Does(also=also, names=names)),
-        FORCED: both(hold, does=Does((HELD,), (HIDDEN, TAKES), names)),
+        FORCED: both(hold, does=Does((HELD,), (HIDDEN,), names)),
         GZIP: both(around=("encode gzip",), does=Does(also=also, names=names)),
         LIMIT: both("transport http {", "read_timeout 3s", "}", does=Does((CUT,), also, names)),
         MENDED: both(around=CADDY_ENCODES, does=Does(also=also, names=names)),
@@ -142,7 +142,6 @@ def caddy(hold: str, *also: Kind, held: tuple[Kind, ...] = ()) -> dict[str, Told
 
 NGINX, HAPROXY, APACHE, VARNISH = ("nginx",), ("HAProxy",), ("Apache",), ("Varnish",)
 ENVOY, TRAEFIK = ("Envoy",), ("Traefik",)
-VARNISH_DOES = (UNSEEN, TAKES)
 
 PROGRAMS: dict[str, dict[str, Told]] = {
     "nginx": {
@@ -150,8 +149,8 @@ PROGRAMS: dict[str, dict[str, Told]] = {
         DEFAULTS: Told(behind=Does((Kind.BLOCKS,), (HIDDEN, TAKES, OLD), NGINX)),
         FORCED: Told(
             (NGINX_IGNORES,),
-            before=Does((Kind.BLOCKS,), (TAKES,), NGINX),
-            behind=Does((Kind.BLOCKS,), (HIDDEN, TAKES, OLD), NGINX),
+            before=Does((Kind.BLOCKS,), (), NGINX),
+            behind=Does((Kind.BLOCKS,), (HIDDEN, OLD), NGINX),
         ),
         GZIP: Told(HTTP_11, NGINX_GZIP, behind=Does((PACKED,), (), NGINX)),
         LIMIT: both(*HTTP_11, NGINX_OFF, "proxy_read_timeout 3s;", does=Does((CUT,), (), NGINX)),
@@ -204,11 +203,11 @@ PROGRAMS: dict[str, dict[str, Told]] = {
     "varnish": {
         DEFAULTS: Told(
             before=Does((), (SILENT, TAKES), VARNISH),
-            behind=Does((), VARNISH_DOES, VARNISH),
+            behind=Does((), (UNSEEN, TAKES), VARNISH),
         ),
         FORCED: both(
             "vcl_backend_response: set beresp.do_stream = false;",
-            does=Does((HELD,), (*VARNISH_DOES, Kind.LENGTH_KNOWN), VARNISH),
+            does=Does((HELD,), (UNSEEN, Kind.LENGTH_KNOWN), VARNISH),
         ),
         # What it keeps is compressed, also for clients that do not take gzip.
         GZIP: both(
@@ -246,8 +245,8 @@ PROGRAMS: dict[str, dict[str, Told]] = {
         DEFAULTS: both(does=Does()),
         FORCED: Told(
             ("buffering: { memResponseBodyBytes: 1048576 }",),
-            before=Does((HELD,), (TAKES,), ()),
-            behind=Does((HELD,), (TAKES,), TRAEFIK),
+            before=Does((HELD,), (), ()),
+            behind=Does((HELD,), (), TRAEFIK),
         ),
         GZIP: both("compress: { minResponseBodyBytes: 1024 }", does=Does()),
         MENDED: both("compress: { excludedContentTypes: [text/event-stream] }", does=Does()),

@@ -32,7 +32,6 @@ from tests.live.hop_cells import (
     CELLS,
     CUT,
     DEFAULTS,
-    FORCED,
     GZIP,
     LIMIT,
     MENDED,
@@ -58,7 +57,7 @@ CHECKS = Checks(timeout_s=60.0, stall_s=None, patience_s=1.5)
 FLOOD_CHECKS = Checks(timeout_s=60.0, stall_s=3.0, patience_s=1.5)
 LIMIT_CHECKS = Checks(timeout_s=60.0, stall_s=None, patience_s=1.5, idle_s=5.0)
 ALL_CHECKS = Checks(timeout_s=60.0, stall_s=3.0, patience_s=1.5, idle_s=5.0)
-FLOODS = 8
+FLOODS = 6
 """How many may send as much as they can at the same time."""
 
 
@@ -160,7 +159,7 @@ def checks_of(cell: Cell, *, is_hop: bool) -> Checks:
     """Return what is tried; the slow reader only where it tells something, for it costs most."""
     if cell.told == LIMIT:
         return LIMIT_CHECKS
-    floods = cell.told in (DEFAULTS, FORCED) or (cell.told == MENDED and cell.kind in TAKERS)
+    floods = cell.told == DEFAULTS or (cell.told == MENDED and cell.kind in TAKERS)
     return FLOOD_CHECKS if floods and is_hop else CHECKS
 
 
