@@ -49,7 +49,8 @@ from tests.support.paced import PacedServer
 from tests.support.sockets import Provider
 
 PACE = "/-/pace"
-QUERY = "?n=12&interval_ms=250&bytes=200"
+QUERY = "?n=10&interval_ms=400&bytes=250"
+"""Slow enough that a busy machine joins no events, and that HAProxy's 200 ms are seen."""
 LONG_QUERY = "?n=36&interval_ms=150&bytes=200"
 """Of several blocks, where a block is small."""
 
@@ -110,6 +111,17 @@ class Seen(NamedTuple):
     def verdict(self) -> Verdict:
         """What is thought of the hop's URL."""
         return self.found.verdicts[self.at]
+
+    def words(self) -> str:
+        """Return all that is said, for who reads a failure."""
+        lines = [
+            f"{verdict.target}: {finding.text} (late: {verdict.late_s})"
+            for verdict in self.found.verdicts
+            for finding in verdict.findings
+        ]
+        return "\n".join(
+            [*lines, *(f"{guilt.kind}: {guilt.words}" for guilt, _ in self.found.guilts)]
+        )
 
     @property
     def bad(self) -> list[list[Kind]]:
@@ -212,15 +224,15 @@ def test_what_a_hop_does_is_found_and_put_down_to_it(cell: Cell, matrix: dict[Ce
         pytest.skip(f"{cell.kind} is not installed")
     seen, does = matrix[cell], cell.does
     found, at = seen.found, seen.at
-    assert seen.bad[at] == list(does.bad), found.verdicts
-    assert not any(seen.bad[at + 1 :]), found.verdicts
-    assert seen.bad[0] in ([], list(does.bad)), found.verdicts
+    assert seen.bad[at] == list(does.bad), seen.words()
+    assert not any(seen.bad[at + 1 :]), seen.words()
+    assert seen.bad[0] in ([], list(does.bad)), seen.words()
     assert found.code == (1 if does.bad else 0)
-    assert {guilt.kind for guilt, _ in found.guilts} == {*does.bad, *does.also}, found.guilts
+    assert {guilt.kind for guilt, _ in found.guilts} == {*does.bad, *does.also}, seen.words()
     station, behind = found.verdicts[at], found.verdicts[at + 1]
     for guilt, pieces in found.guilts:
-        assert (guilt.at, guilt.before) == (station.target, behind.target), guilt
-        assert tuple(guilt.programs) == does.names, guilt
+        assert (guilt.at, guilt.before) == (station.target, behind.target), seen.words()
+        assert tuple(guilt.programs) == does.names, seen.words()
         own = [piece for piece in pieces if piece.program == NAMES[cell.kind]]
         assert own, guilt
         assert all(is_tried(cell.kind, piece.lines) for piece in own if piece.tried), own
