@@ -93,13 +93,13 @@ bench-sandbox: $(DEV_STAMP) ## what an interception and a tunnel cost, beside Go
 soak: $(DEV_STAMP) ## whether memory goes flat under load and reloads, for two hours (ARGS="--help")
 	@$(BIN)/python -m bench.soak $(ARGS)
 
-# The programs of tests/sandbox have a package for each platform, of which mirrors keep some: no lock of them
-# could be whole everywhere.  Each is one file with all that it needs, and its version is pinned.
+# The programs of tests/sandbox and tests/hops have a package for each platform, of which mirrors keep some: no
+# lock of them could be whole everywhere.  The version of each program is pinned.
 peers: peer-programs peer-hops ## the other programs that tests talk to, by apt-get, pip and npm
 	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser, tests/sandbox, tests/hops"; exit 0; fi; \
 	output=$$(npm ci --prefix tests/browser 2>&1 && npm install --no-package-lock --prefix tests/sandbox 2>&1) \
 	    || { printf '%s\n' "$$output"; exit 1; }; \
-	output=$$(npm ci --prefix tests/hops 2>&1) || printf '%s\n' "$$output" "peers: left out: tests/hops"
+	output=$$(npm install --no-package-lock --prefix tests/hops 2>&1) || printf '%s\n' "$$output" "peers: left out: tests/hops"
 
 # PyPI has them for some platforms only: without them, tests of them are skipped.
 peer-hops:
