@@ -25,6 +25,7 @@ Nothing here knows a provider, a trace, a metric, or what a chunk holds.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
@@ -53,6 +54,13 @@ _FOLLOWED = 2
 
 AT_ONCE_S = 0.001
 """A chunk that comes so soon behind another was sent together with it."""
+
+KEPT_CHUNKS = 32
+"""How many of a body's last chunks are kept, each with its time and its size; a power of two."""
+
+_MASK = KEPT_CHUNKS - 1
+_NO_TIMES = array("d", bytes(8 * KEPT_CHUNKS))
+_NO_SIZES = array("I", bytes(4 * KEPT_CHUNKS))
 
 _OVER: Deferred[None] = succeed(None)
 """What stands for :attr:`Relay.done` once that has fired."""
@@ -123,7 +131,7 @@ class StreamStatistics:
 
     __slots__ = (
         *("_at_once", "_batch", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps"),
-        *("_last_at", "_longest_gap", "_tail", "_verbatim"),
+        *("_last_at", "_longest_gap", "_sizes", "_tail", "_times", "_verbatim"),
     )
 
     def __init__(
@@ -141,6 +149,8 @@ class StreamStatistics:
         self._last_at = now
         self._longest_gap = 0.0
         self._tail = b""
+        self._times = _NO_TIMES[:]
+        self._sizes = _NO_SIZES[:]
 
     @property
     def chunks(self) -> int:
@@ -190,11 +200,24 @@ class StreamStatistics:
         self._batch.read()
         return self._tail
 
+    @property
+    def last_chunks(self) -> list[tuple[float, int]]:
+        """The last :data:`KEPT_CHUNKS` chunks: when each came, in monotonic seconds, and its size.
+
+        They stand in their order.
+        """
+        count = self.chunks
+        places = [n % KEPT_CHUNKS for n in range(max(0, count - KEPT_CHUNKS), count)]
+        return [(self._times[place], self._sizes[place]) for place in places]
+
     def read(self, at: float, data: bytes, start: int = 0) -> None:
         """Note one chunk, split at any point; see :class:`Reader`."""
         if start:
             data = data[start:-2]
             self._verbatim += len(data)
+        size = len(data)
+        place = self._chunks & _MASK
+        self._times[place], self._sizes[place] = at, size
         gaps, copy = self._gaps, self._copy  # called as names: 0.01 of 0.66 µs of an event
         if self._chunks:
             gap = at - self._last_at
@@ -207,8 +230,8 @@ class StreamStatistics:
             self._first_at = at
         self._last_at = at
         self._chunks += 1
-        self._byte_count += len(data)
-        self._tail = data[-4:] if len(data) > 3 else (self._tail + data)[-4:]
+        self._byte_count += size
+        self._tail = data[-4:] if size > 3 else (self._tail + data)[-4:]
         if copy is not None:
             copy(data)
 

@@ -325,4 +325,5 @@ class Connection(Protocol):
         is_fin = reason.check(ConnectionDone) and self._knows_fin
         if self._until_close and is_fin and not self.aborted:
             return _DONE
-        return Failure(upstream_broken(reason.getErrorMessage()))
+        cause = "closed" if reason.check(ConnectionDone) else "reset"
+        return Failure(upstream_broken(reason.getErrorMessage(), cause=cause))
