@@ -155,8 +155,8 @@ def test_a_client_that_leaves_is_kept_too(stand: Stand) -> None:
     turn = stand.live.stream(*EVENTS, DONE)
     with stand.live.begin("/p/v1/chat/completions", BODY, "X-Request-Id: leaves") as client:
         read_stepwise(client, turn, *EVENTS[:2])
-    turn.give(3)
     first = stand.ended(trace_of(stand.live.daemon, client_request_id="leaves")["id"])
+    turn.give(3)  # a piece that came before the daemon saw the client leave would be counted
     assert (first["end_reason"], first["response"]["chunks"]) == ("client_gone", 2)
     with Demo(port=stand.port, capsule=json.dumps(first)):
         second = stand.fail("/q", "demo-replay")
