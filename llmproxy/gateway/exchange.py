@@ -30,7 +30,7 @@ from llmproxy.record.trace import SKIPPED, Trace, conceal
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import is_between_events
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Relay, Whole
 from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
@@ -92,7 +92,7 @@ class Exchange:
         self.left: ClientGone | None = None
         self.is_late = False
         self.at_work = 0
-        self.relay: Relay | WebSocketRelay | None = None
+        self.relay: Relay | Whole | WebSocketRelay | None = None
         self.response: Response | HeldResponse | None = None
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None

@@ -20,6 +20,8 @@ The idle timer runs only while the relay flows: a client that is slow must not l
 that is silent.  It is one timer.  When it rings, it looks at the time of the last chunk; neither
 chunks nor pauses touch it.
 
+A body that came whole with its head needs none of this: :class:`Whole` stands for it.
+
 Nothing here knows a provider, a trace, a metric, or what a chunk holds.
 """
 
@@ -239,6 +241,51 @@ class StreamStatistics:
         """Do not count the time from ``since`` to ``now`` as a gap: nothing could come then."""
         last_at = self.last_at
         self._last_at = last_at + now - max(since, last_at)
+
+
+class Whole:
+    """A body that came whole: what is asked of a relay and of its statistics, of one that is over.
+
+    There was nothing to pump, nothing to wait for, and nothing to pause.
+
+    Args:
+        data: all of it.
+        at: when it came, in monotonic seconds.
+    """
+
+    __slots__ = ("_at", "byte_count", "chunks", "tail")
+    is_paused = False
+    paused_s = longest_gap = 0.0
+    verbatim = at_once = 0
+
+    def __init__(self, data: bytes, at: float) -> None:
+        self._at = at
+        self.byte_count = len(data)
+        self.chunks = 1 if data else 0
+        self.tail = data[-4:]
+
+    @property
+    def statistics(self) -> Whole:
+        """Itself."""
+        return self
+
+    @property
+    def first_at(self) -> float | None:
+        """As in :class:`StreamStatistics`."""
+        return self._at if self.chunks else None
+
+    @property
+    def last_at(self) -> float:
+        """As in :class:`StreamStatistics`."""
+        return self._at
+
+    @property
+    def last_chunks(self) -> list[tuple[float, int]]:
+        """As in :class:`StreamStatistics`."""
+        return [(self._at, self.byte_count)] if self.chunks else []
+
+    def leave(self) -> None:
+        """The client is gone; nothing more would have come."""
 
 
 class Sink(Protocol):
