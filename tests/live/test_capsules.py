@@ -28,7 +28,9 @@ from tests.support.programs import free_port
 from tests.support.scripts import DONE, OK, SSE
 from tests.support.sockets import Wire, chunked, connect, request
 
-PAUSE_S = 0.03
+PAUSE_S = 0.1
+"""Seconds between two pieces, which are to be read one by one also where the machine is busy."""
+
 LONG_PAUSE_S = 0.3
 EVENTS = [b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % (b"x" * n) for n in (40, 400, 90)]
 FAILED = b'data: {"error":{"message":"it gave up","type":"server_error"}}\n\n'
@@ -39,8 +41,8 @@ SAID = [{"role": "user", "content": "Hello"}]
 BODY = json.dumps({"model": "m", "stream": True, "messages": SAID}).encode()
 CONFIG = """
 [timeouts]
-idle = "600ms"
-first_byte = "600ms"
+idle = "1500ms"
+first_byte = "1500ms"
 """
 
 
