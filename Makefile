@@ -10,9 +10,10 @@ environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
 PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
 ARGS   ?=
-# How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
-# file stay together, for they share what stands for their module; tests/conftest.py orders the files.
-JOBS   ?= 2
+# How many processes run tests, more than there are cores, for most tests wait; ARGS="-n 0" is one without
+# workers, as a debugger wants it.  Tests of one file stay together, for they share what stands for their
+# module; tests/conftest.py orders the files.
+JOBS   ?= 4
 AT_ONCE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A stamp for what `make run` needs and one for all the rest, so that the second run installs nothing.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.collector import OtlpCollector
 from tests.support.demo import Demo
-from tests.support.live_proxy import Link
+from tests.support.live_proxy import PLAIN, Link, tls_link
 from tests.support.tls import Authority
 
 
@@ -21,9 +21,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="module", params=["plain", "tls"])
 def link(request: pytest.FixtureRequest, authority: Authority) -> Link:
     """How the provider is reached: every promise about connections is kept both ways."""
-    if request.param == "plain":
-        return Link(None, "")
-    return Link(authority.server(), f'ca = "{authority.ca_path}"\n')
+    return PLAIN if request.param == "plain" else tls_link(authority)
 
 
 @pytest.fixture(scope="session")

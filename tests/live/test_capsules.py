@@ -29,7 +29,9 @@ from tests.support.programs import free_port
 from tests.support.scripts import DONE, OK, SSE
 from tests.support.sockets import Wire, chunked, connect, request
 
-PAUSE_S = 0.03
+PAUSE_S = 0.1
+"""Seconds between two pieces, which are to be read one by one also where the machine is busy."""
+
 LONG_PAUSE_S = 0.3
 EVENTS = [b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % (b"x" * n) for n in (40, 400, 90)]
 FAILED = b'data: {"error":{"message":"it gave up","type":"server_error"}}\n\n'
@@ -165,8 +167,8 @@ def test_a_client_that_leaves_is_kept_too(stand: Stand) -> None:
     turn = stand.live.stream(*EVENTS, DONE)
     with stand.live.begin("/p/v1/chat/completions", BODY, "X-Request-Id: leaves") as client:
         read_stepwise(client, turn, *EVENTS[:2])
-    turn.give(3)
     first = stand.ended(trace_of(stand.live.daemon, client_request_id="leaves")["id"])
+    turn.give(3)  # a piece that came before the daemon saw the client leave would be counted
     assert (first["end_reason"], first["response"]["chunks"]) == ("client_gone", 2)
     with Demo(port=stand.port, capsule=json.dumps(first)):
         second = stand.fail("/soon/q", "demo-replay")

@@ -16,8 +16,9 @@ from tests.support.load import Load, ask
 from tests.support.sockets import WAIT, Wire, connect, request
 
 NAMED = {"LISTEN_FDNAMES": "proxy"}
-LONG_S = 30
-"""Seconds of a long stream, which a stop waits for."""
+LONG_S = 12
+"""Seconds of a long stream, which a stop waits for: more than connecting and a request's head may
+take.  The test lasts three streams."""
 
 INHERITED = 'listen = ["systemd:domain=INET:name=proxy"]\nanonymous = true'
 
@@ -99,7 +100,7 @@ def instances(tmp_path: Path, demo: Demo, shared: socket.socket) -> Iterator[Ins
 
 @pytest.mark.timeout(300)  # each of the two is stopped for as long as its streams last
 def test_a_restart_in_turn_rejects_and_breaks_nothing(instances: Instances) -> None:
-    """Short calls and streams of 30 s, none tried again: all are served, and whole."""
+    """Short calls and long streams, none tried again: all are served, and whole."""
     with Load(instances.port, words=20 * LONG_S) as load:
         load.wait_more("fresh", 20)
         ended = [instances.restart(name) for name in ("1", "2")]

@@ -7,16 +7,26 @@ import socket
 import time
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.daemon import Daemon
-from tests.support.live_proxy import PLAIN, Link, begin, post, read_response, trace_of, until
+from tests.support.live_proxy import (
+    PLAIN,
+    Link,
+    begin,
+    post,
+    read_response,
+    tls_link,
+    trace_of,
+    until,
+)
 from tests.support.scripts import KEPT, Notes, PacedStream, Turn, event, hold, keep_replying, reply
 from tests.support.sockets import WAIT, Script, Wire, connect, request
+from tests.support.tls import Authority
 
 
 @contextmanager
@@ -97,22 +107,27 @@ def test_a_response_that_is_waited_for_still_comes(tmp_path: Path, link: Link) -
         assert_ended(daemon, finished=1, cut=0)
 
 
-def test_idle_connections_are_closed(tmp_path: Path, link: Link) -> None:
+def test_idle_connections_are_closed(tmp_path: Path, authority: Authority) -> None:
     """Clients that ask nothing, before or after a response, and kept provider connections."""
-    ended = Notes()
-    with (
-        running(tmp_path, hold(ended, KEPT), link) as daemon,
-        connect(daemon.port) as new,
-        connect(daemon.port) as served,
-    ):
-        served.send(request("GET", "/p/x"))
-        assert read_response(served).body == b"ok"
-        daemon.terminate()
-        for client in (new, served):
-            assert client.wait_closed() == "fin"
-            assert client.buffer == b""
-        ended.read()
-        assert_ended(daemon, finished=0, cut=0)
+    with ExitStack() as stack:
+        drains = []
+        for name, link in (("plain", PLAIN), ("tls", tls_link(authority))):
+            (tmp_path / name).mkdir()
+            ended = Notes()
+            script = hold(ended, KEPT)
+            daemon = stack.enter_context(running(tmp_path / name, script, link))
+            new, served = (stack.enter_context(connect(daemon.port)) for _ in range(2))
+            served.send(request("GET", "/p/x"))
+            assert read_response(served).body == b"ok"
+            drains.append((daemon, ended, (new, served)))
+        for daemon, _, _ in drains:  # a client that has just come is given some seconds
+            daemon.terminate()
+        for daemon, ended, clients in drains:
+            for client in clients:
+                assert client.wait_closed() == "fin"
+                assert client.buffer == b""
+            ended.read()
+            assert_ended(daemon, finished=0, cut=0)
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /p", b"GET /p/x HTTP/1.1\r\nHo"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,6 @@ LONGEST = 110.0
 
 OVERRIDE = '\n[routes.override]\na = { model = "demo-fast" }\n'
 """Agents ask for models that the demo provider has not."""
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """A proxy in front of the demo provider."""
-    with (
-        Demo() as demo,
-        open_sandbox(tmp_path_factory.mktemp("agents"), url=demo.url, override=OVERRIDE) as live,
-    ):
-        yield live
 
 
 def run(live: Sandbox, folder: Path, name: str, *arguments: str, **environ: str) -> tuple[int, str]:
@@ -78,57 +69,94 @@ def opencode(live: Sandbox, folder: Path, **environ: str) -> tuple[int, str]:
 
 Agent = Callable[..., tuple[int, str]]
 AGENTS = [claude, codex, opencode]
+AT_ONCE = 4
+"""Agents that work at the same time: each of them waits much longer than it computes."""
+
+Worked = dict[tuple[Agent, str], Future[Any]]
+KEYS = ("ANTHROPIC_API_KEY", "CODEX_API_KEY", "OPENAI_API_KEY")
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worked]:
+    """What every agent does in every situation; all of it begins with the first test."""
+    new = tmp_path_factory.mktemp
+    with (
+        Demo() as demo,
+        open_sandbox(new("agents"), url=demo.url, override=OVERRIDE) as live,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        keyless = live.environment(key=None)
+        situations = {
+            "placeholder": {},
+            "client's key": {**keyless, **dict.fromkeys(KEYS, KEY)},
+            "wrong key": keyless,
+        }
+        begun: Worked = {
+            (agent, name): pool.submit(agent, live, new("agent"), **environ)
+            for name, environ in situations.items()
+            for agent in AGENTS
+        }
+        begun[codex, "no model"] = pool.submit(codex, live, new("agent"), "forbidden")
+        begun[codex, "http"] = pool.submit(codex_by_http, new("agent"), demo)
+        begun[codex, "websocket"] = pool.submit(codex_over_a_websocket, new("agent"))
+        yield begun
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_an_answer(live: Sandbox, tmp_path: Path, agent: Agent) -> None:
+def test_an_answer(worked: Worked, agent: Agent) -> None:
     """The agent's key is a placeholder, and the client's stands on the proxy's URL."""
-    code, text = agent(live, tmp_path)
+    code, text = worked[agent, "placeholder"].result()
     assert code == 0, text
     assert "This is the demo provider." in text
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_a_client_s_key_in_place_of_the_provider_s(
-    live: Sandbox, tmp_path: Path, agent: Agent
-) -> None:
+def test_a_client_s_key_in_place_of_the_provider_s(worked: Worked, agent: Agent) -> None:
     """And nothing on the proxy's URL."""
-    names = ("ANTHROPIC_API_KEY", "CODEX_API_KEY", "OPENAI_API_KEY")
-    given = {**live.environment(key=None), **dict.fromkeys(names, KEY)}
-    code, text = agent(live, tmp_path, **given)
+    code, text = worked[agent, "client's key"].result()
     assert code == 0, text
     assert "This is the demo provider." in text
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_a_wrong_key_ends_soon_with_our_words(live: Sandbox, tmp_path: Path, agent: Agent) -> None:
+def test_a_wrong_key_ends_soon_with_our_words(worked: Worked, agent: Agent) -> None:
     """Inside TLS, and the agent is told not to come again; Claude Code has words of its own."""
-    code, text = agent(live, tmp_path, **live.environment(key=None))
+    code, text = worked[agent, "wrong key"].result()
     assert code != 0
     shown = "Invalid API key" if agent is claude else "is not one of this proxy's client keys"
     assert shown in text, text
 
 
-def test_a_model_that_is_not_there_ends_soon_with_our_words(live: Sandbox, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_ends_soon_with_our_words(worked: Worked) -> None:
     """As the provider would say it."""
-    code, text = codex(live, tmp_path, "forbidden")
+    code, text = worked[codex, "no model"].result()
     assert code != 0
     assert "forbidden" in text
 
 
-def test_codex_asks_by_http_where_the_route_has_no_websocket(live: Sandbox, tmp_path: Path) -> None:
+def test_codex_asks_by_http_where_the_route_has_no_websocket(worked: Worked) -> None:
     """It tries one first, and the refusal says how to go on: one handshake is enough."""
-    before = len(live.daemon.traces())
-    code, text = codex(live, tmp_path)
-    assert code == 0, text
-    record = trace_of(live.daemon, method="POST", path="/v1/responses", session=_session(text))
-    assert (record["status"], record["usage"]) == (200, "reported")
-    tried = [one for one in live.daemon.traces()[before:] if one["error"] == "websocket"]
-    assert [(one["method"], one["status"]) for one in tried] == [("GET", 426)]
+    worked[codex, "http"].result()
 
 
-def test_codex_over_a_websocket(tmp_path: Path) -> None:
+def codex_by_http(folder: Path, demo: Demo) -> None:
+    """Check it at a proxy of its own, in whose traces nobody else stands."""
+    with open_sandbox(folder, url=demo.url) as live:
+        code, text = codex(live, folder)
+        assert code == 0, text
+        record = trace_of(live.daemon, method="POST", path="/v1/responses", session=_session(text))
+        assert (record["status"], record["usage"]) == (200, "reported")
+        tried = [one for one in live.daemon.traces() if one["error"] == "websocket"]
+        assert [(one["method"], one["status"]) for one in tried] == [("GET", 426)]
+
+
+def test_codex_over_a_websocket(worked: Worked) -> None:
     """Its warm-up, with ``"generate": false``, costs nothing; the response behind it is counted."""
+    worked[codex, "websocket"].result()
+
+
+def codex_over_a_websocket(folder: Path) -> None:
+    """Check it at a proxy of its own, before a provider that speaks WebSocket."""
     peers, asked = Peers(), list[dict[str, Any]]()
 
     def play(connection: ServerConnection) -> None:
@@ -140,9 +168,9 @@ def test_codex_over_a_websocket(tmp_path: Path) -> None:
     peers.play = play
     with (
         running_provider(peers) as url,
-        open_sandbox(tmp_path, url=url, native="\nwebsocket = true") as live,
+        open_sandbox(folder, url=url, native="\nwebsocket = true") as live,
     ):
-        code, text = codex(live, tmp_path)
+        code, text = codex(live, folder)
         assert code == 0, text
         assert "Hello from the WebSocket" in text
         record = trace_of(live.daemon, responses=1)

@@ -176,6 +176,11 @@ class Link(NamedTuple):
 PLAIN = Link(None, "")
 
 
+def tls_link(authority: Authority) -> Link:
+    """Return the way by TLS to a provider of this authority's."""
+    return Link(authority.server(), f'ca = "{authority.ca_path}"\n')
+
+
 class LiveProxy:
     """A daemon, and the provider behind it.
 
