@@ -13,8 +13,9 @@ import atexit
 import os
 import platform
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -368,9 +369,7 @@ class ProxyService(Service):
         """
         calls = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._asked_to_stop)
         take_signals(self._reactor, calls)
-        for number in calls:
-            ignore = partial(signal.signal, number, signal.SIG_IGN)
-            self._reactor.addSystemEventTrigger("after", "shutdown", ignore)
+        self._reactor.addSystemEventTrigger("after", "shutdown", ignore_signals, calls)
 
     def _asked_to_reopen(self) -> None:
         self._reopen()
@@ -430,6 +429,23 @@ def take_signals(reactor: Any, calls: Mapping[signal.Signals, Callable[[], None]
     """
     for number, call in calls.items():
         signal.signal(number, partial(_pass_on, reactor, call))
+
+
+def ignore_signals(numbers: Iterable[signal.Signals]) -> None:
+    """Ignore these signals from now on, and those that come in this very moment.
+
+    CPython reports one that came before its handler was replaced and is looked at behind that, as
+    an error that nobody can catch.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if "ignored due to race condition" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _pass_on(reactor: Any, call: Callable[[], None], *_: object) -> None:
