@@ -224,6 +224,9 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Take one chunk and put it on the wire."""
 
+    def write_last(self, data: bytes) -> None:
+        """Take the last chunk, and put it on the wire together with the end of the body."""
+
     def verbatim(self) -> Callable[[bytes], object] | None:
         """Return what takes chunks of the chunked coding as they are, or None while none may be."""
 
@@ -256,6 +259,8 @@ class _Nowhere:
         self._left -= len(data)
         if self._left < 0:
             self._full()
+
+    write_last = write
 
     def verbatim(self) -> None:
         """Return None: every chunk is counted."""
@@ -411,6 +416,13 @@ class Relay(TwistedProtocol):
         if (count := len(batch)) >= MOST_CHUNKS or len(data) > LONGEST_CHUNK:
             batch.read()
         elif count == _FOLLOWED:
+            self._follow(now)
+
+    def lastReceived(self, data: bytes) -> None:
+        """Forward the last chunk; that the body has ended is reported behind it, in this turn."""
+        now = self._clock()
+        self._sink.write_last(data)
+        if self._batch.add(self.statistics, now, data) == _FOLLOWED:
             self._follow(now)
 
     def _follow(self, since: float) -> None:
