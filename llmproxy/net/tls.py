@@ -33,7 +33,14 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListen
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import READ_SIZE, DirectClient, DirectServer, DirectTransport
+from llmproxy.net.tcp import (
+    READ_SIZE,
+    AcceptedTransport,
+    DirectClient,
+    DirectServer,
+    DirectTransport,
+    MadeTransport,
+)
 
 _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
@@ -219,7 +226,7 @@ class TlsTransport(DirectTransport):
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over; an orderly end has our close_notify, too."""
         orderly = self.handshake_done and not self._parted and not self._aborting
-        if orderly and reason.check(ConnectionDone) and hasattr(self, "socket"):
+        if orderly and isinstance(reason.value, ConnectionDone) and hasattr(self, "socket"):
             self._close_notify()
         super().connectionLost(reason)
 
@@ -265,7 +272,7 @@ class TlsTransport(DirectTransport):
         return True
 
 
-class TlsServer(TlsTransport, tcp.Server):
+class TlsServer(TlsTransport, AcceptedTransport):
     """An accepted connection.
 
     Args:
@@ -278,7 +285,7 @@ class TlsServer(TlsTransport, tcp.Server):
         self.tls.set_accept_state()
 
 
-class TlsClient(TlsTransport, tcp.Client):
+class TlsClient(TlsTransport, MadeTransport):
     """A connection that we made.
 
     Args:

@@ -5,17 +5,22 @@ The tests of the names fail when Twisted changes them.
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import tcp as twisted_tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.testing import MemoryReactor
+from twisted.python.failure import Failure
 
 from llmproxy.net.tcp import DirectClient, DirectServer
 from tests.net.conftest import OpenTcp, fill, reasons
 from tests.net.test_direct import HalfCloseable
+from tests.support.ends import reactor
 from tests.support.fake_transport import turn, until
 
 # -- what is sent ---------------------------------------------------------------------------
@@ -125,6 +130,47 @@ async def test_the_marks_of_an_end_have_their_private_names(tcp: OpenTcp) -> Non
         assert peer.held.transport._writeDisconnected is True
         peer.held.transport.abortConnection()
         assert peer.held.transport._aborting is True
+
+
+def test_an_accepted_connection_has_what_twisteds_has() -> None:
+    """It begins with every attribute that Twisted sets, but for its texts for logs."""
+    for address in ("192.0.2.1", 1), ("2001:db8::1", 1, 0, 0):
+        ours, theirs = (_accepted(make, address) for make in (DirectServer, twisted_tcp.Server))
+        names = set(vars(theirs)) - {"logstr", "repstr", "hostname"}
+        slots = {"socket", "protocol"}
+        assert names <= set(vars(ours)) | slots
+        for name in names - {"socket", "protocol", "fileno"}:
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert ours.getPeer() == theirs.getPeer()
+
+
+def _accepted(make: Any, address: Any) -> Any:
+    with socket.socket() as handle:
+        memory = MemoryReactor()
+        transport = make(handle, None, address, None, 3, memory)
+        assert memory.getReaders() == [transport]
+        assert handle.gettimeout() == 0.0
+    transport.reactor = None  # each has its own
+    return transport
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("is_server", [True, False], ids=["accepted", "made"])
+async def test_a_connection_ends_as_twisteds_does(is_server: bool) -> None:
+    """It lets go of socket and protocol, the reactor of it, and it still has a text for logs."""
+    async with OpenTcp(is_server).handshake_done() as peer:
+        transport, number = peer.held.transport, peer.held.transport.fileno()
+        peer.held.sock.close()
+        await until(lambda: peer.held.end.lost)
+        assert [hasattr(transport, name) for name in ("socket", "protocol")] == [False, False]
+        assert (transport.connected, transport.disconnected, transport.fileno()) == (0, 1, -1)
+        assert transport not in reactor.getReaders() + reactor.getWriters()
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(number)
+        assert isinstance(transport.logPrefix(), str)
+        assert transport.logPrefix() in repr(transport) or not is_server
+        transport.connectionLost(Failure(ConnectionLost()))
+        assert reasons(peer.held.end) == [ConnectionDone]
 
 
 def test_the_transports_are_made_where_twisted_makes_its_own() -> None:
