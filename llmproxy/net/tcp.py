@@ -122,7 +122,10 @@ class DirectTransport(tcp.Connection):
         reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
 
     def peek(self, call: Callable[[bytes], object]) -> None:
-        """Call ``call`` once with the first bytes of what comes next, which stay unread."""
+        """Call ``call`` once with the first bytes of what comes next, which stay unread.
+
+        They are read in the same turn, by what stands in the transport's place by then.
+        """
 
         def look() -> Any:
             try:
@@ -135,7 +138,7 @@ class DirectTransport(tcp.Connection):
                 return CONNECTION_DONE
             del self.doRead
             call(data)
-            return None
+            return self.doRead() if self._reads and not self._aborting else None
 
         self.doRead = look  # type: ignore[method-assign]  # of this one alone, until something comes
 

@@ -18,6 +18,7 @@ from twisted.internet.testing import MemoryReactor
 from twisted.python.failure import Failure
 
 from llmproxy.net.tcp import DirectClient, DirectServer
+from llmproxy.net.transport import has_input
 from tests.net.conftest import OpenTcp, fill, reasons
 from tests.net.test_direct import HalfCloseable
 from tests.support.ends import reactor
@@ -171,6 +172,28 @@ async def test_a_connection_ends_as_twisteds_does(is_server: bool) -> None:
         assert transport.logPrefix() in repr(transport) or not is_server
         transport.connectionLost(Failure(ConnectionLost()))
         assert reasons(peer.held.end) == [ConnectionDone]
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_looked_at_is_read_in_the_same_turn(tcp: OpenTcp) -> None:
+    """The first bytes are shown once, and then read, unless reading was stopped meanwhile."""
+    async with tcp.handshake_done() as peer:
+        transport, seen = peer.held.transport, list[bytes]()
+        transport.peek(seen.append)
+        transport.stopReading()
+        peer.held.sock.send(b"0123456789")
+        while not has_input(transport.socket):
+            pass
+        transport.doRead()
+        assert (seen, peer.held.end.received) == ([b"01234567"], b"")
+        transport.startReading()
+        transport.peek(seen.append)
+        transport.doRead()
+        assert (seen, peer.held.end.received) == ([b"01234567"] * 2, b"0123456789")
+        transport.peek(lambda _: transport.abortConnection())
+        peer.held.sock.send(b"more")
+        await until(lambda: peer.held.end.lost)
+        assert peer.held.end.received == b"0123456789"
 
 
 def test_the_transports_are_made_where_twisted_makes_its_own() -> None:
