@@ -166,6 +166,16 @@ class DirectTransport(tcp.Connection):
             self._writes = False
             self.reactor.removeWriter(self)
 
+    def loseWriteConnection(self) -> None:
+        """End our side behind what is queued; where that is nothing, as mostly, at once."""
+        waits = self._may_wait and (self._tempDataLen or self.dataBuffer)
+        if waits or self._is_pulled or self.producerPaused:
+            super().loseWriteConnection()
+        elif self.connected and not (self.disconnecting or self._writeDisconnecting):
+            self._writeDisconnecting = self._writeDisconnected = True
+            self._send = len
+            self._closeWriteConnection()
+
     def doWrite(self) -> Any:
         """Send from the queue, unless the read of the same event has aborted the connection."""
         if self._aborting:

@@ -28,6 +28,7 @@ from typing import Any, cast
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 from twisted.internet import tcp
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
@@ -222,6 +223,10 @@ class TlsTransport(DirectTransport):
             super().loseConnection(*args)
             if self.connected and not self.handshake_done:
                 self.startReading()  # the handshake goes on
+
+    def loseWriteConnection(self) -> None:
+        """End our side by close_notify, behind the handshake and what is queued."""
+        FileDescriptor.loseWriteConnection(self)
 
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over; an orderly end has our close_notify, too."""

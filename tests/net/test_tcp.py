@@ -89,6 +89,38 @@ async def test_a_closed_connection_ends_when_all_is_sent(small: bool, tcp: OpenT
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_end_behind_which_nothing_waits_leaves_at_once(tcp: OpenTcp) -> None:
+    """It is at the peer before the reactor turns, and leaves once."""
+    end = HalfCloseable()
+    async with tcp.handshake_done(end) as peer:
+        peer.held.transport.write(b"all")
+        peer.held.transport.loseWriteConnection()
+        assert (peer.held.pull(), peer.held.over) == (b"all", "fin")
+        peer.held.transport.loseWriteConnection()
+        peer.held.transport.write(b"too late")
+        for _ in range(3):
+            await turn()
+        assert (end.halves, end.lost) == (["write"], [])
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_end_waits_for_what_is_pulled(tcp: OpenTcp) -> None:
+    """A producer that was not asked yet is asked first, and the end is behind what it has."""
+    async with tcp.handshake_done(HalfCloseable()) as peer:
+        transport = peer.held.transport
+
+        class Rest:
+            def resumeProducing(self) -> None:
+                transport.write(b"rest")
+                transport.unregisterProducer()
+
+        transport._is_pulled, transport.producer = True, Rest()
+        transport.loseWriteConnection()
+        assert await peer.hear_end() == "fin"
+        assert peer.heard == b"rest"
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_write_behind_a_close_is_sent_before_the_end(tcp: OpenTcp) -> None:
     """As on Twisted's transport, the connection ends in the next turn and not in the call."""
     async with tcp.handshake_done() as peer:
