@@ -254,6 +254,16 @@ class DirectTransport(tcp.Connection):
         del self.protocol, self.socket, self.fileno
         protocol.connectionLost(reason)
 
+    def _closeSocket(self, orderly: bool) -> None:  # noqa: N802 - Twisted's name
+        """Close the socket, which ends the connection: no other process has it.
+
+        Twisted's own ends both sides first, to be safe.  Where the peer has reset, that fails.
+        """
+        with suppress(OSError):  # an abort has closed it
+            if not orderly and self.socket.fileno() >= 0:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            self.socket.close()
+
 
 class AcceptedTransport(DirectTransport, tcp.Server):
     """What accepted connections have in common, with TLS and without."""
