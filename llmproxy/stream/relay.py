@@ -145,49 +145,57 @@ class StreamStatistics:
     @property
     def chunks(self) -> int:
         """How many chunks came."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._chunks
 
     @property
     def byte_count(self) -> int:
         """How many bytes of content came."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._byte_count
 
     @property
     def verbatim(self) -> int:
         """How many of these bytes came in the chunked coding and went out as they were."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._verbatim
 
     @property
     def first_at(self) -> float | None:
         """When the first chunk came, in monotonic seconds, or None."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._first_at
 
     @property
     def last_at(self) -> float:
         """When the last chunk came; before the first one, when the body was asked for."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._last_at
 
     @property
     def longest_gap(self) -> float:
         """The longest time between two chunks, without pauses, in seconds."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._longest_gap
 
     @property
     def at_once(self) -> int:
         """How many chunks came within :data:`AT_ONCE_S` of the one before."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._at_once
 
     @property
     def tail(self) -> bytes:
         """The last four bytes of the content, which say whether an event has ended."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._tail
 
     def read(self, at: float, data: bytes, start: int = 0) -> None:
