@@ -195,7 +195,8 @@ def _is_tcp(text: str) -> bool:
 def _accept_directly(port: Any, reactor: Any) -> None:
     """Let ``port`` accept without a logger and a generator for each time that it is called.
 
-    What goes wrong is left to Twisted's own, which meets it again.
+    What goes wrong is left to Twisted's own, which meets it again.  ``_accept`` is private to
+    CPython's ``socket``, whose ``accept`` makes two members of enumerations for each connection.
     """
     accept = port.doRead
 
@@ -203,12 +204,13 @@ def _accept_directly(port: Any, reactor: Any) -> None:
         most, accepted = port.numberAccepts, 0
         while accepted < most:
             try:
-                handle, address = port.socket.accept()
+                number, address = port.socket._accept()
             except BlockingIOError:
                 break
             except OSError:
                 return accept()
             accepted += 1
+            handle = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
             _begin(port, reactor, handle, address)
         # Twisted's way to find out how many clients come together.
         port.numberAccepts = most + 20 if accepted == most else max(1, accepted)

@@ -26,8 +26,7 @@ Nothing here knows a provider, a trace, a metric, or what a chunk holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer
@@ -293,12 +292,15 @@ class Source(Protocol):
         """Close the connection at once; once the body has ended, this does nothing."""
 
 
-class State(Enum):
-    """Where a relay stands."""
+class State:
+    """Where a relay stands.
 
-    FLOWING = "flowing"
-    PAUSED = "paused"
-    ENDED = "ended"
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, and ten are looked up for each body.
+    """
+
+    FLOWING: Final = "flowing"
+    PAUSED: Final = "paused"
+    ENDED: Final = "ended"
 
 
 @implementer(IPushProducer)
@@ -351,7 +353,7 @@ class Relay(TwistedProtocol):
         self._timer: Any = None
         self._paused_at = 0.0
         self._paused_before = 0.0
-        self.state = State.FLOWING
+        self.state: str = State.FLOWING
         self._forwarded: tuple[int, int] | None = None  # chunks and bytes, once the sink is gone
         self.statistics = StreamStatistics(batch, clock(), gaps, copy)
         self._batch = batch
