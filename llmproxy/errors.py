@@ -153,8 +153,14 @@ def upstream_idle() -> ProxyError:
     )
 
 
-def upstream_broken(detail: str, *, may_have_run: bool = True) -> ProxyError:
-    """The connection to the provider ended before its response did."""
+def upstream_broken(
+    detail: str, *, may_have_run: bool = True, cause: str | None = None
+) -> ProxyError:
+    """The connection to the provider ended before its response did.
+
+    Args:
+        cause: one word for how it ended.
+    """
     return ProxyError(
         502,
         "upstream_broken",
@@ -162,6 +168,7 @@ def upstream_broken(detail: str, *, may_have_run: bool = True) -> ProxyError:
         end=EndReason.UPSTREAM_BROKEN,
         may_have_run=may_have_run,
         detail=detail,
+        cause=cause,
     )
 
 

@@ -317,6 +317,7 @@ class ProxyService(Service):
                 lambda: self.setup.upstream.counts(),
                 self.standing.switches,
             ),
+            flights=self.recorder.flights,
             hosts=lambda: self.setup.config.admin.hosts,
         )
         return admin, site(config=None)

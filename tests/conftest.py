@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
@@ -57,6 +58,10 @@ SEED = _seed_of_commit() if _asked == "commit" else int(_asked)
 
 # xdist's workers, and tests that draw by themselves, read it there.
 os.environ["LLMPROXY_TEST_SEED"] = str(SEED)
+# Tests start the daemon and other programs of this tree hundreds of times: where the environment
+# forbids Python to keep bytecode, each of them would compile the whole tree again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 hypothesis.core.global_force_seed = SEED  # type: ignore[assignment]  # None is only its default
 
 SHRINKING_S = 20
@@ -80,6 +85,10 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("search" if SEARCH else "usual")
+
+
+_MANY = 5000
+"""Objects that may stay after tests before the collector is told to look at them no more."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -154,6 +163,16 @@ class LoggedFailures:
         return "\n".join(_text(event) for event in self._events)
 
 
+def _spare_the_collector() -> None:
+    """Take what stays after a test out of the collector's sight, where it is much.
+
+    The collector runs after each test, and has just run: what is left is not garbage.  Caches,
+    modules and SDKs' models grow all the time; to look at them again took half a second a test.
+    """
+    if len(gc.get_objects()) > _MANY:
+        gc.freeze()
+
+
 def _text(event: LogEvent) -> str:
     if "log_failure" in event:
         failure: Failure = event["log_failure"]
@@ -170,6 +189,7 @@ def logged_failures() -> Iterator[LoggedFailures]:
     try:
         yield failures
         report = failures.report()
+        _spare_the_collector()
     finally:
         globalLogPublisher.removeObserver(observer)
     if report:

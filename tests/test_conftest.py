@@ -58,6 +58,35 @@ def test_a_logged_failure_fails_its_test(pytester: pytest.Pytester) -> None:
         assert words in output
 
 
+def test_what_stays_is_not_collected_after_each_test(pytester: pytest.Pytester) -> None:
+    """The collector does not look at it again; what a later test leaves is still found."""
+    counts, output = outcomes(
+        pytester,
+        """
+        import gc
+        from twisted.internet.defer import Deferred
+
+        STAYS = []
+
+        def test_much():
+            STAYS.extend([] for _ in range(10_000))
+
+        def test_a_little():
+            assert len(gc.get_objects()) < 10_000
+            STAYS.append([])
+
+        def test_unseen():
+            assert any(thing is STAYS[-1] for thing in gc.get_objects())
+            deferred = Deferred()
+            deferred.itself = deferred
+            deferred.errback(LookupError("nobody looked"))
+        """,
+        "-v",
+    )
+    assert counts == {"passed": 3, "errors": 1}
+    assert "LookupError: nobody looked" in output
+
+
 def test_what_is_expected_fails_no_test(pytester: pytest.Pytester) -> None:
     """A failure that ``flush`` takes out is expected, and so are four things more.
 

@@ -133,3 +133,25 @@ def test_a_worker_keeps_no_report(pytester: pytest.Pytester) -> None:
     )
     assert counts == {"passed": 1, "failed": 1}
     assert "At index 1 diff: 2 != 3" in output
+
+
+def test_programs_of_the_tree_are_compiled_once(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment says otherwise: what a test starts keeps its bytecode."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (pytester.path / "started.py").write_text("")
+    counts, _ = outcomes(
+        pytester,
+        """
+        import subprocess
+        import sys
+        from pathlib import Path
+
+        def test_it():
+            subprocess.run([sys.executable, "-c", "import started"], check=True)
+            assert list(Path("__pycache__").glob("started.*.pyc"))
+        """,
+        "-n1",
+    )
+    assert counts == {"passed": 1}

@@ -1,4 +1,4 @@
-"""The admin site: alive, ready, metrics, configuration, clients, providers, and the paced stream.
+"""The admin site: alive, ready, metrics, configuration, clients, providers, ends, paced stream.
 
 Any caller that reaches its listener may read; a change needs the admin token.  The responses are
 made from what is passed in, so that this module knows neither gateway nor upstream.
@@ -14,9 +14,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from llmproxy.admin import ended
 from llmproxy.admin.pace import pace_pages
 from llmproxy.admin.page import TEXT, NotFound, Page, Response, is_ours, json
 from llmproxy.admin.providers import PATH, Providers, Switching
+from llmproxy.record.flight import FlightRecorder
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
@@ -26,21 +28,22 @@ _is_refused = re.compile(r";\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", re.IGNORECASE).se
 
 
 class AdminRouter(Router):
-    """Finds the handler of a page, and of whatever is below ``/providers``.
+    """Finds the handler of a page, and of whatever is below one.
 
     Args:
         paths: handlers of exact paths.
-        switching: serves what is below ``/providers``, or None.
+        below: handlers of whatever is below a path.
     """
 
-    def __init__(self, paths: dict[bytes, Handler], switching: Handler | None) -> None:
+    def __init__(self, paths: dict[bytes, Handler], below: dict[bytes, Handler]) -> None:
         super().__init__(NotFound(), paths)
-        self._switching = switching
+        self._below = below
 
     def find(self, method: bytes, path: bytes) -> Handler:
         """Return the handler of a request."""
-        if self._switching is not None and path.startswith(PATH + b"/"):
-            return self._switching
+        for above, handler in self._below.items():
+            if path.startswith(above + b"/"):
+                return handler
         return super().find(method, path)
 
 
@@ -54,6 +57,7 @@ def admin_site(
     config: Callable[[], object] | None,
     clients: Callable[[], object] | None = None,
     providers: Providers | None = None,
+    flights: FlightRecorder | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Site:
     """Return the site of an admin listener.
@@ -62,7 +66,7 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config, clients, providers, hosts: as for :func:`admin_router`.
+        ready, registry, config, clients, providers, flights, hosts: as for :func:`admin_router`.
     """
     router = admin_router(
         ready=ready,
@@ -70,6 +74,7 @@ def admin_site(
         config=config,
         clients=clients,
         providers=providers,
+        flights=flights,
         hosts=hosts,
         paced=None if config is None else partial(pace_pages, reactor, clock, wall),
     )
@@ -83,6 +88,7 @@ def admin_router(
     config: Callable[[], object] | None,
     clients: Callable[[], object] | None = None,
     providers: Providers | None = None,
+    flights: FlightRecorder | None = None,
     hosts: Callable[[], Container[str]] = tuple,
     paced: Callable[[Callable[[Request], bool]], Mapping[bytes, Handler]] | None = None,
 ) -> Router:
@@ -94,6 +100,7 @@ def admin_router(
         config: makes the redacted configuration for ``/config``; None leaves that out.
         clients: makes what clients use of their limits for ``/clients``; None leaves that out.
         providers: what is shown and switched below ``/providers``; None leaves that out.
+        flights: what ``/streams/ended`` shows; None leaves that out.
         hosts: returns the names, in lower case, by which operators may reach the site, besides
             those that only this machine or its network knows.
         paced: from what tells whether a request is for this site to the handlers of ``/pace``, by
@@ -127,7 +134,10 @@ def admin_router(
         pages[b"/config"] = shows(config)
     if clients is not None:
         pages[b"/clients"] = shows(clients)
-    if providers is None:
-        return AdminRouter(pages, None)
-    pages[PATH] = shows(providers.rows)
-    return AdminRouter(pages, Switching(providers, is_for_us))
+    below = dict[bytes, Handler]()
+    if flights is not None:
+        pages[ended.PATH] = below[ended.PATH] = ended.Ended(flights, is_for_us)
+    if providers is not None:
+        pages[PATH] = shows(providers.rows)
+        below[PATH] = Switching(providers, is_for_us)
+    return AdminRouter(pages, below)

@@ -17,6 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from llmproxy.cli.ca import add_ca
 from llmproxy.cli.check import check
@@ -126,13 +127,23 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Run the proxy with an embedded provider until it is interrupted."""
     # Not at the top: the demo brings the reactor, and no other command needs one.
+    from llmproxy.cli.demo.replay import BadCapsule, read_capsule
     from llmproxy.cli.demo.run import run
 
+    capsule = None
+    if args.replay is not None:
+        try:
+            capsule = read_capsule(Path(args.replay).read_bytes())
+        except (BadCapsule, OSError) as wrong:
+            why = wrong.strerror if isinstance(wrong, OSError) else wrong
+            sys.stderr.write(f"llmproxy: {args.replay}: {why}\n")
+            return 1
     run(
         proxy_port=args.port,
         admin_port=args.admin_port,
         cache=args.cache,
         sandboxed=args.sandbox,
+        capsule=capsule,
     )
     return 0
 
@@ -357,6 +368,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="store_true",
         help="stand in for api.openai.com and others, too, as a proxy that ends their TLS: prints "
         "the variables with which a sandboxed program finds it",
+    )
+    command.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="a capsule, saved from /streams/ended/ID of an admin site, which the further model "
+        "demo-replay plays again: its sizes, its times, and how it broke",
     )
     command.set_defaults(run=run_demo)
 

@@ -25,11 +25,12 @@ from llmproxy.policy.auth import MISPLACED, THE_PATH
 from llmproxy.policy.fair_queue import Place, Waiting
 from llmproxy.policy.limits import Lease
 from llmproxy.policy.routes import ATTEMPTS, Candidate, RouteMatch
+from llmproxy.record.flight import Body
 from llmproxy.record.trace import SKIPPED, Trace, conceal
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import is_between_events
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Relay, Whole
 from llmproxy.stream.tap import StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
@@ -56,6 +57,7 @@ class Exchange:
         is_late: the request took longer than ``total``.
         at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
+        length: its Content-Length, or None where it has none.
         page: the fields by which a response speaks to a web page's browser.
         endpoint: how the response can be read, or None where it cannot be.
         tap: reads the response.
@@ -71,7 +73,7 @@ class Exchange:
         *("candidate", "place", "waiting"),
         *("at_work", "handshake", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("has_length", "is_detached", "is_late", "is_read_out", "left", "match"),
+        *("is_detached", "is_late", "is_read_out", "left", "length", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
         *("timer", "trace"),
     )
@@ -90,11 +92,11 @@ class Exchange:
         self.left: ClientGone | None = None
         self.is_late = False
         self.at_work = 0
-        self.relay: Relay | WebSocketRelay | None = None
+        self.relay: Relay | Whole | WebSocketRelay | None = None
         self.response: Response | HeldResponse | None = None
         self.content_type: bytes | None = None
         self.content_encoding: bytes | None = None
-        self.has_length = False
+        self.length: bytes | None = None
         self.status = 0
         self.endpoint: Endpoint | None = None
         self.tap: StreamAccumulator | None = None
@@ -118,7 +120,7 @@ class Exchange:
         self.status = response.code
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
-        self.has_length = b"content-length" in first
+        self.length = first.get(b"content-length")
         for head in (response, self.request):
             head.fields, head.first = [], {}
 
@@ -250,6 +252,33 @@ class Exchange:
                 trace.first_chunk_s = round(first_at - self.started, 6)
                 trace.last_chunk_s = round(relay.statistics.last_at - self.started, 6)
 
+    def body(self) -> Body | None:
+        """Return how the response came from the provider; None where none began.
+
+        Call it before :meth:`close`.
+        """
+        relay = self.relay
+        if relay is None:
+            return None
+        statistics, started = relay.statistics, self.started
+        chunks = [(round(at - started, 6), size) for at, size in statistics.last_chunks]
+        first_at = statistics.first_at
+        return Body(
+            status=self.status,
+            content_type=_text(self.content_type),
+            content_encoding=_text(self.content_encoding),
+            length=int(self.length) if self.length and self.length.isdigit() else None,
+            chunks=statistics.chunks,
+            bytes=statistics.byte_count,
+            events=self.trace.events,
+            first_chunk_s=None if first_at is None else round(first_at - started, 6),
+            last_chunk_s=chunks[-1][0] if chunks else None,
+            longest_gap_s=round(statistics.longest_gap, 6),
+            chunks_at_once=statistics.at_once,
+            ends_between_events=self._is_between_events(),
+            last_chunks=chunks,
+        )
+
     def _settle_unknown(self, lease: Lease, reported: int) -> int | None:
         """Settle where no whole usage was reported: about one token came with each event."""
         seen = 0 if self.tap is None else self.tap.events
@@ -265,7 +294,7 @@ class Exchange:
     @property
     def takes_comments(self) -> bool:
         """Whether something of ours can stand in the body: it is events, as they are read."""
-        if self.content_encoding is not None or self.has_length:
+        if self.content_encoding is not None or self.length is not None:
             return False
         return is_stream(self.content_type) and not is_ndjson(self.content_type)
 
@@ -277,8 +306,12 @@ class Exchange:
         if self.takes_comments:
             return is_between_events(tail)
         is_lines = is_ndjson(self.content_type)
-        is_plain = self.content_encoding is None and not self.has_length
+        is_plain = self.content_encoding is None and self.length is None
         return is_lines and is_plain and (not tail or tail.endswith(b"\n"))
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")[:256]
 
 
 def end_failed(failure: Failure) -> None:

@@ -54,7 +54,7 @@ from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import Heartbeat
-from llmproxy.stream.relay import Batch, Relay
+from llmproxy.stream.relay import Batch, Relay, Whole
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential
 from llmproxy.upstream.held_response import HeldResponse
@@ -335,6 +335,10 @@ class Gateway(Handler):
         exchange.tap = self._inspection.open(exchange, match)
         if exchange.left is not None and not (exchange.tap and exchange.tap.is_promising):
             raise exchange.left  # nobody waits for it, and nothing could be read in it
+        adds = match.route.padding or match.route.heartbeat is not None
+        if not adds and (body := response.take_whole()) is not None:
+            self._pass(exchange, body, began)
+            return
         relay = exchange.relay = Relay(
             response,
             exchange.request,
@@ -349,7 +353,7 @@ class Gateway(Handler):
         )
         self._metrics.began(relay)
         beats = None
-        if (match.route.padding or match.route.heartbeat is not None) and exchange.takes_comments:
+        if adds and exchange.takes_comments:
             exchange.request.write(padding(match.route.padding))  # with the head
             beats = self._begin_heartbeat(exchange, match.route, candidate.provider.dialect, relay)
         try:
@@ -361,6 +365,15 @@ class Gateway(Handler):
                 beats.stop()
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
+
+    def _pass(self, exchange: Exchange, body: bytes, began: float) -> None:
+        """Send a body that came whole, together with the head."""
+        whole = exchange.relay = Whole(body, began)
+        exchange.request.write(body)
+        if exchange.tap is not None:
+            exchange.tap.feed(body)
+        self._metrics.passed(whole)
+        self._metrics.stream.observe(self._clock() - began)
 
     def _begin_heartbeat(
         self, exchange: Exchange, route: Route, dialect: Dialect, relay: Relay

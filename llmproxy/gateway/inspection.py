@@ -20,7 +20,7 @@ from llmproxy.policy.routes import Candidate, RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.stream.arrivals import are_held_back
-from llmproxy.stream.relay import Relay
+from llmproxy.stream.relay import Relay, Whole
 from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
 
@@ -118,7 +118,7 @@ class Inspection:
         return result.end_reason
 
     def _note_arrivals(
-        self, exchange: Exchange, relay: Relay | WebSocketRelay, events: int
+        self, exchange: Exchange, relay: Relay | Whole | WebSocketRelay, events: int
     ) -> None:
         """Write down how the response came, and whether some hop on its way held it back.
 

@@ -17,6 +17,7 @@ from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.hints import NOT_FOUND, hint_for_operator
 from llmproxy.policy.auth import holds_made_key
+from llmproxy.record.flight import Body, FlightRecorder, capsule
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Sink, Trace, timestamp
@@ -44,6 +45,9 @@ class Recorder:
         clock: monotonic seconds.
         wall: seconds since the epoch.
         instance: this process's name among several.
+
+    Attributes:
+        flights: the last requests that did not end as they should.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Recorder:
         self._instance = instance
         self._session_headers: tuple[bytes, ...] = (b"x-session-id",)
         self._running: set[Exchange] = set()
+        self.flights = FlightRecorder()
 
     @property
     def running(self) -> int:
@@ -117,13 +122,16 @@ class Recorder:
             writes_access: whether the request has an access line.
             detail: what that says of an end without an error.
         """
+        body = None if end is EndReason.COMPLETE else exchange.body()
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
         if exchange.status == NOT_FOUND:
             detail = hint_for_operator(exchange)
-        self._write(exchange.trace, exchange.labels(), error, detail, writes_access=writes_access)
+        self._write(
+            exchange.trace, exchange.labels(), error, detail, body, writes_access=writes_access
+        )
 
     def record_part(self, trace: Trace) -> None:
         """Keep the record of one response of a WebSocket; its connection has the access line."""
@@ -162,18 +170,20 @@ class Recorder:
         labels: tuple[str, ...],
         error: ProxyError | None,
         detail: str | None = None,
+        body: Body | None = None,
         *,
         writes_access: bool = True,
     ) -> None:
+        cause = None
+        if error is not None and error.detail:
+            cause, detail = error.cause, error.detail
+        if trace.end_reason != EndReason.COMPLETE:
+            self.flights.keep(capsule(trace, cause, detail, body))
         bytes_in = 0 if trace.tunnel is not None else trace.bytes_in
         self._metrics.request_ended(labels, trace.end_reason, bytes_in)
         self._sink.write(trace)
-        if not writes_access:
-            return
-        if error is not None and error.detail:
-            self._access(trace, error.cause, error.detail)
-        else:
-            self._access(trace, None, detail)
+        if writes_access:
+            self._access(trace, cause, detail)
 
 
 def _no_access(trace: Trace, cause: str | None, detail: str | None) -> None:

@@ -151,6 +151,10 @@ class ChunkedReader:
             self.extra = data[position:] if position >= 0 else b""
         return content[0] if len(content) == 1 else b"".join(content)
 
+    def may_end_with(self, data: bytes) -> bool:
+        """Return whether the body may end with ``data``, which was not fed yet."""
+        return data.endswith(LAST_CHUNK)
+
     def framed(self, data: bytes) -> int:
         """Return where the content of ``data`` starts, if that is exactly the next chunk; else 0.
 
@@ -253,6 +257,10 @@ class LengthReader:
         self.done = left == 0
         self.extra = b""
         self.error: BadMessage | None = None
+
+    def may_end_with(self, data: bytes) -> bool:
+        """Return whether the body ends with ``data``, which was not fed yet, or within it."""
+        return self.left is not None and self.left <= len(data)
 
     def framed(self, data: bytes) -> int:
         """Return 0: nothing is framed here."""

@@ -139,9 +139,13 @@ class Metrics:
         """A body has ended: its figures are added to the totals."""
         if body in self.live:
             self.live.discard(body)
-            self._chunks += body.chunks
-            self._bytes["out"] += body.byte_count
-            self._paused_s += body.paused_s
+            self.passed(body)
+
+    def passed(self, body: Live) -> None:
+        """Add the figures of a body that is over."""
+        self._chunks += body.chunks
+        self._bytes["out"] += body.byte_count
+        self._paused_s += body.paused_s
 
     def attempted(self, provider: str, outcome: str, cause: str | None) -> None:
         """A provider was tried."""

@@ -20,11 +20,14 @@ The idle timer runs only while the relay flows: a client that is slow must not l
 that is silent.  It is one timer.  When it rings, it looks at the time of the last chunk; neither
 chunks nor pauses touch it.
 
+A body that came whole with its head needs none of this: :class:`Whole` stands for it.
+
 Nothing here knows a provider, a trace, a metric, or what a chunk holds.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -52,6 +55,13 @@ _FOLLOWED = 2
 
 AT_ONCE_S = 0.001
 """A chunk that comes so soon behind another was sent together with it."""
+
+KEPT_CHUNKS = 32
+"""How many of a body's last chunks are kept, each with its time and its size; a power of two."""
+
+_MASK = KEPT_CHUNKS - 1
+_NO_TIMES = array("d", bytes(8 * KEPT_CHUNKS))
+_NO_SIZES = array("I", bytes(4 * KEPT_CHUNKS))
 
 _OVER: Deferred[None] = succeed(None)
 """What stands for :attr:`Relay.done` once that has fired."""
@@ -122,7 +132,7 @@ class StreamStatistics:
 
     __slots__ = (
         *("_at_once", "_batch", "_byte_count", "_chunks", "_copy", "_first_at", "_gaps"),
-        *("_last_at", "_longest_gap", "_tail", "_verbatim"),
+        *("_last_at", "_longest_gap", "_sizes", "_tail", "_times", "_verbatim"),
     )
 
     def __init__(
@@ -140,6 +150,8 @@ class StreamStatistics:
         self._last_at = now
         self._longest_gap = 0.0
         self._tail = b""
+        self._times = _NO_TIMES[:]
+        self._sizes = _NO_SIZES[:]
 
     @property
     def chunks(self) -> int:
@@ -197,11 +209,24 @@ class StreamStatistics:
             self._batch.read()
         return self._tail
 
+    @property
+    def last_chunks(self) -> list[tuple[float, int]]:
+        """The last :data:`KEPT_CHUNKS` chunks: when each came, in monotonic seconds, and its size.
+
+        They stand in their order.
+        """
+        count = self.chunks
+        places = [n % KEPT_CHUNKS for n in range(max(0, count - KEPT_CHUNKS), count)]
+        return [(self._times[place], self._sizes[place]) for place in places]
+
     def read(self, at: float, data: bytes, start: int = 0) -> None:
         """Note one chunk, split at any point; see :class:`Reader`."""
         if start:
             data = data[start:-2]
             self._verbatim += len(data)
+        size = len(data)
+        place = self._chunks & _MASK
+        self._times[place], self._sizes[place] = at, size
         gaps, copy = self._gaps, self._copy  # called as names: 0.01 of 0.66 µs of an event
         if self._chunks:
             gap = at - self._last_at
@@ -214,8 +239,8 @@ class StreamStatistics:
             self._first_at = at
         self._last_at = at
         self._chunks += 1
-        self._byte_count += len(data)
-        self._tail = data[-4:] if len(data) > 3 else (self._tail + data)[-4:]
+        self._byte_count += size
+        self._tail = data[-4:] if size > 3 else (self._tail + data)[-4:]
         if copy is not None:
             copy(data)
 
@@ -223,6 +248,51 @@ class StreamStatistics:
         """Do not count the time from ``since`` to ``now`` as a gap: nothing could come then."""
         last_at = self.last_at
         self._last_at = last_at + now - max(since, last_at)
+
+
+class Whole:
+    """A body that came whole: what is asked of a relay and of its statistics, of one that is over.
+
+    There was nothing to pump, nothing to wait for, and nothing to pause.
+
+    Args:
+        data: all of it.
+        at: when it came, in monotonic seconds.
+    """
+
+    __slots__ = ("_at", "byte_count", "chunks", "tail")
+    is_paused = False
+    paused_s = longest_gap = 0.0
+    verbatim = at_once = 0
+
+    def __init__(self, data: bytes, at: float) -> None:
+        self._at = at
+        self.byte_count = len(data)
+        self.chunks = 1 if data else 0
+        self.tail = data[-4:]
+
+    @property
+    def statistics(self) -> Whole:
+        """Itself."""
+        return self
+
+    @property
+    def first_at(self) -> float | None:
+        """As in :class:`StreamStatistics`."""
+        return self._at if self.chunks else None
+
+    @property
+    def last_at(self) -> float:
+        """As in :class:`StreamStatistics`."""
+        return self._at
+
+    @property
+    def last_chunks(self) -> list[tuple[float, int]]:
+        """As in :class:`StreamStatistics`."""
+        return [(self._at, self.byte_count)] if self.chunks else []
+
+    def leave(self) -> None:
+        """The client is gone; nothing more would have come."""
 
 
 class Sink(Protocol):

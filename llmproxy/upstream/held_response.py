@@ -46,6 +46,9 @@ class HeldResponse(Protocol):
         """As in :class:`Response`."""
         return self._response.is_kept
 
+    def take_whole(self) -> None:
+        """Return None: the body is delivered."""
+
     def abort(self) -> None:
         """Close the connection, where the response has not ended; drop what is held."""
         self._pieces.clear()

@@ -248,6 +248,7 @@ class Connection(Protocol):
         self.persistent = response.is_persistent and not self._until_close
         self.keep_for = response.keep_alive_hint
         self._early, self._buffer, self._lost_early = self._buffer, b"", None
+        self._begun = b""
         self.state = State.RESPONDED
         self.serving = response
         self._tell(response)
@@ -280,10 +281,28 @@ class Connection(Protocol):
                 self._paused = False
                 self._transport.resumeProducing()
         early, self._early = self._early, b""
-        if early or self._reader.done:
+        if begun := self._begun:
+            self._begun = b""
+            protocol.dataReceived(begun)
+        if early or self._reader.done or self._reader.error is not None:
             self._read_body(early)
         if lost:
             self._end_body(self._how_it_ended(self._lost_early or Failure(ConnectionDone())))
+
+    def take_whole(self) -> bytes | None:
+        """Take the body, if all of it came with the head; see :meth:`Response.take_whole`."""
+        reader, early = self._reader, self._early
+        if self.state is not State.RESPONDED or self._paused or self.aborted:
+            return None
+        if not (reader.done or reader.may_end_with(early)):
+            return None
+        content, self._early = reader.feed(early), b""
+        if reader.done:
+            self.state, self._consumer = State.FLOWING, None
+            self._settle(reader.extra)
+            return content
+        self._begun = content
+        return None
 
     def _read_body(self, data: bytes) -> None:
         reader, consumer = self._reader, self._consumer
@@ -328,4 +347,5 @@ class Connection(Protocol):
         is_fin = reason.check(ConnectionDone) and self._knows_fin
         if self._until_close and is_fin and not self.aborted:
             return _DONE
-        return Failure(upstream_broken(reason.getErrorMessage()))
+        cause = "closed" if reason.check(ConnectionDone) else "reset"
+        return Failure(upstream_broken(reason.getErrorMessage(), cause=cause))

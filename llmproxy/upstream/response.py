@@ -32,6 +32,9 @@ class Holder(Protocol):
     def deliver(self, protocol: IProtocol) -> None:
         """Forward the body."""
 
+    def take_whole(self) -> bytes | None:
+        """Take the body, if all of it is here."""
+
     def abort(self) -> None:
         """Close at once."""
 
@@ -98,6 +101,14 @@ class Response:
         ``ProxyError``.
         """
         self._connection.deliver(protocol)
+
+    def take_whole(self) -> bytes | None:
+        """Take the body, if all of it came together with the head; else return None.
+
+        The response has ended then, as at the end of :meth:`deliverBody`, which is not called.
+        Call it as soon as the response is there: a turn later it returns None.
+        """
+        return self._connection.take_whole()
 
     def setPreviousResponse(self, response: IResponse) -> None:
         """Refuse: redirects are forwarded, never followed."""

@@ -168,3 +168,19 @@ def in_a_shell(*lines: str, **variables: str) -> subprocess.CompletedProcess[str
         timeout=WAIT,
         check=False,
     )
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_a_capsule_is_played_by_the_curl_that_it_prints(tmp_path: Path) -> None:
+    """The first words say what is in it, and the client sees the stream break."""
+    came = {"chunks": 1, "bytes": 700, "ends_between_events": True, "last_chunks": [[0.1, 700]]}
+    capsule = {"capsule": 1, "end_reason": "upstream_broken", "cause": "closed"}
+    file = tmp_path / "fault.json"
+    file.write_text(json.dumps({**capsule, "response": {"status": 200, **came}}))
+    with running("--replay", str(file)) as demo:
+        words = "status 200, 700 bytes in 1 reads, then upstream_broken closed"
+        assert f"# The model demo-replay, at any path, plays the capsule: {words}\n" in demo.begin
+        (call,) = re.findall(r"curl -N .*\n.*demo-replay.*", demo.begin)
+        done = in_a_shell(call)
+        assert (done.returncode, len(done.stdout)) == (18, 700)
+        assert "demo-replay: 200 upstream_broken (upstream_broken), " in demo.line()

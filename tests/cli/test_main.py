@@ -303,7 +303,9 @@ def test_demo(
     """The demo runs on the ports that are asked for, and has a prompt cache unless told not to."""
     calls: list[tuple[int, int, bool, bool]] = []
 
-    def run(*, proxy_port: int, admin_port: int, cache: bool, sandboxed: bool) -> None:
+    def run(
+        *, proxy_port: int, admin_port: int, cache: bool, sandboxed: bool, capsule: None
+    ) -> None:
         calls.append((proxy_port, admin_port, cache, sandboxed))
 
     stand_in = types.ModuleType("llmproxy.cli.demo.run")

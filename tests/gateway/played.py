@@ -30,7 +30,7 @@ SSE = (b"content-type", b"text/event-stream")
 
 
 class PlayedResponse:
-    """A provider's response; the test pushes its body."""
+    """A provider's response; the test pushes its body, or has it come whole with the head."""
 
     def __init__(self, code: int, fields: tuple[tuple[bytes, bytes], ...]) -> None:
         self.code = code
@@ -40,6 +40,10 @@ class PlayedResponse:
         self.aborts = 0
         self.is_kept = False
         self.body: Any = None
+        self.whole: bytes | None = None
+
+    def take_whole(self) -> bytes | None:
+        return self.whole
 
     def deliverBody(self, protocol: Any) -> None:
         self.body = protocol

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from twisted.internet.testing import StringTransport
 
 from llmproxy.errors import EndReason, ProxyError, upstream_broken, upstream_unreachable
 from llmproxy.record.trace import NAMES
-from tests.gateway.played import BODY, JSON, LAST, SSE, PlayedGateway
+from tests.gateway.played import BODY, JSON, LAST, SSE, PlayedGateway, PlayedResponse
 from tests.support.fake_transport import FIN, RESET
 from tests.support.sockets import chunked, request
 
@@ -60,6 +61,56 @@ def test_the_response_streams_back() -> None:
     assert played.transport.take() == LAST
     assert not played.transport.count("half")
     assert played.trace().end_reason == "complete"
+
+
+@pytest.mark.parametrize("fields", [(), ((b"content-length", b"64"),)], ids=["chunked", "length"])
+def test_a_body_that_came_whole_is_told_as_any_other(
+    fields: tuple[tuple[bytes, bytes], ...],
+) -> None:
+    """The client gets the same bytes, and records and metrics say the same."""
+    kind = (b"content-type", b"application/json")
+    body = b'{"usage":{"prompt_tokens":3,"completion_tokens":4},"model":"m"}'.ljust(64)
+    told: list[tuple[Any, ...]] = []
+    for is_whole in (False, True):
+        played = PlayedGateway()
+        played.call(target="/p/v1/chat/completions")
+        response = PlayedResponse(200, (kind, *fields))
+        response.whole = body if is_whole else None
+        played.asked.response.callback(response)
+        if not is_whole:
+            response.push(body)
+            response.end()
+        got, trace = played.transport.take(), played.trace()
+        assert trace.output_tokens == 4
+        counts = [played.value(name) for name in ("chunks_total", "stream_seconds_count")]
+        counts += [played.value("bytes_total", direction="out"), response.aborts]
+        told.append((got.replace(trace.id.encode(), b"ID"), replace(trace, id=""), counts))
+    assert told[0] == told[1]
+    assert told[0][0].endswith(body if fields else chunked(body) + LAST)
+
+
+def test_a_whole_body_waits_for_nothing() -> None:
+    """No timer runs for it, and a client that leaves behind it finds the request over."""
+    played = PlayedGateway()
+    played.call()
+    before = len(played.clock.getDelayedCalls())
+    response = PlayedResponse(200, (SSE,))
+    response.whole = b"data: 1\n\n"
+    played.asked.response.callback(response)
+    assert len(played.clock.getDelayedCalls()) <= before
+    assert (response.body, played.trace().end_reason) == (None, "complete")
+
+
+@pytest.mark.parametrize("key", ['padding = "1KiB"', 'heartbeat = "5s"'])
+def test_a_whole_body_has_its_padding(key: str) -> None:
+    """What stands in a stream besides its events is there, too."""
+    played = PlayedGateway(route=key)
+    played.call()
+    response = PlayedResponse(200, (SSE,))
+    response.whole = b"data: 1\n\n"
+    played.asked.response.callback(response)
+    assert response.body is not None
+    assert (b":" in played.got()[2]) is key.startswith("padding")
 
 
 def test_a_record_tells_the_whole_story() -> None:

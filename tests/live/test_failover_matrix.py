@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,8 +236,10 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
 def test_a_provider_fails(matrix: Matrix, fault: str) -> None:
     """Response, record and counts are those of the fault, or of the candidate that is well."""
     how = FAULTS[fault]
-    for case in (one for one in CASES if one.fault == fault):
-        got, record = matrix.ask(case)
+    cases = [one for one in CASES if one.fault == fault]
+    with ThreadPoolExecutor(len(cases)) as pool:  # each has providers of its own
+        seen = list(pool.map(matrix.ask, cases))
+    for case, (got, record) in zip(cases, seen, strict=True):
         asked = case.candidates if how.passed_over else 1
         is_saved = case.saved and how.passed_over
         outcomes = [how.end] * asked

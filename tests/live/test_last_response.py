@@ -11,6 +11,8 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -77,10 +79,10 @@ def live(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iter
         yield live
 
 
-@pytest.fixture(params=["plain", "tls"])
-def context(request: pytest.FixtureRequest, authority: Authority) -> ssl.SSLContext | None:
-    """The client's TLS, or none."""
-    return authority.client() if request.param == "tls" else None
+@pytest.fixture
+def ways(authority: Authority) -> dict[str, ssl.SSLContext | None]:
+    """How a client is connected: its TLS, or none."""
+    return {"plain": None, "tls": authority.client()}
 
 
 def open_client(live: LiveProxy, context: ssl.SSLContext | None) -> Wire:
@@ -100,17 +102,17 @@ def await_provider(live: LiveProxy) -> None:
 
 
 def test_a_client_that_pauses_gets_every_byte(
-    live: LiveProxy, context: ssl.SSLContext | None
+    live: LiveProxy, ways: dict[str, ssl.SSLContext | None]
 ) -> None:
     """It pauses for much longer than ``client_idle``; nothing is lost, however it all ends."""
-    kind = "plain" if context is None else "tls"
-    clients = {ending: open_client(live, context) for ending in ENDINGS}
-    for ending, client in clients.items():
-        client.send(ask(ending, f"/p/{kind}/{ending}"))
+    clients: list[tuple[str, str, Wire]] = []
+    for (kind, context), ending in product(ways.items(), ENDINGS):
+        client, path = open_client(live, context), f"/p/{kind}/{ending}"
+        client.send(ask(ending, path))
         client.read_head()
+        clients.append((ending, path, client))
     PAUSE.wait(7)
-    for ending, client in clients.items():
-        path = f"/p/{kind}/{ending}"
+    for ending, path, client in clients:
         assert client.read(len(BODY)) == BODY
         if ending == "kept":
             client.send(ask("close", f"{path}/again/close"))
@@ -127,28 +129,35 @@ def test_a_client_that_pauses_gets_every_byte(
     assert_settles(live.daemon)
 
 
-def test_a_slow_client_is_not_cut(live: LiveProxy, context: ssl.SSLContext | None) -> None:
+def test_a_slow_client_is_not_cut(live: LiveProxy, ways: dict[str, ssl.SSLContext | None]) -> None:
     """A few hundred KB a second are progress, whatever the kernel holds."""
-    kind = "plain" if context is None else "tls"
-    path = f"/p/slow/{kind}/close"
-    with open_client(live, context) as client:
-        client.send(ask("close", path))
-        client.read_head()
-        got = bytearray()
-        while len(got) < len(BODY):
-            got += client.read(min(40_000, len(BODY) - len(got)))
+    with ExitStack() as stack:
+        clients = {
+            f"/p/slow/{kind}/close": stack.enter_context(open_client(live, context))
+            for kind, context in ways.items()
+        }
+        for path, client in clients.items():
+            client.send(ask("close", path))
+            client.read_head()
+        got = {path: bytearray() for path in clients}
+        while any(len(one) < len(BODY) for one in got.values()):
+            for path, client in clients.items():
+                got[path] += client.read(min(40_000, len(BODY) - len(got[path])))
             PAUSE.wait(0.1)
-        assert (bytes(got) == BODY, client.wait_closed()) == (True, "fin")
-    assert trace_of(live.daemon, path=path)["end_reason"] == "complete"
+        for path, client in clients.items():
+            assert (bytes(got[path]) == BODY, client.wait_closed()) == (True, "fin")
+    for path in clients:
+        assert trace_of(live.daemon, path=path)["end_reason"] == "complete"
 
 
 @pytest.mark.parametrize("ending", ["kept", "close", "old"])
+@pytest.mark.parametrize("kind", ["plain", "tls"])
 def test_a_client_that_leaves_the_rest_is_gone(
-    live: LiveProxy, context: ssl.SSLContext | None, ending: str
+    live: LiveProxy, ways: dict[str, ssl.SSLContext | None], kind: str, ending: str
 ) -> None:
     """The provider is done, and the kernel has the whole response; the client has not."""
-    path = f"/p/gone/{'plain' if context is None else 'tls'}/{ending}"
-    client = open_client(live, context)
+    path = f"/p/gone/{kind}/{ending}"
+    client = open_client(live, ways[kind])
     client.send(ask(ending, path))
     client.read_head()
     client.read(100_000)
@@ -171,34 +180,45 @@ def test_what_follows_a_request_does_not_cost_its_response(live: LiveProxy) -> N
             sender.join(WAIT)
 
 
-@pytest.mark.parametrize("reads", [True, False])
+def is_waiting(live: LiveProxy) -> bool:
+    """Return whether a drain waits for the one client."""
+    return live.gauge("drain_remaining_requests") == 1
+
+
 def test_a_drain_counts_what_arrived(
-    tmp_path: Path, authority: Authority, context: ssl.SSLContext | None, reads: bool
+    tmp_path: Path, authority: Authority, ways: dict[str, ssl.SSLContext | None]
 ) -> None:
     """It waits for the client, and a response is finished when the client has it."""
-    config = ONE_ROUTE + PATIENT + listener_credentials(tmp_path, authority)
     proxy = f"anonymous = true\n{LISTEN_TLS}"
-    with open_live_proxy(tmp_path, config, proxy=proxy) as live, ExitStack() as clients:
-        live.script = script
-        client = open_client(live, context)
-        clients.enter_context(client)
-        client.send(ask("kept", "/p/kept"))
-        client.read_head()
-        await_provider(live)
-        live.daemon.terminate()
-        live.daemon.wait_log("draining")
-        until(lambda: live.gauge("drain_remaining_requests") == 1, "it is waited for")
-        PAUSE.wait(3)
-        if reads:
-            assert client.read(len(BODY)) == BODY
-            assert client.wait_closed() == "fin"
-        else:
+    drains: list[tuple[LiveProxy, Wire, bool]] = []
+    with ExitStack() as stack:
+        for (kind, context), reads in product(ways.items(), [True, False]):
+            folder = tmp_path / f"{kind}-{reads}"
+            folder.mkdir()
+            config = ONE_ROUTE + PATIENT + listener_credentials(folder, authority)
+            live = stack.enter_context(open_live_proxy(folder, config, proxy=proxy))
+            live.script = script
+            client = stack.enter_context(open_client(live, context))
+            client.send(ask("kept", "/p/kept"))
+            client.read_head()
+            await_provider(live)
+            drains.append((live, client, reads))
+        for live, _, _ in drains:
             live.daemon.terminate()
-            assert client.wait_closed() in ("reset", "truncated")
-        finished, cut = (1, 0) if reads else (0, 1)
-        live.daemon.wait_log("drained: ", finished=finished, cut=cut)
-        record = trace_of(live.daemon, path="/p/kept")
-        assert record["end_reason"] == ("complete" if reads else "drained")
+            live.daemon.wait_log("draining")
+            until(partial(is_waiting, live), "it is waited for")
+        PAUSE.wait(3)
+        for live, client, reads in drains:
+            if reads:
+                assert client.read(len(BODY)) == BODY
+                assert client.wait_closed() == "fin"
+            else:
+                live.daemon.terminate()
+                assert client.wait_closed() in ("reset", "truncated")
+            finished, cut = (1, 0) if reads else (0, 1)
+            live.daemon.wait_log("drained: ", finished=finished, cut=cut)
+            record = trace_of(live.daemon, path="/p/kept")
+            assert record["end_reason"] == ("complete" if reads else "drained")
 
 
 def test_a_flood_of_requests_leaves_nothing_behind(live: LiveProxy) -> None:

@@ -6,7 +6,9 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import pytest
@@ -68,27 +70,37 @@ class ClientPath(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[LiveProxy]:
-    """One route, reached plainly and by TLS."""
-    folder = tmp_path_factory.mktemp("readers")
-    config = ONE_ROUTE + TIMEOUTS + listener_credentials(folder, authority)
+def client_paths(
+    tmp_path_factory: pytest.TempPathFactory, authority: Authority
+) -> Iterator[list[ClientPath]]:
+    """A daemon whose clients connect plainly, and one whose clients connect by TLS."""
     proxy = f"anonymous = true\n{LISTEN_TLS}"
-    with open_live_proxy(folder, config, proxy=proxy) as live:
-        yield live
+    with ExitStack() as stack:
+        paths = []
+        for context in (None, authority.client()):
+            folder = tmp_path_factory.mktemp("readers")
+            config = ONE_ROUTE + TIMEOUTS + listener_credentials(folder, authority)
+            live = stack.enter_context(open_live_proxy(folder, config, proxy=proxy))
+            paths.append(ClientPath(live, context))
+        yield paths
 
 
-@pytest.fixture(params=["plain", "tls"])
-def client_path(
-    request: pytest.FixtureRequest, live: LiveProxy, authority: Authority
-) -> ClientPath:
-    """How the client reaches the proxy."""
-    return ClientPath(live, authority.client() if request.param == "tls" else None)
+def on_each(check: Callable[[ClientPath], None], paths: list[ClientPath]) -> None:
+    """Check each way at the same time: both mostly wait."""
+    with ThreadPoolExecutor() as pool:
+        for one in [pool.submit(check, path) for path in paths]:
+            one.result()
 
 
-def test_a_slow_reader_gets_every_byte(client_path: ClientPath) -> None:
+def test_a_slow_reader_gets_every_byte(client_paths: list[ClientPath]) -> None:
     """Some KiB each 50 ms, for some times client_stall: it lives on, and nothing is lost."""
+    on_each(read_slowly, client_paths)
+
+
+def read_slowly(client_path: ClientPath) -> None:
+    """Read a response so, and check it."""
     body = random.Random(1).randbytes(SIZE)
-    path = f"/p/slow/{'plain' if client_path.context is None else 'tls'}"
+    path = "/p/slow"
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -116,10 +128,15 @@ def test_a_slow_reader_gets_every_byte(client_path: ClientPath) -> None:
     assert_settles(client_path.live.daemon)
 
 
-def test_stuck_readers_are_cut(client_path: ClientPath) -> None:
+def test_stuck_readers_are_cut(client_paths: list[ClientPath]) -> None:
     """client_stall ends them; until then little is held for each, and nothing after that."""
+    on_each(read_nothing, client_paths)
+
+
+def read_nothing(client_path: ClientPath) -> None:
+    """Be some clients that read nothing behind the head, and check how they end."""
     count = 5
-    ended, kind = Notes(), "plain" if client_path.context is None else "tls"
+    ended = Notes()
 
     def script(wire: Wire) -> None:
         wire.read_request()
@@ -134,7 +151,7 @@ def test_stuck_readers_are_cut(client_path: ClientPath) -> None:
     client_path.live.script = script
     clients = [client_path.connect() for _ in range(count)]
     for number, client in enumerate(clients):
-        client.send(post(f"/p/stuck/{kind}/{number}"))
+        client.send(post(f"/p/stuck/{number}"))
         client.read_head()
     stuck = time.monotonic()
     held = 0.0
@@ -146,7 +163,7 @@ def test_stuck_readers_are_cut(client_path: ClientPath) -> None:
     cut = [ended.read() for _ in clients]
     assert min(cut) - stuck > STALL / 2
     for number in range(count):
-        record = trace_of(client_path.live.daemon, path=f"/p/stuck/{kind}/{number}")
+        record = trace_of(client_path.live.daemon, path=f"/p/stuck/{number}")
         assert (record["end_reason"], record["is_complete"]) == ("client_stalled", False)
     until(lambda: client_path.buffered == 0, "nothing is held any more")
     assert_settles(client_path.live.daemon)

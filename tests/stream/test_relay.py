@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_broken
-from llmproxy.stream.relay import Batch, Relay, State
+from llmproxy.stream.relay import KEPT_CHUNKS, Batch, Relay, State
 from tests.support.fake_transport import FakeTransport
 
 WHOLE = Failure(ResponseDone())
@@ -194,6 +194,16 @@ def test_chunks_that_come_at_once_are_counted() -> None:
     for after in (1.0, 0.0, 0.0005, 0.0011, 0.0009):
         pump.feed(b"a", after=after)
     assert pump.relay.statistics.at_once == 3
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3 * KEPT_CHUNKS))
+def test_the_last_chunks_are_kept_with_time_and_size(chunks: list[tuple[int, int]]) -> None:
+    """In their order, whether there were few or many."""
+    pump, came = Pump(idle=None), []
+    for seconds, size in chunks:
+        pump.feed(b"x" * size, after=seconds)
+        came.append((pump.clock.seconds(), size))
+    assert pump.relay.statistics.last_chunks == came[-KEPT_CHUNKS:]
 
 
 @given(st.lists(st.binary(min_size=1, max_size=6), max_size=8))

@@ -16,6 +16,7 @@ import sys
 from twisted.internet import reactor, stdio
 from twisted.internet.protocol import Protocol
 from llmproxy.cli.demo import PromptCache, demo_site
+from llmproxy.cli.demo.replay import read_capsule
 
 class UntilTheEnd(Protocol):
     def connectionLost(self, reason):
@@ -23,7 +24,8 @@ class UntilTheEnd(Protocol):
             reactor.stop()
 
 cache = PromptCache(reactor.seconds) if sys.argv[2] == "caching" else None
-site = demo_site(reactor, cache=cache)
+capsule = read_capsule(sys.argv[3].encode()) if sys.argv[3] else None
+site = demo_site(reactor, cache=cache, capsule=capsule)
 port = reactor.listenTCP(int(sys.argv[1]), site, interface="127.0.0.1")
 stdio.StandardIO(UntilTheEnd())
 print(port.getHost().port, flush=True)
@@ -37,15 +39,16 @@ class Demo:
     Args:
         port: where it is to listen; 0: where the kernel chooses.
         caching: it has a prompt cache.
+        capsule: what its model ``demo-replay`` plays, in JSON.
 
     Attributes:
         port: where it listens, on loopback.
         errors: what it wrote to standard error, once it has ended.
     """
 
-    def __init__(self, *, port: int = 0, caching: bool = False) -> None:
+    def __init__(self, *, port: int = 0, caching: bool = False, capsule: str = "") -> None:
         self.port = port
-        self._caching = "caching" if caching else "plain"
+        self._arguments = ["caching" if caching else "plain", capsule]
         self.errors = ""
 
     @property
@@ -55,7 +58,7 @@ class Demo:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(self.port), self._caching],
+            [sys.executable, "-c", _PROGRAM, str(self.port), *self._arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

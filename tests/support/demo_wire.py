@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 from twisted.web.server import Site
 
 from llmproxy.cli.demo import PromptCache, demo_site
+from llmproxy.cli.demo.replay import Capsule
 
 SAID = "the quick brown fox"
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SAID}]
@@ -74,10 +75,18 @@ class TurnClock(Clock):
 class DemoConnection:
     """A connection to a demo provider whose time stands still."""
 
-    def __init__(self, *, pace: float | None = None, caching: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        pace: float | None = None,
+        caching: bool = False,
+        capsule: Capsule | None = None,
+    ) -> None:
         self.clock = TurnClock()
         cache = PromptCache(self.clock.seconds) if caching else None
-        self.site: Site = demo_site(cast(IReactorTime, self.clock), pace=pace, cache=cache)
+        self.site: Site = demo_site(
+            cast(IReactorTime, self.clock), pace=pace, cache=cache, capsule=capsule
+        )
         self.transport: Any = StringTransport()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
         build: Any = self.site.buildProtocol
         self.protocol: Any = build(None)

@@ -341,6 +341,100 @@ def test_a_faulty_chunk_breaks_the_body(wire: bytes, good: bytes) -> None:
     sent.assert_broken(EndReason.UPSTREAM_PROTOCOL)
 
 
+# --- a body that is whole when its head is --------------------------------------------------------
+
+WHOLE = {
+    "length": LENGTH + b"abcde",
+    "chunked": CHUNKED + b"2\r\nab\r\n3;x=y\r\ncde\r\n0\r\n\r\n",
+    "a trailer section": CHUNKED + b"5\r\nabcde\r\n0\r\nt: 1\r\n\r\n",
+    "an interim response": b"HTTP/1.1 103 Hints\r\n\r\n" + LENGTH + b"abcde",
+    "nothing": OK + b"Content-Length: 0\r\n\r\n",
+    "a status without a body": b"HTTP/1.1 204 None\r\n\r\n",
+    "no use afterwards": OK + b"Connection: close\r\nContent-Length: 5\r\n\r\nabcde",
+    "more than asked for": LENGTH + b"abcde!",
+    "until the end": CLOSE + b"abcde",
+    "content that looks like an end": CHUNKED + b"a\r\nabc0\r\n\r\nde\r\n0\r\n\r\n",
+    "an end that looks like another": CHUNKED + b"5\r\n0\r\n\r\n\r\n0\r\n\r\n",
+    "a size that is none": CHUNKED + b"2\r\nab\r\nzz\r\n0\r\n\r\n",
+    "half": CHUNKED + b"9\r\nabc0\r\n\r\n",
+}
+
+
+class Delivered(Sent):
+    """The same, where the body is delivered in the turn of its head."""
+
+    def _keep(self, outcome: Any) -> None:
+        super()._keep(outcome)
+        if isinstance(self.outcome, Response):
+            self.outcome.deliverBody(self.collector)
+
+    def came(self) -> tuple[Any, ...]:
+        """Return the body, how it ended, and what became of the connection."""
+        ends = [str(getattr(end, "end", type(end).__name__)) for end in self.collector.ends]
+        connection = self.connection
+        return (
+            *(self.collector.body, ends, connection.state, connection.aborted, len(self.idle)),
+            *(len(self.closed), self.transport.is_paused(), self.transport.count("abort")),
+        )
+
+
+class Taken(Delivered):
+    """The same, where a body that is whole is taken."""
+
+    taken: bytes | None = None
+
+    def _keep(self, outcome: Any) -> None:
+        Sent._keep(self, outcome)
+        if isinstance(self.outcome, Response):
+            self.taken = self.outcome.take_whole()
+            if self.taken is None:
+                self.outcome.deliverBody(self.collector)
+            else:
+                if self.taken:
+                    self.collector.dataReceived(self.taken)
+                self.collector.connectionLost(Failure(ResponseDone()))
+
+
+@pytest.mark.parametrize("reason", [FIN, RESET])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_body_is_the_same_whether_it_is_taken_or_delivered(name: str, reason: Exception) -> None:
+    """At every split, and so is what becomes of the connection."""
+    for reads in [(WHOLE[name],), *splits(WHOLE[name])]:
+        taken, delivered = Taken(), Delivered()
+        for sent in (taken, delivered):
+            sent.feed(*reads)
+        assert taken.came() == delivered.came(), reads
+        for sent in (taken, delivered):
+            sent.transport.end(reason)
+        assert taken.came() == delivered.came(), reads
+
+
+def test_what_is_whole_is_taken_at_once() -> None:
+    """No reading is stopped and none begun, and the connection is idle again."""
+    for name in ("length", "chunked", "an interim response"):
+        taken = Taken()
+        taken.feed(WHOLE[name])
+        assert (taken.taken, taken.idle) == (b"abcde", [taken.connection])
+        assert taken.transport.count("pause") == 0
+        taken.ask()
+        taken.feed(WHOLE["nothing"])
+        assert taken.taken == b""
+    for name in ("until the end", "half", "a size that is none"):
+        taken = Taken()
+        taken.feed(WHOLE[name])
+        assert taken.taken is None
+
+
+def test_a_turn_later_nothing_is_taken() -> None:
+    """Reading has been stopped by then, and is begun by whoever has the body delivered."""
+    sent = Sent()
+    sent.feed(WHOLE["length"])
+    assert isinstance(sent.outcome, Response)
+    assert sent.outcome.take_whole() is None
+    sent.outcome.deliverBody(sent.collector)
+    sent.assert_whole(b"abcde")
+
+
 # --- whether the connection serves another --------------------------------------------------------
 
 

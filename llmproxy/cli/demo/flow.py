@@ -163,6 +163,11 @@ def end_broken(reply: Reply) -> None:
     reply.transport.abortConnection()
 
 
+def end_closed(reply: Reply) -> None:
+    """The connection is closed in order, and the response is not whole."""
+    reply.transport.loseConnection()
+
+
 def end_silent(reply: Reply) -> None:
     """Nothing more, for ever: the response stays open until the client gives up."""
 
@@ -170,6 +175,12 @@ def end_silent(reply: Reply) -> None:
 def end_malformed(reply: Reply) -> None:
     """A chunk whose size is no number, and the end of the connection."""
     reply.transport.write(b"not-a-size\r\n")
+    reply.transport.loseConnection()
+
+
+def end_without_head(reply: Reply) -> None:
+    """Something that is no head, where one was to come, and the end of the connection."""
+    reply.transport.write(b"not-a-head\r\n\r\n")
     reply.transport.loseConnection()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 from urllib.parse import unquote
@@ -48,6 +49,7 @@ from llmproxy.cli.demo.openai import OPENAI
 from llmproxy.cli.demo.openai_responses import Responses
 from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.reading import model_named
+from llmproxy.cli.demo.replay import REPLAYED, Capsule, Replay
 from llmproxy.cli.demo.response import Asked, BadAsk, Response
 
 _ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
@@ -123,7 +125,8 @@ class DemoProvider(resource.Resource):
     response) ``demo-break`` resets the connection, ``demo-stall`` falls silent for ever,
     ``demo-malformed`` sends a chunk whose size is no number, and ``demo-unfinished`` ends the
     response as if it were whole.  ``demo-fail`` says three tokens and then the dialect's own error
-    event; asked for no stream, it refuses with a 500.
+    event; asked for no stream, it refuses with a 500.  ``demo-replay`` plays a capsule, where the
+    provider was given one.
 
     Ollama's ``POST /api/show`` and ``GET /api/ps`` tell the same of every model, also of those that
     fail: clients look at models before they use one.
@@ -132,6 +135,7 @@ class DemoProvider(resource.Resource):
         reactor: gives the time.
         pace: tokens per second for every model, whatever its name says; None: as the names say.
         cache: remembers prompts; None: counts of cached tokens depend on the request alone.
+        capsule: what ``demo-replay`` plays; None: there is no such model.
     """
 
     isLeaf = True
@@ -142,6 +146,7 @@ class DemoProvider(resource.Resource):
         *,
         pace: float | None = None,
         cache: PromptCache | None = None,
+        capsule: Capsule | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
         if pace is not None and pace <= 0:
@@ -150,6 +155,7 @@ class DemoProvider(resource.Resource):
         self._time = cast(Time, reactor)
         self._pace = pace
         self._cache = cache
+        self._replay = None if capsule is None else Replay(capsule, self._time)
 
     def render(self, request: server.Request) -> bytes | int:
         """Answer; ``NOT_DONE_YET`` where the response takes its time."""
@@ -161,16 +167,20 @@ class DemoProvider(resource.Resource):
             if reply.method == b"POST" and endpoint is not None:
                 return self._serve(reply, endpoint, given)
             if reply.method in (b"GET", b"HEAD"):
-                return self._say(reply, dialect, 200, _listed(path, dialect))
+                return self._say(reply, dialect, 200, self._listed(path, dialect))
             if reply.method == b"POST" and path == "/api/show":
-                return self._say(reply, dialect, 200, _shown(reply))
+                return self._say(reply, dialect, 200, self._shown(reply))
             raise _unknown_path(reply.method, path)
         except _Refused as refused:
             return self._refuse(reply, dialect, refused)
 
     def _serve(self, reply: Reply, endpoint: Endpoint, given: Document) -> bytes | int:
         """One request for a response, in order: read it, refuse it or answer it."""
-        ask = _read_ask(reply, endpoint, given)
+        ask = self._read_ask(reply, endpoint, given)
+        if ask.model == REPLAYED and self._replay is not None:
+            head = partial(self._set_head, reply, endpoint.dialect)
+            self._replay.begin(reply, endpoint, ask, head)
+            return server.NOT_DONE_YET
         if ask.model == "demo-redirect":
             self._set_head(reply, endpoint.dialect, 307)
             reply.setHeader(b"location", _REDIRECTED.encode() + reply.path)
@@ -207,6 +217,62 @@ class DemoProvider(resource.Resource):
         sent = body[: len(body) // 2] if ask.model in _ENDINGS else body
         return iter((Event(sent, endpoint.work(response, ask)),))
 
+    def _read_ask(self, reply: Reply, endpoint: Endpoint, given: Document) -> Asked:
+        """What a request asks of an endpoint; ``given`` is what its path says.
+
+        Raises:
+            _Refused: it cannot be read, or names a model that does not exist or always refuses.
+        """
+        try:
+            ask = endpoint.ask({**_read_object(reply), **given})
+        except BadAsk as bad:
+            raise _Refused(400, bad) from bad
+        if not self._exists(ask.model):
+            raise _Refused(404, endpoint.dialect.unknown_model(ask.model))
+        if ask.model in _REFUSALS:
+            status, message = _REFUSALS[ask.model]
+            retry = ((b"retry-after", b"1"),) if status == 429 else ()
+            raise _Refused(status, BadAsk(message), retry)
+        return ask
+
+    def _listed(self, path: str, dialect: Dialect) -> Document:
+        """What a GET shows.
+
+        Raises:
+            _Refused: there is nothing at that path.
+        """
+        if path in ("/v1/models", "/api/tags", "/v1beta/models"):
+            return dialect.models()
+        if path == "/api/ps":
+            return OLLAMA.running()
+        if path == "/api/version":
+            return {"version": "0.0.0-demo"}
+        if path.startswith(("/v1/models/", "/v1beta/models/")):
+            name = path.partition("/models/")[2]
+            if not self._exists(name):
+                raise _Refused(404, dialect.unknown_model(name))
+            return dialect.model(name)
+        raise _unknown_path(b"GET", path)
+
+    def _shown(self, reply: Reply) -> Document:
+        """What Ollama says of the model that the body names.
+
+        Raises:
+            _Refused: the body names none, or one that does not exist.
+        """
+        try:
+            name = model_named(_read_object(reply))
+        except BadAsk as bad:
+            raise _Refused(400, bad) from bad
+        if not self._exists(name):
+            raise _Refused(404, OLLAMA.unknown_model(name))
+        return OLLAMA.shown()
+
+    def _exists(self, model: str) -> bool:
+        if model == REPLAYED:
+            return self._replay is not None
+        return answering.model_exists(model)
+
     def _say(self, reply: Reply, dialect: Dialect, status: int, document: Document) -> bytes:
         self._set_head(reply, dialect, status)
         return json_bytes(document)
@@ -239,7 +305,11 @@ class _SilentSite(server.Site):
 
 
 def demo_site(
-    reactor: IReactorTime, *, pace: float | None = None, cache: PromptCache | None = None
+    reactor: IReactorTime,
+    *,
+    pace: float | None = None,
+    cache: PromptCache | None = None,
+    capsule: Capsule | None = None,
 ) -> server.Site:
     """The demo provider, ready to be given to ``listenTCP`` or to an endpoint.
 
@@ -247,11 +317,12 @@ def demo_site(
         reactor: gives the time; listening is the caller's.
         pace: tokens per second for every model, whatever its name says; None: as the names say.
         cache: remembers prompts; None: counts of cached tokens depend on the request alone.
+        capsule: what the model ``demo-replay`` plays; None: there is no such model.
 
     Raises:
         ValueError: the pace is not above 0.
     """
-    provider = DemoProvider(reactor, pace=pace, cache=cache)
+    provider = DemoProvider(reactor, pace=pace, cache=cache, capsule=capsule)
     return _SilentSite(provider, reactor=reactor)  # type: ignore[no-untyped-call, unused-ignore]  # Twisted's has no types
 
 
@@ -285,62 +356,8 @@ def _dialect_of(path: str, reply: Reply) -> Dialect:
     return OPENAI
 
 
-def _listed(path: str, dialect: Dialect) -> Document:
-    """What a GET shows.
-
-    Raises:
-        _Refused: there is nothing at that path.
-    """
-    if path in ("/v1/models", "/api/tags", "/v1beta/models"):
-        return dialect.models()
-    if path == "/api/ps":
-        return OLLAMA.running()
-    if path == "/api/version":
-        return {"version": "0.0.0-demo"}
-    if path.startswith(("/v1/models/", "/v1beta/models/")):
-        name = path.partition("/models/")[2]
-        if not answering.model_exists(name):
-            raise _Refused(404, dialect.unknown_model(name))
-        return dialect.model(name)
-    raise _unknown_path(b"GET", path)
-
-
-def _shown(reply: Reply) -> Document:
-    """What Ollama says of the model that the body names.
-
-    Raises:
-        _Refused: the body names none, or one that does not exist.
-    """
-    try:
-        name = model_named(_read_object(reply))
-    except BadAsk as bad:
-        raise _Refused(400, bad) from bad
-    if not answering.model_exists(name):
-        raise _Refused(404, OLLAMA.unknown_model(name))
-    return OLLAMA.shown()
-
-
 def _unknown_path(method: bytes, path: str) -> _Refused:
     return _Refused(404, BadAsk(f"Unknown request URL: {method.decode('latin-1')} {path}"))
-
-
-def _read_ask(reply: Reply, endpoint: Endpoint, given: Document) -> Asked:
-    """What a request asks of an endpoint; ``given`` is what its path says.
-
-    Raises:
-        _Refused: it cannot be read, or names a model that does not exist or always refuses.
-    """
-    try:
-        ask = endpoint.ask({**_read_object(reply), **given})
-    except BadAsk as bad:
-        raise _Refused(400, bad) from bad
-    if not answering.model_exists(ask.model):
-        raise _Refused(404, endpoint.dialect.unknown_model(ask.model))
-    if ask.model in _REFUSALS:
-        status, message = _REFUSALS[ask.model]
-        retry = ((b"retry-after", b"1"),) if status == 429 else ()
-        raise _Refused(status, BadAsk(message), retry)
-    return ask
 
 
 def _read_object(reply: Reply) -> dict[str, Any]:

@@ -27,10 +27,12 @@ from twisted.logger import (
 from llmproxy.cli.ca import make_authority
 from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.provider import demo_site
+from llmproxy.cli.demo.replay import Capsule
 from llmproxy.cli.demo.texts import (
     SANDBOX_HOSTS,
     curl_lines,
     demo_config,
+    replay_lines,
     request_line,
     sandbox_config,
     sandbox_lines,
@@ -41,7 +43,14 @@ from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.service import ProxyService
 
 
-def run(*, proxy_port: int, admin_port: int, cache: bool = True, sandboxed: bool = False) -> None:
+def run(
+    *,
+    proxy_port: int,
+    admin_port: int,
+    cache: bool = True,
+    sandboxed: bool = False,
+    capsule: Capsule | None = None,
+) -> None:
     """Serve until interrupted; prints commands to try once everything listens.
 
     Args:
@@ -49,13 +58,15 @@ def run(*, proxy_port: int, admin_port: int, cache: bool = True, sandboxed: bool
         admin_port: where its admin site does.
         cache: the provider remembers prompts.
         sandboxed: the proxy intercepts hosts, with an authority that lasts as long as the demo.
+        capsule: what the model ``demo-replay`` plays, if there is to be one.
 
     Raises:
         SystemExit: 1, where a port is taken.
     """
     reactor: Any = global_reactor
     _begin_log(reactor)
-    site = demo_site(reactor, cache=PromptCache(reactor.seconds) if cache else None)
+    prompts = PromptCache(reactor.seconds) if cache else None
+    site = demo_site(reactor, cache=prompts, capsule=capsule)
     provider = reactor.listenTCP(0, site, interface="127.0.0.1")
     text = demo_config(
         provider_port=provider.getHost().port, proxy_port=proxy_port, admin_port=admin_port
@@ -68,7 +79,9 @@ def run(*, proxy_port: int, admin_port: int, cache: bool = True, sandboxed: bool
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
-    reactor.callWhenRunning(_tell_what_to_do, service, environment)  # Ctrl-C is taken by then
+    reactor.callWhenRunning(
+        _tell_what_to_do, service, environment, capsule
+    )  # Ctrl-C is taken by then
     reactor.run()
 
 
@@ -84,7 +97,9 @@ def _sandbox() -> tuple[str, Mapping[str, str]]:
     return "\n" + text, report.environment
 
 
-def _tell_what_to_do(service: ProxyService, environment: Mapping[str, str]) -> None:
+def _tell_what_to_do(
+    service: ProxyService, environment: Mapping[str, str], capsule: Capsule | None
+) -> None:
     proxy_port, admin_port = (
         ports[0].getHost().port for ports in (service.proxy_ports, service.admin_ports)
     )
@@ -94,6 +109,8 @@ def _tell_what_to_do(service: ProxyService, environment: Mapping[str, str]) -> N
     )
     if environment:
         sys.stdout.write(sandbox_lines(proxy_port, environment))
+    if capsule is not None:
+        sys.stdout.write(replay_lines(proxy_port, capsule.in_words))
     sys.stdout.write(curl_lines(proxy_port, admin_port=admin_port))
     sys.stdout.flush()
 

@@ -132,6 +132,18 @@ curl https://example.com/
 """
 
 
+def replay_lines(proxy_port: int, in_words: str) -> str:
+    """What to paste into a shell to see a capsule played; ``in_words`` says what is in it."""
+    message = {"role": "user", "content": "Hello"}
+    body = json.dumps({"model": "demo-replay", "stream": True, "messages": [message]})
+    return f"""\
+# The model demo-replay, at any path, plays the capsule: {in_words}
+curl -N http://127.0.0.1:{proxy_port}/openai/v1/chat/completions \\
+  -H 'content-type: application/json' -d '{body}'
+
+"""
+
+
 def request_line(event: Mapping[str, Any]) -> str:
     """Return an access event as one short line: what was asked for, and what came of it.
 

@@ -1,0 +1,206 @@
+"""The flight recorder, and its capsules played again: the same fault is seen a second time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from llmproxy.record.flight import KEPT
+from tests.support.daemon import provider_table, route_table
+from tests.support.demo import Demo
+from tests.support.live_proxy import (
+    ONE_ROUTE,
+    LiveProxy,
+    assert_settles,
+    client_config,
+    open_live_proxy,
+    post,
+    read_response,
+    read_stepwise,
+    response,
+    trace_of,
+)
+from tests.support.programs import free_port
+from tests.support.scripts import DONE, OK, SSE
+from tests.support.sockets import Wire, chunked, connect, request
+
+PAUSE_S = 0.03
+LONG_PAUSE_S = 0.3
+EVENTS = [b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % (b"x" * n) for n in (40, 400, 90)]
+FAILED = b'data: {"error":{"message":"it gave up","type":"server_error"}}\n\n'
+JSON = response(200, "Content-Type: application/json", body=b'{"choices":[' + b" " * 500 + b"]}")
+REFUSED = b'{"error":{"message":"%s"}}' % (b"slow " * 40)
+REFUSAL = response(429, "Content-Type: application/json", "Connection: close", body=REFUSED)
+SAID = [{"role": "user", "content": "Hello"}]
+BODY = json.dumps({"model": "m", "stream": True, "messages": SAID}).encode()
+CONFIG = """
+[timeouts]
+idle = "600ms"
+first_byte = "600ms"
+"""
+
+
+class Fault(NamedTuple):
+    """How a provider fails, and what the record says of it.
+
+    Args:
+        end: the end reason.
+        pieces: what is sent, each behind a pause; a float is a longer pause.
+        ending: ``fin``, ``reset`` or ``held``, until the proxy ends the connection.
+        cause: what tells it apart from others of the same reason.
+    """
+
+    end: str
+    pieces: tuple[bytes | float, ...]
+    ending: str = "fin"
+    cause: str | None = None
+
+    def play(self, wire: Wire) -> None:
+        """Be the provider."""
+        wire.read_request()
+        for piece in self.pieces:
+            if isinstance(piece, float):
+                time.sleep(piece)
+                continue
+            wire.send(piece)
+            time.sleep(PAUSE_S)
+        if self.ending == "reset":
+            wire.reset()
+        elif self.ending == "held":
+            wire.wait_closed()
+
+
+HEAD = SSE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+PACED = (HEAD, chunked(EVENTS[0]), chunked(EVENTS[1]), LONG_PAUSE_S, chunked(EVENTS[2]))
+FAULTS = {
+    "reset between two events": Fault("upstream_broken", PACED, "reset", "reset"),
+    "closed within an event": Fault(
+        "upstream_broken", (*PACED, chunked(b"data: {")), "fin", "closed"
+    ),
+    "no chunk": Fault("upstream_protocol", (*PACED, b"no chunk\r\n")),
+    "silence": Fault("upstream_idle", PACED, "held"),
+    "no marker": Fault("unfinished", (*PACED, chunked(b""))),
+    "an error event": Fault("upstream_failed", (*PACED, chunked(FAILED), chunked(b""))),
+    "a refusal": Fault("upstream_refused", (REFUSAL,)),
+    "half of a whole response": Fault("upstream_broken", (JSON[:400],), "fin", "closed"),
+    "no head": Fault("upstream_timeout", (), "held", "first_byte"),
+    "a reset without a head": Fault("upstream_broken", (0.2,), "reset"),
+    "a head that is none": Fault("upstream_protocol", (b"not HTTP\r\n\r\n",)),
+}
+
+
+class Stand(NamedTuple):
+    """A daemon between a provider that fails, and a port for one that plays it again."""
+
+    live: LiveProxy
+    port: int
+
+    def ended(self, name: str) -> dict[str, Any]:
+        """Return the capsule of a request."""
+        capsule: dict[str, Any] = json.loads(self.live.daemon.admin(f"/streams/ended/{name}"))
+        return capsule
+
+    def fail(self, path: str, model: str) -> dict[str, Any]:
+        """Send a request, read whatever comes, and return the capsule of its end."""
+        body = BODY.replace(b'"m"', f'"{model}"'.encode())
+        mark = f"{path}-{model}-{time.monotonic_ns()}"
+        fields = (f"X-Request-Id: {mark}", "Connection: close")
+        with self.live.connect() as client:
+            client.send(post(f"{path}/v1/chat/completions", body, *fields))
+            client.wait_closed()
+        return self.ended(trace_of(self.live.daemon, client_request_id=mark)["id"])
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """One for all tests."""
+    port = free_port()
+    again = provider_table("q", url=f"http://127.0.0.1:{port}") + route_table("/q", "q")
+    config = CONFIG + ONE_ROUTE + again + client_config("team", "team-key")
+    folder = tmp_path_factory.mktemp("capsules")
+    with open_live_proxy(folder, config) as live:
+        yield Stand(live, port)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_provider_did_is_kept_and_can_be_played_again(stand: Stand, name: str) -> None:
+    """The second time the same is seen: how it ended, its sizes, and where it paused."""
+    fault = FAULTS[name]
+    stand.live.script = fault.play
+    first = stand.fail("/p", "m")
+    assert (first["end_reason"], first["cause"]) == (fault.end, fault.cause)
+    with Demo(port=stand.port, capsule=json.dumps(first)):
+        second = stand.fail("/q", "demo-replay")
+    for key in ("end_reason", "error", "cause", "status", "stream"):
+        assert second[key] == first[key], key
+    came, again = first["response"], second["response"]
+    if came is None:
+        assert again is None
+        return
+    sizes = [size for _, size in came["last_chunks"]]
+    assert sum(sizes) == came["bytes"]
+    for key in ("status", "content_encoding", "length", "chunks", "bytes", "ends_between_events"):
+        assert again[key] == came[key], key
+    assert [size for _, size in again["last_chunks"]] == sizes
+    if came["longest_gap_s"] > LONG_PAUSE_S:
+        assert again["longest_gap_s"] > LONG_PAUSE_S / 2
+
+
+def test_a_client_that_leaves_is_kept_too(stand: Stand) -> None:
+    """What had come until then is played, and then silence."""
+    turn = stand.live.stream(*EVENTS, DONE)
+    with stand.live.begin("/p/v1/chat/completions", BODY, "X-Request-Id: leaves") as client:
+        read_stepwise(client, turn, *EVENTS[:2])
+    turn.give(3)
+    first = stand.ended(trace_of(stand.live.daemon, client_request_id="leaves")["id"])
+    assert (first["end_reason"], first["response"]["chunks"]) == ("client_gone", 2)
+    with Demo(port=stand.port, capsule=json.dumps(first)):
+        second = stand.fail("/q", "demo-replay")
+    assert second["end_reason"] == "upstream_idle"
+    assert second["response"]["bytes"] == first["response"]["bytes"]
+
+
+def test_the_list_has_the_newest_first_and_nothing_that_a_caller_wrote(stand: Stand) -> None:
+    """A refusal is there, too; a request that ended well is not."""
+    stand.live.reply(OK)
+    secret = "sk-never-kept"
+    assert stand.live.get(request("GET", "/p/v1/models", "Connection: close")).status == 200
+    lines = (f"Authorization: Bearer {secret}", "X-Session-Id: my-session", "User-Agent: mine/1")
+    got = stand.live.get(post(f"/p/v1/chat/completions?mark={secret}", BODY, *lines))
+    assert got.status == 401
+    text = stand.live.daemon.admin("/streams/ended")
+    rows = json.loads(text)
+    assert [row["time"] for row in rows] == sorted((row["time"] for row in rows), reverse=True)
+    assert "complete" not in {row["end_reason"] for row in rows}
+    (row,) = [row for row in rows if row["id"] == got.values(b"x-llmproxy-request-id")[0].decode()]
+    assert (row["end_reason"], row["status"], row["response"]) == ("rejected", 401, None)
+    for written in (secret, "my-session", "mine/1", "Hello", "/v1/chat"):
+        assert written not in text
+    assert row == stand.ended(row["id"])
+    assert_settles(stand.live.daemon)
+
+
+def test_of_each_end_reason_the_newest_are_kept(stand: Stand) -> None:
+    """Requests that are refused, however many, push out no fault of a provider's."""
+    stand.live.script = FAULTS["a refusal"].play
+    fault = stand.fail("/p", "m")
+    for _ in range(KEPT + 3):
+        assert stand.live.get(request("GET", "/nowhere")).status == 404
+    rows = json.loads(stand.live.daemon.admin("/streams/ended"))
+    assert sum(row["end_reason"] == "rejected" for row in rows) == KEPT
+    assert fault in rows
+
+
+@pytest.mark.parametrize("name", ["0", "x/y", "%2e", ""])
+def test_another_id_is_a_404_in_words(stand: Stand, name: str) -> None:
+    """And the list is only read."""
+    with connect(stand.live.daemon.admin_port) as client:
+        client.send(request("GET", f"/streams/ended/{name}"))
+        got = read_response(client)
+        assert (got.status, "is kept" in got.json()["error"]["message"]) == (404, True)
+        client.send(request("DELETE", "/streams/ended"))
+        assert read_response(client).status == 405
