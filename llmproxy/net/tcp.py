@@ -309,6 +309,12 @@ class DirectServer(AcceptedTransport):
 class MadeTransport(DirectTransport, tcp.Client):
     """What connections that we made have in common, with TLS and without."""
 
+    def stopReading(self) -> None:
+        """Read no more; when the connection is made, Twisted only stops to start again."""
+        is_being_made = not (self.connected or self.disconnected)
+        if not is_being_made or "doRead" in vars(self):  # which is how an attempt is gone on with
+            super().stopReading()
+
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over, or was never made; that is reported to its connector, too."""
         was_made = self.connected

@@ -13,11 +13,12 @@ import pytest
 import pytest_twisted
 from twisted.internet import tcp as twisted_tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError
+from twisted.internet.protocol import ClientFactory, Protocol
 from twisted.internet.testing import MemoryReactor
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import DirectClient, DirectServer
+from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
 from llmproxy.net.transport import has_input
 from tests.net.conftest import OpenTcp, fill, reasons
 from tests.net.test_direct import HalfCloseable
@@ -204,6 +205,51 @@ async def test_a_connection_ends_as_twisteds_does(is_server: bool) -> None:
         assert transport.logPrefix() in repr(transport) or not is_server
         transport.connectionLost(Failure(ConnectionLost()))
         assert reasons(peer.held.end) == [ConnectionDone]
+
+
+class CountingReactor:
+    """The reactor; keeps how it is told of a transport."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("addReader", "addWriter", "removeReader", "removeWriter"):
+            self.told.append(name)
+        return getattr(reactor, name)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("listens", [True, False], ids=["made", "refused"])
+async def test_the_reactor_is_told_of_a_connection_in_few_steps(listens: bool) -> None:
+    """Reading goes on from the attempt to the connection, and stops where that fails."""
+    counting, made, lost = CountingReactor(), list[Any](), list[Any]()
+
+    class Factory(ClientFactory):
+        noisy = False
+
+        def buildProtocol(self, _: Any) -> Any:
+            made.append(Protocol())
+            return made[0]
+
+        def clientConnectionFailed(self, _: Any, reason: Failure) -> None:
+            lost.append(reason.value)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if listens:
+            listener.listen()
+        make: Any = DirectConnector
+        make(*listener.getsockname(), Factory(), 20, None, counting).connect()
+        await until(lambda: made or lost)
+    if listens:
+        assert counting.told == ["addReader", "addWriter", "removeWriter"]
+        made[0].transport.abortConnection()
+        await until(lambda: made[0].transport.disconnected)
+    else:
+        assert isinstance(lost[0], ConnectionRefusedError)
+        assert counting.told[:2] == ["addReader", "addWriter"]
+    assert counting.told.count("removeReader") == counting.told.count("removeWriter") == 1
 
 
 @pytest_twisted.ensureDeferred
