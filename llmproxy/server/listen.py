@@ -201,10 +201,10 @@ def _accept_directly(port: Any, reactor: Any) -> None:
     accept = port.doRead
 
     def accept_directly() -> Any:
-        most, accepted = port.numberAccepts, 0
+        listener, most, accepted = port.socket, port.numberAccepts, 0
         while accepted < most:
             try:
-                number, address = port.socket._accept()
+                number, address = listener._accept()
             except BlockingIOError:
                 break
             except OSError:
