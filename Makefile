@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx haproxy caddy curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
+PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
 ARGS   ?=
 # How many processes run tests; ARGS="-n 0" is one without workers, as a debugger wants it.  Tests of one
 # file stay together, for they share what stands for their module; tests/conftest.py orders the files.
@@ -25,7 +25,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs bench bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs dist clean
+.PHONY: help run test test-lowest test-newest audit lint fmt docs docs-hops bench bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -72,6 +72,9 @@ fmt: $(DEV_STAMP) ## put the code into its form
 docs: $(RUN_STAMP) ## the keys in docs/configuration.rst, from their declarations
 	@$(BIN)/python -m llmproxy.config.reference docs/configuration.rst
 
+docs-hops: $(DEV_STAMP) ## the table in docs/buffering.rst, from real programs (after `make peers`)
+	@LLMPROXY_TEST_WRITE_HOPS=1 $(BIN)/python -m pytest -q -n 0 tests/live/test_hops.py $(ARGS)
+
 bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
 	@$(BIN)/python -m bench.compare $(ARGS)
 
@@ -90,12 +93,19 @@ bench-sandbox: $(DEV_STAMP) ## what an interception and a tunnel cost, beside Go
 soak: $(DEV_STAMP) ## whether memory goes flat under load and reloads, for two hours (ARGS="--help")
 	@$(BIN)/python -m bench.soak $(ARGS)
 
-# The programs of tests/sandbox have a package for each platform, of which mirrors keep some: no lock of them
-# could be whole everywhere.  Each is one file with all that it needs, and its version is pinned.
-peers: peer-programs ## the other programs that tests talk to, by apt-get and npm
-	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser, tests/sandbox"; exit 0; fi; \
+# The programs of tests/sandbox and tests/hops have a package for each platform, of which mirrors keep some: no
+# lock of them could be whole everywhere.  The version of each program is pinned.
+peers: peer-programs peer-hops ## the other programs that tests talk to, by apt-get, pip and npm
+	@if ! command -v npm >/dev/null; then echo "peers: no npm here; left out: tests/browser, tests/sandbox, tests/hops"; exit 0; fi; \
 	output=$$(npm ci --prefix tests/browser 2>&1 && npm install --no-package-lock --prefix tests/sandbox 2>&1) \
-	    || { printf '%s\n' "$$output"; exit 1; }
+	    || { printf '%s\n' "$$output"; exit 1; }; \
+	output=$$(npm install --no-package-lock --prefix tests/hops 2>&1) || printf '%s\n' "$$output" "peers: left out: tests/hops"
+
+# PyPI has them for some platforms only: without them, tests of them are skipped.
+peer-hops:
+	@$(call environment,peers)
+	@output=$$($(VENV)-peers/bin/python $(PIP_OPTIONS) install -r tests/hops/requirements.txt 2>&1) \
+	    || printf '%s\n' "$$output" "peers: left out: $$(sed 's/[=#].*//' tests/hops/requirements.txt | xargs)"
 
 peer-programs:
 	@set -e; missing=; \
@@ -114,7 +124,7 @@ dist: $(DEV_STAMP) ## sdist and wheel, in dist/
 	$(call quietly,$(BIN)/python -m build --no-isolation)
 
 clean: ## away with everything that was made here
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-audit $(VENV)-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -f twisted/plugins/dropin.cache
 

@@ -154,7 +154,7 @@ CASES: dict[str, tuple[Run, str, str, str, str]] = {
         "held_to_end",
         "Held until the end.",
         "On the way is Caddy.",
-        "Caddy: flush_interval -1",
+        "Caddy: no response_buffers",
     ),
     "held by Traefik": (
         with_request(to_the_end(), x_forwarded_server="edge", x_forwarded_port="443"),

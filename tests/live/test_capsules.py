@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pytest
@@ -37,11 +38,8 @@ REFUSED = b'{"error":{"message":"%s"}}' % (b"slow " * 40)
 REFUSAL = response(429, "Content-Type: application/json", "Connection: close", body=REFUSED)
 SAID = [{"role": "user", "content": "Hello"}]
 BODY = json.dumps({"model": "m", "stream": True, "messages": SAID}).encode()
-CONFIG = """
-[timeouts]
-idle = "600ms"
-first_byte = "600ms"
-"""
+SOON = 'timeouts = { idle = "1s", first_byte = "1s" }'
+"""Of the routes on which a silence is waited out; on the others nothing is late."""
 
 
 class Fault(NamedTuple):
@@ -58,6 +56,11 @@ class Fault(NamedTuple):
     pieces: tuple[bytes | float, ...]
     ending: str = "fin"
     cause: str | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the proxy is to lose its patience."""
+        return self.ending == "held"
 
     def play(self, wire: Wire) -> None:
         """Be the provider."""
@@ -119,10 +122,16 @@ class Stand(NamedTuple):
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """One for all tests."""
     port = free_port()
-    again = provider_table("q", url=f"http://127.0.0.1:{port}") + route_table("/q", "q")
-    config = CONFIG + ONE_ROUTE + again + client_config("team", "team-key")
+    tables = [
+        ONE_ROUTE,
+        provider_table("q", url=f"http://127.0.0.1:{port}"),
+        route_table("/soon/p", "p", SOON),
+        route_table("/q", "q"),
+        route_table("/soon/q", "q", SOON),
+        client_config("team", "team-key"),
+    ]
     folder = tmp_path_factory.mktemp("capsules")
-    with open_live_proxy(folder, config) as live:
+    with open_live_proxy(folder, "".join(tables)) as live:
         yield Stand(live, port)
 
 
@@ -131,10 +140,11 @@ def test_what_a_provider_did_is_kept_and_can_be_played_again(stand: Stand, name:
     """The second time the same is seen: how it ended, its sizes, and where it paused."""
     fault = FAULTS[name]
     stand.live.script = fault.play
-    first = stand.fail("/p", "m")
+    soon = "/soon" if fault.is_silent else ""
+    first = stand.fail(f"{soon}/p", "m")
     assert (first["end_reason"], first["cause"]) == (fault.end, fault.cause)
     with Demo(port=stand.port, capsule=json.dumps(first)):
-        second = stand.fail("/q", "demo-replay")
+        second = stand.fail(f"{soon}/q", "demo-replay")
     for key in ("end_reason", "error", "cause", "status", "stream"):
         assert second[key] == first[key], key
     came, again = first["response"], second["response"]
@@ -143,11 +153,11 @@ def test_what_a_provider_did_is_kept_and_can_be_played_again(stand: Stand, name:
         return
     sizes = [size for _, size in came["last_chunks"]]
     assert sum(sizes) == came["bytes"]
-    for key in ("status", "content_encoding", "length", "chunks", "bytes", "ends_between_events"):
+    for key in ("status", "content_encoding", "length", "bytes", "ends_between_events"):
         assert again[key] == came[key], key
-    assert [size for _, size in again["last_chunks"]] == sizes
-    if came["longest_gap_s"] > LONG_PAUSE_S:
-        assert again["longest_gap_s"] > LONG_PAUSE_S / 2
+    # A busy machine may read two chunks as one, and late; it never splits one, or is early.
+    assert set(accumulate(size for _, size in again["last_chunks"])) <= set(accumulate(sizes))
+    assert again["last_chunk_s"] > came["last_chunk_s"] - first["head_s"] - 0.01
 
 
 def test_a_client_that_leaves_is_kept_too(stand: Stand) -> None:
@@ -159,7 +169,7 @@ def test_a_client_that_leaves_is_kept_too(stand: Stand) -> None:
     first = stand.ended(trace_of(stand.live.daemon, client_request_id="leaves")["id"])
     assert (first["end_reason"], first["response"]["chunks"]) == ("client_gone", 2)
     with Demo(port=stand.port, capsule=json.dumps(first)):
-        second = stand.fail("/q", "demo-replay")
+        second = stand.fail("/soon/q", "demo-replay")
     assert second["end_reason"] == "upstream_idle"
     assert second["response"]["bytes"] == first["response"]["bytes"]
 

@@ -24,7 +24,8 @@ class PacedServer:
 
     Args:
         fields: further fields of the response.
-        framing: ``chunked``, or ``close`` for a body that ends with the connection.
+        framing: ``chunked``, or ``close`` for a body that ends with the connection, as it does
+            where HTTP/1.0 is asked for.
         unknown: words of the query that are refused, as an older far end would.
         most: streams; further ones are refused with a 429.
 
@@ -68,27 +69,30 @@ class PacedServer:
         ended = "broken"
         try:
             wire.sock.settimeout(None)
-            self._send_head(wire, asked)
-            ended = self._send_events(wire, asked, told)
+            is_chunked = self._framing == "chunked" and request.version == b"HTTP/1.1"
+            self._send_head(wire, asked, is_chunked=is_chunked)
+            ended = self._send_events(wire, asked, told, is_chunked=is_chunked)
         except OSError:
             ended = "client_gone"
         finally:
             told["ended"] = ended
 
-    def _send_head(self, wire: Wire, asked: dict[str, str]) -> None:
+    def _send_head(self, wire: Wire, asked: dict[str, str], *, is_chunked: bool) -> None:
         kind = KINDS[asked.get("format", "sse")]
         lines = ["HTTP/1.1 200 OK", f"Content-Type: {kind}", "Connection: close", *self._fields]
-        if self._framing == "chunked":
+        if is_chunked:
             lines.append("Transfer-Encoding: chunked")
         wire.send("\r\n".join([*lines, "", ""]).encode())
 
-    def _send_events(self, wire: Wire, asked: dict[str, str], told: dict[str, Any]) -> str:
+    def _send_events(
+        self, wire: Wire, asked: dict[str, str], told: dict[str, Any], *, is_chunked: bool
+    ) -> str:
         count, pause_s = int(asked.get("n", 20)), int(asked.get("interval_ms", 250)) / 1000
         silence_after = int(asked.get("silence_after", 1))
         silence_s = int(asked.get("silence_ms", 0)) / 1000
         for number in range(1, count + 1):
             data = _event(number, int(asked.get("bytes", 200)), asked.get("format", "sse"))
-            wire.send(chunked(data) if self._framing == "chunked" else data)
+            wire.send(chunked(data) if is_chunked else data)
             told["events"] = number
             if number == int(asked.get("break_after", 0)):
                 return "broken"
@@ -97,7 +101,7 @@ class PacedServer:
                 wait += pause_s
             if wait and select.select([wire.sock], [], [], wait)[0]:
                 return "client_gone"
-        if self._framing == "chunked":
+        if is_chunked:
             wire.send(LAST)
         return "complete"
 
@@ -110,13 +114,17 @@ def _event(number: int, size: int, kind: str) -> bytes:
 
 
 def _arrived(request: Received) -> dict[str, str]:
-    names = ("via", "x-forwarded-for", "x-envoy-expected-rq-timeout-ms", "accept-encoding")
+    names = (
+        *("via", "x-forwarded-for", "x-forwarded-server", "x-real-ip", "x-varnish"),
+        *("x-envoy-expected-rq-timeout-ms", "accept-encoding"),
+    )
     found = {name.decode(): value.decode() for name, value in request.fields}
-    version = "1.1" if request.values(b"host") else "1.0"
+    version = request.version.decode().removeprefix("HTTP/")
     return {"version": version} | {name: found[name] for name in names if name in found}
 
 
 def _whole(status: str, said: dict[str, Any]) -> bytes:
     body = json.dumps(said).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    kind = "Content-Type: application/json\r\nCache-Control: no-store"
+    head = f"HTTP/1.1 {status}\r\n{kind}\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -83,8 +83,8 @@ class Wire:
     def read_request(self) -> Received:
         """Take one request, with its body."""
         first, fields = self.read_head()
-        method, target, _ = first.split(b" ")
-        return Received(method, target, fields, self.read_body(fields))
+        method, target, version = first.split(b" ")
+        return Received(method, target, fields, self.read_body(fields), version)
 
     def wait_closed(self) -> str:
         """Read and drop until the peer's end; return ``"fin"`` or ``"reset"``."""
@@ -127,12 +127,18 @@ class Received:
     """A request as it came in."""
 
     def __init__(
-        self, method: bytes, target: bytes, fields: list[tuple[bytes, bytes]], body: bytes
+        self,
+        method: bytes,
+        target: bytes,
+        fields: list[tuple[bytes, bytes]],
+        body: bytes,
+        version: bytes = b"HTTP/1.1",
     ) -> None:
         self.method = method
         self.target = target
         self.fields = fields
         self.body = body
+        self.version = version
 
     def values(self, name: bytes) -> list[bytes]:
         """Return the values of every field of that name (lower case)."""

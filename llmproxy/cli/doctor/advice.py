@@ -42,7 +42,7 @@ _CANCEL = (Kind.CANCEL_LOST, Kind.CANCEL_LOST_IN_SILENCE)
 _LOST = (Kind.CANCEL_LOST_IN_SILENCE,)
 
 _AT_LLMPROXY = "under [[routes]]"
-_NGINX, _ROUTE = "in the location that leads to llmproxy", "in the route"
+_NGINX, _ROUTE = "in the location that passes requests on", "in the route"
 _HTTP_11 = ("proxy_http_version 1.1;", 'proxy_set_header Connection "";')
 _NO_CURE = "It has no line for that. timeouts.idle and heartbeat of llmproxy bound it."
 
@@ -62,7 +62,15 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
     ((*_FRAMING, *_BREAK), _lines("nginx", _NGINX, *_HTTP_11)),
     (_CANCEL, _lines("nginx", _NGINX, "proxy_ignore_client_abort off;", tried=False)),
     # HAProxy
-    (_HELD, _lines("HAProxy", "in defaults", "option http-no-delay")),
+    (
+        _HELD,
+        _lines(
+            "HAProxy",
+            "in defaults",
+            "option http-no-delay",
+            note="And no http-response wait-for-body.",
+        ),
+    ),
     (
         _PACKED,
         _lines(
@@ -70,13 +78,30 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "in the frontend or backend",
             "compression type application/json text/html",
             note="Every type but text/event-stream; or no compression at all.",
-            tried=False,
         ),
     ),
     (_SILENCE, _lines("HAProxy", "in defaults", "timeout client 1h", "timeout server 1h")),
-    (_LOST, _lines("HAProxy", "", note=f"option abortonclose changes nothing. {_NO_CURE}")),
+    (_CANCEL, _lines("HAProxy", "", note=f"option abortonclose changes nothing. {_NO_CURE}")),
     # Caddy
-    (_HELD, _lines("Caddy", "in reverse_proxy", "flush_interval -1")),
+    (
+        _HELD,
+        _lines(
+            "Caddy",
+            "in reverse_proxy",
+            note="Take out response_buffers (2.6: buffer_responses): without it, Caddy holds "
+            "nothing. flush_interval -1 is not needed, and with it 2.6 does not tell the far end "
+            "that a client left in a silence.",
+        ),
+    ),
+    (
+        _CANCEL,
+        _lines(
+            "Caddy",
+            "in reverse_proxy",
+            note="Take out flush_interval -1: with it, 2.6 does not tell of a client that left in "
+            "a silence.",
+        ),
+    ),
     (
         _PACKED,
         _lines(
@@ -97,7 +122,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Caddy",
             "",
-            note="Caddy 2.6 ends a broken body as if it were whole, 2.11 does not: update.",
+            note="Caddy 2.6 ends a broken body as if it were whole, and 2.11 does with "
+            "response_buffers. Update, and take that out.",
         ),
     ),
     # Envoy
@@ -106,8 +132,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
         _lines(
             "Envoy",
             "in http_filters",
-            note="Take out envoy.filters.http.buffer: without it, Envoy holds nothing.",
-            tried=False,
+            note="Take out what asks for whole bodies, such as a Lua filter with body(): without "
+            "it, Envoy holds nothing.",
         ),
     ),
     (
@@ -117,7 +143,6 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "in the compressor filter",
             "content_type: [application/json, text/html]",
             note="Every type but text/event-stream.",
-            tried=False,
         ),
     ),
     (
@@ -159,29 +184,30 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
     ),
     # Apache
     (_HELD, _lines("Apache", "in ProxyPass", "flushpackets=on", tried=False)),
-    (_PACKED, _lines("Apache", "in the Location", "SetEnv no-gzip 1", tried=False)),
-    (_SILENCE, _lines("Apache", "in the virtual host", "ProxyTimeout 3600", tried=False)),
+    (_PACKED, _lines("Apache", "in the virtual host", "SetEnv no-gzip 1")),
+    (_SILENCE, _lines("Apache", "in the virtual host", "ProxyTimeout 3600")),
     (_LOST, _lines("Apache", "", note=_NO_CURE)),
     # Varnish
     (
-        (*_HELD, *_LOST),
-        _lines("Varnish", "in vcl_recv, for these paths", "return (pipe);", tried=False),
+        (*_HELD, *_CANCEL),
+        _lines(
+            "Varnish",
+            "in vcl_recv, for these paths",
+            "return (pipe);",
+            note="What Varnish may cache, such as the response to a GET without Cache-Control, it "
+            "fetches to its end, whoever leaves.",
+        ),
     ),
     (
         _PACKED,
         _lines("Varnish", "in vcl_backend_response", "set beresp.do_gzip = false;", tried=False),
     ),
-    (
-        _SILENCE,
-        _lines("Varnish", "in the backend", ".between_bytes_timeout = 3600s;", tried=False),
-    ),
+    (_SILENCE, _lines("Varnish", "in the backend", ".between_bytes_timeout = 3600s;")),
     # Node
     ((*_HELD, *_PACKED), _lines("Next.js", "in next.config.js", "compress: false")),
     (
         _SILENCE,
-        _lines(
-            "Next.js", "in next.config.js", "experimental: { proxyTimeout: 3600000 }", tried=False
-        ),
+        _lines("Next.js", "in next.config.js", "experimental: { proxyTimeout: 3600000 }"),
     ),
     (
         (*_HELD, *_PACKED),
@@ -190,10 +216,10 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
             "before the proxy",
             "app.use(compression({ filter: (req, res) => "
             "!/event-stream/.test(res.getHeader('Content-Type')) }))",
-            note="http-proxy and Vite hold nothing: compression in front of them does. In Next.js: "
-            "compress: false in next.config.js.",
+            note="http-proxy and Vite hold nothing: compression in front of them does.",
         ),
     ),
+    (_SILENCE, _lines(NODE, "in the options of the proxy", "proxyTimeout: 3600000")),
     (
         (*_BREAK, Kind.CANCEL_LOST),
         _lines(
@@ -254,8 +280,8 @@ _TABLE: tuple[tuple[tuple[Kind, ...], Advice], ...] = (
     ),
 )
 
-_UNNAMED = ("HAProxy", "Traefik", NODE)
-"""Programs that do not name themselves."""
+_UNNAMED = ("HAProxy", "Traefik", "Next.js", NODE)
+"""Programs that do not name themselves, or not always."""
 
 
 def advice(guilt: Guilt) -> list[Advice]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from llmproxy.cli.doctor.exchange import End, Exchange, Seen, Trust, protocol
-from llmproxy.cli.doctor.shape import Pattern, shape_of, taken_unread
+from llmproxy.cli.doctor.shape import Pattern, is_after, shape_of, taken_unread
 from llmproxy.cli.doctor.target import Target
 
 _ENOUGH_EVENTS = 3
@@ -27,11 +27,12 @@ _POLL_S = 0.05
 _BREAK_AFTER = 5
 _BREAK_WAIT_S = 10.0
 _ASKED_S = 5.0
-_SILENCE_AFTER = 3
+SILENCE_AFTER = 3
+"""How many events a stream with a silence has before it; one more comes after it."""
 _BEYOND_SILENCE_S = 10.0
 _FLOOD = {"n": 1024, "interval_ms": 0, "bytes": 65536}
 _SMALL_BUFFER = 65536
-_MOST_TAKEN = 48 * 1024**2
+_MOST_TAKEN = 60 * 1024**2
 _WIDE_BYTES = 4000
 _SILENT_MS = 30_000
 _REFUSALS = (400, 429)
@@ -47,13 +48,13 @@ class Checks(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         timeout_s: the longest that a stream is read, connection and all.
         idle_s: a silence of so many seconds is tried; None leaves it out.
-        stall_s: how long a slow reader reads nothing.
+        stall_s: how long a slow reader reads nothing; None leaves it out.
         patience_s: how long the far end may take to notice that its client has left.
     """
 
     timeout_s: float = 60.0
     idle_s: float | None = None
-    stall_s: float = 2.0
+    stall_s: float | None = 2.0
     patience_s: float = 3.0
 
 
@@ -145,11 +146,12 @@ class _Examination:
         found.broken = self._break()
         self._progress("a client that leaves")
         found.cancel_sending, arrived = self._leave({"n": 400, "interval_ms": 50})
-        silent = {"silence_after": _SILENCE_AFTER, "silence_ms": _SILENT_MS}
+        silent = {"silence_after": SILENCE_AFTER, "silence_ms": _SILENT_MS}
         found.cancel_silent, _ = self._leave({"n": 4, "interval_ms": 50} | silent)
         found.arrived = arrived
-        self._progress("a slow reader")
-        found.unread = self._stall()
+        if (stall_s := self._checks.stall_s) is not None:
+            self._progress("a slow reader")
+            found.unread = self._stall(stall_s)
         if (idle_s := self._checks.idle_s) is not None:
             self._progress(f"a silence of {idle_s:g} s")
             found.silence = self._wait(idle_s)
@@ -223,23 +225,21 @@ class _Examination:
             return None
         return said if isinstance(said, dict) and "ended" in said else None
 
-    def _stall(self) -> Unread | None:
+    def _stall(self, stall_s: float) -> Unread | None:
         """Read nothing for a while, then as much as was taken in between."""
         limit_s = self._checks.timeout_s
         with self._open(_FLOOD, limit_s, receive_buffer=_SMALL_BUFFER) as exchange:
             seen = exchange.read(lambda seen: bool(seen.events), seconds=_ASKED_S)
             if seen.status != 200 or not seen.events:
                 return None
-            stall_s = self._checks.stall_s
             time.sleep(stall_s)
-            seen = exchange.read(_Waited(stall_s))
-        size, far_end_waited = taken_unread(seen.events, stall_s)
-        if far_end_waited or seen.end is not End.OPEN or seen.size >= _MOST_TAKEN:
-            return Unread(size, far_end_waited)
-        return None
+            seen = exchange.read(lambda seen: _has_shown(seen, stall_s))
+        if seen.end is End.OPEN and not _has_shown(seen, stall_s):
+            return None
+        return Unread(*taken_unread(seen.events, stall_s))
 
     def _wait(self, idle_s: float) -> Seen | None:
-        silent = {"silence_after": _SILENCE_AFTER, "silence_ms": int(idle_s * 1000)}
+        silent = {"silence_after": SILENCE_AFTER, "silence_ms": int(idle_s * 1000)}
         pace = {"n": 4, "interval_ms": 50} | silent
         with self._open(pace, idle_s + _BEYOND_SILENCE_S) as exchange:
             seen = exchange.read()
@@ -247,22 +247,9 @@ class _Examination:
         return seen if was_silent and seen.status not in _REFUSALS else None
 
 
-class _Waited:
-    """Tells when an event has come for whose sending the far end had to wait.
-
-    Args:
-        stall_s: how long nobody read.
-    """
-
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
-        self._looked_at = 0
-
-    def __call__(self, seen: Seen) -> bool:
-        """Return whether enough has come."""
-        new = seen.events[self._looked_at :]
-        self._looked_at = max(0, len(seen.events) - 1)  # the next one is compared with the last
-        return taken_unread(new, self._stall_s)[1] or seen.size >= _MOST_TAKEN
+def _has_shown(seen: Seen, stall_s: float) -> bool:
+    """Return whether enough has come to say what was taken while nobody read."""
+    return is_after(seen.events[0], stall_s, seen.events[-1]) or seen.size >= _MOST_TAKEN
 
 
 def _arrived(told: dict[str, object]) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ import msgspec
 
 from llmproxy.cli.doctor.advice import Advice
 from llmproxy.cli.doctor.diagnosis import Diagnosis
-from llmproxy.cli.doctor.examination import Observations, Told
+from llmproxy.cli.doctor.examination import SILENCE_AFTER, Observations, Told
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.shape import shape_of
 from llmproxy.cli.doctor.verdict import Kind, Level, State, Verdict
@@ -150,6 +150,8 @@ def _show_tried(console: Any, found: Sequence[Observations]) -> None:
 def _broken(seen: Seen | None) -> str:
     if seen is None:
         return _UNKNOWN
+    if seen.status is None:
+        return "does not end" if seen.end is End.OPEN else "stays broken"
     if seen.status != 200:
         return f"becomes a {seen.status}"
     return {
@@ -181,6 +183,8 @@ def _silence(seen: Observations) -> str:
         return _UNKNOWN
     if silence.status != 200:
         return f"ends it after {silence.end_s:.1f} s"
+    if silence.end is End.OPEN and len(silence.events) <= SILENCE_AFTER:
+        return "is cut, and nobody told"
     if silence.end is End.OPEN or silence.end_s >= seen.silence_s:
         return "passes"
     last = max([read.at for read in silence.reads], default=0.0)

@@ -143,6 +143,8 @@ def block_of(seen: Seen) -> int | None:
 def taken_unread(events: Sequence[Event], stall_s: float) -> tuple[int, bool]:
     """Return how many bytes the way took while nobody read, and whether the far end then waited.
 
+    What was sent later does not count: over a slow line, or on a busy machine, it may be much.
+
     Args:
         events: of a stream that is sent as fast as it is taken; after the first of them nobody read
             for ``stall_s`` seconds.
@@ -151,9 +153,14 @@ def taken_unread(events: Sequence[Event], stall_s: float) -> tuple[int, bool]:
     taken = 0
     for before, after in pairwise(events):
         taken += before.size
-        if (after.sent or 0.0) - (before.sent or 0.0) >= stall_s / 2:
-            return taken, True
+        if is_after(events[0], stall_s, after):
+            return taken, (after.sent or 0.0) - (before.sent or 0.0) >= stall_s / 2
     return taken, False
+
+
+def is_after(first: Event, stall_s: float, event: Event) -> bool:
+    """Return whether an event was sent more than so many seconds after the first one."""
+    return (event.sent or 0.0) - (first.sent or 0.0) > stall_s
 
 
 # --- sending times are known ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import msgspec
 
-from llmproxy.cli.doctor.examination import Observations
+from llmproxy.cli.doctor.examination import SILENCE_AFTER, Observations
 from llmproxy.cli.doctor.exchange import End, Seen
 from llmproxy.cli.doctor.hops import LLMPROXY, NODE, Hop, hops_of, printable
 from llmproxy.cli.doctor.shape import (
@@ -28,7 +28,7 @@ from llmproxy.cli.doctor.shape import (
 
 _ENVOY_LIMIT = "x-envoy-expected-rq-timeout-ms"
 _ENOUGH_LIMIT_MS = 600_000
-_MUCH_BYTES = 32 * 1024**2  # kernels took 14 MiB on the way through one hop
+_MUCH_BYTES = 48 * 1024**2  # kernels took 30 MiB on the way through two hops
 _KEPT = (Pattern.HELD, Pattern.BLOCKS)
 _TIMER_S = (0.15, 0.35)
 _STREAM_TYPES = ("text/event-stream", "ndjson", "jsonl", "json-seq")
@@ -97,6 +97,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         shape: how the stream came.
         findings: the worst first.
         hops: the programs that are seen there.
+        late_s: how late events were without compression: in the middle, and at most.
     """
 
     target: str
@@ -105,6 +106,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     shape: Shape
     findings: list[Finding]
     hops: list[Hop]
+    late_s: tuple[float, float] = (0.0, 0.0)
 
 
 class Guilt(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +147,7 @@ def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
     """
     found = _fatal(seen.stream)
     shape = beside(shape_of(seen.stream), behind)
+    plain = shape if seen.plain is None else shape_of(seen.plain)
     if not found:
         found = [
             *_of_arrival(seen, shape),
@@ -167,6 +170,7 @@ def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
         shape=shape,
         findings=found,
         hops=hops_of(seen.stream.fields, seen.arrived),
+        late_s=(plain.late_s or 0.0, plain.latest_s or 0.0),
     )
 
 
@@ -187,7 +191,11 @@ def _fatal(seen: Seen) -> list[Finding]:
     if seen.status != 200:
         key = " (--key-file?)" if seen.status == 401 else ""
         text = f"refused with {seen.status}{_reason(seen)}{key}"
-        return [Finding(Kind.REFUSED, Level.FATAL, text)]
+        found = [Finding(Kind.REFUSED, Level.FATAL, text)]
+        if seen.status == 426:
+            text = "a hop asks in HTTP/1.0, which the far end refuses, as Envoy does"
+            found.append(Finding(Kind.ASKED_IN_1_0, Level.WARNING, text))
+        return found
     kind = (seen.field("content-type") or "").partition(";")[0]
     if kind == "text/html" or (not seen.events and kind == "application/json"):
         text = f"a whole response of type {kind} and no stream: is it the right path?"
@@ -214,11 +222,13 @@ def _of_arrival(seen: Observations, shape: Shape) -> list[Finding]:
     if stream.end is End.OPEN and not stream.reads:
         text = f"nothing of the body came within {stream.end_s:.0f} s"
         return [Finding(Kind.HELD, Level.BAD, text)]
-    if shape.pattern in _KEPT and plain is not None:
-        if plain.pattern in (Pattern.STREAMS, Pattern.LATE):
-            how = f"compressed with {coding}, and " if coding else "to a client that takes gzip: "
-            text = f"{how}{_how(shape)}; without compression it streams"
-            return [Finding(Kind.COMPRESSED, Level.BAD, text)]
+    if plain is not None and _is_held_by_coding(shape, plain):
+        how = f"compressed with {coding}, and " if coding else "to a client that takes gzip: "
+        late = [Finding(Kind.LATE, Level.BAD, _how(plain))] * (plain.pattern is Pattern.LATE)
+        without = _how(plain) if late else "it streams"
+        text = f"{how}{_how(shape)}; without compression {without}"
+        return [Finding(Kind.COMPRESSED, Level.BAD, text), *late]
+    if plain is not None and shape.pattern in _KEPT:
         shape = plain
     if shape.pattern in _KEPT and shape.is_sure:
         return [_of_size(seen, shape)]
@@ -245,16 +255,27 @@ def _of_arrival(seen: Observations, shape: Shape) -> list[Finding]:
     return found
 
 
+def _is_held_by_coding(shape: Shape, plain: Shape) -> bool:
+    """Return whether a stream is held, or later, because it is compressed."""
+    if plain.pattern not in (Pattern.STREAMS, Pattern.LATE):
+        return False
+    later = (shape.late_s or 0) - (plain.late_s or 0) >= LATE_S
+    return shape.pattern in _KEPT or (shape.pattern is Pattern.LATE and later)
+
+
 def _of_size(seen: Observations, shape: Shape) -> Finding:
     """Return what holds a paced stream: a size, a time, or its end."""
     wide = shape_of(seen.wide) if seen.wide is not None else None
     if seen.wide is None or wide is None or wide.pattern is Pattern.HELD:
         kind = Kind.HELD if shape.pattern is Pattern.HELD else Kind.BLOCKS
         return Finding(kind, Level.BAD, _how(shape))
+    if wide.pattern is Pattern.HELD_AT_FIRST:
+        return Finding(Kind.HELD_AT_FIRST, Level.BAD, _how(wide))
     if wide.pattern is Pattern.STREAMS and (wide.late_s or 0) < LATE_S / 2:
         return Finding(Kind.BLOCKS, Level.BAD, "held in blocks of a few kilobytes: more passes")
-    block = block_of(seen.wide) or block_of(seen.plain or seen.stream)
-    if block is not None:
+    blocks = [block_of(one) for one in (seen.wide, seen.plain or seen.stream)]
+    # A busy machine reads several at once, so the smaller one is the block.
+    if block := min(filter(None, blocks), default=None):
         short = ": this stream is shorter than one" if shape.pattern is Pattern.HELD else ""
         return Finding(Kind.BLOCKS, Level.BAD, f"held in blocks of {block:,} bytes{short}")
     late = 1000 * (wide.latest_s or 0)
@@ -294,6 +315,9 @@ def _of_end(seen: Seen) -> list[Finding]:
 def _of_broken(seen: Seen | None) -> list[Finding]:
     if seen is None or seen.end in (End.CUT, End.RESET, End.MALFORMED):
         return []
+    if seen.status is None:
+        text = f"a broken body brings no response: its client still waits after {seen.end_s:.0f} s"
+        return [Finding(Kind.BREAK_LOST, Level.WARNING, text)]
     if seen.status != 200:
         text = f"a broken body arrives as a {seen.status}, without what came before the break"
         return [Finding(Kind.BREAK_HIDDEN, Level.NOTE, text)]
@@ -318,7 +342,7 @@ def _of_cancel(seen: Observations) -> list[Finding]:
 
 def _of_unread(seen: Observations) -> list[Finding]:
     unread = seen.unread
-    if unread is None or (unread.far_end_waited and unread.size < _MUCH_BYTES):
+    if unread is None or unread.size < _MUCH_BYTES:
         return []
     size = f"{unread.size / 1024**2:.0f} MiB"
     end = "" if unread.far_end_waited else ", and the far end never had to wait"
@@ -337,6 +361,9 @@ def _of_silence(seen: Observations) -> list[Finding]:
         text = f"a silence of {asked:g} s ends the stream after {silence.end_s:.0f} s: {what}"
         return [Finding(Kind.CUT_IN_SILENCE, Level.BAD, text)]
     whole = silence.end in (End.WHOLE, End.CLOSED)
+    if silence.end is End.OPEN and len(silence.events) <= SILENCE_AFTER:
+        text = f"a silence of {asked:g} s is cut, but its client is not told: it waits for ever"
+        return [Finding(Kind.CUT_IN_SILENCE, Level.BAD, text)]
     if silence.end is End.OPEN or (whole and silence.end_s >= asked):
         return []
     how = ", as if it were whole" if whole else ""
@@ -447,7 +474,7 @@ def _by_habit(verdict: Verdict) -> list[Hop]:
     """Return what a hop without a name is known by: nobody else was seen to do it."""
     shortest, longest = _TIMER_S
     kinds = {finding.kind for finding in verdict.findings}
-    if Kind.LATE in kinds and shortest <= (verdict.shape.latest_s or 0) <= longest:
+    if Kind.LATE in kinds and any(shortest <= late <= longest for late in verdict.late_s):
         return [Hop("HAProxy", "it does not name itself, but holds events for 200 ms")]
     if Kind.BREAK_LOST in kinds:
         return [Hop(NODE, "it does not name itself, but does not pass a break on")]

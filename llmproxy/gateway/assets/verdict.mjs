@@ -215,7 +215,7 @@ const HOPS = [
   {
     name: "Caddy",
     known: (fields) => /caddy/i.test(`${fields.server || ""} ${fields.via || ""}`),
-    held: "flush_interval -1 in reverse_proxy",
+    held: "no response_buffers (2.6: buffer_responses) in reverse_proxy",
     coding: "leave text/event-stream out of encode (match)",
     cut: "read_timeout 1h in the transport of reverse_proxy",
   },

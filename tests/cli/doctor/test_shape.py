@@ -173,3 +173,9 @@ def test_what_is_taken_while_nobody_reads() -> None:
     assert taken_unread(before + after, 2.0) == (10_000, True)
     assert taken_unread(before, 2.0) == (9_000, False)
     assert taken_unread([], 2.0) == (0, False)
+
+
+def test_what_a_slow_line_took_later_does_not_count() -> None:
+    """The far end did not wait, and sent a little in each second: no hop kept that."""
+    steady = [Event(0.0, 1000, SENT_AT + at / 2) for at in range(20)]
+    assert taken_unread(steady, 2.0) == (5_000, False)

@@ -10,13 +10,14 @@ import pytest
 
 from llmproxy.cli.doctor.advice import advice
 from llmproxy.cli.doctor.examination import Observations, Told, Unread
-from llmproxy.cli.doctor.exchange import End, Seen
+from llmproxy.cli.doctor.exchange import End, Read, Seen
 from llmproxy.cli.doctor.hops import NODE, hops_of
 from llmproxy.cli.doctor.verdict import Guilt, Kind, Level, State, Verdict, blame, judge, judge_all
 from tests.cli.doctor.made import OPEN, arrived, at_url, every, paced
 
 ON_TIME = every(0.25, 20)
 HELD = [4.752] * 20
+LATER = [at + 0.45 for at in ON_TIME[:-2]] + ON_TIME[-2:]
 STREAM = paced(ON_TIME)
 NGINX = [("server", "nginx/1.22.1"), *OPEN]
 LLMPROXY = [("x-llmproxy-request-id", "a"), *OPEN]
@@ -62,6 +63,21 @@ def test_a_stream_that_streams() -> None:
             Kind.BLOCKS,
             "held in blocks of 4,096 bytes: this stream is shorter than one",
             id="a block that is longer than the stream",
+        ),
+        pytest.param(
+            at_url(
+                changed(
+                    paced([at for at in every(1.25, 4, late=1.0) for _ in range(5)]),
+                    reads=[Read(at, 1024) for at in every(1.25, 4, late=1.0)],
+                ),
+                wide=changed(
+                    paced([at + 0.25 for at in ON_TIME[:-1]] + ON_TIME[-1:], size=4000),
+                    reads=[Read(at, 4096) for at in ON_TIME[:-1]],
+                ),
+            ),
+            Kind.BLOCKS,
+            "held in blocks of 1,024 bytes",
+            id="a block of which several are read at once",
         ),
         pytest.param(
             at_url(paced(HELD), wide=paced(ON_TIME, size=4000)),
@@ -139,6 +155,30 @@ def test_a_stream_that_streams() -> None:
             "cut after 60.0 s of silence, as if it were whole",
             id="cut in a silence without a trace",
         ),
+        pytest.param(
+            at_url(
+                STREAM,
+                silence=changed(paced(every(0.05, 3)), end=End.OPEN, end_s=100.0),
+                silence_s=90.0,
+            ),
+            Kind.CUT_IN_SILENCE,
+            "a silence of 90 s is cut, but its client is not told: it waits for ever",
+            id="cut in a silence, and the client waits",
+        ),
+        pytest.param(
+            at_url(
+                paced(HELD), wide=paced([1.252] * 6 + [at + 0.2 for at in ON_TIME[6:]], size=4000)
+            ),
+            Kind.HELD_AT_FIRST,
+            "the first 24,000 bytes are held, and the rest streams",
+            id="a buffer that is filled once",
+        ),
+        pytest.param(
+            at_url(paced(LATER, fields=[("content-encoding", "gzip")]), plain=STREAM),
+            Kind.COMPRESSED,
+            "compressed with gzip, and each event is 450 ms late; without compression it streams",
+            id="compressed, and late",
+        ),
     ],
 )
 def test_what_spoils_a_stream(seen: Observations, kind: Kind, words: str) -> None:
@@ -182,11 +222,25 @@ def test_what_cannot_be_measured(stream: Seen, words: str) -> None:
     assert len(verdict.findings) == 1
 
 
+def test_http_1_0_that_is_refused() -> None:
+    """A 426 for what the doctor asks in HTTP/1.1 is that of a hop's own request."""
+    refused = changed(STREAM, status=426, fields=NGINX)
+    assert kinds(at_url(refused)) == [Kind.REFUSED, Kind.ASKED_IN_1_0]
+    (guilt,) = blame(verdicts(refused, STREAM))
+    assert (guilt.kind, guilt.programs) == (Kind.ASKED_IN_1_0, ["nginx"])
+    assert advice(guilt)[0].lines[0] == "proxy_http_version 1.1;"
+
+
 @pytest.mark.parametrize(
     ("more", "kind"),
     [
         pytest.param({"broken": paced(ON_TIME[:5])}, Kind.BREAK_HIDDEN, id="looks whole"),
         pytest.param({"broken": paced([], end=End.OPEN)}, Kind.BREAK_LOST, id="does not end"),
+        pytest.param(
+            {"broken": changed(paced([], end=End.OPEN), status=None)},
+            Kind.BREAK_LOST,
+            id="no response to a broken one",
+        ),
         pytest.param({"cancel_sending": Told(None)}, Kind.CANCEL_LOST, id="not told"),
         pytest.param(
             {"cancel_sending": Told(0.1), "cancel_silent": Told(None)},
@@ -216,6 +270,8 @@ def test_what_is_warned_of(more: dict[str, Any], kind: Kind) -> None:
         {"broken": paced(ON_TIME[:5], end=End.RESET)},
         {"cancel_sending": Told(0.1), "cancel_silent": Told(0.2)},
         {"unread": Unread(8 * MIB, True)},
+        {"unread": Unread(8 * MIB, False)},  # a slow line: more could not come in time
+        {"broken": changed(paced([], end=End.CUT), status=None)},
         {"silence": changed(STREAM, end_s=90.1), "silence_s": 90.0},
         {"silence": changed(STREAM, end=End.OPEN, end_s=100.0), "silence_s": 90.0},
         {"arrived": {"version": "1.1", "x-envoy-expected-rq-timeout-ms": "0"}},
@@ -261,6 +317,27 @@ def test_what_cannot_be_told(stream: Seen, words: str) -> None:
     """It is a warning, and no fault."""
     verdict = judge(at_url(stream))
     assert (verdict.state, [one.text for one in verdict.findings]) == (State.HEALTHY, [words])
+
+
+def test_compressed_and_late_for_two_reasons() -> None:
+    """A timer makes each event late, and compression later: both are told, and HAProxy is known."""
+    late = paced([at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:])
+    seen = at_url(paced(LATER, fields=[("content-encoding", "gzip")]), plain=late)
+    assert kinds(seen) == [Kind.COMPRESSED, Kind.LATE]
+    assert judge(seen).words == (
+        "compressed with gzip, and each event is 450 ms late; without compression each event is "
+        "200 ms late"
+    )
+    behind = at_url(STREAM, "http://b.example/-/pace")
+    assert [one.programs for one in blame(judge_all([seen, behind]))] == [["HAProxy"]] * 2
+
+
+def test_a_single_event_that_is_later_does_not_hide_the_timer() -> None:
+    """What is late in the middle tells the timer, whatever the machine did for a moment."""
+    late = [at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:]
+    late[7] += 0.2
+    found = blame(judge_all([at_url(paced(late)), at_url(STREAM, "http://b.example/-/pace")]))
+    assert [one.programs for one in found] == [["HAProxy"]]
 
 
 def test_compressed_but_not_held() -> None:
