@@ -369,7 +369,7 @@ class Gateway(Handler):
     def _pass(self, exchange: Exchange, body: bytes, began: float) -> None:
         """Send a body that came whole, together with the head."""
         whole = exchange.relay = Whole(body, began)
-        exchange.request.write(body)
+        exchange.request.write_last(body)
         if exchange.tap is not None:
             exchange.tap.feed(body)
         self._metrics.passed(whole)

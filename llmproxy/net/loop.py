@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from select import EPOLLERR, EPOLLHUP, EPOLLIN, poll
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, poll
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
@@ -30,6 +30,7 @@ _ROUNDS = 100
 """Polls in a row, before the reactor's own loop has its turn in any case."""
 
 _BROKEN = EPOLLERR | EPOLLHUP
+_BOTH = EPOLLIN | EPOLLOUT
 
 _MOST = 256
 """Most ready sockets that one poll reports; the next poll reports the others."""
@@ -84,14 +85,15 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
                 selectable = selectables.get(fd)
                 if selectable is None:
                     continue
-                if event == EPOLLIN:
+                reads = event == EPOLLIN or event & _BOTH == EPOLLIN
+                if reads or event == EPOLLOUT:
                     try:
-                        why = selectable.doRead()
+                        why = selectable.doRead() if reads else selectable.doWrite()
                     except BaseException:
                         why = sys.exc_info()[1]
                         log.err()
                     if why:
-                        disconnect(selectable, why, True)
+                        disconnect(selectable, why, reads)
                 elif event & EPOLLIN or not event & _BROKEN or _is_broken(fd):
                     log.callWithLogger(selectable, general, selectable, fd, event)
             if reactor.threadCallQueue or reactor._newTimedCalls or reactor._justStopped:

@@ -28,12 +28,20 @@ from typing import Any, cast
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 from twisted.internet import tcp
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import READ_SIZE, DirectClient, DirectServer, DirectTransport
+from llmproxy.net.tcp import (
+    READ_SIZE,
+    AcceptedTransport,
+    DirectClient,
+    DirectServer,
+    DirectTransport,
+    MadeTransport,
+)
 
 _RECORD = 16384
 """Most bytes of one record (RFC 8446, section 5.1)."""
@@ -216,10 +224,14 @@ class TlsTransport(DirectTransport):
             if self.connected and not self.handshake_done:
                 self.startReading()  # the handshake goes on
 
+    def loseWriteConnection(self) -> None:
+        """End our side by close_notify, behind the handshake and what is queued."""
+        FileDescriptor.loseWriteConnection(self)
+
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over; an orderly end has our close_notify, too."""
         orderly = self.handshake_done and not self._parted and not self._aborting
-        if orderly and reason.check(ConnectionDone) and hasattr(self, "socket"):
+        if orderly and isinstance(reason.value, ConnectionDone) and hasattr(self, "socket"):
             self._close_notify()
         super().connectionLost(reason)
 
@@ -265,7 +277,7 @@ class TlsTransport(DirectTransport):
         return True
 
 
-class TlsServer(TlsTransport, tcp.Server):
+class TlsServer(TlsTransport, AcceptedTransport):
     """An accepted connection.
 
     Args:
@@ -278,7 +290,7 @@ class TlsServer(TlsTransport, tcp.Server):
         self.tls.set_accept_state()
 
 
-class TlsClient(TlsTransport, tcp.Client):
+class TlsClient(TlsTransport, MadeTransport):
     """A connection that we made.
 
     Args:

@@ -151,6 +151,12 @@ def has_input(handle: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def send_at_once(port: Any) -> None:
+    """Let no connection that a listening port accepts hold small writes back, if it is of TCP."""
+    if port.socket.family in (socket.AF_INET, socket.AF_INET6):
+        port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def notice_vanished_peer(transport: Any, user_timeout: float | None = 60.0) -> None:
     """Let the kernel end a connection whose peer is gone without a word.
 

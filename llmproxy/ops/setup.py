@@ -166,7 +166,7 @@ class Setup:
         guard = AddressGuard(
             lambda: self._listeners.addresses, allow_private=config.tunnel.allow_private
         )
-        way_out = WayOut(self._reactor, self._names, config, guard)
+        way_out = WayOut(self._reactor, self._names, config, guard, self._timers)
         connect = Connect(
             config,
             self._recorder,

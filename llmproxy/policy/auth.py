@@ -454,7 +454,7 @@ def holds_made_key(value: bytes) -> bool:
 
 def _holds_prefix(value: bytes) -> bool:
     """Return whether a value holds how a key that we made begins; most lack one byte of it."""
-    return _UNDERSCORE in value and _PREFIX in value
+    return _UNDERSCORE in value and value.find(_PREFIX) >= 0
 
 
 def _too_much(text: str) -> ProxyError:

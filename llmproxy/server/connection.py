@@ -103,6 +103,8 @@ _HELLO = b"\x16\x03"
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _REASONS = {414: "target_too_long", 431: "head_too_large", 501: "coding", 505: "version"}
 
+_DONE = Failure(ConnectionDone())
+
 _log = Logger()
 
 
@@ -129,6 +131,7 @@ class ClientConnection(http.HTTPChannel):
     Args:
         site: the listener's factory: its limits, timeouts and clock.
         address: the client's, as the connection limiter counted it; None where it is not known yet.
+        peer: the client's with its port, likewise.
 
     Attributes:
         deadline: monotonic seconds at which the present phase is over, or infinity.
@@ -155,7 +158,7 @@ class ClientConnection(http.HTTPChannel):
     transport: Any
     _networkProducer: Any
 
-    def __init__(self, site: Any, address: str | None = None) -> None:
+    def __init__(self, site: Any, address: str | None = None, peer: Any = None) -> None:
         super().__init__()
         self.site: Any = site
         self.factory = site
@@ -164,7 +167,7 @@ class ClientConnection(http.HTTPChannel):
         self.inside: Inside | None = None
         self.phase: str = Phase.IDLE
         self.deadline = math.inf
-        self._peer: Any = None
+        self._peer = peer
         self._peer_name: str | None = None
         # what comes in
         self._buffer = b""
@@ -198,9 +201,15 @@ class ClientConnection(http.HTTPChannel):
 
     def connectionMade(self) -> None:
         """Begin to wait for a request, or for the handshake before it."""
-        super().connectionMade()
-        raw_transport(self.transport).bufferSize = _QUEUE
-        self._delivery = Delivery(self.transport, self.site.reactor)
+        transport = self.transport
+        if isinstance(transport, DirectTransport):
+            self._networkProducer = transport
+            transport.registerProducer(self, True)
+            transport.bufferSize = _QUEUE
+        else:
+            super().connectionMade()
+            raw_transport(transport).bufferSize = _QUEUE
+        self._delivery = Delivery(transport, self.site.reactor)
         self.site.joined(self)
         if self.inside is not None:
             return  # TLS behind a CONNECT: the handshake's time runs from that on
@@ -230,7 +239,8 @@ class ClientConnection(http.HTTPChannel):
             self.inside.lost(reason)
         try:
             self._report_lost(reason)
-            super().connectionLost(reason)
+            for request in self.requests:
+                request.connectionLost(reason)
             if self._socket is not None:
                 self._socket.end(reason)
         finally:
@@ -733,7 +743,7 @@ class ClientConnection(http.HTTPChannel):
 
     def _close(self) -> None:
         """Close the socket: the client has acknowledged all, our end as well."""
-        raw_transport(self.transport).connectionLost(Failure(ConnectionDone()))
+        raw_transport(self.transport).connectionLost(_DONE)
 
     def drain(self) -> None:
         """The process shuts down: wait for another request no longer than a short grace."""

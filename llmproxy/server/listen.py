@@ -16,16 +16,18 @@ from functools import partial
 from typing import Any
 
 from twisted.internet import tcp
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Protocol
+from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from llmproxy.net.tcp import DirectServer
 from llmproxy.net.tls import TlsServer
-from llmproxy.net.transport import has_input, notice_vanished_peer
+from llmproxy.net.transport import has_input, notice_vanished_peer, send_at_once
 from llmproxy.server.connection_limits import RejectedConnection
 from llmproxy.server.proxy_protocol import Proxied, ProxyHeaders
 from llmproxy.server.site import Site
@@ -42,6 +44,8 @@ _CROWD = 1000
 
 _UNIX_MODE = 0o660
 """Of a Unix socket: Twisted's own lets everybody on the machine connect."""
+
+_log = Logger()
 
 _QUEUED = ("tcp", "tcp6", "unix", "ssl", "tls")
 
@@ -102,11 +106,14 @@ def listen(
     # Accepted connections inherit it.  No TCP_USER_TIMEOUT: it would also end clients that take
     # little at a time; while something is under way, the connection itself looks (ADR-0008).
     notice_vanished_peer(port, None)
-    _accept_patiently(port, reactor)
+    send_at_once(port)
     if direct:
         # Not below Twisted's TLS layer: it writes a close_notify when it aborts, which must not
         # leave.
         port.transport = DirectServer if tls is None else partial(TlsServer, tls.on_socket)
+        if port.addressFamily == socket.AF_INET:
+            _accept_directly(port, reactor)
+    _accept_patiently(port, reactor)
     return port
 
 
@@ -183,6 +190,47 @@ def _is_tcp(text: str) -> bool:
     """Return whether an endpoint's connections are TCP's, with nothing of Twisted's above."""
     kind = text.partition(":")[0]
     return kind in ("tcp", "tcp6") or (kind == "systemd" and "domain=UNIX" not in text)
+
+
+def _accept_directly(port: Any, reactor: Any) -> None:
+    """Let ``port`` accept without a logger and a generator for each time that it is called.
+
+    What goes wrong is left to Twisted's own, which meets it again.  ``_accept`` is private to
+    CPython's ``socket``, whose ``accept`` makes two members of enumerations for each connection.
+    """
+    accept = port.doRead
+
+    def accept_directly() -> Any:
+        listener, most, accepted = port.socket, port.numberAccepts, 0
+        while accepted < most:
+            try:
+                number, address = listener._accept()
+            except BlockingIOError:
+                break
+            except OSError:
+                return accept()
+            accepted += 1
+            handle = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
+            _begin(port, reactor, handle, address)
+        # Twisted's way to find out how many clients come together.
+        port.numberAccepts = most + 20 if accepted == most else max(1, accepted)
+        return None
+
+    port.doRead = accept_directly
+
+
+def _begin(port: Any, reactor: Any, handle: socket.socket, address: Any) -> None:
+    """Let the port's factory serve a connection that was accepted."""
+    drop = handle.close
+    try:
+        protocol = port.factory.buildProtocol(IPv4Address("TCP", *address))
+        number, port.sessionno = port.sessionno, port.sessionno + 1
+        transport = port.transport(handle, protocol, address, port, number, reactor)
+        drop = transport.abortConnection
+        protocol.makeConnection(transport)
+    except Exception:
+        _log.failure("a connection could not be begun")
+        drop()
 
 
 def _accept_patiently(port: Any, reactor: Any) -> None:

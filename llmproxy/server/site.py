@@ -122,7 +122,7 @@ class Site(Factory):
         refusal = self.limiter.enter(address)
         if refusal is not None:
             return self.limiter.reject(refusal, self.reactor)
-        return ClientConnection(self, address)
+        return ClientConnection(self, address, addr)
 
     def acceptableProtocols(self) -> list[bytes]:
         """Offer HTTP/1.1 alone: Twisted's HTTP/2 ends broken streams as if they were whole."""

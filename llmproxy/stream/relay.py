@@ -29,8 +29,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer
@@ -157,49 +156,57 @@ class StreamStatistics:
     @property
     def chunks(self) -> int:
         """How many chunks came."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._chunks
 
     @property
     def byte_count(self) -> int:
         """How many bytes of content came."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._byte_count
 
     @property
     def verbatim(self) -> int:
         """How many of these bytes came in the chunked coding and went out as they were."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._verbatim
 
     @property
     def first_at(self) -> float | None:
         """When the first chunk came, in monotonic seconds, or None."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._first_at
 
     @property
     def last_at(self) -> float:
         """When the last chunk came; before the first one, when the body was asked for."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._last_at
 
     @property
     def longest_gap(self) -> float:
         """The longest time between two chunks, without pauses, in seconds."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._longest_gap
 
     @property
     def at_once(self) -> int:
         """How many chunks came within :data:`AT_ONCE_S` of the one before."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._at_once
 
     @property
     def tail(self) -> bytes:
         """The last four bytes of the content, which say whether an event has ended."""
-        self._batch.read()
+        if self._batch:
+            self._batch.read()
         return self._tail
 
     @property
@@ -294,6 +301,9 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Take one chunk and put it on the wire."""
 
+    def write_last(self, data: bytes) -> None:
+        """Take the last chunk, and put it on the wire together with the end of the body."""
+
     def verbatim(self) -> Callable[[bytes], object] | None:
         """Return what takes chunks of the chunked coding as they are, or None while none may be."""
 
@@ -327,6 +337,8 @@ class _Nowhere:
         if self._left < 0:
             self._full()
 
+    write_last = write
+
     def verbatim(self) -> None:
         """Return None: every chunk is counted."""
 
@@ -350,12 +362,15 @@ class Source(Protocol):
         """Close the connection at once; once the body has ended, this does nothing."""
 
 
-class State(Enum):
-    """Where a relay stands."""
+class State:
+    """Where a relay stands.
 
-    FLOWING = "flowing"
-    PAUSED = "paused"
-    ENDED = "ended"
+    No Enum: CPython 3.11 takes 0.1 µs longer to find a member, and ten are looked up for each body.
+    """
+
+    FLOWING: Final = "flowing"
+    PAUSED: Final = "paused"
+    ENDED: Final = "ended"
 
 
 @implementer(IPushProducer)
@@ -408,7 +423,7 @@ class Relay(TwistedProtocol):
         self._timer: Any = None
         self._paused_at = 0.0
         self._paused_before = 0.0
-        self.state = State.FLOWING
+        self.state: str = State.FLOWING
         self._forwarded: tuple[int, int] | None = None  # chunks and bytes, once the sink is gone
         self.statistics = StreamStatistics(batch, clock(), gaps, copy)
         self._batch = batch
@@ -481,6 +496,13 @@ class Relay(TwistedProtocol):
         if (count := len(batch)) >= MOST_CHUNKS or len(data) > LONGEST_CHUNK:
             batch.read()
         elif count == _FOLLOWED:
+            self._follow(now)
+
+    def lastReceived(self, data: bytes) -> None:
+        """Forward the last chunk; that the body has ended is reported behind it, in this turn."""
+        now = self._clock()
+        self._sink.write_last(data)
+        if self._batch.add(self.statistics, now, data) == _FOLLOWED:
             self._follow(now)
 
     def _follow(self, since: float) -> None:

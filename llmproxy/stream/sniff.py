@@ -132,7 +132,7 @@ class Sniffer:
             return len(start) >= _SHORTEST or _SSE_FIELD(start) is not None
         return (
             not self._may_be_lines()
-            or b"\n" in start
+            or start.find(b"\n") >= 0
             or len(start) >= min(_FIRST_LINE, self._limit)
         )
 

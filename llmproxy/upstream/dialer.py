@@ -116,7 +116,7 @@ class Dialer:
 
     def connect(self, credential: bytes) -> Dial[Connection]:
         """Begin to connect; ``credential`` keeps the connection apart from others in the pool."""
-        dial = Dial[Connection]()
+        dial: Dial[Connection] = Dial()
         dial.connected = Deferred.fromCoroutine(self._open(credential, dial))
         return dial
 

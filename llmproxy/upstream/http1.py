@@ -308,7 +308,10 @@ class Connection(Protocol):
         reader, consumer = self._reader, self._consumer
         content = reader.feed(data)
         if content and consumer is not None:
-            consumer.dataReceived(content)
+            if reader.done and reader.error is None:
+                getattr(consumer, "lastReceived", consumer.dataReceived)(content)
+            else:
+                consumer.dataReceived(content)
         if reader.error is not None:
             self.abort()
             self._end_body(Failure(upstream_protocol(str(reader.error))))

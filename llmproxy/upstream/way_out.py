@@ -104,13 +104,20 @@ class WayOut:
         config: of this, ``proxy.parent_proxy`` and its relatives, ``timeouts.connect``,
             ``limits.response_head`` and ``proxy.tuned_loop`` count.
         guard: judges addresses.
+        timers: keep the deadline; by default the reactor does.
     """
 
     def __init__(
-        self, reactor: Any, resolver: Resolver, config: Config, guard: AddressGuard
+        self,
+        reactor: Any,
+        resolver: Resolver,
+        config: Config,
+        guard: AddressGuard,
+        timers: Any = None,
     ) -> None:
         proxy = config.proxy
         self._reactor = reactor
+        self._timers = timers or reactor
         self._resolver = resolver
         self._guard = guard
         self._seconds = config.timeouts.connect
@@ -146,10 +153,10 @@ class WayOut:
             address of the host may be reached; 502 ``upstream_unreachable``, 503
             ``no_descriptors``, and 504 ``upstream_timeout`` behind ``timeouts.connect``.
         """
-        dial = Dial[OpenWay]()
+        dial: Dial[OpenWay] = Dial()
         dial.connected = Deferred.fromCoroutine(self._open(host, port, caller, dial))
         late = partial(upstream_timeout, may_have_run=False)
-        limit(self._reactor, self._seconds, dial.connected, lambda: dial.phase, late)
+        limit(self._timers, self._seconds, dial.connected, lambda: dial.phase, late)
         dial.connected.addErrback(_for_caller)
         return dial.connected
 

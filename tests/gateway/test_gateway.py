@@ -101,6 +101,23 @@ def test_a_whole_body_waits_for_nothing() -> None:
     assert (response.body, played.trace().end_reason) == (None, "complete")
 
 
+@pytest.mark.parametrize("is_whole", [True, False], ids=["with the head", "later"])
+def test_what_comes_with_the_end_leaves_with_it(is_whole: bool) -> None:
+    """Head, content and end are one write, if one read brought them; so are content and end."""
+    played = PlayedGateway()
+    played.call()
+    response = PlayedResponse(200, (SSE,))
+    response.whole = b"data: 1\n\n" if is_whole else None
+    played.asked.response.callback(response)
+    if not is_whole:
+        response.body.lastReceived(b"data: 1\n\n")
+        response.end()
+    writes = played.transport.writes
+    assert len(writes) == (1 if is_whole else 2)
+    assert writes[-1].endswith(chunked(b"data: 1\n\n") + LAST)
+    assert played.trace().end_reason == "complete"
+
+
 @pytest.mark.parametrize("key", ['padding = "1KiB"', 'heartbeat = "5s"'])
 def test_a_whole_body_has_its_padding(key: str) -> None:
     """What stands in a stream besides its events is there, too."""

@@ -20,9 +20,10 @@ import pytest
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.posixbase import _DisconnectSelectableMixin
 from twisted.internet.task import Clock
+from twisted.python import log
 from twisted.python.failure import Failure
 
 from llmproxy.net.loop import Lag, tune
@@ -296,7 +297,7 @@ def test_one_turn_without_waiting_does_not_wait(loop: Any, make_socket: MakeSock
 # -- what breaks ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["doRead", "connectionLost"])
+@pytest.mark.parametrize("where", ["doRead", "doWrite", "connectionLost"])
 def test_an_exception_ends_only_its_connection(
     loop: Any, make_socket: MakeSocket, logged_failures: Any, where: str
 ) -> None:
@@ -306,7 +307,10 @@ def test_an_exception_ends_only_its_connection(
         def doRead(self) -> Any:
             if where == "doRead":
                 raise LookupError("only this one")
-            return CONNECTION_DONE
+            return None if where == "doWrite" else CONNECTION_DONE
+
+        def doWrite(self) -> Any:
+            raise LookupError("only this one")
 
         def connectionLost(self, reason: Failure) -> None:
             super().connectionLost(reason)
@@ -315,10 +319,13 @@ def test_an_exception_ends_only_its_connection(
 
     broken = Broken(loop, _send_again)
     whole = make_socket(lambda one: loop.stop() if one.reads == 50 else _send_again(one))
-    broken.other.send(b"go")
+    if where == "doWrite":
+        broken.startWriting()
+    else:
+        broken.other.send(b"go")
     _run(loop)
     broken.close()
-    reason = LookupError if where == "doRead" else ConnectionDone
+    reason = ConnectionDone if where == "connectionLost" else LookupError
     assert [type(error) for error in broken.lost] == [reason]
     assert whole.reads == 50
     assert logged_failures.report().count("LookupError: only this one") == 1
@@ -334,8 +341,38 @@ def test_a_reason_is_reported_once(loop: Any, make_socket: MakeSocket, why: Exce
     assert [type(error) for error in one.lost] == [type(why)]
 
 
+@pytest.mark.parametrize("event", ["read", "write", "hang-up"])
+def test_an_event_costs_no_context(
+    loop: Any, make_socket: MakeSocket, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """Reading, also an end of both sides, and writing are called straight from the loop."""
+    calls: list[str] = []
+
+    def then(one: Socket) -> Any:
+        calls.append("read")
+        loop.stop()
+        return CONNECTION_DONE if event == "hang-up" else None
+
+    def write() -> Any:
+        calls.append("write")
+        loop.stop()
+        return CONNECTION_LOST
+
+    monkeypatch.setattr(log, "callWithLogger", lambda *_: calls.append("context"))
+    one: Any = make_socket(then, readable=event == "read")
+    one.doWrite = write
+    if event == "write":
+        one.startWriting()
+    elif event == "hang-up":
+        one.other.close()
+    _run(loop)
+    assert calls == ["write" if event == "write" else "read"]
+    lost = ConnectionDone if event == "hang-up" else ConnectionLost  # that of a reactor that stops
+    assert [type(error) for error in one.lost] == [lost]
+
+
 def test_a_hang_up_is_reported(loop: Any, make_socket: MakeSocket) -> None:
-    """Events that are not only of reading go through the reactor."""
+    """It is the end of what is read."""
 
     def then(one: Socket) -> Any:
         loop.stop()

@@ -5,17 +5,24 @@ The tests of the names fail when Twisted changes them.
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import tcp as twisted_tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError
+from twisted.internet.protocol import ClientFactory, Protocol
+from twisted.internet.testing import MemoryReactor
+from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import DirectClient, DirectServer
+from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
+from llmproxy.net.transport import has_input
 from tests.net.conftest import OpenTcp, fill, reasons
 from tests.net.test_direct import HalfCloseable
+from tests.support.ends import reactor
 from tests.support.fake_transport import turn, until
 
 # -- what is sent ---------------------------------------------------------------------------
@@ -83,6 +90,38 @@ async def test_a_closed_connection_ends_when_all_is_sent(small: bool, tcp: OpenT
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_end_behind_which_nothing_waits_leaves_at_once(tcp: OpenTcp) -> None:
+    """It is at the peer before the reactor turns, and leaves once."""
+    end = HalfCloseable()
+    async with tcp.handshake_done(end) as peer:
+        peer.held.transport.write(b"all")
+        peer.held.transport.loseWriteConnection()
+        assert (peer.held.pull(), peer.held.over) == (b"all", "fin")
+        peer.held.transport.loseWriteConnection()
+        peer.held.transport.write(b"too late")
+        for _ in range(3):
+            await turn()
+        assert (end.halves, end.lost) == (["write"], [])
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_end_waits_for_what_is_pulled(tcp: OpenTcp) -> None:
+    """A producer that was not asked yet is asked first, and the end is behind what it has."""
+    async with tcp.handshake_done(HalfCloseable()) as peer:
+        transport = peer.held.transport
+
+        class Rest:
+            def resumeProducing(self) -> None:
+                transport.write(b"rest")
+                transport.unregisterProducer()
+
+        transport._is_pulled, transport.producer = True, Rest()
+        transport.loseWriteConnection()
+        assert await peer.hear_end() == "fin"
+        assert peer.heard == b"rest"
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_write_behind_a_close_is_sent_before_the_end(tcp: OpenTcp) -> None:
     """As on Twisted's transport, the connection ends in the next turn and not in the call."""
     async with tcp.handshake_done() as peer:
@@ -125,6 +164,114 @@ async def test_the_marks_of_an_end_have_their_private_names(tcp: OpenTcp) -> Non
         assert peer.held.transport._writeDisconnected is True
         peer.held.transport.abortConnection()
         assert peer.held.transport._aborting is True
+
+
+def test_an_accepted_connection_has_what_twisteds_has() -> None:
+    """It begins with every attribute that Twisted sets, but for its texts for logs."""
+    for address in ("192.0.2.1", 1), ("2001:db8::1", 1, 0, 0):
+        ours, theirs = (_accepted(make, address) for make in (DirectServer, twisted_tcp.Server))
+        names = set(vars(theirs)) - {"logstr", "repstr", "hostname"}
+        slots = {"socket", "protocol"}
+        assert names <= set(vars(ours)) | slots
+        for name in names - {"socket", "protocol", "fileno"}:
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert ours.getPeer() == theirs.getPeer()
+
+
+def _accepted(make: Any, address: Any) -> Any:
+    with socket.socket() as handle:
+        memory = MemoryReactor()
+        transport = make(handle, None, address, None, 3, memory)
+        assert memory.getReaders() == [transport]
+        assert handle.gettimeout() == 0.0
+    transport.reactor = None  # each has its own
+    return transport
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("is_server", [True, False], ids=["accepted", "made"])
+async def test_a_connection_ends_as_twisteds_does(is_server: bool) -> None:
+    """It lets go of socket and protocol, the reactor of it, and it still has a text for logs."""
+    async with OpenTcp(is_server).handshake_done() as peer:
+        transport, number = peer.held.transport, peer.held.transport.fileno()
+        peer.held.sock.close()
+        await until(lambda: peer.held.end.lost)
+        assert [hasattr(transport, name) for name in ("socket", "protocol")] == [False, False]
+        assert (transport.connected, transport.disconnected, transport.fileno()) == (0, 1, -1)
+        assert transport not in reactor.getReaders() + reactor.getWriters()
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(number)
+        assert isinstance(transport.logPrefix(), str)
+        assert transport.logPrefix() in repr(transport) or not is_server
+        transport.connectionLost(Failure(ConnectionLost()))
+        assert reasons(peer.held.end) == [ConnectionDone]
+
+
+class CountingReactor:
+    """The reactor; keeps how it is told of a transport."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("addReader", "addWriter", "removeReader", "removeWriter"):
+            self.told.append(name)
+        return getattr(reactor, name)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("listens", [True, False], ids=["made", "refused"])
+async def test_the_reactor_is_told_of_a_connection_in_few_steps(listens: bool) -> None:
+    """Reading goes on from the attempt to the connection, and stops where that fails."""
+    counting, made, lost = CountingReactor(), list[Any](), list[Any]()
+
+    class Factory(ClientFactory):
+        noisy = False
+
+        def buildProtocol(self, _: Any) -> Any:
+            made.append(Protocol())
+            return made[0]
+
+        def clientConnectionFailed(self, _: Any, reason: Failure) -> None:
+            lost.append(reason.value)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if listens:
+            listener.listen()
+        make: Any = DirectConnector
+        make(*listener.getsockname(), Factory(), 20, None, counting).connect()
+        await until(lambda: made or lost)
+    if listens:
+        assert counting.told == ["addReader", "addWriter", "removeWriter"]
+        made[0].transport.abortConnection()
+        await until(lambda: made[0].transport.disconnected)
+    else:
+        assert isinstance(lost[0], ConnectionRefusedError)
+        assert counting.told[:2] == ["addReader", "addWriter"]
+    assert counting.told.count("removeReader") == counting.told.count("removeWriter") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_looked_at_is_read_in_the_same_turn(tcp: OpenTcp) -> None:
+    """The first bytes are shown once, and then read, unless reading was stopped meanwhile."""
+    async with tcp.handshake_done() as peer:
+        transport, seen = peer.held.transport, list[bytes]()
+        transport.peek(seen.append)
+        transport.stopReading()
+        peer.held.sock.send(b"0123456789")
+        while not has_input(transport.socket):
+            pass
+        transport.doRead()
+        assert (seen, peer.held.end.received) == ([b"01234567"], b"")
+        transport.startReading()
+        transport.peek(seen.append)
+        transport.doRead()
+        assert (seen, peer.held.end.received) == ([b"01234567"] * 2, b"0123456789")
+        transport.peek(lambda _: transport.abortConnection())
+        peer.held.sock.send(b"more")
+        await until(lambda: peer.held.end.lost)
+        assert peer.held.end.received == b"0123456789"
 
 
 def test_the_transports_are_made_where_twisted_makes_its_own() -> None:

@@ -93,6 +93,39 @@ async def test_every_listener_has_the_options(vault: Vault) -> None:
     assert watched == [{**WATCHED, **NOT_FOR_SLOW_ONES}] * 5
 
 
+@pytest.mark.parametrize("where", ["buildProtocol", "joined"])
+@ensureDeferred
+async def test_a_connection_that_cannot_begin_holds_nobody_up(
+    where: str, logged_failures: Any
+) -> None:
+    """That is logged, the connection is closed, and those behind it are served."""
+    async with Served(TCP) as served:
+        site: Any = served.site
+        method, wanted = getattr(site, where), [True]
+
+        def fail_once(argument: Any) -> Any:
+            if wanted.pop() if wanted else False:
+                raise RuntimeError("once")
+            return method(argument)
+
+        setattr(site, where, fail_once)
+        with connect(served.port) as first, connect(served.port):
+            await served.until_connected(1)
+            first.sock.setblocking(False)
+            await until(lambda: is_over(first.sock))
+    assert len(logged_failures.flush(RuntimeError)) == 1
+
+
+def is_over(sock: socket.socket) -> bool:
+    """Return whether the other side has closed a connection."""
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 # --- the queue ------------------------------------------------------------------------------------
 
 

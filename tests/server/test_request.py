@@ -201,6 +201,41 @@ def test_each_piece_is_one_write() -> None:
     assert current.sent == 22
 
 
+@pytest.mark.parametrize("is_first", [True, False], ids=["with the head", "later"])
+def test_the_last_piece_and_the_end_are_one_write(is_first: bool) -> None:
+    """The head is in it, too, if nothing has left before; the end follows once."""
+    caller = Caller(GET)
+    current = caller.request
+    current.start(200, [])
+    if not is_first:
+        current.write(b"hello")
+    current.write_last(b"x" * 17)
+    current.finish()
+
+    last = b"11\r\n" + b"x" * 17 + b"\r\n" + LAST_CHUNK
+    assert len(caller.transport.writes) == (1 if is_first else 2)
+    assert caller.transport.writes[-1].endswith(CHUNKED + b"\r\n" + last if is_first else last)
+    assert is_first or caller.transport.writes[-1] == last
+    assert current.sent == (17 if is_first else 22)
+    assert not caller.closes()
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "body"),
+    [(GET, LENGTH, b"hello"), (GET_1_0, [], b"hello"), (HEAD, [], b"")],
+)
+def test_a_last_piece_without_chunks_is_a_piece(data: bytes, fields: Fields, body: bytes) -> None:
+    """With a length, for HTTP/1.0, and where no body belongs, nothing stands behind it."""
+    caller = Caller(data)
+    current = caller.start(fields=fields)
+    current.write_last(b"hello")
+    current.finish()
+
+    assert b"".join(caller.transport.writes[1:]) == body
+    current.write_last(b"too late")
+    assert b"".join(caller.transport.writes[1:]) == body
+
+
 @pytest.mark.parametrize(("data", "fields"), [(GET, LENGTH), (GET_1_0, LENGTH), (GET_1_0, [])])
 def test_without_chunks_the_bytes_are_the_body(data: bytes, fields: Fields) -> None:
     """With a length, and for HTTP/1.0, nothing stands between the pieces."""

@@ -31,6 +31,8 @@ class Ends:
         """Keep it."""
         self.got.append(data)
 
+    write_last = write
+
     def verbatim(self) -> None:
         """Take content alone."""
 

@@ -44,6 +44,9 @@ class Sink:
         self.chunks.append(data)
         self.on_write()
 
+    def write_last(self, data: bytes) -> None:
+        self.write(data + b"<end>")
+
     def verbatim(self) -> Callable[[bytes], object] | None:
         return self.as_they_are.append if self.takes_chunks else None
 
@@ -442,6 +445,18 @@ def test_framed_and_plain_chunks_make_the_same_batches(framed: bool, size: int) 
         is_long = len(wire if framed and count > 1 else data) > 4096
         whole = is_long or count - before == 32
         assert len(pump._copied) == (count if whole else before)
+
+
+def test_the_last_chunk_leaves_with_the_end() -> None:
+    """It is counted, copied and measured as any other."""
+    pump = Pump()
+    pump.feed(b"first")
+    pump.relay.lastReceived(b"last")
+    assert pump.sink.chunks == [b"first", b"last<end>"]
+    pump.relay.connectionLost(WHOLE)
+    assert (pump.relay.chunks, pump.relay.byte_count) == (2, 9)
+    assert (pump.copied, len(pump.delays)) == ([b"first", b"last"], 1)
+    pump.assert_let_go()
 
 
 def test_a_client_that_has_left_gets_no_chunks() -> None:

@@ -71,6 +71,8 @@ class Sink:
         """Take a chunk."""
         self.data += data
 
+    write_last = write
+
     def verbatim(self) -> None:
         """Take no chunks in their coding."""
 

@@ -568,6 +568,40 @@ def test_a_read_of_one_chunk_is_forwarded_as_it_is_where_that_is_wanted() -> Non
     assert sent.idle == [sent.connection]
 
 
+class KnowsTheLast(Collector):
+    """Is told which piece is the last, where that is known with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: list[bytes] = []
+
+    def lastReceived(self, data: bytes) -> None:
+        self.last.append(data)
+        self.dataReceived(data)
+
+
+@pytest.mark.parametrize(
+    ("reads", "last"),
+    [
+        ([CHUNKED, b"2\r\nab\r\n", b"1\r\nc\r\n0\r\n\r\n"], [b"c"]),
+        ([CHUNKED + b"1\r\nc\r\n0\r\n\r\n"], [b"c"]),
+        ([CHUNKED + b"1\r\nc\r\n0\r\n\r\nmore"], [b"c"]),
+        ([CHUNKED, b"1\r\nc\r\n0\r\n", b"\r\n"], []),
+        ([LENGTH + b"he", b"llo"], [b"llo"]),
+        ([CHUNKED, b"1\r\nc\r\nfault\r\n"], []),
+    ],
+)
+def test_the_piece_that_came_with_the_end_is_the_last(
+    reads: list[bytes], last: list[bytes]
+) -> None:
+    """The end of the body is known with it; it is reported behind it all the same."""
+    sent = Sent()
+    sent.collector = collector = KnowsTheLast()
+    sent.response(*reads)
+    assert collector.last == last
+    assert len(collector.ends) == 1
+
+
 @pytest.mark.parametrize("head", [CLOSE, OK + b"content-length: 10\r\n\r\n"])
 def test_what_only_looks_like_a_chunk_is_content(head: bytes) -> None:
     """A body in another framing may hold what would be a chunk."""

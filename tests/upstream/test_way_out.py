@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
 
 from llmproxy.config import Config, Limits, ParentProxy, Proxy, Secret, Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
@@ -197,6 +198,20 @@ async def test_what_is_remembered_is_checked_anew() -> None:
             await strict.open("a.example", port)
         assert caught.value.cause == "loopback"
         assert ways.names.asked == ["a.example"]
+
+
+@ensureDeferred
+async def test_the_deadline_stands_with_the_others_of_its_length() -> None:
+    """So a way costs the reactor no timer of its own; when it rings, nothing is left."""
+    ways, timers = Ways(), Clock()
+    out = WayOut(ways.reactor, ways.resolver, Config(), ways.guard, timers)
+    opening = out.open("192.0.2.1", 443)
+    (deadline,) = timers.getDelayedCalls()
+    timers.advance(deadline.getTime())
+    with pytest.raises(ProxyError) as caught:
+        await opening
+    assert (caught.value.reason, timers.getDelayedCalls()) == ("upstream_timeout", [])
+    assert not ways.reactor.timers()
 
 
 @TRANSPORTS
