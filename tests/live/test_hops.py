@@ -303,8 +303,11 @@ SHORT = {
 
 
 def held(seen: Seen) -> str:
-    """Return whether a hop holds a stream back as it comes."""
-    return ", ".join(SHORT[kind] for kind in seen.bad[0]) or "no"
+    """Return whether a hop holds a stream back as it comes.
+
+    It is asked at the hop: through llmproxy the doctor may miss the lateness on a busy machine.
+    """
+    return ", ".join(SHORT[kind] for kind in seen.bad[seen.at]) or "no"
 
 
 def compressed(seen: Seen) -> str:
