@@ -112,6 +112,8 @@ class Seen(msgspec.Struct, kw_only=True):
         end: how it ended.
         end_s: when it ended, or when the doctor stopped reading.
         excerpt: the first bytes of the content.
+        began: when the request was sent, by a clock that means something beside the same of
+            another exchange alone.
     """
 
     problem: str | None = None
@@ -128,6 +130,7 @@ class Seen(msgspec.Struct, kw_only=True):
     end: End = End.OPEN
     end_s: float = 0.0
     excerpt: bytes = b""
+    began: float = 0.0
 
     def field(self, name: str) -> str | None:
         """Return the values of every field of that name, joined by commas; None without one."""
@@ -260,7 +263,7 @@ class Exchange:
             self.seen.tls = self._sock.version()
         self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
         self._sock.sendall(request)
-        self._sent_at = time.monotonic()
+        self.seen.began = self._sent_at = time.monotonic()
         self._sock.setblocking(False)
 
     def _receive(self, limit: float) -> bytes:

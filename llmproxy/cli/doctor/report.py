@@ -64,7 +64,7 @@ def _plain(seen: Observations) -> dict[str, Any]:
 
 def _of_exchange(seen: Seen) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(seen)
-    del shown["excerpt"], shown["reads"], shown["events"]
+    del shown["began"], shown["excerpt"], shown["reads"], shown["events"]
     shown["fields"] = [[k, v] for k, v in seen.fields if k not in _SECRET_FIELDS]
     return shown | {"bytes": seen.size, "coding": seen.coding}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from itertools import pairwise
+from math import inf
 from statistics import median
 
 import msgspec
@@ -91,14 +92,18 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     is_sure: bool = False
 
 
-def shape_of(seen: Seen) -> Shape:
-    """Return how the body of a response came."""
+def shape_of(seen: Seen, quickest: float = inf) -> Shape:
+    """Return how the body of a response came.
+
+    Args:
+        quickest: the least lag of a paced event, of all exchanges with the same far end.
+    """
     events = [event for event in seen.events if event.sent is not None or not seen.is_paced]
     arrivals: list[float] = [one.at for one in events or seen.reads]
     if not arrivals:
         return Shape(pattern=Pattern.UNKNOWN)
     gaps = [after - before for before, after in pairwise(arrivals)]
-    pattern = _paced(events, seen.reads) if seen.is_paced else _arrived(arrivals, seen)
+    pattern = _paced(seen, events, quickest) if seen.is_paced else _arrived(arrivals, seen)
     return msgspec.structs.replace(
         pattern,
         events=len(arrivals),
@@ -107,6 +112,15 @@ def shape_of(seen: Seen) -> Shape:
         longest_gap_s=max(gaps, default=None),
         is_sure=seen.is_paced,
     )
+
+
+def lags_of(seen: Seen) -> list[float]:
+    """Return how long after it was sent each paced event came, by clocks that may disagree.
+
+    So the figures mean something beside others of the same far end alone.  The least one is that of
+    an event that nobody held; in a stream that a hop holds, there may be a single one.
+    """
+    return [seen.began + event.at - event.sent for event in seen.events if event.sent is not None]
 
 
 def beside(shape: Shape, behind: Shape | None) -> Shape:
@@ -166,10 +180,9 @@ def is_after(first: Event, stall_s: float, event: Event) -> bool:
 # --- sending times are known ----------------------------------------------------------------------
 
 
-def _paced(events: Sequence[Event], reads: Sequence[Read]) -> Shape:
-    sent = [event.sent or 0.0 for event in events]
-    lags = [event.at - at for event, at in zip(events, sent, strict=True)]
-    late = [lag - min(lags) for lag in lags]
+def _paced(seen: Seen, events: Sequence[Event], quickest: float) -> Shape:
+    sent, reads, lags = [event.sent or 0.0 for event in events], seen.reads, lags_of(seen)
+    late = [lag - min(quickest, *lags) for lag in lags]
     middle = median(late)
     took = sent[-1] - sent[0]
     if len(events) < FEWEST_EVENTS or took < _SHORTEST_S:

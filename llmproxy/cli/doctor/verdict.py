@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
+from math import inf
 
 import msgspec
 
@@ -23,6 +24,7 @@ from llmproxy.cli.doctor.shape import (
     Shape,
     beside,
     block_of,
+    lags_of,
     shape_of,
 )
 
@@ -146,8 +148,9 @@ def judge(seen: Observations, behind: Shape | None = None) -> Verdict:
         behind: how the stream came at the URL behind it, if there is one.
     """
     found = _fatal(seen.stream)
-    shape = beside(shape_of(seen.stream), behind)
-    plain = shape if seen.plain is None else shape_of(seen.plain)
+    quickest = _quickest(seen)
+    shape = beside(shape_of(seen.stream, quickest), behind)
+    plain = shape if seen.plain is None else shape_of(seen.plain, quickest)
     if not found:
         found = [
             *_of_arrival(seen, shape),
@@ -216,9 +219,15 @@ def _reason(seen: Seen) -> str:
     return f": {printable(words)}" if isinstance(words, str) and words else ""
 
 
+def _quickest(seen: Observations) -> float:
+    """Return the least lag of any paced event that came from a URL."""
+    streams = (seen.stream, seen.plain, seen.wide, seen.broken)
+    return min((lag for one in streams if one is not None for lag in lags_of(one)), default=inf)
+
+
 def _of_arrival(seen: Observations, shape: Shape) -> list[Finding]:
     stream, coding = seen.stream, printable(seen.stream.coding or "")
-    plain = shape_of(seen.plain) if seen.plain is not None else None
+    plain = shape_of(seen.plain, _quickest(seen)) if seen.plain is not None else None
     if stream.end is End.OPEN and not stream.reads:
         text = f"nothing of the body came within {stream.end_s:.0f} s"
         return [Finding(Kind.HELD, Level.BAD, text)]
@@ -265,7 +274,7 @@ def _is_held_by_coding(shape: Shape, plain: Shape) -> bool:
 
 def _of_size(seen: Observations, shape: Shape) -> Finding:
     """Return what holds a paced stream: a size, a time, or its end."""
-    wide = shape_of(seen.wide) if seen.wide is not None else None
+    wide = shape_of(seen.wide, _quickest(seen)) if seen.wide is not None else None
     if seen.wide is None or wide is None or wide.pattern is Pattern.HELD:
         kind = Kind.HELD if shape.pattern is Pattern.HELD else Kind.BLOCKS
         return Finding(kind, Level.BAD, _how(shape))

@@ -319,6 +319,17 @@ def test_what_cannot_be_told(stream: Seen, words: str) -> None:
     assert (verdict.state, [one.text for one in verdict.findings]) == (State.HEALTHY, [words])
 
 
+def test_a_single_event_on_time_tells_how_late_the_others_are() -> None:
+    """In a stream that HAProxy holds there is one, the last, which a busy machine may delay."""
+    stream, plain, broken = (
+        paced([*[at + 0.2 for at in ON_TIME[:-1]], ON_TIME[-1] + delay]) for delay in (0.15, 0.1, 0)
+    )
+    seen = at_url(stream, plain=plain, broken=broken)
+    assert kinds(seen)[0] is Kind.LATE
+    assert judge(seen).words == "each event is 200 ms late"
+    assert kinds(at_url(stream, plain=plain))[:1] != [Kind.LATE]  # there is nothing to go by
+
+
 def test_compressed_and_late_for_two_reasons() -> None:
     """A timer makes each event late, and compression later: both are told, and HAProxy is known."""
     late = paced([at + 0.2 for at in ON_TIME[:-1]] + ON_TIME[-1:])
