@@ -216,3 +216,11 @@ def test_another_id_is_a_404_in_words(stand: Stand, name: str) -> None:
         assert (got.status, "is kept" in got.json()["error"]["message"]) == (404, True)
         client.send(request("DELETE", "/streams/ended"))
         assert read_response(client).status == 405
+
+
+@pytest.mark.parametrize("path", ["/streams/ended", "/streams/ended/0"])
+def test_a_page_of_somebody_else_reads_none(stand: Stand, path: str) -> None:
+    """A browser may be told that its host's name is here (DNS rebinding)."""
+    with connect(stand.live.daemon.admin_port) as client:
+        client.send(request("GET", path, host="rebound.example"))
+        assert read_response(client).status == 421
