@@ -34,6 +34,16 @@ def find(program: str) -> str:
     return found
 
 
+def find_peer(program: str) -> str:
+    """Return the path of a program that ``make peers`` has from PyPI, or of another one.
+
+    Raises:
+        CannotBuildError: it is not installed.
+    """
+    newest = ROOT / ".venv-peers" / "bin" / program
+    return str(newest) if newest.exists() else find(program)
+
+
 def is_fresh(made: Path, *sources: Path) -> bool:
     """Tell whether ``made`` is there and younger than all that it is made from."""
     if not made.exists():

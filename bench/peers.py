@@ -72,7 +72,7 @@ def choose(wish: str) -> list[str]:
     """
     names = list(EVERY) if wish == "all" else [name.strip() for name in wish.split(",")]
     for name in names:
-        if split(name)[0] not in PEERS or name in ("caddy-tls", "cpython-tls"):
+        if split(name)[0] not in PEERS or (name not in EVERY and name != split(name)[0]):
             raise ValueError(f"no peer {name!r}; there are {', '.join(EVERY)}")
     ours: Iterable[str] = dict.fromkeys(sorted(ours_for(name) for name in names))
     return list(dict.fromkeys([*ours, *names]))
@@ -136,6 +136,34 @@ def _caddy(program: str, port: int, upstream: Upstream, folder: Path) -> Start:
     return Start(command, {"GOMAXPROCS": "1", "HOME": str(folder)})
 
 
+def _envoy(program: str, port: int, upstream: Upstream, folder: Path) -> Start:
+    tls = "" if upstream.authority is None else _ENVOY_TLS.format(upstream.authority)
+    made = folder / f"envoy-{port}.yaml"
+    config = render("envoy.yaml", made, port=port, upstream=upstream.port, envoy_tls=tls)
+    options = ["--concurrency", "1", "--disable-hot-restart", "-l", "error"]
+    return Start([program, *options, "-c", str(config)], {})
+
+
+_ENVOY_TLS = """\
+transport_socket:
+      name: tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        sni: localhost
+        common_tls_context:
+          validation_context:
+            trusted_ca: {{ filename: "{}" }}
+            match_typed_subject_alt_names: [{{ san_type: DNS, matcher: {{ exact: localhost }} }}]
+"""
+
+
+def _traefik(program: str, port: int, upstream: Upstream, folder: Path) -> Start:
+    made = folder / f"traefik-routes-{port}.yaml"
+    routes = render("traefik-routes.yaml", made, upstream=upstream.port)
+    config = render("traefik.yaml", folder / f"traefik-{port}.yaml", port=port, routes=routes)
+    return Start([program, f"--configFile={config}"], {"GOMAXPROCS": "1", "HOME": str(folder)})
+
+
 def _authority(upstream: Upstream) -> list[str]:
     return [] if upstream.authority is None else [str(upstream.authority)]
 
@@ -168,12 +196,14 @@ PEERS = {
     "nginx": Peer(lambda: build.find("nginx"), _nginx, lambda p: [p, "-v"]),
     "haproxy": Peer(lambda: build.find("haproxy"), _haproxy, lambda p: [p, "-v"]),
     "go": Peer(build.go_proxy, _go, lambda p: [build.find("go"), "version"]),
-    "caddy": Peer(lambda: build.find("caddy"), _caddy, lambda p: [p, "version"]),
+    "envoy": Peer(lambda: build.find_peer("envoy"), _envoy, lambda p: [p, "--version"]),
+    "caddy": Peer(lambda: build.find_peer("caddy"), _caddy, lambda p: [p, "version"]),
+    "traefik": Peer(lambda: build.find_peer("traefik"), _traefik, lambda p: [p, "version"]),
     "aiohttp": Peer(build.aiohttp_python, _aiohttp, lambda p: [p, "-c", _AIOHTTP_VERSION]),
     "cpython": Peer(lambda: sys.executable, _cpython, lambda p: [p, "--version"]),
 }
 
 EVERY = (
-    *("llmproxy", "nginx", "haproxy", "go", "caddy", "aiohttp", "cpython"),
-    *("llmproxy-tls", "nginx-tls", "haproxy-tls", "go-tls", "aiohttp-tls"),
+    *("llmproxy", "nginx", "haproxy", "envoy", "go", "caddy", "traefik", "aiohttp", "cpython"),
+    *("llmproxy-tls", "nginx-tls", "haproxy-tls", "envoy-tls", "go-tls", "aiohttp-tls"),
 )

@@ -70,6 +70,7 @@ def test_the_daemon_is_measured_with_every_choice() -> None:
     [
         (["--peer", "apache"], "no peer 'apache'"),
         (["--peer", "caddy-tls"], "no peer 'caddy-tls'"),
+        (["--peer", "traefik-tls"], "no peer 'traefik-tls'"),
         (["--work", "W1,W9"], "no workload 'W9'"),
         (["--runs", "0"], "above zero"),
         (["--secs", "0"], "above zero"),
@@ -255,7 +256,7 @@ def test_every_configuration_can_be_written(tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text("")
     for upstream in (peers.Upstream(9000), peers.Upstream(9000, authority)):
-        for name in ("nginx", "haproxy", "caddy", "llmproxy"):
+        for name in ("nginx", "haproxy", "envoy", "caddy", "traefik", "llmproxy"):
             if name != "nginx" or upstream.authority is not None:
                 peers.PEERS[name].start("program", 8000, upstream, tmp_path)
     for made in tmp_path.iterdir():
