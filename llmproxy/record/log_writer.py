@@ -73,11 +73,13 @@ class LogFile:
         return is_journal(self._descriptor, environ)
 
     def catch_crash(self) -> None:
-        """Write the stack of each thread here if the process is ended by a fault or by SIGABRT.
+        """Write the thread's stack here if the process is ended by a fault or by SIGABRT.
 
-        SIGABRT is what systemd's watchdog sends.
+        SIGABRT is what systemd's watchdog sends; the reactor's thread, which hangs, gets it.  The
+        other threads are left out: they may run meanwhile, and whoever reads their frames then may
+        crash before he comes to the reactor's, which stand last.
         """
-        faulthandler.enable(self._descriptor)
+        faulthandler.enable(self._descriptor, all_threads=False)
 
     def write(self, lines: bytes) -> None:
         """Write whole lines, however long that takes.
@@ -191,7 +193,7 @@ class LogWriter:
         self._thread: threading.Thread | None = None
 
     def catch_crash(self) -> None:
-        """Let the file have the stack of each thread if the process crashes; see LogFile."""
+        """Let the file have the thread's stack if the process crashes; see LogFile."""
         self._catches_crash = True
         self._file.catch_crash()
 
