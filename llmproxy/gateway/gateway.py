@@ -336,7 +336,8 @@ class Gateway(Handler):
         if exchange.left is not None and not (exchange.tap and exchange.tap.is_promising):
             raise exchange.left  # nobody waits for it, and nothing could be read in it
         adds = match.route.padding or match.route.heartbeat is not None
-        if not adds and (body := response.take_whole()) is not None:
+        # A client that has left gets nothing of it: the relay counts that.
+        if not adds and exchange.left is None and (body := response.take_whole()) is not None:
             self._pass(exchange, body, began)
             return
         relay = exchange.relay = Relay(

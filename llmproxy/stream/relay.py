@@ -251,7 +251,7 @@ class StreamStatistics:
 
 
 class Whole:
-    """A body that came whole: what is asked of a relay and of its statistics, of one that is over.
+    """A body that came whole; it looks like a relay that has ended, and like its statistics.
 
     There was nothing to pump, nothing to wait for, and nothing to pause.
 

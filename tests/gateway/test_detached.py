@@ -62,6 +62,25 @@ def test_a_detached_stream_is_read_for_its_usage(reason: Exception) -> None:
     assert played.value("cancel_seconds_count") == 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_whole_body_for_nobody_is_no_bytes_out(whole: bool) -> None:
+    """The client left before the head came; the usage is read all the same."""
+    played = PlayedGateway(route=DRAIN)
+    played.call(target=CHAT)
+    played.transport.end(FIN)
+    response = PlayedResponse(200, (KIND,))
+    response.whole = WHOLE if whole else None
+    played.asked.response.callback(response)
+    if response.body is not None:
+        response.push(WHOLE)
+        response.end()
+    trace = played.trace()
+    assert end_of(trace) == ("client_gone", "drain", "reported", 0)
+    assert (trace.chunks, trace.bytes_out) == (0, 0)
+    assert played.value("bytes_total", direction="out") == 0
+    assert played.value("chunks_total") == 0
+
+
 def test_detached_bytes_are_no_bytes_out() -> None:
     """Counters and record have only the bytes that the client got."""
     played, response = streaming()
