@@ -49,6 +49,7 @@ class Exchange:
     Attributes:
         match: the route that it takes, once that is chosen.
         candidate: the one of it that is asked, or whose response this is.
+        target: path and query as that one gets them.
         handshake: the WebSocket handshake that the request is, or None.
         waiting: its place in a queue, while it waits there.
         place: the place at a provider that it holds.
@@ -72,7 +73,7 @@ class Exchange:
     """
 
     __slots__ = (
-        *("candidate", "place", "waiting"),
+        *("candidate", "place", "target", "waiting"),
         *("at_work", "handshake", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
         *("is_detached", "is_late", "is_read_out", "known", "left", "length", "match"),
@@ -87,6 +88,7 @@ class Exchange:
         self.known: KnownHead | None = None if request.seen is None else request.seen.found
         self.match: RouteMatch | None = None
         self.candidate: Candidate | None = None
+        self.target = b""
         self.handshake: Handshake | None = None
         self.waiting: Waiting | None = None
         self.place: Place | None = None
@@ -247,13 +249,18 @@ class Exchange:
                 trace.counted_tokens = lease.settle(tokens)
             else:
                 trace.counted_tokens = self._settle_unknown(lease, tokens)
-        if relay is not None:
+        if isinstance(relay, Whole):
+            trace.chunks, trace.longest_gap_s, trace.chunks_at_once = relay.chunks, 0.0, 0
+            if relay.chunks:
+                trace.first_chunk_s = trace.last_chunk_s = round(relay.at - self.started, 6)
+        elif relay is not None:
+            statistics = relay.statistics
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
-            trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
-            trace.chunks_at_once = relay.statistics.at_once
-            if (first_at := relay.statistics.first_at) is not None:
+            trace.longest_gap_s = round(statistics.longest_gap, 6)
+            trace.chunks_at_once = statistics.at_once
+            if (first_at := statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
-                trace.last_chunk_s = round(relay.statistics.last_at - self.started, 6)
+                trace.last_chunk_s = round(statistics.last_at - self.started, 6)
 
     def body(self) -> Body | None:
         """Return how the response came from the provider; None where none began.

@@ -450,9 +450,17 @@ class ClientConnection(http.HTTPChannel):
 
     def _begin_again(self, seen: SeenHead, length: int, raw: bytes) -> None:
         """Do as :meth:`_begin`, with a head that is known."""
-        self._reader = LengthReader(length)
         self.persistent = seen.persistent
-        self._await_body(Request(self, seen, raw), length, [])
+        request = Request(self, seen, raw)
+        if 0 < length <= len(self._buffer) and request.holds_at_once(length, seen.body_limit):
+            body, self._buffer = self._buffer[:length], self._buffer[length:]
+            self.requests.append(request)
+            self._skips_line = True
+            self.phase, self.deadline = Phase.SERVING, math.inf
+            request.serve(body)
+            return
+        self._reader = LengthReader(length)
+        self._await_body(request, length, [])
 
     def _await_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
         """Go on with a request whose head is read."""

@@ -210,6 +210,18 @@ class Request(server.Request):
         else:
             self.refuse(memory_full())
 
+    def holds_at_once(self, size: int, limit: int) -> bool:
+        """Return whether a body that is here as a whole can be held; then it is."""
+        if size > limit or not self.site.memory.hold(self, size):
+            return False
+        self._limit = limit
+        return True
+
+    def serve(self, body: bytes) -> None:
+        """Serve the request with a whole body, which is held already."""
+        self.body, self.body_bytes = body, len(body)
+        self.process()
+
     def body_done(self) -> None:
         """The body is whole: serve the request, unless it is being served already."""
         if self.upload is not None:
@@ -378,13 +390,16 @@ class Request(server.Request):
 
     def write_last(self, data: bytes) -> None:
         """Put the last piece of the body on the wire, with the end that :meth:`finish` reports."""
-        if self.chunked and data and not (self._disconnected or self.ended or self._bodiless):
-            self.sent += len(data)
+        if not data or self._disconnected or self.ended or self._bodiless:
+            self.write(data)
+            return
+        self.sent += len(data)
+        head, self._head = self._head, b""
+        if self.chunked:
             self._is_whole = True
-            head, self._head = self._head, b""
             self.channel.write(b"".join((head, chunk(data), LAST_CHUNK)))
         else:
-            self.write(data)
+            self.channel.write(head + data)
 
     def verbatim(self) -> Callable[[bytes], object] | None:
         """Return what puts chunks of the chunked coding on the wire as they are.
