@@ -159,7 +159,7 @@ class Attempts:
             trace.attempts.append(Attempt(name, outcome, round(seconds, 6), cause))
             self._metrics.attempted(name, outcome, cause)
         self._metrics.head.note(seconds)
-        trace.head_s = round(self._clock() - exchange.started, 6)
+        trace.head_s = round(sent_at + seconds - exchange.started, 6)
         return response
 
     def _lines(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -43,10 +44,13 @@ _LABELLED = frozenset((*METHODS, b"CONNECT"))
 """The methods that are words in a label."""
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False, weakref=True):
     """One request under way: what is known of it so far, and how it can be stopped.
 
     Attributes:
+        request: its client's side.
+        trace: its record.
+        started: when it came, in monotonic seconds.
         match: the route that it takes, once that is chosen.
         candidate: the one of it that is asked, or whose response this is.
         target: path and query as that one gets them.
@@ -72,45 +76,35 @@ class Exchange:
         timer: rings after ``total``.
     """
 
-    __slots__ = (
-        *("candidate", "place", "target", "waiting"),
-        *("at_work", "handshake", "lease"),
-        *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("is_detached", "is_late", "is_read_out", "known", "left", "length", "match"),
-        *("page", "relay", "request", "response", "started", "status", "tap", "task"),
-        *("timer", "trace"),
-    )
-
-    def __init__(self, request: Request, trace: Trace, started: float) -> None:
-        self.request = request
-        self.trace = trace
-        self.started = started
-        self.known: KnownHead | None = None if request.seen is None else request.seen.found
-        self.match: RouteMatch | None = None
-        self.candidate: Candidate | None = None
-        self.target = b""
-        self.handshake: Handshake | None = None
-        self.waiting: Waiting | None = None
-        self.place: Place | None = None
-        self.page: Fields = []
-        self.decoded_body = b""
-        self.left: ClientGone | None = None
-        self.is_late = False
-        self.at_work = 0
-        self.relay: Relay | Whole | WebSocketRelay | None = None
-        self.response: Response | HeldResponse | None = None
-        self.content_type: bytes | None = None
-        self.content_encoding: bytes | None = None
-        self.length: bytes | None = None
-        self.status = 0
-        self.endpoint: Endpoint | None = None
-        self.tap: StreamAccumulator | DocumentTap | None = None
-        self.is_detached = False
-        self.is_read_out = False
-        self.detached_timer: Any = None
-        self.lease: Lease | None = None
-        self.task: Task | None = None
-        self.timer: Any = None
+    request: Request
+    trace: Trace
+    started: float
+    known: KnownHead | None = None
+    match: RouteMatch | None = None
+    candidate: Candidate | None = None
+    target: bytes = b""
+    handshake: Handshake | None = None
+    waiting: Waiting | None = None
+    place: Place | None = None
+    page: Fields = []
+    decoded_body: bytes = b""
+    left: ClientGone | None = None
+    is_late: bool = False
+    at_work: int = 0
+    relay: Relay | Whole | WebSocketRelay | None = None
+    response: Response | HeldResponse | None = None
+    content_type: bytes | None = None
+    content_encoding: bytes | None = None
+    length: bytes | None = None
+    status: int = 0
+    endpoint: Endpoint | None = None
+    tap: StreamAccumulator | DocumentTap | None = None
+    is_detached: bool = False
+    is_read_out: bool = False
+    detached_timer: Any = None
+    lease: Lease | None = None
+    task: Task | None = None
+    timer: Any = None
 
     def asked(self) -> None:
         """The provider may do the work from here on."""
@@ -126,8 +120,9 @@ class Exchange:
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
         self.length = first.get(b"content-length")
-        for head in (response, self.request):
-            head.fields, head.first = [], {}
+        request = self.request
+        response.fields, response.first = [], {}
+        request.fields, request.first = [], {}
 
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""

@@ -163,8 +163,7 @@ class Inspection:
             keeps: the content as well.
         """
         usage = result.usage
-        trace.served_model = result.model
-        trace.usage = usage.provenance
+        trace.served_model, trace.usage = result.model, usage.provenance
         trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
         trace.cache_read_tokens = usage.cache_read_tokens
         trace.cache_write_tokens = usage.cache_write_tokens
@@ -174,14 +173,14 @@ class Inspection:
         if keeps:
             _keep_content(trace, result)
         model = trace.model if trace.model in self._models else "other"
-        tokens = (
-            ("input", usage.input_tokens),
-            ("output", usage.output_tokens),
-            ("cache_read", usage.cache_read_tokens),
-            ("cache_write", usage.cache_write_tokens),
-            ("reasoning", usage.reasoning_tokens),
+        self._metrics.used(
+            (trace.client or "", trace.provider or "", model or "other"),
+            usage.input_tokens or 0,
+            usage.output_tokens or 0,
+            usage.cache_read_tokens or 0,
+            usage.cache_write_tokens or 0,
+            usage.reasoning_tokens or 0,
         )
-        self._metrics.used((trace.client or "", trace.provider or "", model or "other"), tokens)
 
     def _broke(self, trace: Trace) -> None:
         _log.failure("{id}: what its response holds could not be read", id=trace.id)

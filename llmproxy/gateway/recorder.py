@@ -101,11 +101,12 @@ class Recorder:
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        if request.seen is None:
-            trace = self.new_trace(request, self.now())
+        if (seen := request.seen) is None:
+            known, trace = None, self.new_trace(request, self.now())
         else:
-            trace = new_trace_like(request.seen.found.trace, request, self.now())
-        exchange = Exchange(request, trace, self._clock())
+            known = seen.found
+            trace = new_trace_like(known.trace, request, self.now())
+        exchange = Exchange(request, trace, self._clock(), known)
         self._running.add(exchange)
         self._metrics.request_began()
         return exchange

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import add
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -24,6 +25,9 @@ from prometheus_client.core import (
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 _FINE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _DELAYS = (0.00005, 0.0001, 0.00025, *_FINE_SECONDS, 10.0, 60.0)
+
+TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
+"""The types of tokens, as labels have them."""
 
 _STEPS = 256
 """Beginnings and ends of requests after which the values that they have are counted."""
@@ -139,7 +143,7 @@ class Metrics:
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._held_back: dict[Labels, int] = defaultdict(int)
-        self._tokens: dict[Labels, int] = defaultdict(int)
+        self._tokens: dict[Labels, tuple[int, ...]] = {}
         self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
         self._steps = 0  # requests that began or ended since values were counted
@@ -207,16 +211,15 @@ class Metrics:
         """The events of a stream came in bursts."""
         self._held_back[provider,] += 1
 
-    def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
+    def used(self, labels: Labels, *tokens: int) -> None:
         """Count the tokens of a response.
 
         Args:
             labels: client, provider and model.
-            tokens: by type, None where the provider did not say.
+            tokens: of each type of :data:`TOKENS`; 0 where the provider did not say.
         """
-        for kind, count in tokens:
-            if count:
-                self._tokens[*labels, kind] += count
+        counted = self._tokens.get(labels)
+        self._tokens[labels] = tokens if counted is None else (*map(add, counted, tokens),)
 
     def request_began(self) -> None:
         """A request is being served."""
@@ -278,7 +281,7 @@ class Metrics:
                 "tokens",
                 "Tokens, as the providers count them.",
                 ["client", "provider", "model", "type"],
-                self._tokens,
+                self._tokens_by_type(),
             ),
             (
                 "tap_degraded",
@@ -307,6 +310,14 @@ class Metrics:
         yield CounterMetricFamily(
             _PREFIX + "pause_seconds", "Seconds for which clients paused bodies.", value=paused
         )
+
+    def _tokens_by_type(self) -> dict[Labels, int]:
+        return {
+            (*labels, kind): count
+            for labels, counts in self._tokens.items()
+            for kind, count in zip(TOKENS, counts, strict=True)
+            if count
+        }
 
     def _gauges(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

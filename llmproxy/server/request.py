@@ -341,7 +341,7 @@ class Request(server.Request):
         self.startedWriting = 1
         self.status = self.code = status
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        fields = list(fields)
+        fields = [*fields]
         if (length := dict(fields).get(b"content-length")) is not None:
             if status == 204:  # whoever reads one there waits for a body: RFC 9110, 8.6
                 fields = [field for field in fields if field[0] != b"content-length"]

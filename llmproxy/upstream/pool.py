@@ -259,10 +259,14 @@ class ProviderPool:
         if self._idle_count >= self._most_idle or keep <= 0 or connection in self._last:
             connection.abort()
             return
-        connection.expires_at = self._clock() + keep
-        self._idle.setdefault(connection.pool_key, deque()).append(connection)
+        connection.expires_at = at = self._clock() + keep
+        idle = self._idle.get(connection.pool_key)
+        if idle is None:
+            idle = self._idle[connection.pool_key] = deque()
+        idle.append(connection)
         self._idle_count += 1
-        self._watch_expiry(connection.expires_at)
+        if at < self._expiry_at:
+            self._watch_expiry(at)
 
     def _forget(self, connection: Connection) -> None:
         self._live.discard(connection)
@@ -277,9 +281,7 @@ class ProviderPool:
             del self._idle[connection.pool_key]
 
     def _watch_expiry(self, at: float) -> None:
-        """Keep one timer, for the connection that expires first."""
-        if at >= self._expiry_at:
-            return
+        """Keep one timer, for the connection that expires first, which does at ``at``."""
         if self._expiry is not None:
             self._expiry.cancel()
         self._expiry_at = at
@@ -293,7 +295,7 @@ class ProviderPool:
             for connection in list(idle):
                 if now >= connection.expires_at:
                     connection.abort()
-                else:
+                elif connection.expires_at < self._expiry_at:
                     self._watch_expiry(connection.expires_at)
 
 
