@@ -291,7 +291,7 @@ def test_lines_that_came_before_are_read_as_others(lines: list[bytes]) -> None:
 
 def test_few_lines_are_remembered_and_no_private_one() -> None:
     """Neither a cookie, nor a long one, nor ever more of them."""
-    known: Any = grammar._field_of.__self__
+    known: Any = grammar._field_of.__self__  # type: ignore[attr-defined]  # of a dictionary
     known.clear()
     parse_known_fields([b"Set-Cookie: s=secret", b"long: " + b"x" * 200, b"server: x"])
     assert list(known) == [b"server: x"]
