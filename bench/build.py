@@ -59,6 +59,20 @@ def tool(name: str) -> str:
     return str(made)
 
 
+def load_by_tls() -> str:
+    """Build the load generator whose connections are by TLS; return its path.
+
+    Raises:
+        CannotBuildError: gcc or OpenSSL's headers are missing.
+    """
+    made = CACHE / "load-tls"
+    if not is_fresh(made, *SOURCES.iterdir()):
+        source = str(SOURCES / "load.c")
+        options = ("-O2", "-DWITH_TLS", "-o", str(made), source, "-lssl", "-lcrypto")
+        _run("load by TLS", find("gcc"), *options)
+    return str(made)
+
+
 def go_proxy() -> str:
     """Build Go's ReverseProxy; return its path."""
     return go_program("proxies/reverseproxy.go")
