@@ -63,12 +63,14 @@ class Peer(NamedTuple):
         start: from that program, where it listens, the provider and a folder for its files.
         version: what tells its version, from its program.
         ends_tls: it can listen by TLS.
+        works: the workloads that it can do, where that is not every one.
     """
 
     needs: Callable[[], str]
     start: Callable[[str, Listen, Upstream, Path], Start]
     version: Callable[[str], list[str]]
     ends_tls: bool = False
+    works: tuple[str, ...] | None = None
 
 
 def split(name: str) -> tuple[str, bool]:
@@ -79,8 +81,11 @@ def split(name: str) -> tuple[str, bool]:
 def takes(name: str, work: Work) -> bool:
     """Tell whether a proxy is measured with a workload."""
     kind, secure = split(name)
+    peer = PEERS[kind]
+    if peer.works is not None and work.name not in peer.works:
+        return False
     if work.tls_clients:
-        return secure and PEERS[kind].ends_tls
+        return secure and peer.ends_tls
     return work.tls_upstream or not secure
 
 
@@ -236,6 +241,25 @@ def _aiohttp(program: str, listen: Listen, upstream: Upstream, _: Path) -> Start
     return Start([program, script, str(listen.port), upstream.url, *_authority(upstream)], {})
 
 
+def _litellm(program: str, listen: Listen, upstream: Upstream, folder: Path) -> Start:
+    made = folder / f"litellm-{listen.port}.yaml"
+    config = render("litellm.yaml", made, key=KEY, url=upstream.url)
+    options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(listen.port)]
+    options += ["--num_workers", "1", "--log_config", str(build.PROXIES / "litellm-log.json")]
+    environ = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    return Start([str(Path(program).parent / "litellm"), *options], environ, f"/bench{PATH}")
+
+
+def _portkey(program: str, listen: Listen, upstream: Upstream, _: Path) -> Start:
+    command = [build.find("node"), program, f"--port={listen.port}", "--headless"]
+    fields = (
+        "x-portkey-provider: openai",
+        f"x-portkey-custom-host: {upstream.url}/v1",
+        "x-portkey-forward-headers: x-mock",
+    )
+    return Start(command, {"NODE_ENV": "production"}, PATH, fields)
+
+
 def _cpython(program: str, listen: Listen, upstream: Upstream, _: Path) -> Start:
     script = str(build.PROXIES / "cpython.py")
     return Start([program, script, str(listen.port), str(upstream.port)], {})
@@ -244,11 +268,16 @@ def _cpython(program: str, listen: Listen, upstream: Upstream, _: Path) -> Start
 _AIOHTTP_VERSION = (
     "import aiohttp, uvloop; print(aiohttp.__version__, 'uvloop', uvloop.__version__)"
 )
+_LITELLM_VERSION = "from importlib.metadata import version; print(version('litellm'))"
+_PORTKEY_VERSION = "require('{}/package.json').version + ' Node ' + process.version"
 _OUR_VERSION = (
     "import sys, twisted, treq, llmproxy.version as v;"
     "print(v.version(), 'CPython', sys.version.split()[0], 'Twisted', twisted.__version__,"
     " 'treq', treq.__version__)"
 )
+
+_SLOW = ("W1", "W3", "START")
+"""What gateways can do that need milliseconds for each event or request."""
 
 PEERS = {
     "llmproxy": Peer(
@@ -263,10 +292,20 @@ PEERS = {
     "caddy": Peer(lambda: build.find_peer("caddy"), _caddy, lambda p: [p, "version"]),
     "traefik": Peer(lambda: build.find_peer("traefik"), _traefik, lambda p: [p, "version"]),
     "aiohttp": Peer(build.aiohttp_python, _aiohttp, lambda p: [p, "-c", _AIOHTTP_VERSION]),
+    "litellm": Peer(
+        build.litellm_python, _litellm, lambda p: [p, "-c", _LITELLM_VERSION], works=_SLOW
+    ),
+    "portkey": Peer(
+        build.portkey,
+        _portkey,
+        lambda p: [build.find("node"), "-p", _PORTKEY_VERSION.format(Path(p).parents[1])],
+        works=_SLOW,
+    ),
     "cpython": Peer(lambda: sys.executable, _cpython, lambda p: [p, "--version"]),
 }
 
 EVERY = (
-    *("llmproxy", "nginx", "haproxy", "envoy", "go", "caddy", "traefik", "aiohttp", "cpython"),
+    *("llmproxy", "nginx", "haproxy", "envoy", "go", "caddy", "traefik", "aiohttp"),
+    *("litellm", "portkey", "cpython"),
     *("llmproxy-tls", "nginx-tls", "haproxy-tls", "envoy-tls", "go-tls", "aiohttp-tls"),
 )

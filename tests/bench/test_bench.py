@@ -76,6 +76,7 @@ def test_the_daemon_is_measured_with_every_choice() -> None:
         (["--peer", "apache"], "no peer 'apache'"),
         (["--peer", "caddy-tls"], "no peer 'caddy-tls'"),
         (["--peer", "traefik-tls"], "no peer 'traefik-tls'"),
+        (["--peer", "litellm-tls"], "no peer 'litellm-tls'"),
         (["--work", "W1,W99"], "no workload 'W99'"),
         (["--runs", "0"], "above zero"),
         (["--secs", "0"], "above zero"),
@@ -104,11 +105,12 @@ def test_every_workload_has_whole_arguments() -> None:
 def test_each_proxy_has_the_workloads_that_it_can_do() -> None:
     """TLS on both sides is for those that can end it; some works are done plainly alone."""
     taken = {name: works.WORKS[name] for name in ("W1", "W8", "W8T", "W9", "START")}
-    asked = ("go", "go-tls", "aiohttp-tls")
+    asked = ("go", "go-tls", "aiohttp-tls", "litellm")
     assert {name: [work for work in taken if peers.takes(name, taken[work])] for name in asked} == {
         "go": ["W1", "W8", "W9", "START"],
         "go-tls": ["W1", "W8", "W8T"],
         "aiohttp-tls": ["W1", "W8"],
+        "litellm": ["W1", "START"],
     }
 
 
@@ -344,6 +346,37 @@ def test_a_missing_program_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         build.find("gcc")
 
 
+def test_an_interpreter_that_is_not_there_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is named, and no environment is made."""
+    monkeypatch.setattr(build, "CACHE", tmp_path)
+    with pytest.raises(build.CannotBuildError, match=r"llmproxy cannot be built: .*python9\.9"):
+        build.environment("llmproxy", "python9.9", "twisted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_is_made_once_and_anew_for_something_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is kept as long as the interpreter and what is installed are the same."""
+    ran = []
+
+    def run(what: str, *command: str) -> str:
+        ran.append(command)
+        (tmp_path / "env-x").mkdir(exist_ok=True)
+        return "3.12"
+
+    monkeypatch.setattr(build, "CACHE", tmp_path)
+    monkeypatch.setattr(build, "_run", run)
+    assert build.environment("x", "python3.12", "one==1").endswith("env-x/bin/python")
+    assert [command[1:3] for command in ran[1:]] == [("-m", "venv"), ("-m", "pip")]
+    build.environment("x", "python3.12", "one==1")
+    assert len(ran) == 4
+    build.environment("x", "python3.12", "one==2")
+    assert ran[-1][-1] == "one==2"
+
+
 def test_every_configuration_can_be_written(tmp_path: Path) -> None:
     """No placeholder is left, plain and by TLS, and the daemon takes its own."""
     authority = tmp_path / "ca.pem"
@@ -351,7 +384,7 @@ def test_every_configuration_can_be_written(tmp_path: Path) -> None:
     pair = tmp_path / "localhost.pem"
     pair.write_text("KEY\n-----BEGIN CERTIFICATE-----\n")
     for upstream in (peers.Upstream(9000), peers.Upstream(9000, authority)):
-        for name in ("nginx", "haproxy", "envoy", "caddy", "traefik", "llmproxy"):
+        for name in ("nginx", "haproxy", "envoy", "caddy", "traefik", "litellm", "llmproxy"):
             if name != "nginx" or upstream.authority is not None:
                 peers.PEERS[name].start("program", Listen(8000), upstream, tmp_path)
     for name, peer in peers.PEERS.items():
