@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,22 @@ def go_program(name: str) -> str:
     if not is_fresh(made, source):
         _run(source.stem, find("go"), "build", "-o", str(made), str(source))
     return str(made)
+
+
+def daemon_python(python: str) -> tuple[str, str]:
+    """Install what the daemon needs for another CPython; return its version, and its Python there.
+
+    Raises:
+        CannotBuildError: there is no such interpreter, or pip cannot do that.
+    """
+    told = "import platform; print(platform.python_version())"
+    version = _run(f"llmproxy for {python}", python, "-c", told).strip()
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needs = setup["options"]["install_requires"].split("\n")
+    pins = ("-c", str(ROOT / "constraints.txt"))
+    name = f"llmproxy-{version}"
+    return version, environment(name, python, *pins, *(line for line in needs if line))
 
 
 def aiohttp_python() -> str:

@@ -25,7 +25,7 @@ from bench.processes import Program, free_port
 from bench.ramps import highest, most_streams
 from bench.rig import Bench, LoadError, Target, open_bench
 from bench.starting import starts
-from bench.table import table
+from bench.table import OURS, table
 from bench.works import WORKS, Figures, Work
 
 Runs = dict[str, dict[str, list[Figures]]]
@@ -37,6 +37,7 @@ def options(args: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--peer", default="all", help=f"some of {','.join(peers.EVERY)} (default all)")
     add("--work", default=",".join(WORKS), help=f"some of {','.join(WORKS)} (default all)")
+    add("--python", action="append", default=[], help="another CPython, for a line of its own")
     add("--runs", type=int, default=3, help="rounds, of which medians are shown (default 3)")
     add("--secs", type=float, default=5.0, help="seconds of W1 and W3 (default 5)")
     add(
@@ -63,6 +64,20 @@ def estimate(names: Sequence[str], works: Sequence[str], runs: int, secs: float)
         4 + work.seconds + own.get(work.name, 0) for name in names for work in _taken(name, works)
     )
     return runs * seconds / 60
+
+
+def other_interpreters(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the names of the daemon under other CPythons, by TLS where the daemon is."""
+    found: list[str] = []
+    for path in paths:
+        try:
+            plain, secure = peers.add_interpreter(path)
+        except build.CannotBuildError as error:
+            print(f"left out: {error}")
+        else:
+            found += [plain] if OURS in names else []
+            found += [secure] if f"{OURS}-tls" in names else []
+    return list(dict.fromkeys(found))
 
 
 def available(names: Sequence[str]) -> dict[str, str]:
@@ -163,6 +178,7 @@ def main(args: Sequence[str]) -> int:
             asked.work.remove(name)
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _interrupted)
+    asked.peer += other_interpreters(asked.python, asked.peer)
     programs = available(asked.peer)
     machine, when, commit = results.machine(), results.now(), results.commit()
     minutes = estimate(asked.peer, asked.work, asked.runs, asked.secs)

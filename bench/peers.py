@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from bench import build
 from bench.processes import free_port
-from bench.table import ours_for
+from bench.table import OURS, ours_for
 from bench.works import Work
 
 KEY = "bench-key"
@@ -303,6 +303,19 @@ PEERS = {
     ),
     "cpython": Peer(lambda: sys.executable, _cpython, lambda p: [p, "--version"]),
 }
+
+
+def add_interpreter(python: str) -> list[str]:
+    """Add the daemon as another CPython runs it; return its names, plain and by TLS.
+
+    Raises:
+        CannotBuildError: there is no such interpreter, or pip has not what the daemon needs.
+    """
+    version, program = build.daemon_python(python)
+    name = f"{OURS}-{version}"
+    PEERS[name] = PEERS[OURS]._replace(needs=lambda: program)
+    return [name, f"{name}-tls"]
+
 
 EVERY = (
     *("llmproxy", "nginx", "haproxy", "envoy", "go", "caddy", "traefik", "aiohttp"),

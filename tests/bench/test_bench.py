@@ -356,6 +356,28 @@ def test_an_interpreter_that_is_not_there_is_reported(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_daemon_has_a_line_for_each_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is compared with the daemon's usual line, and one that cannot be had is left out."""
+
+    def have(python: str) -> tuple[str, str]:
+        if python == "none":
+            raise build.CannotBuildError("none cannot be had")
+        return "3.12.1", python
+
+    monkeypatch.setattr(build, "daemon_python", have)
+    monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
+    monkeypatch.setattr(compare, "PEERS", peers.PEERS)
+    asked = compare.options(["--peer", "go", "--python", "python3.12", "--python", "none"])
+    names = compare.other_interpreters(asked.python, asked.peer)
+    assert names == ["llmproxy-3.12.1"]
+    assert "left out: none cannot be had" in capsys.readouterr().out
+    assert compare.available(names) == {"llmproxy-3.12.1": "python3.12"}
+    assert peers.takes(names[0], works.WORKS["W9"])
+    assert table.ours_for(names[0]) == "llmproxy"
+
+
 def test_an_environment_is_made_once_and_anew_for_something_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
