@@ -29,7 +29,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops bench bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
+.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops bench bench-docs bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -91,6 +91,17 @@ docs-hops: $(DEV_STAMP) ## the table in docs/buffering.rst, from real programs (
 
 bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
 	@$(BIN)/python -m bench.compare $(foreach python,$(named),--python $(python)) $(ARGS)
+
+# The second run is of those that are shown for W1, W3, W8 and START alone, other CPythons among them.
+bench-docs: $(DEV_STAMP) ## tables and pictures of docs/benchmark.rst, in hours (RESULTS="FILE FILE": from those)
+	@mkdir -p build/bench
+	@test -n "$(RESULTS)" || $(BIN)/python -m bench.compare --out build/bench/docs-1.json \
+	    --peer nginx,envoy,go,nginx-tls,envoy-tls,go-tls \
+	    --work W1,W2,W3,W4,W5,W7,W8,W8T,W9,W10,STREAMS,START $(ARGS)
+	@test -n "$(RESULTS)" || $(BIN)/python -m bench.compare --out build/bench/docs-2.json \
+	    --peer haproxy,caddy,traefik,aiohttp,litellm,portkey,cpython --work W1,W3,W8,START \
+	    $(foreach python,$(named),--python $(python)) $(ARGS)
+	@$(BIN)/python -m bench.report $(or $(RESULTS),build/bench/docs-1.json build/bench/docs-2.json)
 
 bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a minute (ARGS="--help")
 	@$(BIN)/python -m bench.quick $(ARGS)
