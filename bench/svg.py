@@ -102,25 +102,25 @@ def draw_lines(picture: Lines) -> str:
     """Return a picture of lines, each with its name at its end."""
     xs = [x for line in picture.lines for x, _ in line.points]
     ys = [y for line in picture.lines for _, y in line.points]
-    right, floor_, ceiling = _nice(max(xs)), 0.0, _nice(max(ys))
+    right, lowest, highest = _nice(max(xs)), 0.0, _nice(max(ys))
     if picture.logarithmic:
-        floor_, ceiling = 10.0 ** floor(log10(min(ys))), 10.0 ** ceil(log10(max(ys)))
-    room, bottom = WIDTH - _LEFT - _RIGHT, _HEAD + _PLOT
+        lowest, highest = 10.0 ** floor(log10(min(ys))), 10.0 ** ceil(log10(max(ys)))
+    room, bottom = WIDTH - _LEFT - _RIGHT, _HEAD + 10 + _PLOT
 
     def across(x: float) -> float:
         return _LEFT + room * x / right
 
     def up(y: float) -> float:
         if picture.logarithmic:
-            return bottom - _PLOT * log10(y / floor_) / log10(ceiling / floor_)
-        return bottom - _PLOT * y / ceiling
+            return bottom - _PLOT * log10(y / lowest) / log10(highest / lowest)
+        return bottom - _PLOT * y / highest
 
     parts = [
         _text(_GAP, 24, picture.title, "ink title"),
         _text(_GAP, 42, picture.unit, "faint"),
         _text(_LEFT + room / 2, bottom + 38, picture.below, "faint", "middle"),
     ]
-    for y in _decades(floor_, ceiling) if picture.logarithmic else _ticks(ceiling):
+    for y in _decades(lowest, highest) if picture.logarithmic else _ticks(highest):
         grid = f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_LEFT + room}"/>'
         parts += [grid, _text(_LEFT - 8, up(y) + 4, short(y), "faint", "end")]
     for x in _ticks(right):

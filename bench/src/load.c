@@ -193,7 +193,7 @@ static void take_first(struct conn *c, uint64_t now)
     c->first_at = now;
     note(&firsts, (now - c->asked_at) / 1e3);
     opened += c->number >= beside && c->asked == 1;
-    if (beside && opened == count - beside) opening_until = now;
+    if (beside && !opening_until && opened == count - beside) opening_until = now;
 }
 
 static void take_body(struct conn *c, const char *data, size_t size)
