@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,8 @@ _LONGEST = 4.0
 
 Medians = Mapping[str, Mapping[str, Figures]]
 """By workload and proxy."""
+
+Points = list[tuple[float, float]]
 
 
 class Column(NamedTuple):
@@ -295,7 +297,7 @@ def _delay(medians: Medians) -> str | None:
 
 
 def _memory(medians: Medians) -> str | None:
-    def points(seen: Figures, proxy: str) -> list[tuple[float, float]]:
+    def points(seen: Figures, proxy: str) -> Points:
         first = medians.get("START", {}).get(proxy, {}).get("idle_mib")
         last = medians.get("W4", {}).get(proxy, {}).get("pss_mib")
         found = [] if first is None else [(0.0, first)]
@@ -307,7 +309,7 @@ def _memory(medians: Medians) -> str | None:
     return draw_lines(Lines("Memory over streams", below, "PSS, MiB", drawn)) if drawn else None
 
 
-def _points(seen: Figures, figure: str, by: float) -> list[tuple[float, float]]:
+def _points(seen: Figures, figure: str, by: float) -> Points:
     steps = [name.partition("@") for name in seen]
     found = [
         (float(step), seen[f"{figure}@{step}"] / by)
@@ -317,7 +319,7 @@ def _points(seen: Figures, figure: str, by: float) -> list[tuple[float, float]]:
     return sorted(found)
 
 
-def _drawn(medians: Medians, points: Any) -> list[Line]:
+def _drawn(medians: Medians, points: Callable[[Figures, str], Points]) -> list[Line]:
     seen = medians.get("STREAMS", {})
     lines = [
         Line(title_of(name), _COLOURS[name], points(seen[name], name))

@@ -19,6 +19,8 @@ _HEAD = 52
 _GAP = 24
 _PLOT = 300
 _LEFT, _RIGHT, _FOOT = 62, 96, 46
+_ROOM, _BOTTOM = WIDTH - _LEFT - _RIGHT, _HEAD + 10 + _PLOT
+_NEAR = 6
 
 _STYLE = """\
 .ground{fill:#fff}.ink{fill:#1f2328}.faint{fill:#59636e}.grid{stroke:#d1d9e0;stroke-width:1}
@@ -98,52 +100,72 @@ def _panel(panel: Bars, left: float, width: float) -> Iterable[str]:
         yield _text(start + size + 6, top + 17, short(bar.value), "ink")
 
 
-def draw_lines(picture: Lines) -> str:
-    """Return a picture of lines, each with its name at its end."""
+class _Scale(NamedTuple):
+    """Where a point stands in the plot."""
+
+    right: float
+    lowest: float
+    highest: float
+    logarithmic: bool
+
+    def across(self, x: float) -> float:
+        return _LEFT + _ROOM * x / self.right
+
+    def up(self, y: float) -> float:
+        share = y / self.highest
+        if self.logarithmic:
+            share = log10(y / self.lowest) / log10(self.highest / self.lowest)
+        return _BOTTOM - _PLOT * share
+
+    def levels(self) -> list[float]:
+        if not self.logarithmic:
+            return _ticks(self.highest)
+        decades = round(log10(self.highest / self.lowest))
+        return [self.lowest * 10.0**at for at in range(decades + 1)]
+
+
+def _scale(picture: Lines) -> _Scale:
     xs = [x for line in picture.lines for x, _ in line.points]
     ys = [y for line in picture.lines for _, y in line.points]
-    right, lowest, highest = _nice(max(xs)), 0.0, _nice(max(ys))
-    if picture.logarithmic:
-        lowest, highest = 10.0 ** floor(log10(min(ys))), 10.0 ** ceil(log10(max(ys)))
-    room, bottom = WIDTH - _LEFT - _RIGHT, _HEAD + 10 + _PLOT
+    if not picture.logarithmic:
+        return _Scale(_nice(max(xs)), 0.0, _nice(max(ys)), logarithmic=False)
+    decades = floor(log10(min(ys))), ceil(log10(max(ys)))
+    lowest, highest = (10.0**decade for decade in decades)
+    return _Scale(_nice(max(xs)), lowest, max(highest, 10 * lowest), logarithmic=True)
 
-    def across(x: float) -> float:
-        return _LEFT + room * x / right
 
-    def up(y: float) -> float:
-        if picture.logarithmic:
-            return bottom - _PLOT * log10(y / lowest) / log10(highest / lowest)
-        return bottom - _PLOT * y / highest
-
+def draw_lines(picture: Lines) -> str:
+    """Return a picture of lines, each with its name at its end."""
+    scale = _scale(picture)
+    places = _apart({line.name: scale.up(line.points[-1][1]) for line in picture.lines})
     parts = [
         _text(_GAP, 24, picture.title, "ink title"),
         _text(_GAP, 42, picture.unit, "faint"),
-        _text(_LEFT + room / 2, bottom + 38, picture.below, "faint", "middle"),
+        _text(_LEFT + _ROOM / 2, _BOTTOM + 38, picture.below, "faint", "middle"),
     ]
-    for y in _decades(lowest, highest) if picture.logarithmic else _ticks(highest):
-        grid = f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_LEFT + room}"/>'
-        parts += [grid, _text(_LEFT - 8, up(y) + 4, short(y), "faint", "end")]
-    for x in _ticks(right):
-        parts.append(_text(across(x), bottom + 18, short(x), "faint", "middle"))
-    names = {line.name: up(line.points[-1][1]) for line in picture.lines}
-    places = _apart(names)
+    for y in scale.levels():
+        parts.append(f'<path class="grid" d="M{_LEFT} {scale.up(y):.1f}h{_ROOM}"/>')
+        parts.append(_text(_LEFT - 8, scale.up(y) + 4, short(y), "faint", "end"))
+    for x in _ticks(scale.right):
+        parts.append(_text(scale.across(x), _BOTTOM + 18, short(x), "faint", "middle"))
     for line in picture.lines:
-        points = [(across(x), up(y)) for x, y in line.points]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        stroke = f'fill="none" stroke="{line.colour}" stroke-width="2.2"'
-        parts.append(f'<polyline points="{joined}" {stroke}/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.colour}"/>' for x, y in points
-        ]
-        x, y = points[-1]
-        place = places[line.name]
-        if abs(place - y) > 6:
-            parts.append(
-                f'<path d="M{x:.1f} {y:.1f}L{x + 8:.1f} {place:.1f}" {stroke} opacity=".5"/>'
-            )
-        label = f'x="{x + 10:.1f}" y="{place + 4:.1f}" fill="{line.colour}"'
-        parts.append(f"<text {label}>{escape(line.name)}</text>")
-    return _picture(bottom + _FOOT, parts, picture.title)
+        parts += _line(line, scale, places[line.name])
+    return _picture(_BOTTOM + _FOOT, parts, picture.title)
+
+
+def _line(line: Line, scale: _Scale, place: float) -> Iterable[str]:
+    """Draw a line, and its name at ``place``, to which a stroke leads where that is not near."""
+    points = [(scale.across(x), scale.up(y)) for x, y in line.points]
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    stroke = f'fill="none" stroke="{line.colour}" stroke-width="2.2"'
+    yield f'<polyline points="{joined}" {stroke}/>'
+    for x, y in points:
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.colour}"/>'
+    x, y = points[-1]
+    if abs(place - y) > _NEAR:
+        yield f'<path d="M{x:.1f} {y:.1f}L{x + 8:.1f} {place:.1f}" {stroke} opacity=".5"/>'
+    label = f'x="{x + 10:.1f}" y="{place + 4:.1f}" fill="{line.colour}"'
+    yield f"<text {label}>{escape(line.name)}</text>"
 
 
 def _picture(height: float, parts: Iterable[str], title: str) -> str:
@@ -173,10 +195,6 @@ def _nice(most: float) -> float:
 
 def _ticks(most: float) -> list[float]:
     return [at * _step(most) for at in range(round(most / _step(most)) + 1)]
-
-
-def _decades(least: float, most: float) -> list[float]:
-    return [10.0**at for at in range(round(log10(least)), round(log10(most)) + 1)]
 
 
 def _apart(wanted: Mapping[str, float], distance: float = 15) -> dict[str, float]:

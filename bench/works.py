@@ -308,7 +308,14 @@ def _closing(left: Sequence[Sequence[int]], closes: Mapping[int, int]) -> Figure
 
 def combine(runs: Sequence[Figures]) -> Figures:
     """Return the medians of several runs; failures and shares are the worst."""
-    worst = ("failures", "untold", "load_share", "late_share", "beyond_load_share")
+    worst = (
+        "failures",
+        "untold",
+        "load_share",
+        "late_share",
+        "beyond_load_share",
+        "beyond_late_share",
+    )
     names = dict.fromkeys(name for run in runs for name in run)
     return {
         name: (max if name in worst else median)([run[name] for run in runs if name in run])

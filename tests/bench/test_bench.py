@@ -189,8 +189,9 @@ def test_a_rate_is_sustained_only_when_everything_is_whole() -> None:
 class Tiring:
     """A rig whose proxy holds so many streams; ``asked`` has the number of each step."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, on_time: int = 10_000) -> None:
         self.most = most
+        self.on_time = on_time
         self.asked: list[int] = []
 
     def observe(self, _: Target, args: list[str], proxy: object = None) -> works.Observed:
@@ -198,7 +199,8 @@ class Tiring:
         count = int(args[args.index("--conns") + 1])
         self.asked.append(count)
         delay = {"p50": 10.0, "p99": 1e6 if count > self.most else float(count), "p999": 0.0}
-        return observed(delay_us=delay, cpu_us=1_500_000)
+        stats = {"timed": 100, "late": 50 if count > self.on_time else 0}
+        return observed(stats=stats, delay_us=delay, cpu_us=1_500_000)
 
 
 def test_streams_rise_until_delays_are_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +213,17 @@ def test_streams_rise_until_delays_are_too_long(monkeypatch: pytest.MonkeyPatch)
     assert [found[f"delay_p99@{count}"] for count in rig.asked[:3]] == [100.0, 250.0, 500.0]
     assert (found["pss_mib@500"], "delay_p99@750" in found) == (3.0, False)
     assert "at the next step load generator at 90 %" in table.remarks(found)
+
+
+def test_streams_end_where_the_provider_no_longer_keeps_its_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy that would hold more is not said to hold what nobody sent in time."""
+    monkeypatch.setattr(ramps, "_REST", 0.0)
+    rig: Any = Tiring(5000, on_time=300)
+    found = ramps.most_streams(rig, Target(1, "/"), rig)
+    assert (found["max_streams"], found["beyond_late_share"]) == (250, 50.0)
+    assert table.remarks(found).endswith("at the next step 50 % of events sent late")
 
 
 def test_runs_are_combined_into_medians() -> None:
