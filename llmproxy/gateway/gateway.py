@@ -228,6 +228,8 @@ class Gateway(Handler):
                 end = exchange.left.end
         except Exception as problem:
             end, error = exchange.judge(problem)
+            # From CPython 3.12 on its frames lead back to it, by the Failure that threw it in here.
+            problem.__traceback__ = None
         if error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
         self.detached.over(exchange)
