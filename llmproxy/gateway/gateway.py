@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config, Route
 from llmproxy.config.host_pattern import HostPatterns
@@ -51,7 +50,7 @@ from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMa
 from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import own_fields, too_large
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import Heartbeat
 from llmproxy.stream.relay import Batch, Relay, Whole

@@ -21,7 +21,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocol
 from twisted.python.failure import Failure
-from twisted.web import server
+from twisted.web import http
 from twisted.web.http_headers import Headers
 
 from llmproxy.errors import ClientGone, ProxyError
@@ -38,7 +38,7 @@ _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
 
-class Request(server.Request):
+class Request(http.Request):
     """One request and the response to it.
 
     Args:
@@ -160,10 +160,6 @@ class Request(server.Request):
         """The client's cookies; nobody reads them."""
         return {}
 
-    @cached_property
-    def _adapterCache(self) -> dict[str, Any]:  # type: ignore[override]  # noqa: N802 - Componentized's name
-        return {}
-
     # -- in -------------------------------------------------------------------------------------
 
     def gotLength(self, length: int | None) -> None:
@@ -254,7 +250,7 @@ class Request(server.Request):
         self._served = True
         handler, self.handler = self.handler, None  # a stream may outlive its configuration
         try:
-            self.render(handler)
+            handler.render(self)
         except Exception:
             self.processingFailed(Failure())
 
