@@ -103,12 +103,17 @@ def usual_request(
     """
     if not body:
         return _facts(_NOTHING, target, method, strict=True)
-    if not _is_json(content_type) or not is_utf8(content_type):
+    if not is_usual_type(content_type):
         return None
     facts = plain_facts(body)
     if facts is None:
         return None
     return _facts(_Body(facts.model, "body", facts.model_span, facts), target, method, strict=True)
+
+
+def is_usual_type(content_type: bytes | None) -> bool:
+    """Return whether a body of this type is read at once where it is plain."""
+    return _is_json(content_type) and is_utf8(content_type)
 
 
 def read_request(
@@ -188,6 +193,18 @@ def is_call(method: bytes) -> bool:
 def reads_list(method: bytes, path: bytes) -> bool:
     """Return whether a request without a body reads a list of models."""
     return not is_call(method) and path.removesuffix(b"/").endswith(_LISTS)
+
+
+def names_model(target: bytes, method: bytes) -> bool:
+    """Return whether a target names a model, or perhaps does.
+
+    Args:
+        target: raw path and query.
+    """
+    try:
+        return bool(_facts(_NOTHING, target, method, strict=True).models)
+    except BodyError:
+        return True
 
 
 def _may_be_json(body: bytes) -> bool:

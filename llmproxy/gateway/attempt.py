@@ -20,6 +20,7 @@ from llmproxy.dialects.request import RequestFacts
 from llmproxy.dialects.retry_after import retry_after
 from llmproxy.errors import EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
+from llmproxy.http1.grammar import field_lines
 from llmproxy.http1.websocket import UPGRADE, Handshake
 from llmproxy.net.turns import Turns
 from llmproxy.policy.health import Health
@@ -102,26 +103,12 @@ class Attempts:
             usage = await self._turns.run(steps)
             edits += () if usage is None else (usage,)
         body: bytes | IBodyProducer = request.body if request.upload is None else request.upload
-        fields = request.fields
         if edits:
             body = edited(exchange.decoded_body, edits)
-            fields = [field for field in fields if field[0] != b"content-encoding"]
-        if exchange.page:
-            fields = [field for field in fields if field[0] != ORIGIN]
         source = candidate.credential
         credential = None if source is None else source.field
-        fields = candidate.rewriter.for_provider(
-            fields,
-            request.first,
-            via=self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0,
-            request_id=trace.id.encode("ascii"),
-            streams=bool(trace.stream),
-            identity=match.route.accept_encoding == "identity",
-            credential=credential,
-        )
+        lines = self._lines(exchange, match, candidate, credential, is_edited=bool(edits))
         handshake = exchange.handshake
-        if handshake is not None:
-            fields = [*fields, *UPGRADE]
         client = trace.client or ""
         if self._health.is_troubled:
             self._health.asks(candidate.provider, client)
@@ -135,9 +122,9 @@ class Attempts:
                 candidate.provider,
                 request.method.decode("ascii"),
                 target,
-                fields,
+                lines,
                 body,
-                credential=pool_key(candidate.provider, credential, request.fields),
+                credential=pool_key(candidate.provider, credential, request),
                 timeouts=candidate.timeouts,
                 began=exchange.asked,
                 upgrades=handshake is not None,
@@ -174,6 +161,47 @@ class Attempts:
         self._metrics.head.observe(seconds)
         trace.head_s = round(self._clock() - exchange.started, 6)
         return response
+
+    def _lines(
+        self,
+        exchange: Exchange,
+        match: RouteMatch,
+        candidate: Candidate,
+        credential: Field | None,
+        *,
+        is_edited: bool,
+    ) -> list[bytes]:
+        """Return the field lines that a candidate gets, without ``Host`` and framing."""
+        request, known = exchange.request, exchange.known
+        via = self._via_1_1 if request.clientproto == b"HTTP/1.1" else self._via_1_0
+        name = exchange.trace.id.encode("ascii")
+        streams = bool(exchange.trace.stream)
+        identity = match.route.accept_encoding == "identity"
+        if known is not None:
+            crossing, has_id = known.lines(
+                request, candidate, via, streams=streams, identity=identity
+            )
+            lines = [crossing] if has_id else [crossing, b"x-request-id: " + name]
+            if credential is not None:
+                lines.append(b": ".join(credential))
+            return lines
+        fields = request.fields
+        if is_edited:
+            fields = [field for field in fields if field[0] != b"content-encoding"]
+        if exchange.page:
+            fields = [field for field in fields if field[0] != ORIGIN]
+        fields = candidate.rewriter.for_provider(
+            fields,
+            request.first,
+            via=via,
+            request_id=name,
+            streams=streams,
+            identity=identity,
+            credential=credential,
+        )
+        if exchange.handshake is not None:
+            fields = [*fields, *UPGRADE]
+        return field_lines(fields)
 
     def _refused(
         self, exchange: Exchange, candidate: Candidate, response: Response, credential: Field | None

@@ -17,6 +17,7 @@ from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
+from llmproxy.gateway.known_head import KnownHead
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.http1.websocket import Handshake
@@ -31,7 +32,7 @@ from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import is_between_events
 from llmproxy.stream.relay import Relay, Whole
-from llmproxy.stream.tap import StreamAccumulator
+from llmproxy.stream.tap import DocumentTap, StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
@@ -54,6 +55,7 @@ class Exchange:
         decoded_body: the request's body without its Content-Encoding, where it was read, and until
             it was sent.
         left: why the client is gone, if it is.
+        known: what its head says by itself, where that is known; or None.
         is_late: the request took longer than ``total``.
         at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
@@ -73,7 +75,7 @@ class Exchange:
         *("candidate", "place", "waiting"),
         *("at_work", "handshake", "lease"),
         *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("is_detached", "is_late", "is_read_out", "left", "length", "match"),
+        *("is_detached", "is_late", "is_read_out", "known", "left", "length", "match"),
         *("page", "relay", "request", "response", "started", "status", "tap", "task"),
         *("timer", "trace"),
     )
@@ -82,6 +84,7 @@ class Exchange:
         self.request = request
         self.trace = trace
         self.started = started
+        self.known: KnownHead | None = None if request.seen is None else request.seen.found
         self.match: RouteMatch | None = None
         self.candidate: Candidate | None = None
         self.handshake: Handshake | None = None
@@ -99,7 +102,7 @@ class Exchange:
         self.length: bytes | None = None
         self.status = 0
         self.endpoint: Endpoint | None = None
-        self.tap: StreamAccumulator | None = None
+        self.tap: StreamAccumulator | DocumentTap | None = None
         self.is_detached = False
         self.is_read_out = False
         self.detached_timer: Any = None

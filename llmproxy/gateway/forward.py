@@ -10,7 +10,6 @@ does.  What the body means is not looked at.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,12 +17,12 @@ import msgspec
 from llmproxy.config import Client, Config
 from llmproxy.config.host_pattern import HostPatterns, as_compared
 from llmproxy.dialects.dialect import Dialect
-from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
+from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.admission import admit_fields
 from llmproxy.gateway.connect import OBSERVED, REFUSED, Ways
 from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.recorder import Recorder
-from llmproxy.http1.grammar import BadMessage, authority_of, parse_absolute
+from llmproxy.http1.grammar import BadMessage, authority_of, field_lines, parse_absolute
 from llmproxy.http1.headers import HeaderRewriter, for_client
 from llmproxy.net.task import Task
 from llmproxy.policy.auth import Auth, KeyPlaces, holds_made_key, no_proxy_key
@@ -34,14 +33,10 @@ from llmproxy.server.error_response import METHODS
 from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
-from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.pool import request_head
-from llmproxy.upstream.request_body import Phase
 from llmproxy.upstream.response import Response
 from llmproxy.upstream.way_out import WayOut, of_host
-
-_late = partial(upstream_timeout, may_have_run=True)
 
 FORWARDED = "forwarded"
 """What became of such a request; the words of a CONNECT are the others."""
@@ -258,11 +253,10 @@ class Forward(Handler):
         )
         fields.append((b"connection", b"close"))
         host = b"host: " + to.authority.encode("ascii")
-        head = request_head(request.method, to.target, host, fields, request.upload)
+        head = request_head(request.method, to.target, host, field_lines(fields), request.upload)
         exchange.asked()
         answer = connection.send(request.method, head, request.upload)
-        phase = Phase(connection.sending)
-        limit(self._reactor, self._timeouts.first_byte, answer, phase, _late)
+        connection.await_head(self._reactor, self._timeouts.first_byte)
         return await answer
 
     async def _pump(self, exchange: Exchange, response: Response) -> None:

@@ -36,6 +36,7 @@ from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.failover import Failover
 from llmproxy.gateway.hints import NOT_FOUND, hint_fields
 from llmproxy.gateway.inspection import Inspection
+from llmproxy.gateway.known_head import KnownHead, can_be_known
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
 from llmproxy.gateway.websocket import WebSockets, opens_websocket
@@ -143,6 +144,12 @@ class Gateway(Handler):
 
     def early_refusal(self, request: Request) -> ProxyError | None:
         """Return why ``request`` is refused before its body is read, or None."""
+        if request.seen is not None:
+            try:
+                request.belongs_to(request.seen.found.client.name)
+            except ProxyError as error:
+                return error
+            return None
         return early_refusal(request, request.kept, self.rules)
 
     def render(self, request: Request) -> int:
@@ -164,14 +171,15 @@ class Gateway(Handler):
 
     async def _tell(self, exchange: Exchange, place: PathMatch) -> EndReason:
         request, trace = exchange.request, exchange.trace
-        if b"upgrade" in request.first:
-            exchange.handshake = handshake_of(request, place)
-        if place.origins:
-            exchange.page = page_fields(request.first, place.origins)
-            if (fields := self._preflight(request, place)) is not None:
-                request.start(204, fields)
-                request.finish()
-                return EndReason.COMPLETE
+        if exchange.known is None:
+            if b"upgrade" in request.first:
+                exchange.handshake = handshake_of(request, place)
+            if place.origins:
+                exchange.page = page_fields(request.first, place.origins)
+                if (fields := self._preflight(request, place)) is not None:
+                    request.start(204, fields)
+                    request.finish()
+                    return EndReason.COMPLETE
         client = self._identify(exchange, place)
         if place.lists and self._list_models(exchange, place, client):
             return EndReason.COMPLETE
@@ -234,8 +242,8 @@ class Gateway(Handler):
         return fields
 
     def _identify(self, exchange: Exchange, place: PathMatch) -> Client:
-        request = exchange.request
-        client: Client | None = request.caller
+        request, known = exchange.request, exchange.known
+        client: Client | None = request.caller if known is None else known.client
         if client is None:
             client = identify(request, place, self.rules)
         elif request.refusal is not None:  # of its body: it was admitted before that came
@@ -268,8 +276,29 @@ class Gateway(Handler):
     def _choose(
         self, exchange: Exchange, place: PathMatch, client: Client, facts: RequestFacts
     ) -> RouteMatch:
-        """Find the route, and let the exchange go by it."""
-        request, trace = exchange.request, exchange.trace
+        """Return the route, found now or when the head came before; the exchange goes by it."""
+        request, trace, known = exchange.request, exchange.trace, exchange.known
+        match = known.ways.get(facts.model) if known is not None and facts.json else None
+        if is_new := match is None:
+            match = self._find_route(exchange, place, client, facts)
+        elif max(request.body_bytes, len(exchange.decoded_body)) > match.body_limit:
+            raise too_large(match.body_limit)
+        candidate = match.candidates[0]
+        exchange.match = match
+        self._meet(exchange, match, candidate)
+        trace.stream = facts.wants_stream(exchange.endpoint)
+        if is_new and (exchange.page or client is ANONYMOUS):
+            self._meet_page(exchange, client, match)
+        if candidate.timeouts.total is not None:
+            exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
+        if is_new:
+            self._keep_way(exchange, place, client, facts, match)
+        return match
+
+    def _find_route(
+        self, exchange: Exchange, place: PathMatch, client: Client, facts: RequestFacts
+    ) -> RouteMatch:
+        request = exchange.request
         named: tuple[Named, ...] = facts.models
         if not named:
             named = (NoModel.WITH_BODY,) if exchange.has_body else (NoModel.WITHOUT_BODY,)
@@ -289,14 +318,24 @@ class Gateway(Handler):
             found = who_calls(request, candidate.keys, self.rules.auth)
             if found.name != client.name:
                 raise ProxyError(401, "keys_disagree", "The keys do not say who calls here.")
-        exchange.match = match
-        self._meet(exchange, match, candidate)
-        trace.stream = facts.wants_stream(exchange.endpoint)
-        if exchange.page or client is ANONYMOUS:
-            self._meet_page(exchange, client, match)
-        if candidate.timeouts.total is not None:
-            exchange.timer = self._reactor.callLater(candidate.timeouts.total, exchange.expire)
         return match
+
+    def _keep_way(
+        self,
+        exchange: Exchange,
+        place: PathMatch,
+        client: Client,
+        facts: RequestFacts,
+        match: RouteMatch,
+    ) -> None:
+        """Keep what the head says by itself, and where the model leads, for its next request."""
+        request, known = exchange.request, exchange.known
+        if known is not None and facts.json:
+            known.keep_way(facts.model, match)
+        elif can_be_known(request, place, facts) and not self.rules.auth.may_expire(client):
+            trace = self._recorder.new_trace(request, 0.0)
+            trace.client = client.name
+            request.keep_head(self, KnownHead(client, trace, {facts.model: match}))
 
     def _meet_next(self, exchange: Exchange, match: RouteMatch, candidate: Candidate) -> None:
         """Let the exchange go by another candidate; its ``total`` began with the request, too."""
@@ -331,14 +370,14 @@ class Gateway(Handler):
         began = self._clock()
         candidate = exchange.candidate or match.candidates[0]
         exchange.keep_of(response)
-        exchange.tap = self._inspection.open(exchange, match)
-        if exchange.left is not None and not (exchange.tap and exchange.tap.is_promising):
-            raise exchange.left  # nobody waits for it, and nothing could be read in it
         adds = match.route.padding or match.route.heartbeat is not None
         # A client that has left gets nothing of it: the relay counts that.
         if not adds and exchange.left is None and (body := response.take_whole()) is not None:
-            self._pass(exchange, body, began)
+            self._pass(exchange, match, body, began)
             return
+        tap = exchange.tap = self._inspection.open(exchange, match)
+        if exchange.left is not None and not (tap and tap.is_promising):
+            raise exchange.left  # nobody waits for it, and nothing could be read in it
         relay = exchange.relay = Relay(
             response,
             exchange.request,
@@ -348,7 +387,7 @@ class Gateway(Handler):
             batch=self._batch,
             gaps=self._metrics.gap.observe,
             delays=self._metrics.relay_delay.observe,
-            copy=None if exchange.tap is None else exchange.tap.feed,
+            copy=None if tap is None else tap.feed,
             stays=lambda: self.detached.takes(exchange, ClientGone()),
         )
         self._metrics.began(relay)
@@ -366,12 +405,11 @@ class Gateway(Handler):
             self._metrics.finished(relay)
             self._metrics.stream.observe(self._clock() - began)
 
-    def _pass(self, exchange: Exchange, body: bytes, began: float) -> None:
+    def _pass(self, exchange: Exchange, match: RouteMatch, body: bytes, began: float) -> None:
         """Send a body that came whole, together with the head."""
         whole = exchange.relay = Whole(body, began)
         exchange.request.write_last(body)
-        if exchange.tap is not None:
-            exchange.tap.feed(body)
+        exchange.tap = self._inspection.read(exchange, match, body)
         self._metrics.passed(whole)
         self._metrics.stream.observe(self._clock() - began)
 

@@ -21,10 +21,12 @@ from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.stream.arrivals import are_held_back
 from llmproxy.stream.relay import Relay, Whole
-from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
+from llmproxy.stream.tap import Degraded, DocumentTap, Result, StreamAccumulator, read_document
 from llmproxy.stream.websocket_relay import WebSocketRelay
 
 _log = Logger()
+
+Tap = StreamAccumulator | DocumentTap
 
 _ANSWERED = range(200, 204)
 """The statuses of an endpoint's own responses: no refusal, no redirect, nothing without a body."""
@@ -81,6 +83,29 @@ class Inspection:
             self._broke(exchange.trace)
             return None
         return tap if tap.is_reading or tap.degraded else None
+
+    def read(self, exchange: Exchange, match: RouteMatch, body: bytes) -> Tap | None:
+        """Read a whole body, of a response whose head has come; None where it cannot be read."""
+        if exchange.endpoint is None or exchange.status not in _ANSWERED:
+            return None
+        try:
+            found = read_document(
+                exchange.endpoint,
+                body,
+                content_type=exchange.content_type,
+                content_encoding=exchange.content_encoding,
+                capture=match.route.capture,
+                accumulate=self._limits.accumulate,
+                event=self._limits.event,
+            )
+        except Exception:
+            self._broke(exchange.trace)
+            return None
+        if found is not None:
+            return found
+        if (tap := self.open(exchange, match)) is not None:
+            tap.feed(body)
+        return tap
 
     def conclude(self, exchange: Exchange, end: EndReason) -> EndReason:
         """Write down what was found; return why the request ended, now that its content is known.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from copy import copy
 from typing import Literal
 
 from twisted.logger import Logger
@@ -101,11 +102,18 @@ class Recorder:
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        trace = new_trace(request, self._session_headers, time=self.now(), instance=self._instance)
+        if request.seen is None:
+            trace = self.new_trace(request, self.now())
+        else:
+            trace = new_trace_like(request.seen.found.trace, request, self.now())
         exchange = Exchange(request, trace, self._clock())
         self._running.add(exchange)
         self._metrics.request_began()
         return exchange
+
+    def new_trace(self, request: Request, time: float) -> Trace:
+        """Return the record of a request that came at ``time``, with a new id."""
+        return new_trace(request, self._session_headers, time=time, instance=self._instance)
 
     def close(
         self,
@@ -216,6 +224,20 @@ def new_trace(
         method=request.method.decode("ascii", "backslashreplace"),
         path=_path(request.path),
     )
+
+
+def new_trace_like(known: Trace, request: Request, time: float) -> Trace:
+    """Return the record of a request whose head is known, with a new id.
+
+    Args:
+        known: the record that was made of that head; it stays as it is.
+        time: seconds since the epoch.
+    """
+    trace = copy(known)
+    trace.time, trace.id = timestamp(time), _new_id()
+    trace.peer = request.channel.peer_name
+    trace.attempts, trace.degraded = [], []
+    return trace
 
 
 def _new_id() -> str:

@@ -35,7 +35,13 @@ class RequestReader:
 
     def read_at_once(self, exchange: Exchange, place: PathMatch) -> RequestFacts | None:
         """Return what a usual request asks for; None if :meth:`read` must read it."""
-        request = exchange.request
+        request, known = exchange.request, exchange.known
+        if known is not None:
+            exchange.decoded_body = request.body
+            facts = known.facts(request.body)
+            if facts is not None:
+                exchange.trace.model, exchange.trace.model_from = facts.model, facts.source
+            return facts
         if request.upload is not None or b"content-encoding" in request.first:
             return None
         exchange.decoded_body = body = request.body

@@ -172,6 +172,17 @@ def list_tokens(values: list[bytes]) -> list[bytes]:
     return [token for member in members if (token := member.strip(b" \t"))]
 
 
+def is_persistent(by_default: bool, fields: Fields, first: dict[bytes, bytes]) -> bool:
+    """Return whether the sender of a head lets the connection be used again (RFC 9112, 9.3).
+
+    Args:
+        by_default: the version is HTTP/1.1.
+    """
+    if b"connection" not in first:
+        return by_default
+    return by_default and b"close" not in list_tokens(field_values(fields, b"connection"))
+
+
 def parse_authority(target: bytes) -> tuple[str, int]:
     """Read the target of CONNECT (RFC 9112, section 3.2.3): a host and a port.
 

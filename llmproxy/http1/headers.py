@@ -39,6 +39,9 @@ ACCOUNT_FIELDS = (
 BODY_FIELDS = frozenset((b"content-type", b"content-encoding"))
 """Fields that decide how a provider reads the body."""
 
+REQUEST_ID = b"x-request-id"
+"""The field in which a request's id crosses, ours where the client sent none."""
+
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
@@ -189,13 +192,34 @@ class HeaderRewriter:
         """Return the fields to send upstream, without ``Host`` and framing.
 
         Args:
+            fields, first, via, streams, identity: as :meth:`crossing` takes them.
+            request_id: added as ``x-request-id`` where the client sent none.
+            credential: the field that carries the provider's credential, or None.
+        """
+        kept = self.crossing(fields, first, via=via, streams=streams, identity=identity)
+        if REQUEST_ID not in dict(kept):
+            kept.append((REQUEST_ID, request_id))
+        if credential is not None:
+            kept.append(credential)
+        return kept
+
+    def crossing(
+        self,
+        fields: Fields,
+        first: Container[bytes],
+        *,
+        via: bytes,
+        streams: bool,
+        identity: bool,
+    ) -> Fields:
+        """Return what of the fields to send depends on the client's head and on nothing else.
+
+        Args:
             fields: as the client sent them.
             first: has the name of each of them.
             via: this hop, as ``1.1 pseudonym``.
-            request_id: added as ``x-request-id`` where the client sent none.
             streams: the request asks for a stream.
             identity: a stream is asked for unencoded, whatever the client accepts.
-            credential: the field that carries the provider's credential, or None.
         """
         kept = self._crosses.of(fields, first)
         names = dict(kept)
@@ -205,16 +229,12 @@ class HeaderRewriter:
             via = b", ".join([*hops, via])
         kept.append((b"via", via))
         kept += [field for field in self._defaults if field[0] not in names]
-        if b"x-request-id" not in names:
-            kept.append((b"x-request-id", request_id))
         if streams:
             if self._accept_events and b"accept" not in names:
                 kept.append((b"accept", b"text/event-stream"))
             if identity:
                 kept = [field for field in kept if field[0] != b"accept-encoding"]
                 kept.append((b"accept-encoding", b"identity"))
-        if credential is not None:
-            kept.append(credential)
         return kept
 
 

@@ -232,6 +232,10 @@ class Auth:
             text = "Each key of this client has expired."
             raise _unauthorized("key_expired", text, detail=f"the keys of {client.name}")
 
+    def may_expire(self, client: Client) -> bool:
+        """Return whether a key of a client expires some time."""
+        return any(key.hash in self._ends for key in client.keys)
+
     def _usual(self, target: bytes, first: Mapping[bytes, bytes]) -> Client | None:
         """Return the client of a usual request; None where there must be a closer look.
 

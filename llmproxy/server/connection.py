@@ -59,6 +59,7 @@ from llmproxy.http1.grammar import (
     BadMessage,
     RequestHead,
     field_values,
+    is_persistent,
     list_tokens,
     parse_request_head,
 )
@@ -76,6 +77,7 @@ from llmproxy.server.delivery import Delivery
 from llmproxy.server.hand_over import ClientSocket
 from llmproxy.server.inside import Inside
 from llmproxy.server.request import Request
+from llmproxy.server.seen_heads import SeenHead, Sighting
 from llmproxy.server.upload import Upload
 
 _LINGER = 2.0
@@ -402,7 +404,11 @@ class ClientConnection(http.HTTPChannel):
             if end >= 0:
                 self._seen = 0
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-                self._begin(parse_request_head(head))
+                sighting = self.site.router.heads.look(head) if self.inside is None else None
+                if sighting is not None and sighting.seen is not None:
+                    self._begin_again(sighting.seen, sighting.length, head)
+                else:
+                    self._begin(parse_request_head(head), sighting)
                 return True
             if self._buffer.startswith(_HELLO):
                 self.site.report_tls(self.peer_name)
@@ -429,25 +435,34 @@ class ClientConnection(http.HTTPChannel):
         else:
             self._refuse_connection(refusal)
 
-    def _begin(self, head: RequestHead) -> None:
+    def _begin(self, head: RequestHead, sighting: Sighting | None) -> None:
         """The head is in: refuse what is too large before a byte of it is asked for."""
         self._reader = request_body(head)
         request = Request(self, head)
+        self.persistent = is_persistent(head.minor == 1, head.fields, head.first)
+        expected: list[bytes] = []
+        if b"expect" in head.first:
+            expected = list_tokens(field_values(head.fields, b"expect"))
+        elif sighting is not None:
+            request.sighting = sighting
+        length = self._reader.left if isinstance(self._reader, LengthReader) else None
+        self._await_body(request, length, expected)
+
+    def _begin_again(self, seen: SeenHead, length: int, raw: bytes) -> None:
+        """Do as :meth:`_begin`, with a head that is known."""
+        self._reader = LengthReader(length)
+        self.persistent = seen.persistent
+        self._await_body(Request(self, seen, raw), length, [])
+
+    def _await_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
+        """Go on with a request whose head is read."""
         self.requests.append(request)
         self._skips_line = True
-        self.persistent = head.minor == 1
-        if b"connection" in head.first:
-            options = list_tokens(field_values(head.fields, b"connection"))
-            self.persistent = self.persistent and b"close" not in options
-        length = self._reader.left if isinstance(self._reader, LengthReader) else None
         self.phase = Phase.BODY
         if length is None or len(self._buffer) < length:  # most bodies are here, and are read next
             self.enter(Phase.BODY, self.site.timeouts.request_body)
         request.gotLength(length)
-        expected: list[bytes] = []
-        if b"expect" in head.first:
-            expected = list_tokens(field_values(head.fields, b"expect"))
-        if request.refusal is None and set(expected) - {b"100-continue"}:
+        if request.refusal is None and expected and set(expected) - {b"100-continue"}:
             request.refusal = ProxyError(417, "expectation", "This expectation cannot be met.")
         if length == 0:
             self._body_done()
@@ -473,11 +488,21 @@ class ClientConnection(http.HTTPChannel):
             request.refuse(refusal)
             return
         self._invited = not expected or request.clientproto == b"HTTP/1.0"
-        if request.handler.holds_body(request):
-            self.invite_upload()
+        if request.seen is not None or request.handler.holds_body(request):
+            if is_here:
+                self._take_whole_body(request, length or 0)
+            else:
+                self.invite_upload()
         else:
             request.upload = Upload(self, length)
             request.process()
+
+    def _take_whole_body(self, request: Request, length: int) -> None:
+        """Take a body all of which came with its head, as most do."""
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        request.handleContentChunk(body)
+        if self.phase is Phase.BODY:  # else it was refused
+            self._body_done()
 
     def _read_body(self) -> bool:
         data, self._buffer = self._buffer, b""

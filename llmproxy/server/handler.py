@@ -15,6 +15,7 @@ from twisted.web.resource import Resource
 
 from llmproxy.errors import ProxyError
 from llmproxy.server.request import Request
+from llmproxy.server.seen_heads import SeenHeads
 
 NOT_DONE_YET: Final = 1
 """What Twisted's resources return when the request is ended later.
@@ -64,6 +65,9 @@ class Router:
         paths: handlers of exact paths, raw and without a query.
         methods: handlers of whole methods, which come first: the target of CONNECT is no path.
         urls: serves requests whose target is a whole URL; by default that is nothing special.
+
+    Attributes:
+        heads: the heads that came before, since there is this router.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Router:
         self._urls = default if urls is None else urls
         self._paths = dict(paths or {})
         self._methods = dict(methods or {})
+        self.heads = SeenHeads()
 
     def find(self, method: bytes, path: bytes) -> Handler:
         """Return the handler of a request."""

@@ -26,9 +26,10 @@ from twisted.web.http_headers import Headers
 
 from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.http1.framing import LAST_CHUNK, chunk
-from llmproxy.http1.grammar import RequestHead, field_lines
+from llmproxy.http1.grammar import RequestHead, field_lines, is_persistent, parse_request_head
 from llmproxy.server.error_response import memory_full, status_line, too_large
 from llmproxy.server.inside import Inside
+from llmproxy.server.seen_heads import SeenHead, Sighting
 from llmproxy.server.upload import Upload
 
 _BODY_GRACE = 1 / 65536
@@ -43,7 +44,8 @@ class Request(http.Request):
 
     Args:
         channel: the connection that it came on.
-        head: what stood before its body.
+        head: what stood before its body, or what is known of it.
+        raw: the head as it came, where it is known; it is parsed only if somebody asks for fields.
 
     Attributes:
         fields: the header fields in their order, names in lower case.
@@ -52,6 +54,8 @@ class Request(http.Request):
         body_bytes: how much of it came so far.
         upload: the request body, where it streams.
         handler: what its head found to serve it; None once it does.
+        seen: what is known of its head, which came before; or None.
+        sighting: where what is known of its head may be kept; or None.
         kept: whatever the handler keeps with the request, from its head on.
         refusal: why the request cannot be served, where that is known before it is served.
         held: how many bytes of the body are held.
@@ -67,8 +71,8 @@ class Request(http.Request):
     """
 
     __slots__ = (  # with those of the connection, 1.2 µs and 2.5 KiB of a request
-        *("_bodiless", "_flows", "_head", "_is_whole", "_length", "_limit", "_parts", "_served"),
-        "_waiting",
+        *("_bodiless", "_flows", "_head", "_is_whole", "_length", "_limit", "_parts", "_raw"),
+        *("_served", "_waiting", "seen", "sighting"),
         *(
             "body",
             "body_bytes",
@@ -88,7 +92,7 @@ class Request(http.Request):
     channel: Any
     site: Any
 
-    def __init__(self, channel: Any, head: RequestHead) -> None:
+    def __init__(self, channel: Any, head: RequestHead | SeenHead, raw: bytes = b"") -> None:
         # Twisted's own is not called: what it sets is set here, or made lazily below.
         self.channel = channel
         self.site = channel.site
@@ -100,9 +104,20 @@ class Request(http.Request):
         self._parsePOSTFormSubmission = False
         # what came in
         self.method, self.uri = head.method, head.target
-        self.fields, self.first = head.fields, head.first
         self.clientproto = b"HTTP/1.1" if head.minor else b"HTTP/1.0"
-        self.path = head.target.partition(b"?")[0]
+        self.sighting: Sighting | None = None
+        self.seen: SeenHead | None = None
+        self._raw = raw
+        self.handler: Any
+        self.kept: Any
+        if isinstance(head, RequestHead):
+            self.fields, self.first = head.fields, head.first
+            self.path = head.target.partition(b"?")[0]
+            self.handler = channel.site.router.find(self.method, self.path)
+            self.kept = None
+        else:
+            self.seen = head
+            self.path, self.handler, self.kept = head.path, head.handler, head.kept
         self.args: dict[bytes, list[bytes]] = {}
         self.body = b""
         self.body_bytes = 0
@@ -113,8 +128,6 @@ class Request(http.Request):
         self.held = 0
         self.owner: str | None = None
         self.caller: Any = None
-        self.handler: Any = channel.site.router.find(self.method, self.path)
-        self.kept: Any = None
         self._served = False
         # what goes out
         self.gone: Callable[[ClientGone], None] | None = None
@@ -129,6 +142,14 @@ class Request(http.Request):
         self._bodiless = False
         self._flows = False  # the body has begun, and goes in the chunked coding
         self._is_whole = False  # its end is on the wire
+
+    def __getattr__(self, name: str) -> Any:
+        """Parse the head, if that is known and somebody asks for its fields all the same."""
+        if name not in ("fields", "first"):
+            raise AttributeError(name)
+        head = parse_request_head(self._raw)
+        self.fields, self.first = head.fields, head.first
+        return getattr(self, name)
 
     # -- what Twisted's request has, made when it is asked for -------------------------------------
 
@@ -164,7 +185,8 @@ class Request(http.Request):
 
     def gotLength(self, length: int | None) -> None:
         """Bound the body before the first byte of it; ``length`` is what the head announces."""
-        self._limit = self.handler.body_limit(self)
+        seen = self.seen
+        self._limit = self.handler.body_limit(self) if seen is None else seen.body_limit
         if length is not None and length > self._limit:
             self.refusal = too_large(self._limit)
 
@@ -244,6 +266,29 @@ class Request(http.Request):
             self.held = 0
         self._parts = []
         self.body = b""
+
+    def keep_head(self, handler: Any, found: object) -> None:
+        """Keep what was found out by the head alone, for the requests that have the same.
+
+        Args:
+            handler: what serves them.  It holds their bodies, as it does this one's.
+            found: what it found out; nothing of the head that is secret.
+        """
+        if (sighting := self.sighting) is not None:
+            stays = is_persistent(self.clientproto == b"HTTP/1.1", self.fields, self.first)
+            sighting.keep(
+                SeenHead(
+                    method=self.method,
+                    target=self.uri,
+                    path=self.path,
+                    minor=int(self.clientproto == b"HTTP/1.1"),
+                    persistent=stays,
+                    handler=handler,
+                    kept=self.kept,
+                    body_limit=handler.body_limit(self),
+                    found=found,
+                )
+            )
 
     def process(self) -> None:
         """Let the handler serve the request; its body is held, refused or streams."""

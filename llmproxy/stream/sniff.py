@@ -46,6 +46,16 @@ _BLANKS = b" \t\r\n"
 _JSON = (b"{", b"[")
 
 
+def is_usual_document(content_type: bytes | None, body: bytes, *, has_lines: bool) -> bool:
+    """Return whether a whole body is one JSON object, by its type and its first byte.
+
+    Args:
+        has_lines: whether the endpoint's streams are lines of JSON, which are called the same.
+    """
+    declared = _DECLARED.get(media_type(content_type))
+    return declared is Document and not has_lines and body.startswith(b"{")
+
+
 class Sniffer:
     """Looks at the first bytes of a body; then another framing takes them, and all that follow.
 

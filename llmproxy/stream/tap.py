@@ -32,7 +32,7 @@ from llmproxy.stream.decompress import BadCoding, Bomb, Decompressor
 from llmproxy.stream.document import Document, ends_of
 from llmproxy.stream.events import Event, Framing, ServerSentEvents
 from llmproxy.stream.items import Items
-from llmproxy.stream.sniff import Sniffer
+from llmproxy.stream.sniff import Sniffer, is_usual_document
 
 _PIECE = 128 * 1024
 """Most bytes that a framing gets at once, so that a large feed is not copied as a whole."""
@@ -71,7 +71,7 @@ class Degraded(StrEnum):
     INTERNAL = "internal"
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Result(msgspec.Struct, frozen=True):
     """What was in a response.
 
     Attributes:
@@ -374,11 +374,8 @@ class StreamAccumulator:
         )
 
     def _verdict(self, end: EndReason) -> EndReason:
-        seen = self._seen
-        if seen.error is not None:
-            return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
-        if seen.has_ended:
-            return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
+        if (told := _told_end(self._seen, end)) is not None:
+            return told
         has_marker = self._is_stream and self._endpoint.end_marker is not None
         must_end = has_marker and not self._may_have_ended
         return EndReason.UNFINISHED if end is EndReason.COMPLETE and must_end else end
@@ -428,3 +425,74 @@ class StreamAccumulator:
         """Log an error of ours, and end the tap."""
         _log.failure("{name}: the tap broke; its stream goes on", name=self._name)
         self._give_up(Degraded.INTERNAL)
+
+
+def _told_end(seen: Accumulated, end: EndReason) -> EndReason | None:
+    """Return why the request ended, where the response itself says that; else None."""
+    if seen.error is not None:
+        return EndReason.UPSTREAM_FAILED if end in _JUDGED else end
+    if seen.has_ended:
+        return EndReason.COMPLETE if end is EndReason.CLIENT_GONE else end
+    return None
+
+
+class DocumentTap:
+    """What was in a response that came whole and is one usual JSON document, as most short ones.
+
+    Nothing had to be held, and nothing is left to be fed.  The attributes are those of
+    :class:`StreamAccumulator`.
+    """
+
+    __slots__ = ("_seen",)
+    is_promising = True
+    events = 1
+
+    def __init__(self, seen: Accumulated) -> None:
+        self._seen = seen
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the dialect's end marker was seen."""
+        return self._seen.has_ended
+
+    @property
+    def error(self) -> ProviderError | None:
+        """The error that the provider put into its response."""
+        return self._seen.error
+
+    def finish(self, end: EndReason) -> Result:
+        """Return the result; see :meth:`StreamAccumulator.finish`."""
+        seen = self._seen
+        end = _told_end(seen, end) or end
+        usage = seen.usage(is_final=True)
+        names = seen.finish_reason, seen.model, seen.response_id
+        if not seen.keeps:
+            return Result(end, "", 0, (), False, 1, *names, usage, seen.error)
+        text, calls = seen.text, seen.tool_calls
+        return Result(end, text, seen.text_bytes, calls, seen.is_cut, 1, *names, usage, seen.error)
+
+
+def read_document(
+    endpoint: Endpoint,
+    body: bytes,
+    *,
+    content_type: bytes | None,
+    content_encoding: bytes | None,
+    capture: Literal["usage", "content"],
+    accumulate: int,
+    event: int,
+) -> DocumentTap | None:
+    """Read a whole body, if it is a usual document without a fault; else return None.
+
+    The arguments are those of :class:`StreamAccumulator`, which reads all others.
+    """
+    if content_encoding is not None or len(body) > event:
+        return None
+    if not is_usual_document(content_type, body, has_lines=endpoint.has_lines):
+        return None
+    seen = Accumulated(keeps=capture == "content", budget=accumulate)
+    try:
+        endpoint.document(body, seen)
+    except FAULTS:
+        return None
+    return None if seen.is_odd else DocumentTap(seen)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from http.cookiejar import Cookie
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -221,7 +221,7 @@ class Upstream:
         provider: Provider,
         method: str,
         target: bytes,
-        fields: Fields,
+        lines: list[bytes],
         body: bytes | IBodyProducer,
         *,
         credential: bytes,
@@ -233,7 +233,8 @@ class Upstream:
 
         Args:
             target: path and query, byte for byte.
-            fields: header fields in order, without ``Host`` and framing.
+            lines: header fields in order, without ``Host`` and framing; one piece may hold several
+                lines, and has no line end behind the last one.
             body: the whole body, or what produces it.
             credential: keeps connections of different credentials apart.
             began: called when a byte of the request may leave: the provider may do the work.
@@ -245,7 +246,7 @@ class Upstream:
         """
         reached = self._reached[provider.name]
         outgoing = OutgoingRequest(
-            reached.pool, target, fields, credential, timeouts, began, upgrades=upgrades
+            reached.pool, target, lines, credential, timeouts, began, upgrades=upgrades
         )
         client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
         response: Deferred[Any] = client.request(  # which wraps none here
@@ -310,8 +311,16 @@ def connection_key(provider: Provider, config: Config) -> ConnectionKey:
     )
 
 
-def pool_key(provider: Provider, credential: tuple[bytes, bytes] | None, fields: Fields) -> bytes:
+class HasFields(Protocol):
+    """A request, as far as it is asked for its own credentials."""
+
+    fields: Fields
+
+
+def pool_key(
+    provider: Provider, credential: tuple[bytes, bytes] | None, request: HasFields
+) -> bytes:
     """Return what connections are kept apart by: the credential that goes over them."""
     if provider.pass_credential:
-        return b"\n".join(value for name, value in fields if name in KEY_FIELDS)
+        return b"\n".join(value for name, value in request.fields if name in KEY_FIELDS)
     return b"" if credential is None else credential[1]

@@ -29,11 +29,11 @@ from twisted.web.client import ResponseDone
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
-from llmproxy.errors import upstream_broken, upstream_protocol
+from llmproxy.errors import upstream_broken, upstream_protocol, upstream_timeout
 from llmproxy.http1.framing import LengthReader, response_body
 from llmproxy.http1.grammar import BadMessage
 from llmproxy.net.transport import notice_vanished_peer, pending_bytes
-from llmproxy.upstream.request_body import HeldBody, Sending, Sent
+from llmproxy.upstream.request_body import HeldBody, Phase, Sending, Sent
 from llmproxy.upstream.response import Response, read_response
 from llmproxy.upstream.tls import Verdict
 
@@ -74,6 +74,7 @@ class Connection(Protocol):
         *("_knows_fin", "_lost_early", "_max_head", "_method", "_paused", "_reader", "_secure"),
         *("_transport", "_until_close", "aborted", "expires_at", "keep_for", "persistent"),
         *("pool_key", "ready", "sending", "serving", "state", "upgrades", "verdict", "_framed"),
+        *("_bell", "_phase", "_seconds", "_timers"),
     )
 
     def __init__(
@@ -107,6 +108,7 @@ class Connection(Protocol):
         self._knows_fin = secure or not tunnelled  # behind TLS it comes with close_notify
         self._framed: Any = None  # takes a chunk in its coding, while it may
         self._lost_early: Failure | None = None
+        self._bell: Any = None  # rings when the head of a response is late
         self.aborted = False
         """Whether we close it, so that it is of no use to anybody."""
 
@@ -168,7 +170,7 @@ class Connection(Protocol):
         self.state, self._method, self.sending = State.ASKED, method, None
         self._buffer, self._interim = b"", 0
         self._until_close = self._paused = False
-        response: Deferred[Response] = Deferred(lambda _: self.abort())
+        response: Deferred[Response] = Deferred(self._give_up)
         self._response: Deferred[Response] | None = response
         if body is None:
             self._transport.write(head)
@@ -177,6 +179,43 @@ class Connection(Protocol):
         else:
             self.sending = Sending(self._transport, head, body, self._sending_failed)
         return response
+
+    def _give_up(self, _: Deferred[Response]) -> None:
+        """Nobody waits for the response any more."""
+        self._stop_bell()
+        self.abort()
+
+    def await_head(self, timers: Any, seconds: float | None) -> None:
+        """Let the head of the response take so many seconds at most, behind :meth:`send`.
+
+        They begin anew as long as the provider takes some of the request, or waits for more.  When
+        they are over, the connection is closed, and the response fails with ``ProxyError``.
+
+        Args:
+            timers: keeps the time.
+            seconds: None lets it wait for ever.
+        """
+        if seconds is not None and self._response is not None:
+            self._timers, self._seconds = timers, seconds
+            self._phase: Phase | None = None
+            self._bell = timers.callLater(seconds, self._ring)
+
+    def _ring(self) -> None:
+        """Give up, or begin anew."""
+        self._bell = None
+        phase = self._phase = self._phase or Phase(self.sending)
+        late = phase()
+        if late is None:
+            self._bell = self._timers.callLater(self._seconds, self._ring)
+            return
+        self.abort()
+        self._stop_sending()
+        self._tell(upstream_timeout(late, may_have_run=True))
+
+    def _stop_bell(self) -> None:
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.cancel()
 
     def _sending_failed(self, failure: Failure) -> None:
         """The body will not be whole, so neither can the request be: give the connection up."""
@@ -263,6 +302,8 @@ class Connection(Protocol):
             raise BadMessage("a protocol switch that nobody asked for, or endless 1xx responses")
 
     def _tell(self, result: Any) -> None:
+        if self._bell is not None:
+            self._stop_bell()
         deferred, self._response = self._response, None
         if deferred is not None and not deferred.called:
             (deferred.callback if isinstance(result, Response) else deferred.errback)(result)

@@ -3,7 +3,7 @@
 A :class:`ProviderPool` stands for one provider.  It keeps idle connections apart by the credential
 that was sent on them, so that nothing of one caller's connection can reach another caller.  Each
 request is an :class:`OutgoingRequest`, an ``IAgent`` that ``upstream/client.py`` hands to treq: it
-carries the raw target and the header fields past treq, which would change both (ADR-0002).  A
+carries the raw target and the field lines past treq, which would change both (ADR-0002).  A
 connection comes from ``upstream/dialer.py``, and is ``upstream/http1.py``'s.
 
 This module knows connections and clocks, and nothing of routes, clients or dialects.
@@ -25,12 +25,10 @@ from zope.interface import implementer
 
 from llmproxy.config import ParentProxy, Provider, Timeouts
 from llmproxy.errors import upstream_timeout
-from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.net.transport import is_quiet, raw_transport
 from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.dialer import Dial, Dialer
 from llmproxy.upstream.http1 import Connection, State
-from llmproxy.upstream.request_body import Phase
 from llmproxy.upstream.resolver import Resolver
 from llmproxy.upstream.response import Response
 
@@ -40,8 +38,6 @@ _HINT_MARGIN = 1.0
 _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
-_late = partial(upstream_timeout, may_have_run=True)
-
 
 @implementer(IAgent)
 class OutgoingRequest:
@@ -49,7 +45,7 @@ class OutgoingRequest:
 
     Args:
         target: path and query as they go on the wire.
-        fields: the header fields to send, in order, without framing.
+        lines: the header fields to send, in order, without framing; as ``Upstream.send`` has them.
         credential: what idle connections are kept apart by.
         timeouts: of these, ``connect`` and ``first_byte`` are enforced here.
         began: called when a byte of the request may leave; a failure before that did no work.
@@ -60,7 +56,7 @@ class OutgoingRequest:
         self,
         pool: ProviderPool,
         target: bytes,
-        fields: Fields,
+        lines: list[bytes],
         credential: bytes,
         timeouts: Timeouts,
         began: Callable[[], None] = lambda: None,
@@ -69,7 +65,7 @@ class OutgoingRequest:
     ) -> None:
         self._pool = pool
         self.target = target
-        self.fields = fields
+        self.lines = lines
         self.credential = credential
         self.timeouts = timeouts
         self.began = began
@@ -228,12 +224,10 @@ class ProviderPool:
         While a body is being sent, the clock begins anew as long as the provider takes some of it,
         or waits for more.
         """
-        head = request_head(method, outgoing.target, self._host_line, outgoing.fields, body)
+        head = request_head(method, outgoing.target, self._host_line, outgoing.lines, body)
         outgoing.began()
         response = connection.send(method, head, body)
-        limit(
-            self._timers, outgoing.timeouts.first_byte, response, Phase(connection.sending), _late
-        )
+        connection.await_head(self._timers, outgoing.timeouts.first_byte)
         if self._dialer.secure:
             response.addCallback(self._remember, connection)
         return response
@@ -315,10 +309,15 @@ class ProviderPool:
 
 
 def request_head(
-    method: bytes, target: bytes, host_line: bytes, fields: Fields, body: IBodyProducer | None
+    method: bytes, target: bytes, host_line: bytes, fields: list[bytes], body: IBodyProducer | None
 ) -> bytes:
-    """Return the head of a request as it goes on the wire, with the framing of its body."""
-    lines = [b"%b %b HTTP/1.1" % (method, target), host_line, *field_lines(fields)]
+    """Return the head of a request as it goes on the wire, with the framing of its body.
+
+    Args:
+        host_line: the field line of ``Host``.
+        fields: the other field lines; one piece may hold several.
+    """
+    lines = [b"%b %b HTTP/1.1" % (method, target), host_line, *fields]
     if body is not None and body.length is UNKNOWN_LENGTH:
         lines.append(b"transfer-encoding: chunked")
     elif body is not None:

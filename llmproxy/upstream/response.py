@@ -17,6 +17,7 @@ from llmproxy.http1.grammar import (
     Fields,
     field_values,
     first_values,
+    is_persistent,
     list_tokens,
     parse_fields,
     parse_status_line,
@@ -82,11 +83,7 @@ class Response:
     @property
     def is_persistent(self) -> bool:
         """Whether the provider lets the connection be used again (RFC 9112, section 9.3)."""
-        if b"connection" in self.first:
-            options = list_tokens(field_values(self.fields, b"connection"))
-            if b"close" in options:
-                return False
-        return bool(self.version[2] == 1)
+        return is_persistent(self.version[2] == 1, self.fields, self.first)
 
     @property
     def is_kept(self) -> bool:

@@ -15,6 +15,7 @@ from twisted.web.client import ResponseDone
 from llmproxy.config import parse
 from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder, log_access
+from llmproxy.http1.grammar import parse_fields
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.server.handler import Router
@@ -72,7 +73,7 @@ class PlayedUpstream:
         self.error: Exception | None = None
 
     def send(
-        self, provider: Any, method: str, target: bytes, fields: Any, body: Any, **kw: Any
+        self, provider: Any, method: str, target: bytes, lines: list[bytes], body: Any, **kw: Any
     ) -> Any:
         if self.error is not None:
             raise self.error
@@ -88,7 +89,7 @@ class PlayedUpstream:
                 provider=provider.name,
                 method=method,
                 target=target,
-                fields=fields,
+                fields=parse_fields(b"\r\n".join(lines).split(b"\r\n")),
                 body=body,
                 response=response,
                 **kw,

@@ -210,7 +210,7 @@ def test_accept_is_added_to_requests_for_a_stream(
     """It is added if the dialect has SSE and the client sent no ``Accept``."""
     got = sent(fields, streams=streams, accept_events=events, identity=False)
 
-    assert got == [*fields, VIA, ID, *added]
+    assert got == [*fields, VIA, *added, ID]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
 from llmproxy.stream.decompress import Decompressor
 from llmproxy.stream.events import ServerSentEvents
-from llmproxy.stream.tap import Degraded, Result, StreamAccumulator
+from llmproxy.stream.tap import Degraded, DocumentTap, Result, StreamAccumulator, read_document
 from tests.conftest import LoggedFailures
 from tests.support.golden import BY_FILE, RECORDED
 
@@ -557,3 +557,62 @@ def test_a_flipped_byte(one: Any, data: st.DataObject) -> None:
     body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     result = one.read([bytes(body)])
     assert Degraded.INTERNAL not in result.degraded
+
+
+# --- a document that came whole -------------------------------------------------------------------
+
+DOCUMENTS = [one for one in RECORDED if one.file.endswith(".json")]
+
+
+@pytest.mark.parametrize("end", EndReason)
+@pytest.mark.parametrize("capture", ["usage", "content"])
+@pytest.mark.parametrize("one", DOCUMENTS, ids=lambda one: one.file)
+def test_a_whole_document_is_read_at_once(one: Any, capture: Any, end: EndReason) -> None:
+    """What is found in it is what a tap finds that is fed with it, whatever the end was."""
+    tap = whole(one, one.data, capture=capture)
+
+    if one.row.has_lines:
+        assert tap is None  # its streams are called the same
+    else:
+        assert tap is not None
+        assert tap.finish(end) == one.read([one.data], capture, end)
+        assert tap.events == 1
+
+
+@given(st.sampled_from(DOCUMENTS), st.sampled_from(["usage", "content"]), st.data())
+def test_an_odd_document_is_left_to_the_tap(one: Any, capture: Any, data: st.DataObject) -> None:
+    """A wrong byte, or an end too early: either both find the same, or nothing is read at once."""
+    body = bytearray(one.data[: data.draw(st.integers(1, len(one.data)))])
+    body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+
+    tap = whole(one, bytes(body), capture=capture)
+
+    if tap is not None:
+        complete = EndReason.COMPLETE
+        assert tap.finish(complete) == one.read([bytes(body)], capture, complete)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"content_encoding": b"identity"},
+        {"content_type": b"text/event-stream"},
+        {"content_type": None},
+        {"event": 10},
+    ],
+)
+def test_what_is_no_usual_document_is_left_to_the_tap(changes: dict[str, Any]) -> None:
+    """It says less plainly what it is, or is too long."""
+    assert whole(DOCUMENTS[0], DOCUMENTS[0].data, **changes) is None
+
+
+def whole(one: Any, body: bytes, **changes: Any) -> DocumentTap | None:
+    """Read a whole body at once."""
+    options: dict[str, Any] = {
+        "content_type": b"application/json",
+        "content_encoding": None,
+        "capture": "content",
+        "accumulate": 1024**2,
+        "event": 1024**2,
+    }
+    return read_document(one.row, body, **options | changes)

@@ -33,6 +33,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Config, parse
+from llmproxy.http1.grammar import field_lines
 from llmproxy.upstream import client
 from tests.support.daemon import UNTUNED
 
@@ -215,7 +216,7 @@ class OurSender(Sender):
             self._config.providers["p"],
             order.method,
             order.target.encode("latin-1"),
-            order.fields,
+            field_lines(order.fields),
             order.body,
             credential=order.tenant.encode(),
             timeouts=self._config.timeouts,

@@ -21,7 +21,7 @@ from llmproxy.config import Config, ParentProxy, Timeouts, Url
 from llmproxy.config import Provider as ProviderConfig
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.errors import ProxyError
-from llmproxy.http1.grammar import Fields
+from llmproxy.http1.grammar import Fields, field_lines
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.pool import OutgoingRequest, ProviderPool
 from llmproxy.upstream.resolver import Resolver
@@ -260,7 +260,13 @@ class OneProviderUpstream(_Connections):
     ) -> Deferred[Response]:
         """Send one request, perhaps through an upstream that there was before."""
         return (through or self.upstream).send(
-            self.provider, method, target, fields or [], body, credential=b"", timeouts=timeouts
+            self.provider,
+            method,
+            target,
+            field_lines(fields or []),
+            body,
+            credential=b"",
+            timeouts=timeouts,
         )
 
     async def fetch(self, *args: Any, **kwargs: Any) -> tuple[Response, bytes]:
