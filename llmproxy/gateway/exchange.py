@@ -18,7 +18,7 @@ from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.known_head import KnownHead
-from llmproxy.http1.grammar import Fields
+from llmproxy.http1.grammar import NO_FIELDS, NO_VALUES, Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.http1.websocket import Handshake
 from llmproxy.net.task import Task
@@ -90,7 +90,7 @@ class Exchange:
         self.handshake: Handshake | None = None
         self.waiting: Waiting | None = None
         self.place: Place | None = None
-        self.page: Fields = []
+        self.page = NO_FIELDS
         self.decoded_body = b""
         self.left: ClientGone | None = None
         self.is_late = False
@@ -124,8 +124,8 @@ class Exchange:
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
         self.length = first.get(b"content-length")
-        for head in (response, self.request):
-            head.fields, head.first = [], {}
+        response.fields, response.first = NO_FIELDS, NO_VALUES
+        self.request.drop_head()
 
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
