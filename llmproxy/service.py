@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
@@ -26,6 +25,7 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
+import twisted
 from llmproxy.admin.providers import Providers
 from llmproxy.admin.site import admin_site
 from llmproxy.admin.streams import Streams
@@ -207,7 +207,7 @@ class ProxyService(Service):
             config=self._source,
             instance=self._instance,
             python=platform.python_version(),
-            twisted=metadata.version("twisted"),
+            twisted=twisted.__version__,
             reactor=type(self._reactor).__name__,
         )
 

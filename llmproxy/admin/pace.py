@@ -12,13 +12,12 @@ from typing import Any
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.admin.page import Page, ReadOnly, Response, error, respond
 from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.gateway.pace_page import POLICY_FIELDS, PageFile, admin_files
 from llmproxy.http1.headers import ANTI_BUFFERING
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.pace import PacedSource, pace_of, read_query
 from llmproxy.stream.relay import Batch, Relay

@@ -11,10 +11,9 @@ import socket
 from collections.abc import Callable, Container
 
 import msgspec
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.http1.headers import host_of
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 
 JSON = b"application/json"

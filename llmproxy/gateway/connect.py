@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
 from llmproxy.config.host_pattern import HostPatterns, as_compared
@@ -35,7 +34,7 @@ from llmproxy.policy.auth import Auth, holds_made_key, no_proxy_key
 from llmproxy.policy.tunnels import OpenTunnels, Tunnels
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import METHODS, error_fields
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.inside import HANDSHAKE, LEFT, Inside
 from llmproxy.server.request import Request
 from llmproxy.stream.splice import Splice, Splices

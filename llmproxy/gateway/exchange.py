@@ -8,6 +8,7 @@ a break that only the end of the connection can show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -86,7 +87,7 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
     handshake: Handshake | None = None
     waiting: Waiting | None = None
     place: Place | None = None
-    page: Fields = []
+    page: Sequence[tuple[bytes, bytes]] = ()
     decoded_body: bytes = b""
     left: ClientGone | None = None
     is_late: bool = False

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
 from llmproxy.config.host_pattern import HostPatterns, as_compared
@@ -31,7 +30,7 @@ from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.tunnels import Tunnels
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import METHODS
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.relay import Batch, Relay
 from llmproxy.upstream.http1 import Connection

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config, Route
 from llmproxy.config.host_pattern import HostPatterns
@@ -52,7 +51,7 @@ from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMa
 from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import own_fields, too_large
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import Heartbeat
 from llmproxy.stream.relay import Batch, Relay, Whole
@@ -102,6 +101,7 @@ class Gateway(Handler):
         self._routes = Routes(config, credentials or {})
         self._recorder = recorder
         self._metrics = metrics
+        self._observe_gap, self._observe_delay = metrics.gap.observe, metrics.relay_delay.observe
         self._reactor = reactor
         self._clock = clock
         self._batch = Batch()
@@ -157,16 +157,16 @@ class Gateway(Handler):
         """Begin to serve ``request``."""
         place: PathMatch = request.kept
         exchange = self._recorder.begin(request)
-
-        def client_left(why: ClientGone) -> None:
-            exchange.left, left_at = why, self._clock()
-            if not self.detached.takes(exchange, why):
-                exchange.drop()
-                self._metrics.cancel.observe(self._clock() - left_at)
-
-        request.gone = client_left
+        request.gone = _Leaving(self, exchange)
         exchange.task = Task(self._serve(exchange, place), end_failed)
         return NOT_DONE_YET
+
+    def client_left(self, exchange: Exchange, why: ClientGone) -> None:
+        """The client of an exchange has left: read on for its usage, or drop the provider."""
+        exchange.left, left_at = why, self._clock()
+        if not self.detached.takes(exchange, why):
+            exchange.drop()
+            self._metrics.cancel.observe(self._clock() - left_at)
 
     # -- the story ------------------------------------------------------------------------------
 
@@ -211,6 +211,7 @@ class Gateway(Handler):
         if response.code == SWITCHING and caller is not None:
             return await self._websockets.serve(exchange, match, caller, response, fields)
         request.start(response.code, fields)
+        del facts, fields, name  # a stream may last for long
         await self._pump(exchange, match, response)
         request.finish()
         if (delivered := request.when_delivered()) is not None:
@@ -388,10 +389,10 @@ class Gateway(Handler):
             self._clock,
             idle=candidate.timeouts.idle,
             batch=self._batch,
-            gaps=self._metrics.gap.observe,
-            delays=self._metrics.relay_delay.observe,
+            gaps=self._observe_gap,
+            delays=self._observe_delay,
             copy=None if tap is None else tap.feed,
-            stays=lambda: self.detached.takes(exchange, ClientGone()),
+            stays=_Leaving(self, exchange).stays,
         )
         self._metrics.began(relay)
         beats = None
@@ -429,6 +430,24 @@ class Gateway(Handler):
             every=route.heartbeat,
             beat=heartbeat(dialect, route.heartbeat_bytes),
         )
+
+
+class _Leaving(msgspec.Struct):
+    """What becomes of one exchange when its client leaves.
+
+    It is called with the reason.  A stream keeps it for as long as it lasts, and a closure would
+    take six times as much.
+    """
+
+    gateway: Gateway
+    exchange: Exchange
+
+    def __call__(self, why: ClientGone) -> None:
+        self.gateway.client_left(self.exchange, why)
+
+    def stays(self) -> float:
+        """Return how many bytes of the response to read on; 0 to cancel it."""
+        return self.gateway.detached.takes(self.exchange, ClientGone())
 
 
 def guarded_fields(config: Config) -> frozenset[bytes]:

@@ -51,7 +51,7 @@ class Inspection:
         catch_up: Callable[[], object] = lambda: None,
     ) -> None:
         self._limits = config.limits
-        self._metrics = metrics
+        self._metrics, self._degraded = metrics, metrics.degraded
         self._models = named_models(config)
         self._clock = clock
         self._catch_up = catch_up
@@ -69,7 +69,7 @@ class Inspection:
                 accumulate=self._limits.accumulate,
                 event=self._limits.event,
                 name=exchange.trace.id,
-                degraded=self._metrics.degraded,
+                degraded=self._degraded,
                 clock=self._clock,
                 catch_up=self._catch_up,
             )

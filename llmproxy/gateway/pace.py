@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 from twisted.web.http import datetimeToString
-from twisted.web.server import NOT_DONE_YET
 
 from llmproxy.config import Client, Config
 from llmproxy.dialects.dialect import Dialect
@@ -35,7 +34,7 @@ from llmproxy.policy.limits import ClientLimits, limited
 from llmproxy.policy.origins import refuse_page
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import own_fields
-from llmproxy.server.handler import Handler
+from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.pace import Pace, PacedSource, pace_of, read_query
 from llmproxy.stream.relay import Batch, Relay

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -43,10 +43,12 @@ from llmproxy.record.trace import Trace, timestamp
 from llmproxy.stream.frames import NO_CODE, TEXT, frame
 from llmproxy.stream.gate import Gate
 from llmproxy.stream.tap import Degraded
-from llmproxy.stream.websocket import MOST_RUNNING, SocketResponse, WebSocketTap
 from llmproxy.stream.websocket_relay import GOING_AWAY, Ending, WebSocketRelay
 from llmproxy.upstream.held_response import HeldResponse
 from llmproxy.upstream.response import Response
+
+if TYPE_CHECKING:  # wsproto, for routes with WebSockets alone
+    from llmproxy.stream.websocket import SocketResponse, WebSocketTap
 
 _GOOD = (1000, GOING_AWAY, NO_CODE)
 """The codes of a provider's close frame that say of no failure."""
@@ -237,6 +239,8 @@ class Conversation:
         )
 
     def _open_tap(self, extensions: bytes | None) -> WebSocketTap:
+        from llmproxy.stream.websocket import WebSocketTap
+
         limits, sockets = self._sockets.limits, self._sockets
         return WebSocketTap(
             extensions=extensions,
@@ -306,7 +310,7 @@ class Conversation:
         if not self._caller.is_limited or not (event.is_wanted or not self._warms_up):
             return None
         if tap.is_full:
-            text = f"{MOST_RUNNING} responses are asked for on this WebSocket, and none has begun."
+            text = f"{tap.most_running} responses are asked for on this WebSocket; none has begun."
             raise ProxyError(429, "too_many_responses", text)
         model = event.named or tap.model
         return self._sockets.client_limits.admit(self._caller.client, model, size)

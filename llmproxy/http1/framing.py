@@ -120,7 +120,8 @@ class ChunkedReader:
     def __init__(self) -> None:
         self._left = 0
         self._line = b""
-        self._step = self._size
+        # A function and no bound method: that would hold its own reader.
+        self._step = ChunkedReader._size
         self._between = True
         self._trailer_bytes = 0
         self.done = False
@@ -144,7 +145,7 @@ class ChunkedReader:
         self._between = False
         try:
             while position >= 0 and not self.done:
-                position = self._step(data, position, content)
+                position = self._step(self, data, position, content)
         except BadMessage as error:
             self.error = error
         if self.done:
@@ -181,7 +182,7 @@ class ChunkedReader:
         if match is None:
             raise BadMessage("a chunk's size line is malformed")
         self._left = int(match[1], 16)
-        self._step = self._content if self._left else self._trailer
+        self._step = ChunkedReader._content if self._left else ChunkedReader._trailer
         return end + 2
 
     def _content(self, data: bytes, position: int, content: list[bytes]) -> int:
@@ -194,13 +195,13 @@ class ChunkedReader:
         end = position + self._left
         content.append(data[position:end])
         self._left = 0
-        self._step = self._content_end
+        self._step = ChunkedReader._content_end
         return end
 
     def _content_end(self, data: bytes, position: int, content: list[bytes]) -> int:
         mark = data[position : position + 2]
         if mark == b"\r\n":
-            self._step = self._size
+            self._step = ChunkedReader._size
             return position + 2
         if mark and mark != b"\r":
             raise BadMessage("a chunk is longer than its size")

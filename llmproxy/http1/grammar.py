@@ -17,6 +17,10 @@ from llmproxy.http1.known import known
 Fields = list[tuple[bytes, bytes]]
 """Header fields in their order; names in lower case, values without surrounding white space."""
 
+NO_FIELDS: Fields = []
+NO_VALUES: dict[bytes, bytes] = {}
+"""Stand for a head that is gone, or that is not there; nothing is added to them."""
+
 MAX_LINE = 8192
 """Longest field line outside of a head, in bytes: a head's own limit bounds its lines."""
 

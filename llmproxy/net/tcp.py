@@ -312,15 +312,26 @@ class MadeTransport(DirectTransport, tcp.Client):
     def stopReading(self) -> None:
         """Read no more; when the connection is made, Twisted only stops to start again."""
         is_being_made = not (self.connected or self.disconnected)
-        if not is_being_made or "doRead" in vars(self):  # which is how an attempt is gone on with
+        # An attempt is gone on with by a doRead of the instance's own.
+        if not is_being_made or getattr(self.doRead, "__func__", None) is not type(self).doRead:
             super().stopReading()
 
     def connectionLost(self, reason: Failure) -> None:
         """The connection is over, or was never made; that is reported to its connector, too."""
         was_made = self.connected
         super().connectionLost(reason)
-        if was_made:
+        if was_made and self.connector is not None:
             self.connector.connectionLost(reason)
+
+    def forget_connector(self) -> None:
+        """Let go of what has made the connection, which is not told of its end then.
+
+        Twisted's connector, its factory and the Deferred of an endpoint would take 1 KB for as long
+        as the connection lasts.
+        """
+        connector, self.connector = self.connector, None
+        if connector is not None:
+            connector.factory = None  # which leads back to it
 
 
 class DirectClient(MadeTransport):

@@ -10,6 +10,7 @@ connections that fail one by one; so it is raised, or the log says so, with each
 
 from __future__ import annotations
 
+import importlib
 import resource
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -29,8 +30,6 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
 from llmproxy.policy.standing import Standing
-from llmproxy.record.ledger_report import tokens_by_client
-from llmproxy.record.ledger_schema import LedgerError
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.record.trace import timestamp
@@ -146,6 +145,8 @@ class Setup:
             OSError: a file cannot be opened.
             ValueError: OpenSSL would not use a certificate, or the authority has expired.
         """
+        if any(route.websocket for route in config.routes):
+            importlib.import_module("llmproxy.stream.websocket")  # before the first one comes
         keypair = config.proxy.keypair
         credentials = self._credentials.prepare(config)
         upstream = Upstream(
@@ -218,6 +219,9 @@ class Setup:
         path = config.trace.ledger
         if path is None or not self._limits.unknown(config.clients):
             return NOTHING_SPENT
+        from llmproxy.record.ledger_report import tokens_by_client  # SQLite, for a ledger alone
+        from llmproxy.record.ledger_schema import LedgerError
+
         today = self._limits.today()
         try:
             return Spent(today, tokens_by_client(path, timestamp(today * DAY_S)))

@@ -13,9 +13,7 @@ from collections.abc import Callable, Hashable
 
 from llmproxy.config import Trace as TraceConfig
 from llmproxy.config import Url
-from llmproxy.record import otlp
 from llmproxy.record.jsonl import JsonLines
-from llmproxy.record.ledger import Ledger
 from llmproxy.record.sink_queue import Output
 from llmproxy.record.trace import Trace
 from llmproxy.record.writer import QUEUE, Writer
@@ -105,6 +103,8 @@ class Sinks:
             if config.jsonl is not None:
                 outputs.append(JsonLines(config.jsonl))
             if config.ledger is not None:
+                from llmproxy.record.ledger import Ledger  # SQLite, for a ledger alone
+
                 outputs.append(Ledger(config.ledger, keep_s=config.keep, wall=self._wall))
         except BaseException:
             for output in outputs:
@@ -113,6 +113,8 @@ class Sinks:
         return Writer(outputs, clock=self._clock, queue=self._queue)
 
     def _for(self, collector: Url) -> Writer:
+        from llmproxy.record import otlp
+
         resource = {
             "service.name": "llmproxy",
             "service.version": version(),

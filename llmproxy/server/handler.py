@@ -9,12 +9,19 @@ what handlers are for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from twisted.web.resource import Resource
 
 from llmproxy.errors import ProxyError
 from llmproxy.server.request import Request
 from llmproxy.server.seen_heads import SeenHeads
+
+NOT_DONE_YET: Final = 1
+"""What Twisted's resources return when the request is ended later.
+
+It is the constant of ``twisted.web.server``, whose import takes 2 MB and 20 ms.
+"""
 
 
 class Handler(Resource):

@@ -17,13 +17,6 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
-import brotli
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 _IN = 16 * 1024
 """Most bytes that are decompressed at once: each member's end copies the bytes behind it."""
 
@@ -238,6 +231,8 @@ class _Brotli:
     def __init__(self, start: bytes) -> None:
         if start[0] & 1 and start[0] >> 1 & 7 > _BROTLI_WINDOW_LOG - 17:  # RFC 7932, section 9.1
             raise BadCoding("the window is too large")
+        import brotli
+
         self.error: type[Exception] = brotli.error
         self._decoder = brotli.Decompressor()
         self.has_more = False
@@ -259,6 +254,11 @@ class _Zstd:
     """One frame of zstd (RFC 8878)."""
 
     def __init__(self) -> None:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+
         self.error: type[Exception] = zstd.ZstdError
         options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
         self._decoder: Any = zstd.ZstdDecompressor(options=options)

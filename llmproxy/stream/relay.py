@@ -427,7 +427,7 @@ class Relay(TwistedProtocol):
         self._forwarded: tuple[int, int] | None = None  # chunks and bytes, once the sink is gone
         self.statistics = StreamStatistics(batch, clock(), gaps, copy)
         self._batch = batch
-        self.done: Deferred[None] = Deferred(lambda _: self.cancel())
+        self.done: Deferred[None] = Deferred(self._cancelled)
 
     def start(self) -> Deferred[None]:
         """Begin to pump; return :attr:`done`."""
@@ -439,6 +439,9 @@ class Relay(TwistedProtocol):
         if self.state is State.PAUSED and self.transport is not None:
             self.transport.pauseProducing()  # type: ignore[attr-defined]  # a push producer, too
         return done
+
+    def _cancelled(self, _: object) -> None:
+        self.cancel()
 
     @property
     def chunks(self) -> int:

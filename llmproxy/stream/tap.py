@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import StrEnum
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -46,6 +47,7 @@ _ENDS = 32 * 1024
 """Most bytes of either end of a document that is odd, but too long to be read tolerantly."""
 
 _ERROR = b"error"
+_ONLY_ERROR = frozenset((_ERROR,))
 """The name of an event that tells of a failure, whatever its data are."""
 
 _JUDGED = (EndReason.COMPLETE, EndReason.CLIENT_GONE, EndReason.UPSTREAM_BROKEN)
@@ -105,6 +107,11 @@ class Result(msgspec.Struct, frozen=True):
         return self.end_reason is EndReason.COMPLETE
 
 
+@cache
+def _with_error(names: frozenset[bytes]) -> frozenset[bytes]:
+    return names | _ONLY_ERROR
+
+
 class StreamAccumulator:
     """Reads a copy of one response.
 
@@ -141,10 +148,9 @@ class StreamAccumulator:
         self._report = degraded
         self._catch_up = catch_up
         self._seen = Accumulated(keeps=capture == "content", budget=accumulate)
-        text_only = frozenset() if capture == "content" else endpoint.text_only
-        self._special = text_only | {_ERROR}
+        self._special = _ONLY_ERROR if capture == "content" else _with_error(endpoint.text_only)
         self._result: Result | None = None
-        self._waiting: list[Deferred[Result]] = []
+        self._waiting: list[Deferred[Result]] | None = None
         self._degraded: tuple[Degraded, ...] = ()
         self._events = 0
         self._may_have_ended = False
@@ -248,8 +254,8 @@ class StreamAccumulator:
                 self._break()
             self._framing = self._decompressor = None
             self._result = self._final_result(end)
-            waiting, self._waiting = self._waiting, []
-            for deferred in waiting:
+            waiting, self._waiting = self._waiting, None
+            for deferred in waiting or ():
                 deferred.callback(self._result)
         return self._result
 
@@ -257,6 +263,8 @@ class StreamAccumulator:
         """Return a Deferred of the result.  It never fails; cancelling it ends nothing else."""
         if self._result is not None:
             return succeed(self._result)
+        if self._waiting is None:
+            self._waiting = []
         deferred: Deferred[Result] = Deferred(self._waiting.remove)
         self._waiting.append(deferred)
         return deferred

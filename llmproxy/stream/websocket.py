@@ -17,7 +17,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 from twisted.logger import Logger
 from wsproto.extensions import PerMessageDeflate
@@ -56,9 +56,6 @@ _HEAD = 4096
 """Bytes of a message that is too long in which its type is looked for."""
 
 _may_end = re.compile(rb'"response\.(?:completed|incomplete|failed|done)"').search
-
-MOST_RUNNING = 256
-"""Most responses of one connection that are under way at once, as far as they are followed."""
 
 _log = Logger()
 
@@ -300,7 +297,10 @@ class WebSocketTap:
     Attributes:
         degraded: why something may be missing.
         model: the session's.
+        most_running: responses that may be under way at once, as far as they are followed.
     """
+
+    most_running: Final = 256
 
     def __init__(
         self,
@@ -357,7 +357,7 @@ class WebSocketTap:
     @property
     def is_full(self) -> bool:
         """Whether no further response that is asked for would be followed."""
-        return len(self._asked) >= MOST_RUNNING
+        return len(self._asked) >= self.most_running
 
     def finish(self) -> list[SocketResponse]:
         """Return the responses that are still under way, now that the connection has ended."""
@@ -412,7 +412,7 @@ class WebSocketTap:
             return  # it is said twice
         response = self._asked.popleft() if self._asked else self._response(self.model)
         before, running = self._running.pop(name, None), self._running
-        if before is None and len(running) >= MOST_RUNNING:
+        if before is None and len(running) >= self.most_running:
             before = running.pop(next(iter(running)))
         running[name] = response
         if before is not None:  # it may hold a place of its client's

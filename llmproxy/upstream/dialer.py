@@ -149,7 +149,9 @@ class Dialer:
                 connection = make()
                 self._begin(connection, tunnel.transport)
             dial.phase = "handshake"
-            return await connection.ready
+            await connection.ready
+            connection.forget_beginning()
+            return connection
         except (CancelledError, ConnectingCancelledError):
             raise CancelledError from None
         except Exception as error:

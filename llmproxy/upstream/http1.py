@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener, IProtocol, ITCPTransport
 from twisted.internet.protocol import Protocol, connectionDone
@@ -32,6 +32,7 @@ from zope.interface import implementer
 from llmproxy.errors import upstream_broken, upstream_protocol, upstream_timeout
 from llmproxy.http1.framing import LengthReader, response_body
 from llmproxy.http1.grammar import BadMessage
+from llmproxy.net.tcp import MadeTransport
 from llmproxy.net.transport import notice_vanished_peer, pending_bytes
 from llmproxy.upstream.request_body import HeldBody, Phase, Sending, Sent
 from llmproxy.upstream.response import Response, read_response
@@ -41,6 +42,8 @@ MAX_INTERIM = 16
 """Most 1xx responses before a final one; curl has no limit, Go's client takes 5."""
 
 _DONE = Failure(ResponseDone())
+_SETTLED: Deferred[Any] = succeed(None)
+"""Stands for :attr:`Connection.ready` once nobody waits for it."""
 
 
 class State:
@@ -148,6 +151,12 @@ class Connection(Protocol):
         if not self.aborted and self.state is not State.CLOSED:
             self.aborted, self._framed = True, None
             self._transport.abortConnection()
+
+    def forget_beginning(self) -> None:
+        """Let go of what has made the connection, now that it is ready: it may last for long."""
+        self.ready, self.factory = _SETTLED, None
+        if isinstance(self._transport, MadeTransport):
+            self._transport.forget_connector()
 
     def _settle_ready(self, result: Any) -> None:
         if not self.ready.called:

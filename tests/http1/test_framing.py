@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 
 import h11
@@ -354,3 +355,11 @@ def test_only_an_unfinished_line_is_kept() -> None:
     finally:
         tracemalloc.stop()
     assert kept < 70_000
+
+
+@pytest.mark.parametrize("body", [b"3\r\nabc", b"3\r\nabc\r\n", b"3\r\nabc\r\n0\r\n\r\n"])
+def test_a_reader_is_gone_without_the_collector(body: bytes) -> None:
+    """It holds no reference to itself, wherever it stands."""
+    reader = ChunkedReader()
+    reader.feed(body)
+    assert [one for one in gc.get_referents(reader) if reader in gc.get_referents(one)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import resource
 import socket
 import threading
@@ -10,6 +11,8 @@ import threading
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import _WrappingFactory
+from twisted.internet.tcp import Connector
 
 from llmproxy.config import Timeouts, Url
 from llmproxy.errors import EndReason, ProxyError
@@ -28,6 +31,8 @@ from tests.upstream.one_provider import (
     url_of,
 )
 
+MADE_WITH = (Connector, _WrappingFactory)
+
 # --- the pool -------------------------------------------------------------------------------------
 
 
@@ -42,6 +47,21 @@ async def test_a_connection_serves_one_request_after_the_other() -> None:
         assert provider.accepted == 1
         assert provider.closed.empty()
     await take(provider.closed)
+
+
+@ensureDeferred
+async def test_a_connection_keeps_nothing_of_how_it_was_made() -> None:
+    """Connector, factories and Deferreds are gone once it is ready, without the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with pool_of(RespondingProvider()) as (_, pool):
+            response = await pool.send()
+            kept = [type(one).__name__ for one in gc.get_objects() if isinstance(one, MADE_WITH)]
+            assert await read(response) == b"ok"
+    finally:
+        gc.enable()
+    assert kept == []
 
 
 @ensureDeferred
