@@ -33,11 +33,12 @@ from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
-from llmproxy.net.loop import Lag, calm_collector, tune
+from llmproxy.net.loop import SWITCH_S, Lag, tune
 from llmproxy.net.timers import Timers
 from llmproxy.ops import failed_start, listeners
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
+from llmproxy.ops.garbage import Garbage
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
 from llmproxy.ops.process import Process
@@ -217,7 +218,8 @@ class ProxyService(Service):
         if self.setup.config.proxy.tuned_loop:
             self._untune = tune(self._reactor)
             if self._handle_signals:  # the process is ours
-                calm_collector()
+                self._garbage.start()
+                sys.setswitchinterval(SWITCH_S)
         self._lag.start()
         self.ready = True
         if self._handle_signals:
@@ -295,6 +297,7 @@ class ProxyService(Service):
         status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
         self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
+        self._garbage = Garbage(reactor, lambda: self.recorder.running)
         self._expose()
 
     def _make_admin_sites(self, clock: Callable[[], float]) -> tuple[Site, Site]:
@@ -402,6 +405,7 @@ class ProxyService(Service):
 
     def _close(self) -> Deferred[None]:
         self._untune()
+        self._garbage.stop()
         self._lag.stop()
         self.leaves.stop()
         self.notify.close()

@@ -13,7 +13,6 @@ process sees the same calls in the same order.  What is leaned on: ``_poller``, 
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, poll
@@ -23,11 +22,15 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.task import LoopingCall
 from twisted.python import log
 
-_THRESHOLDS = (10_000, 20, 50)
-"""Allocations before the collector looks at young objects, and looks before it goes further."""
-
 _ROUNDS = 100
 """Polls in a row, before the reactor's own loop has its turn in any case."""
+
+SWITCH_S = 0.0005
+"""Seconds for which another thread keeps the interpreter when the reactor asks for it.
+
+CPython's own are 5 ms.  The reactor gives the interpreter up for each system call, and the threads
+that write records and the log take it then.
+"""
 
 _BROKEN = EPOLLERR | EPOLLHUP
 _BOTH = EPOLLIN | EPOLLOUT
@@ -57,17 +60,6 @@ def tune(reactor: Any) -> Callable[[], None]:
         state.pop("doIteration", None)
 
     return undo
-
-
-def calm_collector() -> None:
-    """Let the garbage collector leave alone what is there now, and look less often at the rest.
-
-    The objects of a stream die by reference counting.  A collection looks at all streams, and holds
-    all of them up.  The collector is the whole process's: call this only where that is ours.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_THRESHOLDS)
 
 
 def _iteration(reactor: Any) -> Callable[[float | None], None]:
