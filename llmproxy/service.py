@@ -35,6 +35,7 @@ from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
 from llmproxy.net.loop import SWITCH_S, Lag, tune
 from llmproxy.net.timers import Timers
+from llmproxy.net.turn_watch import TurnWatch
 from llmproxy.ops import failed_start, listeners
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
@@ -45,6 +46,7 @@ from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
+from llmproxy.ops.turn_parts import name_parts
 from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log import JsonLog, log_opener, log_writer
@@ -158,6 +160,7 @@ class ProxyService(Service):
         self._json_log: JsonLog | None = None
         self._log_writer: LogWriter | None = None
         self._untune: Callable[[], None] = lambda: None
+        self._turn_watch: TurnWatch | None = None
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, and decide how its log is written.
@@ -216,7 +219,9 @@ class ProxyService(Service):
         """Everything listens: be ready."""
         super().startService()
         if self.setup.config.proxy.tuned_loop:
-            self._untune = tune(self._reactor)
+            self._untune = tune(self._reactor, self._turn_watch)
+            if self._turn_watch is not None:
+                name_parts(self._turn_watch)
             if self._handle_signals:  # the process is ours
                 self._garbage.start()
                 sys.setswitchinterval(SWITCH_S)
@@ -231,6 +236,9 @@ class ProxyService(Service):
         """Make the parts that last; nothing listens, and no provider is known yet."""
         reactor, clock, tuned = self._reactor, time.monotonic, self._config.proxy.tuned_loop
         self.metrics = Metrics(version())
+        if tuned and self._config.proxy.watch_turns:
+            turns = self.metrics.watch_turns()
+            self._turn_watch = TurnWatch(clock, time.thread_time, turns.observe)
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
@@ -322,6 +330,7 @@ class ProxyService(Service):
                 self.standing.switches,
             ),
             flights=self.recorder.flights,
+            turns=None if self._turn_watch is None else self._turn_watch.rows,
             hosts=lambda: self.setup.config.admin.hosts,
         )
         return admin, site(config=None)
