@@ -8,6 +8,7 @@ business (``server/handler.py``).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,9 @@ _TELL_EVERY_S, _MOST_TOLD = 60.0, 1024
 
 _AT_ONCE = 64
 """Connections that the sweep looks at in one turn, within two tenths of a millisecond."""
+
+_ENDS = 16
+"""Connections of clients that have left which are closed in one turn, within a millisecond."""
 
 _log = Logger()
 
@@ -93,6 +97,7 @@ class Site(Factory):
         self._waiting: list[Deferred[None]] = []
         self._sweep = LoopingCall(self._check_all)
         self._sweep.clock = reactor
+        self._leaving: deque[ClientConnection] = deque()
         self._unchecked: list[ClientConnection] = []  # what is left of a sweep
         self._rest: Any = None  # the turn in which it goes on
         self._listening = False
@@ -157,6 +162,21 @@ class Site(Factory):
             waiting, self._waiting = self._waiting, []
             for deferred in waiting:
                 deferred.callback(None)
+
+    def close_soon(self, connection: ClientConnection) -> None:
+        """Close the connection of a client that has left, in one of the next turns."""
+        if not self._leaving:
+            self.reactor.callLater(0, self._close_some)
+        self._leaving.append(connection)
+
+    def _close_some(self) -> None:
+        """Close some, and the others in the next turns: each costs what an event costs."""
+        for _ in range(min(len(self._leaving), _ENDS)):
+            connection = self._leaving.popleft()
+            if connection in self.connections:
+                connection.close_left()
+        if self._leaving:
+            self.reactor.callLater(0, self._close_some)
 
     def report_tls(self, peer: str) -> None:
         """Log, once a minute for each address, that a client speaks TLS where none is spoken."""

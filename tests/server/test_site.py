@@ -576,6 +576,54 @@ def test_who_leaves_within_a_sweep_is_not_looked_at(monkeypatch: pytest.MonkeyPa
     assert not caller.clock.getDelayedCalls()
 
 
+def test_who_leaves_together_is_reported_before_any_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So providers hear first; then the connections are closed in several turns."""
+    caller = Caller(GET)
+    channels, transports = [caller.channel], [caller.transport]
+    for _ in range(39):
+        caller.connect()
+        caller.send(GET)
+        channels.append(caller.channel)
+        transports.append(caller.transport)
+    closed: list[int] = []
+    later = caller.clock.callLater
+
+    def note(delay: float, call: Any, *args: Any, **named: Any) -> Any:
+        if delay == 0:
+            closed.append(sum(one.count("close") for one in transports))
+        return later(delay, call, *args, **named)
+
+    monkeypatch.setattr(caller.clock, "callLater", note)
+    for channel in channels:
+        channel.readConnectionLost()
+    assert [type(why) for why in caller.handler.gone] == [ClientGone] * 40
+    caller.clock.advance(0)
+    assert closed == [0, 16, 32]
+    assert [one.count("close") for one in transports] == [1] * 40
+
+
+def test_who_is_dropped_meanwhile_is_not_closed_again() -> None:
+    """The connection is gone when its turn comes."""
+    caller = Caller(GET)
+    caller.channel.readConnectionLost()
+    caller.site.cut()
+    caller.transport.end(ABORTED)
+    caller.clock.advance(0)
+    assert caller.closes() == ["abort"]
+    assert len(caller.handler.gone) == 1
+
+
+def test_what_is_still_written_ends_with_its_client_at_once() -> None:
+    """A response that is read on without a client is not written to it any more."""
+    caller = Caller(GET)
+    push = Push()
+    caller.start().registerProducer(push, True)
+    caller.channel.readConnectionLost()
+    assert caller.closes() == ["close"]
+
+
 def test_one_broken_connection_does_not_stop_the_sweep(logged_failures: Any) -> None:
     """A connection that cannot be checked is dropped, and the others are still checked."""
     caller = Caller(client_idle=10)
