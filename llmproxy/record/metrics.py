@@ -156,6 +156,7 @@ class Metrics:
         self.cancel = Histogram(_FINE_SECONDS)
         self.reactor_lag = Histogram(_FINE_SECONDS)
         self.queue_wait = Histogram(_SECONDS)
+        self._turns: Histogram | None = None
         self._bytes = {"in": 0, "out": 0}
         self._tunnelled: dict[Labels, int] = {("in",): 0, ("out",): 0}
         self._chunks = 0
@@ -171,6 +172,11 @@ class Metrics:
     def watch_count(self, name: str, text: str, labels: list[str], source: Source) -> None:
         """Expose a counter whose values another part holds."""
         self._sources.append((name, text, labels, True, source))
+
+    def watch_turns(self) -> Histogram:
+        """Return what counts the reactor's turns, which is exposed from now on."""
+        self._turns = Histogram(_FINE_SECONDS)
+        return self._turns
 
     def began(self, body: Live) -> None:
         """A body is being relayed."""
@@ -355,7 +361,10 @@ class Metrics:
             ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
             ("queue_wait_seconds", "In a provider's queue.", self.queue_wait),
             ("reactor_lag_seconds", "How late the reactor calls a timer.", self.reactor_lag),
+            ("turn_seconds", "From one poll of the reactor to the next.", self._turns),
         ):
+            if histogram is None:
+                continue
             buckets, total = histogram.buckets()
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
 
