@@ -21,7 +21,7 @@ from llmproxy.upstream.pool import ProviderPool
 _PARTS = (
     (Page, "read", "a page of the admin site"),
     (Gateway, "render", "a request begins"),
-    (ProviderPool, "send", "a request to a provider"),
+    (ProviderPool, "request", "a request to a provider"),
     (Relay, "start", "a body begins"),
     (Batch, "read", "a batch of chunks is read"),
     (Recorder, "close", "a record is closed"),
