@@ -49,6 +49,8 @@ _NO_PARTS: list[bytes] = []
 Nothing is added to them.
 """
 
+_OK = 200
+
 _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
@@ -122,7 +124,7 @@ class Request(http.Request):
         self.queued = self._disconnected = self._parsePOSTFormSubmission = False
         self.producer: Any = None
         self.streamingProducer = False
-        self.code = http.OK
+        self.code = _OK
         self.startedWriting = self.chunked = self.finished = 0
         # what came in
         self.method, self.uri = head.method, head.target
