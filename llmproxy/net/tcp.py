@@ -10,13 +10,14 @@ nobody reads, and the reactor is told once.
 
 In all else these are Twisted's transports.  What is leaned on is the queue of
 ``twisted.internet.abstract.FileDescriptor`` (``_tempDataBuffer``, ``_tempDataLen``,
-``dataBuffer``), ``_aborting``, ``Connector._makeTransport``, and what ``tcp.Server`` sets at its
-beginning and ``tcp.Connection`` deletes at its end; ``tests/net/test_tcp.py`` fails when they
-change.
+``dataBuffer``), ``_aborting``, and what ``tcp.Server`` and ``tcp.Client`` set at their beginning
+and ``tcp.Connection`` deletes at its end; ``tests/net/test_tcp.py`` fails when they change.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -26,7 +27,13 @@ from typing import Any
 from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.address import IPv6Address
-from twisted.internet.error import ConnectionAborted, ConnectionLost
+from twisted.internet.defer import Deferred
+from twisted.internet.error import (
+    ConnectError,
+    ConnectionAborted,
+    ConnectionLost,
+    getConnectError,
+)
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -34,6 +41,8 @@ from llmproxy.net.transport import has_sent_all, unsent_bytes
 
 READ_SIZE = 80 * 1024
 """Most bytes of one read; ``bufferSize`` is how many may be queued before a producer is paused."""
+
+_NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 _GLANCE = 8
 """Bytes that tell one protocol from another."""
@@ -307,43 +316,115 @@ class DirectServer(AcceptedTransport):
 
 
 class MadeTransport(DirectTransport, tcp.Client):
-    """What connections that we made have in common, with TLS and without."""
+    """What connections that we make have in common, with TLS and without.
 
-    def stopReading(self) -> None:
-        """Read no more; when the connection is made, Twisted only stops to start again."""
-        is_being_made = not (self.connected or self.disconnected)
-        # An attempt is gone on with by a doRead of the instance's own.
-        if not is_being_made or getattr(self.doRead, "__func__", None) is not type(self).doRead:
-            super().stopReading()
+    Twisted's way to one is an endpoint, a factory that wraps a factory, a protocol that wraps a
+    protocol, a connector, a timer and a turn of the reactor.  Here it is :meth:`connect`.
+
+    Args:
+        reactor: tells when the kernel has connected.
+        make: makes the protocol, once the connection is there.
+    """
+
+    def __init__(self, reactor: Any, make: Callable[[], Any]) -> None:
+        # Twisted's own is not called: what it sets is set here.
+        self._clear()
+        self.reactor = reactor
+        self._tempDataBuffer, self._tempDataLen = [], 0
+        self._make: Callable[[], Any] | None = make
+        self._made: Deferred[Any] | None = Deferred(self._give_up)
+
+    def connect(self, family: int, host: str, port: int) -> Deferred[Any]:
+        """Begin to connect to an address.
+
+        Returns:
+            fires with the protocol once it is connected, perhaps at once.  Cancelling it closes the
+            socket.  It fails with ``OSError`` or a ``twisted.internet.error.ConnectError``.
+        """
+        made: Deferred[Any] = self._made  # type: ignore[assignment]  # until that has fired
+        try:
+            address: Any = (host, port)
+            if family != socket.AF_INET:
+                self._addressType: Any = IPv6Address
+                found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, 0, _NUMERIC)
+                address = found[0][4]  # with the number of its scope
+            self.socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self.fileno = self.socket.fileno
+            self.addr = self.realAddress = address
+            number = self.socket.connect_ex(address)
+        except OSError as error:
+            self._fail(error)
+            return made
+        if number in (0, errno.EISCONN):
+            self._connected()
+        elif number in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self.doRead = self.doWrite = self._look  # type: ignore[method-assign]  # until then
+            self.startWriting()
+        else:
+            self._fail(getConnectError((number, os.strerror(number))))
+        return made
+
+    def _look(self) -> None:
+        """The kernel has connected, or has failed to."""
+        if (error := self._error()) is not None:
+            self._fail(error)
+        elif self._make is not None:
+            del self.doRead, self.doWrite
+            self.stopWriting()
+            self._connected()
+
+    def _error(self) -> Exception | None:
+        """Return why the kernel could not connect, or None."""
+        number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return getConnectError((number, os.strerror(number))) if number else None
+
+    def _connected(self) -> None:
+        """The connection is there: let a protocol have it."""
+        make: Any = self._make
+        made: Any = self._made
+        self._make = self._made = None
+        self.connected = 1
+        self.protocol = protocol = make()
+        self.startReading()
+        protocol.makeConnection(self)
+        made.callback(protocol)
+
+    def _fail(self, error: Exception) -> None:
+        """There will be no connection."""
+        made, self._made = self._made, None
+        self._close_attempt()
+        if made is not None:
+            made.errback(Failure(error))
+
+    def _give_up(self, _: Deferred[Any]) -> None:
+        self._made = None
+        self._close_attempt()
+
+    def _close_attempt(self) -> None:
+        self._make = None
+        self.disconnected = 1
+        self.stopWriting()
+        if "fileno" in vars(self):
+            self.socket.close()
+            del self.socket, self.fileno
+        if "doRead" in vars(self):  # which leads back here
+            del self.doRead, self.doWrite
 
     def connectionLost(self, reason: Failure) -> None:
-        """The connection is over, or was never made; that is reported to its connector, too."""
-        was_made = self.connected
-        super().connectionLost(reason)
-        if was_made and self.connector is not None:
-            self.connector.connectionLost(reason)
+        """The connection is over; or was never made, which whoever waits for it hears."""
+        if self._make is not None:
+            self._fail(self._error() or ConnectError(string=reason))
+        elif self.connected:
+            super().connectionLost(reason)
 
-    def forget_connector(self) -> None:
-        """Let go of what has made the connection, which is not told of its end then.
-
-        Twisted's connector, its factory and the Deferred of an endpoint would take 1 KB for as long
-        as the connection lasts.
-        """
-        connector, self.connector = self.connector, None
-        if connector is not None:
-            connector.factory = None  # which leads back to it
+    def logPrefix(self) -> str:  # noqa: N802 - Twisted's name
+        """Return what stands before a log line of Twisted's that is about this connection."""
+        return f"{type(self).__name__},client"
 
 
 class DirectClient(MadeTransport):
-    """A connection that we made."""
+    """A connection that we make."""
 
-    def _connectDone(self) -> None:
+    def _connected(self) -> None:
         self._send = self.socket.send
-        super()._connectDone()
-
-
-class DirectConnector(tcp.Connector):
-    """Makes connections of :class:`DirectClient`."""
-
-    def _makeTransport(self) -> tcp.Client:  # noqa: N802 - Twisted's name
-        return DirectClient(self.host, self.port, self.bindAddress, self, self.reactor)
+        super()._connected()

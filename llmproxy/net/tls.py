@@ -27,7 +27,6 @@ from typing import Any, cast
 
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
-from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
@@ -291,7 +290,7 @@ class TlsServer(TlsTransport, AcceptedTransport):
 
 
 class TlsClient(TlsTransport, MadeTransport):
-    """A connection that we made.
+    """A connection that we make.
 
     Args:
         tls: makes OpenSSL's side of a connection, on its ``socket``.
@@ -301,10 +300,10 @@ class TlsClient(TlsTransport, MadeTransport):
         self._make_tls = tls
         super().__init__(*args)
 
-    def _connectDone(self) -> None:
+    def _connected(self) -> None:
         self._begin(self._make_tls(self))
         self.tls.set_connect_state()
-        super()._connectDone()
+        super()._connected()
         if self.connected and not self._aborting:
             self.startWriting()  # the handshake begins in the next turn, where it may fail
 
@@ -328,18 +327,3 @@ def begin_tls(transport: DirectClient | DirectServer, tls: Callable[[Any], SSL.C
         changed.tls.set_connect_state()
         if changed.connected and not changed._aborting:
             changed.startWriting()  # the handshake begins in the next turn, where it may fail
-
-
-class TlsConnector(tcp.Connector):
-    """Makes connections of :class:`TlsClient`.
-
-    Args:
-        tls: makes OpenSSL's side of a connection, on its ``socket``.
-    """
-
-    def __init__(self, tls: Callable[[Any], SSL.Connection], *args: Any) -> None:
-        self._make_tls = tls
-        super().__init__(*args)
-
-    def _makeTransport(self) -> tcp.Client:  # noqa: N802 - Twisted's name
-        return TlsClient(self._make_tls, self.host, self.port, self.bindAddress, self, self.reactor)

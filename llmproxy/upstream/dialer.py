@@ -20,8 +20,8 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from llmproxy.config import ParentProxy, Provider
 from llmproxy.errors import ProxyError, upstream_tls
-from llmproxy.net.tcp import DirectConnector
-from llmproxy.net.tls import TlsConnector, begin_tls
+from llmproxy.net.tcp import DirectClient, MadeTransport
+from llmproxy.net.tls import TlsClient, begin_tls
 from llmproxy.upstream.host_endpoint import HostEndpoint
 from llmproxy.upstream.http1 import Connection
 from llmproxy.upstream.resolver import Resolver
@@ -92,12 +92,12 @@ class Dialer:
         self._tls = client_options(provider)
         self.secure = self._tls is not None
         self._direct = direct
-        connector: Callable[..., Any] | None = None
+        connector: Callable[[Any, Callable[[], Any]], MadeTransport] | None = None
         wrap: Callable[[Any], Any] | None = None
         if direct and (self._tls is None or parent is not None):
-            connector = DirectConnector
+            connector = DirectClient
         elif direct:
-            connector = partial(TlsConnector, cast(Any, self._tls).on_socket)
+            connector = partial(TlsClient, cast(Any, self._tls).on_socket)
         elif self._tls is not None and parent is None:
             wrap = partial(wrapClientTLS, cast(Any, self._tls))
         first = url if parent is None else parent.url
@@ -140,9 +140,7 @@ class Dialer:
         connection: Connection | None = None
         try:
             if self._connect_request is None:
-                connection = connected = await self._first.connect(make)
-                if self._direct:
-                    connected.transport.protocol = connected  # without the endpoint's wrapper
+                connection = await self._first.connect(make)
             else:
                 made = partial(Tunnel, self._max_head)
                 tunnel = await dial.through(self._first, self._connect_request, made)

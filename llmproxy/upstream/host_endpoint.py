@@ -27,6 +27,7 @@ from llmproxy.errors import (
     upstream_unreachable,
 )
 from llmproxy.net.addresses import Forbidden
+from llmproxy.net.tcp import MadeTransport
 from llmproxy.upstream.race import Address, first_connected, interleaved
 from llmproxy.upstream.resolver import NO_MORE, Resolver
 
@@ -45,7 +46,8 @@ class HostEndpoint:
         resolver: looks the host's name up.
         host: a name, or an address without brackets.
         port: where it listens.
-        connector: makes connections with the transports of ``net/``; None for Twisted's own.
+        connector: makes a transport of ``net/``, of the reactor and what makes its protocol; None
+            for Twisted's own.
         wrap: makes of a Twisted endpoint what is connected with instead.
         guard: judges each address; without one every address may be connected to.
         caller: who has chosen the host, for whom the name is looked up.
@@ -59,14 +61,14 @@ class HostEndpoint:
         host: str,
         port: int,
         *,
-        connector: Callable[..., Any] | None,
+        connector: Callable[[Any, Callable[[], Any]], MadeTransport] | None,
         wrap: Callable[[Any], Any] | None = None,
         guard: Guard | None = None,
         caller: str = "",
         is_parent: bool = False,
     ) -> None:
-        self._reactor = reactor if connector is None else _Connecting(reactor, connector)
-        self._clock = reactor
+        self._reactor = reactor
+        self._connector = connector
         self._resolver = resolver
         self._host, self._port = host, port
         self._wrap = wrap
@@ -81,11 +83,9 @@ class HostEndpoint:
             ProxyError: 403, where the guard lets no address pass.
             Exception: the host cannot be reached, as :meth:`why_not` takes it.
         """
-        factory = Factory.forProtocol(cast(Any, make))
-        factory.noisy = False
         addresses = self._permitted(await self._addresses())
-        attempts = [partial(self._attempt, address, factory) for address in addresses]
-        return await first_connected(self._clock, attempts, _give_up)
+        attempts = [partial(self._attempt, address, make) for address in addresses]
+        return await first_connected(self._reactor, attempts, _give_up)
 
     async def _addresses(self) -> list[Address]:
         """Return where to connect, in this order.
@@ -114,9 +114,13 @@ class HostEndpoint:
                 raise address_forbidden(forbidden.kind, forbidden.sentence, text)
         return permitted
 
-    def _attempt(self, address: Address, factory: Any) -> Deferred[Any]:
+    def _attempt(self, address: Address, make: Callable[[], Any]) -> Deferred[Any]:
         """Begin to connect to one address."""
         family, host = address
+        if self._connector is not None:
+            return self._connector(self._reactor, make).connect(family, host, self._port)
+        factory = Factory.forProtocol(cast(Any, make))
+        factory.noisy = False
         kind = TCP4ClientEndpoint if family == AF_INET else TCP6ClientEndpoint
         endpoint: Any = kind(self._reactor, host, self._port, _NO_TIMEOUT)
         if self._wrap is not None:
@@ -144,24 +148,3 @@ class HostEndpoint:
 
 def _give_up(connection: Any) -> None:
     connection.abort()
-
-
-class _Connecting:
-    """A reactor as an endpoint wants one, which connects with a transport of ours (``net/``)."""
-
-    def __init__(self, reactor: Any, connector: Callable[..., Any]) -> None:
-        self._reactor = reactor
-        self._connector = connector
-
-    def connectTCP(
-        self,
-        host: str,
-        port: int,
-        factory: Any,
-        timeout: float = 30,
-        bindAddress: Any = None,  # noqa: N803 - IReactorTCP's name
-    ) -> Any:
-        """Connect; see ``IReactorTCP``."""
-        connector = self._connector(host, port, factory, timeout, bindAddress, self._reactor)
-        connector.connect()
-        return connector

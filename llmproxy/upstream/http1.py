@@ -32,7 +32,6 @@ from zope.interface import implementer
 from llmproxy.errors import upstream_broken, upstream_protocol, upstream_timeout
 from llmproxy.http1.framing import LengthReader, response_body
 from llmproxy.http1.grammar import BadMessage
-from llmproxy.net.tcp import MadeTransport
 from llmproxy.net.transport import notice_vanished_peer, pending_bytes
 from llmproxy.upstream.request_body import HeldBody, Phase, Sending, Sent
 from llmproxy.upstream.response import Response, read_response
@@ -155,8 +154,6 @@ class Connection(Protocol):
     def forget_beginning(self) -> None:
         """Let go of what has made the connection, now that it is ready: it may last for long."""
         self.ready, self.factory = _SETTLED, None
-        if isinstance(self._transport, MadeTransport):
-            self._transport.forget_connector()
 
     def _settle_ready(self, result: Any) -> None:
         if not self.ready.called:

@@ -193,7 +193,7 @@ class ProviderPool:
         dial = self._dialer.connect(outgoing.credential)
         self._connecting.add(dial)
         connected, late = dial.connected, partial(upstream_timeout, may_have_run=False)
-        limit(self._reactor, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
+        limit(self._timers, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
         try:
             connection = await dial.connected
         finally:

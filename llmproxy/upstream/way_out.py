@@ -27,7 +27,7 @@ from llmproxy.config.url import host as read_host
 from llmproxy.config.values import Wrong
 from llmproxy.errors import ProxyError, address_forbidden, upstream_timeout
 from llmproxy.net.addresses import AddressGuard, address_of
-from llmproxy.net.tcp import DirectConnector
+from llmproxy.net.tcp import DirectClient
 from llmproxy.net.transport import notice_vanished_peer
 from llmproxy.upstream.deadline import limit
 from llmproxy.upstream.dialer import Dial
@@ -122,7 +122,7 @@ class WayOut:
         self._guard = guard
         self._seconds = config.timeouts.connect
         self._max_head = config.limits.response_head
-        self._connector = DirectConnector if proxy.tuned_loop else None
+        self._connector = DirectClient if proxy.tuned_loop else None
         self._past_parent = DirectHosts(proxy.no_parent_proxy)
         self._parent: ParentProxy | None = None
         self._first: HostEndpoint | None = None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
 import pytest
 from OpenSSL import SSL
-from twisted.internet.protocol import ClientFactory, Protocol
+from twisted.internet.protocol import Protocol
 
-from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
-from llmproxy.net.tls import TlsConnector, TlsServer, begin_tls
+from llmproxy.net.tcp import DirectClient, DirectServer
+from llmproxy.net.tls import TlsClient, TlsServer, begin_tls
 from tests.support.ends import End, TwoEnds, held_client, held_server
 from tests.support.fake_transport import until
 from tests.support.tls_peer import ENGINES, Contexts, TlsPeer
@@ -40,28 +41,26 @@ class OpenTls:
             return held_server(partial(TlsServer, self.on_socket), end, small=small)
         if self.role == "later":
             return held_client(self.later, end, small=small)
-        return held_client(partial(TlsConnector, self.on_socket), end, small=small)
+        return held_client(partial(TlsClient, self.on_socket), end, small=small)
 
     def on_socket(self, transport: Any) -> SSL.Connection:
         """Return OpenSSL's side of our end."""
         return SSL.Connection(self.ours, transport.socket)
 
-    def later(self, host: str, port: int, factory: Any, *others: Any) -> DirectConnector:
+    def later(self, reactor: Any, make: Callable[[], Any]) -> DirectClient:
         """Connect without TLS, and begin it when the connection is there."""
         opened = self
 
         class Plain(Protocol):
             def connectionMade(self) -> None:
                 opened.plain = self.transport
-                end = factory.buildProtocol(None)
+                end = make()
                 transport = cast(DirectClient, self.transport)
                 begin_tls(transport, opened.on_socket)
                 transport.protocol = end
                 end.makeConnection(transport)
 
-        plain: Any = ClientFactory.forProtocol(Plain)
-        plain.noisy = False
-        return DirectConnector(host, port, plain, *others)
+        return DirectClient(reactor, Plain)
 
     def peer(self, held: TwoEnds, engine: str = "ssl") -> TlsPeer:
         """Return the other end, which speaks TLS."""
@@ -112,7 +111,7 @@ class OpenTcp:
         """Open a connection, and yield the peer."""
         opened: Any = held_server(DirectServer, end, small=small)
         if not self.server:
-            opened = held_client(DirectConnector, end, small=small)
+            opened = held_client(DirectClient, end, small=small)
         async with opened as held:
             yield PlainPeer(held)
 

@@ -13,12 +13,18 @@ import pytest
 import pytest_twisted
 from twisted.internet import tcp as twisted_tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError
-from twisted.internet.protocol import ClientFactory, Protocol
+from twisted.internet.defer import CancelledError
+from twisted.internet.error import (
+    ConnectError,
+    ConnectionDone,
+    ConnectionLost,
+    ConnectionRefusedError,
+)
+from twisted.internet.protocol import Protocol
 from twisted.internet.testing import MemoryReactor
 from twisted.python.failure import Failure
 
-from llmproxy.net.tcp import DirectClient, DirectConnector, DirectServer
+from llmproxy.net.tcp import DirectClient, DirectServer
 from llmproxy.net.transport import has_input
 from tests.net.conftest import OpenTcp, fill, reasons
 from tests.net.test_direct import HalfCloseable
@@ -222,34 +228,24 @@ class CountingReactor:
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("listens", [True, False], ids=["made", "refused"])
 async def test_the_reactor_is_told_of_a_connection_in_few_steps(listens: bool) -> None:
-    """Reading goes on from the attempt to the connection, and stops where that fails."""
+    """It is told when an attempt waits for the kernel, and then of the connection alone."""
     counting, made, lost = CountingReactor(), list[Any](), list[Any]()
-
-    class Factory(ClientFactory):
-        noisy = False
-
-        def buildProtocol(self, _: Any) -> Any:
-            made.append(Protocol())
-            return made[0]
-
-        def clientConnectionFailed(self, _: Any, reason: Failure) -> None:
-            lost.append(reason.value)
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if listens:
             listener.listen()
-        make: Any = DirectConnector
-        make(*listener.getsockname(), Factory(), 20, None, counting).connect()
+        connecting = DirectClient(counting, Protocol).connect(
+            socket.AF_INET, *listener.getsockname()
+        )
+        connecting.addCallbacks(made.append, lambda failure: lost.append(failure.value))
         await until(lambda: made or lost)
     if listens:
-        assert counting.told == ["addReader", "addWriter", "removeWriter"]
+        assert counting.told in (["addReader"], ["addWriter", "removeWriter", "addReader"])
         made[0].transport.abortConnection()
         await until(lambda: made[0].transport.disconnected)
     else:
         assert isinstance(lost[0], ConnectionRefusedError)
-        assert counting.told[:2] == ["addReader", "addWriter"]
-    assert counting.told.count("removeReader") == counting.told.count("removeWriter") == 1
+        assert counting.told in ([], ["addWriter", "removeWriter"])
 
 
 @pytest_twisted.ensureDeferred
@@ -277,7 +273,6 @@ async def test_what_is_looked_at_is_read_in_the_same_turn(tcp: OpenTcp) -> None:
 def test_the_transports_are_made_where_twisted_makes_its_own() -> None:
     """The hooks are Twisted's, and so are the transports' bases."""
     assert twisted_tcp.Port.transport is twisted_tcp.Server
-    assert callable(twisted_tcp.Connector._makeTransport)
     assert issubclass(DirectServer, twisted_tcp.Server)
     assert issubclass(DirectClient, twisted_tcp.Client)
 
@@ -289,3 +284,64 @@ async def test_each_role_gets_its_transport() -> None:
         assert type(peer.held.transport) is DirectServer
     async with OpenTcp(False).handshake_done() as peer:
         assert type(peer.held.transport) is DirectClient
+
+
+# -- an attempt -----------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_attempt_that_is_given_up_leaves_nothing() -> None:
+    """The socket is closed, the reactor knows nothing of it, and no protocol is made."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with socket.create_connection(full.getsockname()):  # there is no room for another one
+            attempt = DirectClient(reactor, lambda: pytest.fail("nothing is connected"))
+            connecting = attempt.connect(socket.AF_INET, *full.getsockname())
+            assert attempt in reactor.getWriters()
+            handle = attempt.socket
+            connecting.cancel()
+            with pytest.raises(CancelledError):
+                await connecting
+    assert handle.fileno() == -1
+    assert attempt not in reactor.getWriters() + reactor.getReaders()
+    attempt.connectionLost(Failure(ConnectionLost()))  # as when the reactor ends; nothing is told
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize(
+    ("family", "host", "error"),
+    [
+        (socket.AF_INET, "127.0.0.1", ConnectionRefusedError),
+        (socket.AF_INET6, "::1", ConnectionRefusedError),
+        (socket.AF_INET6, "127.0.0.1", OSError),
+        (socket.AF_INET, "255.255.255.255", ConnectError),
+        (12345, "127.0.0.1", OSError),
+    ],
+)
+async def test_an_attempt_that_fails_says_why(
+    family: int, host: str, error: type[Exception]
+) -> None:
+    """Whether the address is none, the kernel knows no way, or nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        attempt = DirectClient(reactor, lambda: pytest.fail("nothing is connected"))
+        with pytest.raises(error):
+            await attempt.connect(family, host, port)
+    assert attempt not in reactor.getWriters() + reactor.getReaders()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_attempt_ends_with_the_reactor() -> None:
+    """The reactor drops what it waits for, which is reported."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with socket.create_connection(full.getsockname()):
+            attempt = DirectClient(reactor, lambda: pytest.fail("nothing is connected"))
+            connecting = attempt.connect(socket.AF_INET, *full.getsockname())
+            reactor.removeWriter(attempt)
+            attempt.connectionLost(Failure(ConnectionLost()))
+            with pytest.raises(ConnectError):
+                await connecting

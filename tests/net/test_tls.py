@@ -19,7 +19,6 @@ import pytest_twisted
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
-from twisted.internet.protocol import Factory
 from zope.interface import directlyProvides
 
 from llmproxy.net.tls import TlsServer
@@ -52,10 +51,9 @@ async def test_nobody_is_left_who_writes_in_the_clear(contexts: Contexts) -> Non
 async def test_both_ends_keep_their_addresses_behind_a_plain_connection(contexts: Contexts) -> None:
     """They may be of IPv6."""
     tls, end = OpenTls(contexts, "later"), End()
-    factory: Any = Factory.forProtocol(lambda: end)
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
         port = listener.getsockname()[1]
-        tls.later("::1", port, factory, 20, None, reactor).connect()
+        tls.later(reactor, lambda: end).connect(socket.AF_INET6, "::1", port)
         await until(lambda: end.transport)
         sock, _ = listener.accept()
         with sock:

@@ -15,7 +15,7 @@ from typing import Any
 from twisted.internet import reactor as real_reactor
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IHandshakeListener
-from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
+from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -170,15 +170,13 @@ async def held_server(
 async def held_client(
     make: Any, end: End | None = None, *, small: bool = False
 ) -> AsyncIterator[TwoEnds]:
-    """Connect by ``make``, the class of a connector."""
+    """Connect by ``make``, the class of a transport that connects."""
     ours = end or End()
-    factory = ClientFactory.forProtocol(lambda: ours)
-    factory.noisy = False
     with _small(socket.socket(), small) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = listener.getsockname()
-        make(*address, factory, 20, None, reactor).connect()
+        make(reactor, lambda: ours).connect(socket.AF_INET, *address)
         await until(lambda: ours.transport)
         sock, _ = listener.accept()
         if small:
