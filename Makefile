@@ -10,6 +10,9 @@ environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
 PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
 ARGS   ?=
+# CPythons for `make test-all`; `make bench` takes those that the command line names here or as PYTHON.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+named = $(if $(findstring command,$(origin PYTHONS)),$(PYTHONS),$(if $(findstring command,$(origin PYTHON)),$(PYTHON)))
 # How many processes run tests, more than there are cores, for most tests wait; ARGS="-n 0" is one without
 # workers, as a debugger wants it.  Tests of one file stay together, for they share what stands for their
 # module; tests/conftest.py orders the files.
@@ -26,7 +29,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest audit lint fmt docs docs-hops bench bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
+.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops bench bench-docs bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -40,8 +43,8 @@ test: lint ## everything that a change must pass (ARGS="-k relay" for pytest)
 
 # Each has an environment of its own, in which pip takes what it finds at that moment; constraints.txt is
 # about another one, and so is the machine that is installed with it.
-UNPINNED = --deselect tests/test_versions.py::test_what_the_promises_need_is_pinned_too \
-    --deselect tests/systemd/test_machine.py
+NO_MACHINE = --deselect tests/systemd/test_machine.py
+UNPINNED = --deselect tests/test_versions.py::test_what_the_promises_need_is_pinned_too $(NO_MACHINE)
 
 test-lowest: ## the tests with the lowest versions that setup.cfg allows (ARGS="-k relay" for pytest)
 	@$(call environment,lowest)
@@ -53,6 +56,17 @@ test-newest: ## the tests with the newest versions that setup.cfg allows (ARGS="
 	@$(call environment,newest)
 	@$(VENV)-newest/bin/python $(PIP_OPTIONS) install --upgrade --upgrade-strategy eager -e '.[test]'
 	@$(VENV)-newest/bin/python -m pytest -q $(AT_ONCE) $(UNPINNED) $(ARGS)
+
+# The machine has Debian's CPython: wheels for another one are nothing to it.
+test-all: ## the tests by each CPython that is here (PYTHONS="python3.12 /path/to/python3.13")
+	@failed=; for python in $(PYTHONS); do \
+	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
+	        || { echo "test-all: left out: $$python is not here"; continue; }; \
+	    echo "test-all: CPython $$version"; environment=$(VENV)-$$version; \
+	    test -x $$environment/bin/python || "$$python" -m venv $$environment || exit 1; \
+	    $$environment/bin/python $(PIP_OPTIONS) install -c constraints.txt -e '.[test]' \
+	        && $$environment/bin/python -m pytest -q $(AT_ONCE) $(NO_MACHINE) $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "test-all: failed:$$failed"; exit 1; }
 
 audit: ## known vulnerabilities of what constraints.txt names, asked of PyPI (ARGS="-s osv" asks OSV)
 	@$(call environment,audit)
@@ -77,7 +91,18 @@ docs-hops: $(DEV_STAMP) ## the table in docs/buffering.rst, from real programs (
 	@LLMPROXY_TEST_WRITE_HOPS=1 $(BIN)/python -m pytest -q -n 0 tests/live/test_hops.py $(ARGS)
 
 bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
-	@$(BIN)/python -m bench.compare $(ARGS)
+	@$(BIN)/python -m bench.compare $(foreach python,$(named),--python $(python)) $(ARGS)
+
+# The second run is of those that are shown for W1, W3, W8 and START alone, other CPythons among them.
+bench-docs: $(DEV_STAMP) ## tables and pictures of docs/benchmark.rst, in hours (RESULTS="FILE FILE": from those)
+	@mkdir -p build/bench
+	@test -n "$(RESULTS)" || $(BIN)/python -m bench.compare --out build/bench/docs-1.json \
+	    --peer nginx,envoy,go,nginx-tls,envoy-tls,go-tls \
+	    --work W1,W2,W3,W4,W5,W7,W8,W8T,W9,W10,STREAMS,START $(ARGS)
+	@test -n "$(RESULTS)" || $(BIN)/python -m bench.compare --out build/bench/docs-2.json \
+	    --peer haproxy,caddy,traefik,aiohttp,litellm,portkey,cpython --work W1,W3,W8,START \
+	    $(foreach python,$(named),--python $(python)) $(ARGS)
+	@$(BIN)/python -m bench.report $(or $(RESULTS),build/bench/docs-1.json build/bench/docs-2.json)
 
 bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a minute (ARGS="--help")
 	@$(BIN)/python -m bench.quick $(ARGS)
@@ -125,7 +150,7 @@ dist: $(DEV_STAMP) ## sdist and wheel, in dist/
 	$(call quietly,$(BIN)/python -m build --no-isolation)
 
 clean: ## away with everything that was made here
-	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-audit $(VENV)-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-audit $(VENV)-peers $(VENV)-3.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -f twisted/plugins/dropin.cache
 

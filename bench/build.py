@@ -5,9 +5,11 @@ What cannot be built is left out, and one line says why.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,20 @@ def tool(name: str) -> str:
     return str(made)
 
 
+def load_by_tls() -> str:
+    """Build the load generator whose connections are by TLS; return its path.
+
+    Raises:
+        CannotBuildError: gcc or OpenSSL's headers are missing.
+    """
+    made = CACHE / "load-tls"
+    if not is_fresh(made, *SOURCES.iterdir()):
+        source = str(SOURCES / "load.c")
+        options = ("-O2", "-DWITH_TLS", "-o", str(made), source, "-lssl", "-lcrypto")
+        _run("load by TLS", find("gcc"), *options)
+    return str(made)
+
+
 def go_proxy() -> str:
     """Build Go's ReverseProxy; return its path."""
     return go_program("proxies/reverseproxy.go")
@@ -73,19 +89,72 @@ def go_program(name: str) -> str:
     return str(made)
 
 
+def daemon_python(python: str) -> tuple[str, str]:
+    """Install what the daemon needs for another CPython; return its version, and its Python there.
+
+    Raises:
+        CannotBuildError: there is no such interpreter, or pip cannot do that.
+    """
+    told = "import platform; print(platform.python_version())"
+    version = _run(f"llmproxy for {python}", python, "-c", told).strip()
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needs = setup["options"]["install_requires"].split("\n")
+    pins = ("-c", str(ROOT / "constraints.txt"))
+    name = f"llmproxy-{version}"
+    return version, environment(name, python, *pins, *(line for line in needs if line))
+
+
 def aiohttp_python() -> str:
     """Install aiohttp and uvloop into a folder of their own; return that one's Python.
 
     It is the interpreter that runs the daemon, too.
     """
-    python, stamp = CACHE / "venv" / "bin" / "python", CACHE / "venv" / "installed"
-    ours = f"{sys.base_prefix} {sys.version}"
-    if not stamp.exists() or stamp.read_text() != ours:
-        _run("aiohttp", sys.executable, "-m", "venv", "--clear", str(CACHE / "venv"))
+    return environment("aiohttp", sys.executable, "aiohttp", "uvloop")
+
+
+def litellm_python() -> str:
+    """Install LiteLLM's proxy into a folder of its own, 0.8 GB; return that one's Python."""
+    return environment("litellm", sys.executable, "litellm[proxy]==1.108.7")
+
+
+def portkey() -> str:
+    """Install Portkey's gateway by npm; return the path of its program."""
+    folder, source = CACHE / "portkey", PROXIES / "portkey" / "package.json"
+    made = folder / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
+    if not is_fresh(made.parent, source):
+        npm, node = find("npm"), find("node")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copy(source, folder)
+        options = ("--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund")
+        _run("portkey", npm, "install", *options, "--prefix", str(folder))
+        _run("portkey", node, "--check", str(made))
+        os.utime(made.parent)  # npm keeps the times of its packages
+    return str(made)
+
+
+def environment(name: str, python: str, *what: str) -> str:
+    """Install something by pip into a folder of its own; return that one's Python.
+
+    Args:
+        name: the folder's, and what an error is about.
+        python: the interpreter that the folder is for.
+        what: arguments of ``pip install``.
+
+    Raises:
+        CannotBuildError: pip cannot do that.
+    """
+    folder = CACHE / f"env-{name}"
+    made, stamp = folder / "bin" / "python", folder / "installed"
+    told = "import sys; print(sys.base_prefix, sys.version)"
+    wanted = " ".join([_run(name, python, "-c", told).strip(), *what])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        _run(name, python, "-m", "venv", "--clear", str(folder))
         options = ("--disable-pip-version-check", "--no-input", "-qq", "--retries", "1")
-        _run("aiohttp", str(python), "-m", "pip", "install", *options, "aiohttp", "uvloop")
-        stamp.write_text(ours)
-    return str(python)
+        _run(name, str(made), "-m", "pip", "install", *options, *what)
+        stamp.write_text(wanted)
+    return str(made)
 
 
 def certificates() -> tuple[Path, Path]:
@@ -107,8 +176,12 @@ def certificates() -> tuple[Path, Path]:
     return authority, certificate
 
 
-def _run(what: str, *command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(what: str, *command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuildError(f"{what} cannot be built: {error}") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
         raise CannotBuildError(f"{what} cannot be built: {lines[-1]}")
+    return done.stdout

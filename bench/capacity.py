@@ -21,7 +21,8 @@ from pathlib import Path
 
 from bench import build, peers, results
 from bench.processes import Program, free_port
-from bench.rig import Bench, open_bench
+from bench.ramps import highest
+from bench.rig import Bench, Target, open_bench
 from bench.table import number
 from bench.works import WARM_UP, WORKS, Figures, Work
 
@@ -65,8 +66,12 @@ def start(bench: Bench, count: int, folder: Path, stack: ExitStack) -> tuple[Sev
         if not program.wait_for(port):
             raise build.CannotBuildError(f"the daemon does not start: {log.read_text().strip()}")
     for warming in WARM_UP:
-        bench.load(port, f"/openai{peers.PATH}", warming.split())
+        bench.load(_target(port), warming.split())
     return Several(programs), port
+
+
+def _target(port: int) -> Target:
+    return Target(port, f"/openai{peers.PATH}")
 
 
 def crowd(bench: Bench, folder: Path, streams: int, secs: int) -> Figures:
@@ -84,7 +89,7 @@ def crowd(bench: Bench, folder: Path, streams: int, secs: int) -> Figures:
     )
     with ExitStack() as stack:
         proxy, port = start(bench, 1, folder, stack)
-        found = bench.measure(work, proxy, port, f"/openai{peers.PATH}", secs)
+        found = bench.measure(work, proxy, _target(port), secs)
     found["kib_stream"] = found["grown_mib"] * 1024 / streams
     found["core_share"] = found["us_event"] * streams / 1e4  # percent, at one event a second each
     return found
@@ -93,15 +98,14 @@ def crowd(bench: Bench, folder: Path, streams: int, secs: int) -> Figures:
 def instances(bench: Bench, folder: Path, count: int, secs: float) -> Figures:
     """Measure W1, W3 and MAX with so many processes."""
     found = Figures()
-    path = f"/openai{peers.PATH}"
     for name in ("W1", "W3"):
         with ExitStack() as stack:
             proxy, port = start(bench, count, folder, stack)
-            seen = bench.measure(WORKS[name], proxy, port, path, secs)
+            seen = bench.measure(WORKS[name], proxy, _target(port), secs)
             found |= {f"{name}.{key}": value for key, value in seen.items()}
     with ExitStack() as stack:
         _, port = start(bench, count, folder, stack)
-        found |= {f"MAX.{key}": value for key, value in bench.highest(port, path).items()}
+        found |= {f"MAX.{key}": value for key, value in highest(bench, _target(port)).items()}
     return found
 
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from bench import build, peers, results
-from bench.peers import PEERS
+from bench.peers import PEERS, Listen, Upstream
 from bench.processes import Program, free_port
-from bench.rig import Bench, LoadError, open_bench
-from bench.table import table
-from bench.works import WARM_UP, WORKS, Figures, Work
+from bench.ramps import highest, most_streams
+from bench.rig import Bench, LoadError, Target, open_bench
+from bench.starting import starts
+from bench.table import OURS, table
+from bench.works import WORKS, Figures, Work
 
 Runs = dict[str, dict[str, list[Figures]]]
 
@@ -35,6 +37,7 @@ def options(args: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--peer", default="all", help=f"some of {','.join(peers.EVERY)} (default all)")
     add("--work", default=",".join(WORKS), help=f"some of {','.join(WORKS)} (default all)")
+    add("--python", action="append", default=[], help="another CPython, for a line of its own")
     add("--runs", type=int, default=3, help="rounds, of which medians are shown (default 3)")
     add("--secs", type=float, default=5.0, help="seconds of W1 and W3 (default 5)")
     add(
@@ -57,8 +60,24 @@ def options(args: Sequence[str]) -> argparse.Namespace:
 def estimate(names: Sequence[str], works: Sequence[str], runs: int, secs: float) -> float:
     """Return how long it takes, in minutes."""
     own = {"W1": secs, "W3": secs}
-    each = sum(4 + WORKS[work].seconds + own.get(work, 0) for work in works)
-    return len(names) * runs * each / 60
+    seconds = sum(
+        4 + work.seconds + own.get(work.name, 0) for name in names for work in _taken(name, works)
+    )
+    return runs * seconds / 60
+
+
+def other_interpreters(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the names of the daemon under other CPythons, by TLS where the daemon is."""
+    found: list[str] = []
+    for path in paths:
+        try:
+            plain, secure = peers.add_interpreter(path)
+        except build.CannotBuildError as error:
+            print(f"left out: {error}")
+        else:
+            found += [plain] if OURS in names else []
+            found += [secure] if f"{OURS}-tls" in names else []
+    return list(dict.fromkeys(found))
 
 
 def available(names: Sequence[str]) -> dict[str, str]:
@@ -80,22 +99,46 @@ def one_run(
     upstream = bench.secure if secure else bench.plain
     if upstream is None:
         return None
-    port, log = free_port(), folder / f"{name}.log"
-    start = PEERS[kind].start(program, port, upstream, folder)
+    try:
+        if work.name == "START":
+            peer, log = PEERS[kind], folder / f"{name}.log"
+            return starts(
+                lambda listen: peer.start(program, listen, upstream, folder), bench.where.proxy, log
+            )
+        return _one_load(bench, name, program, upstream, folder, work, secs)
+    except (LoadError, build.CannotBuildError) as error:
+        print(f"left out: {name} {work.name}: {error}", flush=True)
+        return None
+
+
+def _one_load(
+    bench: Bench,
+    name: str,
+    program: str,
+    upstream: Upstream,
+    folder: Path,
+    work: Work,
+    secs: float,
+) -> Figures:
+    log = folder / f"{name}.log"
+    authority, certificate = build.certificates() if work.tls_clients else (None, None)
+    listen = Listen(free_port(), certificate)
+    start = PEERS[peers.split(name)[0]].start(program, listen, upstream, folder)
+    target = Target(listen.port, start.path, start.fields, authority)
     with Program(start.command, bench.where.proxy, log, start.environ) as proxy:
-        if not proxy.wait_for(port):
-            last = log.read_text().strip().splitlines()[-1:] or ["without a word"]
-            print(f"left out: {name} {work.name}: it does not start: {last[0]}", flush=True)
-            return None
-        try:
-            for warming in WARM_UP:
-                bench.load(port, start.path, warming.split())
-            if work.name == "MAX":
-                return bench.highest(port, start.path)
-            return bench.measure(work, proxy, port, start.path, secs)
-        except LoadError as error:
-            print(f"left out: {name} {work.name}: {error}", flush=True)
-            return None
+        if not proxy.wait_for(listen.port):
+            raise build.CannotBuildError(f"it does not start: {proxy.last_word()}")
+        for warming in work.warm_up:
+            bench.load(target, warming.split())
+        if work.name == "MAX":
+            return highest(bench, target)
+        if work.name == "STREAMS":
+            return most_streams(bench, target, proxy)
+        return bench.measure(work, proxy, target, secs)
+
+
+def _taken(name: str, works: Sequence[str]) -> list[Work]:
+    return [WORKS[each] for each in works if peers.takes(name, WORKS[each])]
 
 
 def tell(name: str, work: Work, found: Figures) -> None:
@@ -114,7 +157,7 @@ def rounds(asked: argparse.Namespace, folder: Path, programs: dict[str, str]) ->
             for name in asked.peer:
                 program = programs.get(peers.split(name)[0])
                 if program is not None:
-                    for work in (WORKS[each] for each in asked.work):
+                    for work in _taken(name, asked.work):
                         seen = runs[work.name].setdefault(name, [])
                         found = one_run(bench, name, program, folder, work, asked.secs)
                         if found is not None:
@@ -129,11 +172,13 @@ def main(args: Sequence[str]) -> int:
     build.CACHE.mkdir(parents=True, exist_ok=True)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if "W4" in asked.work and most < 11_000:
-        print(f"left out: W4: it needs 11000 descriptors, and {most} are allowed")
-        asked.work.remove("W4")
+    for name in {"W4", "W9"} & set(asked.work):
+        if most < 11_000:
+            print(f"left out: {name}: it needs 11000 descriptors, and {most} are allowed")
+            asked.work.remove(name)
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _interrupted)
+    asked.peer += other_interpreters(asked.python, asked.peer)
     programs = available(asked.peer)
     machine, when, commit = results.machine(), results.now(), results.commit()
     minutes = estimate(asked.peer, asked.work, asked.runs, asked.secs)

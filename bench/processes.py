@@ -75,14 +75,18 @@ class Program:
         """Tell whether it still runs."""
         return self._process.poll() is None
 
-    def wait_for(self, port: int, seconds: float = 30.0) -> bool:
-        """Wait until it listens; return whether it does."""
+    def wait_for(self, port: int, seconds: float = 60.0, pause: float = 0.05) -> bool:
+        """Wait until it listens, and look after each pause; return whether it does."""
         over = time.monotonic() + seconds
         while self.is_running() and time.monotonic() < over:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 return True
-            time.sleep(0.05)
+            time.sleep(pause)
         return False
+
+    def last_word(self) -> str:
+        """Return the last line of its output."""
+        return (self.log.read_text().strip().splitlines()[-1:] or ["without a word"])[0]
 
     def stop(self) -> None:
         """End it and all that it started, at the latest after some seconds."""

@@ -15,22 +15,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bench import build, peers
 from bench.peers import Upstream
 from bench.processes import Cores, Program, cores, free_port, pinned
-from bench.works import (
-    RAMP_RATES,
-    WORKS,
-    Figures,
-    Observed,
-    Work,
-    arguments,
-    figures,
-    is_sustained,
-    rising_arguments,
-)
+from bench.works import Figures, Observed, Work, arguments, figures
 
 _SAMPLE = 0.25
 """Seconds between two looks at a proxy's memory."""
@@ -49,6 +39,44 @@ class Measured(Protocol):
         """Return its memory, in KiB."""
 
 
+class Target(NamedTuple):
+    """What clients ask: where it listens, and what requests must have for it.
+
+    Attributes:
+        port: on this machine.
+        path: of the chats.
+        fields: lines of a request's head.
+        authority: verifies it, where it ends TLS.
+    """
+
+    port: int
+    path: str
+    fields: tuple[str, ...] = ()
+    authority: Path | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The load generator's arguments for it."""
+        tls = [] if self.authority is None else ["--ca", str(self.authority)]
+        fields = [word for line in self.fields for word in ("--field", line)]
+        return ["--port", str(self.port), "--path", self.path, *fields, *tls]
+
+
+class _Nobody:
+    """A proxy that is not looked at."""
+
+    def cpu_us(self) -> float:
+        """Return nothing."""
+        return 0
+
+    def pss_kib(self) -> int:
+        """Return nothing."""
+        return 0
+
+
+_NOBODY = _Nobody()
+
+
 class LoadError(Exception):
     """The load generator did not come to its end."""
 
@@ -61,22 +89,24 @@ class Bench:
         self.where = where
         self._provider = [provider]
         self._port = port
+        self._handshakes: Path | None = None
         self.plain = Upstream(port)
         self.secure: Upstream | None = None
 
     def add_terminator(self, program: Program, upstream: Upstream) -> None:
         """Take the TLS terminator in front of the provider into account."""
         self._provider.append(program)
+        self._handshakes = program.log
         self.secure = upstream
 
-    def load(self, port: int, path: str, args: Sequence[str]) -> dict[str, Any]:
+    def load(self, target: Target, args: Sequence[str]) -> dict[str, Any]:
         """Run the load generator once; return its line.
 
         Raises:
             LoadError: it did not end in time, or not well.
         """
-        own = [self._load, "--port", str(port), "--path", path, "--key", peers.KEY]
-        command = [*pinned(self.where.load), *own, *args]
+        own = [self._load if target.authority is None else build.load_by_tls(), *target.options]
+        command = [*pinned(self.where.load), *own, "--key", peers.KEY, *args]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=150)
         except subprocess.TimeoutExpired:
@@ -86,38 +116,30 @@ class Bench:
         line: dict[str, Any] = json.loads(done.stdout)
         return line
 
-    def measure(self, work: Work, proxy: Measured, port: int, path: str, secs: float) -> Figures:
+    def measure(self, work: Work, proxy: Measured, target: Target, secs: float) -> Figures:
         """Run one workload once."""
+        return figures(work, self.observe(target, arguments(work, secs), proxy))
+
+    def observe(
+        self, target: Target, args: Sequence[str], proxy: Measured | None = None
+    ) -> Observed:
+        """Run the load generator once; return what was seen, without a proxy's cost if none."""
+        looked_at = proxy or _NOBODY
         self.tell("reset")
-        with _memory(proxy) as pss:
-            cpu, other = proxy.cpu_us(), self._provider_us()
-            line = self.load(port, path, arguments(work, secs))
-            cpu, other = proxy.cpu_us() - cpu, self._provider_us() - other
+        known = len(self._sessions())
+        with _memory(looked_at) as pss:
+            cpu, other = looked_at.cpu_us(), self._provider_us()
+            line = self.load(target, args)
+            cpu, other = looked_at.cpu_us() - cpu, self._provider_us() - other
         stats = json.loads(self.tell("stats"))
         closes = self.closes(len(line["left"])) if line["left"] else {}
-        shared = self.where.shared
-        return figures(work, Observed(line, stats, cpu, other, pss, shared, closes))
+        resumed = [each == "1" for each in self._sessions()[known:]]
+        return Observed(line, stats, cpu, other, pss, self.where.shared, closes, resumed)
 
-    def highest(self, port: int, path: str) -> Figures:
-        """Find the highest rate that holds."""
-        low, high, found = 0, len(RAMP_RATES) - 1, Figures(max_events_s=0)
-        while low <= high:
-            middle = (low + high) // 2
-            self.tell("reset")
-            other = self._provider_us()
-            line = self.load(port, path, rising_arguments(RAMP_RATES[middle]))
-            seen = self._provider_us() - other
-            stats = json.loads(self.tell("stats"))
-            if is_sustained(line):
-                step = figures(WORKS["MAX"], Observed(line, stats, 0, seen, [0], self.where.shared))
-                keep = ("delay_p50", "delay_p99", "load_share", "late_share")
-                found = {name: step[name] for name in keep if name in step}
-                found["max_events_s"] = RAMP_RATES[middle]
-                low = middle + 1
-            else:
-                high = middle - 1
-                time.sleep(2)  # what was cut is still being cleared away
-        return found
+    def _sessions(self) -> list[str]:
+        """Return what the terminator wrote of each connection that has ended."""
+        lines = self._handshakes.read_text().splitlines() if self._handshakes else []
+        return [line for line in lines if line in ("0", "1")]
 
     def _provider_us(self) -> float:
         return sum(program.cpu_us() for program in self._provider)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from bench import build, peers, results
 from bench.peers import Start, Upstream
 from bench.processes import Program, free_port
-from bench.rig import Bench, open_bench
+from bench.rig import Bench, Target, open_bench
 from bench.table import number
 from bench.works import WORKS, Figures, Work
 from llmproxy.cli.ca import make_authority
@@ -138,7 +138,7 @@ def run(bench: Bench, folder: Path, way: Way, upstream: Upstream, work: Work) ->
         if not proxy.wait_for(port):
             raise build.CannotBuildError(f"a proxy does not start: {log.read_text()[-300:]}")
         if way.asks is None:
-            return bench.measure(work, proxy, port, start.path, 3.0)
+            return bench.measure(work, proxy, Target(port, start.path), 3.0)
         own, key = free_port(), b64encode(f"bench:{peers.KEY}".encode()).decode()
         command = [build.go_program("src/sandboxed.go"), str(own), str(port), way.asks(upstream)]
         command += [] if way.ends_tls else ["plain"]
@@ -148,7 +148,7 @@ def run(bench: Bench, folder: Path, way: Way, upstream: Upstream, work: Work) ->
         with Program(command, bench.where.load, log, environ) as between:
             if not between.wait_for(own):
                 raise build.CannotBuildError("the sandbox does not start")
-            return bench.measure(work, proxy, own, start.path, 3.0)
+            return bench.measure(work, proxy, Target(own, start.path), 3.0)
 
 
 def main(args: Sequence[str]) -> int:

@@ -62,6 +62,10 @@ def remarks(figures: Figures) -> str:
         found.append(f"{failed:.0f} FAILED")
     if (share := figures.get("load_share", 0)) > BUSY:
         found.append(f"load generator at {share:.0f} %")
+    if (share := figures.get("beyond_load_share", 0)) > BUSY:
+        found.append(f"at the next step load generator at {share:.0f} %")
+    if (late := figures.get("beyond_late_share", 0)) > LATE:
+        found.append(f"at the next step {late:.0f} % of events sent late")
     if (late := figures.get("late_share", 0)) > LATE:
         found.append(f"{late:.0f} % of events sent late")
     return ", ".join(found)

@@ -33,17 +33,20 @@ from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.connect import Ways
 from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.recorder import Recorder, log_access
-from llmproxy.net.loop import Lag, calm_collector, tune
+from llmproxy.net.loop import SWITCH_S, Lag, tune
 from llmproxy.net.timers import Timers
+from llmproxy.net.turn_watch import TurnWatch
 from llmproxy.ops import failed_start, listeners
 from llmproxy.ops.collectors import expose
 from llmproxy.ops.drain import Drain
+from llmproxy.ops.garbage import Garbage
 from llmproxy.ops.listeners import Listeners
 from llmproxy.ops.notify import Notify
 from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
+from llmproxy.ops.turn_parts import name_parts
 from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log import JsonLog, log_opener, log_writer
@@ -157,6 +160,7 @@ class ProxyService(Service):
         self._json_log: JsonLog | None = None
         self._log_writer: LogWriter | None = None
         self._untune: Callable[[], None] = lambda: None
+        self._turn_watch: TurnWatch | None = None
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, and decide how its log is written.
@@ -215,9 +219,12 @@ class ProxyService(Service):
         """Everything listens: be ready."""
         super().startService()
         if self.setup.config.proxy.tuned_loop:
-            self._untune = tune(self._reactor)
+            self._untune = tune(self._reactor, self._turn_watch)
+            if self._turn_watch is not None:
+                name_parts(self._turn_watch)
             if self._handle_signals:  # the process is ours
-                calm_collector()
+                self._garbage.start()
+                sys.setswitchinterval(SWITCH_S)
         self._lag.start()
         self.ready = True
         if self._handle_signals:
@@ -229,6 +236,9 @@ class ProxyService(Service):
         """Make the parts that last; nothing listens, and no provider is known yet."""
         reactor, clock, tuned = self._reactor, time.monotonic, self._config.proxy.tuned_loop
         self.metrics = Metrics(version())
+        if tuned and self._config.proxy.watch_turns:
+            turns = self.metrics.watch_turns()
+            self._turn_watch = TurnWatch(clock, time.thread_time, turns.observe)
         self.sinks = Sinks(clock=clock, wall=time.time, instance=self._instance)
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
@@ -295,6 +305,7 @@ class ProxyService(Service):
         status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
         self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
+        self._garbage = Garbage(reactor, lambda: self.recorder.running)
         self._expose()
 
     def _make_admin_sites(self, clock: Callable[[], float]) -> tuple[Site, Site]:
@@ -319,6 +330,7 @@ class ProxyService(Service):
                 self.standing.switches,
             ),
             flights=self.recorder.flights,
+            turns=None if self._turn_watch is None else self._turn_watch.rows,
             hosts=lambda: self.setup.config.admin.hosts,
         )
         return admin, site(config=None)
@@ -402,6 +414,7 @@ class ProxyService(Service):
 
     def _close(self) -> Deferred[None]:
         self._untune()
+        self._garbage.stop()
         self._lag.stop()
         self.leaves.stop()
         self.notify.close()

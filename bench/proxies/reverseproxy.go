@@ -1,4 +1,5 @@
 // Go's ReverseProxy, as its documentation shows it, flushing at once.  Usage: reverseproxy PORT URL [CA]
+// With CERTIFICATE, a file that has its key as well, it listens by TLS.
 package main
 
 import (
@@ -30,5 +31,11 @@ func main() {
 	}
 	proxy := httputil.NewSingleHostReverseProxy(provider)
 	proxy.Transport, proxy.FlushInterval = transport, -1
-	log.Fatal(http.ListenAndServe("127.0.0.1:"+os.Args[1], proxy))
+	server := &http.Server{Addr: "127.0.0.1:" + os.Args[1], Handler: proxy}
+	certificate := os.Getenv("CERTIFICATE")
+	if certificate == "" {
+		log.Fatal(server.ListenAndServe())
+	}
+	server.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){} // HTTP/1.1 only
+	log.Fatal(server.ListenAndServeTLS(certificate, certificate))
 }

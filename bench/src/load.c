@@ -5,10 +5,16 @@
  *        big      the same, --requests times, with bodies of --request-bytes and --answer-bytes
  *        leave    all leave in mid-stream after --seconds; the line tells when
  *        stuck    all ask for a stream without end and read nothing, for --seconds
+ *
+ * With --requests a connection asks for one stream after another.  With --close 1 the provider ends its
+ * connection behind each.  With --beside N the first N streams have --beside-events, and all others are opened
+ * beside them after --wait seconds: the line has the delays of the N meanwhile.  With --ca FILE (built with
+ * -DWITH_TLS) connections are by TLS.  --field adds a line to the heads of requests.
  */
 #include "response.h"
 #include "request.h"
 #include "samples.h"
+#include "tls.h"
 #include <getopt.h>
 
 enum mode { STREAM, SHORT, BIG, LEAVE, STUCK };
@@ -16,23 +22,27 @@ static const char *const MODES[] = {"stream", "short", "big", "leave", "stuck"};
 
 struct conn {
     int fd, number, connecting, over, wrong, tail;
+    session *tls;
     struct response response;
     char *request, *part; /* what is sent; an event that has come in part */
     size_t request_size, request_at, part_size, part_room, body_at;
-    long seen, asked;
+    long events, seen, asked;
+    double last_delay; /* of the event before, in microseconds */
     uint64_t asked_at, first_at, left_at, request_sum;
 };
 
 static enum mode mode;
-static int port, count = 1, requests = 1;
-static long events = 200, interval_us = 20000;
+static int port, count = 1, requests = 1, closing, beside;
+static long events = 200, interval_us = 20000, beside_events;
 static size_t request_bytes, response_bytes = 1500;
-static double ramp = 0.2, seconds, timeout = 60;
-static const char *path = "/v1/chat/completions", *key = "none";
+static double ramp = 0.2, wait = 1, seconds, timeout = 60;
+static const char *path = "/v1/chat/completions", *key = "none", *authority;
+static char fields[1024];
 
-static int poller, over_count;
+static int poller, over_count, opened;
 static struct conn *conns;
-static struct samples delays, firsts, round_trips;
+static struct samples delays, gaps, beside_delays, firsts, round_trips;
+static uint64_t opening_from, opening_until; /* when the streams beside the first are opened */
 static uint64_t began, got_events, whole, failed, wrong, got_bytes, first_event, last_event;
 static char error[128], expected[EVENT_SIZE], *json;
 
@@ -52,6 +62,8 @@ static void print_all(void)
            MODES[mode], took, cpu, got_events, span > 0 ? got_events / span : 0, whole, failed,
            mode == LEAVE || mode == STUCK ? 0 : count - over_count, wrong, whole / took, got_bytes / took / 1e6);
     print_samples("delay_us", &delays);
+    print_samples("gap_us", &gaps);
+    print_samples("beside_us", &beside_delays);
     print_samples("first_us", &firsts);
     print_samples("round_us", &round_trips);
     printf(",\"left\":[");
@@ -67,19 +79,25 @@ static void print_all(void)
 
 static void build(struct conn *c)
 {
-    char wish[128];
+    char wish[256];
+    long interval = c->number < beside ? 20000 : interval_us;
+    c->events = c->number < beside ? beside_events : events;
     if (in_loop()) sprintf(wish, "answer=%zu,sum=%d", response_bytes, mode == BIG);
-    else sprintf(wish, "events=%ld,interval_us=%ld,id=%d,stuck=%d", events, interval_us, c->number, mode == STUCK);
+    else
+        sprintf(wish, "events=%ld,interval_us=%ld,id=%d,stuck=%d,close=%d", c->events, interval, c->number,
+                mode == STUCK, closing);
     char *body = make_body(request_bytes, !in_loop());
-    c->request = make_request(path, port, key, wish, body, &c->request_size);
+    c->request = make_request(path, port, key, wish, fields, body, &c->request_size);
     c->request_sum = checksum(body, strlen(body));
     free(body);
 }
 
 static void hang_up(struct conn *c)
 {
+    end_session(c->tls);
     if (c->fd >= 0) close(c->fd);
     c->fd = -1;
+    c->tls = NULL;
 }
 
 static void finish(struct conn *c)
@@ -103,8 +121,8 @@ static void fail(struct conn *c, const char *why)
 static void send_rest(struct conn *c)
 {
     while (c->request_at < c->request_size) {
-        ssize_t sent = send(c->fd, c->request + c->request_at, c->request_size - c->request_at, MSG_NOSIGNAL);
-        if (sent < 0) return; /* full, or broken: then the next read tells */
+        ssize_t sent = put(c->fd, c->tls, c->request + c->request_at, c->request_size - c->request_at);
+        if (sent <= 0) return; /* full, or broken: then the next read tells */
         c->request_at += sent;
     }
 }
@@ -129,34 +147,60 @@ static void dial(struct conn *c)
     if (c->fd < 0) { fail(c, "no descriptor"); return; }
     no_delay(c->fd);
     if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS) fail(c, "connect");
-    else epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &all);
+    else {
+        c->tls = begin_session(c->fd);
+        epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &all);
+    }
 }
 
 /* -- responses -------------------------------------------------------------------------------------- */
 
+static int is_beside(struct conn *c, uint64_t sent)
+{
+    return c->number < beside && opening_from && sent >= opening_from && (!opening_until || sent < opening_until);
+}
+
+/* What an event was late by is its delay; by how much the gap before it was changed is the difference of two. */
+static void note_delay(struct conn *c, uint64_t sent, uint64_t now)
+{
+    double delay = ((double)now - (double)sent) / 1e3, change = delay - c->last_delay;
+    note(&delays, delay);
+    if (c->seen && interval_us) note(&gaps, change < 0 ? -change : change);
+    if (is_beside(c, sent)) note(&beside_delays, delay);
+    c->last_delay = delay;
+}
+
 static void take_event(struct conn *c, const char *event, size_t size, uint64_t now)
 {
     char tail[512];
-    if (c->seen < events) {
+    if (c->seen < c->events) {
         uint64_t sent = size == EVENT_SIZE ? strtoull(event + TIME_AT, NULL, 10) : now;
+        note_delay(c, sent, now);
         put_digits(expected + NUMBER_AT, NUMBER_SIZE, c->seen++);
         c->wrong |= size != EVENT_SIZE || memcmp(event, expected, TIME_AT) ||
                     memcmp(event + TIME_AT + TIME_SIZE, expected + TIME_AT + TIME_SIZE, END_SIZE);
-        note(&delays, ((double)now - (double)sent) / 1e3);
         got_events++;
         if (!first_event) first_event = now;
         last_event = now;
         return;
     }
-    int wanted = put_tail(tail, c->tail++, events);
+    int wanted = put_tail(tail, c->tail++, c->events);
     c->wrong |= size != (size_t)wanted || memcmp(event, tail, size);
+}
+
+static void take_first(struct conn *c, uint64_t now)
+{
+    c->first_at = now;
+    note(&firsts, (now - c->asked_at) / 1e3);
+    opened += c->number >= beside && c->asked == 1;
+    if (beside && !opening_until && opened == count - beside) opening_until = now;
 }
 
 static void take_body(struct conn *c, const char *data, size_t size)
 {
     uint64_t now = now_ns();
     got_bytes += size;
-    if (!c->first_at) note(&firsts, ((c->first_at = now) - c->asked_at) / 1e3);
+    if (!c->first_at) take_first(c, now);
     if (in_loop()) {
         c->wrong |= c->body_at + size > response_bytes || memcmp(json + c->body_at, data, size);
         c->body_at += size;
@@ -184,7 +228,7 @@ static void complete(struct conn *c)
         note(&round_trips, (now_ns() - c->asked_at) / 1e3);
         c->wrong |= c->body_at != response_bytes;
     } else {
-        c->wrong |= c->seen != events || c->tail != TAIL_EVENTS || c->part_size;
+        c->wrong |= c->seen != c->events || c->tail != TAIL_EVENTS || c->part_size;
     }
     if (mode == BIG) {
         const char *sum = strcasestr(c->response.head, "\r\nx-body-sum:");
@@ -208,7 +252,7 @@ static void receive(struct conn *c)
     static char data[262144];
     int fd = c->fd;
     while (c->fd == fd && !c->over) {
-        ssize_t got = recv(fd, data, sizeof data, 0);
+        ssize_t got = get(fd, c->tls, data, sizeof data);
         if (got < 0) {
             if (errno != EAGAIN) fail(c, "reset");
             return;
@@ -230,7 +274,9 @@ static void receive(struct conn *c)
 static double start_of(int number)
 {
     double offset = number * 0.6180339887;
-    return ramp * (number + offset - (long)offset) / count;
+    offset -= (long)offset;
+    if (number < beside) return wait / 2 * (number + offset) / beside;
+    return (beside ? wait : 0) + ramp * (number - beside + offset) / (count - beside);
 }
 
 static void leave_all(void)
@@ -247,7 +293,10 @@ static void run(void)
     struct epoll_event ready[512];
     for (int started = 0;;) {
         double now = elapsed(), pause = 1;
-        for (; started < count && now >= start_of(started); started++) dial(&conns[started]);
+        for (; started < count && now >= start_of(started); started++) {
+            if (beside && started == beside) opening_from = now_ns();
+            dial(&conns[started]);
+        }
         if (over_count == count || now > timeout) return;
         if ((mode == LEAVE || mode == STUCK) && now >= seconds) return;
         if (started < count) pause = start_of(started) - now;
@@ -264,10 +313,17 @@ static void run(void)
                 ask(c);
                 continue;
             }
-            if (what & EPOLLOUT) send_rest(c);
+            if (c->tls || what & EPOLLOUT) send_rest(c); /* which goes on with a handshake, too */
             if (mode != STUCK && what & ~EPOLLOUT) receive(c);
         }
     }
+}
+
+static void add_field(const char *line)
+{
+    size_t used = strlen(fields);
+    if (used + strlen(line) + 3 > sizeof fields) exit(2);
+    sprintf(fields + used, "%s\r\n", line);
 }
 
 static void read_options(int argc, char **argv)
@@ -276,7 +332,8 @@ static void read_options(int argc, char **argv)
         {"mode", 1, 0, 'm'}, {"port", 1, 0, 'p'}, {"conns", 1, 0, 'c'}, {"events", 1, 0, 'e'},
         {"interval-us", 1, 0, 'i'}, {"ramp", 1, 0, 'r'}, {"seconds", 1, 0, 's'}, {"timeout", 1, 0, 't'},
         {"requests", 1, 0, 'n'}, {"request-bytes", 1, 0, 'q'}, {"answer-bytes", 1, 0, 'a'}, {"path", 1, 0, 'P'},
-        {"key", 1, 0, 'k'}, {0}};
+        {"key", 1, 0, 'k'}, {"close", 1, 0, 'x'}, {"beside", 1, 0, 'b'}, {"beside-events", 1, 0, 'B'},
+        {"wait", 1, 0, 'w'}, {"ca", 1, 0, 'A'}, {"field", 1, 0, 'f'}, {0}};
     for (int option; (option = getopt_long(argc, argv, "", names, NULL)) != -1;) switch (option) {
         case 'm': while (mode < STUCK && strcmp(optarg, MODES[mode])) mode++; break;
         case 'p': port = atoi(optarg); break;
@@ -291,6 +348,12 @@ static void read_options(int argc, char **argv)
         case 'a': response_bytes = atol(optarg); break;
         case 'P': path = optarg; break;
         case 'k': key = optarg; break;
+        case 'x': closing = atoi(optarg); break;
+        case 'b': beside = atoi(optarg); break;
+        case 'B': beside_events = atol(optarg); break;
+        case 'w': wait = atof(optarg); break;
+        case 'A': authority = optarg; break;
+        case 'f': add_field(optarg); break;
         default: exit(2);
     }
 }
@@ -299,6 +362,10 @@ int main(int argc, char **argv)
 {
     read_options(argc, argv);
     all_descriptors();
+    if (authority && !use_tls(authority)) {
+        fprintf(stderr, "no TLS with %s\n", authority);
+        return 2;
+    }
     put_event(expected);
     json = make_json(response_bytes);
     poller = epoll_create1(0);

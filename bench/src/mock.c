@@ -1,8 +1,8 @@
 /* The provider: answers chat completions by a clock, in one thread.  Usage: mock PORT
  *
  * The field X-Mock of a request says what comes: events=N,interval_us=US,id=K for a stream (JSON with
- * "stream":true), where an interval of 0 means without a pause, stuck=1 for a stream without an end, and
- * answer=BYTES,sum=1 for JSON.  GET /mock/stats, /mock/closes and /mock/reset are for whoever measures.
+ * "stream":true), where an interval of 0 means without a pause, stuck=1 for a stream without an end, close=1
+ * for a connection that ends with its stream, and answer=BYTES,sum=1 for JSON.  GET /mock/stats, /mock/closes and /mock/reset are for whoever measures.
  */
 #include "control.h"
 
@@ -55,7 +55,8 @@ static void finish(struct conn *c)
     c->busy = 0;
     stats.active--;
     unschedule(c);
-    take_requests(c);
+    if (c->closes) end(c);
+    else take_requests(c);
 }
 
 /* Send what is due; `budget` says how many events without a pause one turn may have. */
@@ -123,11 +124,13 @@ static void begin(struct conn *c, const char *fields, const char *body, size_t s
         c->events = parameter(wish, "events", 200);
         c->interval = parameter(wish, "interval_us", 20000) * 1000ull;
         c->stuck = parameter(wish, "stuck", 0);
+        c->closes = parameter(wish, "close", 0);
         c->next = now_ns();
         c->out_size = sprintf(c->out,
                               "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
                               "Cache-Control: no-cache\r\nOpenAI-Processing-Ms: 12\r\n"
-                              "X-Request-Id: req_0123456789abcdef\r\nTransfer-Encoding: chunked\r\n\r\n");
+                              "X-Request-Id: req_0123456789abcdef\r\n%sTransfer-Encoding: chunked\r\n\r\n",
+                              c->closes ? "Connection: close\r\n" : "");
         return;
     }
     size_t length = parameter(wish, "answer", 1500);
@@ -161,7 +164,7 @@ static void take_requests(struct conn *c)
         *head_end = 0;
         c->busy = 1;
         c->events = -1;
-        c->interval = c->sent = c->tail = c->stuck = 0;
+        c->interval = c->sent = c->tail = c->stuck = c->closes = 0;
         c->out_at = c->out_size = c->more_at = c->more_size = 0;
         stats.active++;
         if (!strncmp(c->in, "GET /mock/stats ", 16)) tell_stats(c);

@@ -19,14 +19,15 @@ static char *make_body(size_t bytes, int stream)
     return made;
 }
 
-/* The whole request; its size goes to `size`. */
-static char *make_request(const char *path, int port, const char *key, const char *wish, const char *body, size_t *size)
+/* The whole request; `fields` are whole lines of its head, and its size goes to `size`. */
+static char *make_request(const char *path, int port, const char *key, const char *wish, const char *fields,
+                          const char *body, size_t *size)
 {
     size_t length = strlen(body);
-    char *made = malloc(length + 1024 + strlen(path) + strlen(key));
+    char *made = malloc(length + 1024 + strlen(path) + strlen(key) + strlen(fields));
     *size = sprintf(made,
         "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
-        "Content-Type: application/json\r\nAuthorization: Bearer %s\r\nX-Mock: %s\r\nContent-Length: %zu\r\n\r\n%s",
-        path, port, key, wish, length, body);
+        "Content-Type: application/json\r\nAuthorization: Bearer %s\r\nX-Mock: %s\r\n%sContent-Length: %zu\r\n\r\n%s",
+        path, port, key, wish, fields, length, body);
     return made;
 }

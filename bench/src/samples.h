@@ -23,6 +23,6 @@ static void print_samples(const char *name, struct samples *s)
     printf(",\"%s\":", name);
     if (!s->count) printf("null");
     else
-        printf("{\"p50\":%.1f,\"p99\":%.1f,\"max\":%.1f}", s->all[s->count / 2], s->all[s->count * 99 / 100],
-               s->all[s->count - 1]);
+        printf("{\"p50\":%.1f,\"p99\":%.1f,\"p999\":%.1f,\"max\":%.1f}", s->all[s->count / 2],
+               s->all[s->count * 99 / 100], s->all[s->count * 999 / 1000], s->all[s->count - 1]);
 }

@@ -2,7 +2,7 @@
 #include "common.h"
 
 struct conn {
-    int fd, heap_at, busy, writable, queued, stuck, dead, tail;
+    int fd, heap_at, busy, writable, queued, stuck, closes, dead, tail;
     char *in;
     size_t in_size, in_room;
     uint64_t next, interval; /* when the next event is due, and the time between two */

@@ -58,6 +58,7 @@ def admin_site(
     clients: Callable[[], object] | None = None,
     providers: Providers | None = None,
     flights: FlightRecorder | None = None,
+    turns: Callable[[], object] | None = None,
     hosts: Callable[[], Container[str]] = tuple,
 ) -> Site:
     """Return the site of an admin listener.
@@ -66,7 +67,8 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config, clients, providers, flights, hosts: as for :func:`admin_router`.
+        ready, registry, config, clients, providers, flights, turns, hosts: as for
+            :func:`admin_router`.
     """
     router = admin_router(
         ready=ready,
@@ -75,6 +77,7 @@ def admin_site(
         clients=clients,
         providers=providers,
         flights=flights,
+        turns=turns,
         hosts=hosts,
         paced=None if config is None else partial(pace_pages, reactor, clock, wall),
     )
@@ -89,6 +92,7 @@ def admin_router(
     clients: Callable[[], object] | None = None,
     providers: Providers | None = None,
     flights: FlightRecorder | None = None,
+    turns: Callable[[], object] | None = None,
     hosts: Callable[[], Container[str]] = tuple,
     paced: Callable[[Callable[[Request], bool]], Mapping[bytes, Handler]] | None = None,
 ) -> Router:
@@ -101,6 +105,7 @@ def admin_router(
         clients: makes what clients use of their limits for ``/clients``; None leaves that out.
         providers: what is shown and switched below ``/providers``; None leaves that out.
         flights: what ``/streams/ended`` shows; None leaves that out.
+        turns: makes what is known of the reactor's turns for ``/turns``; None leaves that out.
         hosts: returns the names, in lower case, by which operators may reach the site, besides
             those that only this machine or its network knows.
         paced: from what tells whether a request is for this site to the handlers of ``/pace``, by
@@ -134,6 +139,8 @@ def admin_router(
         pages[b"/config"] = shows(config)
     if clients is not None:
         pages[b"/clients"] = shows(clients)
+    if turns is not None:
+        pages[b"/turns"] = shows(turns)
     below = dict[bytes, Handler]()
     if flights is not None:
         pages[ended.PATH] = below[ended.PATH] = ended.Ended(flights, is_for_us)

@@ -35,7 +35,7 @@ _DOMAINS = ("INET", "INET6", "UNIX")
 _PIECE = re.compile(r"((?:\\.|[^:\\])*)(?::|\Z)", re.DOTALL)
 _ARGUMENT = re.compile(r"((?:\\.|[^=\\])*)=(.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
-_UNKNOWN = re.compile(r"unexpected keyword argument '(.*)'")
+_UNKNOWN = re.compile(r"unexpected keyword argument '(.*?)'")
 
 
 def endpoint(instance: str) -> Callable[[object], str]:

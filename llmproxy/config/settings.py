@@ -171,6 +171,11 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     once, and TLS straight on the socket. ``false`` keeps Twisted's own parts, in case one of the
     tuned parts has a fault."""
 
+    watch_turns: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether the tuned loop times everything that it calls, and names what makes its turns long;
+    see `Long turns <operations.rst#long-turns>`_. An event then costs more, so leave it off unless
+    you look for something."""
+
     parent_proxy: Annotated[Url | None, Key(PARENT_PROXY)] = None
     """An ``http://`` URL of a proxy through which providers and the hosts of ``[tunnel]`` are
     reached, such as ``"http://proxy.corp.example:3128"``; see `operations.rst <operations.rst>`_.

@@ -78,14 +78,13 @@ class _Call:
         self.arguments = bytearray()
 
 
-class Accumulated:
+class Accumulated(msgspec.Struct, kw_only=True, eq=False):
     """What was found so far.
 
-    Args:
+    Attributes:
         keeps: whether text and tool calls are held.
         budget: most bytes of text and tool calls that are held, in UTF-8.
-
-    Attributes:
+        held_bytes: how many bytes of that are used.
         wants_all: whether the whole event must be read.  If not, usage, finish reason, end marker
             and error are enough.
         has_counts: whether any count came.
@@ -96,53 +95,25 @@ class Accumulated:
         text_bytes: how long the text is, together with the part that is not held.
     """
 
-    __slots__ = (
-        "_budget",
-        "_calls",
-        "_left",
-        "_nameless",
-        "_provisional",
-        "_text",
-        "_tokens",
-        "error",
-        "finish_reason",
-        "has_counts",
-        "has_ended",
-        "is_cut",
-        "is_odd",
-        "keeps",
-        "model",
-        "patience",
-        "response_id",
-        "text_bytes",
-        "wants_all",
-    )
-
-    def __init__(self, *, keeps: bool, budget: int) -> None:
-        self.keeps = keeps
-        self.wants_all = True
-        self.model: str | None = None
-        self.response_id: str | None = None
-        self.finish_reason: str | None = None
-        self.error: ProviderError | None = None
-        self.has_counts = False
-        self.has_ended = False
-        self.is_odd = False
-        self.patience = _PATIENCE
-        self.is_cut = False
-        self.text_bytes = 0
-        self._nameless = _NAMELESS
-        self._budget = budget
-        self._left = budget
-        self._text = bytearray()
-        self._calls: dict[int, _Call] = {}
-        self._tokens: dict[str, int] = {}
-        self._provisional = False
-
-    @property
-    def held_bytes(self) -> int:
-        """How many bytes of the budget are used."""
-        return self._budget - self._left
+    keeps: bool
+    budget: int
+    wants_all: bool = True
+    model: str | None = None
+    response_id: str | None = None
+    finish_reason: str | None = None
+    error: ProviderError | None = None
+    has_counts: bool = False
+    has_ended: bool = False
+    is_odd: bool = False
+    patience: int = _PATIENCE
+    is_cut: bool = False
+    text_bytes: int = 0
+    held_bytes: int = 0
+    _nameless: int = _NAMELESS
+    _text: bytearray = msgspec.field(default_factory=bytearray)
+    _calls: dict[int, _Call] = msgspec.field(default_factory=dict)
+    _tokens: dict[str, int] = msgspec.field(default_factory=dict)
+    _provisional: bool = False
 
     @property
     def text(self) -> str:
@@ -211,21 +182,27 @@ class Accumulated:
             is_opening: these are counts of the beginning, as an event gives them that opens a
                 response.  They are not final until a count of the output follows.
         """
-        counts = (
-            ("input_tokens", input_tokens),
-            ("output_tokens", output_tokens),
-            ("cache_read_tokens", cache_read_tokens),
-            ("cache_write_tokens", cache_write_tokens),
-            ("reasoning_tokens", reasoning_tokens),
-        )
+        tokens = self._tokens
         came = False
-        for name, tokens in counts:
-            if tokens is not None:
-                self._tokens[name] = tokens
-                came = True
-        self.has_counts |= came
-        if came and (is_opening or output_tokens is not None or not self._has_output):
-            self._provisional = is_opening
+        if input_tokens is not None:
+            tokens["input_tokens"] = input_tokens
+            came = True
+        if output_tokens is not None:
+            tokens["output_tokens"] = output_tokens
+            came = True
+        if cache_read_tokens is not None:
+            tokens["cache_read_tokens"] = cache_read_tokens
+            came = True
+        if cache_write_tokens is not None:
+            tokens["cache_write_tokens"] = cache_write_tokens
+            came = True
+        if reasoning_tokens is not None:
+            tokens["reasoning_tokens"] = reasoning_tokens
+            came = True
+        if came:
+            self.has_counts = True
+            if is_opening or output_tokens is not None or not self._has_output:
+                self._provisional = is_opening
 
     def fail(self, kind: str | None, message: str | None) -> None:
         """Take the provider's error; the first one counts."""
@@ -269,16 +246,16 @@ class Accumulated:
         return name if name and self._spend(len(name.encode())) else None
 
     def _spend(self, cost: int) -> bool:
-        if cost > self._left:
+        if cost > self.budget - self.held_bytes:
             # Nothing more is held from here on: there would be a hole before it.
-            self._left = 0
+            self.held_bytes = self.budget
             self.is_cut = True
             return False
-        self._left -= cost
+        self.held_bytes += cost
         return True
 
     def _hold(self, buffer: bytearray, piece: bytes) -> None:
-        room = self._left
+        room = self.budget - self.held_bytes
         if self._spend(len(piece)):
             buffer += piece
         else:

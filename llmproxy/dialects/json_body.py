@@ -126,8 +126,11 @@ def plain_facts(body: bytes) -> JsonFacts | None:
         match = _MODEL_NAME.search(body)
         if match is None:
             return None
-        span = Span(match.end(), match.end() + len(raw))
-    known = None if name is None else model_text(name.encode())
+        start = match.end()
+        span = tuple.__new__(Span, (start, start + len(raw)))  # half of what Span() takes
+    known = name
+    if name is not None and not (name.isascii() and len(name) <= MODEL_BYTES):
+        known = model_text(name.encode())
     return JsonFacts(known, span, _FLAGS[flag] if flag else None)
 
 

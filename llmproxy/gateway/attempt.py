@@ -96,7 +96,7 @@ class Attempts:
             Exception: the request was cancelled; the exchange knows why.
         """
         request, trace, name = exchange.request, exchange.trace, candidate.provider.name
-        target = match.target(candidate)
+        target = exchange.target
         edits = [] if candidate.model is None else model_edits(exchange, match, candidate, facts)
         if match.route.include_usage == "inject" and trace.stream and exchange.decoded_body:
             steps = usage_edit(exchange.decoded_body, candidate.provider.dialect, target)
@@ -114,7 +114,7 @@ class Attempts:
             self._health.asks(candidate.provider, client)
         at_work = exchange.at_work
         sent_at = self._clock()
-        self._metrics.overhead.observe(sent_at - exchange.started)
+        self._metrics.overhead.note(sent_at - exchange.started)
         outcome: str = "ok"
         cause = None
         try:
@@ -158,8 +158,8 @@ class Attempts:
             seconds = self._clock() - sent_at
             trace.attempts.append(Attempt(name, outcome, round(seconds, 6), cause))
             self._metrics.attempted(name, outcome, cause)
-        self._metrics.head.observe(seconds)
-        trace.head_s = round(self._clock() - exchange.started, 6)
+        self._metrics.head.note(seconds)
+        trace.head_s = round(sent_at + seconds - exchange.started, 6)
         return response
 
     def _lines(

@@ -8,8 +8,10 @@ a break that only the end of the connection can show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -18,7 +20,7 @@ from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
 from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
 from llmproxy.gateway.known_head import KnownHead
-from llmproxy.http1.grammar import NO_FIELDS, NO_VALUES, Fields
+from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.http1.websocket import Handshake
 from llmproxy.net.task import Task
@@ -43,12 +45,16 @@ _LABELLED = frozenset((*METHODS, b"CONNECT"))
 """The methods that are words in a label."""
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False, weakref=True):
     """One request under way: what is known of it so far, and how it can be stopped.
 
     Attributes:
+        request: its client's side.
+        trace: its record.
+        started: when it came, in monotonic seconds.
         match: the route that it takes, once that is chosen.
         candidate: the one of it that is asked, or whose response this is.
+        target: path and query as that one gets them.
         handshake: the WebSocket handshake that the request is, or None.
         waiting: its place in a queue, while it waits there.
         place: the place at a provider that it holds.
@@ -71,44 +77,35 @@ class Exchange:
         timer: rings after ``total``.
     """
 
-    __slots__ = (
-        *("candidate", "place", "waiting"),
-        *("at_work", "handshake", "lease"),
-        *("content_encoding", "content_type", "decoded_body", "detached_timer", "endpoint"),
-        *("is_detached", "is_late", "is_read_out", "known", "left", "length", "match"),
-        *("page", "relay", "request", "response", "started", "status", "tap", "task"),
-        *("timer", "trace"),
-    )
-
-    def __init__(self, request: Request, trace: Trace, started: float) -> None:
-        self.request = request
-        self.trace = trace
-        self.started = started
-        self.known: KnownHead | None = None if request.seen is None else request.seen.found
-        self.match: RouteMatch | None = None
-        self.candidate: Candidate | None = None
-        self.handshake: Handshake | None = None
-        self.waiting: Waiting | None = None
-        self.place: Place | None = None
-        self.page = NO_FIELDS
-        self.decoded_body = b""
-        self.left: ClientGone | None = None
-        self.is_late = False
-        self.at_work = 0
-        self.relay: Relay | Whole | WebSocketRelay | None = None
-        self.response: Response | HeldResponse | None = None
-        self.content_type: bytes | None = None
-        self.content_encoding: bytes | None = None
-        self.length: bytes | None = None
-        self.status = 0
-        self.endpoint: Endpoint | None = None
-        self.tap: StreamAccumulator | DocumentTap | None = None
-        self.is_detached = False
-        self.is_read_out = False
-        self.detached_timer: Any = None
-        self.lease: Lease | None = None
-        self.task: Task | None = None
-        self.timer: Any = None
+    request: Request
+    trace: Trace
+    started: float
+    known: KnownHead | None = None
+    match: RouteMatch | None = None
+    candidate: Candidate | None = None
+    target: bytes = b""
+    handshake: Handshake | None = None
+    waiting: Waiting | None = None
+    place: Place | None = None
+    page: Sequence[tuple[bytes, bytes]] = ()
+    decoded_body: bytes = b""
+    left: ClientGone | None = None
+    is_late: bool = False
+    at_work: int = 0
+    relay: Relay | Whole | WebSocketRelay | None = None
+    response: Response | HeldResponse | None = None
+    content_type: bytes | None = None
+    content_encoding: bytes | None = None
+    length: bytes | None = None
+    status: int = 0
+    endpoint: Endpoint | None = None
+    tap: StreamAccumulator | DocumentTap | None = None
+    is_detached: bool = False
+    is_read_out: bool = False
+    detached_timer: Any = None
+    lease: Lease | None = None
+    task: Task | None = None
+    timer: Any = None
 
     def asked(self) -> None:
         """The provider may do the work from here on."""
@@ -124,8 +121,9 @@ class Exchange:
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
         self.length = first.get(b"content-length")
-        response.fields, response.first = NO_FIELDS, NO_VALUES
-        self.request.drop_head()
+        request = self.request
+        response.fields, response.first = [], {}
+        request.fields, request.first = [], {}
 
     def expire(self) -> None:
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
@@ -247,13 +245,18 @@ class Exchange:
                 trace.counted_tokens = lease.settle(tokens)
             else:
                 trace.counted_tokens = self._settle_unknown(lease, tokens)
-        if relay is not None:
+        if isinstance(relay, Whole):
+            trace.chunks, trace.longest_gap_s, trace.chunks_at_once = relay.chunks, 0.0, 0
+            if relay.chunks:
+                trace.first_chunk_s = trace.last_chunk_s = round(relay.at - self.started, 6)
+        elif relay is not None:
+            statistics = relay.statistics
             trace.chunks, trace.paused_s = relay.chunks, round(relay.paused_s, 6)
-            trace.longest_gap_s = round(relay.statistics.longest_gap, 6)
-            trace.chunks_at_once = relay.statistics.at_once
-            if (first_at := relay.statistics.first_at) is not None:
+            trace.longest_gap_s = round(statistics.longest_gap, 6)
+            trace.chunks_at_once = statistics.at_once
+            if (first_at := statistics.first_at) is not None:
                 trace.first_chunk_s = round(first_at - self.started, 6)
-                trace.last_chunk_s = round(relay.statistics.last_at - self.started, 6)
+                trace.last_chunk_s = round(statistics.last_at - self.started, 6)
 
     def body(self) -> Body | None:
         """Return how the response came from the provider; None where none began.

@@ -280,7 +280,7 @@ class Forward(Handler):
             await done
         finally:
             self._metrics.finished(relay)
-            self._metrics.stream.observe(self._clock() - began)
+            self._metrics.stream.note(self._clock() - began)
 
 
 def _shown(url: bytes) -> str:

@@ -35,7 +35,7 @@ from llmproxy.gateway.detached import DetachedStreams
 from llmproxy.gateway.exchange import Exchange, end_failed
 from llmproxy.gateway.failover import Failover
 from llmproxy.gateway.hints import NOT_FOUND, hint_fields
-from llmproxy.gateway.inspection import Inspection
+from llmproxy.gateway.inspection import Inspection, endpoint_of
 from llmproxy.gateway.known_head import KnownHead, can_be_known
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
@@ -229,6 +229,8 @@ class Gateway(Handler):
                 end = exchange.left.end
         except Exception as problem:
             end, error = exchange.judge(problem)
+            # From CPython 3.12 on its frames lead back to it, by the Failure that threw it in here.
+            problem.__traceback__ = None
         if error is not None:
             exchange.fail(error, place.dialect, self._recorder.now())
         self.detached.over(exchange)
@@ -351,12 +353,12 @@ class Gateway(Handler):
 
     def _meet(self, exchange: Exchange, match: RouteMatch, candidate: Candidate) -> None:
         """Let the exchange go by the candidate that is asked next."""
-        exchange.candidate = candidate
-        exchange.request.stall_after = candidate.timeouts.client_stall
-        trace, provider = exchange.trace, candidate.provider
+        exchange.candidate, exchange.target = candidate, match.target(candidate)
+        request, trace, provider = exchange.request, exchange.trace, candidate.provider
+        request.stall_after = candidate.timeouts.client_stall
         trace.route, trace.provider = match.route.name, provider.name
         trace.dialect = provider.dialect
-        exchange.endpoint = self._inspection.endpoint_of(exchange, match, candidate)
+        exchange.endpoint = endpoint_of(request.method, provider.dialect, exchange.target)
 
     def _meet_page(self, exchange: Exchange, client: Client, match: RouteMatch) -> None:
         """Go by the origins of the route alone: several may share the path."""
@@ -405,7 +407,7 @@ class Gateway(Handler):
             if beats is not None:
                 beats.stop()
             self._metrics.finished(relay)
-            self._metrics.stream.observe(self._clock() - began)
+            self._metrics.stream.note(self._clock() - began)
 
     def _pass(self, exchange: Exchange, match: RouteMatch, body: bytes, began: float) -> None:
         """Send a body that came whole, together with the head."""
@@ -413,7 +415,7 @@ class Gateway(Handler):
         exchange.request.write_last(body)
         exchange.tap = self._inspection.read(exchange, match, body)
         self._metrics.passed(whole)
-        self._metrics.stream.observe(self._clock() - began)
+        self._metrics.stream.note(self._clock() - began)
 
     def _begin_heartbeat(
         self, exchange: Exchange, route: Route, dialect: Dialect, relay: Relay

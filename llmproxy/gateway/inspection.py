@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection
 from twisted.logger import Logger
 
 from llmproxy.config import Config
+from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint
 from llmproxy.errors import EndReason
 from llmproxy.gateway.exchange import Exchange
-from llmproxy.policy.routes import Candidate, RouteMatch
+from llmproxy.policy.routes import RouteMatch
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Trace
 from llmproxy.stream.arrivals import are_held_back
@@ -54,13 +55,6 @@ class Inspection:
         self._models = named_models(config)
         self._clock = clock
         self._catch_up = catch_up
-
-    @staticmethod
-    def endpoint_of(exchange: Exchange, match: RouteMatch, candidate: Candidate) -> Endpoint | None:
-        """Return how the candidate's response is to be read, or None where it is not."""
-        if exchange.request.method != b"POST":
-            return None
-        return endpoint(candidate.provider.dialect, match.target(candidate))
 
     def open(self, exchange: Exchange, match: RouteMatch) -> StreamAccumulator | None:
         """Return the tap for a response whose head has come, or None where it cannot be read."""
@@ -169,8 +163,7 @@ class Inspection:
             keeps: the content as well.
         """
         usage = result.usage
-        trace.served_model = result.model
-        trace.usage = usage.provenance
+        trace.served_model, trace.usage = result.model, usage.provenance
         trace.input_tokens, trace.output_tokens = usage.input_tokens, usage.output_tokens
         trace.cache_read_tokens = usage.cache_read_tokens
         trace.cache_write_tokens = usage.cache_write_tokens
@@ -180,19 +173,24 @@ class Inspection:
         if keeps:
             _keep_content(trace, result)
         model = trace.model if trace.model in self._models else "other"
-        tokens = (
-            ("input", usage.input_tokens),
-            ("output", usage.output_tokens),
-            ("cache_read", usage.cache_read_tokens),
-            ("cache_write", usage.cache_write_tokens),
-            ("reasoning", usage.reasoning_tokens),
+        self._metrics.used(
+            (trace.client or "", trace.provider or "", model or "other"),
+            usage.input_tokens or 0,
+            usage.output_tokens or 0,
+            usage.cache_read_tokens or 0,
+            usage.cache_write_tokens or 0,
+            usage.reasoning_tokens or 0,
         )
-        self._metrics.used((trace.client or "", trace.provider or "", model or "other"), tokens)
 
     def _broke(self, trace: Trace) -> None:
         _log.failure("{id}: what its response holds could not be read", id=trace.id)
         trace.degraded = [Degraded.INTERNAL.value]
         self._metrics.degraded(Degraded.INTERNAL)
+
+
+def endpoint_of(method: bytes, dialect: Dialect, target: bytes) -> Endpoint | None:
+    """Return how the response to such a request is to be read, or None where it is not."""
+    return endpoint(dialect, target) if method == b"POST" else None
 
 
 def _keep_content(trace: Trace, result: Result) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
-from copy import copy
 from typing import Literal
 
 from twisted.logger import Logger
@@ -102,11 +101,12 @@ class Recorder:
 
     def begin(self, request: Request) -> Exchange:
         """Open the record of ``request``."""
-        if request.seen is None:
-            trace = self.new_trace(request, self.now())
+        if (seen := request.seen) is None:
+            known, trace = None, self.new_trace(request, self.now())
         else:
-            trace = new_trace_like(request.seen.found.trace, request, self.now())
-        exchange = Exchange(request, trace, self._clock())
+            known = seen.found
+            trace = new_trace_like(known.trace, request, self.now())
+        exchange = Exchange(request, trace, self._clock(), known)
         self._running.add(exchange)
         self._metrics.request_began()
         return exchange
@@ -133,7 +133,7 @@ class Recorder:
         body = None if end is EndReason.COMPLETE else exchange.body()
         exchange.close(end, error, self._clock())
         if exchange.trace.first_chunk_s is not None:
-            self._metrics.first_chunk.observe(exchange.trace.first_chunk_s)
+            self._metrics.first_chunk.note(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
         if exchange.status == NOT_FOUND:
             detail = hint_for_operator(exchange)
@@ -233,7 +233,7 @@ def new_trace_like(known: Trace, request: Request, time: float) -> Trace:
         known: the record that was made of that head; it stays as it is.
         time: seconds since the epoch.
     """
-    trace = copy(known)
+    trace: Trace = known.__copy__()  # type: ignore[attr-defined]  # msgspec declares it nowhere
     trace.time, trace.id = timestamp(time), _new_id()
     trace.peer = request.channel.peer_name
     trace.attempts, trace.degraded = [], []

@@ -30,6 +30,10 @@ MAX_FIELDS = 128
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _CTL = bytes([*range(0, 9), *range(10, 32), 127])
 _COLON = b": "
+_MOST_KNOWN, _LONGEST_KNOWN = 1024, 128
+"""How many field lines of servers are remembered, and of how many bytes."""
+
+_PRIVATE = frozenset((b"set-cookie",))
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 _FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\x20-\x7e\x80-\xff]*+\r\n)++")
@@ -133,6 +137,36 @@ def parse_fields(lines: list[bytes], *, most: int = MAX_FIELDS, longest: int = M
         name, _, value = line.partition(b":")
         fields.append((name.lower(), value.strip()))  # of blanks: no other space is in the block
     return fields
+
+
+class _KnownLines(dict[bytes, tuple[bytes, bytes]]):
+    """Field lines that came before, as they were read: a server sends most of them again and again.
+
+    Those that are a client's own are not remembered, nor long ones; when there are too many, all
+    are forgotten.
+    """
+
+    def __missing__(self, line: bytes) -> tuple[bytes, bytes]:
+        field = parse_field(line, len(line))
+        if len(line) <= _LONGEST_KNOWN and field[0] not in _PRIVATE:
+            if len(self) >= _MOST_KNOWN:
+                self.clear()
+            self[line] = field
+        return field
+
+
+_field_of = _KnownLines().__getitem__
+
+
+def parse_known_fields(lines: list[bytes]) -> Fields:
+    """Read field lines of a server's head, without their line ends; they may be of any length.
+
+    Raises:
+        BadMessage: as :func:`parse_fields`.
+    """
+    if len(lines) > MAX_FIELDS:
+        raise BadMessage(f"more than {MAX_FIELDS} header fields", 431)
+    return [*map(_field_of, lines)]
 
 
 def parse_field(line: bytes, longest: int = MAX_LINE) -> tuple[bytes, bytes]:

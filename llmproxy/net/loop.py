@@ -13,9 +13,9 @@ process sees the same calls in the same order.  What is leaned on: ``_poller``, 
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
+from functools import partial
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, poll
 from typing import Any
 
@@ -23,11 +23,17 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.task import LoopingCall
 from twisted.python import log
 
-_THRESHOLDS = (10_000, 20, 50)
-"""Allocations before the collector looks at young objects, and looks before it goes further."""
+from llmproxy.net.turn_watch import TurnWatch
 
 _ROUNDS = 100
 """Polls in a row, before the reactor's own loop has its turn in any case."""
+
+SWITCH_S = 0.0005
+"""Seconds for which another thread keeps the interpreter when the reactor asks for it.
+
+CPython's own are 5 ms.  The reactor gives the interpreter up for each system call, and the threads
+that write records and the log take it then.
+"""
 
 _BROKEN = EPOLLERR | EPOLLHUP
 _BOTH = EPOLLIN | EPOLLOUT
@@ -42,37 +48,59 @@ _APPOINTMENT = 1.0
 """Seconds between two appointments at which the lag is measured."""
 
 
-def tune(reactor: Any) -> Callable[[], None]:
+def tune(reactor: Any, watch: TurnWatch | None = None) -> Callable[[], None]:
     """Quicken ``reactor`` where it is exactly an ``EPollReactor``.
+
+    Args:
+        watch: times all turns.
 
     Returns:
         undoes it.
     """
     if type(reactor) is not EPollReactor:
-        return lambda: None
+        return watch.stop if watch is not None else lambda: None
     state = vars(reactor)
-    state["doIteration"] = _iteration(reactor)
+    if watch is None:
+        state["doIteration"] = _iteration(
+            reactor,
+            reactor._poller.poll,
+            reactor._selectables.get,
+            reactor._disconnectSelectable,
+            reactor._doReadOrWrite,
+        )
+    else:
+        state["doIteration"] = _iteration(
+            reactor,
+            partial(watch.poll, reactor._poller.poll),
+            lambda fd: watch.selectable(reactor._selectables.get(fd)),
+            partial(watch.disconnect, reactor._disconnectSelectable),
+            partial(watch.other, reactor._doReadOrWrite),
+        )
+        state["runUntilCurrent"] = partial(watch.until_current, reactor, reactor.runUntilCurrent)
+        state["_insertNewDelayedCalls"] = partial(
+            watch.insert_new, reactor, reactor._insertNewDelayedCalls
+        )
+        watch.start()
 
     def undo() -> None:
         state.pop("doIteration", None)
+        if watch is not None:
+            state.pop("runUntilCurrent", None)
+            state.pop("_insertNewDelayedCalls", None)
+            watch.stop()
 
     return undo
 
 
-def calm_collector() -> None:
-    """Let the garbage collector leave alone what is there now, and look less often at the rest.
-
-    The objects of a stream die by reference counting.  A collection looks at all streams, and holds
-    all of them up.  The collector is the whole process's: call this only where that is ours.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_THRESHOLDS)
-
-
-def _iteration(reactor: Any) -> Callable[[float | None], None]:
-    wait, selectables, seconds = reactor._poller.poll, reactor._selectables, reactor.seconds
-    general, disconnect = reactor._doReadOrWrite, reactor._disconnectSelectable
+def _iteration(
+    reactor: Any,
+    wait: Callable[..., Any],
+    find: Callable[[int], Any],
+    disconnect: Callable[..., Any],
+    general: Callable[..., Any],
+) -> Callable[[float | None], None]:
+    """Return a ``doIteration`` that polls, finds and calls sockets by these functions."""
+    seconds = reactor.seconds
 
     def iterate(timeout: float | None) -> None:
         """Poll, and again as long as only sockets have something to do."""
@@ -82,7 +110,7 @@ def _iteration(reactor: Any) -> Callable[[float | None], None]:
             except InterruptedError:
                 return
             for fd, event in ready:
-                selectable = selectables.get(fd)
+                selectable = find(fd)
                 if selectable is None:
                     continue
                 reads = event == EPOLLIN or event & _BOTH == EPOLLIN

@@ -138,11 +138,15 @@ def settled(config: Config, running: Config) -> tuple[Config, list[str]]:
         config: what the file says.
         running: what is in use; its loop, and the transports that belong to it, are to stay.
     """
-    tuned = running.proxy.tuned_loop
-    if config.proxy.tuned_loop == tuned:
+    kept = {
+        name: getattr(running.proxy, name)
+        for name in ("tuned_loop", "watch_turns")
+        if getattr(config.proxy, name) != getattr(running.proxy, name)
+    }
+    if not kept:
         return config, []
-    proxy = msgspec.structs.replace(config.proxy, tuned_loop=tuned)
-    return msgspec.structs.replace(config, proxy=proxy), ["proxy.tuned_loop"]
+    proxy = msgspec.structs.replace(config.proxy, **kept)
+    return msgspec.structs.replace(config, proxy=proxy), [f"proxy.{name}" for name in kept]
 
 
 def changes(before: Config, after: Config) -> list[str]:

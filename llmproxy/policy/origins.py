@@ -10,7 +10,7 @@ Nothing here knows requests or routes; origins are compared as browsers write th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from llmproxy.errors import ProxyError
 from llmproxy.http1.grammar import Fields
@@ -73,7 +73,7 @@ def page_fields(first: Mapping[bytes, bytes], allowed: Collection[str]) -> Field
     return fields
 
 
-def for_page(fields: Fields, ours: Fields) -> Fields:
+def for_page(fields: Fields, ours: Iterable[tuple[bytes, bytes]]) -> Fields:
     """Return a provider's fields with ``ours`` in the place of what it says of origins."""
     return [*(field for field in fields if not field[0].startswith(_GRANTED)), *ours]
 

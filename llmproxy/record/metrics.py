@@ -8,9 +8,10 @@ metric.  Nothing here knows where the values come from.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import add
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -24,6 +25,12 @@ from prometheus_client.core import (
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 _FINE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _DELAYS = (0.00005, 0.0001, 0.00025, *_FINE_SECONDS, 10.0, 60.0)
+
+TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
+"""The types of tokens, as labels have them."""
+
+_STEPS = 256
+"""Beginnings and ends of requests after which the values that they have are counted."""
 
 _PREFIX = "llmproxy_"
 
@@ -55,6 +62,39 @@ class Histogram:
             total += count
             rows.append(("+Inf" if bound == float("inf") else str(bound), total))
         return rows, self._sum
+
+
+class NotingHistogram(Histogram):
+    """A histogram whose values are noted, and counted many at once, which is quicker.
+
+    Attributes:
+        note: takes one value; :meth:`count` must be called now and then.
+    """
+
+    __slots__ = ("_noted", "note")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        super().__init__(bounds)
+        self._noted: list[float] = []
+        self.note: Callable[[float], None] = self._noted.append
+
+    def count(self) -> None:
+        """Count what was noted so far."""
+        noted, counts, at = self._noted, self._counts, 0
+        if not noted:
+            return
+        noted.sort()
+        self._sum += sum(noted)
+        for place, bound in enumerate(self._bounds):
+            before, at = at, bisect_right(noted, bound, at)
+            counts[place] += at - before
+        counts[-1] += len(noted) - at
+        noted.clear()
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Return cumulative buckets by their upper bound, and the sum."""
+        self.count()
+        return super().buckets()
 
 
 class Live(Protocol):
@@ -103,18 +143,20 @@ class Metrics:
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._held_back: dict[Labels, int] = defaultdict(int)
-        self._tokens: dict[Labels, int] = defaultdict(int)
+        self._tokens: dict[Labels, tuple[int, ...]] = {}
         self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
-        self.head = Histogram(_SECONDS)
-        self.first_chunk = Histogram(_SECONDS)
+        self._steps = 0  # requests that began or ended since values were counted
+        self.head = NotingHistogram(_SECONDS)
+        self.first_chunk = NotingHistogram(_SECONDS)
         self.gap = Histogram(_SECONDS)
         self.relay_delay = Histogram(_DELAYS)
-        self.stream = Histogram(_SECONDS)
-        self.overhead = Histogram(_FINE_SECONDS)
+        self.stream = NotingHistogram(_SECONDS)
+        self.overhead = NotingHistogram(_FINE_SECONDS)
         self.cancel = Histogram(_FINE_SECONDS)
         self.reactor_lag = Histogram(_FINE_SECONDS)
         self.queue_wait = Histogram(_SECONDS)
+        self._turns: Histogram | None = None
         self._bytes = {"in": 0, "out": 0}
         self._tunnelled: dict[Labels, int] = {("in",): 0, ("out",): 0}
         self._chunks = 0
@@ -130,6 +172,11 @@ class Metrics:
     def watch_count(self, name: str, text: str, labels: list[str], source: Source) -> None:
         """Expose a counter whose values another part holds."""
         self._sources.append((name, text, labels, True, source))
+
+    def watch_turns(self) -> Histogram:
+        """Return what counts the reactor's turns, which is exposed from now on."""
+        self._turns = Histogram(_FINE_SECONDS)
+        return self._turns
 
     def began(self, body: Live) -> None:
         """A body is being relayed."""
@@ -170,20 +217,22 @@ class Metrics:
         """The events of a stream came in bursts."""
         self._held_back[provider,] += 1
 
-    def used(self, labels: Labels, tokens: Iterable[tuple[str, int | None]]) -> None:
+    def used(self, labels: Labels, *tokens: int) -> None:
         """Count the tokens of a response.
 
         Args:
             labels: client, provider and model.
-            tokens: by type, None where the provider did not say.
+            tokens: of each type of :data:`TOKENS`; 0 where the provider did not say.
         """
-        for kind, count in tokens:
-            if count:
-                self._tokens[*labels, kind] += count
+        counted = self._tokens.get(labels)
+        self._tokens[labels] = tokens if counted is None else (*map(add, counted, tokens),)
 
     def request_began(self) -> None:
         """A request is being served."""
         self._active += 1
+        self._steps += 1
+        if self._steps >= _STEPS:
+            self._count_noted()
 
     def request_ended(self, labels: Labels, reason: str, bytes_in: int) -> None:
         """A request has ended.
@@ -194,9 +243,18 @@ class Metrics:
             bytes_in: of its body.
         """
         self._active -= 1
+        self._steps += 1
+        if self._steps >= _STEPS:
+            self._count_noted()
         self._requests[labels] += 1
         self._ended[reason,] += 1
         self._bytes["in"] += bytes_in
+
+    def _count_noted(self) -> None:
+        """Count the values of many requests; the next ones are noted anew."""
+        self._steps = 0
+        for histogram in (self.head, self.first_chunk, self.stream, self.overhead):
+            histogram.count()
 
     # -- at a scrape ----------------------------------------------------------------------------
 
@@ -229,7 +287,7 @@ class Metrics:
                 "tokens",
                 "Tokens, as the providers count them.",
                 ["client", "provider", "model", "type"],
-                self._tokens,
+                self._tokens_by_type(),
             ),
             (
                 "tap_degraded",
@@ -258,6 +316,14 @@ class Metrics:
         yield CounterMetricFamily(
             _PREFIX + "pause_seconds", "Seconds for which clients paused bodies.", value=paused
         )
+
+    def _tokens_by_type(self) -> dict[Labels, int]:
+        return {
+            (*labels, kind): count
+            for labels, counts in self._tokens.items()
+            for kind, count in zip(TOKENS, counts, strict=True)
+            if count
+        }
 
     def _gauges(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -295,7 +361,10 @@ class Metrics:
             ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
             ("queue_wait_seconds", "In a provider's queue.", self.queue_wait),
             ("reactor_lag_seconds", "How late the reactor calls a timer.", self.reactor_lag),
+            ("turn_seconds", "From one poll of the reactor to the next.", self._turns),
         ):
+            if histogram is None:
+                continue
             buckets, total = histogram.buckets()
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
 

@@ -296,8 +296,21 @@ class ClientConnection(http.HTTPChannel):
                 return
         if any(request.is_unframed for request in self.requests):
             self.abort()
+        elif self.phase is Phase.SERVING and self._all_are_left():
+            self.site.close_soon(self)
         else:
             self._close()
+
+    def _all_are_left(self) -> bool:
+        """Report to the requests that the client has left; return whether nothing more is written.
+
+        Then all else about the end can wait: providers of clients that leave together hear first.
+        """
+        why = ClientGone(_DONE.getErrorMessage())
+        why.had_room = self._delivery.had_room
+        for request in self.requests:
+            request.leave(why)
+        return all(request.producer is None for request in self.requests)
 
     def writeConnectionLost(self) -> None:
         """Our side is ended; what the client still sends is read, and dropped or the protocol's."""
@@ -457,9 +470,17 @@ class ClientConnection(http.HTTPChannel):
 
     def _begin_again(self, seen: SeenHead, length: int, raw: bytes) -> None:
         """Do as :meth:`_begin`, with a head that is known."""
-        self._reader = LengthReader(length)
         self.persistent = seen.persistent
-        self._await_body(Request(self, seen, raw), length, [])
+        request = Request(self, seen, raw)
+        if 0 < length <= len(self._buffer) and request.holds_at_once(length, seen.body_limit):
+            body, self._buffer = self._buffer[:length], self._buffer[length:]
+            self.requests.append(request)
+            self._skips_line = True
+            self.phase, self.deadline = Phase.SERVING, math.inf
+            request.serve(body)
+            return
+        self._reader = LengthReader(length)
+        self._await_body(request, length, [])
 
     def _await_body(self, request: Request, length: int | None, expected: list[bytes]) -> None:
         """Go on with a request whose head is read."""
@@ -772,6 +793,10 @@ class ClientConnection(http.HTTPChannel):
         self.enter(Phase.CLOSING, None)
         if not (self._has_ended and self._look_now()):
             self._delivery.watch(self._look_again)
+
+    def close_left(self) -> None:
+        """Close the socket of a client that has left."""
+        self._close()
 
     def _close(self) -> None:
         """Close the socket: the client has acknowledged all, our end as well."""

@@ -36,6 +36,14 @@ from llmproxy.server.tls import ServerTls
 _BACKLOG = 4096
 """Connections that wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
 
+_ACCEPTS = 1
+"""Clients that a port accepts in one turn.
+
+What a client costs comes in the turns that follow: its request, a provider's connection, a record.
+If more clients come than can be served, they wait in the kernel's queue, and running streams go on
+in turns that stay short.
+"""
+
 _REST = 0.1
 """Seconds for which nothing is accepted where accepting failed."""
 
@@ -212,8 +220,6 @@ def _accept_directly(port: Any, reactor: Any) -> None:
             accepted += 1
             handle = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
             _begin(port, reactor, handle, address)
-        # Twisted's way to find out how many clients come together.
-        port.numberAccepts = most + 20 if accepted == most else max(1, accepted)
         return None
 
     port.doRead = accept_directly
@@ -222,9 +228,9 @@ def _accept_directly(port: Any, reactor: Any) -> None:
 def _begin(port: Any, reactor: Any, handle: socket.socket, address: Any) -> None:
     """Let the port's factory serve a connection that was accepted."""
     drop = handle.close
+    number, port.sessionno = port.sessionno, port.sessionno + 1
     try:
         protocol = port.factory.buildProtocol(IPv4Address("TCP", *address))
-        number, port.sessionno = port.sessionno, port.sessionno + 1
         transport = port.transport(handle, protocol, address, port, number, reactor)
         drop = transport.abortConnection
         protocol.makeConnection(transport)
@@ -240,10 +246,12 @@ def _accept_patiently(port: Any, reactor: Any) -> None:
     something else, it only logs.  If another process was faster, there is no reason to rest.
     """
     accept = port.doRead
+    port.numberAccepts = _ACCEPTS
 
     def accept_or_rest() -> Any:
         accepted = port.sessionno
         why = accept()
+        port.numberAccepts = _ACCEPTS
         if port.sessionno == accepted and port.connected and has_input(port.socket):
             port.numberAccepts = _CROWD
             port.stopReading()

@@ -49,6 +49,8 @@ _NO_PARTS: list[bytes] = []
 Nothing is added to them.
 """
 
+_OK = 200
+
 _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
@@ -122,7 +124,7 @@ class Request(http.Request):
         self.queued = self._disconnected = self._parsePOSTFormSubmission = False
         self.producer: Any = None
         self.streamingProducer = False
-        self.code = http.OK
+        self.code = _OK
         self.startedWriting = self.chunked = self.finished = 0
         # what came in
         self.method, self.uri = head.method, head.target
@@ -238,6 +240,18 @@ class Request(http.Request):
                 self._parts.append(data)
         else:
             self.refuse(memory_full())
+
+    def holds_at_once(self, size: int, limit: int) -> bool:
+        """Return whether a body that is here as a whole can be held; then it is."""
+        if size > limit or not self.site.memory.hold(self, size):
+            return False
+        self._limit = limit
+        return True
+
+    def serve(self, body: bytes) -> None:
+        """Serve the request with a whole body, which is held already."""
+        self.body, self.body_bytes = body, len(body)
+        self.process()
 
     def body_done(self) -> None:
         """The body is whole: serve the request, unless it is being served already."""
@@ -358,7 +372,7 @@ class Request(http.Request):
         self.startedWriting = 1
         self.status = self.code = status
         self._bodiless = self.method == b"HEAD" or status in (204, 304)
-        fields = list(fields)
+        fields = [*fields]
         if (length := dict(fields).get(b"content-length")) is not None:
             if status == 204:  # whoever reads one there waits for a body: RFC 9110, 8.6
                 fields = [field for field in fields if field[0] != b"content-length"]
@@ -407,13 +421,16 @@ class Request(http.Request):
 
     def write_last(self, data: bytes) -> None:
         """Put the last piece of the body on the wire, with the end that :meth:`finish` reports."""
-        if self.chunked and data and not (self._disconnected or self.ended or self._bodiless):
-            self.sent += len(data)
+        if not data or self._disconnected or self.ended or self._bodiless:
+            self.write(data)
+            return
+        self.sent += len(data)
+        head, self._head = self._head, b""
+        if self.chunked:
             self._is_whole = True
-            head, self._head = self._head, b""
             self.channel.write(b"".join((head, chunk(data), LAST_CHUNK)))
         else:
-            self.write(data)
+            self.channel.write(head + data)
 
     def verbatim(self) -> Callable[[bytes], object] | None:
         """Return what puts chunks of the chunked coding on the wire as they are.

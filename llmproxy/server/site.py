@@ -8,6 +8,7 @@ business (``server/handler.py``).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,12 @@ _TIMEOUTS, _LIMITS = Timeouts(), Limits()
 
 _TELL_EVERY_S, _MOST_TOLD = 60.0, 1024
 """How often the same address is named, and how many addresses are remembered for that."""
+
+_AT_ONCE = 64
+"""Connections that the sweep looks at in one turn, within two tenths of a millisecond."""
+
+_ENDS = 16
+"""Connections of clients that have left which are closed in one turn, within a millisecond."""
 
 _log = Logger()
 
@@ -90,6 +97,9 @@ class Site(Factory):
         self._waiting: list[Deferred[None]] = []
         self._sweep = LoopingCall(self._check_all)
         self._sweep.clock = reactor
+        self._leaving: deque[ClientConnection] = deque()
+        self._unchecked: list[ClientConnection] = []  # what is left of a sweep
+        self._rest: Any = None  # the turn in which it goes on
         self._listening = False
         self._told_at: dict[str, float] = {}
 
@@ -153,6 +163,21 @@ class Site(Factory):
             for deferred in waiting:
                 deferred.callback(None)
 
+    def close_soon(self, connection: ClientConnection) -> None:
+        """Close the connection of a client that has left, in one of the next turns."""
+        if not self._leaving:
+            self.reactor.callLater(0, self._close_some)
+        self._leaving.append(connection)
+
+    def _close_some(self) -> None:
+        """Close some, and the others in the next turns: each costs what an event costs."""
+        for _ in range(min(len(self._leaving), _ENDS)):
+            connection = self._leaving.popleft()
+            if connection in self.connections:
+                connection.close_left()
+        if self._leaving:
+            self.reactor.callLater(0, self._close_some)
+
     def report_tls(self, peer: str) -> None:
         """Log, once a minute for each address, that a client speaks TLS where none is spoken."""
         now = self.clock()
@@ -201,19 +226,35 @@ class Site(Factory):
             self._sweep.start(self._sweep_interval(), now=False)
         elif not wanted and self._sweep.running:
             self._sweep.stop()
+            self._unchecked.clear()
+            if self._rest is not None:
+                self._rest.cancel()
+                self._rest = None
 
     def _sweep_interval(self) -> float:
         shortest = min((s for s in _seconds(self.timeouts) if s is not None), default=4.0)
         return min(max(shortest / 4, 0.02), 1.0)
 
     def _check_all(self) -> None:
-        now = self.clock()
-        for connection in list(self.connections):
-            try:
-                connection.check(now)
-            except Exception:
-                _log.failure("a connection could not be checked")
-                connection.abort()
+        """Look at the deadline of every connection, unless the last sweep is not over yet."""
+        if not self._unchecked:
+            self._unchecked = list(self.connections)
+            self._check_some()
+
+    def _check_some(self) -> None:
+        """Look at some, and at the others in the next turns: thousands take some milliseconds."""
+        now, self._rest = self.clock(), None
+        some = self._unchecked[-_AT_ONCE:]
+        del self._unchecked[-_AT_ONCE:]
+        for connection in some:
+            if connection in self.connections:
+                try:
+                    connection.check(now)
+                except Exception:
+                    _log.failure("a connection could not be checked")
+                    connection.abort()
+        if self._unchecked:
+            self._rest = self.reactor.callLater(0, self._check_some)
 
 
 def _seconds(timeouts: Timeouts) -> tuple[float | None, ...]:

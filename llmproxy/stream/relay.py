@@ -260,13 +260,13 @@ class Whole:
         at: when it came, in monotonic seconds.
     """
 
-    __slots__ = ("_at", "byte_count", "chunks", "tail")
+    __slots__ = ("at", "byte_count", "chunks", "tail")
     is_paused = False
     paused_s = longest_gap = 0.0
     verbatim = at_once = 0
 
     def __init__(self, data: bytes, at: float) -> None:
-        self._at = at
+        self.at = at
         self.byte_count = len(data)
         self.chunks = 1 if data else 0
         self.tail = data[-4:]
@@ -279,17 +279,17 @@ class Whole:
     @property
     def first_at(self) -> float | None:
         """As in :class:`StreamStatistics`."""
-        return self._at if self.chunks else None
+        return self.at if self.chunks else None
 
     @property
     def last_at(self) -> float:
         """As in :class:`StreamStatistics`."""
-        return self._at
+        return self.at
 
     @property
     def last_chunks(self) -> list[tuple[float, int]]:
         """As in :class:`StreamStatistics`."""
-        return [(self._at, self.byte_count)] if self.chunks else []
+        return [(self.at, self.byte_count)] if self.chunks else []
 
     def leave(self) -> None:
         """The client is gone; nothing more would have come."""

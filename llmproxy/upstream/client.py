@@ -76,9 +76,20 @@ def _lean_request() -> Any:
 
 
 class LeanClient(HTTPClient):
-    """treq's client, without what keeps cookies and changes bodies."""
+    """treq's client of one provider, without what keeps cookies and changes bodies.
+
+    Args:
+        pool: the provider's connections.
+    """
 
     request = _lean_request()
+
+    def __init__(self, pool: ProviderPool) -> None:
+        super().__init__(cast("Any", pool), _NO_COOKIES, _as_it_is)
+
+    def _request_body(self, data: Any, files: Any, json: Any, stacklevel: int) -> tuple[Any, None]:
+        """Return the body as it is; treq would find out what type it has."""
+        return data, None
 
 
 class PreparedUrl(EncodedURL):
@@ -150,11 +161,13 @@ class _Reached(msgspec.Struct, frozen=True):
         key: while it stays the same, the pool stays.
         url: for treq, which wants one.
         pool: the connections.
+        client: sends requests on them.
     """
 
     key: ConnectionKey
     url: PreparedUrl
     pool: ProviderPool
+    client: LeanClient
 
 
 class Upstream:
@@ -201,7 +214,8 @@ class Upstream:
                     parent=key.parent,
                     timers=timers,
                 )
-                kept = _Reached(key, PreparedUrl.prepare(key.origin), pool)
+                url = PreparedUrl.prepare(key.origin)
+                kept = _Reached(key, url, pool, LeanClient(pool))
             self._reached[name] = kept
 
     def take_over(self, before: Upstream) -> None:
@@ -245,15 +259,14 @@ class Upstream:
             it closes the connection at once, in any phase.  It fails with ``ProxyError``.
         """
         reached = self._reached[provider.name]
-        outgoing = OutgoingRequest(
-            reached.pool, target, lines, credential, timeouts, began, upgrades=upgrades
+        outgoing: Any = OutgoingRequest(
+            target, lines, credential, timeouts, began, _producer(body), upgrades
         )
-        client = LeanClient(outgoing, _NO_COOKIES, _as_it_is)
-        response: Deferred[Any] = client.request(  # which wraps none here
+        response: Deferred[Any] = reached.client.request(  # which wraps none here
             method,
             reached.url,
             headers=_NO_HEADERS,
-            data=_producer(body),
+            data=outgoing,
             cookies=_NO_COOKIES,
             allow_redirects=False,
             unbuffered=True,

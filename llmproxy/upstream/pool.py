@@ -1,10 +1,11 @@
 """The connections to one provider, pooled, with a deadline on every phase of a request.
 
 A :class:`ProviderPool` stands for one provider.  It keeps idle connections apart by the credential
-that was sent on them, so that nothing of one caller's connection can reach another caller.  Each
-request is an :class:`OutgoingRequest`, an ``IAgent`` that ``upstream/client.py`` hands to treq: it
-carries the raw target and the field lines past treq, which would change both (ADR-0002).  A
-connection comes from ``upstream/dialer.py``, and is ``upstream/http1.py``'s.
+that was sent on them, so that nothing of one caller's connection can reach another caller.  It is
+the ``IAgent`` that ``upstream/client.py`` hands to treq.  Each request is an
+:class:`OutgoingRequest`, which carries the raw target and the field lines past treq, which would
+change both (ADR-0002).  A connection comes from ``upstream/dialer.py``, and is
+``upstream/http1.py``'s.
 
 This module knows connections and clocks, and nothing of routes, clients or dialects.
 """
@@ -15,12 +16,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import msgspec
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.config import ParentProxy, Provider, Timeouts
@@ -39,49 +41,29 @@ _END = b"\r\n"
 """What the lines of a head are joined with, and what ends the last one and the head."""
 
 
-@implementer(IAgent)
-class OutgoingRequest:
-    """One request on its way past treq to a provider's pool.
+class OutgoingRequest(msgspec.Struct, frozen=True):
+    """One request on its way past treq to a provider's pool; treq takes it for the body.
 
-    Args:
+    Attributes:
         target: path and query as they go on the wire.
         lines: the header fields to send, in order, without framing; as ``Upstream.send`` has them.
         credential: what idle connections are kept apart by.
         timeouts: of these, ``connect`` and ``first_byte`` are enforced here.
         began: called when a byte of the request may leave; a failure before that did no work.
+        body: the body, or None.
         upgrades: the request asks for another protocol, with a 101; it has a connection of its own.
     """
 
-    def __init__(
-        self,
-        pool: ProviderPool,
-        target: bytes,
-        lines: list[bytes],
-        credential: bytes,
-        timeouts: Timeouts,
-        began: Callable[[], None] = lambda: None,
-        *,
-        upgrades: bool = False,
-    ) -> None:
-        self._pool = pool
-        self.target = target
-        self.lines = lines
-        self.credential = credential
-        self.timeouts = timeouts
-        self.began = began
-        self.upgrades = upgrades
-
-    def request(
-        self,
-        method: bytes,
-        uri: bytes,
-        headers: Headers | None = None,
-        bodyProducer: IBodyProducer | None = None,
-    ) -> Deferred[IResponse]:
-        """Send the request; the ``uri`` and ``headers`` that treq made are ignored."""
-        return cast("Deferred[IResponse]", self._pool.send(self, method, bodyProducer))
+    target: bytes
+    lines: list[bytes]
+    credential: bytes
+    timeouts: Timeouts
+    began: Callable[[], None] = lambda: None
+    body: IBodyProducer | None = None
+    upgrades: bool = False
 
 
+@implementer(IAgent)
 class ProviderPool:
     """The connections to one provider.
 
@@ -167,20 +149,30 @@ class ProviderPool:
 
     # -- one request ----------------------------------------------------------------------------
 
-    def send(
-        self, outgoing: OutgoingRequest, method: bytes, body: IBodyProducer | None
-    ) -> Deferred[Response]:
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: Any = None,
+    ) -> Any:
         """Take an idle connection or make one, send the request on it, and await the head.
+
+        Args:
+            method: of the request.
+            uri, headers: treq made them; they say nothing.
+            bodyProducer: the :class:`OutgoingRequest`.
 
         Returns:
             fires with the :class:`Response`.  Cancelling it aborts whatever is under way at once.
             It fails with ``ProxyError``.
         """
+        outgoing: OutgoingRequest = bodyProducer
         connection = None if outgoing.upgrades else self._take(outgoing.credential)
         if connection is not None:
-            return self._ask(connection, outgoing, method, body)
+            return self._ask(connection, outgoing, method)
         connecting = Deferred.fromCoroutine(self._connect(outgoing))
-        connecting.addCallback(self._ask, outgoing, method, body)
+        connecting.addCallback(self._ask, outgoing, method)
         cancelled = False
 
         def cancel(_: Deferred[Response]) -> None:
@@ -213,17 +205,14 @@ class ProviderPool:
         return connection
 
     def _ask(
-        self,
-        connection: Connection,
-        outgoing: OutgoingRequest,
-        method: bytes,
-        body: IBodyProducer | None,
+        self, connection: Connection, outgoing: OutgoingRequest, method: bytes
     ) -> Deferred[Response]:
         """Send the request and wait for its head: ``first_byte`` after it was sent.
 
         While a body is being sent, the clock begins anew as long as the provider takes some of it,
         or waits for more.
         """
+        body = outgoing.body
         head = request_head(method, outgoing.target, self._host_line, outgoing.lines, body)
         outgoing.began()
         response = connection.send(method, head, body)
@@ -270,10 +259,14 @@ class ProviderPool:
         if self._idle_count >= self._most_idle or keep <= 0 or connection in self._last:
             connection.abort()
             return
-        connection.expires_at = self._clock() + keep
-        self._idle.setdefault(connection.pool_key, deque()).append(connection)
+        connection.expires_at = at = self._clock() + keep
+        idle = self._idle.get(connection.pool_key)
+        if idle is None:
+            idle = self._idle[connection.pool_key] = deque()
+        idle.append(connection)
         self._idle_count += 1
-        self._watch_expiry(connection.expires_at)
+        if at < self._expiry_at:
+            self._watch_expiry(at)
 
     def _forget(self, connection: Connection) -> None:
         self._live.discard(connection)
@@ -288,9 +281,7 @@ class ProviderPool:
             del self._idle[connection.pool_key]
 
     def _watch_expiry(self, at: float) -> None:
-        """Keep one timer, for the connection that expires first."""
-        if at >= self._expiry_at:
-            return
+        """Keep one timer, for the connection that expires first, which does at ``at``."""
         if self._expiry is not None:
             self._expiry.cancel()
         self._expiry_at = at
@@ -304,7 +295,7 @@ class ProviderPool:
             for connection in list(idle):
                 if now >= connection.expires_at:
                     connection.abort()
-                else:
+                elif connection.expires_at < self._expiry_at:
                     self._watch_expiry(connection.expires_at)
 
 

@@ -19,7 +19,7 @@ from llmproxy.http1.grammar import (
     first_values,
     is_persistent,
     list_tokens,
-    parse_fields,
+    parse_known_fields,
     parse_status_line,
 )
 
@@ -121,11 +121,11 @@ class Response:
 
 
 def read_response(connection: Holder, head: bytes) -> Response:
-    """Read a response head, without its empty line; a line may be as long as the head.
+    """Read a response head, without its empty line; a line may be as long as the head is.
 
     Raises:
         BadMessage: it is not HTTP/1.x.
     """
     lines = head.split(b"\r\n")
     minor, status = parse_status_line(lines[0])
-    return Response(connection, minor, status, parse_fields(lines[1:], longest=len(head)))
+    return Response(connection, minor, status, parse_known_fields(lines[1:]))

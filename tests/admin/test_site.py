@@ -45,7 +45,13 @@ def with_token(token: str | None) -> Config:
 class Admin:
     """An admin site and one connection to it."""
 
-    def __init__(self, *, config: bool = True, address: Any = CLIENT) -> None:
+    def __init__(
+        self,
+        *,
+        config: bool = True,
+        address: Any = CLIENT,
+        turns: Callable[[], object] | None = None,
+    ) -> None:
         self.ready = True
         self.hosts: tuple[str, ...] = ()
         self.shown: Any = {"proxy": {"via": "us"}}
@@ -63,6 +69,7 @@ class Admin:
                 config=(lambda: self.shown) if config else None,
                 clients=(lambda: self.clients) if config else None,
                 providers=providers if config else None,
+                turns=turns,
                 hosts=lambda: self.hosts,
             ),
             clock,
@@ -99,6 +106,18 @@ def test_livez_is_always_alive() -> None:
         status, fields, body = admin.get("/livez")
         assert (status, body) == (200, "alive\n")
         assert fields["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_turns_are_shown_where_they_are_watched() -> None:
+    """Elsewhere there is no such page, and no histogram."""
+    watching = Admin(turns=lambda: {"calls": []})
+    assert json.loads(watching.get("/turns")[2]) == {"calls": []}
+    assert Admin().get("/turns")[0] == 404
+    assert "turn_seconds" not in watching.get("/metrics")[2]
+    watching.metrics.watch_turns().observe(0.002)
+    shown = watching.get("/metrics")[2]
+    assert "\nllmproxy_turn_seconds_count 1.0\n" in shown
+    assert '\nllmproxy_turn_seconds_bucket{le="0.001"} 0.0\n' in shown
 
 
 def test_readyz_follows_readiness() -> None:

@@ -59,6 +59,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
             "max_connections": 20000,
             "tell_provider": True,
             "tuned_loop": True,
+            "watch_turns": False,
             "parent_proxy": None,
             "parent_proxy_credential": False,
             "no_parent_proxy": ["localhost", "*.localhost", "127.0.0.0/8", "::1"],

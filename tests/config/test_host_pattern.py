@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv6Address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +33,8 @@ LABELS = st.lists(st.sampled_from(["a", "b", "xn--p1ai", "w-1"]), min_size=1, ma
         ("*.bücher.example", "*.xn--bcher-kva.example"),
         ("10.1.2.3", "10.1.2.3"),
         ("[FD12:0:0::1]", "fd12::1"),
-        ("[::ffff:10.1.2.3]", "::ffff:a01:203"),
+        # The shortest spelling of this one is not the same in every CPython.
+        ("[::ffff:10.1.2.3]", str(IPv6Address("::ffff:a01:203"))),
     ],
 )
 def test_a_pattern_is_read_into_one_spelling(written: str, read: str) -> None:

@@ -17,7 +17,7 @@ from llmproxy.record.trace import Trace
 def exchange(*, left: ClientGone | None = None, is_late: bool = False) -> Exchange:
     """Return an exchange whose client has left, or which is late, or neither."""
     trace = Trace(time="", id="1", instance="0", peer="", method="GET", path="/p", user_agent="u")
-    made = Exchange(cast("Any", SimpleNamespace(seen=None)), trace, 0.0)
+    made = Exchange(cast("Any", SimpleNamespace()), trace, 0.0)
     made.left, made.is_late = left, is_late
     return made
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmproxy.http1 import grammar
 from llmproxy.http1.grammar import (
     MAX_FIELDS,
     MAX_LINE,
@@ -12,6 +18,7 @@ from llmproxy.http1.grammar import (
     field_values,
     list_tokens,
     parse_fields,
+    parse_known_fields,
     parse_length,
     parse_request_head,
     parse_status_line,
@@ -257,3 +264,38 @@ def test_invalid_lengths_are_refused(values: list[bytes]) -> None:
     """Signs, other digits, lists, repetitions and huge sizes are no length."""
     with pytest.raises(BadMessage):
         parse_length(values)
+
+
+# --- lines of servers -----------------------------------------------------------------------------
+
+LINES = st.lists(
+    st.sampled_from([b"Server: x", b"DATE:  now ", b"a: 1", b"Set-Cookie: s=1", b"x:", b"b: \t2"])
+    | st.binary(max_size=12)
+    | st.binary(min_size=200, max_size=300).map(lambda value: b"long: " + value),
+    max_size=10,
+)
+
+
+@given(LINES)
+def test_lines_that_came_before_are_read_as_others(lines: list[bytes]) -> None:
+    """Twice the same as a first reading, or the same refusal."""
+    readings = []
+    for read in (partial(parse_fields, longest=1000), parse_known_fields, parse_known_fields):
+        try:
+            readings.append(read(lines))
+        except BadMessage as error:
+            readings.append([(b"refused", str(error).encode())])
+
+    assert readings[1:] == readings[:1] * 2
+
+
+def test_few_lines_are_remembered_and_no_private_one() -> None:
+    """Neither a cookie, nor a long one, nor ever more of them."""
+    known: Any = grammar._field_of.__self__  # type: ignore[attr-defined]  # of a dictionary
+    known.clear()
+    parse_known_fields([b"Set-Cookie: s=secret", b"long: " + b"x" * 200, b"server: x"])
+    assert list(known) == [b"server: x"]
+
+    for number in range(3000):
+        parse_known_fields([b"n: %d" % number])
+        assert len(known) <= 1024

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, provider_config
+from tests.support.daemon import UNTUNED, Daemon, provider_config
 from tests.support.live_proxy import Response, read_response, until
 from tests.support.sockets import connect, request
 
@@ -82,3 +82,23 @@ def test_a_page_of_somebody_elses_name_reads_no_configuration(daemon: Daemon, ho
     for path, status in (("/config", 421), ("/metrics", 200), ("/livez", 200)):
         sent = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
         assert ask(daemon.admin_port, sent.encode()).status == status
+
+
+@pytest.mark.skipif(UNTUNED, reason="Twisted's own loop is not watched")
+def test_what_makes_turns_long_is_named_where_that_is_asked_for(tmp_path: Path) -> None:
+    """With the names of the program's parts; by default there is neither page nor metric."""
+    config = provider_config("http://127.0.0.1:1")
+    with Daemon(tmp_path, config, proxy="anonymous = true\nwatch_turns = true") as watched:
+        assert ask(watched.port, request("POST", "/p/x", body=b"{}")).status == 502
+        until(lambda: watched.metrics()["llmproxy_turn_seconds_count"] > 2, "turns are counted")
+        found = ask(watched.admin_port, request("GET", "/turns")).json()
+    names = {row["name"] for row in found["calls"] if row["count"]}
+    assert {"a request begins", "a record is closed", "a page of the admin site"} <= names
+    assert {"Port doRead", "ClientConnection doRead", "timers"} <= names
+    assert any(name.startswith("timer ") for name in names)
+
+
+def test_turns_are_not_watched_by_default(daemon: Daemon) -> None:
+    """There is neither page nor metric."""
+    assert ask(daemon.admin_port, request("GET", "/turns")).status == 404
+    assert "llmproxy_turn_seconds_count" not in daemon.metrics()

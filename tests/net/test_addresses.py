@@ -181,7 +181,8 @@ def test_no_address_of_ipv6_is_reached_that_is_not_public(address: bytes) -> Non
     if judged in ipaddress.ip_network("64:ff9b::/96"):
         inside = ipaddress.IPv4Address(address[12:])
     if inside is None or judged.sixtofour:
-        assert judged.is_global
+        # CPython 3.13 calls no address of 6to4 global; what such a one leads to is judged below.
+        assert judged.is_global or judged.sixtofour
         assert not judged.is_multicast
         assert not judged.is_reserved
     if inside is not None:

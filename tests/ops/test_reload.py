@@ -249,13 +249,16 @@ def test_a_setup_that_a_shutdown_overtakes_is_abandoned(
 
 def test_a_running_loop_is_kept(played: PlayedReload, logged: Listening) -> None:
     """A change of the loop waits for the next start; every other change takes effect."""
-    played.file = parse(BASE.replace('"us"', '"them"\ntuned_loop = false'), environ={})
+    played.file = parse(
+        BASE.replace('"us"', '"them"\ntuned_loop = false\nwatch_turns = true'), environ={}
+    )
     played.reload()
     played.run()
     assert played.setup.config.proxy.tuned_loop
+    assert not played.setup.config.proxy.watch_turns
     assert played.setup.config.proxy.via == "them"
     assert formatEvent(logged[-1]) == (
-        "reloaded; changed: proxy; at the next start: proxy.tuned_loop"
+        "reloaded; changed: proxy; at the next start: proxy.tuned_loop, proxy.watch_turns"
     )
     played.file = config()
     played.reload()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -98,3 +100,24 @@ def test_a_limit_that_cannot_be_raised_is_an_error(
     monkeypatch.setattr(resource, "setrlimit", refuse)
     with pytest.raises(OSError, match="cannot be raised from 1024 to 2512: not allowed"):
         raise_limit(1000)
+
+
+def test_the_kernels_table_of_descriptors_has_its_size_from_the_start() -> None:
+    """While it grows, a process with threads stands still; nothing stays open for that."""
+    script = """
+import os
+from llmproxy.ops.setup import raise_limit
+
+def size():
+    with open("/proc/self/status") as status:
+        return int(next(line.split()[1] for line in status if line.startswith("FDSize")))
+
+before, open_before = size(), os.listdir("/proc/self/fd")
+raise_limit(100)
+assert before < 712 <= size(), (before, size())
+assert os.listdir("/proc/self/fd") == open_before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")

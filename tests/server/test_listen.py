@@ -170,6 +170,37 @@ async def test_every_connection_in_the_queue_is_served(crowd: list[Wire], closes
         assert await served.run(ask, crowd[-1]) == b"127.0.0.1"
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["ours", "twisteds"])
+@pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}", "tcp6:0:interface=\\:\\:1", "unix"])
+@ensureDeferred
+async def test_a_crowd_is_accepted_one_by_one(
+    crowd: list[Wire], path: Path, text: str, direct: bool
+) -> None:
+    """Between two of them, whatever else is ready in the reactor has its turn."""
+    if "tcp6" in text and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    text = f"unix:{path}" if text == "unix" else text
+    async with Served(text, direct=direct) as served:
+        accepted: list[int] = []
+        read = served.listening.doRead
+
+        def accept() -> Any:
+            before = served.listening.sessionno
+            why = read()
+            accepted.append(served.listening.sessionno - before)
+            return why
+
+        served.listening.doRead = accept
+        for _ in range(30):
+            crowd.append(
+                connect_unix(path)
+                if "unix" in text
+                else Wire(socket.create_connection(served.listening.socket.getsockname()[:2]))
+            )
+        await served.until_connected(30)
+        assert accepted == [1] * 30
+
+
 @ensureDeferred
 async def test_a_client_that_comes_while_the_listener_closes_is_served(crowd: list[Wire]) -> None:
     """Twisted closes the socket a turn later; whoever comes until then is not reset."""

@@ -525,6 +525,105 @@ def test_one_timer_serves_every_connection() -> None:
     assert not caller.clock.getDelayedCalls()
 
 
+def test_a_sweep_over_many_connections_takes_several_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thousands are not looked at in one turn; each is looked at once."""
+    caller = Caller(client_idle=40)
+    transports = [caller.transport]
+    for _ in range(149):
+        caller.connect()
+        transports.append(caller.transport)
+    closed: list[int] = []
+    later = caller.clock.callLater
+
+    def note(delay: float, call: Any, *args: Any, **named: Any) -> Any:
+        if delay == 0:
+            closed.append(sum(one.count("half") for one in transports))
+        return later(delay, call, *args, **named)
+
+    monkeypatch.setattr(caller.clock, "callLater", note)
+    caller.clock.advance(40)
+    assert closed == [64, 128]
+    assert [one.count("half") for one in transports] == [1] * 150
+
+
+def test_who_leaves_within_a_sweep_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all have left, nothing of the sweep is left to be called."""
+    caller = Caller(client_idle=40)
+    transports = [caller.transport]
+    for _ in range(99):
+        caller.connect()
+        transports.append(caller.transport)
+    late: list[int] = []
+    later = caller.clock.callLater
+
+    def all_leave() -> None:
+        for transport in transports:
+            transport.end(FIN)
+
+    def leave(delay: float, call: Any, *args: Any, **named: Any) -> Any:
+        if delay == 0:
+            late.append(sum(not one.count("half") for one in transports))
+            later(0, all_leave)
+        return later(delay, call, *args, **named)
+
+    monkeypatch.setattr(caller.clock, "callLater", leave)
+    caller.site.stopFactory()
+    caller.clock.advance(40)
+    assert late == [36]
+    assert sum(one.count("half") for one in transports) == 64
+    assert not caller.clock.getDelayedCalls()
+
+
+def test_who_leaves_together_is_reported_before_any_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So providers hear first; then the connections are closed in several turns."""
+    caller = Caller(GET)
+    channels, transports = [caller.channel], [caller.transport]
+    for _ in range(39):
+        caller.connect()
+        caller.send(GET)
+        channels.append(caller.channel)
+        transports.append(caller.transport)
+    closed: list[int] = []
+    later = caller.clock.callLater
+
+    def note(delay: float, call: Any, *args: Any, **named: Any) -> Any:
+        if delay == 0:
+            closed.append(sum(one.count("close") for one in transports))
+        return later(delay, call, *args, **named)
+
+    monkeypatch.setattr(caller.clock, "callLater", note)
+    for channel in channels:
+        channel.readConnectionLost()
+    assert [type(why) for why in caller.handler.gone] == [ClientGone] * 40
+    caller.clock.advance(0)
+    assert closed == [0, 16, 32]
+    assert [one.count("close") for one in transports] == [1] * 40
+
+
+def test_who_is_dropped_meanwhile_is_not_closed_again() -> None:
+    """The connection is gone when its turn comes."""
+    caller = Caller(GET)
+    caller.channel.readConnectionLost()
+    caller.site.cut()
+    caller.transport.end(ABORTED)
+    caller.clock.advance(0)
+    assert caller.closes() == ["abort"]
+    assert len(caller.handler.gone) == 1
+
+
+def test_what_is_still_written_ends_with_its_client_at_once() -> None:
+    """A response that is read on without a client is not written to it any more."""
+    caller = Caller(GET)
+    push = Push()
+    caller.start().registerProducer(push, True)
+    caller.channel.readConnectionLost()
+    assert caller.closes() == ["close"]
+
+
 def test_one_broken_connection_does_not_stop_the_sweep(logged_failures: Any) -> None:
     """A connection that cannot be checked is dropped, and the others are still checked."""
     caller = Caller(client_idle=10)

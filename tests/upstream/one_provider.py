@@ -196,8 +196,8 @@ class OneProviderPool(_Connections):
         self, method: bytes = b"GET", *, credential: bytes = b"", timeouts: Timeouts = OFF
     ) -> Deferred[Response]:
         """Send one request as treq would."""
-        outgoing = OutgoingRequest(self.pool, b"/", [], credential, timeouts)
-        response: Any = outgoing.request(method, b"http://else.where/", None, None)
+        outgoing = OutgoingRequest(b"/", [], credential, timeouts)
+        response: Any = self.pool.request(method, b"http://else.where/", None, outgoing)
         return response  # type: ignore[no-any-return]  # an IResponse to treq
 
     async def fetch(self, **kwargs: Any) -> bytes:

@@ -105,8 +105,8 @@ class RelayedRequest:
         self.sink = Sink()
         self.end: EndReason | None = None
         timeouts = Timeouts(connect=1.0, first_byte=30.0)
-        outgoing = OutgoingRequest(self.pool, b"/", [], b"", timeouts)
-        asked: Deferred[Any] = outgoing.request(b"GET", b"", None, None)
+        outgoing = OutgoingRequest(b"/", [], b"", timeouts)
+        asked: Deferred[Any] = self.pool.request(b"GET", b"", None, outgoing)
         asked.addCallback(self._relay).addCallbacks(self._whole, self._broken)
         self.transport = FakeTransport()
         factory: Any = self.clock.tcpClients[0][2]
