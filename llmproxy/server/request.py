@@ -94,19 +94,8 @@ class Request(http.Request):
         *("queued", "site", "startedWriting", "streamingProducer", "transport", "uri"),
         *("_bodiless", "_flows", "_head", "_is_whole", "_length", "_limit", "_parts", "_raw"),
         *("_served", "_waiting", "seen", "sighting"),
-        *(
-            "body",
-            "body_bytes",
-            "caller",
-            "ended",
-            "fields",
-            "first",
-            "gone",
-            "handler",
-            "held",
-            "inside",
-            "is_over",
-        ),
+        *("body", "body_bytes", "caller", "ended", "fields"),
+        *("first", "gone", "handler", "held", "inside", "is_over"),
         *("kept", "owner", "refusal", "sent", "stall_after", "status", "upload"),
     )
     defaultContentType = None  # noqa: N815 - Twisted's name; no text/html of its own
