@@ -6,7 +6,7 @@ it stops everything for 100 ms to look at all of them, and finds nothing.
 
 So the collector is switched off, and what lives is put out of its sight once a second, which costs
 nothing.  It looks at everything when few requests run and memory has grown, and in any case when
-memory has grown by so much that cycles could be the reason (ADR-0040).
+memory has grown by so much that cycles could be the reason (ADR-0039).
 """
 
 from __future__ import annotations
