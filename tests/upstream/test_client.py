@@ -48,6 +48,8 @@ def test_only_four_names_of_treqs_request_mean_something_else() -> None:
     own, lean = vars(treq.client), ours.__globals__
     changed = {name for name in own if name != "__builtins__" and own[name] is not lean.get(name)}
     assert changed == names
+    assert "_request_body" in vars(HTTPClient)  # which ours stands for
+    assert "_request_body" in theirs.__code__.co_names
     given = object()
     assert [lean[name](given, None) for name in sorted(names)] == [given] * 4
     assert own["CookieAgent"] is twisted.web.client.CookieAgent
