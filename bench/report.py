@@ -238,9 +238,11 @@ def _about(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plain(version: str) -> str:
-    """Return a version without paths of the machine, and no longer than a line."""
-    words = [word for word in version.split() if not word.startswith("/")]
-    return " ".join(words)[:72].replace("*", "").replace("`", "")
+    """Return what our own commands said of a version, or the number in what a program said."""
+    if version[:1].isdigit():
+        return version
+    number_of = re.search(r"\d+\.\d+(\.\d+)?", version)
+    return number_of[0] if number_of else "unknown"
 
 
 def rewritten(page: str, made: str) -> str:

@@ -22,7 +22,12 @@ def result(**runs: Any) -> dict[str, Any]:
         "date": "2026-11-30T00:00:00+00:00",
         "commit": "abc",
         "machine": {**machine, "python": "3.11"},
-        "versions": {"go": "go version go1.19 linux/amd64", "nginx": "/usr/sbin/nginx *1.22*"},
+        "versions": {
+            "go": "go version go1.19 linux/amd64",
+            "nginx": "/usr/sbin/nginx *1.22.1*",
+            "aiohttp": "3.14.5 uvloop 0.23.0",
+            "haproxy": "unknown",
+        },
         "runs": runs,
     }
 
@@ -87,7 +92,8 @@ def test_the_page_gets_tables_versions_and_pictures() -> None:
     assert "old" not in made
     assert ".. image:: benchmark-cost.svg\n   :alt: " in made
     assert "benchmark-delay.svg" not in made
-    assert "* nginx: 1.22\n" in made
+    said = "* Go: 1.19\n* nginx: 1.22.1\n* aiohttp: 3.14.5 uvloop 0.23.0\n* HAProxy: unknown\n"
+    assert said in made
     assert "Medians of at least 1 round, 2026-11-30, commit abc, on 2 processors (X),\n" in made
     assert "llmproxy-3.12.1" in made.partition("The daemon by several CPythons:")[2]
     assert "llmproxy-3.12.1" not in made.partition("The daemon by several CPythons:")[0]
