@@ -1,8 +1,8 @@
 """When the garbage collector looks at what lives: seldom, and never at running streams if it can.
 
-What a request makes dies by reference counting, and leaves no cycles behind.  CPython looks for
+What a request makes dies by reference counting, and leaves next to no cycles.  CPython looks for
 cycles whenever so many more objects were made than have died, as they are when streams begin: then
-it stops everything for 100 ms to look at all of them, and finds nothing.
+it stops everything for 100 ms to look at all of them, and finds next to nothing.
 
 So the collector is switched off, and what lives is put out of its sight once a second, which costs
 nothing.  It looks at everything when few requests run and memory has grown, and in any case when
