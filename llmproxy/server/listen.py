@@ -36,7 +36,7 @@ from llmproxy.server.tls import ServerTls
 _BACKLOG = 4096
 """Connections that wait to be accepted; the kernel cuts it to ``net.core.somaxconn``."""
 
-_ACCEPTS = 1
+_ACCEPTS = 4
 """Clients that a port accepts in one turn.
 
 What a client costs comes in the turns that follow: its request, a provider's connection, a record.

@@ -100,7 +100,7 @@ def test_the_route_and_what_the_provider_gets(file: Path, capsys: Printed) -> No
     assert one["credential"] == {"from": "a file", "header": "authorization"}
     assert one["timeouts"]["first_byte"] == "2m"
     assert {"authorization", "x-llmproxy-key", "openai-organization"} <= set(one["drops"])
-    assert one["adds"] == ["via", "x-request-id", "accept", "accept-encoding", "authorization"]
+    assert one["adds"] == ["via", "accept", "accept-encoding", "x-request-id", "authorization"]
 
 
 def test_a_command_is_not_run(file: Path, capsys: Printed) -> None:

@@ -173,10 +173,10 @@ async def test_every_connection_in_the_queue_is_served(crowd: list[Wire], closes
 @pytest.mark.parametrize("direct", [True, False], ids=["ours", "twisteds"])
 @pytest.mark.parametrize("text", [TCP, f"haproxy:{TCP}", "tcp6:0:interface=\\:\\:1", "unix"])
 @ensureDeferred
-async def test_a_crowd_is_accepted_one_by_one(
+async def test_a_crowd_is_accepted_few_by_few(
     crowd: list[Wire], path: Path, text: str, direct: bool
 ) -> None:
-    """Between two of them, whatever else is ready in the reactor has its turn."""
+    """Between two few, whatever else is ready in the reactor has its turn."""
     if "tcp6" in text and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     text = f"unix:{path}" if text == "unix" else text
@@ -198,7 +198,7 @@ async def test_a_crowd_is_accepted_one_by_one(
                 else Wire(socket.create_connection(served.listening.socket.getsockname()[:2]))
             )
         await served.until_connected(30)
-        assert accepted == [1] * 30
+        assert accepted == [4] * 7 + [2]
 
 
 @ensureDeferred

@@ -57,5 +57,9 @@ class Serving(Handler):
         return 1024
 
     def render(self, request: Any) -> Any:
-        """Let the resource respond."""
-        return self._resource.render(request)
+        """Let the resource respond; what it returns is the body, as in Twisted's own request."""
+        body = self._resource.render(request)
+        if body is not NOT_DONE_YET:
+            request.write(body)
+            request.finish()
+        return NOT_DONE_YET
