@@ -85,7 +85,7 @@ class LeanClient(HTTPClient):
     request = _lean_request()
 
     def __init__(self, pool: ProviderPool) -> None:
-        super().__init__(cast("Any", pool), _NO_COOKIES, _as_it_is)
+        super().__init__(cast("Any", pool), _NO_COOKIES)
 
     def _request_body(self, data: Any, files: Any, json: Any, stacklevel: int) -> tuple[Any, None]:
         """Return the body as it is; treq would find out what type it has."""
@@ -116,10 +116,6 @@ class PreparedUrl(EncodedURL):
 
 _NO_HEADERS = Headers()
 """An outgoing request brings its own; treq would make an empty table for each."""
-
-
-def _as_it_is(body: Any) -> Any:
-    return body
 
 
 def _producer(body: bytes | IBodyProducer) -> IBodyProducer | None:
