@@ -252,11 +252,7 @@ def _litellm(program: str, listen: Listen, upstream: Upstream, folder: Path) -> 
 
 def _portkey(program: str, listen: Listen, upstream: Upstream, _: Path) -> Start:
     command = [build.find("node"), program, f"--port={listen.port}", "--headless"]
-    fields = (
-        "x-portkey-provider: openai",
-        f"x-portkey-custom-host: {upstream.url}/v1",
-        "x-portkey-forward-headers: x-mock",
-    )
+    fields = ("x-portkey-provider: openai", f"x-portkey-custom-host: {upstream.url}/v1")
     return Start(command, {"NODE_ENV": "production"}, PATH, fields)
 
 

@@ -86,8 +86,8 @@ static void build(struct conn *c)
     else
         sprintf(wish, "events=%ld,interval_us=%ld,id=%d,stuck=%d,close=%d", c->events, interval, c->number,
                 mode == STUCK, closing);
-    char *body = make_body(request_bytes, !in_loop());
-    c->request = make_request(path, port, key, wish, fields, body, &c->request_size);
+    char *body = make_body(request_bytes, !in_loop(), wish);
+    c->request = make_request(path, port, key, fields, body, &c->request_size);
     c->request_sum = checksum(body, strlen(body));
     free(body);
 }

@@ -1,8 +1,9 @@
 /* The provider: answers chat completions by a clock, in one thread.  Usage: mock PORT
  *
- * The field X-Mock of a request says what comes: events=N,interval_us=US,id=K for a stream (JSON with
- * "stream":true), where an interval of 0 means without a pause, stuck=1 for a stream without an end, close=1
- * for a connection that ends with its stream, and answer=BYTES,sum=1 for JSON.  GET /mock/stats, /mock/closes and /mock/reset are for whoever measures.
+ * The "user" of a request's JSON says what comes: events=N,interval_us=US,id=K for a stream (with "stream":true),
+ * where an interval of 0 means without a pause, stuck=1 for a stream without an end, close=1 for a connection that
+ * ends with its stream, and answer=BYTES,sum=1 for JSON.  GET /mock/stats, /mock/closes and /mock/reset are for
+ * whoever measures.
  */
 #include "control.h"
 
@@ -94,11 +95,24 @@ static void answer(struct conn *c, int budget)
 
 /* -- requests --------------------------------------------------------------------------------------- */
 
-static long parameter(const char *text, const char *name, long otherwise)
+/* What the "user" of a body says, up to its end; a proxy may have written the JSON anew, with or without spaces. */
+static void read_wish(char *wish, size_t room, const char *body, size_t size)
+{
+    const char *at = memmem(body, size, "\"user\":", 7), *end = body + size;
+    *wish = 0;
+    if (!at) return;
+    for (at += 7; at < end && (*at == ' ' || *at == '"');) at++;
+    const char *stop = memchr(at, '"', end - at);
+    if (!stop || (size_t)(stop - at) >= room) return;
+    memcpy(wish, at, stop - at);
+    wish[stop - at] = 0;
+}
+
+static long parameter(const char *wish, const char *name, long otherwise)
 {
     size_t size = strlen(name);
-    for (const char *at = text; at && (at = strstr(at, name)) && at < strchrnul(text, '\r'); at += size)
-        if (at[size] == '=' && (at == text || at[-1] == ',' || at[-1] == ' ')) return atol(at + size + 1);
+    for (const char *at = wish; (at = strstr(at, name)); at += size)
+        if (at[size] == '=' && (at == wish || at[-1] == ',')) return atol(at + size + 1);
     return otherwise;
 }
 
@@ -113,10 +127,10 @@ static const char *json_of(size_t size)
     return made[count++].text = make_json(size);
 }
 
-static void begin(struct conn *c, const char *fields, const char *body, size_t size)
+static void begin(struct conn *c, const char *body, size_t size)
 {
-    const char *wish = strcasestr(fields, "\r\nx-mock:");
-    wish = wish ? wish + 9 : "";
+    char wish[256];
+    read_wish(wish, sizeof wish, body, size);
     stats.requests++;
     stats.body_bytes += size;
     c->id = parameter(wish, "id", -1);
@@ -170,7 +184,7 @@ static void take_requests(struct conn *c)
         if (!strncmp(c->in, "GET /mock/stats ", 16)) tell_stats(c);
         else if (!strncmp(c->in, "GET /mock/closes ", 17)) tell_closes(c);
         else if (!strncmp(c->in, "GET /mock/reset ", 16)) reset(c);
-        else begin(c, c->in, c->in + head, body);
+        else begin(c, c->in + head, body);
         c->in_size -= head + body;
         memmove(c->in, c->in + head + body, c->in_size);
         c->writable = 1;

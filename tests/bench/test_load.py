@@ -79,11 +79,11 @@ def test_what_is_sent_to_stuck_clients_is_bounded(bench: Bench) -> None:
 
 def stream(bench: Bench, wish: str) -> bytes:
     """Return the bytes of a stream on a connection that its provider closes."""
-    body = b'{"stream":true}'
-    head = f"POST / HTTP/1.1\r\nX-Mock: {wish},close=1\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = f'{{"user":"{wish},close=1","stream":true}}'
+    head = f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
     found = b""
     with socket.create_connection(("127.0.0.1", bench.plain.port), 20) as sock:
-        sock.sendall(head.encode() + body)
+        sock.sendall((head + body).encode())
         while piece := sock.recv(65536):
             found += piece
     return found
