@@ -139,7 +139,7 @@ class Connection(Protocol):
             whole = not (self._is_sending or pending_bytes(self._transport))
             self._stop_sending()
             self._tell(upstream_broken(reason.getErrorMessage(), may_have_run=whole))
-        elif state is State.FLOWING:
+        elif state is State.FLOWING and self._consumer is not None:
             self._end_body(self._how_it_ended(reason))
         elif state is State.RESPONDED:
             self._lost_early = reason

@@ -171,38 +171,25 @@ class ProviderPool:
         connection = None if outgoing.upgrades else self._take(outgoing.credential)
         if connection is not None:
             return self._ask(connection, outgoing, method)
-        connecting = Deferred.fromCoroutine(self._connect(outgoing))
-        connecting.addCallback(self._ask, outgoing, method)
-        cancelled = False
-
-        def cancel(_: Deferred[Response]) -> None:
-            nonlocal cancelled
-            cancelled = True
-            connecting.cancel()
-
-        def failed(failure: Failure) -> None:
-            # Twisted's endpoints turn a cancel into errors of their own; it must stay one.
-            if not cancelled:
-                response.errback(failure)
-
-        response: Deferred[Response] = Deferred(cancel)
-        connecting.addCallbacks(response.callback, failed)
-        return response
-
-    async def _connect(self, outgoing: OutgoingRequest) -> Connection:
         dial = self._dialer.connect(outgoing.credential)
         self._connecting.add(dial)
-        connected, late = dial.connected, partial(upstream_timeout, may_have_run=False)
-        limit(self._timers, outgoing.timeouts.connect, connected, lambda: dial.phase, late)
-        try:
-            connection = await dial.connected
-        finally:
-            self._connecting.discard(dial)
-        self._live.add(connection)
-        if outgoing.upgrades:
-            connection.upgrades = True
-            self._last.add(connection)
-        return connection
+        connecting: Deferred[Any] = dial.connected
+        late = partial(upstream_timeout, may_have_run=False)
+        limit(self._timers, outgoing.timeouts.connect, connecting, lambda: dial.phase, late)
+        connecting.addBoth(self._dialled, dial, outgoing)
+        return connecting.addCallback(self._ask, outgoing, method)
+
+    def _dialled(
+        self, result: Connection | Failure, dial: Dial[Connection], outgoing: OutgoingRequest
+    ) -> Connection | Failure:
+        """The connection is there, or there will be none."""
+        self._connecting.discard(dial)
+        if not isinstance(result, Failure):
+            self._live.add(result)
+            if outgoing.upgrades:
+                result.upgrades = True
+                self._last.add(result)
+        return result
 
     def _ask(
         self, connection: Connection, outgoing: OutgoingRequest, method: bytes

@@ -45,7 +45,7 @@ def first_connected(
     Returns:
         fails as the last attempt did, where all fail.  Cancelling it cancels what is under way.
     """
-    return _Race(reactor, attempts, give_up).won
+    return attempts[0]() if len(attempts) == 1 else _Race(reactor, attempts, give_up).won
 
 
 class _Race(Generic[T]):

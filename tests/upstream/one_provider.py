@@ -96,6 +96,11 @@ async def failure_of(request: Deferred[Response]) -> ProxyError:
     return caught.value
 
 
+def has_ended(request: Deferred[Response]) -> bool:
+    """Return whether there is a response, or will be none; a new connection alone is neither."""
+    return request.called and not request.paused
+
+
 def url_of(provider: Provider, host: str = "", scheme: str = "") -> Url:
     """Return where a provider is reached, perhaps by another name or in another scheme."""
     own_scheme, _, rest = provider.url.partition("://")

@@ -21,6 +21,7 @@ from tests.upstream.one_provider import (
     PlayedBody,
     RespondingProvider,
     failure_of,
+    has_ended,
     plain,
     read,
     take,
@@ -144,7 +145,7 @@ async def test_a_provider_that_takes_no_more_of_a_body_is_given_up() -> None:
 
         def is_late() -> bool:
             upstream.clock.advance(10.1)
-            return request.called
+            return has_ended(request)
 
         assert not is_late()
         before = taken()
@@ -170,9 +171,9 @@ async def test_an_upload_that_makes_progress_is_not_late() -> None:
             body.consumer.write(b"x" * 100)
             await until(lambda count=count: held(local=provider.port).received > 100 * count)  # type: ignore[misc]  # the lambda's default
             upstream.clock.advance(9)
-            assert not request.called
+            assert not has_ended(request)
         upstream.clock.pump([10, 10])  # the provider waits for the client: that is not its fault
-        assert not request.called
+        assert not has_ended(request)
         body.end()
         assert await read(await request) == b"ok"
 
