@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(SLOWHTTPTEST is None, reason="slowhttptest is no
 COUNT = 150
 """Connections of one attack."""
 
-PATIENCE = 2.0
+PATIENCE = 5.0
 """Seconds that a calm client may wait for a response, or for the next event of its stream."""
 
 TIMEOUTS = """
