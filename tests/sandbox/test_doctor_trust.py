@@ -17,6 +17,9 @@ from tests.support.live_proxy import response
 from tests.support.sandbox import Sandbox, open_sandbox
 
 BINARIES = Path(__file__).parent / "node_modules" / ".bin"
+OLD_NODE = "NODE_USE_ENV_PROXY is known to Node 24"
+"""What is said of a Node that cannot be led to a proxy; `make peers` brings a newer one."""
+
 TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS")
 LONGEST = 150.0
 """Seconds that all programs may take together on a busy machine."""
@@ -57,10 +60,14 @@ def examine(
 
 
 def advices(found: dict[str, dict[str, str]], outcome: str) -> dict[str, str]:
-    """Return the advice for every program but Java, which takes none of these variables."""
-    found = {name: one for name, one in found.items() if name != "Java"}
+    """Return the advice for every program but those that take none of these variables."""
+    found = {name: one for name, one in found.items() if not _is_apart(one)}
     assert {one["outcome"] for one in found.values()} == {outcome}, found
     return {name: one["advice"] for name, one in found.items()}
+
+
+def _is_apart(found: dict[str, str]) -> bool:
+    return found["program"] == "Java" or found["advice"].startswith(OLD_NODE)
 
 
 @pytest.mark.timeout(200)
@@ -69,11 +76,9 @@ def test_all_is_well(live: Sandbox) -> None:
     code, found, _ = examine(live)
     assert set(advices(found, "reached").values()) == {""}
     assert {"Python (ssl)", "requests", "httpx"} <= set(found)
+    assert code == any(map(_is_apart, found.values()))
     if "Java" in found:
-        assert code == 1
         assert f"-Dhttps.proxyPort={live.daemon.port}" in found["Java"]["advice"]
-    else:
-        assert code == 0
 
 
 @pytest.mark.timeout(200)
