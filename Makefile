@@ -29,7 +29,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops bench bench-docs bench-quick bench-capacity bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
+.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops monitoring bench bench-docs bench-quick bench-capacity bench-watched bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -84,11 +84,19 @@ fmt: $(DEV_STAMP) ## put the code into its form
 	$(call quietly,$(BIN)/ruff check --select I --fix .)
 	$(call quietly,$(BIN)/ruff format .)
 
-docs: $(RUN_STAMP) ## the keys in docs/configuration.rst, from their declarations
+docs: $(RUN_STAMP) ## docs/configuration.rst and docs/admin-api.json, from their declarations
 	@$(BIN)/python -m llmproxy.config.reference docs/configuration.rst
+	@$(BIN)/python -m llmproxy.admin.schema docs/admin-api.json
 
 docs-hops: $(DEV_STAMP) ## the table in docs/buffering.rst, from real programs (after `make peers`)
 	@LLMPROXY_TEST_WRITE_HOPS=1 $(BIN)/python -m pytest -q -n 0 tests/live/test_hops.py $(ARGS)
+
+monitoring: ## Debian's Prometheus with the rules of monitoring/, on the demo that `make run` started
+	@command -v prometheus >/dev/null || { echo "monitoring: no prometheus here: apt-get install prometheus, or make peers"; exit 1; }
+	@mkdir -p build/prometheus
+	@echo "Prometheus scrapes the demo's admin site: http://127.0.0.1:9090/alerts and /graph; Ctrl-C ends it."
+	@exec prometheus --config.file=monitoring/prometheus.yml --storage.tsdb.path=build/prometheus \
+	    --web.listen-address=127.0.0.1:9090 --log.level=warn $(ARGS)
 
 bench: $(DEV_STAMP) ## the daemon against nginx, HAProxy, Go and others (ARGS="--help"; docs/benchmark.rst)
 	@$(BIN)/python -m bench.compare $(foreach python,$(named),--python $(python)) $(ARGS)
@@ -109,6 +117,9 @@ bench-quick: $(RUN_STAMP) ## what one event and one request cost, in under a min
 
 bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one port (ARGS="--help")
 	@$(BIN)/python -m bench.capacity $(ARGS)
+
+bench-watched: $(DEV_STAMP) ## what a scrape costs with 5,000 streams, and the page that is open (ARGS="--help")
+	@$(BIN)/python -m bench.watched $(ARGS)
 
 bench-sticky: $(DEV_STAMP) ## what providers find in their prompt caches, sticky or not (ARGS="--help")
 	@$(BIN)/python -m bench.sticky $(ARGS)
