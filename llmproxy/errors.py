@@ -184,6 +184,17 @@ def upstream_protocol(detail: str) -> ProxyError:
     )
 
 
+def killed() -> ProxyError:
+    """An operator has ended the request; an SDK is not to send it again, whatever was done."""
+    return ProxyError(
+        503,
+        "killed",
+        "An operator of the proxy has ended this request.",
+        end=EndReason.KILLED,
+        may_have_run=True,
+    )
+
+
 class ClientGone(Exception):
     """The client closed, half-closed or reset its connection before it had the whole response.
 

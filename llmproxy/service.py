@@ -26,8 +26,10 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 import twisted
+from llmproxy.admin.clients import Clients
+from llmproxy.admin.overview import Overview
 from llmproxy.admin.providers import Providers
-from llmproxy.admin.site import admin_site
+from llmproxy.admin.site import Shown, admin_site
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Config, ConfigError, load
 from llmproxy.gateway.connect import Ways
@@ -301,9 +303,10 @@ class ProxyService(Service):
             reporting=lambda: self.notify.reloading(),
             report=self._listeners.report,
         )
-        self.streams = Streams(self.site, self.recorder, clock)
-        status = Status(self.site, self.recorder, self.drain, self.reload, time.time)
-        self.notify = Notify(self._environ, reactor, clock, status, pid=os.getpid())
+        self._status = Status(
+            self.site, self.recorder, self.drain, self.reload, time.time, self._instance
+        )
+        self.notify = Notify(self._environ, reactor, clock, self._status, pid=os.getpid())
         self._lag = Lag(reactor, clock, self.metrics.reactor_lag.observe)
         self._garbage = Garbage(reactor, lambda: self.recorder.running)
         self._expose()
@@ -318,22 +321,26 @@ class ProxyService(Service):
             ready=lambda: self.ready,
             registry=self.metrics.registry,
         )
-        admin = site(
+        streams = self.streams = Streams(self.site, self.recorder, clock)
+        providers = Providers(
+            lambda: self.setup.config, lambda: self.setup.upstream.counts(), self.standing
+        )
+        clients = Clients(lambda: self.setup.config.clients, self.recorder, self.limits)
+        flights = self.recorder.flights
+        shown = Shown(
             config=lambda: {
                 **self.setup.config.redacted(),
                 "switched_off": self.standing.switches.rows(),
             },
-            clients=self.limits.rows,
-            providers=Providers(
-                lambda: self.setup.config,
-                lambda: self.setup.upstream.counts(),
-                self.standing.switches,
-            ),
-            flights=self.recorder.flights,
+            streams=streams,
+            providers=providers,
+            clients=clients,
+            flights=flights,
+            overview=Overview(lambda: self._status.row(), streams, providers, clients, flights),
             turns=None if self._turn_watch is None else self._turn_watch.rows,
             hosts=lambda: self.setup.config.admin.hosts,
         )
-        return admin, site(config=None)
+        return site(shown=shown), site(shown=None)
 
     def _expose(self) -> None:
         """Let the metrics show what the parts hold."""

@@ -6,12 +6,16 @@ A browser may reach the site, too, and run the page of somebody whose name point
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
+from urllib.parse import parse_qsl
 
 import msgspec
 
+from llmproxy.config import Secret
+from llmproxy.config.values import Wrong
 from llmproxy.http1.headers import host_of
 from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
@@ -48,6 +52,46 @@ class ReadOnly(Handler):
     def read(self, request: Request) -> int:
         """Respond to a GET or a HEAD; returns what ``render`` returns."""
         raise NotImplementedError("a page is read")
+
+
+class Changing(Handler):
+    """Paths below which something is changed, for whoever shows the admin token as a Bearer.
+
+    No web page knows the token, and none can send it across: there is nothing to forge.
+
+    Args:
+        token: returns what a change must show, or None where nothing can be changed.
+        is_ours: whether a request is for this site; else it is a 421.
+    """
+
+    def __init__(
+        self, token: Callable[[], Secret | None], is_ours: Callable[[Request], bool]
+    ) -> None:
+        super().__init__()
+        self._token = token
+        self._is_ours = is_ours
+
+    def render(self, request: Request) -> int:
+        """Respond at once; a body is neither needed nor kept."""
+        if not self._is_ours(request):
+            return respond(request, error(421, FOREIGN))
+        return self.take(request)
+
+    def take(self, request: Request) -> int:
+        """Respond to a request for this site; returns what ``render`` returns."""
+        raise NotImplementedError("a subclass says what is changed")
+
+    def refuse_stranger(self, request: Request) -> bool:
+        """Return whether the request does not show the token; it has its response then."""
+        if (token := self._token()) is None:
+            text = "Nothing can be changed here: the configuration has no `token` in [admin]."
+            respond(request, error(403, text))
+            return True
+        if not _shows(request, token):
+            text = "A change needs the admin token, as a Bearer."
+            respond(request, error(401, text), (b"www-authenticate", b"Bearer"))
+            return True
+        return False
 
 
 class Page(ReadOnly):
@@ -98,6 +142,32 @@ def is_ours(request: Request, hosts: Container[str]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _shows(request: Request, token: Secret) -> bool:
+    """Return whether a request shows the token, in a time that does not tell how much is right."""
+    scheme, _, value = request.first.get(b"authorization", b"").partition(b" ")
+    shown = value.strip(b" ") if scheme.lower() == b"bearer" else b""
+    return hmac.compare_digest(shown, token.reveal().encode("ascii"))
+
+
+def parameters(request: Request, known: Collection[str]) -> dict[str, str]:
+    """Return what the query of a request says, by name.
+
+    Args:
+        known: the names that may be there, each at most once.
+
+    Raises:
+        Wrong: the query says something else.
+    """
+    query = request.uri.partition(b"?")[2].decode("latin-1")
+    pairs = parse_qsl(query, keep_blank_values=True)
+    given = dict(pairs)
+    if len(given) < len(pairs) or not given.keys() <= set(known):
+        *others, last = [f"`{name}`" for name in known]
+        words = f"{', '.join(others)} and {last}" if others else last
+        raise Wrong(f"nothing in the query but {words}, each at most once")
+    return given
 
 
 def respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:

@@ -1,30 +1,33 @@
-"""The admin site: alive, ready, metrics, configuration, clients, providers, ends, paced stream.
+"""The admin site: which handler serves which path.
 
-Any caller that reaches its listener may read; a change needs the admin token.  The responses are
-made from what is passed in, so that this module knows neither gateway nor upstream.
+Any caller that reaches its listener may read; a change needs the admin token.  What is for probes
+and Prometheus can have a listener of its own, on which nothing else is.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
-from llmproxy.admin import ended
+from llmproxy.admin import ended, events, stream_pages
+from llmproxy.admin.clients import Clients
+from llmproxy.admin.metrics_page import MetricsPage
+from llmproxy.admin.overview import Overview
 from llmproxy.admin.pace import pace_pages
 from llmproxy.admin.page import TEXT, NotFound, Page, Response, is_ours, json
 from llmproxy.admin.providers import PATH, Providers, Switching
+from llmproxy.admin.status_page import status_pages
+from llmproxy.admin.stream_pages import OneStream, window_page
+from llmproxy.admin.streams import Streams
+from llmproxy.config import Secret
 from llmproxy.record.flight import FlightRecorder
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
-
-_is_refused = re.compile(r";\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", re.IGNORECASE).search
-"""Finds the weight of a format that is not acceptable, which the client library overlooks."""
 
 
 class AdminRouter(Router):
@@ -32,19 +35,47 @@ class AdminRouter(Router):
 
     Args:
         paths: handlers of exact paths.
-        below: handlers of whatever is below a path.
+        below: handlers of whatever is below a path; of several, the first.
     """
 
     def __init__(self, paths: dict[bytes, Handler], below: dict[bytes, Handler]) -> None:
         super().__init__(NotFound(), paths)
+        self._exact = paths
         self._below = below
 
     def find(self, method: bytes, path: bytes) -> Handler:
         """Return the handler of a request."""
+        if path in self._exact:
+            return self._exact[path]
         for above, handler in self._below.items():
             if path.startswith(above + b"/"):
                 return handler
         return super().find(method, path)
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """What the whole site shows, besides what is for probes and Prometheus.
+
+    Attributes:
+        config: makes the redacted configuration, for ``/config``.
+        streams: what runs, for ``/streams``.
+        providers: what is shown and switched below ``/providers``.
+        clients: for ``/clients``.
+        flights: what ended otherwise than it should, for ``/streams/ended``.
+        overview: all of it at one glance, for ``/events`` and the page.
+        turns: makes what is known of the reactor's turns, for ``/turns``; None leaves that out.
+        hosts: returns the names, in lower case, by which operators may reach the site, besides
+            those that only this machine or its network knows.
+    """
+
+    config: Callable[[], object]
+    streams: Streams
+    providers: Providers
+    clients: Clients
+    flights: FlightRecorder
+    overview: Overview
+    turns: Callable[[], object] | None = None
+    hosts: Callable[[], Container[str]] = tuple
 
 
 def admin_site(
@@ -54,12 +85,7 @@ def admin_site(
     wall: Callable[[], float],
     ready: Callable[[], bool],
     registry: CollectorRegistry,
-    config: Callable[[], object] | None,
-    clients: Callable[[], object] | None = None,
-    providers: Providers | None = None,
-    flights: FlightRecorder | None = None,
-    turns: Callable[[], object] | None = None,
-    hosts: Callable[[], Container[str]] = tuple,
+    shown: Shown | None,
 ) -> Site:
     """Return the site of an admin listener.
 
@@ -67,84 +93,53 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready, registry, config, clients, providers, flights, turns, hosts: as for
-            :func:`admin_router`.
-    """
-    router = admin_router(
-        ready=ready,
-        registry=registry,
-        config=config,
-        clients=clients,
-        providers=providers,
-        flights=flights,
-        turns=turns,
-        hosts=hosts,
-        paced=None if config is None else partial(pace_pages, reactor, clock, wall),
-    )
-    return Site(router, reactor, clock, wall=wall)
-
-
-def admin_router(
-    *,
-    ready: Callable[[], bool],
-    registry: CollectorRegistry,
-    config: Callable[[], object] | None,
-    clients: Callable[[], object] | None = None,
-    providers: Providers | None = None,
-    flights: FlightRecorder | None = None,
-    turns: Callable[[], object] | None = None,
-    hosts: Callable[[], Container[str]] = tuple,
-    paced: Callable[[Callable[[Request], bool]], Mapping[bytes, Handler]] | None = None,
-) -> Router:
-    """Return the pages of the admin site; below a page there is nothing.
-
-    Args:
         ready: whether requests are taken, for ``/readyz``.
         registry: what ``/metrics`` shows, as OpenMetrics where it is asked for.
-        config: makes the redacted configuration for ``/config``; None leaves that out.
-        clients: makes what clients use of their limits for ``/clients``; None leaves that out.
-        providers: what is shown and switched below ``/providers``; None leaves that out.
-        flights: what ``/streams/ended`` shows; None leaves that out.
-        turns: makes what is known of the reactor's turns for ``/turns``; None leaves that out.
-        hosts: returns the names, in lower case, by which operators may reach the site, besides
-            those that only this machine or its network knows.
-        paced: from what tells whether a request is for this site to the handlers of ``/pace``, by
-            their paths; None leaves them out.
+        shown: what the whole site shows; None leaves all of that out.
     """
 
     def readyz(request: Request) -> Response:
         return (200, TEXT, b"ready\n") if ready() else (503, TEXT, b"not ready\n")
 
-    def metrics(request: Request) -> Response:
-        asked = (request.first.get(b"accept", b"")).decode("latin-1").split(",")
-        accept = ",".join(one for one in asked if not _is_refused(one))
-        encode, kind = choose_encoder(accept)
-        return 200, kind.encode("ascii"), encode(registry)
-
     pages: dict[bytes, Handler] = {
         b"/livez": Page(lambda request: (200, TEXT, b"alive\n")),
         b"/readyz": Page(readyz),
-        b"/metrics": Page(metrics),
+        b"/metrics": MetricsPage(registry, reactor, clock),
     }
+    below = dict[bytes, Handler]()
+    if shown is not None:
+        _add_whole_site(pages, below, shown, reactor, clock, wall)
+    return Site(AdminRouter(pages, below), reactor, clock, wall=wall)
+
+
+def _add_whole_site(
+    pages: dict[bytes, Handler],
+    below: dict[bytes, Handler],
+    shown: Shown,
+    reactor: Any,
+    clock: Callable[[], float],
+    wall: Callable[[], float],
+) -> None:
+    """Add what operators see; what is not below a page of these is a 404."""
 
     def is_for_us(request: Request) -> bool:
-        return is_ours(request, hosts())
+        return is_ours(request, shown.hosts())
 
-    def shows(rows: Callable[[], object]) -> Page:
-        return Page(lambda request: json(rows()), is_for_us)
+    def rows(make: Callable[[], object]) -> Page:
+        return Page(lambda request: json(make()), is_for_us)
 
-    if paced is not None:
-        pages.update(paced(is_for_us))
-    if config is not None:
-        pages[b"/config"] = shows(config)
-    if clients is not None:
-        pages[b"/clients"] = shows(clients)
-    if turns is not None:
-        pages[b"/turns"] = shows(turns)
-    below = dict[bytes, Handler]()
-    if flights is not None:
-        pages[ended.PATH] = below[ended.PATH] = ended.Ended(flights, is_for_us)
-    if providers is not None:
-        pages[PATH] = shows(providers.rows)
-        below[PATH] = Switching(providers, is_for_us)
-    return AdminRouter(pages, below)
+    def token() -> Secret | None:
+        return shown.providers.token
+
+    pages.update(pace_pages(reactor, clock, wall, is_for_us))
+    pages.update(status_pages(is_for_us))
+    pages[events.PATH] = events.Events(shown.overview, reactor, is_for_us)
+    pages[b"/config"] = rows(shown.config)
+    pages[b"/clients"] = rows(shown.clients.rows)
+    if shown.turns is not None:
+        pages[b"/turns"] = rows(shown.turns)
+    pages[stream_pages.PATH] = Page(partial(window_page, shown.streams), is_for_us)
+    pages[ended.PATH] = below[ended.PATH] = ended.Ended(shown.flights, is_for_us)
+    below[stream_pages.PATH] = OneStream(shown.streams, token, is_for_us)
+    pages[PATH] = rows(shown.providers.rows)
+    below[PATH] = Switching(shown.providers, is_for_us)

@@ -23,9 +23,9 @@ from llmproxy.gateway.exchange import Exchange
 from llmproxy.http1.grammar import field_lines
 from llmproxy.http1.websocket import UPGRADE, Handshake
 from llmproxy.net.turns import Turns
-from llmproxy.policy.health import Health
 from llmproxy.policy.origins import ORIGIN
 from llmproxy.policy.routes import Candidate, RouteMatch
+from llmproxy.policy.standing import Standing
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.trace import Attempt
 from llmproxy.upstream.client import Upstream, pool_key
@@ -60,7 +60,7 @@ class Attempts:
         clock: monotonic seconds.
         via: our pseudonym in ``Via``.
         turns: reads a body in steps.
-        health: is told how it went.
+        standing: is told how it went.
         wall: seconds since the epoch.
     """
 
@@ -72,11 +72,11 @@ class Attempts:
         via: bytes,
         turns: Turns,
         *,
-        health: Health,
+        standing: Standing,
         wall: Callable[[], float],
     ) -> None:
         self._upstream = upstream
-        self._health = health
+        self._health, self._headroom = standing.health, standing.headroom
         self._wall = wall
         self._turns = turns
         self._told_at: dict[str, float] = {}
@@ -130,6 +130,8 @@ class Attempts:
                 upgrades=handshake is not None,
             )
             exchange.response = response
+            if not candidate.provider.pass_credential:  # else it speaks of the caller's own account
+                self._headroom.note(name, response.first)
             if handshake is not None and response.code == SWITCHING:
                 _prove(handshake, response)
             if (code := response.code) >= 400:
@@ -151,6 +153,8 @@ class Attempts:
             raise
         except Exception:
             end = EndReason.UPSTREAM_TIMEOUT if exchange.is_late else EndReason.CLIENT_GONE
+            if exchange.is_killed:
+                end = EndReason.KILLED
             outcome = end if exchange.left is None else exchange.left.end
             self._health.gave_up(candidate.provider, client)
             raise

@@ -18,8 +18,10 @@ from twisted.python.failure import Failure
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.errors import error_body, error_event
-from llmproxy.errors import ClientGone, EndReason, ProxyError, upstream_timeout
+from llmproxy.errors import ClientGone, EndReason, ProxyError, killed, upstream_timeout
 from llmproxy.gateway.known_head import KnownHead
+from llmproxy.gateway.resends import Key
+from llmproxy.gateway.shown_fields import shown
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import is_ndjson, is_stream
 from llmproxy.http1.websocket import Handshake
@@ -33,6 +35,7 @@ from llmproxy.record.trace import SKIPPED, Trace, conceal
 from llmproxy.server.error_response import METHODS, error_fields
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import is_between_events
+from llmproxy.stream.last_bytes import LastBytes
 from llmproxy.stream.relay import Relay, Whole
 from llmproxy.stream.tap import DocumentTap, StreamAccumulator
 from llmproxy.stream.websocket_relay import WebSocketRelay
@@ -63,9 +66,14 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
         left: why the client is gone, if it is.
         known: what its head says by itself, where that is known; or None.
         is_late: the request took longer than ``total``.
+        is_killed: an operator has ended it.
         at_work: above 0 if some provider may do the work, and did not refuse it.
         status: the provider's, or 0 before its head has come.
         length: its Content-Length, or None where it has none.
+        fields: what is kept of its header fields.
+        last: keeps the end of its body, where the route keeps content.
+        to_client: how the response ended for the client, where that is known: ``error`` (of ours),
+            ``error_event``, ``broken_off``.
         page: the fields by which a response speaks to a web page's browser.
         endpoint: how the response can be read, or None where it cannot be.
         tap: reads the response.
@@ -73,6 +81,7 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
         is_read_out: the client has left, and the response was read to its end all the same.
         detached_timer: ends that.
         lease: what the request holds of its client's limits, if the client has some.
+        sent_key: by what it is told apart from others, if it has a body that is held.
         task: runs the handler's story.
         timer: rings after ``total``.
     """
@@ -91,12 +100,16 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
     decoded_body: bytes = b""
     left: ClientGone | None = None
     is_late: bool = False
+    is_killed: bool = False
     at_work: int = 0
     relay: Relay | Whole | WebSocketRelay | None = None
     response: Response | HeldResponse | None = None
     content_type: bytes | None = None
     content_encoding: bytes | None = None
     length: bytes | None = None
+    fields: Fields = []
+    last: LastBytes | None = None
+    to_client: str | None = None
     status: int = 0
     endpoint: Endpoint | None = None
     tap: StreamAccumulator | DocumentTap | None = None
@@ -104,6 +117,7 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
     is_read_out: bool = False
     detached_timer: Any = None
     lease: Lease | None = None
+    sent_key: Key | None = None
     task: Task | None = None
     timer: Any = None
 
@@ -121,6 +135,7 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
         self.content_type = first.get(b"content-type")
         self.content_encoding = first.get(b"content-encoding")
         self.length = first.get(b"content-length")
+        self.fields = response.fields
         request = self.request
         response.fields, response.first = [], {}
         request.fields, request.first = [], {}
@@ -129,6 +144,14 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
         """The request has taken longer than ``total``: cancel it, whatever it waits for."""
         self.timer = None
         self.is_late = True
+        self.cancel()
+
+    def kill(self) -> None:
+        """An operator ends the request: cancel it, whatever it waits for.
+
+        A client without a byte of a response gets an error, after which an SDK does not try again.
+        """
+        self.is_killed = True
         self.cancel()
 
     def stop_timer(self) -> None:
@@ -181,6 +204,8 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
             error = problem
             if error.reason == MISPLACED:
                 conceal(self.trace, path=error.cause == THE_PATH)
+        elif self.is_killed:
+            error = killed()
         elif self.is_late:
             error = upstream_timeout("total", may_have_run=self.at_work > 0)
         elif self.left is not None:
@@ -209,7 +234,9 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
             request.start(error.status, [*fields, *self.page])
             request.write(body)
             request.finish()
+            self.to_client = "error"
             return
+        self.to_client = "broken_off"
         if self.match is not None and self.match.route.error_event and self._is_between_events():
             event = error_event(
                 error,
@@ -220,6 +247,7 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
                 number=0 if self.tap is None else self.tap.events,
             )
             request.write(event)
+            self.to_client = "error_event"
         request.break_off()
 
     def close(self, end: EndReason, error: ProxyError | None, now: float) -> None:
@@ -283,6 +311,8 @@ class Exchange(msgspec.Struct, eq=False, weakref=True):
             chunks_at_once=statistics.at_once,
             ends_between_events=self._is_between_events(),
             last_chunks=chunks,
+            fields=shown(self.fields),
+            last_bytes=None if self.last is None else self.last.kept,
         )
 
     def _settle_unknown(self, lease: Lease, reported: int) -> int | None:

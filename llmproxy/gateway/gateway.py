@@ -39,6 +39,7 @@ from llmproxy.gateway.inspection import Inspection, endpoint_of
 from llmproxy.gateway.known_head import KnownHead, can_be_known
 from llmproxy.gateway.recorder import Recorder
 from llmproxy.gateway.request_reader import RequestReader
+from llmproxy.gateway.shown_fields import kept_of
 from llmproxy.gateway.websocket import WebSockets, opens_websocket
 from llmproxy.http1.grammar import Fields
 from llmproxy.http1.headers import for_client, host_of
@@ -54,6 +55,7 @@ from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
 from llmproxy.stream.heartbeat import Heartbeat
+from llmproxy.stream.last_bytes import LastBytes
 from llmproxy.stream.relay import Batch, Relay, Whole
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential
@@ -124,7 +126,7 @@ class Gateway(Handler):
             standing.follow(config)
         self.standing = standing
         attempts = Attempts(
-            upstream, metrics, clock, via, turns, health=standing.health, wall=recorder.now
+            upstream, metrics, clock, via, turns, standing=standing, wall=recorder.now
         )
         self._failover = Failover(attempts, standing, self._meet_next, clock)
         self._websockets = WebSockets(
@@ -188,6 +190,8 @@ class Gateway(Handler):
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
+        if body := request.body:
+            self._recorder.note_sent(exchange, client.name, body)
         is_limited, caller = client.name in self._limited, None
         if exchange.handshake is not None:
             caller = opens_websocket(exchange, match, place, client, is_limited=is_limited)
@@ -379,7 +383,13 @@ class Gateway(Handler):
         if not adds and exchange.left is None and (body := response.take_whole()) is not None:
             self._pass(exchange, match, body, began)
             return
+        if exchange.status < 400:
+            exchange.fields = kept_of(exchange.fields)
         tap = exchange.tap = self._inspection.open(exchange, match)
+        copy = None if tap is None else tap.feed
+        if match.route.capture == "content":
+            exchange.last = LastBytes(copy)
+            copy = exchange.last.feed
         if exchange.left is not None and not (tap and tap.is_promising):
             raise exchange.left  # nobody waits for it, and nothing could be read in it
         relay = exchange.relay = Relay(
@@ -391,7 +401,7 @@ class Gateway(Handler):
             batch=self._batch,
             gaps=self._observe_gap,
             delays=self._observe_delay,
-            copy=None if tap is None else tap.feed,
+            copy=copy,
             stays=_Leaving(self, exchange).stays,
         )
         self._metrics.began(relay)
@@ -414,6 +424,9 @@ class Gateway(Handler):
         whole = exchange.relay = Whole(body, began)
         exchange.request.write_last(body)
         exchange.tap = self._inspection.read(exchange, match, body)
+        if match.route.capture == "content":
+            exchange.last = LastBytes()
+            exchange.last.feed(body)
         self._metrics.passed(whole)
         self._metrics.stream.note(self._clock() - began)
 

@@ -16,11 +16,12 @@ from twisted.logger import Logger
 from llmproxy.errors import ClientGone, EndReason, ProxyError
 from llmproxy.gateway.exchange import Exchange
 from llmproxy.gateway.hints import NOT_FOUND, hint_for_operator
+from llmproxy.gateway.resends import Resends, key_of
 from llmproxy.policy.auth import holds_made_key
 from llmproxy.record.flight import Body, FlightRecorder, capsule
 from llmproxy.record.log import ACCESS, access_event
 from llmproxy.record.metrics import Metrics
-from llmproxy.record.trace import Sink, Trace, timestamp
+from llmproxy.record.trace import Sink, Trace, timestamp, trace_id
 from llmproxy.server.error_response import bare_response
 from llmproxy.server.request import Request
 
@@ -48,6 +49,7 @@ class Recorder:
 
     Attributes:
         flights: the last requests that did not end as they should.
+        resends: tells requests that come again.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Recorder:
         self._session_headers: tuple[bytes, ...] = (b"x-session-id",)
         self._running: set[Exchange] = set()
         self.flights = FlightRecorder()
+        self.resends = Resends(clock)
 
     @property
     def running(self) -> int:
@@ -111,6 +114,13 @@ class Recorder:
         self._metrics.request_began()
         return exchange
 
+    def note_sent(self, exchange: Exchange, client: str, body: bytes) -> None:
+        """Note what a request sends, and that it did so before, if it did."""
+        exchange.sent_key = key = key_of(client, exchange.trace.path, body)
+        exchange.trace.resent = first = self.resends.begins(key)
+        if first is not None:
+            self._metrics.resent(client, first)
+
     def new_trace(self, request: Request, time: float) -> Trace:
         """Return the record of a request that came at ``time``, with a new id."""
         return new_trace(request, self._session_headers, time=time, instance=self._instance)
@@ -135,14 +145,24 @@ class Recorder:
         if exchange.trace.first_chunk_s is not None:
             self._metrics.first_chunk.note(exchange.trace.first_chunk_s)
         self._running.discard(exchange)
+        if exchange.sent_key is not None:
+            self.resends.ends(exchange.sent_key, end)
         if exchange.status == NOT_FOUND:
             detail = hint_for_operator(exchange)
         self._write(
-            exchange.trace, exchange.labels(), error, detail, body, writes_access=writes_access
+            exchange.trace,
+            exchange.labels(),
+            error,
+            detail,
+            body,
+            to_client=exchange.to_client,
+            writes_access=writes_access,
         )
 
     def record_part(self, trace: Trace) -> None:
         """Keep the record of one response of a WebSocket; its connection has the access line."""
+        if trace.end_reason != EndReason.COMPLETE:
+            self.flights.keep(capsule(trace))
         self._sink.write(trace)
 
     def close_all(self) -> None:
@@ -180,18 +200,32 @@ class Recorder:
         detail: str | None = None,
         body: Body | None = None,
         *,
+        to_client: str | None = None,
         writes_access: bool = True,
     ) -> None:
         cause = None
         if error is not None and error.detail:
             cause, detail = error.cause, error.detail
         if trace.end_reason != EndReason.COMPLETE:
-            self.flights.keep(capsule(trace, cause, detail, body))
+            self.flights.keep(capsule(trace, cause, detail, body, to_client))
         bytes_in = 0 if trace.tunnel is not None else trace.bytes_in
+        if self._metrics.wants_example(trace.duration_s):
+            self._exemplify(trace)
         self._metrics.request_ended(labels, trace.end_reason, bytes_in)
         self._sink.write(trace)
         if writes_access:
             self._access(trace, cause, detail)
+
+    def _exemplify(self, trace: Trace) -> None:
+        answered = trace.attempts and trace.attempts[-1].outcome == "ok"
+        self._metrics.exemplify(
+            trace_id(trace),
+            self.now(),
+            head_s=trace.attempts[-1].seconds if answered else None,
+            first_chunk_s=trace.first_chunk_s,
+            gap_s=trace.longest_gap_s if trace.chunks > 1 else None,
+            queued_s=trace.queued_s,
+        )
 
 
 def _no_access(trace: Trace, cause: str | None, detail: str | None) -> None:

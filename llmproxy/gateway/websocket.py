@@ -175,6 +175,8 @@ class WebSockets:
             except Exception:  # it was cancelled: the exchange knows why
                 if relay.ending is None:
                     end = EndReason.UPSTREAM_TIMEOUT
+                    if exchange.is_killed:
+                        end = EndReason.KILLED
                     relay.end(None)
                     await relay.over()
                     raise

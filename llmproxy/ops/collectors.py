@@ -144,6 +144,12 @@ def _expose_clients(
         },
     )
     metrics.watch(
+        "limit_allowed",
+        "What a client's limit allows.",
+        ["client", "limit"],
+        lambda: {labels: float(n) for labels, n in limits.allowed().items()},
+    )
+    metrics.watch(
         "limit_remaining",
         "What is left of a client's limit.",
         ["client", "limit"],

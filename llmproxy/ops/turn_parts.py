@@ -6,6 +6,8 @@ itself names.
 
 from __future__ import annotations
 
+from llmproxy.admin.events import Viewer
+from llmproxy.admin.metrics_page import Making
 from llmproxy.admin.page import Page
 from llmproxy.gateway.gateway import Gateway
 from llmproxy.gateway.recorder import Recorder
@@ -20,6 +22,8 @@ from llmproxy.upstream.pool import ProviderPool
 
 _PARTS = (
     (Page, "read", "a page of the admin site"),
+    (Making, "go_on", "a slice of the metrics"),
+    (Viewer, "tell", "an event for a viewer"),
     (Gateway, "render", "a request begins"),
     (ProviderPool, "request", "a request to a provider"),
     (Relay, "start", "a body begins"),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import msgspec
 from twisted.internet.defer import Deferred
 
 from llmproxy.config import Provider
@@ -91,6 +92,7 @@ class Places:
 
     Attributes:
         busy: how many places are taken.
+        most: how many there are, or None where there is no end of them.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Places:
         self._timers = timers
         self._clock = clock
         self._waited = waited
-        self._most: int | None = None
+        self.most: int | None = None
         self._size = 0
         self._timeout = 0.0
         self._lines: dict[str, _Line] = {}
@@ -113,14 +115,14 @@ class Places:
 
     def follow(self, provider: Provider) -> None:
         """Have as many places from now on as ``provider`` says; who holds one keeps it."""
-        self._most = provider.max_streams
+        self.most = provider.max_streams
         self._size = 0 if provider.queue is None else provider.queue.size
         self._timeout = 0.0 if provider.queue is None else provider.queue.timeout
         self._fill()
 
     def take(self) -> Place | None:
         """Return a place, or None where none is free, or others wait for it."""
-        if self._most is not None and (self._queued or self.busy >= self._most):
+        if self.most is not None and (self._queued or self.busy >= self.most):
             return None
         self.busy += 1
         return Place(self)
@@ -133,7 +135,7 @@ class Places:
     @property
     def has_room(self) -> bool:
         """Whether a request gets a place at once, or may wait for one."""
-        return self.has_queue or self._most is None or self.busy < self._most
+        return self.has_queue or self.most is None or self.busy < self.most
 
     def wait(self, client: str, weight: int) -> Waiting:
         """Join the queue.
@@ -184,7 +186,7 @@ class Places:
 
     def _fill(self) -> None:
         """Give free places to those who wait, in their turn."""
-        while self._queued and (self._most is None or self.busy < self._most):
+        while self._queued and (self.most is None or self.busy < self.most):
             line = min(self._lines.values(), key=lambda one: one.turn)
             waiting = next(iter(line.waiting))
             self._now = line.turn
@@ -239,6 +241,20 @@ def no_place(reason: str, text: str) -> ProxyError:
     return ProxyError(503, reason, text, fields=((b"retry-after", b"1"),))
 
 
+class Occupancy(msgspec.Struct, frozen=True):
+    """How the places at a provider are taken.
+
+    Attributes:
+        busy: how many are taken.
+        most: how many there are; None where there is no end of them.
+        waiting: how many requests wait for one.
+    """
+
+    busy: int
+    most: int | None
+    waiting: int
+
+
 class AllPlaces:
     """The places at all providers; they last over a reload.
 
@@ -266,6 +282,11 @@ class AllPlaces:
                 del self._places[name]
         for name, provider in providers.items():
             self.at(name).follow(provider)
+
+    def occupancy(self, provider: str) -> Occupancy:
+        """Return how the places at a provider are taken."""
+        places = self.at(provider)
+        return Occupancy(places.busy, places.most, len(places))
 
     def queued(self) -> dict[str, int]:
         """Return how many requests wait, by provider."""

@@ -53,6 +53,32 @@ class Wait(msgspec.Struct, frozen=True):
     status: int
 
 
+class OpenCircuit(msgspec.Struct, frozen=True):
+    """A circuit that is open, for operators.
+
+    Attributes:
+        client: whose it is; None for everybody's.
+        seconds: until the next probe; 0 where the next request is one.
+    """
+
+    client: str | None
+    seconds: float
+
+
+class Cooling(msgspec.Struct, frozen=True):
+    """A cooldown that is not over, for operators.
+
+    Attributes:
+        model: for which the provider is left alone; None for requests that name none.
+        seconds: what is left of it.
+        status: with which the provider refused.
+    """
+
+    model: str | None
+    seconds: float
+    status: int
+
+
 NO_WAIT = Wait(0.0, 0.0, 503)
 
 
@@ -181,6 +207,24 @@ class Health:
         waits = [one.wait(now) for (name, _), one in self._circuits.items() if name == provider]
         ends = [one.until for (name, _), one in self._cooldowns.items() if name == provider]
         return max([0.0, *waits, *(until - now for until in ends)])
+
+    def circuits(self, provider: str) -> list[OpenCircuit]:
+        """Return the circuits of a provider that are open."""
+        now = self._clock()
+        return [
+            OpenCircuit(client or None, round(circuit.wait(now), 3))
+            for (name, client), circuit in self._circuits.items()
+            if name == provider and circuit.opened_until is not None
+        ]
+
+    def cooldowns(self, provider: str) -> list[Cooling]:
+        """Return what a provider has asked for, where that is not over."""
+        now = self._clock()
+        return [
+            Cooling(model or None, round(one.until - now, 3), one.status)
+            for (name, model), one in self._cooldowns.items()
+            if name == provider and one.until > now
+        ]
 
     def _look(self) -> None:
         """Forget the cooldowns that are over, and the circuits that nobody needs any more."""

@@ -318,6 +318,20 @@ class Lease(msgspec.Struct, gc=False):
         return self.settle(tokens, is_known=False)
 
 
+class Use(msgspec.Struct, frozen=True):
+    """What a client uses of one limit.
+
+    Attributes:
+        limit: what is allowed.
+        used: how much of it counts now.
+        remaining: what is left.
+    """
+
+    limit: int
+    used: int
+    remaining: int
+
+
 class ClientLimits:
     """What all clients use; it lasts as long as the process.
 
@@ -465,18 +479,24 @@ class ClientLimits:
             for limit, most, used in self._by_limit(client)
         }
 
-    def rows(self) -> list[dict[str, object]]:
-        """Return a row for each client that has limits: of each limit what is used, and left."""
-        return [
-            {
-                "client": name,
-                "limits": {
-                    limit: {"limit": most, "used": used, "remaining": max(0, most - used)}
-                    for limit, most, used in self._by_limit(client)
-                },
-            }
+    def allowed(self) -> dict[tuple[str, str], int]:
+        """Return what is allowed, by client and limit."""
+        return {
+            (name, limit): most
             for name, client in self._clients.items()
-        ]
+            for limit in LIMITS
+            if (most := getattr(client, limit)) is not None
+        }
+
+    def use(self, name: str) -> dict[str, Use]:
+        """Return what a client uses of each limit that it has, by the limit's name."""
+        client = self._clients.get(name)
+        if client is None:
+            return {}
+        return {
+            limit: Use(most, used, max(0, most - used))
+            for limit, most, used in self._by_limit(client)
+        }
 
     def _by_limit(self, client: Client) -> list[tuple[str, int, int]]:
         return self._used[client.name].by_limit(client, self.clock(), self._wall())

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmproxy.config import Config
 from llmproxy.policy.fair_queue import AllPlaces
+from llmproxy.policy.headroom import Headroom
 from llmproxy.policy.health import Health
 from llmproxy.policy.stickiness import Stickiness
 from llmproxy.policy.switches import Switches
@@ -30,6 +31,7 @@ class Standing:
         places: who has a free place.
         stickiness: who served whom last.
         switches: what an operator has switched off.
+        headroom: what providers said of their limits.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Standing:
         self.places = AllPlaces(timers, clock, waited)
         self.stickiness = Stickiness(clock)
         self.switches = Switches(clock, wall)
+        self.headroom = Headroom(clock)
 
     def follow(self, config: Config) -> None:
         """Go by the providers of this configuration from now on."""
         self.health.follow(config.providers)
         self.places.follow(config.providers)
+        self.headroom.follow(config.providers)

@@ -26,6 +26,13 @@ FORM = 1
 """The form of a capsule; another number says that older readers do not understand it."""
 
 
+Bytes = bytes
+"""The type, for a struct that has a field of that name."""
+
+_LONGEST_DETAIL = 2000
+_LEFT = ("client_gone", "client_stalled")
+
+
 class Body(msgspec.Struct, kw_only=True):
     """How a response went, as it came from the provider; times are seconds since the request.
 
@@ -41,6 +48,9 @@ class Body(msgspec.Struct, kw_only=True):
         chunks_at_once: how many came right behind another.
         ends_between_events: whether nothing of a further event came.
         last_chunks: the last of the chunks, in their order: when each came, and its bytes.
+        fields: its header fields, in their order; of one that could be a secret there is only how
+            long its value is.  A stream keeps those that name requests, hops and limits.
+        last_bytes: how it ended, where the route keeps content; in base64, as it came.
     """
 
     status: int
@@ -56,6 +66,8 @@ class Body(msgspec.Struct, kw_only=True):
     chunks_at_once: int
     ends_between_events: bool
     last_chunks: list[tuple[float, int]]
+    fields: list[tuple[str, str]] = []
+    last_bytes: Bytes | None = None
 
 
 class Capsule(msgspec.Struct, kw_only=True):
@@ -65,6 +77,9 @@ class Capsule(msgspec.Struct, kw_only=True):
         capsule: :data:`FORM`.
         cause: one word that distinguishes ends of the same reason, as ``reset`` and ``closed``.
         detail: the same in words, for operators; it may name addresses.
+        to_client: how the response ended for the client: ``nothing``, an ``error`` of the proxy's,
+            an ``error_event`` behind what had come, ``broken_off``, ``left`` where the client
+            left by itself, or ``whole``.
         response: how the response went, or None where none began.
     """
 
@@ -90,13 +105,22 @@ class Capsule(msgspec.Struct, kw_only=True):
     head_s: float | None
     duration_s: float
     paused_s: float
+    to_client: str | None = None
     response: Body | None
 
 
 def capsule(
-    trace: Trace, cause: str | None = None, detail: str | None = None, response: Body | None = None
+    trace: Trace,
+    cause: str | None = None,
+    detail: str | None = None,
+    response: Body | None = None,
+    to_client: str | None = None,
 ) -> Capsule:
     """Return the capsule of a request that has ended; the arguments are its fields."""
+    if to_client is None:
+        to_client = "nothing" if trace.status is None else "whole"
+        if trace.end_reason in _LEFT:
+            to_client = "left"
     return Capsule(
         id=trace.id,
         time=trace.time,
@@ -111,7 +135,7 @@ def capsule(
         end_reason=trace.end_reason,
         error=trace.error,
         cause=cause,
-        detail=detail,
+        detail=None if detail is None else detail[:_LONGEST_DETAIL],
         attempts=trace.attempts,
         bytes_in=trace.bytes_in,
         bytes_out=trace.bytes_out,
@@ -119,6 +143,7 @@ def capsule(
         head_s=trace.head_s,
         duration_s=trace.duration_s,
         paused_s=trace.paused_s,
+        to_client=to_client,
         response=response,
     )
 

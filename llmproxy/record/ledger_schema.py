@@ -100,10 +100,12 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE traces ADD COLUMN last_chunk_s REAL",
         "ALTER TABLE traces ADD COLUMN buffered_upstream INTEGER",
     ),
+    ("ALTER TABLE traces ADD COLUMN resent TEXT",),
 )
 """The statements of each step: the traces, their sessions, where a request named its model, for how
 long it waited in a queue, the tokens that counted for its client's limits, what became of a
-CONNECT, how many responses a WebSocket had, and how the events of a stream arrived."""
+CONNECT, how many responses a WebSocket had, how the events of a stream arrived, and how the first
+request stood that another one came after."""
 
 
 class LedgerError(OSError):

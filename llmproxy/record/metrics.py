@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import add
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import Exemplar, HistogramMetricFamily, Metric, Sample
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 _FINE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
@@ -28,6 +23,9 @@ _DELAYS = (0.00005, 0.0001, 0.00025, *_FINE_SECONDS, 10.0, 60.0)
 
 TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
 """The types of tokens, as labels have them."""
+
+_SLOW_S, _SOME = 1.0, 16
+"""Each request that lasted longer is an example of its latencies, and one in so many others."""
 
 _STEPS = 256
 """Beginnings and ends of requests after which the values that they have are counted."""
@@ -42,17 +40,28 @@ class Histogram:
         bounds: upper bounds of the buckets, ascending, in the unit that is observed.
     """
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("_bounds", "_counts", "_examples", "_sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
+        self._examples: dict[str, Exemplar] = {}
 
     def observe(self, value: float) -> None:
         """Count one value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def exemplify(self, value: float, example: Exemplar) -> None:
+        """Keep an example of a value that was observed, for its bucket."""
+        place = bisect_left(self._bounds, value)
+        bound = "+Inf" if place == len(self._bounds) else str(self._bounds[place])
+        self._examples[bound] = example
+
+    def examples(self) -> Mapping[str, Exemplar]:
+        """Return the last example of each bucket that has one, by its upper bound."""
+        return self._examples
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """Return cumulative buckets by their upper bound, and the sum."""
@@ -143,6 +152,7 @@ class Metrics:
         self._causes: dict[Labels, int] = defaultdict(int)
         self._degraded: dict[Labels, int] = defaultdict(int)
         self._held_back: dict[Labels, int] = defaultdict(int)
+        self._resent: dict[Labels, int] = defaultdict(int)
         self._tokens: dict[Labels, tuple[int, ...]] = {}
         self._connects: dict[Labels, int] = defaultdict(int)
         self._active = 0
@@ -217,6 +227,10 @@ class Metrics:
         """The events of a stream came in bursts."""
         self._held_back[provider,] += 1
 
+    def resent(self, client: str, first: str) -> None:
+        """A request came again; ``first`` says how the one before it stood."""
+        self._resent[client, first] += 1
+
     def used(self, labels: Labels, *tokens: int) -> None:
         """Count the tokens of a response.
 
@@ -250,6 +264,36 @@ class Metrics:
         self._ended[reason,] += 1
         self._bytes["in"] += bytes_in
 
+    def wants_example(self, duration_s: float) -> bool:
+        """Return whether a request that lasted so long is to be an example (:meth:`exemplify`)."""
+        return duration_s > _SLOW_S or not self._steps % _SOME
+
+    def exemplify(
+        self,
+        trace_id: str,
+        now: float,
+        *,
+        head_s: float | None,
+        first_chunk_s: float | None,
+        gap_s: float | None,
+        queued_s: float,
+    ) -> None:
+        """Let a request be the example of the latencies that it had, for OpenMetrics.
+
+        Args:
+            trace_id: by which it is found in a tracing system, as its span has it.
+            now: seconds since the epoch.
+            head_s, first_chunk_s, gap_s, queued_s: what was observed of it, where it was.
+        """
+        for histogram, value in (
+            (self.head, head_s),
+            (self.first_chunk, first_chunk_s),
+            (self.gap, gap_s),
+            (self.queue_wait, queued_s or None),
+        ):
+            if value is not None:
+                histogram.exemplify(value, Exemplar({"trace_id": trace_id}, value, now))
+
     def _count_noted(self) -> None:
         """Count the values of many requests; the next ones are noted anew."""
         self._steps = 0
@@ -264,8 +308,7 @@ class Metrics:
         yield from self._gauges()
         yield from self._histograms()
         for name, text, labels, is_count, source in self._sources:
-            kind = CounterMetricFamily if is_count else GaugeMetricFamily
-            yield _family(kind(_PREFIX + name, text, labels=labels), source().items())
+            yield (_counter if is_count else _gauge)(name, text, labels, source().items())
 
     def _counters(self) -> Iterator[Metric]:
         for name, text, labels, counts in (
@@ -301,21 +344,24 @@ class Metrics:
                 ["provider"],
                 self._held_back,
             ),
+            (
+                "resent",
+                "Requests that came again, while the first ran or behind its cut.",
+                ["client", "first"],
+                self._resent,
+            ),
             ("connects", "CONNECTs, by what became of them.", ["outcome"], self._connects),
             ("tunnel_bytes", "Bytes of tunnels that ended.", ["direction"], self._tunnelled),
         ):
-            yield _family(CounterMetricFamily(_PREFIX + name, text, labels=labels), counts.items())
+            yield _counter(name, text, labels, counts.items())
         out = self._bytes["out"] + sum(body.byte_count for body in self.live)
-        yield _family(
-            CounterMetricFamily(_PREFIX + "bytes", "Bytes of bodies.", labels=["direction"]),
-            [(("in",), self._bytes["in"]), (("out",), out)],
-        )
+        rows = [(("in",), self._bytes["in"]), (("out",), out)]
+        yield _counter("bytes", "Bytes of bodies.", ["direction"], rows)
         chunks = self._chunks + sum(body.chunks for body in self.live)
-        yield CounterMetricFamily(_PREFIX + "chunks", "Chunks forwarded.", value=chunks)
+        yield _counter("chunks", "Chunks forwarded.", [], [((), chunks)])
         paused = self._paused_s + sum(body.paused_s for body in self.live)
-        yield CounterMetricFamily(
-            _PREFIX + "pause_seconds", "Seconds for which clients paused bodies.", value=paused
-        )
+        text = "Seconds for which clients paused bodies."
+        yield _counter("pause_seconds", text, [], [((), paused)])
 
     def _tokens_by_type(self) -> dict[Labels, int]:
         return {
@@ -326,21 +372,12 @@ class Metrics:
         }
 
     def _gauges(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            _PREFIX + "active_streams", "Requests that are being served.", value=self._active
-        )
-        yield GaugeMetricFamily(
-            _PREFIX + "paused_streams",
-            "Response bodies that wait for their client.",
-            value=sum(body.is_paused for body in self.live),
-        )
-        yield GaugeMetricFamily(
-            _PREFIX + "websocket_connections", "Open WebSockets.", value=self.websockets
-        )
-        yield _family(
-            GaugeMetricFamily(_PREFIX + "build_info", "What is running.", labels=["version"]),
-            [((self._version,), 1)],
-        )
+        yield _gauge("active_streams", "Requests that are being served.", [], [((), self._active)])
+        paused = sum(body.is_paused for body in self.live)
+        text = "Response bodies that wait for their client."
+        yield _gauge("paused_streams", text, [], [((), paused)])
+        yield _gauge("websocket_connections", "Open WebSockets.", [], [((), self.websockets)])
+        yield _gauge("build_info", "What is running.", ["version"], [((self._version,), 1)])
 
     def _histograms(self) -> Iterator[Metric]:
         for name, text, histogram in (
@@ -365,11 +402,48 @@ class Metrics:
         ):
             if histogram is None:
                 continue
-            buckets, total = histogram.buckets()
+            counted, total = histogram.buckets()
+            examples = histogram.examples()
+            buckets = [
+                (bound, count, examples[bound]) if bound in examples else (bound, count)
+                for bound, count in counted
+            ]
             yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=total)
 
 
-def _family(metric: Metric, rows: Iterable[tuple[Labels, float]]) -> Metric:
-    for labels, value in sorted(rows):
-        metric.add_metric(labels, value)  # type: ignore[attr-defined]  # each family has its own
-    return metric
+class _Samples:
+    """The samples of a family, each made when it is asked for: there may be thousands.
+
+    Args:
+        name: of the samples.
+        labels: their names.
+        rows: the values of the labels, and the value.
+    """
+
+    def __init__(
+        self, name: str, labels: Sequence[str], rows: Iterable[tuple[Labels, float]]
+    ) -> None:
+        self._name = name
+        self._labels = labels
+        self._rows = sorted(rows)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Make one after the other."""
+        for labels, value in self._rows:
+            yield Sample(self._name, dict(zip(self._labels, labels, strict=True)), value)
+
+
+def _counter(
+    name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[Labels, float]]
+) -> Metric:
+    family = Metric(_PREFIX + name, text, "counter")
+    family.samples = _Samples(f"{_PREFIX}{name}_total", labels, rows)  # type: ignore[assignment]  # it is only gone through
+    return family
+
+
+def _gauge(
+    name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[Labels, float]]
+) -> Metric:
+    family = Metric(_PREFIX + name, text, "gauge")
+    family.samples = _Samples(_PREFIX + name, labels, rows)  # type: ignore[assignment]  # it is only gone through
+    return family

@@ -19,7 +19,7 @@ from msgspec import UNSET
 
 from llmproxy.dialects.endpoint import Endpoint
 from llmproxy.dialects.endpoints import endpoint_of_record
-from llmproxy.record.trace import Trace
+from llmproxy.record.trace import Trace, trace_id
 
 _CLIENT = 3  # SPAN_KIND_CLIENT, as the conventions have it for a call of a model
 _ERROR = 2  # STATUS_CODE_ERROR
@@ -92,6 +92,7 @@ _ATTRIBUTES: tuple[tuple[str, str, _Kind], ...] = (
     ("llmproxy.chunks_at_once", "chunks_at_once", _integer),
     ("llmproxy.last_chunk_s", "last_chunk_s", _double),
     ("llmproxy.buffered_upstream", "buffered_upstream", _boolean),
+    ("llmproxy.resent", "resent", _string),
 )
 _values_of = attrgetter(*(name for _, name, _ in _ATTRIBUTES))
 
@@ -133,7 +134,7 @@ def _encoded(trace: Trace, encoder: msgspec.json.Encoder) -> msgspec.Raw | None:
 
 def _span(trace: Trace) -> dict[str, object]:
     began = _nanoseconds(trace.time)
-    span_id = trace.id.zfill(32)
+    span_id = trace_id(trace)
     row = endpoint_of_record(trace.path.encode())
     words = (trace.method if row is None else row.operation, trace.model or trace.route)
     return {

@@ -102,6 +102,7 @@ class Trace(msgspec.Struct, kw_only=True):
     chunks_at_once: int | None = None
     last_chunk_s: float | None = None
     buffered_upstream: bool | None = None
+    resent: str | None = None
     finish_reason: str | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
@@ -137,6 +138,11 @@ class Sink(Protocol):
 
     def write(self, trace: Trace) -> None:
         """Take one trace; never blocks and never raises."""
+
+
+def trace_id(trace: Trace) -> str:
+    """Return by what a tracing system knows the request: the id in 32 digits."""
+    return trace.id.zfill(32)
 
 
 def timestamp(seconds: float) -> str:

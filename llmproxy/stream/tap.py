@@ -468,6 +468,11 @@ class DocumentTap:
         """The error that the provider put into its response."""
         return self._seen.error
 
+    @property
+    def usage(self) -> Usage:
+        """The counts."""
+        return self._seen.usage(is_final=True)
+
     def finish(self, end: EndReason) -> Result:
         """Return the result; see :meth:`StreamAccumulator.finish`."""
         seen = self._seen

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from prometheus_client import CollectorRegistry
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 
 from llmproxy.admin.pace import MOST_STREAMS, pace_pages
-from llmproxy.admin.site import admin_router
+from llmproxy.admin.page import is_ours
+from llmproxy.admin.site import AdminRouter
 from llmproxy.gateway.pace_page import admin_files
 from llmproxy.server.site import Site
 from tests.support.fake_transport import FIN, FakeTransport
@@ -24,13 +24,10 @@ class Admin:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        router = admin_router(
-            ready=lambda: True,
-            registry=CollectorRegistry(),
-            config=None,
-            paced=partial(pace_pages, self.clock, self.clock.seconds, lambda: 1_700_000_000.0),
-        )
-        self.site = Site(router, self.clock, self.clock.seconds, wall=lambda: 1.0)
+        wall = lambda: 1_700_000_000.0  # noqa: E731 - a clock that stands still
+        ours = partial(is_ours, hosts=())
+        pages = pace_pages(self.clock, self.clock.seconds, wall, ours)
+        self.site = Site(AdminRouter(pages, {}), self.clock, self.clock.seconds, wall=lambda: 1.0)
 
     def get(self, target: str, *fields: str, method: str = "GET") -> FakeTransport:
         """Send a request on a connection of its own; return the connection."""

@@ -11,92 +11,10 @@ import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from twisted.internet.address import IPv4Address, UNIXAddress
-from twisted.internet.task import Clock
+from twisted.internet.address import UNIXAddress
 
-from llmproxy.admin.providers import Providers
-from llmproxy.admin.site import admin_router
-from llmproxy.config import Config, Limits, Secret, Timeouts, parse
-from llmproxy.policy.switches import Switches
-from llmproxy.record.metrics import Metrics
-from llmproxy.server.site import Site
-from tests.support.fake_transport import FakeTransport
-from tests.support.sockets import request
-
-CLIENT = IPv4Address("TCP", "127.0.0.1", 40000)
-TOKEN = "admin-TOKEN"
-BEARER = f"Authorization: Bearer {TOKEN}"
-FILE = """
-proxy.anonymous = true
-providers.p = { url = "http://p.example/v1", dialect = "openai" }
-providers."q.1" = { url = "http://q.example", dialect = "raw" }
-routes = [{ path = "/p", providers = ["p"] }, { path = "/q", providers = ["q.1"] }]
-"""
-
-
-def with_token(token: str | None) -> Config:
-    """Return a configuration of two providers, and with this admin token."""
-    config = parse(FILE, environ={})
-    secret = None if token is None else Secret(token)
-    admin = msgspec.structs.replace(config.admin, token=secret)
-    return msgspec.structs.replace(config, admin=admin)
-
-
-class Admin:
-    """An admin site and one connection to it."""
-
-    def __init__(
-        self,
-        *,
-        config: bool = True,
-        address: Any = CLIENT,
-        turns: Callable[[], object] | None = None,
-    ) -> None:
-        self.ready = True
-        self.hosts: tuple[str, ...] = ()
-        self.shown: Any = {"proxy": {"via": "us"}}
-        self.clients: Any = []
-        self.metrics = Metrics("1.2.3")
-        self.followed = with_token(TOKEN)
-        self.counts = {("p", "idle"): 3}
-        clock, self.clock = Clock(), Clock()  # the connection's, and that of the switches
-        self.switches = Switches(self.clock.seconds, lambda: 1000 + self.clock.seconds())
-        providers = Providers(lambda: self.followed, lambda: self.counts, self.switches)
-        site = Site(
-            admin_router(
-                ready=lambda: self.ready,
-                registry=self.metrics.registry,
-                config=(lambda: self.shown) if config else None,
-                clients=(lambda: self.clients) if config else None,
-                providers=providers if config else None,
-                turns=turns,
-                hosts=lambda: self.hosts,
-            ),
-            clock,
-            clock.seconds,
-            Timeouts(),
-            Limits(),
-            wall=lambda: 1.0,
-        )
-        self.transport = FakeTransport()
-        self.transport.peerAddr = address
-        self.channel = site.buildProtocol(None)
-        self.transport.connect(self.channel)
-
-    def get(
-        self, target: str, *fields: str, method: str = "GET", body: bytes = b""
-    ) -> tuple[int, dict[str, str], str]:
-        """Return status, fields and body of a response."""
-        self.channel.dataReceived(request(method, target, *fields, body=body))
-        head, _, rest = self.transport.take().decode().partition("\r\n\r\n")
-        first, *lines = head.split("\r\n")
-        pairs = [line.partition(": ") for line in lines]
-        return int(first.split()[1]), {name: value for name, _, value in pairs}, rest
-
-    def post(self, target: str, *fields: str, method: str = "POST") -> tuple[int, Any]:
-        """Return status and decoded body of a response, by default to whoever has the token."""
-        status, _, body = self.get(target, *(fields or (BEARER,)), method=method)
-        return status, json.loads(body)
+from llmproxy.config import Client
+from tests.admin.one_site import BEARER, TOKEN, Admin, exchange, with_host, with_token
 
 
 def test_livez_is_always_alive() -> None:
@@ -180,13 +98,24 @@ def test_the_present_configuration_is_shown() -> None:
 
 
 def test_what_clients_use_is_shown() -> None:
-    """``/clients`` is JSON, made for each request."""
+    """``/clients`` has every client, those with the most streams first."""
     admin = Admin()
-    admin.clients = [{"client": "a", "limits": {"max_streams": {"limit": 2}}}]
+    limited = {"a": Client(name="a", keys=(), max_streams=2), "b": Client(name="b", keys=())}
+    admin.followed = msgspec.structs.replace(admin.followed, clients=limited)
+    admin.limits.follow(limited)
+    admin.exchanges += [exchange(client=name) for name in ("b", "anonymous", "b", None)]
     status, fields, body = admin.get("/clients")
 
     assert (status, fields["content-type"]) == (200, "application/json")
-    assert json.loads(body) == admin.clients
+    assert json.loads(body) == [
+        {"client": "b", "streams": 2, "limits": {}},
+        {"client": "anonymous", "streams": 1, "limits": {}},
+        {
+            "client": "a",
+            "streams": 0,
+            "limits": {"max_streams": {"limit": 2, "used": 0, "remaining": 2}},
+        },
+    ]
 
 
 def test_a_listener_for_metrics_alone_shows_no_configuration() -> None:
@@ -227,7 +156,8 @@ def test_other_methods_are_refused(path: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/x", "/livez/", "/livez/x", "/metrics/y", "//livez", "/livez%2f", "/LIVEZ"]
+    "path",
+    ["/index.html", "/x", "/livez/", "/livez/x", "/metrics/y", "//livez", "/livez%2f", "/LIVEZ"],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_other_paths_are_not_found(path: str, method: str) -> None:
@@ -261,13 +191,6 @@ def test_a_malformed_request_is_refused_with_the_date() -> None:
     response = admin.transport.take()
     assert response.startswith(b"HTTP/1.1 400 ")
     assert b"\r\ndate: Thu, 01 Jan 1970 00:00:01 GMT\r\n" in response
-
-
-def with_host(admin: Admin, host: str, path: str = "/config", method: str = "GET") -> int:
-    """Return the status of a request to this host."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
-    admin.channel.dataReceived(head.encode())
-    return int(admin.transport.take().split()[1])
 
 
 OURS = [
@@ -334,6 +257,11 @@ ROW = {
     "state": "on",
     "switched_off": [],
     "connections": {"active": 0, "connecting": 0, "idle": 3},
+    "up": True,
+    "circuits": [],
+    "cooldowns": [],
+    "places": {"busy": 0, "most": None, "waiting": 0},
+    "headroom": None,
 }
 
 

@@ -93,7 +93,7 @@ def test_what_makes_turns_long_is_named_where_that_is_asked_for(tmp_path: Path) 
         until(lambda: watched.metrics()["llmproxy_turn_seconds_count"] > 2, "turns are counted")
         found = ask(watched.admin_port, request("GET", "/turns")).json()
     names = {row["name"] for row in found["calls"] if row["count"]}
-    assert {"a request begins", "a record is closed", "a page of the admin site"} <= names
+    assert {"a request begins", "a record is closed", "a slice of the metrics"} <= names
     assert {"Port doRead", "ClientConnection doRead", "timers"} <= names
     assert any(name.startswith("timer ") for name in names)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -224,3 +226,86 @@ def test_a_page_of_somebody_else_reads_none(stand: Stand, path: str) -> None:
     with connect(stand.live.daemon.admin_port) as client:
         client.send(request("GET", path, host="rebound.example"))
         assert read_response(client).status == 421
+
+
+# --- what is beside the chunks --------------------------------------------------------------------
+
+HEAD = b"".join(
+    (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n",
+        b"Server: edge/1\r\nVia: 1.1 hop\r\nCF-Ray: ray-1\r\nX-Request-Id: req_1\r\n",
+        b"Set-Cookie: session=secret\r\nX-Account: secret\r\nX-RateLimit-Remaining: 7\r\n\r\n",
+    )
+)
+KEEPING = ONE_ROUTE + route_table("/kept", "p", 'capture = "content"')
+
+
+def capsule_of(live: LiveProxy, got: Any) -> dict[str, Any]:
+    """Return the capsule of the request that got this head."""
+    (name,) = got.values(b"x-llmproxy-request-id")
+    trace_of(live.daemon, id=name.decode())
+    found: dict[str, Any] = json.loads(live.daemon.admin(f"/streams/ended/{name.decode()}"))
+    return found
+
+
+@pytest.mark.parametrize("path", ["/p", "/kept"])
+def test_a_broken_stream_has_its_fields(tmp_path: Path, path: str) -> None:
+    """Those that name requests and hops; the end of the body where the route keeps content."""
+    sent = b"data: " + b"x" * 6000 + b"\n\n"
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(HEAD, chunked(sent))
+        time.sleep(PAUSE_S)
+        wire.reset()
+
+    with open_live_proxy(tmp_path, KEEPING) as live:
+        live.script = script
+        with connect(live.daemon.port) as client:
+            client.send(post(f"{path}/v1/chat/completions", BODY))
+            got = read_response(client, bodiless=True)
+            assert client.read_chunk()
+            client.wait_closed()
+        found = capsule_of(live, got)
+        assert (found["end_reason"], found["to_client"]) == ("upstream_broken", "broken_off")
+        body = found["response"]
+        assert body["fields"] == [
+            *(["transfer-encoding", "chunked"], ["server", "edge/1"], ["via", "1.1 hop"]),
+            *(["cf-ray", "ray-1"], ["x-request-id", "req_1"]),
+        ]
+        assert "secret" not in json.dumps(found)
+        if path == "/kept":
+            assert base64.b64decode(body["last_bytes"]) == sent[-4096:]
+        else:
+            assert body["last_bytes"] is None
+
+
+def test_a_refusal_has_all_fields(tmp_path: Path) -> None:
+    """Of those that could be secrets, the length of the value."""
+    head = HEAD.replace(b"200 OK", b"500 No").replace(b"Transfer-Encoding: chunked", b"Allow: GET")
+    head = head.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n")
+    with open_live_proxy(tmp_path, KEEPING) as live:
+        live.reply(head + b"no")
+        got = live.get(post("/p/v1/chat/completions", BODY))
+        assert got.status == 500
+        found = capsule_of(live, got)
+        assert (found["end_reason"], found["to_client"]) == ("upstream_refused", "whole")
+        fields = dict(found["response"]["fields"])
+        assert fields["set-cookie"] == "(14 bytes)"
+        assert fields["x-account"] == "(6 bytes)"
+        assert (fields["x-ratelimit-remaining"], fields["allow"]) == ("7", "GET")
+        assert "secret" not in json.dumps(found)
+
+
+def test_a_capsule_says_what_the_client_got(tmp_path: Path) -> None:
+    """An error of ours, or nothing because it left."""
+    with open_live_proxy(tmp_path, KEEPING) as live:
+        got = live.get(post("/nowhere", BODY))
+        assert capsule_of(live, got)["to_client"] == "error"
+        live.hold(SSE, chunked(EVENTS[0]))
+        with connect(live.daemon.port) as client:
+            client.send(post("/p/v1/chat/completions", BODY))
+            got = read_response(client, bodiless=True)
+            assert client.read_chunk()
+        found = capsule_of(live, got)
+        assert (found["end_reason"], found["to_client"]) == ("client_gone", "left")

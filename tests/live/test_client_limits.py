@@ -149,6 +149,7 @@ def test_a_stream_holds_a_slot_until_its_end(tmp_path: Path) -> None:
         (row,) = json.loads(live.daemon.admin("/clients"))
         assert row == {
             "client": "team",
+            "streams": 2,
             "limits": {"max_streams": {"limit": 2, "used": 2, "remaining": 0}},
         }
         first.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from tests.support.live_proxy import (
     assert_settles,
     client_config,
     open_live_proxy,
+    post,
     read_response,
     read_stepwise,
     response,
 )
 from tests.support.scripts import SSE, event
-from tests.support.sockets import chunked, connect, request
+from tests.support.sockets import Wire, chunked, connect, request
 
 DEAD = provider_table("dead", url="http://127.0.0.1:1")
 DEAD += route_table("/dead", "dead", 'name = "nobody"')
@@ -164,3 +166,52 @@ def test_the_process_is_among_the_metrics(live: LiveProxy) -> None:
     assert metrics["process_max_fds"] >= metrics["process_open_fds"]
     assert metrics["process_resident_memory_bytes"] > 10 << 20
     assert metrics["process_cpu_seconds_total"] > 0
+
+
+INVENTIONS = 300
+
+
+def invented(word: str) -> list[bytes]:
+    """Return requests in which a caller has invented whatever it can: most are refused."""
+    body = json.dumps({"model": word, "stream": True}).encode()
+    host = f"{word}.example"
+    return [
+        post(f"/p/{word}?{word}={word}", body, "x-api-key: team-key", f"user-agent: {word}"),
+        post("/p/x", body, f"x-session-id: {word}", f"x-request-id: {word}", f"{word}: {word}"),
+        post("/p/x", b'{"model":"%b"' % word.encode(), f"content-type: {word}/{word}"),
+        post("/p/x", body, f"x-api-key: {word}"),
+        post(f"/{word}", body),
+        request(word.upper(), "/p/x"),
+        request("GET", "/p/x", f"Host: {host}"),
+        request("GET", f"http://{host}/"),
+        request("CONNECT", f"{host}:443"),
+    ]
+
+
+def test_nothing_that_a_caller_invents_becomes_a_label(live: LiveProxy) -> None:
+    """Models, paths, keys, methods, hosts, sessions: the series are those of the first of each."""
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+
+    def script(wire: Wire) -> None:
+        while True:
+            asked = wire.read_request()
+            model = json.loads(asked.body)["model"] if asked.method == b"POST" else "m"
+            told = json.dumps({"model": f"{model}-served", "usage": usage, "id": model})
+            wire.send(response(200, "content-type: application/json", body=told.encode()))
+
+    live.script = script
+
+    def ask_all(word: str) -> None:
+        for sent in invented(word):
+            with connect(live.daemon.port) as client:
+                client.send(sent)
+                client.read_head()
+
+    ask_all("first")
+    before = live.daemon.metrics()
+    for number in range(INVENTIONS):
+        ask_all(f"invented{number}")
+    after = live.daemon.metrics()
+    assert after.keys() == before.keys()
+    grown = sum(after.values()) - sum(before.values())
+    assert grown > INVENTIONS * len(invented("x"))

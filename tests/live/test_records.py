@@ -24,7 +24,7 @@ path model served_model stream status end_reason error is_complete attempts byte
 chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens output_tokens
 cache_read_tokens cache_write_tokens reasoning_tokens usage degraded on_disconnect
 model_from queued_s counted_tokens tunnel responses events chunks_at_once
-last_chunk_s buffered_upstream
+last_chunk_s buffered_upstream resent
 """
 
 live = live_fixture(ONE_ROUTE + client_config("team", "team-key"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmproxy.config import Client
 from llmproxy.errors import ProxyError
-from llmproxy.policy.limits import DAY_S, LIMITS, ClientLimits, Lease, Spent, Window, limited
+from llmproxy.policy.limits import DAY_S, LIMITS, ClientLimits, Lease, Spent, Use, Window, limited
 
 NOON = 20_000 * DAY_S + DAY_S // 2
 """Noon of some day in UTC, in seconds since the epoch."""
@@ -499,19 +499,13 @@ def test_an_operator_sees_what_each_client_uses() -> None:
     """More than all of a limit may be used; less than nothing is never left."""
     turned = Turned(max_streams=2, tokens_per_day=100)
     lease = turned.ask()
-    assert turned.limits.rows() == [
-        {
-            "client": "c",
-            "limits": {
-                "max_streams": {"limit": 2, "used": 1, "remaining": 1},
-                "tokens_per_day": {"limit": 100, "used": 1000, "remaining": 0},
-            },
-        }
-    ]
+    assert turned.limits.use("c") == {
+        "max_streams": Use(limit=2, used=1, remaining=1),
+        "tokens_per_day": Use(limit=100, used=1000, remaining=0),
+    }
+    assert turned.limits.use("other") == {}
     settle(lease, 30)
-    (row,) = turned.limits.rows()
-    limits: Any = row["limits"]
-    assert limits["tokens_per_day"] == {"limit": 100, "used": 30, "remaining": 70}
+    assert turned.limits.use("c")["tokens_per_day"] == Use(limit=100, used=30, remaining=70)
 
 
 # --- many lives -----------------------------------------------------------------------------------

@@ -225,3 +225,41 @@ def test_both_formats_can_be_read(make: Callable[[], Metrics]) -> None:
     assert collected
     assert samples(parse_text(text)) == samples(parse_openmetrics(openmetrics)) == collected
     assert openmetrics.endswith("# EOF\n")
+
+
+def test_latencies_have_an_example_of_each_bucket() -> None:
+    """The last one counts; OpenMetrics shows it, and the other format has none."""
+    metrics = Metrics("1.2.3")
+    for trace, head in (("a" * 32, 0.03), ("b" * 32, 0.04), ("c" * 32, 700.0)):
+        metrics.head.note(head)
+        metrics.exemplify(trace, 1000.5, head_s=head, first_chunk_s=None, gap_s=0.2, queued_s=0.0)
+    families = parse_openmetrics(generate_openmetrics(metrics.registry).decode())
+    found = {
+        (sample.name.removeprefix("llmproxy_"), sample.labels["le"]): sample.exemplar
+        for family in families
+        for sample in family.samples
+        if sample.exemplar
+    }
+    assert found.keys() == {
+        ("head_seconds_bucket", "0.05"),
+        ("head_seconds_bucket", "+Inf"),
+        ("chunk_gap_seconds_bucket", "0.25"),
+    }
+    example = found["head_seconds_bucket", "0.05"]
+    assert (example.labels, example.value, float(example.timestamp)) == (
+        {"trace_id": "b" * 32},
+        0.04,
+        1000.5,
+    )
+    assert b"trace_id" not in generate_latest(metrics.registry)
+
+
+def test_slow_requests_are_examples_and_some_of_the_others() -> None:
+    """One in sixteen, whichever begins or ends."""
+    metrics = Metrics("1.2.3")
+    wanted = 0
+    for _ in range(160):
+        metrics.request_began()
+        wanted += metrics.wants_example(0.001)
+        assert metrics.wants_example(1.1)
+    assert wanted == 10

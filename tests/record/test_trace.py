@@ -25,7 +25,7 @@ DESIGN_10 = (
     "bytes_out chunks head_s first_chunk_s duration_s longest_gap_s paused_s input_tokens "
     "output_tokens cache_read_tokens cache_write_tokens reasoning_tokens usage degraded "
     "on_disconnect model_from queued_s counted_tokens tunnel responses events "
-    "chunks_at_once last_chunk_s buffered_upstream"
+    "chunks_at_once last_chunk_s buffered_upstream resent"
 )
 
 

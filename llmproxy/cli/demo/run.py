@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from twisted.internet import reactor as global_reactor
 from twisted.logger import (
     FilteringLogObserver,
@@ -29,6 +30,7 @@ from llmproxy.cli.demo.prompt_cache import PromptCache
 from llmproxy.cli.demo.provider import demo_site
 from llmproxy.cli.demo.replay import Capsule
 from llmproxy.cli.demo.texts import (
+    DEMO_KEY,
     SANDBOX_HOSTS,
     curl_lines,
     demo_config,
@@ -37,7 +39,7 @@ from llmproxy.cli.demo.texts import (
     sandbox_config,
     sandbox_lines,
 )
-from llmproxy.config import parse
+from llmproxy.config import Secret, parse
 from llmproxy.record.log import ACCESS, JsonLog, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
 from llmproxy.service import ProxyService
@@ -75,7 +77,9 @@ def run(
     if sandboxed:
         more, environment = _sandbox()
         text += more
-    service = ProxyService(parse(text, environ={}, now=time.time()), reactor)
+    config = parse(text, environ={}, now=time.time())
+    admin = msgspec.structs.replace(config.admin, token=Secret(DEMO_KEY))
+    service = ProxyService(msgspec.structs.replace(config, admin=admin), reactor)
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)

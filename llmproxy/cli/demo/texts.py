@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DEMO_KEY = "demo"
-"""The one key that the demo's proxy knows."""
+"""The one key that the demo's proxy knows, and the token of its admin site."""
 
 _DIALECTS = ("openai", "anthropic", "ollama", "gemini")
 
@@ -161,7 +161,7 @@ def request_line(event: Mapping[str, Any]) -> str:
 
 
 def curl_lines(proxy_port: int, *, admin_port: int = 9080) -> str:
-    """What to paste into a shell: one streamed chat for each dialect, and where the metrics are."""
+    """What to paste into a shell: a streamed chat for each dialect, and what operators look at."""
     base = f"http://127.0.0.1:{proxy_port}"
     openai, anthropic, ollama = (
         json.dumps(
@@ -204,6 +204,7 @@ curl -N '{base}/gemini/v1beta/models/demo-20tps:streamGenerateContent?alt=sse' \
 # /anthropic/v1/messages/count_tokens, /ollama/api/generate, /ollama/api/embed,
 # /gemini/v1beta/models/NAME:generateContent, /gemini/v1beta/models/NAME:countTokens
 
+# What runs, in a browser (the admin token is "{DEMO_KEY}"): http://127.0.0.1:{admin_port}/
 # Metrics
 curl http://127.0.0.1:{admin_port}/metrics
 """
