@@ -25,6 +25,7 @@ from llmproxy.cli.doctor.command import add_doctor
 from llmproxy.cli.doctor.timeouts import add_timeouts
 from llmproxy.cli.doctor.trust import add_trust
 from llmproxy.cli.ledgers import DEFAULT_CONFIG
+from llmproxy.cli.top.command import add_top
 from llmproxy.cli.usage import add_usage
 from llmproxy.config.readers import client_name, instance_name
 from llmproxy.config.values import Wrong, duration, instant, show_instant
@@ -165,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands)
     add_ca(commands)
     add_usage(commands)
+    add_top(commands)
     _add_demo(commands)
     return parser
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WIDE = 100_000  # columns where the output is no terminal: nothing is cut or wrapped
 
@@ -24,11 +28,9 @@ def print_table(
     """
     # Not at the top: no other command, and none that prints JSON, has to load it.
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, show_footer=bool(footer), footer_style="bold"
     )
@@ -41,7 +43,14 @@ def print_table(
         )
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    console().print(table)
+
+
+def console() -> Console:
+    """Return the terminal; where there is none, nothing is cut or wrapped."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_WIDE)
 
 
 def shown(value: str | None) -> str:

@@ -1,0 +1,1 @@
+"""``llmproxy top``: what one daemon does, in a terminal."""

@@ -1,0 +1,211 @@
+"""The live view: states come in a thread, keys in the main one, and either changes the picture."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from queue import Empty, SimpleQueue
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from llmproxy.cli.table import shown
+from llmproxy.cli.top.keyboard import Keyboard
+from llmproxy.cli.top.screen import SORTS, View, picture, visible
+from llmproxy.cli.top.site import Follower, Site, SiteError, State
+
+_AGAIN_S = 2.0
+_GLANCE_S = 0.1
+HELP = (
+    "q quit   x end the selected stream   up/down or k/j select   r reverse   / filter by client"
+    f"   sort: {' '.join(f'{key} {name}' for key, name in SORTS.items())}"
+)
+
+
+class _Reader(threading.Thread):
+    """Follows a site in a thread, again and again.
+
+    Args:
+        site: what is followed.
+        query: what is asked for; :meth:`ask` changes it.
+        put: is called with each state, or with why there is none.
+    """
+
+    def __init__(
+        self, site: Site, query: dict[str, str], put: Callable[[State | SiteError], object]
+    ) -> None:
+        super().__init__(daemon=True)
+        self._site = site
+        self._query = query
+        self._put = put
+        self._follower: Follower | None = None
+        self._changed = threading.Event()
+
+    def ask(self, query: dict[str, str]) -> None:
+        """Ask for something else from now on."""
+        self._query = query
+        self._changed.set()
+        if (follower := self._follower) is not None:
+            follower.stop()
+
+    def run(self) -> None:
+        """Follow, until the process ends."""
+        while True:
+            self._changed.clear()
+            try:
+                with closing(self._site.follow(self._query)) as self._follower:
+                    for state in self._follower.states():
+                        if self._changed.is_set():
+                            break
+                        self._put(state)
+            except SiteError as error:
+                if not self._changed.is_set():
+                    self._put(error)
+                    self._changed.wait(_AGAIN_S)
+
+
+class LiveView:
+    """The live view of a site.
+
+    Args:
+        site: what is followed.
+        query: the parameters of ``/events`` to begin with.
+        console: the terminal.
+    """
+
+    def __init__(self, site: Site, query: dict[str, str], console: Console) -> None:
+        self._site = site
+        self._query = query
+        self._console = console
+        self._view = View(sort=query.get("sort", "-age"), note=HELP)
+        self._state: State | None = None
+        self._lost = ""
+        self._arrived: SimpleQueue[State | SiteError] = SimpleQueue()
+        self._reader = _Reader(site, dict(query), self._arrived.put)
+        self._typed: str | None = None  # a filter that is being typed
+        self._doomed: str | None = None  # the stream that the question is about
+
+    def run(self) -> None:
+        """Show it, until ``q``."""
+        self._reader.start()
+        with (
+            Keyboard() as keyboard,
+            Live(console=self._console, screen=True, auto_refresh=False) as live,
+        ):
+            size = self._console.size
+            while True:
+                is_new = self._take()
+                with suppress(EOFError):
+                    key = keyboard.read(0 if is_new else _GLANCE_S)
+                    if key is not None and not self._press(key):
+                        return
+                    if is_new or key is not None or size != self._console.size:
+                        size = self._console.size
+                        live.update(self._picture(), refresh=True)
+                    continue
+                return
+
+    def _take(self) -> bool:
+        """Take what has arrived; return whether that was anything."""
+        is_new = False
+        with suppress(Empty):
+            while True:
+                found = self._arrived.get_nowait()
+                is_new = True
+                if isinstance(found, SiteError):
+                    self._lost = f"{time.strftime('%H:%M:%S')} {found}; trying again"
+                else:
+                    self._state, self._lost = found, ""
+        return is_new
+
+    def _picture(self) -> RenderableType:
+        if self._state is None:
+            return Text(shown(self._lost) or "Connecting ...")
+        note = self._view.note
+        self._view.height = self._console.size.height
+        self._view.note = shown(self._lost) or note
+        made = picture(self._state, self._view)
+        self._view.note = note
+        return made
+
+    # -- keys -----------------------------------------------------------------------------------
+
+    def _press(self, key: str) -> bool:
+        """Act on a key; return whether to go on."""
+        if self._typed is not None:
+            self._type(key)
+        elif self._doomed is not None:
+            self._answer(key)
+        elif key == "q":
+            return False
+        elif key in ("up", "k", "down", "j"):
+            self._select(-1 if key in ("up", "k") else 1)
+        elif key == "x":
+            self._ask_to_end()
+        elif key == "/":
+            self._typed = self._query.get("client", "")
+            self._view.note = f"client: {self._typed}_"
+        elif key == "r":
+            self._sort(self._view.sort.removeprefix("-"), not self._view.sort.startswith("-"))
+        elif key in SORTS:
+            self._sort(SORTS[key], True)
+        else:
+            self._view.note = HELP
+        return True
+
+    def _sort(self, name: str, descending: bool) -> None:
+        self._view.sort = self._query["sort"] = f"-{name}" if descending else name
+        self._reader.ask(dict(self._query))
+
+    def _select(self, step: int) -> None:
+        if self._state is None:
+            return
+        names = [row["id"] for row in self._state["streams"]][: visible(self._state, self._view)]
+        if not names:
+            self._view.selected = None
+            return
+        try:
+            place = names.index(self._view.selected) + step
+        except ValueError:
+            place = 0 if step > 0 else len(names) - 1
+        self._view.selected = names[max(0, min(place, len(names) - 1))]
+
+    def _type(self, key: str) -> None:
+        typed = self._typed or ""
+        if key == "enter":
+            self._typed, self._view.note = None, HELP
+            self._query.pop("client", None)
+            if typed:
+                self._query["client"] = typed
+            self._reader.ask(dict(self._query))
+            return
+        if key == "escape":
+            self._typed, self._view.note = None, HELP
+            return
+        if key == "back":
+            typed = typed[:-1]
+        elif len(key) == 1:
+            typed += key
+        self._typed = typed
+        self._view.note = f"client: {shown(typed)}_"
+
+    def _ask_to_end(self) -> None:
+        if self._view.selected is None:
+            self._view.note = "Select a stream first, with up and down."
+            return
+        self._doomed = self._view.selected
+        self._view.note = f"End the stream {shown(self._doomed)}? y/n"
+
+    def _answer(self, key: str) -> None:
+        doomed, self._doomed = self._doomed, None
+        self._view.note = HELP
+        if key != "y" or doomed is None:
+            return
+        try:
+            self._site.end_stream(doomed)
+            self._view.note = f"The stream {shown(doomed)} is ended."
+        except SiteError as error:
+            self._view.note = shown(str(error))

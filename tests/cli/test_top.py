@@ -1,0 +1,320 @@
+"""``llmproxy top`` against a running daemon: one picture, lines of JSON, and a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from llmproxy.cli.main import main
+from llmproxy.cli.top.screen import duration, size
+from tests.support.daemon import ROOT, Daemon, provider_table, route_table
+from tests.support.live_proxy import LiveProxy, client_config, until, write_credential
+from tests.support.scripts import SSE, event
+from tests.support.sockets import WAIT, Wire, chunked
+
+TOKEN = "admin-TOKEN"
+HOSTILE = "m\x1b]0;owned\x07[red]m\u202e"
+STREAMS = 6
+
+
+def script(wire: Wire) -> None:
+    """Send some events, and nothing more."""
+    count = json.loads(wire.read_request().body)["n"]
+    wire.send(SSE, chunked(event(0)) * count)
+    wire.wait_closed()
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveProxy]:
+    """A daemon with some streams, on two listeners for operators."""
+    live = LiveProxy()
+    live.script = script
+    config = provider_table("p", url=live.provider.url) + route_table("/p", "p")
+    config += client_config("a", "key-a") + client_config("b", "key-b")
+    config += write_credential(tmp_path, "admin-token", TOKEN)
+    proxy = 'drain_timeout = "500ms"'
+    with (
+        live.provider,
+        Daemon(tmp_path, config, proxy=proxy, admin='token = "admin-token"') as live.daemon,
+        ExitStack() as clients,
+    ):
+        for number in range(STREAMS):
+            model = HOSTILE if number == 2 else f"model-{number}"
+            body = json.dumps({"model": model, "stream": True, "n": number + 1}).encode()
+            key = f"x-api-key: key-{'ab'[number % 2]}"
+            clients.enter_context(live.begin("/p/v1/chat/completions", body, key))
+        yield live
+
+
+def url(live: LiveProxy) -> str:
+    """Return where the admin site is."""
+    return f"http://127.0.0.1:{live.daemon.admin_port}"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run the command; return its code and what it printed."""
+    code = main(["top", *words])
+    return code, *capsys.readouterr()
+
+
+def test_one_state_is_json(live: LiveProxy, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the daemon's own, of the streams that are asked for."""
+    words = ("--once", "--json", "--sort=-events", "--client", "a", "--limit", "2")
+    code, out, err = printed(capsys, url(live), *words)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    state = json.loads(out)
+    assert (state["total"], state["matching"]) == (STREAMS, STREAMS // 2)
+    assert [row["events"] for row in state["streams"]] == [5, 3]
+
+
+def test_one_picture_is_for_people(live: LiveProxy, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is cut where there is no terminal, and no word of a caller's does anything."""
+    code, out, _ = printed(capsys, url(live), "--once")
+    assert code == 0
+    assert f"{STREAMS} streams" in out
+    assert out.count("streaming") == STREAMS
+    assert "m\\x1b]0;owned\\x07[red]m\\u202e" in out
+    assert "\x1b" not in out
+    assert re.search(r"^ *p +on ", out, re.MULTILINE)
+
+
+def test_states_come_until_the_daemon_ends(live: LiveProxy) -> None:
+    """A line each; then the command says that it is over."""
+    command = [sys.executable, "-m", "llmproxy.cli.main", "top", url(live), "--json"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as top:
+        assert top.stdout is not None
+        assert top.stderr is not None
+        for _ in range(2):
+            assert json.loads(top.stdout.readline())["total"] == STREAMS
+        live.daemon.terminate()
+        top.stdout.read()
+        assert "closed the connection" in top.stderr.read()
+        assert top.wait(WAIT) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--sort=colour", "--once"), "400: Expected `sort` to be one of age"),
+        (("--limit", "5000", "--once"), "400: Expected `limit` to be a whole number"),
+        (("--every", "0", "--json"), "400: Expected `every`"),
+        (("--token-file", "/nowhere", "--once"), "/nowhere: No such file"),
+        ((), "there is no terminal to draw on"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
+) -> None:
+    """In the daemon's own words, where it is the daemon that refuses."""
+    code, out, err = printed(capsys, url(live), *words)
+    assert (code, out) == (1, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("http://127.0.0.1:1", "Connection refused"),
+        ("unix:/nowhere/admin.sock", "No such file"),
+        ("ftp://127.0.0.1", "expected http://HOST:PORT or unix:PATH"),
+        ("127.0.0.1:9080", "expected http://HOST:PORT or unix:PATH"),
+    ],
+)
+def test_a_site_that_is_not_there_is_said(
+    capsys: pytest.CaptureFixture[str], where: str, says: str
+) -> None:
+    """With what was asked."""
+    code, _, err = printed(capsys, where, "--once")
+    assert code == 1
+    assert err.startswith(where)
+    assert says in err
+
+
+def test_a_listener_for_metrics_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command says which one is meant."""
+    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    admin = 'metrics_listen = "tcp:0:interface=127.0.0.1"'
+    with Daemon(tmp_path, config, admin=admin) as daemon:
+        until(lambda: len(_ports(daemon)) == 2, "both listen")
+        (other,) = _ports(daemon) - {daemon.admin_port}
+        code, _, err = printed(capsys, f"http://127.0.0.1:{other}", "--once")
+        assert code == 1
+        assert "404" in err
+        assert "`listen` in [admin]" in err
+
+
+def _ports(daemon: Daemon) -> set[int]:
+    return {line["port"] for line in list(daemon.log) if line.get("site") == "admin"}
+
+
+# --- a terminal -----------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The command in a terminal of its own.
+
+    Args:
+        words: its arguments.
+    """
+
+    def __init__(self, *words: str) -> None:
+        self._words = words
+        self.seen = ""
+
+    def __enter__(self) -> Self:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, 200))
+        self._theirs = theirs
+        self.before = termios.tcgetattr(theirs)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmproxy.cli.main", "top", *self._words],
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm-256color"},
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+        os.close(self._theirs)
+
+    def press(self, keys: str) -> None:
+        """Press keys; what was seen before is forgotten."""
+        self.seen = ""
+        os.write(self._ours, keys.encode())
+
+    def wait(self, what: str, *more: str) -> None:
+        """Wait until all of these texts were drawn."""
+        deadline = time.monotonic() + WAIT
+        while not all(one in self.seen for one in (what, *more)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never seen: {(what, *more)} in {self.seen[-6000:]!r}")
+            self._read()
+
+    def ended(self) -> int:
+        """Wait for the end; return the exit code, the terminal as it was before."""
+        deadline = time.monotonic() + WAIT
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self._read()
+        code = self.process.wait(1)
+        after = termios.tcgetattr(self._theirs)
+        assert after[:4] == self.before[:4]
+        self._read()
+        return code
+
+    def _read(self) -> None:
+        while select.select([self._ours], [], [], 0.1)[0]:
+            self.seen += os.read(self._ours, 65536).decode("utf-8", "replace")
+
+
+def test_a_terminal_is_drawn_and_given_back(live: LiveProxy) -> None:
+    """On a screen of its own, which is left at the end; ``?`` shows the keys."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("\x1b[?1049h", f"{STREAMS} streams", "model-0")
+        terminal.press("?")
+        terminal.wait("q quit")
+        terminal.press("q")
+        assert terminal.ended() == 0
+        assert "\x1b[?1049l" in terminal.seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_the_terminal_back(live: LiveProxy, number: signal.Signals) -> None:
+    """As ``q`` does."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.process.send_signal(number)
+        assert terminal.ended() == 0
+        assert "\x1b[?1049l" in terminal.seen
+
+
+def test_keys_sort_and_filter(live: LiveProxy) -> None:
+    """The daemon does both."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("by -age", "model-0")
+        terminal.press("e")
+        terminal.wait("by -events")
+        terminal.press("r")
+        terminal.wait("by events")
+        terminal.press("/")
+        terminal.wait("client: _")
+        terminal.press("zz\x7f\x7fa\r")
+        terminal.wait(f"1-3 of {STREAMS // 2}")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_stream_is_ended_by_key(live: LiveProxy, tmp_path: Path) -> None:
+    """Behind a question, and with the token alone."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    for options, says in (((), "401"), (("--token-file", str(tmp_path / "token")), "is ended")):
+        with Terminal(url(live), *options) as terminal:
+            terminal.wait("model-0")
+            terminal.press("x")
+            terminal.wait("Select a stream first")
+            terminal.press("j")
+            terminal.press("x")
+            terminal.wait("? y/n")
+            terminal.press("n")
+            terminal.wait("q quit")
+            terminal.press("x")
+            terminal.wait("? y/n")
+            terminal.press("y")
+            terminal.wait(says)
+            terminal.press("q")
+            assert terminal.ended() == 0
+    until(lambda: [one["end_reason"] for one in live.daemon.traces()] == ["killed"], "one is ended")
+
+
+def test_a_daemon_that_is_gone_is_said(live: LiveProxy) -> None:
+    """The last picture stays, and the command tries again."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        live.daemon.terminate()
+        terminal.wait("trying again")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (None, ""),
+        (0.04, "0.0s"),
+        (9.9, "9.9s"),
+        (60, "60s"),
+        (600, "10m"),
+        (7200, "2h"),
+        (1e6, "11d"),
+    ],
+)
+def test_durations_are_short(seconds: float | None, words: str) -> None:
+    """In the unit that is read at a glance."""
+    assert duration(seconds) == words
+
+
+def test_sizes_are_short() -> None:
+    """In thousands and millions."""
+    assert [size(count) for count in (0, 9999, 10_000, 12_345_678)] == ["0", "9999", "10k", "12M"]
