@@ -102,6 +102,11 @@ class DirectTransport(tcp.Connection):
         elif self._is_pulled:
             self.startWriting()  # a pull producer is asked for more in the next turn
 
+    @property
+    def may_hold(self) -> bool:
+        """Whether something may be queued; of most connections this is known at once."""
+        return self._may_wait
+
     def is_sent(self) -> bool:
         """Return whether nothing is queued, and the kernel has sent all that it was given."""
         if self._may_wait and (self._tempDataLen or self.dataBuffer):

@@ -305,6 +305,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Yield every metric, as ``prometheus_client`` asks for them."""
         yield from self._counters()
+        yield from self._bodies()
         yield from self._gauges()
         yield from self._histograms()
         for name, text, labels, is_count, source in self._sources:
@@ -354,14 +355,23 @@ class Metrics:
             ("tunnel_bytes", "Bytes of tunnels that ended.", ["direction"], self._tunnelled),
         ):
             yield _counter(name, text, labels, counts.items())
-        out = self._bytes["out"] + sum(body.byte_count for body in self.live)
+
+    def _bodies(self) -> Iterator[Metric]:
+        """Yield what bodies have come to; those that are relayed are gone through once."""
+        chunks, out, paused_s, paused = self._chunks, self._bytes["out"], self._paused_s, 0
+        for body in self.live:
+            chunks += body.chunks
+            out += body.byte_count
+            if body.is_paused:
+                paused += 1
+            paused_s += body.paused_s
         rows = [(("in",), self._bytes["in"]), (("out",), out)]
         yield _counter("bytes", "Bytes of bodies.", ["direction"], rows)
-        chunks = self._chunks + sum(body.chunks for body in self.live)
         yield _counter("chunks", "Chunks forwarded.", [], [((), chunks)])
-        paused = self._paused_s + sum(body.paused_s for body in self.live)
         text = "Seconds for which clients paused bodies."
-        yield _counter("pause_seconds", text, [], [((), paused)])
+        yield _counter("pause_seconds", text, [], [((), paused_s)])
+        text = "Response bodies that wait for their client."
+        yield _gauge("paused_streams", text, [], [((), paused)])
 
     def _tokens_by_type(self) -> dict[Labels, int]:
         return {
@@ -373,9 +383,6 @@ class Metrics:
 
     def _gauges(self) -> Iterator[Metric]:
         yield _gauge("active_streams", "Requests that are being served.", [], [((), self._active)])
-        paused = sum(body.is_paused for body in self.live)
-        text = "Response bodies that wait for their client."
-        yield _gauge("paused_streams", text, [], [((), paused)])
         yield _gauge("websocket_connections", "Open WebSockets.", [], [((), self.websockets)])
         yield _gauge("build_info", "What is running.", ["version"], [((self._version,), 1)])
 

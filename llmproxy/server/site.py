@@ -195,7 +195,8 @@ class Site(Factory):
 
     def pending_bytes(self) -> int:
         """Return what was written to clients and not yet taken by the kernel, in bytes."""
-        return sum(pending_bytes(connection.transport) for connection in self.connections)
+        transports = [connection.transport for connection in self.connections]
+        return sum(pending_bytes(one) for one in transports if getattr(one, "may_hold", True))
 
     def drain(self) -> None:
         """Close idle connections after a short grace, the others after their present request.
