@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from llmproxy.admin.page import ReadOnly, error, parameters, respond
+from llmproxy.admin.page import ReadOnly, error, is_foreign_page, parameters, respond
 from llmproxy.admin.streams import PARAMETERS, Window, window_of
 from llmproxy.config.values import Wrong
 from llmproxy.http1.headers import ANTI_BUFFERING
@@ -62,6 +62,8 @@ class Events(ReadOnly):
 
     def read(self, request: Request) -> int:
         """Begin to send events, or refuse."""
+        if is_foreign_page(request):
+            return respond(request, error(403, "Pages of other sites may not call here."))
         try:
             given = parameters(request, (*PARAMETERS, "every"))
             window = window_of(given)

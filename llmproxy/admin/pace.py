@@ -13,7 +13,7 @@ from typing import Any
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from llmproxy.admin.page import Page, ReadOnly, Response, error, respond
+from llmproxy.admin.page import Page, ReadOnly, Response, error, is_foreign_page, respond
 from llmproxy.errors import ClientGone, ProxyError
 from llmproxy.gateway.pace_page import POLICY_FIELDS, PageFile, admin_files
 from llmproxy.http1.headers import ANTI_BUFFERING
@@ -24,8 +24,6 @@ from llmproxy.stream.relay import Batch, Relay
 
 PATH = b"/pace"
 MOST_STREAMS = 10
-
-_FOREIGN_PAGES = (b"cross-site", b"same-site")
 
 _log = Logger()
 
@@ -59,8 +57,7 @@ class PacedStreams(ReadOnly):
 
     def read(self, request: Request) -> int:
         """Begin a stream, or refuse it."""
-        first = request.first
-        if b"origin" in first or first.get(b"sec-fetch-site") in _FOREIGN_PAGES:
+        if is_foreign_page(request):
             return respond(request, error(403, "Pages of other sites may not call here."))
         if self.running >= MOST_STREAMS:
             text = f"{MOST_STREAMS} streams run here at once at most; try again."

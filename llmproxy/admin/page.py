@@ -25,6 +25,8 @@ TEXT = b"text/plain; charset=utf-8"
 
 FOREIGN = "The Host field names another site than this one; see `hosts` in [admin]."
 
+_FOREIGN_PAGES = (b"cross-site", b"same-site")
+
 Response = tuple[int, bytes, bytes]
 """Status, content type, body."""
 
@@ -168,6 +170,15 @@ def parameters(request: Request, known: Collection[str]) -> dict[str, str]:
         words = f"{', '.join(others)} and {last}" if others else last
         raise Wrong(f"nothing in the query but {words}, each at most once")
     return given
+
+
+def is_foreign_page(request: Request) -> bool:
+    """Return whether a page of another site sends the request, in somebody's browser.
+
+    Such a page could not read the response; but it could take the place of those who may.
+    """
+    first = request.first
+    return b"origin" in first or first.get(b"sec-fetch-site") in _FOREIGN_PAGES
 
 
 def respond(request: Request, response: Response, *more: tuple[bytes, bytes]) -> int:

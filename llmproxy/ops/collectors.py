@@ -60,7 +60,12 @@ def _expose_connections(
     metrics: Metrics, site: Site, setup: Setup, detached: DetachedStreams, ways: Ways
 ) -> None:
     gauge = metrics.watch
-    gauge("client_connections", "Open client connections.", [], _one(lambda: len(site.connections)))
+    gauge(
+        "client_connections",
+        "Open client connections; max_connections in [proxy] bounds them.",
+        [],
+        _one(lambda: len(site.connections)),
+    )
     gauge(
         "intercepted_connections",
         "Open client connections behind a CONNECT that was intercepted.",
@@ -81,12 +86,25 @@ def _expose_connections(
     )
     gauge(
         "buffered_bytes",
-        "Bytes written that clients' kernels did not take yet.",
+        "Bytes written that clients' kernels did not take yet; bounded for each stream.",
         [],
         _one(site.pending_bytes),
     )
-    gauge("request_bytes_held", "Request bodies in memory.", [], _one(lambda: site.memory.held))
-    gauge("drains", "Responses read on for their usage alone.", [], _one(lambda: len(detached)))
+    gauge(
+        "request_bytes_held",
+        "Request bodies in memory, in bytes; request_memory in [limits] bounds them.",
+        [],
+        _one(lambda: site.memory.held),
+    )
+    gauge(
+        "drains",
+        (
+            "Responses read on for their usage alone, after their clients left; drains in "
+            "[limits] bounds them."
+        ),
+        [],
+        _one(lambda: len(detached)),
+    )
 
 
 def _expose_providers(
@@ -95,37 +113,52 @@ def _expose_providers(
     gauge, count, health = metrics.watch, metrics.watch_count, standing.health
     gauge(
         "provider_up",
-        "0 while a circuit of the provider is open, for any client.",
+        (
+            "0 while a circuit of the provider is open, for any client: it fails, and is left "
+            "alone. /providers says whose."
+        ),
         ["provider"],
         _by(lambda: {name: health.is_up(name) for name in setup.config.providers}),
     )
     gauge(
         "provider_cooldown_seconds",
-        "How long the provider is to be left alone, for some client or model.",
+        (
+            "How long the provider is to be left alone, for some client or model: it has "
+            "refused. /providers shows what it says of its limits."
+        ),
         ["provider"],
         _by(lambda: {name: health.cooldown_s(name) for name in setup.config.providers}),
     )
     gauge(
         "queued_requests",
-        "Requests that wait for a place at a provider with a queue.",
+        (
+            "Requests that wait for a place at a provider with a queue; /streams?phase=queued "
+            "lists them."
+        ),
         ["provider"],
         _by(standing.places.queued),
     )
     gauge(
         "credential_age_seconds",
-        "How old the credential is that a provider's command printed last.",
+        (
+            "How old the credential is that a provider's command printed last. Older than it "
+            "lasts: see credential_failures_total."
+        ),
         ["provider"],
         _by(credentials.ages),
     )
     count(
         "credential_failures",
-        "Runs of a provider's command that printed no credential.",
+        "Runs of a provider's command that printed no credential; the log has what it said.",
         ["provider"],
         _by(lambda: credentials.failures),
     )
     count(
         "stale_lookups",
-        "Lookups that failed or hung, where addresses of before were used.",
+        (
+            "Lookups that failed or hung, where addresses of before were used: look at the "
+            "machine's resolver."
+        ),
         [],
         _one(lambda: setup.upstream.stale_lookups),
     )
@@ -136,7 +169,10 @@ def _expose_clients(
 ) -> None:
     metrics.watch_count(
         "limited",
-        "What was refused because of a limit.",
+        (
+            "What was refused because of a limit; without a client it is a limit of the "
+            "listener's. /clients shows what is used."
+        ),
         ["client", "limit"],
         lambda: {
             **{("", limit): float(n) for limit, n in site.limiter.refused.items()},
@@ -151,13 +187,16 @@ def _expose_clients(
     )
     metrics.watch(
         "limit_remaining",
-        "What is left of a client's limit.",
+        "What is left of a client's limit; compare with limit_allowed.",
         ["client", "limit"],
         lambda: {labels: float(n) for labels, n in limits.remaining().items()},
     )
     metrics.watch(
         "client_key_expires_timestamp_seconds",
-        "When the next key of a client expires.",
+        (
+            "When the next key of a client expires. Soon: add a second key, hand it over, then "
+            "remove the first."
+        ),
         ["client"],
         _by(lambda: soonest_ends(setup.config, wall())),
     )
@@ -170,7 +209,7 @@ def _expose_certificates(metrics: Metrics, setup: Setup, leaves: Leaves) -> None
 
     metrics.watch(
         "certificate_not_after_timestamp_seconds",
-        "When a certificate expires.",
+        "When a certificate expires. Soon: replace it, and reload.",
         ["certificate"],
         _by(ends),
     )
@@ -178,8 +217,18 @@ def _expose_certificates(metrics: Metrics, setup: Setup, leaves: Leaves) -> None
 
 def _expose_life(metrics: Metrics, drain: Drain, reload: Reload) -> None:
     gauge = metrics.watch
-    gauge("draining", "1 while the process shuts down.", [], _one(lambda: drain.begun))
-    gauge("drain_remaining_requests", "What a drain waits for.", [], _one(lambda: drain.remaining))
+    gauge(
+        "draining",
+        "1 while the process shuts down; drain_timeout bounds it.",
+        [],
+        _one(lambda: drain.begun),
+    )
+    gauge(
+        "drain_remaining_requests",
+        "Requests that a drain waits for; a second SIGTERM cuts them.",
+        [],
+        _one(lambda: drain.remaining),
+    )
     gauge(
         "drain_remaining_seconds",
         "Until a drain cuts what is left; 0 where there is none.",
@@ -188,7 +237,10 @@ def _expose_life(metrics: Metrics, drain: Drain, reload: Reload) -> None:
     )
     gauge(
         "config_last_reload_successful",
-        "Whether the last reload went well.",
+        (
+            "Whether the last reload went well. 0: the log names each mistake, and the "
+            "configuration of before is in use."
+        ),
         [],
         _one(lambda: reload.succeeded),
     )
@@ -202,11 +254,17 @@ def _expose_life(metrics: Metrics, drain: Drain, reload: Reload) -> None:
 
 def _expose_losses(metrics: Metrics, sink: Sinks, log: LogWriter | None) -> None:
     metrics.watch_count(
-        "records_lost", "Records that were not written.", ["sink"], _by(sink.losses)
+        "records_lost",
+        (
+            "Records that were not written: a full disk, a locked ledger or a dead collector. "
+            "The log says which."
+        ),
+        ["sink"],
+        _by(sink.losses),
     )
     metrics.watch_count(
         "log_lines_lost",
-        "Lines of the log that were not written.",
+        "Lines of the log that were not written: whoever reads the log is too slow.",
         [],
         _one(lambda: 0 if log is None else log.lost),
     )

@@ -315,43 +315,79 @@ class Metrics:
         for name, text, labels, counts in (
             (
                 "requests",
-                "Requests that ended.",
+                "Requests that ended. Compare by status, route and client; ended_total says why.",
                 ["route", "provider", "client", "method", "status"],
                 self._requests,
             ),
-            ("ended", "Requests that ended, by end reason.", ["reason"], self._ended),
-            ("upstream_attempts", "Tries at a provider.", ["provider", "outcome"], self._attempts),
+            (
+                "ended",
+                (
+                    "Requests that ended, by end reason. Other than complete: /streams/ended of "
+                    "the admin site has examples."
+                ),
+                ["reason"],
+                self._ended,
+            ),
+            (
+                "upstream_attempts",
+                (
+                    "Tries at a provider, by outcome. Many failed ones before an ok: look at the "
+                    "first candidate."
+                ),
+                ["provider", "outcome"],
+                self._attempts,
+            ),
             (
                 "upstream_failures",
-                "Failed tries at a provider, by cause, where an outcome has several causes.",
+                (
+                    "Failed tries at a provider, by cause, where an outcome has several. The "
+                    "cause says whom to ask: docs/trouble.rst."
+                ),
                 ["provider", "cause"],
                 self._causes,
             ),
             (
                 "tokens",
-                "Tokens, as the providers count them.",
+                "Tokens, as the providers count them; llmproxy usage has them by day and session.",
                 ["client", "provider", "model", "type"],
                 self._tokens_by_type(),
             ),
             (
                 "tap_degraded",
-                "Responses that were not understood in full.",
+                (
+                    "Responses that were not understood in full: their tokens may be missing. "
+                    "The record's degraded says why."
+                ),
                 ["reason"],
                 self._degraded,
             ),
             (
                 "buffered_upstream",
-                "Streams whose events came in bursts, as if a hop behind the proxy held them back.",
+                (
+                    "Streams whose events came in bursts, as if a hop behind the proxy held them "
+                    "back. Measure with llmproxy doctor."
+                ),
                 ["provider"],
                 self._held_back,
             ),
             (
                 "resent",
-                "Requests that came again, while the first ran or behind its cut.",
+                (
+                    "Requests that came again, while the first ran or behind its cut. Behind "
+                    "client_gone: look for an idle limit before the proxy."
+                ),
                 ["client", "first"],
                 self._resent,
             ),
-            ("connects", "CONNECTs, by what became of them.", ["outcome"], self._connects),
+            (
+                "connects",
+                (
+                    "CONNECTs, by what became of them. refused: llmproxy usage --tunnels says "
+                    "which hosts."
+                ),
+                ["outcome"],
+                self._connects,
+            ),
             ("tunnel_bytes", "Bytes of tunnels that ended.", ["direction"], self._tunnelled),
         ):
             yield _counter(name, text, labels, counts.items())
@@ -366,11 +402,11 @@ class Metrics:
                 paused += 1
             paused_s += body.paused_s
         rows = [(("in",), self._bytes["in"]), (("out",), out)]
-        yield _counter("bytes", "Bytes of bodies.", ["direction"], rows)
-        yield _counter("chunks", "Chunks forwarded.", [], [((), chunks)])
-        text = "Seconds for which clients paused bodies."
+        yield _counter("bytes", "Bytes of bodies, of running ones, too.", ["direction"], rows)
+        yield _counter("chunks", "Chunks forwarded, of running bodies, too.", [], [((), chunks)])
+        text = "Seconds for which clients paused bodies. Much of it: clients or networks are slow."
         yield _counter("pause_seconds", text, [], [((), paused_s)])
-        text = "Response bodies that wait for their client."
+        text = "Response bodies that wait for their client; /streams?phase=paused lists them."
         yield _gauge("paused_streams", text, [], [((), paused)])
 
     def _tokens_by_type(self) -> dict[Labels, int]:
@@ -382,29 +418,76 @@ class Metrics:
         }
 
     def _gauges(self) -> Iterator[Metric]:
-        yield _gauge("active_streams", "Requests that are being served.", [], [((), self._active)])
+        yield _gauge(
+            "active_streams",
+            "Requests that are being served; /streams of the admin site lists them.",
+            [],
+            [((), self._active)],
+        )
         yield _gauge("websocket_connections", "Open WebSockets.", [], [((), self.websockets)])
         yield _gauge("build_info", "What is running.", ["version"], [((self._version,), 1)])
 
     def _histograms(self) -> Iterator[Metric]:
         for name, text, histogram in (
-            ("head_seconds", "Request sent to response's head.", self.head),
-            ("first_chunk_seconds", "Request received to first chunk.", self.first_chunk),
-            ("chunk_gap_seconds", "Between two chunks of a body.", self.gap),
+            (
+                "head_seconds",
+                "Request sent to response's head: the provider's own time.",
+                self.head,
+            ),
+            (
+                "first_chunk_seconds",
+                (
+                    "Request received to first chunk: what a user waits. Compare with "
+                    "head_seconds and queue_wait_seconds."
+                ),
+                self.first_chunk,
+            ),
+            (
+                "chunk_gap_seconds",
+                "Between two chunks of a body, without pauses of the client: the provider's pace.",
+                self.gap,
+            ),
             (
                 "relay_delay_seconds",
-                "Chunk read to chunk taken by the kernel, for one chunk in 32.",
+                (
+                    "Chunk read to chunk taken by the kernel, for one chunk in 32: what the "
+                    "proxy adds. High: see reactor_lag_seconds."
+                ),
                 self.relay_delay,
             ),
             ("stream_seconds", "Head sent to body's end.", self.stream),
             (
                 "overhead_seconds",
-                "Request received to request sent, without connecting.",
+                (
+                    "Request received to request sent, without connecting: what the proxy adds "
+                    "before the provider."
+                ),
                 self.overhead,
             ),
-            ("cancel_seconds", "Client gone to provider's connection aborted.", self.cancel),
-            ("queue_wait_seconds", "In a provider's queue.", self.queue_wait),
-            ("reactor_lag_seconds", "How late the reactor calls a timer.", self.reactor_lag),
+            (
+                "cancel_seconds",
+                (
+                    "Client gone to provider's connection aborted; above 0.1 s the process is "
+                    "late: see reactor_lag_seconds."
+                ),
+                self.cancel,
+            ),
+            (
+                "queue_wait_seconds",
+                (
+                    "In a provider's queue. Long: raise the provider's max_streams, or add a "
+                    "candidate."
+                ),
+                self.queue_wait,
+            ),
+            (
+                "reactor_lag_seconds",
+                (
+                    "How late the reactor calls a timer: every stream waits as long. High with a "
+                    "busy processor: add an instance; else watch_turns."
+                ),
+                self.reactor_lag,
+            ),
             ("turn_seconds", "From one poll of the reactor to the next.", self._turns),
         ):
             if histogram is None:

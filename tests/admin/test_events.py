@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from llmproxy.admin.events import MOST_VIEWERS
 from tests.admin.one_site import Admin, exchange
 from tests.support.fake_transport import FIN
@@ -16,12 +18,14 @@ class Viewer:
     Args:
         admin: the site.
         query: what it asks for.
+        field: a line of its head.
     """
 
-    def __init__(self, admin: Admin, query: str = "") -> None:
+    def __init__(self, admin: Admin, query: str = "", field: str = "Accept: */*") -> None:
         self.admin = admin
         self.wire, self.channel = admin.connect()
-        self.channel.dataReceived(f"GET /events{query} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        head = f"GET /events{query} HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n"
+        self.channel.dataReceived(head.encode())
         self.head, _, self._rest = self.wire.take().partition(b"\r\n\r\n")
 
     def events(self) -> list[Any]:
@@ -89,3 +93,15 @@ def test_viewers_are_few_and_leave_nothing() -> None:
     assert Viewer(admin).head.startswith(b"HTTP/1.1 200 ")
     for viewer in [*viewers, more]:
         viewer.wire.end(FIN)
+
+
+@pytest.mark.parametrize(
+    "field", ["Origin: https://evil.example", "Sec-Fetch-Site: cross-site", "Origin: null"]
+)
+def test_pages_of_other_sites_take_no_place(field: str) -> None:
+    """They could read nothing, but keep operators out."""
+    admin = Admin()
+    assert Viewer(admin, field=field).head.startswith(b"HTTP/1.1 403 ")
+    own = Viewer(admin, field="Sec-Fetch-Site: same-origin")
+    assert own.head.startswith(b"HTTP/1.1 200 ")
+    own.wire.end(FIN)
