@@ -134,7 +134,7 @@ def calls_of(callers: Callers) -> list[Callable[[], Awaitable[None]]]:
         "upstream_tls": whole("/tls", "m"),
         "upstream_timeout": whole("/silent", "m"),
         "upstream_idle": whole("/idle", "demo-stall", stream=True),
-        "client_gone": lambda: callers.leave("demo-slow"),
+        "client_gone": lambda: callers.leave("demo-1tps"),
         "client_stalled": callers.stall,
     }
     calls = [call for name, call in kinds.items() for _ in range(COUNTS[name])]
@@ -150,7 +150,7 @@ def ask_admin(daemon: Daemon, path: str) -> Any:
 async def killed(daemon: Daemon, callers: Callers) -> None:
     """Let streams run, and end each from the admin site."""
     running = [
-        asyncio.ensure_future(callers.whole("/p", "demo-slow", stream=True))
+        asyncio.ensure_future(callers.whole("/p", "demo-1tps", stream=True))
         for _ in range(COUNTS["killed"])
     ]
     ended: set[str] = set()
@@ -300,7 +300,7 @@ def test_ten_thousand_requests_are_told_the_same_everywhere(
             async def drained() -> None:
                 callers = Callers(daemon.port)
                 calls = [
-                    asyncio.ensure_future(callers.whole("/p", "demo-slow", stream=True))
+                    asyncio.ensure_future(callers.whole("/p", "demo-1tps", stream=True))
                     for _ in range(COUNTS["drained"])
                 ]
                 path = "/streams?phase=streaming"
