@@ -21,7 +21,14 @@ import pytest
 
 from llmproxy.cli.main import main
 from llmproxy.cli.top.screen import duration, size
-from tests.support.daemon import ROOT, Daemon, provider_table, route_table
+from tests.support.daemon import (
+    ROOT,
+    Daemon,
+    environment,
+    provider_table,
+    route_table,
+    twistd,
+)
 from tests.support.live_proxy import LiveProxy, client_config, until, write_credential
 from tests.support.scripts import SSE, event
 from tests.support.sockets import WAIT, Wire, chunked
@@ -318,3 +325,23 @@ def test_durations_are_short(seconds: float | None, words: str) -> None:
 def test_sizes_are_short() -> None:
     """In thousands and millions."""
     assert [size(count) for count in (0, 9999, 10_000, 12_345_678)] == ["0", "9999", "10k", "12M"]
+
+
+def test_a_unix_socket_can_be_the_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``listen`` in ``[admin]`` has it; nobody else's page can reach it."""
+    path = tmp_path / "admin.sock"
+    config = tmp_path / "llmproxy.toml"
+    text = '[proxy]\nlisten = ["tcp:0:interface=127.0.0.1"]\nanonymous = true\n'
+    text += f'[admin]\nlisten = "unix:{path}"\n'
+    text += provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    config.write_text(text)
+    with subprocess.Popen(
+        twistd(config), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL
+    ) as daemon:
+        try:
+            until(path.exists, "the admin site listens")
+            code, out, err = printed(capsys, f"unix:{path}", "--once", "--json")
+        finally:
+            daemon.terminate()
+    assert (code, err) == (0, "")
+    assert [row["name"] for row in json.loads(out)["providers"]] == ["p"]
