@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,9 +28,13 @@ RESPONSES = {
     "POST /providers/NAME/disable": ProviderRow,
     "POST /providers/NAME/enable": ProviderRow,
     "GET /clients": list[ClientRow],
+    "GET /config": dict[str, Any],
     "GET /events": State,
 }
-"""What a response holds, by its request; of ``/events`` the data of each event."""
+"""What a response holds, by its request; of ``/events`` the data of each event.
+
+``/config`` has the tables and keys of the configuration file (docs/configuration.rst).
+"""
 
 
 def schema() -> dict[str, object]:
