@@ -57,8 +57,16 @@ def tool(name: str) -> str:
     """Build the provider (``mock``) or the load generator (``load``); return its path."""
     made = CACHE / name
     if not is_fresh(made, *SOURCES.iterdir()):
-        _run(name, find("gcc"), "-O2", "-o", str(made), str(SOURCES / f"{name}.c"))
+        _compile(name, made, str(SOURCES / f"{name}.c"))
     return str(made)
+
+
+def _compile(what: str, made: Path, *options: str) -> None:
+    """Build a program of C; another process may build the same one meanwhile."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    new = made.with_name(f"{made.name}.{os.getpid()}")
+    _run(what, find("gcc"), "-O2", "-o", str(new), *options)
+    new.replace(made)
 
 
 def load_by_tls() -> str:
@@ -70,8 +78,7 @@ def load_by_tls() -> str:
     made = CACHE / "load-tls"
     if not is_fresh(made, *SOURCES.iterdir()):
         source = str(SOURCES / "load.c")
-        options = ("-O2", "-DWITH_TLS", "-o", str(made), source, "-lssl", "-lcrypto")
-        _run("load by TLS", find("gcc"), *options)
+        _compile("load by TLS", made, "-DWITH_TLS", source, "-lssl", "-lcrypto")
     return str(made)
 
 

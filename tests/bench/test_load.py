@@ -169,6 +169,8 @@ def test_the_reason_of_a_failed_build_is_reported(
 ) -> None:
     """Where the compiler fails, its last line is in the error."""
     monkeypatch.setattr(build, "CACHE", tmp_path / "missing" / "folder")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    (tmp_path / "mock.c").write_text("this is not C\n")
     with pytest.raises(build.CannotBuildError, match="mock cannot be built"):
         build.tool("mock")
 

@@ -526,7 +526,7 @@ def test_a_step_is_short_whatever_the_body(head: bytes, unit: bytes, tail: bytes
         for _ in all_facts(body):
             now = time.thread_time()
             longest, before, steps = max(longest, now - before), now, steps + 1
-    assert max(longest, time.thread_time() - before) < 0.05
+    assert max(longest, time.thread_time() - before) < 0.25  # mostly some milliseconds
     assert steps < 2 * ROUNDS
 
 

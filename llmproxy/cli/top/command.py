@@ -114,9 +114,8 @@ def _live(site: Site, query: dict[str, str]) -> int:
 
     site.follow(query | {"limit": "0"}).close()  # what is wrong with it is said before all else
 
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-    LiveView(site, query, Console()).run()
+    view = LiveView(site, query, Console())
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could come at any place
+        signal.signal(number, view.stop)
+    view.run()
     return 0

@@ -87,16 +87,21 @@ class LiveView:
         self._reader = _Reader(site, dict(query), self._arrived.put)
         self._typed: str | None = None  # a filter that is being typed
         self._doomed: str | None = None  # the stream that the question is about
+        self._is_over = False
+
+    def stop(self, *_: object) -> None:
+        """Let :meth:`run` end soon; a handler of a signal may call it."""
+        self._is_over = True
 
     def run(self) -> None:
-        """Show it, until ``q``."""
+        """Show it, until ``q`` or :meth:`stop`."""
         self._reader.start()
         with (
             Keyboard() as keyboard,
             Live(console=self._console, screen=True, auto_refresh=False) as live,
         ):
             size = self._console.size
-            while True:
+            while not self._is_over:
                 is_new = self._take()
                 with suppress(EOFError):
                     key = keyboard.read(0 if is_new else _GLANCE_S)
