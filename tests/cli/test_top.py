@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
 
 import pytest
+from rich.console import Console
 
 from llmproxy.cli.main import main
-from llmproxy.cli.top.screen import duration, size
+from llmproxy.cli.top.screen import View, duration, picture, size, visible
+from llmproxy.cli.top.site import Site
 from tests.support.daemon import (
     ROOT,
     Daemon,
@@ -141,6 +146,8 @@ def test_what_cannot_be_shown_is_said(
         ("unix:/nowhere/admin.sock", "No such file"),
         ("ftp://127.0.0.1", "expected http://HOST:PORT or unix:PATH"),
         ("127.0.0.1:9080", "expected http://HOST:PORT or unix:PATH"),
+        ("http://127.0.0.1:port", "expected http://HOST:PORT or unix:PATH"),
+        ("http://[::1", "expected http://HOST:PORT or unix:PATH"),
     ],
 )
 def test_a_site_that_is_not_there_is_said(
@@ -164,6 +171,57 @@ def test_a_listener_for_metrics_is_none(tmp_path: Path, capsys: pytest.CaptureFi
         assert code == 1
         assert "404" in err
         assert "`listen` in [admin]" in err
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[str, list[bytes]]]:
+    """Something at a URL that answers with escape sequences; and what it was sent."""
+    got = list[bytes]()
+
+    def answer() -> None:
+        accepted, _ = listener.accept()
+        with accepted:
+            got.append(accepted.recv(65536))
+            accepted.sendall(b"HTTP/1.1 500 \x1b[31mred\x07\r\ncontent-length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", got
+        thread.join(WAIT)
+
+
+def test_an_error_does_nothing_to_a_terminal(
+    stranger: tuple[str, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever answers; and who only reads shows no token."""
+    (tmp_path / "token").write_text(TOKEN)
+    code, _, err = printed(capsys, stranger[0], "--once", "--token-file", str(tmp_path / "token"))
+    assert (code, err) == (1, f"{stranger[0]}: 500: \\x1b[31mred\\x07\n")
+    assert TOKEN.encode() not in stranger[1][0]
+
+
+@pytest.mark.parametrize("text", ["one-SECRET\ntwo-SECRET", "one-SECRET two", "\n"])
+def test_a_file_that_holds_more_than_a_token_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """It is named, and nothing of it is printed."""
+    (tmp_path / "token").write_text(text)
+    words = ("http://127.0.0.1:1", "--once", "--token-file", str(tmp_path / "token"))
+    code, _, err = printed(capsys, *words)
+    assert code == 1
+    assert "expected the admin token" in err
+    assert "SECRET" not in err
+
+
+def test_a_state_may_be_as_late_as_it_was_asked_for(
+    live: LiveProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that sends one every few seconds is not gone in between."""
+    monkeypatch.setattr("llmproxy.cli.top.site._SLOW_S", 0.5)
+    with closing(Site(url(live)).follow({"every": "2"})) as follower:
+        states = follower.states()
+        assert [next(states)["total"], next(states)["total"]] == [STREAMS, STREAMS]
 
 
 def _ports(daemon: Daemon) -> set[int]:
@@ -303,6 +361,32 @@ def test_a_daemon_that_is_gone_is_said(live: LiveProxy) -> None:
         terminal.wait("trying again")
         terminal.press("q")
         assert terminal.ended() == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 40)])
+def test_many_providers_leave_room(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str], width: int, height: int
+) -> None:
+    """Streams and the note stay on the screen, and a provider that is off is among the first."""
+    _, out, _ = printed(capsys, url(live), "--once", "--json")
+    state = json.loads(out)
+    (row,) = state["providers"]
+    state["providers"] = [row | {"name": f"p{number}"} for number in range(40)]
+    state["providers"][-1]["state"] = "off"
+    view = View(note="A note.", height=height)
+    console = Console(width=width, height=height, file=io.StringIO())
+    lines = [
+        "".join(one.text for one in line) for line in console.render_lines(picture(state, view))
+    ]
+    assert len([line for line in lines if line.strip()]) <= height
+    assert lines[1].startswith("A note.")
+    assert "of 40" in lines[2]
+    assert " p39 " in lines[5]
+    assert (
+        sum(row["id"][:8] in line for line in lines for row in state["streams"])
+        >= visible(state, view)
+        >= 3
+    )
 
 
 @pytest.mark.parametrize(

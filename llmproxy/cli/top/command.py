@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from llmproxy.cli.table import shown
 from llmproxy.cli.top.site import DEFAULT, Site, SiteError
 
 _FILTERS = ("client", "route", "provider", "model", "session", "phase")
@@ -75,7 +76,7 @@ def top(args: argparse.Namespace) -> int:
             raise SiteError("there is no terminal to draw on: use --once or --json")
         return _live(site, query)
     except SiteError as error:
-        print(error, file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
@@ -85,9 +86,12 @@ def _token(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text("ascii")[:_MOST_TOKEN].strip()
+        token = path.read_text("ascii")[:_MOST_TOKEN].strip()
     except (OSError, ValueError) as error:
         raise SiteError(f"{path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    if not token or not token.isprintable() or " " in token:
+        raise SiteError(f"{path}: expected the admin token, and nothing else")
+    return token
 
 
 def _print(site: Site, query: dict[str, str], *, once: bool, as_json: bool) -> int:

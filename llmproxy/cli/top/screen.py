@@ -6,7 +6,7 @@ Everything that came from a daemon goes through :func:`llmproxy.cli.table.shown`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -33,6 +33,8 @@ SORTS = {
 _WORDS = {"paused": "yellow", "queued": "yellow", "streaming": "green"}
 _LONGEST = 40
 _FEW = 5
+_FIXED = 14
+"""Lines for the head, a note, and the title, heading and rule of each table."""
 
 
 class View(msgspec.Struct):
@@ -54,24 +56,28 @@ class View(msgspec.Struct):
 def picture(state: State, view: View) -> Group:
     """Return the picture of a state."""
     parts: list[Any] = [_head(state)]
-    providers, ended = _providers(state["providers"]), _ended(state["ended"])
-    rows = state["streams"]
-    if view.height:
-        # heading and rule of each table, its title, and the lines above and below
-        spent = 9 + len(state["providers"]) + 3 + min(_FEW, len(state["ended"])) + 2
-        rows = rows[: max(3, view.height - spent)]
-    parts += [providers, _streams(rows, state, view), ended]
-    if view.note:
+    if view.note:  # not below: a small terminal cuts what is there
         parts.append(Text(view.note, style="bold"))
+    providers, streams, ended = _room(state, view)
+    parts.append(_providers(state["providers"], providers))
+    parts.append(_streams(state["streams"][:streams], state, view))
+    parts.append(_ended(state["ended"][:ended]))
     return Group(*parts)
+
+
+def _room(state: State, view: View) -> tuple[int, int, int]:
+    """Return how many providers, streams and ends have a row; streams have what is left."""
+    providers, ended = len(state["providers"]), min(_FEW, len(state["ended"]))
+    if not view.height:
+        return providers, len(state["streams"]), ended
+    left = max(0, view.height - _FIXED)
+    providers, ended = min(providers, max(2, left // 3)), min(ended, left // 4)
+    return providers, min(len(state["streams"]), max(3, left - providers - ended)), ended
 
 
 def visible(state: State, view: View) -> int:
     """Return how many streams have a row."""
-    if not view.height:
-        return len(state["streams"])
-    spent = 9 + len(state["providers"]) + 3 + min(_FEW, len(state["ended"])) + 2
-    return min(len(state["streams"]), max(3, view.height - spent))
+    return _room(state, view)[1]
 
 
 def _head(state: State) -> Text:
@@ -108,17 +114,20 @@ def _streams(rows: Sequence[dict[str, Any]], state: State, view: View) -> Table:
     return table
 
 
-def _providers(rows: Iterable[dict[str, Any]]) -> Table:
-    table = _table("providers", "name state", "active idle connecting busy waiting")
+def _providers(rows: Sequence[dict[str, Any]], most: int) -> Table:
+    title = "providers" if len(rows) <= most else f"providers {most} of {len(rows)}, not on first"
+    if len(rows) > most:
+        rows = sorted(rows, key=lambda row: _state_of(row)[0] == "on")[:most]
+    table = _table(title, "name state", "active idle connecting busy waiting")
     for row in rows:
         state, style = _state_of(row)
         connections, places = row["connections"], row["places"]
-        most = "" if places["most"] is None else f"/{places['most']}"
+        of = "" if places["most"] is None else f"/{places['most']}"
         table.add_row(
             _cell(row["name"]),
             Text(state, style),
             *(_cell(connections[name]) for name in ("active", "idle", "connecting")),
-            _cell(f"{places['busy']}{most}"),
+            _cell(f"{places['busy']}{of}"),
             _cell(places["waiting"]),
         )
     return table
@@ -139,7 +148,7 @@ def _state_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def _ended(rows: Sequence[dict[str, Any]]) -> Table:
     table = _table("abnormal ends", "id began end cause client provider model", "status lasted")
-    for row in rows[:_FEW]:
+    for row in rows:
         words = ("id", "time", "end_reason", "cause", "client", "provider", "model", "status")
         table.add_row(*(_cell(row[name]) for name in words), _cell(duration(row["duration_s"])))
     return table

@@ -11,13 +11,14 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 DEFAULT = "http://127.0.0.1:9080"
 
 _SLOW_S = 15.0
-"""Seconds of silence after which a daemon that sends a state each second is gone."""
+"""Seconds for which an answer, or a state that is due, may be late; then the daemon is gone."""
 
 State = dict[str, Any]
 """What ``/events`` sends: docs/admin-api.json has it."""
@@ -56,10 +57,7 @@ class Site:
         self.url = url.rstrip("/")
         self._token = token
         self._path = url.removeprefix("unix:") if url.startswith("unix:") else None
-        parts = urlsplit(url)
-        if self._path is None and (parts.scheme != "http" or not parts.hostname):
-            raise SiteError(f"{url}: expected http://HOST:PORT or unix:PATH")
-        self._host = parts.netloc
+        self._host = "localhost" if self._path is not None else _host_of(url)
 
     def follow(self, query: Mapping[str, str]) -> Follower:
         """Begin to follow the states of a window.
@@ -68,6 +66,8 @@ class Site:
             SiteError: it cannot be followed.
         """
         connection, response = self._ask("GET", f"/events?{urlencode(query)}")
+        if connection.sock is not None and query.get("every", "").isdecimal():
+            connection.sock.settimeout(_SLOW_S + int(query["every"]))
         kind = response.headers.get_content_type()
         if kind != "text/event-stream":
             connection.close()
@@ -80,20 +80,20 @@ class Site:
         Raises:
             SiteError: it was not ended.
         """
-        connection, _ = self._ask("DELETE", f"/streams/{quote(name, safe='')}")
+        fields = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        connection, _ = self._ask("DELETE", f"/streams/{quote(name, safe='')}", fields)
         connection.close()
 
     def _ask(
-        self, method: str, target: str
+        self, method: str, target: str, fields: Mapping[str, str] = MappingProxyType({})
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection: http.client.HTTPConnection
         if self._path is not None:
             connection = _UnixConnection(self._path, _SLOW_S)
         else:
             connection = http.client.HTTPConnection(self._host, timeout=_SLOW_S)
-        fields = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         try:
-            connection.request(method, target, headers=fields)
+            connection.request(method, target, headers=dict(fields))
             response = connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
@@ -143,6 +143,19 @@ class Follower:
     def close(self) -> None:
         """Follow no more."""
         self._connection.close()
+
+
+def _host_of(url: str) -> str:
+    """Return the host and port of a URL.
+
+    Raises:
+        SiteError: the URL is no such thing.
+    """
+    with suppress(ValueError):  # no address, or no port
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname and parts.port != 0:
+            return parts.netloc
+    raise SiteError(f"{url}: expected http://HOST:PORT or unix:PATH")
 
 
 def _words(error: Exception) -> str:
