@@ -280,12 +280,16 @@ def panel(title: str, unit: str, text: str, queries: list[Query]) -> timeseries.
 
 
 def variable(name: str, label: str, metric: str) -> dashboard.QueryVariable:
-    """Return a variable that has the values of a metric's label."""
+    """Return a variable that has the values of a metric's label.
+
+    All of them is also what has none, as a refused request has no provider, and what is not listed
+    yet, as a provider that no request has come to.
+    """
     selector = "" if name == "job" else '{job="$job"}'
     made = dashboard.QueryVariable(name).label(label).datasource(_SOURCE)
     made = made.query(f"label_values({metric}{selector}, {name})")
     made = made.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
-    return made if name == "job" else made.multi(True).include_all(True)
+    return made if name == "job" else made.multi(True).include_all(True).all_value(".*")
 
 
 def text() -> str:

@@ -99,6 +99,13 @@ def test_rules_and_dashboard_name_what_the_daemon_has(exposed: set[str]) -> None
     assert len(asked) > 30
 
 
+def test_all_is_also_what_has_no_label() -> None:
+    """A refused request has no provider, and one that was never asked is in no list of them."""
+    several = [one for one in dashboard()["templating"]["list"] if one.get("includeAll")]
+    assert {one["name"] for one in several} == {"instance", "route", "provider", "client"}
+    assert {one.get("allValue") for one in several} == {".*"}
+
+
 def test_the_dashboard_is_the_scripts() -> None:
     """Whoever edits the file by hand finds the change gone at the next one."""
     pytest.importorskip("grafana_foundation_sdk", reason="needs grafana-foundation-sdk")
