@@ -265,7 +265,9 @@ class Connect(Handler):
         """Respond with an error, unless the response is out already."""
         request, name = exchange.request, exchange.trace.id
         if request.startedWriting:
+            exchange.to_client = "broken_off"
             return
+        exchange.to_client = "error"
         if error.end is EndReason.REJECTED:
             exchange.trace.tunnel = REFUSED
         body = error_body(error, Dialect.OPENAI, name)

@@ -30,7 +30,8 @@ Bytes = bytes
 """The type, for a struct that has a field of that name."""
 
 _LONGEST_DETAIL = 2000
-_LEFT = ("client_gone", "client_stalled")
+_WHOLE = ("upstream_refused", "upstream_failed", "unfinished", "rejected")
+"""The ends of which a client may have got all that there was; behind the others it was cut."""
 
 
 class Body(msgspec.Struct, kw_only=True):
@@ -118,9 +119,12 @@ def capsule(
 ) -> Capsule:
     """Return the capsule of a request that has ended; the arguments are its fields."""
     if to_client is None:
-        to_client = "nothing" if trace.status is None else "whole"
-        if trace.end_reason in _LEFT:
+        if trace.end_reason == "client_gone":
             to_client = "left"
+        elif trace.status is None:
+            to_client = "nothing"
+        else:
+            to_client = "whole" if trace.end_reason in _WHOLE else "broken_off"
     return Capsule(
         id=trace.id,
         time=trace.time,

@@ -189,6 +189,7 @@ def test_a_request_whose_body_comes_still(live: Killing) -> None:
         name = live.kill("uploading")
         got = read_response(client)
     assert (got.status, got.error) == (503, "killed")
+    assert got.values(b"x-should-retry") == [b"false"]
     assert live.ends.read() in ("fin", "reset")
     live.assert_killed(name, 503, "error")
 
@@ -203,6 +204,7 @@ def test_a_request_in_a_queue(live: Killing) -> None:
         assert live.change(queued["id"]) == 200
         got = read_response(second)
         assert (got.status, got.error) == (503, "killed")
+        assert got.values(b"x-should-retry") == [b"false"]
         assert live.only("streaming")["id"] != queued["id"]
     assert trace_of(live.daemon, id=queued["id"])["attempts"] == []
 
@@ -264,10 +266,7 @@ def test_a_websocket_is_closed(live: Killing) -> None:
         name = live.kill("streaming")
         assert client.wait_closed() in ("fin", "reset")
     assert live.ends.read() in ("fin", "reset")
-    until(lambda: not live.rows(), "nothing runs")
-    record = trace_of(live.daemon, id=name)
-    assert (record["end_reason"], record["status"]) == ("killed", 101)
-    assert_settles(live.daemon)
+    live.assert_killed(name, 101, "broken_off")
 
 
 def test_a_paced_stream_is_broken_off(live: Killing) -> None:
@@ -277,8 +276,7 @@ def test_a_paced_stream_is_broken_off(live: Killing) -> None:
         client.read_head()
         name = live.kill("streaming")
         assert client.wait_closed() in ("fin", "reset")
-    until(lambda: not live.rows(), "nothing runs")
-    assert trace_of(live.daemon, id=name)["end_reason"] == "killed"
+    live.assert_killed(name, 200, "broken_off")
 
 
 def test_a_response_that_is_read_on_without_a_client(live: Killing) -> None:
@@ -292,6 +290,8 @@ def test_a_response_that_is_read_on_without_a_client(live: Killing) -> None:
     assert live.ends.read() in ("fin", "reset")
     until(lambda: not live.rows(), "nothing runs")
     assert trace_of(live.daemon, id=row["id"])["end_reason"] == "client_gone"
+    capsule = json.loads(live.daemon.admin(f"/streams/ended/{row['id']}"))
+    assert capsule["to_client"] == "left"
     assert_settles(live.daemon)
 
 
@@ -344,5 +344,4 @@ def test_what_goes_to_other_hosts_is_closed(tmp_path: Path, kind: str) -> None:
             assert live.change(row["id"]) == 200
             assert client.wait_closed() in ("fin", "reset")
         assert ends.read() in ("fin", "reset")
-        until(lambda: not live.rows(), "nothing runs")
-        assert trace_of(live.daemon, id=row["id"])["end_reason"] == "killed"
+        live.assert_killed(row["id"], 200, "broken_off")
