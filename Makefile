@@ -93,6 +93,7 @@ docs-hops: $(DEV_STAMP) ## the table in docs/buffering.rst, from real programs (
 
 monitoring: ## Debian's Prometheus with the rules of monitoring/, on the demo that `make run` started
 	@command -v prometheus >/dev/null || { echo "monitoring: no prometheus here: apt-get install prometheus, or make peers"; exit 1; }
+	@python3 -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:9080/livez", timeout=5)' 2>/dev/null || { echo "monitoring: nothing answers at 127.0.0.1:9080: start the demo first, with make run"; exit 1; }
 	@mkdir -p build/prometheus
 	@echo "Prometheus scrapes the demo's admin site: http://127.0.0.1:9090/alerts and /graph; Ctrl-C ends it."
 	@exec prometheus --config.file=monitoring/prometheus.yml --storage.tsdb.path=build/prometheus \

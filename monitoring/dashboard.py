@@ -18,7 +18,10 @@ _SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 _ALL = 'job="$job", instance=~"$instance"'
 _VIA = f'{_ALL}, provider=~"$provider"'
 _OF_CLIENT = f'{_ALL}, client=~"$client"'
+_OF_ROUTE = f'{_ALL}, route=~"$route"'
 _BY = f'{_VIA}, route=~"$route", client=~"$client"'
+
+_BELOW_0 = ("Certificates and keys",)  # what has expired
 
 Query = tuple[str, str]
 """An expression, and what its lines are called."""
@@ -135,11 +138,28 @@ ROWS: list[tuple[str, list[tuple[str, str, str, list[Query]]]]] = [
                 "How late timers are: every stream waits as long.",
                 quantiles("llmproxy_reactor_lag_seconds"),
             ),
+            (
+                "Turns of the reactor",
+                "s",
+                "From one poll to the next: no stream goes on meanwhile.",
+                quantiles("llmproxy_turn_seconds"),
+            ),
         ],
     ),
     (
         "Providers and clients",
         [
+            (
+                "Providers that are ready",
+                "short",
+                "How many of a route's providers everybody may ask.",
+                [
+                    (
+                        f"min by (route) (llmproxy_route_ready_providers{{{_OF_ROUTE}}})",
+                        "{{route}}",
+                    )
+                ],
+            ),
             (
                 "Providers that are up",
                 "short",
@@ -272,7 +292,9 @@ ROWS: list[tuple[str, list[tuple[str, str, str, list[Query]]]]] = [
 def panel(title: str, unit: str, text: str, queries: list[Query]) -> timeseries.Panel:
     """Return one panel."""
     made = timeseries.Panel().title(title).description(text).unit(unit).datasource(_SOURCE)
-    made = made.min(0).height(8).span(8).fill_opacity(5)
+    if title not in _BELOW_0:
+        made = made.min(0)
+    made = made.height(8).span(8).fill_opacity(5)
     for ref_id, (expression, name) in zip("ABCDEF", queries, strict=False):
         query = prometheus.Dataquery().expr(expression).legend_format(name).ref_id(ref_id)
         made = made.with_target(query)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Builds and fresh environments; on a slow machine the first test waits for all of them.
 pytestmark = pytest.mark.timeout(300)
 
-FOLDERS = ("llmproxy", "tests", "systemd", "docs", "changelog.d")
+FOLDERS = ("llmproxy", "tests", "systemd", "monitoring", "docs", "changelog.d")
 FILES = (
     "CONTRIBUTING.rst",
     "Containerfile",
@@ -44,7 +44,6 @@ LITTER = (
     "docs/.mypy_cache/x.json",
     "llmproxy.egg-info/SOURCES.txt",
     "llmproxy/__pycache__/errors.cpython-311.pyc",
-    "monitoring/rules.yml",
     "tests/.pytest_cache/v",
     "tests/__pycache__/conftest.cpython-311.pyc",
     "twisted/plugins/__pycache__/llmproxy_plugin.cpython-311.pyc",

@@ -114,8 +114,8 @@ def _expose_providers(
     gauge(
         "provider_up",
         (
-            "0 while a circuit of the provider is open, for any client: it fails, and is left "
-            "alone. /providers says whose."
+            "0 while the provider is left alone for its failures, by any client. /providers says "
+            "by whom."
         ),
         ["provider"],
         _by(lambda: {name: health.is_up(name) for name in setup.config.providers}),
@@ -128,6 +128,15 @@ def _expose_providers(
         ),
         ["provider"],
         _by(lambda: {name: health.cooldown_s(name) for name in setup.config.providers}),
+    )
+    gauge(
+        "route_ready_providers",
+        (
+            "Providers of the route that everybody may ask: on, not failing, not cooling for any "
+            "model. 0: requests are refused, or go to a provider that asked to be left alone."
+        ),
+        ["route"],
+        _by(lambda: {one.name: standing.ready(one.providers) for one in setup.config.routes}),
     )
     gauge(
         "queued_requests",

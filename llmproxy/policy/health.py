@@ -195,10 +195,24 @@ class Health:
     # -- what operators see ---------------------------------------------------------------------
 
     def is_up(self, provider: str) -> bool:
-        """Return whether no circuit of the provider is open, for any client."""
+        """Return whether nobody, of any client, has to leave the provider alone for its failures.
+
+        A circuit whose time is over says nothing: the next request finds out, and none may come.
+        """
+        now = self._clock()
         return not any(
-            name == provider and circuit.opened_until is not None
+            name == provider and circuit.wait(now) > 0
             for (name, _), circuit in self._circuits.items()
+        )
+
+    def is_ready(self, provider: str) -> bool:
+        """Return whether everybody may ask the provider, whatever the model."""
+        now = self._clock()
+        circuit = self._circuits.get((provider, ""))
+        if circuit is not None and circuit.wait(now) > 0:
+            return False
+        return not any(
+            name == provider and one.until > now for (name, _), one in self._cooldowns.items()
         )
 
     def cooldown_s(self, provider: str) -> float:

@@ -6,7 +6,7 @@ switched off, is true for the next configuration, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llmproxy.config import Config
@@ -41,6 +41,7 @@ class Standing:
         wall: Callable[[], float],
         waited: Callable[[float], object] = lambda _: None,
     ) -> None:
+        self._clock = clock
         self.health = Health(clock)
         self.places = AllPlaces(timers, clock, waited)
         self.stickiness = Stickiness(clock)
@@ -52,3 +53,11 @@ class Standing:
         self.health.follow(config.providers)
         self.places.follow(config.providers)
         self.headroom.follow(config.providers)
+
+    def ready(self, providers: Iterable[str]) -> int:
+        """Return how many of these providers everybody may ask: on, not failing, not cooling."""
+        now = self._clock()
+        return sum(
+            self.health.is_ready(name) and not self.switches.is_off(name, None, now)
+            for name in providers
+        )

@@ -29,6 +29,9 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="there is no promto
 _METRIC = re.compile(r"\b(?:llmproxy|process)_[a-z_]+\b")
 _ALERT = re.compile(r"^  - alert: (\w+)$", re.MULTILINE)
 _RECORD = re.compile(r"^  - record: (\S+)$", re.MULTILINE)
+_SELECTED = re.compile(r"\b((?:llmproxy|process)_\w+)\{([^}]*)\}")
+_GROUPED = re.compile(r"\bby \(([^)]*)\)\s*\((?:\w+\()?((?:llmproxy|process)_\w+)")
+_OF_PROMETHEUS = {"job", "instance"}
 _SUFFIX = re.compile(r"_(?:bucket|count|sum)\Z")
 
 
@@ -70,12 +73,38 @@ def test_every_alert_has_its_section() -> None:
         assert f"runbook_url: docs/trouble.rst#{alert.lower()}\n" in RULES.read_text()
 
 
+def test_every_alert_says_how_much_and_where() -> None:
+    """By its labels and its value: a pager shows nothing else."""
+    for block in RULES.read_text().split("  - alert: ")[1:]:
+        name = block.partition("\n")[0]
+        found = re.search(r'^      description: "(.+)"$', block, re.MULTILINE)
+        assert found is not None, name
+        assert "{{ $labels." in found[1] or "{{ $value" in found[1], name
+        assert _before(name).startswith("  # "), name
+
+
+def _before(alert: str) -> str:
+    """Return the line before an alert, which says why its threshold is what it is."""
+    return RULES.read_text().partition(f"\n  - alert: {alert}\n")[0].rpartition("\n")[2]
+
+
 @pytest.fixture(scope="module")
-def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of the metrics that a daemon exposes."""
-    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
-    with Daemon(tmp_path_factory.mktemp("daemon"), config) as daemon:
-        return set(re.findall(r"^# TYPE (\S+) ", daemon.admin("/metrics"), re.MULTILINE))
+def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The metrics that a daemon exposes, and the labels of those that have a sample."""
+    config = provider_table("p", "max_streams = 1\nqueue = { size = 5 }", url="http://127.0.0.1:1")
+    config += route_table("/p", "p", 'name = "r"') + client_config("c", "k")
+    config = config.replace("[clients.c]", "[clients.c]\ntokens_per_day = 9")
+    live, daemon = LiveProxy(), Daemon(tmp_path_factory.mktemp("daemon"), config, proxy="")
+    with live.provider, daemon as live.daemon:
+        asked = post("/p/v1/chat/completions", b'{"model": "m"}', "x-api-key: k")
+        assert live.get(asked).status == 502
+        text = daemon.admin("/metrics")
+    names = re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE)
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for name, labels in re.findall(r"^(\w+)\{([^}]*)\} ", text, re.MULTILINE):
+        own = name if name in found else _SUFFIX.sub("", name)
+        found[own] |= {label.partition("=")[0] for label in labels.split(",")}
+    return found
 
 
 def dashboard() -> Any:
@@ -89,14 +118,33 @@ def expressions() -> list[str]:
     return [target["expr"] for one in panels for target in one.get("targets", ())]
 
 
-def test_rules_and_dashboard_name_what_the_daemon_has(exposed: set[str]) -> None:
+def test_rules_and_dashboard_name_what_the_daemon_has(exposed: dict[str, set[str]]) -> None:
     """A name that no daemon exposes would be an alert that never fires."""
     records = _RECORD.sub("", RULES.read_text())
     records = re.sub(r"\bjob:llmproxy_\w+(?::\w+)?", "", records)
     asked = set(_METRIC.findall(records)) | set(_METRIC.findall("\n".join(expressions())))
-    unknown = {name for name in asked if not {name, _SUFFIX.sub("", name)} & exposed}
+    unknown = {name for name in asked if not {name, _SUFFIX.sub("", name)} & exposed.keys()}
     assert unknown == set()
     assert len(asked) > 30
+
+
+def test_rules_and_dashboard_use_labels_that_the_daemon_has(exposed: dict[str, set[str]]) -> None:
+    """A label that a metric has not selects nothing, and no tool says so."""
+    rules = re.findall(r"expr: (.*?)\n(?=  [-#]|    [a-z]|- )", RULES.read_text(), re.DOTALL)
+    checked = set()
+    for expression in [*rules, *expressions()]:
+        text = re.sub(r'"[^"]*"', "", expression)
+        used = _SELECTED.findall(text)
+        used += [(name, labels) for labels, name in _GROUPED.findall(text)]
+        for name, labels in used:
+            own = name if name in exposed else _SUFFIX.sub("", name)
+            known = exposed.get(own, set())
+            if not known:
+                continue
+            checked.add(own)
+            asked = set(re.findall(r"\w+", labels)) - _OF_PROMETHEUS
+            assert asked <= known, (expression, own, asked - known)
+    assert len(checked) > 15, sorted(checked)
 
 
 def test_all_is_also_what_has_no_label() -> None:

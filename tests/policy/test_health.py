@@ -55,6 +55,32 @@ def test_a_circuit_opens_with_the_last_failure(health: Health) -> None:
     assert health.cooldown_s("p") == 15
 
 
+def test_a_circuit_that_is_over_says_nothing(health: Health, clock: Clock) -> None:
+    """Where nobody comes, nobody finds out: that must not look like a provider that fails."""
+    fail(health, 3)
+    clock.advance(15)
+    assert health.is_up("p")
+    health.asks(P, "c")
+    health.failed(P, "c", was_asked=False)
+    assert not health.is_up("p")
+
+
+def test_a_provider_is_ready_where_everybody_may_ask(health: Health, clock: Clock) -> None:
+    """One client's circuit does not count; everybody's does, and a cooldown of any model."""
+    assert health.is_ready("p")
+    fail(health, 3, "bad", was_asked=True)
+    assert health.is_ready("p")
+    fail(health, 3)
+    assert not health.is_ready("p")
+    assert health.is_ready("q")
+    clock.advance(15)
+    assert health.is_ready("p")
+    health.cool_down(P, "c", "m", 5, 429)
+    assert not health.is_ready("p")
+    clock.advance(5)
+    assert health.is_ready("p")
+
+
 def test_what_a_request_may_have_caused_is_its_clients_alone(health: Health) -> None:
     """No client can make the provider look ill to others."""
     fail(health, 3, "bad", was_asked=True)
