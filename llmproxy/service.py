@@ -319,7 +319,7 @@ class ProxyService(Service):
             clock,
             wall=time.time,
             ready=lambda: self.ready,
-            registry=self.metrics.registry,
+            metrics=self.metrics,
         )
         streams = self.streams = Streams(self.site, self.recorder, clock)
         providers = Providers(

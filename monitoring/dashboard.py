@@ -138,12 +138,6 @@ ROWS: list[tuple[str, list[tuple[str, str, str, list[Query]]]]] = [
                 "How late timers are: every stream waits as long.",
                 quantiles("llmproxy_reactor_lag_seconds"),
             ),
-            (
-                "Turns of the reactor",
-                "s",
-                "From one poll to the next: no stream goes on meanwhile.",
-                quantiles("llmproxy_turn_seconds"),
-            ),
         ],
     ),
     (

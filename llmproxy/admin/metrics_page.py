@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
 from llmproxy.admin.page import ReadOnly, respond
+from llmproxy.record.metrics import Metrics
 from llmproxy.server.handler import NOT_DONE_YET
 from llmproxy.server.request import Request
 
@@ -33,19 +34,17 @@ _is_refused = re.compile(r";\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", re.IGNORECASE).se
 
 
 class MetricsPage(ReadOnly):
-    """Shows a registry, as OpenMetrics where that is asked for.
+    """Shows all metrics, as OpenMetrics where that is asked for.
 
     Args:
-        registry: what is shown.
+        metrics: what is shown.
         reactor: gets its turn between two slices.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self, registry: CollectorRegistry, reactor: Any, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, metrics: Metrics, reactor: Any, clock: Callable[[], float]) -> None:
         super().__init__(lambda request: True)
-        self._registry = registry
+        self._metrics = metrics
         self._reactor = reactor
         self._clock = clock
 
@@ -54,7 +53,9 @@ class MetricsPage(ReadOnly):
         asked = (request.first.get(b"accept", b"")).decode("latin-1").split(",")
         accept = ",".join(one for one in asked if not _is_refused(one))
         encode, kind = choose_encoder(accept)
-        making = Making(request, kind.encode("ascii"), pieces(self._registry, encode))
+        summing = (b"" for _ in self._metrics.sum_bodies())
+        rest = chain(summing, pieces(self._metrics.registry, encode))
+        making = Making(request, kind.encode("ascii"), rest)
         making.go_on(self._reactor, self._clock)
         return NOT_DONE_YET
 

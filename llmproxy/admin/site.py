@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry
 
 from llmproxy.admin import ended, events, stream_pages
 from llmproxy.admin.clients import Clients
@@ -25,6 +24,7 @@ from llmproxy.admin.stream_pages import OneStream, window_page
 from llmproxy.admin.streams import Streams
 from llmproxy.config import Secret
 from llmproxy.record.flight import FlightRecorder
+from llmproxy.record.metrics import Metrics
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.request import Request
 from llmproxy.server.site import Site
@@ -84,7 +84,7 @@ def admin_site(
     *,
     wall: Callable[[], float],
     ready: Callable[[], bool],
-    registry: CollectorRegistry,
+    metrics: Metrics,
     shown: Shown | None,
 ) -> Site:
     """Return the site of an admin listener.
@@ -94,7 +94,7 @@ def admin_site(
         clock: monotonic seconds.
         wall: seconds since the epoch.
         ready: whether requests are taken, for ``/readyz``.
-        registry: what ``/metrics`` shows, as OpenMetrics where it is asked for.
+        metrics: what ``/metrics`` shows, as OpenMetrics where it is asked for.
         shown: what the whole site shows; None leaves all of that out.
     """
 
@@ -104,7 +104,7 @@ def admin_site(
     pages: dict[bytes, Handler] = {
         b"/livez": Page(lambda request: (200, TEXT, b"alive\n")),
         b"/readyz": Page(readyz),
-        b"/metrics": MetricsPage(registry, reactor, clock),
+        b"/metrics": MetricsPage(metrics, reactor, clock),
     }
     below = dict[bytes, Handler]()
     if shown is not None:

@@ -9,8 +9,9 @@ metric.  Nothing here knows where the values come from.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from operator import add
 from typing import Protocol
 
@@ -29,6 +30,14 @@ _SLOW_S, _SOME = 1.0, 16
 
 _STEPS = 256
 """Beginnings and ends of requests after which the values that they have are counted."""
+
+_SLICE = 500
+"""Bodies that are summed up at once."""
+
+_Sums = tuple[int, int, float, int]
+"""Of all bodies: chunks, bytes, seconds of pauses, and how many are paused."""
+
+_NOTHING: _Sums = 0, 0, 0.0, 0
 
 _PREFIX = "llmproxy_"
 
@@ -171,6 +180,7 @@ class Metrics:
         self._tunnelled: dict[Labels, int] = {("in",): 0, ("out",): 0}
         self._chunks = 0
         self._paused_s = 0.0
+        self._sums: _Sums | None = None
         self._version = version
         self._sources: list[tuple[str, str, list[str], bool, Source]] = []
         self.registry.register(self)
@@ -392,15 +402,29 @@ class Metrics:
         ):
             yield _counter(name, text, labels, counts.items())
 
-    def _bodies(self) -> Iterator[Metric]:
-        """Yield what bodies have come to; those that are relayed are gone through once."""
+    def sum_bodies(self) -> Iterator[None]:
+        """Sum up what bodies have come to, with a pause behind each slice of them.
+
+        The next :meth:`collect` shows these sums.  Those who begin meanwhile are not in them; those
+        who end are, once, and so no sum is ever less than the one before.
+        """
         chunks, out, paused_s, paused = self._chunks, self._bytes["out"], self._paused_s, 0
-        for body in self.live:
-            chunks += body.chunks
-            out += body.byte_count
-            if body.is_paused:
-                paused += 1
-            paused_s += body.paused_s
+        bodies = iter(list(self.live))
+        while some := list(islice(bodies, _SLICE)):
+            for body in some:
+                chunks += body.chunks
+                out += body.byte_count
+                if body.is_paused:
+                    paused += 1
+                paused_s += body.paused_s
+            yield
+        self._sums = chunks, out, paused_s, paused
+
+    def _bodies(self) -> Iterator[Metric]:
+        if self._sums is None:
+            deque(self.sum_bodies(), 0)
+        chunks, out, paused_s, paused = self._sums or _NOTHING
+        self._sums = None
         rows = [(("in",), self._bytes["in"]), (("out",), out)]
         yield _counter("bytes", "Bytes of bodies, of running ones, too.", ["direction"], rows)
         yield _counter("chunks", "Chunks forwarded, of running bodies, too.", [], [((), chunks)])

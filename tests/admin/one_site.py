@@ -89,7 +89,7 @@ class Admin:
             clock.seconds,
             wall=lambda: 1.0,
             ready=lambda: self.ready,
-            registry=self.metrics.registry,
+            metrics=self.metrics,
             shown=shown if config else None,
         )
         self.site, self.address = site, address

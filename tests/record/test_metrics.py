@@ -263,3 +263,21 @@ def test_slow_requests_are_examples_and_some_of_the_others() -> None:
         wanted += metrics.wants_example(0.001)
         assert metrics.wants_example(1.1)
     assert wanted == 10
+
+
+def test_bodies_are_summed_up_a_slice_at_a_time() -> None:
+    """Each is counted once, whether it begins, goes on or ends between two slices."""
+    metrics = Metrics("1")
+    value = metrics.registry.get_sample_value
+    bodies = [Body(1, 10) for _ in range(1200)]
+    for body in bodies:
+        metrics.began(body)
+    turns = 0
+    for _ in metrics.sum_bodies():
+        turns += 1
+        metrics.finished(bodies[turns])
+        metrics.finished(bodies[-turns])
+        metrics.began(Body(1, 10))
+    assert turns == 3
+    assert value("llmproxy_chunks_total") == 1200
+    assert value("llmproxy_chunks_total") == 1203
