@@ -190,8 +190,8 @@ class Gateway(Handler):
         if facts is None:
             facts = await self._reader.read(exchange, place, client)
         match = self._choose(exchange, place, client, facts)
-        if body := request.body:
-            self._recorder.note_sent(exchange, client.name, body)
+        if request.body:
+            self._recorder.note_sent(exchange, client.name, request.body)
         is_limited, caller = client.name in self._limited, None
         if exchange.handshake is not None:
             caller = opens_websocket(exchange, match, place, client, is_limited=is_limited)

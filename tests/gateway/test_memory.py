@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
+
+import pytest
 
 from llmproxy.server.connection import ClientConnection
 from llmproxy.server.request import Request
 from tests.gateway.played import SSE, PlayedGateway, PlayedResponse
+from tests.support.sockets import request
 
 ASKED = "X-Asked: 1"
 TOLD = (b"x-told", b"1")
+SIZE = 500_000
 
 
 def holders(name: bytes) -> list[object]:
@@ -54,3 +59,24 @@ def test_a_request_and_its_connection_have_no_dictionary() -> None:
     response.push(b"data: [DONE]\n\n")
     response.end()
     assert played.trace().end_reason == "complete"
+
+
+@pytest.mark.parametrize("route", ["", 'capture = "content"'])
+def test_a_requests_body_is_let_go_of_while_the_response_runs(route: str) -> None:
+    """It may have megabytes, and ``request_memory`` counts it no longer."""
+    played = PlayedGateway(route=route)
+    data = request("POST", "/p/v1/chat/completions", "X-Api-Key: key", body=b"[%b]" % (b" " * SIZE))
+    played.send(data)  # what is made once is there
+    played.response(200, SSE).end()
+    tracemalloc.start()
+    try:
+        played.send(data)
+        played.upstream.asked[-1].body = b""  # the test's own
+        response = played.response(200, SSE)
+        response.push(b"data: {}\n\n")
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < SIZE
+    response.end()
