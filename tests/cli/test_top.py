@@ -24,6 +24,7 @@ import pytest
 from rich.console import Console
 
 from llmproxy.cli.main import main
+from llmproxy.cli.top.keyboard import Keyboard
 from llmproxy.cli.top.screen import View, duration, picture, size, visible
 from llmproxy.cli.top.site import Site
 from tests.support.daemon import (
@@ -231,15 +232,36 @@ def _ports(daemon: Daemon) -> set[int]:
 # --- a terminal -----------------------------------------------------------------------------------
 
 
+_CONTROLLED = """\
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Runs a program with its standard input as the controlling terminal, as a window does."""
+
+_SHELL = 'set -m; "$@"; echo "at the prompt"; read -r; fg; echo "ended with $?"'
+"""What somebody does in a shell: Ctrl-Z, Enter, and then ``fg``."""
+
+
 class Terminal:
     """The command in a terminal of its own.
 
     Args:
         words: its arguments.
+        environ: further environment variables.
+        shell: a script of ``bash`` that runs the command, which is ``"$@"``.
+
+    Attributes:
+        seen: what was drawn since a key was pressed last.
     """
 
-    def __init__(self, *words: str) -> None:
-        self._words = words
+    def __init__(
+        self, *words: str, environ: dict[str, str] | None = None, shell: str | None = None
+    ) -> None:
+        self._command = [sys.executable, "-m", "llmproxy.cli.main", "top", *words]
+        if shell is not None:
+            self._command = ["/bin/bash", "-c", shell, "bash", *self._command]
+        self._environ = environ or {}
         self.seen = ""
 
     def __enter__(self) -> Self:
@@ -248,12 +270,12 @@ class Terminal:
         self._theirs = theirs
         self.before = termios.tcgetattr(theirs)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmproxy.cli.main", "top", *self._words],
+            [sys.executable, "-c", _CONTROLLED, *self._command],
             cwd=ROOT,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={**os.environ, "TERM": "xterm-256color", **self._environ},
             start_new_session=True,
         )
         return self
@@ -262,8 +284,23 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self._ours)
+        self.close()
         os.close(self._theirs)
+
+    def close(self) -> None:
+        """Close the window."""
+        if self._ours >= 0:
+            os.close(self._ours)
+        self._ours = -1
+
+    def resize(self, height: int, width: int) -> None:
+        """Make the window larger or smaller; what was seen before is forgotten."""
+        self.seen = ""
+        termios.tcsetwinsize(self._ours, (height, width))
+
+    def is_as_before(self) -> bool:
+        """Return whether the terminal is in the mode in which the command found it."""
+        return termios.tcgetattr(self._theirs)[:4] == self.before[:4]
 
     def press(self, keys: str) -> None:
         """Press keys; what was seen before is forgotten."""
@@ -284,8 +321,7 @@ class Terminal:
         while self.process.poll() is None and time.monotonic() < deadline:
             self._read()
         code = self.process.wait(1)
-        after = termios.tcgetattr(self._theirs)
-        assert after[:4] == self.before[:4]
+        assert self.is_as_before()
         self._read()
         return code
 
@@ -305,7 +341,7 @@ def test_a_terminal_is_drawn_and_given_back(live: LiveProxy) -> None:
         assert "\x1b[?1049l" in terminal.seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_gives_the_terminal_back(live: LiveProxy, number: signal.Signals) -> None:
     """As ``q`` does."""
     with Terminal(url(live)) as terminal:
@@ -313,6 +349,103 @@ def test_a_signal_gives_the_terminal_back(live: LiveProxy, number: signal.Signal
         terminal.process.send_signal(number)
         assert terminal.ended() == 0
         assert "\x1b[?1049l" in terminal.seen
+
+
+def test_a_window_that_is_closed_ends_it(live: LiveProxy) -> None:
+    """Without an error, though nothing can be written any more."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.close()
+        assert terminal.process.wait(WAIT) == 0
+
+
+def test_a_shell_gets_the_terminal_meanwhile(live: LiveProxy) -> None:
+    """Ctrl-Z gives it back as it was, and ``fg`` draws the picture again."""
+    with Terminal(url(live), shell=_SHELL) as terminal:
+        terminal.wait("\x1b[?1049h", "model-0")
+        terminal.press("\x1a")
+        terminal.wait("at the prompt")
+        assert terminal.seen.index("\x1b[?1049l") < terminal.seen.index("at the prompt")
+        assert terminal.is_as_before()
+        terminal.press("\r")
+        terminal.wait("\x1b[?1049h", "model-0")
+        assert not terminal.is_as_before()
+        terminal.press("q")
+        terminal.wait("ended with 0")
+        assert terminal.ended() == 0
+
+
+def test_another_stop_takes_the_terminal_again(live: LiveProxy) -> None:
+    """SIGSTOP cannot be noticed; what follows it can."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
+        terminal.press("")
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.wait("\x1b[?1049h", "model-0")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_window_of_another_size_is_drawn_anew(live: LiveProxy) -> None:
+    """At once, and not with the next state."""
+    with Terminal(url(live), "--every", "60") as terminal:
+        terminal.wait("model-0")
+        for width in (120, 150):
+            terminal.resize(30, width)
+            terminal.wait("model-0")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+@pytest.mark.parametrize(("environ", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_can_be_left_out(
+    live: LiveProxy, environ: dict[str, str], is_coloured: bool
+) -> None:
+    """By ``NO_COLOR``, as in other programs."""
+    with Terminal(url(live), environ=environ) as terminal:
+        terminal.wait("streaming")
+        assert bool(re.search(r"\x1b\[(?:\d+;)*3\d", terminal.seen)) is is_coloured
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Keyboard]]:
+    """The end of a terminal where keys are pressed, and the keyboard that reads them."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "wb", 0), os.fdopen(theirs, "rb", 0) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        with Keyboard() as keyboard:
+            yield ours, keyboard
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_an_arrow_may_come_in_pieces(
+    keys: tuple[int, Keyboard], monkeypatch: pytest.MonkeyPatch, split: int
+) -> None:
+    """It is no Escape with letters behind it."""
+    monkeypatch.setattr("llmproxy.cli.top.keyboard._ESCAPE_S", WAIT)
+    ours, keyboard = keys
+    arrow = b"\x1b[B"
+    os.write(ours, arrow[:split])
+    rest = threading.Timer(0.1, os.write, (ours, arrow[split:] + "é".encode()[:1]))
+    rest.start()
+    assert keyboard.read(WAIT) == "down"
+    rest.join()
+    os.write(ours, "é".encode()[1:])
+    assert keyboard.read(WAIT) == "é"
+
+
+def test_escape_alone_is_a_key(keys: tuple[int, Keyboard]) -> None:
+    """Nothing has to follow it; and what follows much later is another key."""
+    ours, keyboard = keys
+    os.write(ours, b"\x1b")
+    assert keyboard.read(WAIT) == "escape"
+    os.write(ours, b"[\x1b[A\t")
+    assert [keyboard.read(WAIT) for _ in range(3)] == ["[", "up", "tab"]
+    assert keyboard.read(0) is None
 
 
 def test_keys_sort_and_filter(live: LiveProxy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -118,8 +118,8 @@ def _live(site: Site, query: dict[str, str]) -> int:
 
     site.follow(query | {"limit": "0"}).close()  # what is wrong with it is said before all else
 
-    view = LiveView(site, query, Console())
-    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could come at any place
-        signal.signal(number, view.stop)
-    view.run()
+    try:
+        LiveView(site, query, Console()).run()
+    except OSError:  # the window was closed, and nothing can be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

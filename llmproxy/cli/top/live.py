@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -88,30 +90,59 @@ class LiveView:
         self._typed: str | None = None  # a filter that is being typed
         self._doomed: str | None = None  # the stream that the question is about
         self._is_over = False
-
-    def stop(self, *_: object) -> None:
-        """Let :meth:`run` end soon; a handler of a signal may call it."""
-        self._is_over = True
+        self._is_suspended = False
+        self._is_back = False
 
     def run(self) -> None:
-        """Show it, until ``q`` or :meth:`stop`."""
+        """Show it, until ``q`` or a signal that ends it; the terminal is as before in the end.
+
+        A signal is acted on between two pictures: an exception could come at any place.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGTSTP, self._suspend)
+        signal.signal(signal.SIGCONT, self._come_back)
         self._reader.start()
-        with (
-            Keyboard() as keyboard,
-            Live(console=self._console, screen=True, auto_refresh=False) as live,
-        ):
+        keyboard = Keyboard()
+        self._show(keyboard)
+        while not self._is_over:
+            if self._is_suspended:
+                self._wait_for_foreground()
+            self._is_suspended = self._is_back = False
+            self._show(keyboard)
+
+    def _stop(self, *_: object) -> None:
+        self._is_over = True
+
+    def _suspend(self, *_: object) -> None:
+        self._is_suspended = True
+
+    def _come_back(self, *_: object) -> None:
+        self._is_back = True
+
+    def _wait_for_foreground(self) -> None:
+        """Stop the process as Ctrl-Z does; return when it goes on."""
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._suspend)
+
+    def _show(self, keyboard: Keyboard) -> None:
+        """Take the terminal, and give it back at the end, or where a signal asks for that."""
+        with keyboard, Live(console=self._console, screen=True, auto_refresh=False) as live:
+            live.update(self._picture(), refresh=True)
             size = self._console.size
-            while not self._is_over:
+            while not (self._is_over or self._is_suspended or self._is_back):
                 is_new = self._take()
-                with suppress(EOFError):
+                try:
                     key = keyboard.read(0 if is_new else _GLANCE_S)
-                    if key is not None and not self._press(key):
-                        return
-                    if is_new or key is not None or size != self._console.size:
-                        size = self._console.size
-                        live.update(self._picture(), refresh=True)
-                    continue
-                return
+                except EOFError:
+                    self._is_over = True
+                    return
+                if key is not None:
+                    self._press(key)
+                if is_new or key is not None or size != self._console.size:
+                    size = self._console.size
+                    live.update(self._picture(), refresh=True)
 
     def _take(self) -> bool:
         """Take what has arrived; return whether that was anything."""
@@ -138,14 +169,14 @@ class LiveView:
 
     # -- keys -----------------------------------------------------------------------------------
 
-    def _press(self, key: str) -> bool:
-        """Act on a key; return whether to go on."""
+    def _press(self, key: str) -> None:
+        """Act on a key."""
         if self._typed is not None:
             self._type(key)
         elif self._doomed is not None:
             self._answer(key)
         elif key == "q":
-            return False
+            self._is_over = True
         elif key in ("up", "k", "down", "j"):
             self._select(-1 if key in ("up", "k") else 1)
         elif key == "x":
@@ -159,7 +190,6 @@ class LiveView:
             self._sort(SORTS[key], True)
         else:
             self._view.note = HELP
-        return True
 
     def _sort(self, name: str, descending: bool) -> None:
         self._view.sort = self._query["sort"] = f"-{name}" if descending else name
