@@ -16,17 +16,22 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import pytest
 from rich.console import Console
 
+from llmproxy.admin.events import MOST_VIEWERS
+from llmproxy.admin.overview import State
+from llmproxy.admin.streams import PARAMETERS
 from llmproxy.cli.main import main
+from llmproxy.cli.top.filters import FILTERS, parsed, written
 from llmproxy.cli.top.keyboard import Keyboard
 from llmproxy.cli.top.screen import View, duration, picture, size, visible
-from llmproxy.cli.top.site import Site
+from llmproxy.cli.top.site import Site, SiteError
 from tests.support.daemon import (
     ROOT,
     Daemon,
@@ -37,11 +42,12 @@ from tests.support.daemon import (
 )
 from tests.support.live_proxy import LiveProxy, client_config, until, write_credential
 from tests.support.scripts import SSE, event
-from tests.support.sockets import WAIT, Wire, chunked
+from tests.support.sockets import WAIT, Provider, Wire, chunked
 
 TOKEN = "admin-TOKEN"
 HOSTILE = "m\x1b]0;owned\x07[red]m\u202e"
 STREAMS = 6
+_EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 
 
 def script(wire: Wire) -> None:
@@ -174,6 +180,129 @@ def test_a_listener_for_metrics_is_none(tmp_path: Path, capsys: pytest.CaptureFi
         assert "`listen` in [admin]" in err
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("[]", "another form"),
+        ("{}", "missing required field"),
+        ('{"total": "many"}', "another form"),
+        ("no JSON", "another form"),
+    ],
+)
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_state_of_another_form_is_said(
+    capsys: pytest.CaptureFixture[str], data: str, says: str, *, is_live: bool
+) -> None:
+    """It is that of another version, and no traceback."""
+    with answering(_EVENTS + f"data: {data}\n\n".encode()) as (where, _):
+        if is_live:
+            with Terminal(where) as terminal:
+                terminal.wait("speaks another form", "trying again in 2 s")
+                terminal.press("q")
+                assert terminal.ended() == 0
+            return
+        code, out, err = printed(capsys, where, "--once")
+        assert (code, out) == (1, "")
+        assert says in err
+
+
+@pytest.mark.parametrize(("data", "code"), [('{"new": 1}', 0), ("[]", 1)])
+def test_json_is_handed_on(capsys: pytest.CaptureFixture[str], data: str, code: int) -> None:
+    """Of whatever version the site is; but a state is an object."""
+    with answering(_EVENTS + f"data: {data}\n\n".encode()) as (where, _):
+        found, out, err = printed(capsys, where, "--once", "--json")
+    assert found == code
+    assert out == ("" if code else f"{data}\n")
+    assert bool(err) is bool(code)
+
+
+def test_a_follower_ends_whatever_the_server_says_of_the_connection() -> None:
+    """``connection: close`` takes nothing from :meth:`Follower.stop`."""
+    with answering(_EVENTS + b'data: {"n": 1}\n\n', is_held=True) as (where, _):
+        follower = Site(where).follow({})
+        states = follower.states(dict[str, int])
+        assert next(states) == {"n": 1}
+        threading.Timer(0.1, follower.stop).start()
+        began = time.monotonic()
+        with pytest.raises(SiteError):
+            next(states)
+        assert time.monotonic() - began < 5
+        follower.close()
+
+
+def test_a_unix_socket_is_named_as_in_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the options of ``listen``, which are for the daemon."""
+    where = f"unix:{tmp_path}/admin.sock:mode=660"
+    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    daemon = Daemon(tmp_path, config)
+    text = daemon.config_path.read_text()
+    before, admin, after = text.partition('[admin]\nlisten = "tcp:0:interface=127.0.0.1"')
+    assert admin
+    daemon.config_path.write_text(
+        f'{before}[admin]\nlisten = "{where}"\nmetrics_listen = "tcp:0:interface=127.0.0.1"{after}'
+    )
+    with daemon:
+        until(lambda: (tmp_path / "admin.sock").exists(), "it listens")
+        for url in (where, where.removesuffix(":mode=660")):
+            code, out, err = printed(capsys, url, "--once", "--json")
+            assert (code, err) == (0, "")
+            assert json.loads(out)["total"] == 0
+
+
+def test_a_name_that_the_site_refuses_is_said(
+    live: LiveProxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what can be done."""
+    connect = socket.create_connection
+    monkeypatch.setattr(
+        "socket.create_connection", lambda to, *more: connect(("127.0.0.1", to[1]), *more)
+    )
+    code, _, err = printed(capsys, f"http://admin.example:{live.daemon.admin_port}", "--once")
+    assert code == 1
+    assert "421: the site refuses admin.example" in err
+    assert "`hosts` in [admin]" in err
+
+
+def test_one_viewer_too_many_tries_again(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the time that the daemon names, and the note says so."""
+    with ExitStack() as viewers:
+        for _ in range(MOST_VIEWERS):
+            viewers.enter_context(closing(Site(url(live)).follow({"limit": "0"})))
+        code, _, err = printed(capsys, url(live), "--once")
+        assert code == 1
+        assert "503: 10 viewers follow the events already" in err
+        with Terminal(url(live)) as terminal:
+            terminal.wait("503: 10 viewers", "trying again in 5 s")
+            viewers.close()
+            terminal.wait("model-0")
+            terminal.press("q")
+            assert terminal.ended() == 0
+
+
+@contextmanager
+def answering(raw: bytes, *, is_held: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+    """Something at a URL that sends these bytes to everybody, and what it was sent.
+
+    Args:
+        raw: the response.
+        is_held: a connection stays open until its client leaves.
+    """
+    got = list[bytes]()
+
+    def answer(wire: Wire) -> None:
+        got.append(wire.receive())
+        wire.send(raw)
+        if is_held:
+            wire.wait_closed()
+
+    with Provider(answer) as server:
+        yield server.url, got
+
+
 @pytest.fixture
 def stranger() -> Iterator[tuple[str, list[bytes]]]:
     """Something at a URL that answers with escape sequences; and what it was sent."""
@@ -221,8 +350,8 @@ def test_a_state_may_be_as_late_as_it_was_asked_for(
     """A daemon that sends one every few seconds is not gone in between."""
     monkeypatch.setattr("llmproxy.cli.top.site._SLOW_S", 0.5)
     with closing(Site(url(live)).follow({"every": "2"})) as follower:
-        states = follower.states()
-        assert [next(states)["total"], next(states)["total"]] == [STREAMS, STREAMS]
+        states = follower.states(State)
+        assert [next(states).total, next(states).total] == [STREAMS, STREAMS]
 
 
 def _ports(daemon: Daemon) -> set[int]:
@@ -389,8 +518,9 @@ def test_another_stop_takes_the_terminal_again(live: LiveProxy) -> None:
 
 
 def test_a_window_of_another_size_is_drawn_anew(live: LiveProxy) -> None:
-    """At once, and not with the next state."""
-    with Terminal(url(live), "--every", "60") as terminal:
+    """At once, and not with the next state; a size in the environment is that of the start."""
+    environ = {"COLUMNS": "90", "LINES": "20"}
+    with Terminal(url(live), "--every", "60", environ=environ) as terminal:
         terminal.wait("model-0")
         for width in (120, 150):
             terminal.resize(30, width)
@@ -457,9 +587,9 @@ def test_keys_sort_and_filter(live: LiveProxy) -> None:
         terminal.press("r")
         terminal.wait("by events")
         terminal.press("/")
-        terminal.wait("client: _")
+        terminal.wait("filter: _")
         terminal.press("zz\x7f\x7fa\r")
-        terminal.wait(f"1-3 of {STREAMS // 2}")
+        terminal.wait(f"1-3 of {STREAMS // 2}", "by events, client=a")
         terminal.press("q")
         assert terminal.ended() == 0
 
@@ -486,6 +616,135 @@ def test_a_stream_is_ended_by_key(live: LiveProxy, tmp_path: Path) -> None:
     until(lambda: [one["end_reason"] for one in live.daemon.traces()] == ["killed"], "one is ended")
 
 
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("client=a model=model-0", "1-1 of 1 by -age, client=a model=model-0"),
+        ("b phase=streaming", "1-3 of 3 by -age, client=b phase=streaming"),
+        ("provider=p route=p", "of 6 by -age, route=p provider=p"),
+        ("session=s", "of 0, session=s"),
+        ("'client=a b'", "of 0, 'client=a b'"),
+    ],
+)
+def test_a_filter_has_names(live: LiveProxy, typed: str, says: str) -> None:
+    """Those of the site; the title says what is in force, and none is in force when it is empty."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.press(f"/{typed}\r")
+        terminal.wait(says)
+        terminal.press("/")
+        terminal.wait(f"filter: {says.partition(', ')[2]}_")
+        terminal.press("\x7f" * 50 + "\r")
+        terminal.wait(f"1-{STREAMS} of {STREAMS} by -age\x1b[0m")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_filter_that_is_none_can_be_corrected(live: LiveProxy) -> None:
+    """The note says what is wrong, and keeps what was typed."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.press("/colour=a\r")
+        terminal.wait("filter: colour=a_", "there is no 'colour', but client, route")
+        terminal.press("\x7f" * 8 + "'a\r")
+        terminal.wait("a quote is not closed")
+        terminal.press("\x7f\x7fmodel=x model=y\r")
+        terminal.wait("expected one model")
+        terminal.press("\x1b")
+        terminal.wait("q quit", f"of {STREAMS} by -age")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_the_filters_are_those_of_the_site() -> None:
+    """Any that is written is read back; and the site has no other."""
+    assert set(FILTERS) == set(PARAMETERS) - {"sort", "limit", "offset"}
+    query = {name: f"a' \"{name}=\\" for name in FILTERS}
+    assert parsed(written(query | {"sort": "age"})) == query
+
+
+def test_a_selection_ends_with_its_stream(live: LiveProxy, tmp_path: Path) -> None:
+    """And so does the question about it."""
+    (tmp_path / "token").write_text(TOKEN)
+    site = Site(url(live), TOKEN)
+    with Terminal(url(live), "--sort=age") as terminal:
+        for left, is_asked in ((5, True), (4, False)):
+            with closing(site.follow({"sort": "age"})) as follower:
+                name = next(follower.states(State)).streams[0].id
+            terminal.wait(name)
+            terminal.press("j")
+            if is_asked:
+                terminal.press("x")
+                terminal.wait(f"End the stream {name}? y/n")
+            terminal.press("")
+            site.end_stream(name)
+            terminal.wait(f"1-{left} of {left} by age", f"{name} has ended." if is_asked else "")
+            terminal.press("x")
+            terminal.wait("Select a stream first")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_slow_kill_holds_no_key_up(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its result comes when it comes."""
+    _, out, _ = printed(capsys, url(live), "--once", "--json")
+    may_respond = threading.Event()
+
+    def answer(wire: Wire) -> None:
+        if wire.receive().startswith(b"DELETE"):
+            may_respond.wait(WAIT)
+            wire.send(b"HTTP/1.1 404 \r\ncontent-length: 0\r\n\r\n")
+            return
+        wire.send(_EVENTS, f"data: {out}\n".encode())
+        wire.wait_closed()
+
+    (tmp_path / "token").write_text(TOKEN)
+    with (
+        Provider(answer) as server,
+        Terminal(server.url, "--token-file", str(tmp_path / "token")) as terminal,
+    ):
+        terminal.wait("model-0")
+        terminal.press("jxy")
+        terminal.wait("Ending the stream")
+        terminal.press("?")
+        terminal.wait("/ filter, as")
+        terminal.press("/abc")
+        terminal.wait("filter: abc_")
+        may_respond.set()
+        terminal.press("\x7f")
+        terminal.wait("filter: ab_")
+        terminal.press("\x1b")
+        terminal.wait(f"{server.url}: 404")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_daemon_that_was_away_is_found_again(tmp_path: Path) -> None:
+    """The picture goes on by itself."""
+    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with ExitStack() as stack:
+        with Daemon(tmp_path / "first", config, instance="one") as daemon:
+            where = f"http://127.0.0.1:{daemon.admin_port}"
+            terminal = stack.enter_context(Terminal(where))
+            terminal.wait("instance one")
+        terminal.press("")
+        terminal.wait("Connection refused; trying again in 2 s")
+        again = Daemon(tmp_path / "second", config, instance="two")
+        text = again.config_path.read_text()
+        head, _, tail = text.partition("[admin]\n")
+        tail = tail.replace("tcp:0:", f"tcp:{daemon.admin_port}:", 1)
+        again.config_path.write_text(f"{head}[admin]\n{tail}")
+        with again:
+            terminal.press("")
+            terminal.wait("instance two", "q quit")
+            terminal.press("q")
+            assert terminal.ended() == 0
+
+
 def test_a_daemon_that_is_gone_is_said(live: LiveProxy) -> None:
     """The last picture stays, and the command tries again."""
     with Terminal(url(live)) as terminal:
@@ -506,10 +765,11 @@ def test_many_providers_leave_room(
     (row,) = state["providers"]
     state["providers"] = [row | {"name": f"p{number}"} for number in range(40)]
     state["providers"][-1]["state"] = "off"
-    view = View(note="A note.", height=height)
+    view = View(note="A note.", height=height, width=width)
+    read = msgspec.convert(state, State)
     console = Console(width=width, height=height, file=io.StringIO())
     lines = [
-        "".join(one.text for one in line) for line in console.render_lines(picture(state, view))
+        "".join(one.text for one in line) for line in console.render_lines(picture(read, view))
     ]
     assert len([line for line in lines if line.strip()]) <= height
     assert lines[1].startswith("A note.")
@@ -517,7 +777,7 @@ def test_many_providers_leave_room(
     assert " p39 " in lines[5]
     assert (
         sum(row["id"][:8] in line for line in lines for row in state["streams"])
-        >= visible(state, view)
+        >= visible(read, view)
         >= 3
     )
 
