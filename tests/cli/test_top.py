@@ -15,23 +15,27 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Self
 
 import msgspec
 import pytest
+from msgspec import structs
+from rich.cells import cell_len
 from rich.console import Console
 
+from llmproxy.admin.clients import ClientRow
 from llmproxy.admin.events import MOST_VIEWERS
-from llmproxy.admin.overview import State
+from llmproxy.admin.overview import EndedRow, State
 from llmproxy.admin.streams import PARAMETERS
 from llmproxy.cli.main import main
 from llmproxy.cli.top.filters import FILTERS, parsed, written
 from llmproxy.cli.top.keyboard import Keyboard
 from llmproxy.cli.top.screen import View, duration, picture, size, visible
 from llmproxy.cli.top.site import Site, SiteError
+from llmproxy.policy.limits import Use
 from tests.support.daemon import (
     ROOT,
     Daemon,
@@ -438,10 +442,18 @@ class Terminal:
 
     def wait(self, what: str, *more: str) -> None:
         """Wait until all of these texts were drawn."""
+        self._until(lambda: all(one in self.seen for one in (what, *more)), (what, *more))
+
+    def wait_picture(self, pattern: str) -> None:
+        """Wait until one picture has this pattern."""
+        found = re.compile(pattern, re.DOTALL)
+        self._until(lambda: any(map(found.search, self.seen.split("\x1b[H"))), pattern)
+
+    def _until(self, condition: Callable[[], bool], what: object) -> None:
         deadline = time.monotonic() + WAIT
-        while not all(one in self.seen for one in (what, *more)):
+        while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"never seen: {(what, *more)} in {self.seen[-6000:]!r}")
+                raise TimeoutError(f"never seen: {what} in {self.seen[-6000:]!r}")
             self._read()
 
     def ended(self) -> int:
@@ -685,6 +697,20 @@ def test_a_selection_ends_with_its_stream(live: LiveProxy, tmp_path: Path) -> No
         assert terminal.ended() == 0
 
 
+def test_tab_changes_which_table_has_room_first(live: LiveProxy) -> None:
+    """Clients, or abnormal ends."""
+    with closing(Site(url(live), TOKEN).follow({})) as follower:
+        Site(url(live), TOKEN).end_stream(next(follower.states(State)).streams[0].id)
+    with Terminal(url(live)) as terminal:
+        terminal.wait_picture("abnormal ends.*clients")
+        terminal.press("\t")
+        terminal.wait_picture("clients.*abnormal ends")
+        terminal.press("\t")
+        terminal.wait_picture("abnormal ends.*clients")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
 def test_a_slow_kill_holds_no_key_up(
     live: LiveProxy, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -780,6 +806,109 @@ def test_many_providers_leave_room(
         >= visible(read, view)
         >= 3
     )
+
+
+END = EndedRow(
+    id="e" * 24,
+    time="2026-01-01T00:00:00.000Z",
+    client="a",
+    route="p",
+    provider="p",
+    model="m",
+    status=200,
+    end_reason="upstream_broken",
+    error=None,
+    cause="closed",
+    duration_s=2.0,
+    bytes_out=1,
+)
+
+
+@pytest.fixture
+def state(live: LiveProxy) -> State:
+    """The state of a daemon, with more of everything."""
+    with closing(Site(url(live)).follow({})) as follower:
+        found = next(follower.states(State))
+    allowed = {
+        "max_streams": Use(30, 30, 0),
+        "requests_per_minute": Use(60, 7, 53),
+        "tokens_per_day": Use(1_000_000, 999, 999_001),
+    }
+    clients = [ClientRow("team-0", 30, allowed)]
+    clients += [ClientRow(f"team-{number}", 30 - number, {}) for number in range(1, 30)]
+    (*_, row) = found.streams
+    row = structs.replace(row, provider="a-provider", client="a-long-team-name", model="gpt-5")
+    streams = [structs.replace(row, id=f"{number:024}", tokens=12345) for number in range(40)]
+    return structs.replace(found, streams=streams, ended=[END] * 20, clients=clients)
+
+
+def drawn(state: State, view: View) -> list[str]:
+    """Return the lines of a picture, as wide and high as the view says."""
+    console = Console(width=view.width, height=view.height or 100, file=io.StringIO())
+    lines = console.render_lines(picture(state, view), pad=False)
+    found = ["".join(one.text for one in line) for line in lines]
+    assert all(cell_len(line) <= view.width for line in found)
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 150, 200])
+def test_what_is_most_useful_stays_readable(state: State, width: int) -> None:
+    """Other columns are left out of a narrow terminal, and no row takes two lines."""
+    lines = drawn(state, View(height=24, width=width, note="n"))
+    assert len(lines) == 24
+    (heading,) = (line.split() for line in lines if "tokens" in line and "phase" in line)
+    assert set(heading) >= {"id", "client", "model", "phase", "age", "tokens"}
+    assert ("route" in heading) is (width >= 150)
+    rows = [line for line in lines if line.startswith(" 0000000")]
+    assert len(rows) == visible(state, View(height=24, width=width, note="n")) > 6
+    assert all("a-long-team-n" in row and " 12345 " in row for row in rows)
+    assert all("streaming" in row and "gpt-5" in row for row in rows)
+
+
+@pytest.mark.parametrize(("height", "clients", "ended"), [(24, 0, 2), (44, 5, 9), (0, 30, 5)])
+def test_clients_and_ends_share_what_is_left(
+    state: State, height: int, clients: int, ended: int
+) -> None:
+    """Tab says which of them has room first."""
+    for is_clients_first in (False, True):
+        view = View(height=height, width=120, is_clients_first=is_clients_first)
+        text = "\n".join(drawn(state, view))
+        found = [len(re.findall(word, text, re.MULTILINE)) for word in ("^ team-", "^ eeee")]
+        assert found == ([ended, clients] if is_clients_first and height else [clients, ended])
+        assert ("clients" in text) is bool(found[0])
+        if found[0] and found[1]:
+            assert (text.index("\nclients") < text.index("\nabnormal")) is is_clients_first
+
+
+def test_the_limits_of_clients_are_shown(state: State) -> None:
+    """How much is used, of how much."""
+    lines = drawn(state, View(width=120))
+    first = next(line for line in lines if line.startswith(" team-0"))
+    assert first.split() == ["team-0", "30/30", "7/60", "999/1000000"]
+    second = next(line for line in lines if line.startswith(" team-1"))
+    assert second.split() == ["team-1", "29"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("name", ["m" * 5000, "模型" * 2000, HOSTILE * 100, "e\u0301" * 300])
+def test_any_name_keeps_its_place(state: State, name: str, width: int) -> None:
+    """Long ones are cut, wide ones counted by their columns, and control characters written out."""
+    row = structs.replace(
+        state.streams[0], id=name, client=name, route=name, provider=name, model=name, phase=name
+    )
+    end = structs.replace(END, id=name, client=name, end_reason=name, cause=name, model=name)
+    hostile = structs.replace(
+        state,
+        streams=[row, *state.streams],
+        ended=[end],
+        clients=[ClientRow(name, 1, {})],
+        providers=[structs.replace(state.providers[0], name=name)],
+        process=structs.replace(state.process, instance=name),
+    )
+    view = View(width=width, height=40, filter=name, note="A note.")
+    lines = drawn(hostile, view)
+    assert len(lines) <= 40
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(

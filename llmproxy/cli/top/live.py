@@ -27,7 +27,7 @@ HINT = "q quit   ? all keys"
 HELP = f"""\
 q quit   up/down or k/j select   x end the selected stream   r reverse
 / filter, as client=NAME phase=paused   Tab clients or abnormal ends first
-sort: {"  ".join(f"{key} {name}" for key, name in SORTS.items())}"""
+sort: {" ".join(f"{key} {name}" for key, name in SORTS.items())}"""
 
 
 class _Reader(threading.Thread):

@@ -41,11 +41,23 @@ _FRAME = 3
 _LEAST = 3
 """How many streams have a row in the smallest terminal."""
 
-_WIDE = 100
 _STREAMS = ("id client route provider model phase", "age bytes events tokens last held")
-_STREAMS_NARROW = ("id client model phase", "age tokens")
 _ENDED = ("id began end cause client provider model", "status lasted")
-_ENDED_NARROW = ("id end client model", "status lasted")
+_FROM = {
+    "bytes": 100,
+    "cause": 100,
+    "provider": 110,
+    "events": 120,
+    "last": 130,
+    "began": 140,
+    "held": 140,
+    "route": 150,
+}
+"""How wide a terminal must be for the less useful columns."""
+
+_KEPT = ("phase", "end")
+"""Columns of words that are never cut in favour of others."""
+
 _LIMITS = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",
@@ -88,14 +100,13 @@ class _Room(msgspec.Struct):
 def picture(state: State, view: View) -> Group:
     """Return the picture of a state."""
     room = _room(state, view)
-    is_narrow = 0 < view.width < _WIDE
     parts: list[RenderableType] = [_head(state)]
     # The note is not at the bottom: a small terminal cuts what is there.
     parts += [_line(line, "bold") for line in _noted(view)]
     parts += _providers(state.providers, room.providers)
-    parts += _streams(state, view, room.streams, is_narrow=is_narrow)
+    parts += _streams(state, view, room.streams)
     lower = [
-        _ended(state.ended, room.ended, is_narrow=is_narrow),
+        _ended(state.ended, room.ended, view),
         _clients(state.clients, room.clients),
     ]
     for part in reversed(lower) if view.is_clients_first else lower:
@@ -112,9 +123,12 @@ def _room(state: State, view: View) -> _Room:
     left = max(0, view.height - 1 - len(_noted(view)) - 2 * _FRAME)
     found.providers = min(found.providers, max(2, left // 4))
     left -= found.providers
-    for name in ("clients", "ended") if view.is_clients_first else ("ended", "clients"):
-        share = max(left // 3, left - max(_LEAST, found.streams)) - _FRAME
-        rows = max(0, min(getattr(found, name), share))
+    first, second = ("clients", "ended") if view.is_clients_first else ("ended", "clients")
+    for name in (first, second):
+        spare = left - max(_LEAST, found.streams)
+        if name == first:
+            spare = spare * 2 // 3
+        rows = max(0, min(getattr(found, name), max(left // 3, spare) - _FRAME))
         setattr(found, name, rows)
         left -= rows + _FRAME if rows else 0
     found.streams = min(found.streams, max(_LEAST, left))
@@ -139,31 +153,30 @@ def _head(state: State) -> Text:
     text = _line(f"llmproxy {shown(process.version)}", "bold")
     # Before what can be cut.
     if not process.reload.succeeded:
-        text.append("  the last reload FAILED: see the log ", "bold red")
+        text.append("  the last reload FAILED: see the log", "bold red")
     if (draining := process.draining) is not None:
         left = duration(draining.cut_in_s)
-        text.append(f"  shuts down: {draining.remaining} left, cut in {left} ", "bold yellow")
+        text.append(f"  shuts down: {draining.remaining} left, cut in {left}", "bold yellow")
     words = (
         f"instance {shown(process.instance)}",
         f"up {duration(process.uptime_s)}",
         f"{state.total} streams",
         f"{process.connections} connections",
     )
-    return text.append("".join(f", {word}" for word in words))
+    return text.append(f"  {', '.join(words)}")
 
 
-def _streams(state: State, view: View, most: int, *, is_narrow: bool) -> list[RenderableType]:
+def _streams(state: State, view: View, most: int) -> list[RenderableType]:
     rows = state.streams[:most]
     title = f"streams {state.offset + 1}-{state.offset + len(rows)} of {state.matching}"
     title += f" by {view.sort}" if rows else ""
     title += f", {view.filter}" if view.filter else ""
-    names = _STREAMS_NARROW if is_narrow else _STREAMS
-    table = _table(*names)
+    table = _table(*_STREAMS, view.width)
     for row in rows:
         phase = row.phase if row.ahead is None else f"{row.phase} ({row.ahead})"
         cells: dict[str, object] = {
             **{name: getattr(row, name) for name in ("id", "client", "route", "provider", "model")},
-            "phase": Text(shown(phase), _WORDS.get(row.phase, "")),
+            "phase": _cell(phase, _WORDS.get(row.phase, "")),
             "age": duration(row.age_s),
             "bytes": size(row.bytes),
             "events": row.events,
@@ -171,7 +184,7 @@ def _streams(state: State, view: View, most: int, *, is_narrow: bool) -> list[Re
             "last": duration(row.last_chunk_s),
             "held": duration(row.paused_s),
         }
-        _add(table, names, cells, "reverse" if row.id == view.selected else "")
+        _add(table, cells, "reverse" if row.id == view.selected else "")
     return [_line(title, "italic"), table]
 
 
@@ -186,7 +199,7 @@ def _providers(rows: Sequence[ProviderRow], most: int) -> list[RenderableType]:
         connections, places = row.connections, row.places
         table.add_row(
             _cell(row.name),
-            Text(state, style),
+            _cell(state, style),
             _cell(connections.active),
             _cell(connections.idle),
             _cell(connections.connecting),
@@ -209,11 +222,10 @@ def _state_of(row: ProviderRow) -> tuple[str, str]:
     return "on", "green"
 
 
-def _ended(rows: Sequence[EndedRow], most: int, *, is_narrow: bool) -> list[RenderableType]:
+def _ended(rows: Sequence[EndedRow], most: int, view: View) -> list[RenderableType]:
     if not most:
         return []
-    names = _ENDED_NARROW if is_narrow else _ENDED
-    table = _table(*names)
+    table = _table(*_ENDED, view.width)
     for row in rows[:most]:
         same = ("id", "cause", "client", "provider", "model", "status")
         cells: dict[str, object] = {
@@ -222,7 +234,7 @@ def _ended(rows: Sequence[EndedRow], most: int, *, is_narrow: bool) -> list[Rend
             "end": row.end_reason,
             "lasted": duration(row.duration_s),
         }
-        _add(table, names, cells)
+        _add(table, cells)
     return [_line("abnormal ends", "italic"), table]
 
 
@@ -244,30 +256,44 @@ def _clients(rows: Sequence[ClientRow], most: int) -> list[RenderableType]:
 
 def _used(used: int, most: int | None) -> Text:
     """Return how much is used of what is allowed; a client that has no more is refused."""
-    return Text(_of(used, most), "yellow" if most is not None and used >= most else "")
+    return _cell(_of(used, most), "yellow" if most is not None and used >= most else "")
 
 
 def _of(used: int, most: int | None) -> str:
     return str(used) if most is None else f"{used}/{most}"
 
 
-def _table(words: str, figures: str) -> Table:
+def _table(words: str, figures: str, width: int = 0) -> Table:
+    """Return a table without rows.
+
+    Args:
+        words: the names of its columns, of which the longest are cut where there is no room.
+        figures: the names of those behind them.
+        width: of the terminal; 0 for as wide as it takes.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in words.split():
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=_LONGEST)
-    for name in figures.split():
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in f"{words} {figures}".split():
+        if 0 < width < _FROM.get(name, 0):
+            continue
+        is_figure = name in figures.split()
+        table.add_column(
+            _cell(name),
+            justify="right" if is_figure else "left",
+            no_wrap=is_figure or name in _KEPT,  # the others are narrowed first
+            max_width=None if is_figure else _LONGEST,
+        )
     return table
 
 
-def _add(table: Table, names: tuple[str, str], cells: dict[str, object], style: str = "") -> None:
+def _add(table: Table, cells: dict[str, object], style: str = "") -> None:
     """Add a row of those cells whose columns there are."""
-    row = (cells[name] for part in names for name in part.split())
+    row = (cells[str(column.header)] for column in table.columns)
     table.add_row(*(cell if isinstance(cell, Text) else _cell(cell) for cell in row), style=style)
 
 
-def _cell(value: object) -> Text:
-    return Text("" if value is None else shown(str(value))[: 2 * _LONGEST])
+def _cell(value: object, style: str = "") -> Text:
+    text = "" if value is None else shown(str(value))[: 2 * _LONGEST]
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
 def _line(text: str, style: str) -> Text:
