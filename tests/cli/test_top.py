@@ -33,7 +33,8 @@ from llmproxy.admin.streams import PARAMETERS
 from llmproxy.cli.main import main
 from llmproxy.cli.top.filters import FILTERS, parsed, written
 from llmproxy.cli.top.keyboard import Keyboard
-from llmproxy.cli.top.screen import View, duration, picture, size, visible
+from llmproxy.cli.top.live import HELP
+from llmproxy.cli.top.screen import SORTS, View, duration, picture, size, visible
 from llmproxy.cli.top.site import Site, SiteError
 from llmproxy.policy.limits import Use
 from tests.support.daemon import (
@@ -673,6 +674,20 @@ def test_the_filters_are_those_of_the_site() -> None:
     assert set(FILTERS) == set(PARAMETERS) - {"sort", "limit", "offset"}
     query = {name: f"a' \"{name}=\\" for name in FILTERS}
     assert parsed(written(query | {"sort": "age"})) == query
+
+
+def test_the_keys_are_documented() -> None:
+    """Those that sort by their names, and all others that the help has."""
+    text = (ROOT / "docs/admin.rst").read_text()
+    section = text[text.index("In a terminal\n") : text.index("Paths\n")]
+    for key, name in SORTS.items():
+        assert f"``{key}``" in section
+        assert f"``{name}``" in section
+        assert f"{key} {name}" in HELP
+    for key in ("q", "x", "/", "r", "k", "j"):
+        assert f"``{key}``" in section
+    assert "Tab" in section
+    assert all(len(line) < 80 for line in HELP.splitlines())
 
 
 def test_a_selection_ends_with_its_stream(live: LiveProxy, tmp_path: Path) -> None:

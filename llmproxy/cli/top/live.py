@@ -184,9 +184,9 @@ class LiveView:
             self._doomed = None
 
     def _picture(self) -> RenderableType:
-        if self._state is None:
-            return Text(self._lost or "Connecting ...")
         note = self._view.note
+        if self._state is None:
+            return Text(f"{self._lost or 'Connecting ...'}\n{note}")
         self._view.width, self._view.height = self._console.size
         if self._lost:
             self._view.note = self._lost if note == HINT else f"{self._lost}\n{note}"
