@@ -282,8 +282,10 @@ def test_one_viewer_too_many_tries_again(
         assert "503: 10 viewers follow the events already" in err
         with Terminal(url(live)) as terminal:
             terminal.wait("503: 10 viewers", "trying again in 5 s")
+            began = time.monotonic()
             viewers.close()
             terminal.wait("model-0")
+            assert time.monotonic() - began > 3  # what is seen of 5 s, and more than the usual 2
             terminal.press("q")
             assert terminal.ended() == 0
 
