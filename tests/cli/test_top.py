@@ -15,17 +15,28 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import pytest
+from msgspec import structs
+from rich.cells import cell_len
 from rich.console import Console
 
+from llmproxy.admin.clients import ClientRow
+from llmproxy.admin.events import MOST_VIEWERS
+from llmproxy.admin.overview import EndedRow, State
+from llmproxy.admin.streams import PARAMETERS
 from llmproxy.cli.main import main
-from llmproxy.cli.top.screen import View, duration, picture, size, visible
-from llmproxy.cli.top.site import Site
+from llmproxy.cli.top.filters import FILTERS, parsed, written
+from llmproxy.cli.top.keyboard import Keyboard
+from llmproxy.cli.top.live import HELP
+from llmproxy.cli.top.screen import SORTS, View, duration, picture, size, visible
+from llmproxy.cli.top.site import Site, SiteError
+from llmproxy.policy.limits import Use
 from tests.support.daemon import (
     ROOT,
     Daemon,
@@ -36,11 +47,12 @@ from tests.support.daemon import (
 )
 from tests.support.live_proxy import LiveProxy, client_config, until, write_credential
 from tests.support.scripts import SSE, event
-from tests.support.sockets import WAIT, Wire, chunked
+from tests.support.sockets import WAIT, Provider, Wire, chunked
 
 TOKEN = "admin-TOKEN"
 HOSTILE = "m\x1b]0;owned\x07[red]m\u202e"
 STREAMS = 6
+_EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 
 
 def script(wire: Wire) -> None:
@@ -173,6 +185,131 @@ def test_a_listener_for_metrics_is_none(tmp_path: Path, capsys: pytest.CaptureFi
         assert "`listen` in [admin]" in err
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("[]", "another form"),
+        ("{}", "missing required field"),
+        ('{"total": "many"}', "another form"),
+        ("no JSON", "another form"),
+    ],
+)
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_state_of_another_form_is_said(
+    capsys: pytest.CaptureFixture[str], data: str, says: str, *, is_live: bool
+) -> None:
+    """It is that of another version, and no traceback."""
+    with answering(_EVENTS + f"data: {data}\n\n".encode()) as (where, _):
+        if is_live:
+            with Terminal(where) as terminal:
+                terminal.wait("speaks another form", "trying again in 2 s")
+                terminal.press("q")
+                assert terminal.ended() == 0
+            return
+        code, out, err = printed(capsys, where, "--once")
+        assert (code, out) == (1, "")
+        assert says in err
+
+
+@pytest.mark.parametrize(("data", "code"), [('{"new": 1}', 0), ("[]", 1)])
+def test_json_is_handed_on(capsys: pytest.CaptureFixture[str], data: str, code: int) -> None:
+    """Of whatever version the site is; but a state is an object."""
+    with answering(_EVENTS + f"data: {data}\n\n".encode()) as (where, _):
+        found, out, err = printed(capsys, where, "--once", "--json")
+    assert found == code
+    assert out == ("" if code else f"{data}\n")
+    assert bool(err) is bool(code)
+
+
+def test_a_follower_ends_whatever_the_server_says_of_the_connection() -> None:
+    """``connection: close`` takes nothing from :meth:`Follower.stop`."""
+    with answering(_EVENTS + b'data: {"n": 1}\n\n', is_held=True) as (where, _):
+        follower = Site(where).follow({})
+        states = follower.states(dict[str, int])
+        assert next(states) == {"n": 1}
+        threading.Timer(0.1, follower.stop).start()
+        began = time.monotonic()
+        with pytest.raises(SiteError):
+            next(states)
+        assert time.monotonic() - began < 5
+        follower.close()
+
+
+def test_a_unix_socket_is_named_as_in_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the options of ``listen``, which are for the daemon."""
+    where = f"unix:{tmp_path}/admin.sock:mode=660"
+    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    daemon = Daemon(tmp_path, config)
+    text = daemon.config_path.read_text()
+    before, admin, after = text.partition('[admin]\nlisten = "tcp:0:interface=127.0.0.1"')
+    assert admin
+    daemon.config_path.write_text(
+        f'{before}[admin]\nlisten = "{where}"\nmetrics_listen = "tcp:0:interface=127.0.0.1"{after}'
+    )
+    with daemon:
+        until(lambda: (tmp_path / "admin.sock").exists(), "it listens")
+        for url in (where, where.removesuffix(":mode=660")):
+            code, out, err = printed(capsys, url, "--once", "--json")
+            assert (code, err) == (0, "")
+            assert json.loads(out)["total"] == 0
+
+
+def test_a_name_that_the_site_refuses_is_said(
+    live: LiveProxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what can be done."""
+    connect = socket.create_connection
+    monkeypatch.setattr(
+        "socket.create_connection", lambda to, *more: connect(("127.0.0.1", to[1]), *more)
+    )
+    code, _, err = printed(capsys, f"http://admin.example:{live.daemon.admin_port}", "--once")
+    assert code == 1
+    assert "421: the site refuses admin.example" in err
+    assert "`hosts` in [admin]" in err
+
+
+def test_one_viewer_too_many_tries_again(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the time that the daemon names, and the note says so."""
+    with ExitStack() as viewers:
+        for _ in range(MOST_VIEWERS):
+            viewers.enter_context(closing(Site(url(live)).follow({"limit": "0"})))
+        code, _, err = printed(capsys, url(live), "--once")
+        assert code == 1
+        assert "503: 10 viewers follow the events already" in err
+        with Terminal(url(live)) as terminal:
+            terminal.wait("503: 10 viewers", "trying again in 5 s")
+            began = time.monotonic()
+            viewers.close()
+            terminal.wait("model-0")
+            assert time.monotonic() - began > 3  # what is seen of 5 s, and more than the usual 2
+            terminal.press("q")
+            assert terminal.ended() == 0
+
+
+@contextmanager
+def answering(raw: bytes, *, is_held: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+    """Something at a URL that sends these bytes to everybody, and what it was sent.
+
+    Args:
+        raw: the response.
+        is_held: a connection stays open until its client leaves.
+    """
+    got = list[bytes]()
+
+    def answer(wire: Wire) -> None:
+        got.append(wire.receive())
+        wire.send(raw)
+        if is_held:
+            wire.wait_closed()
+
+    with Provider(answer) as server:
+        yield server.url, got
+
+
 @pytest.fixture
 def stranger() -> Iterator[tuple[str, list[bytes]]]:
     """Something at a URL that answers with escape sequences; and what it was sent."""
@@ -220,8 +357,8 @@ def test_a_state_may_be_as_late_as_it_was_asked_for(
     """A daemon that sends one every few seconds is not gone in between."""
     monkeypatch.setattr("llmproxy.cli.top.site._SLOW_S", 0.5)
     with closing(Site(url(live)).follow({"every": "2"})) as follower:
-        states = follower.states()
-        assert [next(states)["total"], next(states)["total"]] == [STREAMS, STREAMS]
+        states = follower.states(State)
+        assert [next(states).total, next(states).total] == [STREAMS, STREAMS]
 
 
 def _ports(daemon: Daemon) -> set[int]:
@@ -231,15 +368,36 @@ def _ports(daemon: Daemon) -> set[int]:
 # --- a terminal -----------------------------------------------------------------------------------
 
 
+_CONTROLLED = """\
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Runs a program with its standard input as the controlling terminal, as a window does."""
+
+_SHELL = 'set -m; "$@"; echo "at the prompt"; read -r; fg; echo "ended with $?"'
+"""What somebody does in a shell: Ctrl-Z, Enter, and then ``fg``."""
+
+
 class Terminal:
     """The command in a terminal of its own.
 
     Args:
         words: its arguments.
+        environ: further environment variables.
+        shell: a script of ``bash`` that runs the command, which is ``"$@"``.
+
+    Attributes:
+        seen: what was drawn since a key was pressed last.
     """
 
-    def __init__(self, *words: str) -> None:
-        self._words = words
+    def __init__(
+        self, *words: str, environ: dict[str, str] | None = None, shell: str | None = None
+    ) -> None:
+        self._command = [sys.executable, "-m", "llmproxy.cli.main", "top", *words]
+        if shell is not None:
+            self._command = ["/bin/bash", "-c", shell, "bash", *self._command]
+        self._environ = environ or {}
         self.seen = ""
 
     def __enter__(self) -> Self:
@@ -248,12 +406,12 @@ class Terminal:
         self._theirs = theirs
         self.before = termios.tcgetattr(theirs)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmproxy.cli.main", "top", *self._words],
+            [sys.executable, "-c", _CONTROLLED, *self._command],
             cwd=ROOT,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={**os.environ, "TERM": "xterm-256color", **self._environ},
             start_new_session=True,
         )
         return self
@@ -262,8 +420,23 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self._ours)
+        self.close()
         os.close(self._theirs)
+
+    def close(self) -> None:
+        """Close the window."""
+        if self._ours >= 0:
+            os.close(self._ours)
+        self._ours = -1
+
+    def resize(self, height: int, width: int) -> None:
+        """Make the window larger or smaller; what was seen before is forgotten."""
+        self.seen = ""
+        termios.tcsetwinsize(self._ours, (height, width))
+
+    def is_as_before(self) -> bool:
+        """Return whether the terminal is in the mode in which the command found it."""
+        return termios.tcgetattr(self._theirs)[:4] == self.before[:4]
 
     def press(self, keys: str) -> None:
         """Press keys; what was seen before is forgotten."""
@@ -272,10 +445,18 @@ class Terminal:
 
     def wait(self, what: str, *more: str) -> None:
         """Wait until all of these texts were drawn."""
+        self._until(lambda: all(one in self.seen for one in (what, *more)), (what, *more))
+
+    def wait_picture(self, pattern: str) -> None:
+        """Wait until one picture has this pattern."""
+        found = re.compile(pattern, re.DOTALL)
+        self._until(lambda: any(map(found.search, self.seen.split("\x1b[H"))), pattern)
+
+    def _until(self, condition: Callable[[], bool], what: object) -> None:
         deadline = time.monotonic() + WAIT
-        while not all(one in self.seen for one in (what, *more)):
+        while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"never seen: {(what, *more)} in {self.seen[-6000:]!r}")
+                raise TimeoutError(f"never seen: {what} in {self.seen[-6000:]!r}")
             self._read()
 
     def ended(self) -> int:
@@ -284,8 +465,7 @@ class Terminal:
         while self.process.poll() is None and time.monotonic() < deadline:
             self._read()
         code = self.process.wait(1)
-        after = termios.tcgetattr(self._theirs)
-        assert after[:4] == self.before[:4]
+        assert self.is_as_before()
         self._read()
         return code
 
@@ -305,7 +485,7 @@ def test_a_terminal_is_drawn_and_given_back(live: LiveProxy) -> None:
         assert "\x1b[?1049l" in terminal.seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_gives_the_terminal_back(live: LiveProxy, number: signal.Signals) -> None:
     """As ``q`` does."""
     with Terminal(url(live)) as terminal:
@@ -313,6 +493,104 @@ def test_a_signal_gives_the_terminal_back(live: LiveProxy, number: signal.Signal
         terminal.process.send_signal(number)
         assert terminal.ended() == 0
         assert "\x1b[?1049l" in terminal.seen
+
+
+def test_a_window_that_is_closed_ends_it(live: LiveProxy) -> None:
+    """Without an error, though nothing can be written any more."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.close()
+        assert terminal.process.wait(WAIT) == 0
+
+
+def test_a_shell_gets_the_terminal_meanwhile(live: LiveProxy) -> None:
+    """Ctrl-Z gives it back as it was, and ``fg`` draws the picture again."""
+    with Terminal(url(live), shell=_SHELL) as terminal:
+        terminal.wait("\x1b[?1049h", "model-0")
+        terminal.press("\x1a")
+        terminal.wait("at the prompt")
+        assert terminal.seen.index("\x1b[?1049l") < terminal.seen.index("at the prompt")
+        assert terminal.is_as_before()
+        terminal.press("\r")
+        terminal.wait("\x1b[?1049h", "model-0")
+        assert not terminal.is_as_before()
+        terminal.press("q")
+        terminal.wait("ended with 0")
+        assert terminal.ended() == 0
+
+
+def test_another_stop_takes_the_terminal_again(live: LiveProxy) -> None:
+    """SIGSTOP cannot be noticed; what follows it can."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
+        terminal.press("")
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.wait("\x1b[?1049h", "model-0")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_window_of_another_size_is_drawn_anew(live: LiveProxy) -> None:
+    """At once, and not with the next state; a size in the environment is that of the start."""
+    environ = {"COLUMNS": "90", "LINES": "20"}
+    with Terminal(url(live), "--every", "60", environ=environ) as terminal:
+        terminal.wait("model-0")
+        for width in (120, 150):
+            terminal.resize(30, width)
+            terminal.wait("model-0")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+@pytest.mark.parametrize(("environ", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_can_be_left_out(
+    live: LiveProxy, environ: dict[str, str], is_coloured: bool
+) -> None:
+    """By ``NO_COLOR``, as in other programs."""
+    with Terminal(url(live), environ=environ) as terminal:
+        terminal.wait("streaming")
+        assert bool(re.search(r"\x1b\[(?:\d+;)*3\d", terminal.seen)) is is_coloured
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Keyboard]]:
+    """The end of a terminal where keys are pressed, and the keyboard that reads them."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "wb", 0), os.fdopen(theirs, "rb", 0) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        with Keyboard() as keyboard:
+            yield ours, keyboard
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_an_arrow_may_come_in_pieces(
+    keys: tuple[int, Keyboard], monkeypatch: pytest.MonkeyPatch, split: int
+) -> None:
+    """It is no Escape with letters behind it."""
+    monkeypatch.setattr("llmproxy.cli.top.keyboard._ESCAPE_S", WAIT)
+    ours, keyboard = keys
+    arrow = b"\x1b[B"
+    os.write(ours, arrow[:split])
+    rest = threading.Timer(0.1, os.write, (ours, arrow[split:] + "é".encode()[:1]))
+    rest.start()
+    assert keyboard.read(WAIT) == "down"
+    rest.join()
+    os.write(ours, "é".encode()[1:])
+    assert keyboard.read(WAIT) == "é"
+
+
+def test_escape_alone_is_a_key(keys: tuple[int, Keyboard]) -> None:
+    """Nothing has to follow it; and what follows much later is another key."""
+    ours, keyboard = keys
+    os.write(ours, b"\x1b")
+    assert keyboard.read(WAIT) == "escape"
+    os.write(ours, b"[\x1b[A\t")
+    assert [keyboard.read(WAIT) for _ in range(3)] == ["[", "up", "tab"]
+    assert keyboard.read(0) is None
 
 
 def test_keys_sort_and_filter(live: LiveProxy) -> None:
@@ -324,9 +602,9 @@ def test_keys_sort_and_filter(live: LiveProxy) -> None:
         terminal.press("r")
         terminal.wait("by events")
         terminal.press("/")
-        terminal.wait("client: _")
+        terminal.wait("filter: _")
         terminal.press("zz\x7f\x7fa\r")
-        terminal.wait(f"1-3 of {STREAMS // 2}")
+        terminal.wait(f"1-3 of {STREAMS // 2}", "by events, client=a")
         terminal.press("q")
         assert terminal.ended() == 0
 
@@ -353,6 +631,163 @@ def test_a_stream_is_ended_by_key(live: LiveProxy, tmp_path: Path) -> None:
     until(lambda: [one["end_reason"] for one in live.daemon.traces()] == ["killed"], "one is ended")
 
 
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("client=a model=model-0", "1-1 of 1 by -age, client=a model=model-0"),
+        ("b phase=streaming", "1-3 of 3 by -age, client=b phase=streaming"),
+        ("provider=p route=p", "of 6 by -age, route=p provider=p"),
+        ("session=s", "of 0, session=s"),
+        ("'client=a b'", "of 0, 'client=a b'"),
+    ],
+)
+def test_a_filter_has_names(live: LiveProxy, typed: str, says: str) -> None:
+    """Those of the site; the title says what is in force, and none is in force when it is empty."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.press(f"/{typed}\r")
+        terminal.wait(says)
+        terminal.press("/")
+        terminal.wait(f"filter: {says.partition(', ')[2]}_")
+        terminal.press("\x7f" * 50 + "\r")
+        terminal.wait(f"1-{STREAMS} of {STREAMS} by -age\x1b[0m")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_filter_that_is_none_can_be_corrected(live: LiveProxy) -> None:
+    """The note says what is wrong, and keeps what was typed."""
+    with Terminal(url(live)) as terminal:
+        terminal.wait("model-0")
+        terminal.press("/colour=a\r")
+        terminal.wait("filter: colour=a_", "there is no 'colour', but client, route")
+        terminal.press("\x7f" * 8 + "'a\r")
+        terminal.wait("a quote is not closed")
+        terminal.press("\x7f\x7fmodel=x model=y\r")
+        terminal.wait("expected one model")
+        terminal.press("\x1b")
+        terminal.wait("q quit", f"of {STREAMS} by -age")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_the_filters_are_those_of_the_site() -> None:
+    """Any that is written is read back; and the site has no other."""
+    assert set(FILTERS) == set(PARAMETERS) - {"sort", "limit", "offset"}
+    query = {name: f"a' \"{name}=\\" for name in FILTERS}
+    assert parsed(written(query | {"sort": "age"})) == query
+
+
+def test_the_keys_are_documented() -> None:
+    """Those that sort by their names, and all others that the help has."""
+    text = (ROOT / "docs/admin.rst").read_text()
+    section = text[text.index("In a terminal\n") : text.index("Paths\n")]
+    for key, name in SORTS.items():
+        assert f"``{key}``" in section
+        assert f"``{name}``" in section
+        assert f"{key} {name}" in HELP
+    for key in ("q", "x", "/", "r", "k", "j"):
+        assert f"``{key}``" in section
+    assert "Tab" in section
+    assert all(len(line) < 80 for line in HELP.splitlines())
+
+
+def test_a_selection_ends_with_its_stream(live: LiveProxy, tmp_path: Path) -> None:
+    """And so does the question about it."""
+    (tmp_path / "token").write_text(TOKEN)
+    site = Site(url(live), TOKEN)
+    with Terminal(url(live), "--sort=age") as terminal:
+        for left, is_asked in ((5, True), (4, False)):
+            with closing(site.follow({"sort": "age"})) as follower:
+                name = next(follower.states(State)).streams[0].id
+            terminal.wait(name)
+            terminal.press("j")
+            if is_asked:
+                terminal.press("x")
+                terminal.wait(f"End the stream {name}? y/n")
+            terminal.press("")
+            site.end_stream(name)
+            terminal.wait(f"1-{left} of {left} by age", f"{name} has ended." if is_asked else "")
+            terminal.press("x")
+            terminal.wait("Select a stream first")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_tab_changes_which_table_has_room_first(live: LiveProxy) -> None:
+    """Clients, or abnormal ends."""
+    with closing(Site(url(live), TOKEN).follow({})) as follower:
+        Site(url(live), TOKEN).end_stream(next(follower.states(State)).streams[0].id)
+    with Terminal(url(live)) as terminal:
+        terminal.wait_picture("abnormal ends.*clients")
+        terminal.press("\t")
+        terminal.wait_picture("clients.*abnormal ends")
+        terminal.press("\t")
+        terminal.wait_picture("abnormal ends.*clients")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_slow_kill_holds_no_key_up(
+    live: LiveProxy, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its result comes when it comes."""
+    _, out, _ = printed(capsys, url(live), "--once", "--json")
+    may_respond = threading.Event()
+
+    def answer(wire: Wire) -> None:
+        if wire.receive().startswith(b"DELETE"):
+            may_respond.wait(WAIT)
+            wire.send(b"HTTP/1.1 404 \r\ncontent-length: 0\r\n\r\n")
+            return
+        wire.send(_EVENTS, f"data: {out}\n".encode())
+        wire.wait_closed()
+
+    (tmp_path / "token").write_text(TOKEN)
+    with (
+        Provider(answer) as server,
+        Terminal(server.url, "--token-file", str(tmp_path / "token")) as terminal,
+    ):
+        terminal.wait("model-0")
+        terminal.press("jxy")
+        terminal.wait("Ending the stream")
+        terminal.press("?")
+        terminal.wait("/ filter, as")
+        terminal.press("/abc")
+        terminal.wait("filter: abc_")
+        may_respond.set()
+        terminal.press("\x7f")
+        terminal.wait("filter: ab_")
+        terminal.press("\x1b")
+        terminal.wait(f"{server.url}: 404")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_a_daemon_that_was_away_is_found_again(tmp_path: Path) -> None:
+    """The picture goes on by itself."""
+    config = provider_table("p", url="http://127.0.0.1:1") + route_table("/p", "p")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with ExitStack() as stack:
+        with Daemon(tmp_path / "first", config, instance="one") as daemon:
+            where = f"http://127.0.0.1:{daemon.admin_port}"
+            terminal = stack.enter_context(Terminal(where))
+            terminal.wait("instance one")
+        terminal.press("")
+        terminal.wait("Connection refused; trying again in 2 s")
+        again = Daemon(tmp_path / "second", config, instance="two")
+        text = again.config_path.read_text()
+        head, _, tail = text.partition("[admin]\n")
+        tail = tail.replace("tcp:0:", f"tcp:{daemon.admin_port}:", 1)
+        again.config_path.write_text(f"{head}[admin]\n{tail}")
+        with again:
+            terminal.press("")
+            terminal.wait("instance two", "q quit")
+            terminal.press("q")
+            assert terminal.ended() == 0
+
+
 def test_a_daemon_that_is_gone_is_said(live: LiveProxy) -> None:
     """The last picture stays, and the command tries again."""
     with Terminal(url(live)) as terminal:
@@ -373,10 +808,11 @@ def test_many_providers_leave_room(
     (row,) = state["providers"]
     state["providers"] = [row | {"name": f"p{number}"} for number in range(40)]
     state["providers"][-1]["state"] = "off"
-    view = View(note="A note.", height=height)
+    view = View(note="A note.", height=height, width=width)
+    read = msgspec.convert(state, State)
     console = Console(width=width, height=height, file=io.StringIO())
     lines = [
-        "".join(one.text for one in line) for line in console.render_lines(picture(state, view))
+        "".join(one.text for one in line) for line in console.render_lines(picture(read, view))
     ]
     assert len([line for line in lines if line.strip()]) <= height
     assert lines[1].startswith("A note.")
@@ -384,9 +820,112 @@ def test_many_providers_leave_room(
     assert " p39 " in lines[5]
     assert (
         sum(row["id"][:8] in line for line in lines for row in state["streams"])
-        >= visible(state, view)
+        >= visible(read, view)
         >= 3
     )
+
+
+END = EndedRow(
+    id="e" * 24,
+    time="2026-01-01T00:00:00.000Z",
+    client="a",
+    route="p",
+    provider="p",
+    model="m",
+    status=200,
+    end_reason="upstream_broken",
+    error=None,
+    cause="closed",
+    duration_s=2.0,
+    bytes_out=1,
+)
+
+
+@pytest.fixture
+def state(live: LiveProxy) -> State:
+    """The state of a daemon, with more of everything."""
+    with closing(Site(url(live)).follow({})) as follower:
+        found = next(follower.states(State))
+    allowed = {
+        "max_streams": Use(30, 30, 0),
+        "requests_per_minute": Use(60, 7, 53),
+        "tokens_per_day": Use(1_000_000, 999, 999_001),
+    }
+    clients = [ClientRow("team-0", 30, allowed)]
+    clients += [ClientRow(f"team-{number}", 30 - number, {}) for number in range(1, 30)]
+    (*_, row) = found.streams
+    row = structs.replace(row, provider="a-provider", client="a-long-team-name", model="gpt-5")
+    streams = [structs.replace(row, id=f"{number:024}", tokens=12345) for number in range(40)]
+    return structs.replace(found, streams=streams, ended=[END] * 20, clients=clients)
+
+
+def drawn(state: State, view: View) -> list[str]:
+    """Return the lines of a picture, as wide and high as the view says."""
+    console = Console(width=view.width, height=view.height or 100, file=io.StringIO())
+    lines = console.render_lines(picture(state, view), pad=False)
+    found = ["".join(one.text for one in line) for line in lines]
+    assert all(cell_len(line) <= view.width for line in found)
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 150, 200])
+def test_what_is_most_useful_stays_readable(state: State, width: int) -> None:
+    """Other columns are left out of a narrow terminal, and no row takes two lines."""
+    lines = drawn(state, View(height=24, width=width, note="n"))
+    assert len(lines) == 24
+    (heading,) = (line.split() for line in lines if "tokens" in line and "phase" in line)
+    assert set(heading) >= {"id", "client", "model", "phase", "age", "tokens"}
+    assert ("route" in heading) is (width >= 150)
+    rows = [line for line in lines if line.startswith(" 0000000")]
+    assert len(rows) == visible(state, View(height=24, width=width, note="n")) > 6
+    assert all("a-long-team-n" in row and " 12345 " in row for row in rows)
+    assert all("streaming" in row and "gpt-5" in row for row in rows)
+
+
+@pytest.mark.parametrize(("height", "clients", "ended"), [(24, 0, 2), (44, 5, 9), (0, 30, 5)])
+def test_clients_and_ends_share_what_is_left(
+    state: State, height: int, clients: int, ended: int
+) -> None:
+    """Tab says which of them has room first."""
+    for is_clients_first in (False, True):
+        view = View(height=height, width=120, is_clients_first=is_clients_first)
+        text = "\n".join(drawn(state, view))
+        found = [len(re.findall(word, text, re.MULTILINE)) for word in ("^ team-", "^ eeee")]
+        assert found == ([ended, clients] if is_clients_first and height else [clients, ended])
+        assert ("clients" in text) is bool(found[0])
+        if found[0] and found[1]:
+            assert (text.index("\nclients") < text.index("\nabnormal")) is is_clients_first
+
+
+def test_the_limits_of_clients_are_shown(state: State) -> None:
+    """How much is used, of how much."""
+    lines = drawn(state, View(width=120))
+    first = next(line for line in lines if line.startswith(" team-0"))
+    assert first.split() == ["team-0", "30/30", "7/60", "999/1000000"]
+    second = next(line for line in lines if line.startswith(" team-1"))
+    assert second.split() == ["team-1", "29"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("name", ["m" * 5000, "模型" * 2000, HOSTILE * 100, "e\u0301" * 300])
+def test_any_name_keeps_its_place(state: State, name: str, width: int) -> None:
+    """Long ones are cut, wide ones counted by their columns, and control characters written out."""
+    row = structs.replace(
+        state.streams[0], id=name, client=name, route=name, provider=name, model=name, phase=name
+    )
+    end = structs.replace(END, id=name, client=name, end_reason=name, cause=name, model=name)
+    hostile = structs.replace(
+        state,
+        streams=[row, *state.streams],
+        ended=[end],
+        clients=[ClientRow(name, 1, {})],
+        providers=[structs.replace(state.providers[0], name=name)],
+        process=structs.replace(state.process, instance=name),
+    )
+    view = View(width=width, height=40, filter=name, note="A note.")
+    lines = drawn(hostile, view)
+    assert len(lines) <= 40
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(

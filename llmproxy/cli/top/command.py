@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from llmproxy.cli.table import shown
+from llmproxy.cli.top.filters import FILTERS, written
 from llmproxy.cli.top.site import DEFAULT, Site, SiteError
 
-_FILTERS = ("client", "route", "provider", "model", "session", "phase")
 _MOST_TOKEN = 4096
 _CODES = (
     "exit codes: 0 done; 1 the admin site does not answer, or refuses; 2 the command line is wrong"
@@ -43,7 +44,7 @@ def add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="age, bytes, events, last_chunk, paused, ahead, client, route, provider, model or "
         "phase, with - before it for the greatest first: --sort=-bytes (default: %(default)s)",
     )
-    for name in _FILTERS:
+    for name in FILTERS:
         add(f"--{name}", metavar="NAME", help=f"only streams of this {name}")
     add("--limit", default=100, type=int, metavar="N", help="most streams (default: %(default)s)")
     add(
@@ -67,11 +68,13 @@ def add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def top(args: argparse.Namespace) -> int:
     """Show what a daemon does."""
     query = {"sort": args.sort, "limit": str(args.limit), "every": str(args.every)}
-    query |= {name: getattr(args, name) for name in _FILTERS if getattr(args, name) is not None}
+    query |= {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
     try:
         site = Site(args.url, _token(args.token_file))
-        if args.once or args.json:
-            return _print(site, query, once=args.once, as_json=args.json)
+        if args.json:
+            return _print_json(site, query, once=args.once)
+        if args.once:
+            return _print(site, query)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise SiteError("there is no terminal to draw on: use --once or --json")
         return _live(site, query)
@@ -94,18 +97,24 @@ def _token(path: Path | None) -> str | None:
     return token
 
 
-def _print(site: Site, query: dict[str, str], *, once: bool, as_json: bool) -> int:
-    """Print states, as JSON or as a picture; one, or until the daemon ends."""
-    # Not at the top: JSON needs none of it.
+def _print(site: Site, query: dict[str, str]) -> int:
+    """Print one picture."""
+    # Not at the top, here and below: no other command, and no JSON, needs any of it.
+    from llmproxy.admin.overview import State
     from llmproxy.cli.table import console
     from llmproxy.cli.top.screen import View, picture
 
     with closing(site.follow(query)) as follower:
-        for state in follower.states():
-            if as_json:
-                print(json.dumps(state), flush=True)
-            else:
-                console().print(picture(state, View(sort=query["sort"])))
+        state = next(follower.states(State))
+    console().print(picture(state, View(sort=query["sort"], filter=written(query))))
+    return 0
+
+
+def _print_json(site: Site, query: dict[str, str], *, once: bool) -> int:
+    """Print states as they are; one, or until the daemon ends."""
+    with closing(site.follow(query)) as follower:
+        for state in follower.states(dict[str, Any]):
+            print(json.dumps(state), flush=True)
             if once:
                 break
     return 0
@@ -116,10 +125,16 @@ def _live(site: Site, query: dict[str, str]) -> int:
 
     from llmproxy.cli.top.live import LiveView
 
-    site.follow(query | {"limit": "0"}).close()  # what is wrong with it is said before all else
+    try:  # what is wrong with it is said before all else
+        site.follow(query | {"limit": "0"}).close()
+    except SiteError as error:
+        if error.retry_s is None:
+            raise
 
-    view = LiveView(site, query, Console())
-    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could come at any place
-        signal.signal(number, view.stop)
-    view.run()
+    for name in ("COLUMNS", "LINES"):  # they would hold when the window gets another size
+        os.environ.pop(name, None)
+    try:
+        LiveView(site, query, Console()).run()
+    except OSError:  # the window was closed, and nothing can be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
