@@ -19,6 +19,7 @@ import pytest
 
 from bench import build
 from llmproxy.admin.events import MOST_VIEWERS
+from llmproxy.dialects.json_body import MODEL_BYTES
 from tests.support.chromium import Chromium
 from tests.support.daemon import ROOT, Daemon, provider_table, route_table
 from tests.support.live_proxy import LiveProxy, client_config, post, until, write_credential
@@ -367,18 +368,20 @@ def test_a_name_hides_nothing(streams: LiveProxy, browser: Chromium) -> None:
     assert browser.faults == []
 
 
-def test_a_name_of_any_length_takes_little_room(live: LiveProxy, browser: Chromium) -> None:
+def test_the_longest_name_takes_little_room(live: LiveProxy, browser: Chromium) -> None:
     """Its beginning and its end are shown."""
-    model = "x" * 100_000 + "-end"
+    model = "x" * (MODEL_BYTES - 4) + "-end"
     body = json.dumps({"model": model, "stream": True, "n": 1}).encode()
     with live.begin("/a/v1/chat/completions", body, "x-api-key: key-a"):
         browser.open(site(live))
         browser.wait("document.getElementById('total').textContent === '1'", "it runs")
         (shown,) = column(browser, "streams", "Model")
-        assert shown.startswith("xxx")
+        assert (shown[:3], shown[-4:]) == ("xxx", "-end")
         assert len(shown) <= 300
         width = "document.querySelector('#streams tbody td:nth-child(2)').offsetWidth"
-        assert browser.evaluate(width) < 500
+        assert browser.evaluate(width) < 320
+        browser.look(width=390, scheme="light")
+        assert browser.evaluate(width) < 130
 
 
 def test_paused_updates_show_what_is_asked_for(streams: LiveProxy, browser: Chromium) -> None:
@@ -498,6 +501,11 @@ def test_a_narrow_window_has_what_is_done_in_reach(streams: LiveProxy, browser: 
             " && box.right <= window.innerWidth && document.elementFromPoint(box.left +"
             f" box.width / 2, box.top + box.height / 2) === {button}; }})()"
         ), table
+    row = "document.querySelector('#streams tbody').rows[7]"
+    phase, end = at(browser, "streams", "Phase"), at(browser, "streams", "End it")
+    right = f"{row}.cells[{phase}].getBoundingClientRect().right"
+    left = f"{row}.cells[{end}].getBoundingClientRect().left"
+    assert browser.evaluate(f"{right} <= {left}"), "client, model and phase are to be seen"
 
 
 def test_all_of_it_works_by_keyboard(streams: LiveProxy, browser: Chromium) -> None:

@@ -15,12 +15,12 @@ let pressed = null;
 // -- what the tables show ---------------------------------------------------------------------------
 
 const streams = tableOf("streams", (row) => row.id, [
-  ["Client", (row) => row.client, { sort: "client" }],
-  ["Model", (row) => row.model, { sort: "model" }],
+  ["Client", (row) => row.client, { sort: "client", kind: "name" }],
+  ["Model", (row) => row.model, { sort: "model", kind: "name" }],
   ["Phase", (row) => (row.ahead === null ? row.phase : `${row.phase}, ${row.ahead} ahead`), { sort: "phase", word: (row) => row.phase }],
   ["Age", (row) => seconds(row.age_s), { sort: "age", kind: "number" }],
-  ["Provider", (row) => row.provider, { sort: "provider" }],
-  ["Route", (row) => row.route, { sort: "route" }],
+  ["Provider", (row) => row.provider, { sort: "provider", kind: "name" }],
+  ["Route", (row) => row.route, { sort: "route", kind: "name" }],
   ["Bytes", (row) => bytes(row.bytes), { sort: "bytes", kind: "number" }],
   ["Events", (row) => row.events, { sort: "events", kind: "number" }],
   ["Tokens", (row) => row.tokens, { kind: "number" }],
@@ -30,7 +30,7 @@ const streams = tableOf("streams", (row) => row.id, [
   ["End it", () => "End", { kind: "act", press: (row) => kill(row), says: (row) => `End the stream ${row.id}${whose(row)}` }],
 ]);
 const providers = tableOf("providers", (row) => row.name, [
-  ["Name", (row) => row.name],
+  ["Name", (row) => row.name, { kind: "name" }],
   ["State", stateOf, { word: (row) => wordOf(row) }],
   ["Dialect", (row) => row.dialect],
   ["URL", (row) => row.url],
@@ -44,17 +44,17 @@ const providers = tableOf("providers", (row) => row.name, [
   }],
 ]);
 const clients = tableOf("clients", (row) => row.client, [
-  ["Client", (row) => row.client],
+  ["Client", (row) => row.client, { kind: "name" }],
   ["Streams", (row) => row.streams, { kind: "number" }],
   ["Limits: used of what is allowed", limitsOf, { kind: "wide" }],
 ]);
 const ended = tableOf("ended", (row) => row.id, [
   ["Began", (row) => row.time],
   ["End", (row) => row.end_reason],
-  ["Why", (row) => [row.error, row.cause].filter((word) => word && word !== row.end_reason).join(", ")],
-  ["Client", (row) => row.client],
-  ["Model", (row) => row.model],
-  ["Provider", (row) => row.provider],
+  ["Why", (row) => [row.error, row.cause].filter((word) => word && word !== row.end_reason).join(", "), { kind: "name" }],
+  ["Client", (row) => row.client, { kind: "name" }],
+  ["Model", (row) => row.model, { kind: "name" }],
+  ["Provider", (row) => row.provider, { kind: "name" }],
   ["Status", (row) => row.status, { kind: "number" }],
   ["Lasted", (row) => seconds(row.duration_s), { kind: "number" }],
   ["Bytes", (row) => bytes(row.bytes_out), { kind: "number" }],
@@ -174,7 +174,10 @@ function tableOf(id, keyOf, columns) {
     columns.forEach(([, text, more = {}], place) => {
       const [cell, inner] = line.cells[place];
       const wanted = visible(text(row));
-      if (inner.textContent !== wanted) inner.textContent = wanted;
+      if (inner.textContent !== wanted) {
+        inner.textContent = wanted;
+        if (more.kind === "name") cell.title = wanted;
+      }
       const label = more.says ? visible(more.says(row)) : null;
       if (inner.ariaLabel !== label) inner.ariaLabel = label;
       if (more.link && !inner.hasAttribute("href")) inner.href = more.link(row);
