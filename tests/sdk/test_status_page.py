@@ -259,6 +259,7 @@ def test_a_token_that_cannot_be_one_is_not_sent(
     row = "document.querySelector('#providers tbody').rows[0]"
     confirm(browser, f"{row}.querySelector('button')", token)
     is_refused(browser, "The token has characters that no token has.")
+    picture(browser, "dialog")
     say_yes(browser, TOKEN)
     browser.wait(f"{row}.cells[1].dataset.word === 'off'", "it is off")
     assert browser.faults == []
