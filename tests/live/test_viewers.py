@@ -16,9 +16,11 @@ from llmproxy.dialects.json_body import MODEL_BYTES
 from tests.support.live_proxy import (
     ONE_ROUTE,
     LiveProxy,
+    assert_settles,
     live_fixture,
     open_live_proxy,
     read_stepwise,
+    trace_of,
 )
 from tests.support.scripts import SSE, event
 from tests.support.sockets import WAIT, Wire, chunked, connect, request
@@ -132,3 +134,29 @@ def test_viewers_that_never_read_cost_little(live: LiveProxy) -> None:
                 assert len(state["streams"]) == STREAMS
                 waited += len(data)
             assert waited < most + len(data), "one event is kept besides what the kernel holds"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("s" * 5000, "s" * 256),
+        ("<img src=x onerror=alert(1)>", "<img src=x onerror=alert(1)>"),
+        ("a\u202eb", None),
+        ("a\u2028b", None),
+        ("\ud800", "\ufffd" * 3),
+    ],
+)
+def test_what_a_caller_calls_itself_is_short_and_to_be_seen(
+    live: LiveProxy, value: str, shown: str | None
+) -> None:
+    """Of its session and of its program's name; what cannot be seen is left out."""
+    sent = value.encode("utf-8", "surrogatepass").decode("latin-1")
+    fields = (f"X-Session-Id: {sent}", f"User-Agent: {sent}")
+    live.hold(SSE, chunked(event(0)))
+    body = b'{"model":"m","stream":true}'
+    with live.begin("/p/v1/chat/completions", body, *fields):
+        (row,) = json.loads(live.daemon.admin("/streams"))["streams"]
+        assert row["session"] == shown
+    record = trace_of(live.daemon, id=row["id"])
+    assert (record["session"], record["user_agent"]) == (shown, shown)
+    assert_settles(live.daemon)

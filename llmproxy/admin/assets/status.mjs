@@ -283,7 +283,8 @@ async function whyNot(url) {
       return ["", 1];
     }
     const usual = response.status < 500 ? 30 : 5;
-    const wait = Math.max(1, +response.headers.get("retry-after") || usual);
+    const told = +response.headers.get("retry-after") || usual;
+    const wait = Math.min(Math.max(1, told), 60);
     return [`${await messageOf(response)} The page tries again in ${wait} s.`, wait];
   } catch {
     return [LOST, 3];
