@@ -73,7 +73,7 @@ class Events(ReadOnly):
         except Wrong as wrong:
             return respond(request, error(400, f"Expected {wrong.expected}."))
         if self.viewers >= MOST_VIEWERS:
-            text = f"{MOST_VIEWERS} viewers follow the events already; try again."
+            text = f"As many pages and programs follow the events as may: {MOST_VIEWERS}."
             return respond(request, error(503, text), (b"retry-after", b"5"))
         request.start(200, [(b"content-type", b"text/event-stream"), *ANTI_BUFFERING])
         if request.method == b"HEAD":

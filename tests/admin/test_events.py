@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmproxy.admin.events import MOST_VIEWERS
+from llmproxy.dialects.json_body import MODEL_BYTES
 from tests.admin.one_site import Admin, exchange
 from tests.support.fake_transport import FIN
 
@@ -19,6 +20,9 @@ class Viewer:
         admin: the site.
         query: what it asks for.
         field: a line of its head.
+
+    Attributes:
+        size: how many bytes came at once.
     """
 
     def __init__(self, admin: Admin, query: str = "", field: str = "Accept: */*") -> None:
@@ -27,6 +31,7 @@ class Viewer:
         head = f"GET /events{query} HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n"
         self.channel.dataReceived(head.encode())
         self.head, _, self._rest = self.wire.take().partition(b"\r\n\r\n")
+        self.size = len(self._rest)
 
     def events(self) -> list[Any]:
         """Return the events that came since the last call."""
@@ -80,6 +85,23 @@ def test_a_viewer_that_takes_nothing_is_left_out() -> None:
     viewer.wire.producer.resumeProducing()
     admin.reactor.advance(1)
     assert len(viewer.events()) == 1
+
+
+def test_an_event_is_no_larger_where_thousands_of_streams_run() -> None:
+    """It grows with the window that is asked for, whatever callers name their models."""
+    admin = Admin()
+    admin.exchanges += [exchange(float(number), name=f"{number:024}") for number in range(50)]
+    few = Viewer(admin, "?limit=50")
+    for number in range(50, 5000):
+        one = exchange(float(number), name=f"{number:024}", client=f"c{number}")
+        one.trace.model = one.trace.session = "\x00" * MODEL_BYTES  # six bytes each in JSON
+        admin.exchanges.append(one)
+    many, worst = Viewer(admin, "?limit=50"), Viewer(admin, "?limit=50&sort=age")
+    assert many.size <= few.size + 50 * len('{"client":"c4999","streams":1,"limits":{}},')
+    row = 2 * 6 * MODEL_BYTES + len("c4999")
+    assert worst.size <= many.size + 50 * row
+    (shown,) = worst.events()
+    assert (shown["total"], len(shown["streams"]), len(shown["clients"])) == (5000, 50, 50)
 
 
 def test_viewers_are_few_and_leave_nothing() -> None:
