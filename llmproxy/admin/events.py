@@ -1,9 +1,9 @@
 """``/events``: the overview again and again, as one stream of server-sent events.
 
 Each event is whole, so that none has to be remembered, and none is lost: a viewer that does not
-take what it got is left out until it does.  A few viewers at once are enough for all operators; to
-put the overview together for one of them is some milliseconds of the reactor's time where
-thousands of streams run.
+take what it got is left out until it does, and for a minute at most.  A few viewers at once are
+enough for all operators; to put the overview together for one of them is some milliseconds of the
+reactor's time where thousands of streams run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zope.interface import implementer
 from llmproxy.admin.page import ReadOnly, error, is_foreign_page, parameters, respond
 from llmproxy.admin.streams import PARAMETERS, Window, window_of
 from llmproxy.config.values import Wrong
+from llmproxy.errors import ClientGone
 from llmproxy.http1.headers import ANTI_BUFFERING
 from llmproxy.server.handler import NOT_DONE_YET
 from llmproxy.server.request import Request
@@ -30,6 +31,9 @@ PATH = b"/events"
 
 MOST_VIEWERS = 10
 LONGEST_S = 60
+
+_PATIENCE_S = 60.0
+"""A viewer that takes nothing for so long gives its place to another."""
 
 _SECONDS = re.compile(r"[1-9][0-9]?\Z")
 _BEGIN = b"retry: 2000\n\n"
@@ -97,21 +101,23 @@ class Viewer:
         self._request = request
         self._make = make
         self._left = left
-        self._is_paused = False
+        self._paused_at: float | None = None
         self._call = LoopingCall(self.tell)
 
     def start(self, reactor: Any, every: int) -> None:
         """Send one event now, and one every so many seconds."""
+        self._call.clock = reactor
         self._request.gone = lambda why: self._end()
         self._request.registerProducer(self, True)
         self._request.write(_BEGIN)
-        self._call.clock = reactor
         self._call.start(every).addErrback(self._failed)
 
     def tell(self) -> None:
-        """Send an event, unless what came before is not taken."""
-        if not self._is_paused:
+        """Send an event, unless what came before is not taken; that may not last for ever."""
+        if self._paused_at is None:
             self._request.write(b"event: state\ndata: %b\n\n" % msgspec.json.encode(self._make()))
+        elif self._call.clock.seconds() - self._paused_at >= _PATIENCE_S:
+            self._request.abort(ClientGone("the viewer takes nothing"))
 
     def _failed(self, failure: Failure) -> None:
         _log.failure("the overview could not be made", failure)
@@ -125,11 +131,11 @@ class Viewer:
 
     def pauseProducing(self) -> None:
         """The viewer does not take what it got."""
-        self._is_paused = True
+        self._paused_at = self._call.clock.seconds()
 
     def resumeProducing(self) -> None:
         """It has taken that."""
-        self._is_paused = False
+        self._paused_at = None
 
     def stopProducing(self) -> None:
         """It is gone."""

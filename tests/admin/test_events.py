@@ -87,6 +87,20 @@ def test_a_viewer_that_takes_nothing_is_left_out() -> None:
     assert len(viewer.events()) == 1
 
 
+def test_a_viewer_that_takes_nothing_for_long_gives_its_place_up() -> None:
+    """There are few of them."""
+    admin = Admin()
+    slow, idle = Viewer(admin), [Viewer(admin) for _ in range(MOST_VIEWERS - 1)]
+    slow.wire.producer.pauseProducing()
+    for _ in range(59):
+        admin.reactor.advance(1)
+    assert Viewer(admin).head.startswith(b"HTTP/1.1 503 ")
+    admin.reactor.advance(1)
+    assert slow.wire.disconnecting
+    assert Viewer(admin).head.startswith(b"HTTP/1.1 200 ")
+    assert not any(viewer.wire.disconnecting for viewer in idle)
+
+
 def test_an_event_is_no_larger_where_thousands_of_streams_run() -> None:
     """It grows with the window that is asked for, whatever callers name their models."""
     admin = Admin()
