@@ -279,9 +279,9 @@ def test_one_viewer_too_many_tries_again(
             viewers.enter_context(closing(Site(url(live)).follow({"limit": "0"})))
         code, _, err = printed(capsys, url(live), "--once")
         assert code == 1
-        assert "503: 10 viewers follow the events already" in err
+        assert "503: As many pages and programs follow the events as may: 10." in err
         with Terminal(url(live)) as terminal:
-            terminal.wait("503: 10 viewers", "trying again in 5 s")
+            terminal.wait("503: As many pages", "trying again in 5 s")
             began = time.monotonic()
             viewers.close()
             terminal.wait("model-0")
