@@ -11,6 +11,7 @@ here knows how.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -210,7 +211,10 @@ def tokens_by_client(source: Source, since: str, instance: str | None = None) ->
         f"FROM traces WHERE time >= ? AND client IS NOT NULL AND {_ONE}"
         f"{'' if instance is None else ' AND instance = ?'} GROUP BY client"
     )
-    return dict(source.rows(query, since, *(() if instance is None else (instance,))))
+    found = Counter[str]()
+    for client, tokens in source.rows(query, since, *(() if instance is None else (instance,))):
+        found[client] += tokens
+    return dict(found)
 
 
 def checkpoints_of(source: Source, since: str = "") -> list[Checkpoint]:

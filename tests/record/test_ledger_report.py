@@ -28,35 +28,11 @@ from llmproxy.record.ledger_report import (
 from llmproxy.record.ledger_source import Files
 from llmproxy.record.ledger_steps import TOKENS, LedgerError
 from llmproxy.record.trace import Trace
+from tests.support.made_records import TRACES, numbered
 from tests.support.records import trace
 from tests.support.sockets import WAIT
 
 ROOT = Path(__file__).parents[2]
-
-
-def words(*choices: str) -> st.SearchStrategy[str | None]:
-    """Choose one of these, or None."""
-    return st.sampled_from((None, *choices))
-
-
-COUNTS = st.none() | st.just(0) | st.integers(0, 10**12)
-TRACES = st.lists(
-    st.builds(
-        lambda number, **fields: trace(number, **fields),
-        st.integers(0, 10**6),
-        time=st.sampled_from([f"2026-11-0{day}T12:00:00.00{day}Z" for day in range(1, 5)]),
-        client=words("a", "b"),
-        model=words("m", "n"),
-        provider=words("p"),
-        method=st.sampled_from(["POST", "OPTIONS"]),
-        session=words("s", "t", ""),
-        is_complete=st.booleans(),
-        usage=words("reported", "partial", "none"),
-        end_reason=st.sampled_from(["complete", "client_gone", "rejected", "upstream_refused"]),
-        **dict.fromkeys(TOKENS, COUNTS),
-    ),
-    max_size=30,
-)
 
 
 @contextmanager
@@ -69,14 +45,6 @@ def ledgers(*batches: list[list[Trace]]) -> Iterator[list[str]]:
                 for batch in of_one:
                     ledger.put(batch)
         yield paths
-
-
-def numbered(*batches: list[list[Trace]]) -> list[Trace]:
-    """Give each of these traces an id of its own; return all of them."""
-    every = [trace for of_one in batches for batch in of_one for trace in batch]
-    for number, one in enumerate(every):
-        one.id = str(number)
-    return every
 
 
 def totals_of(traces: list[Trace]) -> Totals:
