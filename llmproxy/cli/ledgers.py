@@ -32,7 +32,7 @@ def add_ledgers(command: argparse.ArgumentParser, *, begins: str) -> None:
         "files",
         metavar="LEDGER",
         nargs="*",
-        default=None,
+        default=[],
         help="ledger files, in place of the configuration's ledger; a record that is in several "
         "counts once",
     )
