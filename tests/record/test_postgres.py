@@ -259,6 +259,7 @@ def test_one_host_deletes_at_a_time(
         other.execute(f"SELECT pg_advisory_lock({LOCK + 1})")
         assert output.maintenance() > 1
         assert postgres.ids(database) == [1]
+        other.execute("SELECT pg_advisory_unlock_all()")
     output.maintenance()
     assert postgres.ids(database) == []
 

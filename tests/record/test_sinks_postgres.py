@@ -42,6 +42,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses and deadlines are short."""
     pytest.importorskip("psycopg")
     monkeypatch.setattr("llmproxy.record.postgres._LONGEST_PAUSE_S", 0.25)
+    monkeypatch.setattr("llmproxy.record.sink_queue._LEAVING_S", 0.2)
 
 
 def test_every_sink_gets_every_trace(
@@ -131,11 +132,8 @@ def test_a_wrong_password_costs_what_the_queue_cannot_hold(
     assert "needle" not in "".join(logged)
 
 
-def test_a_reload_with_the_right_password(
-    postgres: PostgresServer, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reload_with_the_right_password(postgres: PostgresServer, database: str) -> None:
     """The old thread ends after a while, although nothing is written; the new one writes."""
-    monkeypatch.setattr("llmproxy.record.sink_queue._LEAVING_S", 0.2)
     threads = writing_threads()
     url = postgres.tcp_url(database)
     with opened(postgres=url, postgres_credential=Secret("wrong")) as sinks:

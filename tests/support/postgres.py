@@ -29,6 +29,12 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(pid, number)
+
+
 class PostgresServer:
     """A server that is started, stopped and halted; nobody else uses it.
 
@@ -91,15 +97,14 @@ class PostgresServer:
     def halted(self) -> Iterator[None]:
         """Let none of its processes run."""
         assert self._process is not None
-        pids = [self._process.pid, *self._children()]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        pids = [self._process.pid]
+        self._process.send_signal(signal.SIGSTOP)  # first: it starts no other process any more
         try:
+            pids += self._children()
+            _signal(pids, signal.SIGSTOP)
             yield
         finally:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+            _signal(pids, signal.SIGCONT)
 
     def database(self) -> str:
         """Make an empty database; return its name."""
