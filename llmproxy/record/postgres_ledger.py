@@ -87,8 +87,9 @@ def conninfo_of(url: str, password: str | None) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what is wrong, in one line."""
-    lines = (line.strip() for line in str(error).splitlines())
+    """Return what is wrong, in one line, without the rows that the server may quote."""
+    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    lines = (line.strip() for line in (primary or str(error)).splitlines())
     return "; ".join(line for line in lines if line) or type(error).__name__
 
 
