@@ -17,8 +17,9 @@ import pytest
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.trace import CONTENT, NAMES, Attempt, Trace, timestamp
 from tests.support.postgres import PASSWORD, PostgresServer
-from tests.support.records import trace
+from tests.support.records import eventually, trace
 from tests.support.sockets import WAIT
+from tests.support.tls import Authority
 
 if TYPE_CHECKING:
     from llmproxy.record.postgres import Postgres
@@ -387,6 +388,58 @@ def test_rights_to_write_are_enough_for_tables_that_are_there(
         one.maintenance()
     assert postgres.ids(database) == [1]
     postgres.query(database, "DROP OWNED BY writer; DROP ROLE writer")
+
+
+@pytest.fixture
+def secure(postgres: PostgresServer, tmp_path: Path) -> Iterator[Path]:
+    """Let the server have a certificate for ``localhost``; return what to trust."""
+    authority = Authority(tmp_path)
+    for path, setting in zip(
+        authority.key_and_certificate(), ("ssl_key_file", "ssl_cert_file"), strict=True
+    ):
+        copy = Path(shutil.copy(path, postgres.folder))
+        copy.chmod(0o600)
+        if os.geteuid() == 0:
+            shutil.chown(copy, "nobody")
+        postgres.query("postgres", f"ALTER SYSTEM SET {setting} = '{copy}'")
+    postgres.query("postgres", "ALTER SYSTEM SET ssl = on")
+    postgres.query("postgres", "SELECT pg_reload_conf()")
+    eventually(lambda: postgres.query("postgres", "SHOW ssl") == [("on",)])
+    yield authority.ca_path
+    postgres.query("postgres", "ALTER SYSTEM RESET ALL")
+    postgres.query("postgres", "SELECT pg_reload_conf()")
+    eventually(lambda: postgres.query("postgres", "SHOW ssl") == [("off",)])
+
+
+def test_the_certificate_of_the_server_is_checked(
+    postgres: PostgresServer, database: str, secure: Path, tmp_path: Path
+) -> None:
+    """With ``verify-full`` nothing is written to who is not the one that the URL names."""
+    (tmp_path / "other").mkdir()
+    other = Authority(tmp_path / "other").ca_path
+    at = f"{postgres.port}/{database}?hostaddr=127.0.0.1&sslmode=verify-full&sslrootcert="
+    with closing(opened(f"postgresql://postgres@localhost:{at}{secure}", password=PASSWORD)) as one:
+        one.put([trace(0)])
+    for name, roots, words in (
+        ("localhost", other, "certificate verify failed"),
+        ("db.example", secure, "does not match host name"),
+    ):
+        url = f"postgresql://postgres@{name}:{at}{roots}"
+        with closing(opened(url, password=PASSWORD)) as one, pytest.raises(Retry, match=words):
+            one.put([trace(1)])
+    assert postgres.ids(database) == [0]
+
+
+def test_a_server_without_tls_is_not_written_to_where_tls_is_wanted(
+    postgres: PostgresServer, database: str
+) -> None:
+    """libpq gets ``sslmode`` from the URL."""
+    url = f"{postgres.tcp_url(database)}?sslmode=require"
+    with (
+        closing(opened(url, password=PASSWORD)) as one,
+        pytest.raises(Retry, match="server does not support SSL"),
+    ):
+        one.put([trace(1)])
 
 
 @pytest.fixture
