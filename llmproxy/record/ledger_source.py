@@ -2,7 +2,8 @@
 
 Files may have been copied from one another, or from hosts that are gone.  A record that is in two
 of them counts once: the ids of the files that were read are kept in a temporary database, which is
-attached to each of the others.  Views there hide what was seen, under the names of the tables, so
+attached to each of the others.  Files of different instances have nothing in common, and are spared
+that.  Views there hide what was seen, under the names of the tables, so
 that no query of a report knows how many files there are.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
@@ -98,21 +100,49 @@ class Files:
         Raises:
             LedgerError: one of the files cannot be read.
         """
-        if len(self._paths) == 1:
-            yield from _rows(self._paths[0], query, arguments)
-            return
-        with tempfile.TemporaryDirectory(prefix="llmproxy-") as folder:
-            seen = os.path.join(folder, "seen")
-            with closing(sqlite3.connect(seen)) as connection:
-                connection.executescript(_SEEN)
-            for at, path in enumerate(self._paths):
-                with _named(path), closing(open_for_reading(path, beside=seen)) as connection:
-                    for view in _HIDE if at else ():
-                        connection.execute(view)
-                    yield from connection.execute(query, arguments)
-                    for statement in _SEE if at < len(self._paths) - 1 else ():
-                        connection.execute(statement)
-                    connection.execute("COMMIT")
+        shared = _shared(self._paths) if len(self._paths) > 1 else []
+        for path in self._paths:
+            if path not in shared:
+                yield from _rows(path, query, arguments)
+        if shared:
+            yield from _rows_once(shared, query, arguments)
+
+
+def _shared(paths: Sequence[str]) -> list[str]:
+    """Return the files that may have records in common, as they are of the same instance.
+
+    What has sessions alone may have them in common with any file.
+    """
+    instances = [
+        {name for (name,) in _rows(path, "SELECT DISTINCT instance FROM traces", ())}
+        for path in paths
+    ]
+    counts = Counter(name for names in instances for name in names)
+    if not all(instances):
+        return [*paths]
+    return [
+        path
+        for path, names in zip(paths, instances, strict=True)
+        if any(counts[name] > 1 for name in names)
+    ]
+
+
+def _rows_once(
+    paths: Sequence[str], query: str, arguments: Sequence[object]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield what a query finds in each of the files and not in one before."""
+    with tempfile.TemporaryDirectory(prefix="llmproxy-") as folder:
+        seen = os.path.join(folder, "seen")
+        with closing(sqlite3.connect(seen)) as connection:
+            connection.executescript(_SEEN)
+        for at, path in enumerate(paths):
+            with _named(path), closing(open_for_reading(path, beside=seen)) as connection:
+                for view in _HIDE if at else ():
+                    connection.execute(view)
+                yield from connection.execute(query, arguments)
+                for statement in _SEE if at < len(paths) - 1 else ():
+                    connection.execute(statement)
+                connection.execute("COMMIT")
 
 
 def _rows(path: str, query: str, arguments: Sequence[object]) -> Iterator[tuple[Any, ...]]:

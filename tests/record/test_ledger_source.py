@@ -103,6 +103,16 @@ def test_more_files_than_sqlite_attaches(tmp_path: Path) -> None:
     assert usage_of(Files([*paths, *paths]), ["client"])[("c",)].requests == 20
 
 
+def test_files_of_other_instances_are_added_up(tmp_path: Path) -> None:
+    """Beside some that have a record in common, and one that is empty."""
+    west = write(tmp_path / "west", [trace(1, client="c", instance="west")])
+    copy = str(shutil.copy(west, tmp_path / "copy"))
+    east = write(tmp_path / "east", [trace(2, client="c", instance="east")])
+    empty = write(tmp_path / "empty")
+    for paths in ([west, east], [west, east, copy, west], [east, empty, copy, west]):
+        assert usage_of(Files(paths), ["client"])[("c",)].requests == 2
+
+
 def test_the_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """Behind others, too."""
     good = write(tmp_path / "good", [trace(1)])
