@@ -152,13 +152,15 @@ class PostgresLedger:
     Args:
         conninfo: what libpq connects with.
         hint: stands behind the reason where it cannot be reached.
+        is_ours: it is a daemon's own, which brings it up to date before it reads.
     """
 
     engine = POSTGRES
 
-    def __init__(self, conninfo: str, hint: str = "") -> None:
+    def __init__(self, conninfo: str, hint: str = "", *, is_ours: bool = False) -> None:
         self._conninfo = conninfo
         self._hint = hint
+        self._is_ours = is_ours
 
     def rows(self, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
         """Yield what a query finds; all of it is of one moment.
@@ -168,6 +170,8 @@ class PostgresLedger:
         """
         try:
             with closing(connect(self._conninfo)) as connection:
+                if self._is_ours:
+                    bring_up_to_date(connection)
                 connection.execute(b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 steps = _steps_taken(connection)
                 if not steps:

@@ -167,7 +167,7 @@ class Sinks:
             return tokens_by_client(Files([config.ledger]), since)
         from llmproxy.record.postgres_ledger import PostgresLedger, within
 
-        source = PostgresLedger(conninfo_of(config))
+        source = PostgresLedger(conninfo_of(config), is_ours=True)
         return within(TOKENS_S, lambda: tokens_by_client(source, since, self._instance))
 
     # -- what is open ---------------------------------------------------------------------------

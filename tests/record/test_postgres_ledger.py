@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmproxy.config import Trace as TraceConfig
 from llmproxy.record import ledger_steps
 from llmproxy.record.cuts import cuts_of
 from llmproxy.record.ledger import Ledger
@@ -29,6 +30,7 @@ from llmproxy.record.ledger_report import (
 )
 from llmproxy.record.ledger_source import Files, Source
 from llmproxy.record.ledger_steps import POSTGRES, SQLITE, LedgerError, steps_for, trace_columns
+from llmproxy.record.sinks import Sinks
 from llmproxy.record.trace import NAMES, Trace
 from tests.support.made_records import OTHERS, TRACES, numbered
 from tests.support.postgres import PASSWORD, PostgresServer
@@ -130,6 +132,25 @@ def test_an_older_ledger_is_brought_up_to_date(
     assert shape(postgres, database) == shape(postgres, new)
     assert postgres.query(database, "SELECT steps FROM llmproxy_ledger") == [(len(STEPS),)]
     assert postgres.ids(database) == [7, 8]
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_start_reads_a_ledger_that_is_not_up_to_date(
+    postgres: PostgresServer, database: str, steps: int
+) -> None:
+    """What clients used today is not forgotten by an upgrade, and nothing is in a new database."""
+    if steps:
+        at_step(postgres, database, steps)
+        postgres.query(
+            database,
+            "INSERT INTO traces (time, id, instance, client, peer, method, path, end_reason, "
+            "is_complete, attempts, bytes_in, bytes_out, chunks, duration_s, paused_s, degraded, "
+            "input_tokens) VALUES "
+            "('2026-11-01', '7', '0', 'a', '', '', '', '', true, '[]', 0, 0, 0, 0, 0, '[]', 5)",
+        )
+    sinks = Sinks(clock=time.monotonic, wall=lambda: 0.0, instance="0")
+    found = sinks.tokens_since(TraceConfig(postgres=postgres.url(database)), POSTGRES.ever)
+    assert found == ({"a": 5} if steps else {})
 
 
 def test_many_hosts_start_at_once(postgres: PostgresServer, database: str) -> None:
