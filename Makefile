@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy
+PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy postgres:postgresql
 ARGS   ?=
 # CPythons for `make test-all`; `make bench` takes those that the command line names here or as PYTHON.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
@@ -148,7 +148,7 @@ peer-hops:
 peer-programs:
 	@set -e; missing=; \
 	for peer in $(PEERS); do \
-	    PATH="$$PATH:/usr/sbin:/sbin" command -v $${peer%:*} >/dev/null || missing="$$missing $${peer#*:}"; \
+	    PATH="$$PATH:/usr/sbin:/sbin:$$(echo /usr/lib/postgresql/*/bin | tr " " :)" command -v $${peer%:*} >/dev/null || missing="$$missing $${peer#*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "peers: no apt-get here; left out:$$missing"; exit 0; fi; \

@@ -23,11 +23,13 @@ providers = ["up"]
 LATE = {
     "sqlite3": "a ledger",
     "wsproto": "a route with WebSockets",
+    "psycopg": "a ledger in PostgreSQL",
     "h11": "wsproto",
     "brotli": "a body in that coding",
     "backports.zstd": "a body in that coding",
     "compression.zstd": "a body in that coding",
     "llmproxy.record.otlp": "a collector",
+    "llmproxy.record.ledger_report": "a ledger",
     "importlib.metadata": "nothing",
     "twisted.web.server": "nothing",
     "twisted.spread": "nothing",

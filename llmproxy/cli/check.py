@@ -36,6 +36,8 @@ from llmproxy.policy.auth import ANONYMOUS
 from llmproxy.policy.limits import DAY_S, limited
 from llmproxy.policy.routes import PathMatch, Routes, shadowed
 from llmproxy.record.journal import PRIORITIES, is_journal
+from llmproxy.record.ledger_steps import LedgerError
+from llmproxy.record.sinks import conninfo_of
 from llmproxy.upstream.command import CommandFailed, Run
 
 _SOON_S = 14 * 86400.0
@@ -66,6 +68,11 @@ def check(args: argparse.Namespace) -> int:
         config = load(args.file, instance=args.instance, environ=environ, now=time.time())
     except ConfigError as error:
         return _tell_problems(error.problems, as_json=args.json)
+    try:
+        if config.trace.postgres is not None:
+            conninfo_of(config.trace)
+    except LedgerError as error:
+        return _tell_problems([f"trace.postgres: {error}"], as_json=args.json)
     warnings = [*_of_file(args.file), *_of_environment(config, environ), *warnings_of(config)]
     warnings += [*_of_keys(config, time.time()), *_of_authority(config, time.time())]
     if args.run_commands:
@@ -135,10 +142,11 @@ def _of_limits(config: Config) -> Iterator[str]:
             "proxy.anonymous: a client that is beyond its limits can leave out its key, as "
             '"anonymous" has no limits'
         )
-    ledger, keep = config.trace.ledger, config.trace.keep
-    if ledger is not None and (keep is None or keep >= DAY_S):
+    trace, keep = config.trace, config.trace.keep
+    has_ledger = trace.ledger is not None or trace.postgres is not None
+    if has_ledger and (keep is None or keep >= DAY_S):
         return
-    lacks = "without `ledger`" if ledger is None else 'with `keep` shorter than "1d"'
+    lacks = "without `ledger`" if not has_ledger else 'with `keep` shorter than "1d"'
     for name, client in config.clients.items():
         if client.tokens_per_day is not None:
             yield (

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from llmproxy.config import ledger_path
+from llmproxy.config import ledger_path, ledger_server
+from llmproxy.config.postgres import postgres_url
 from llmproxy.config.values import Wrong, duration
-from llmproxy.record.ledger_schema import LedgerError
+from llmproxy.record.ledger_source import Files, Source
+from llmproxy.record.ledger_steps import LedgerError
 
 DEFAULT_CONFIG = "/etc/llmproxy/llmproxy.toml"
 
@@ -24,8 +27,21 @@ def add_ledgers(command: argparse.ArgumentParser, *, begins: str) -> None:
     Args:
         begins: what ``--since`` is about.
     """
-    command.add_argument(
-        "files", metavar="LEDGER", nargs="*", help="ledger files, in place of the configuration's"
+    places = command.add_mutually_exclusive_group()
+    places.add_argument(
+        "files",
+        metavar="LEDGER",
+        nargs="*",
+        default=[],
+        help="ledger files, in place of the configuration's ledger; a record that is in several "
+        "counts once",
+    )
+    places.add_argument(
+        "--postgres",
+        type=_server,
+        metavar="URL",
+        help="a PostgreSQL server, in place of the configuration's ledger; the password comes from "
+        "$PGPASSWORD or ~/.pgpass",
     )
     command.add_argument(
         "--config",
@@ -41,16 +57,38 @@ def add_ledgers(command: argparse.ArgumentParser, *, begins: str) -> None:
     )
 
 
-def ledgers_of(config: str) -> list[str]:
-    """Return the ledger of every instance that a configuration file stands for.
+def source_of(args: argparse.Namespace) -> Source:
+    """Return the ledgers that the arguments name, or else those of the configuration.
+
+    Where the configuration has both, that is the server, which knows all hosts.
 
     Raises:
-        ConfigError: it cannot be read, or names no ledger.
-        LedgerError: no such file is there.
+        ConfigError: the configuration cannot be read.
+        LedgerError: it names no ledger, or no such file is there.
     """
+    if args.files:
+        return Files(args.files)
+    if args.postgres is not None:
+        return _source_at(args.postgres, None, "")
+    configured = ledger_server(args.config, os.environ)
+    if configured is None:
+        return Files(_ledgers_of(args.config))
+    url, secret, problems = configured
+    hint = f" (no password was read: {'; '.join(problems)})" if problems else ""
+    return _source_at(url, None if secret is None else secret.reveal(), hint)
+
+
+def _source_at(url: str, password: str | None, hint: str) -> Source:
+    from llmproxy.record import postgres_ledger  # psycopg, for PostgreSQL alone
+
+    return postgres_ledger.PostgresLedger(postgres_ledger.conninfo_of(url, password), hint)
+
+
+def _ledgers_of(config: str) -> list[str]:
+    """Return the ledger of every instance that a configuration file stands for."""
     named = ledger_path(config)
     if named is None:
-        raise LedgerError(f"{config}: no ledger is configured ([trace] ledger)")
+        raise LedgerError(f"{config}: no ledger is configured ([trace] ledger), nor postgres")
     if "{instance}" not in named:
         return [named]
     parts = named.split("{instance}")
@@ -64,6 +102,16 @@ def ledgers_of(config: str) -> list[str]:
     if not found:
         raise LedgerError(f"{named}: there is no such file, of any instance")
     return found
+
+
+def _server(word: str) -> str:
+    try:
+        return postgres_url(word)
+    except Wrong:
+        raise argparse.ArgumentTypeError(
+            "expected a URL such as postgresql://USER@HOST/DATABASE, without a password "
+            "(others can see it here): $PGPASSWORD or ~/.pgpass may have it"
+        ) from None
 
 
 def _since(word: str) -> Callable[[float], float]:

@@ -1,6 +1,6 @@
 """``llmproxy usage``: what was asked for, by whom, and how many tokens it took.
 
-It reads ledgers, of every instance together, while the daemons write.  Times are UTC.
+It reads ledgers, of every instance or host together, while the daemons write.  Times are UTC.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from operator import attrgetter
 
 import msgspec
 
-from llmproxy.cli.ledgers import add_ledgers, ledgers_of
+from llmproxy.cli.ledgers import add_ledgers, source_of
 from llmproxy.cli.table import print_table, shown
 from llmproxy.config import ConfigError
 from llmproxy.record.ledger_report import (
@@ -28,15 +28,15 @@ from llmproxy.record.ledger_report import (
     tunnels_of,
     usage_of,
 )
-from llmproxy.record.ledger_schema import TOKENS, LedgerError
+from llmproxy.record.ledger_steps import TOKENS, LedgerError
 from llmproxy.record.trace import timestamp
 
 _FIGURES = ("requests", "complete", "unreported", *TOKENS)
 
 _CODES = "exit codes: 0 done; 1 a ledger cannot be read; 2 the command line is wrong"
 _ABOUT = """\
-Show totals of requests and tokens from the ledger ([trace] ledger), of every instance together,
-while the daemon writes. An empty cell is a number that nobody reported, which is not zero;
+Show totals of requests and tokens from the ledger ([trace] ledger or postgres), of every instance
+together, while daemons write. An empty cell is a number that nobody reported, which is not zero;
 "unreported" counts the requests whose tokens were not reported, or not all of them. Requests that
 the proxy refused are in no row: their number stands below. Preflights of browsers do not count."""
 
@@ -77,13 +77,13 @@ def usage(args: argparse.Namespace) -> int:
     """Print totals, checkpoints of sessions, or tunnels."""
     since = "" if args.since is None else timestamp(args.since(time.time()))
     try:
-        paths = args.files or ledgers_of(args.config)
+        source = source_of(args)
         if args.sessions:
-            _print_sessions(checkpoints_of(paths, since), as_json=args.json)
+            _print_sessions(checkpoints_of(source, since), as_json=args.json)
         elif args.tunnels:
-            _print_tunnels(tunnels_of(paths, since), as_json=args.json)
+            _print_tunnels(tunnels_of(source, since), as_json=args.json)
         else:
-            found, refused = usage_of(paths, args.by, since), refused_in(paths, since)
+            found, refused = usage_of(source, args.by, since), refused_in(source, since)
             _print_totals(args.by, found, refused, as_json=args.json)
     except (LedgerError, ConfigError) as error:
         print(error, file=sys.stderr)

@@ -86,6 +86,7 @@ __all__ = [
     "TunnelTarget",
     "Url",
     "ledger_path",
+    "ledger_server",
     "load",
     "parse",
 ]
@@ -144,6 +145,32 @@ def ledger_path(path: str) -> str | None:
     return table.read("ledger", any_text, None)
 
 
+def ledger_server(
+    path: str, environ: Mapping[str, str]
+) -> tuple[str, Secret | None, list[str]] | None:
+    """Return ``trace.postgres`` of a configuration file, and the password for it.
+
+    Nothing but ``[trace]`` and ``[credentials]`` is looked at.  The password is None where none is
+    configured, and where it cannot be read: libpq may find another one.  In the latter case the
+    list says why.
+
+    Raises:
+        ConfigError: the file cannot be read, or that key is wrong.
+    """
+    problems: list[str] = []
+    data = _toml(_text_of(path), path)
+    known = {name: data.get(name, {}) for name in ("trace", "credentials")}
+    root = Table(known, "", ROOT, problems, Context("0"))
+    table = root.table("trace", SECTIONS["trace"])
+    url = table.take("postgres")
+    if problems:
+        raise ConfigError(problems)
+    if url is None:
+        return None
+    root.context.credentials = _credentials_of(root, environ, problems)
+    return url, table.take("postgres_credential"), problems
+
+
 def parse(
     text: str,
     *,
@@ -191,15 +218,8 @@ def _toml(text: str, source: str) -> dict[str, object]:
 
 def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Config:
     context = root.context
-    files = root.table("credentials", SECTIONS["credentials"])
     providers = root.named("providers", SECTIONS["providers.*"], provider_name)
-    context.credentials = Credentials(
-        files.take("directory"),
-        environ,
-        problems,
-        is_named=not files.lacks("directory"),
-        open_to_others=files.take("open_to_others"),
-    )
+    context.credentials = _credentials_of(root, environ, problems)
     context.providers = tuple(providers)
     config = Config(
         proxy=read_proxy(root.table("proxy", SECTIONS["proxy"])),
@@ -230,6 +250,18 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
     _check_keys(clients, problems)
     _check_present(config, clients, problems)
     return msgspec.structs.replace(config, clients=clients)
+
+
+def _credentials_of(root: Table, environ: Mapping[str, str], problems: list[str]) -> Credentials:
+    """Return the directory of credential files that ``[credentials]`` names."""
+    files = root.table("credentials", SECTIONS["credentials"])
+    return Credentials(
+        files.take("directory"),
+        environ,
+        problems,
+        is_named=not files.lacks("directory"),
+        open_to_others=files.take("open_to_others"),
+    )
 
 
 def _check_route_names(routes: tuple[Route, ...], problems: list[str]) -> None:

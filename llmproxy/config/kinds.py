@@ -17,6 +17,7 @@ from llmproxy.config.endpoints import endpoint, endpoint_for_tls
 from llmproxy.config.host_pattern import host_name_pattern
 from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.parent_proxy import direct_host, parent_proxy, parent_proxy_or_none
+from llmproxy.config.postgres import postgres_url
 from llmproxy.config.readers import (
     added_header_name,
     added_parameter_name,
@@ -294,6 +295,7 @@ SIZE = value(size, "size", _where_set(show_size))
 SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
 FILLER = value(filler_size, "size", show_size)
 URL = value(url, show=_where_set(str))
+POSTGRES = value(postgres_url)
 PARENT_PROXY = value(parent_proxy, show=_where_set(str))
 PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))
 DIRECT_HOSTS = array(lambda table: direct_host, may_be_empty=True)

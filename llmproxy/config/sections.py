@@ -86,8 +86,10 @@ def read_tunnel(table: Table) -> Tunnel:
 
 def read_trace(table: Table) -> Trace:
     """Read ``[trace]``."""
-    if "keep" in table and table.lacks("ledger"):
-        table.problem("keep", "expected `ledger` beside it, which it is for")
+    if "keep" in table and table.lacks("ledger") and table.lacks("postgres"):
+        table.problem("keep", "expected `ledger` beside it, or `postgres`, which it is for")
+    if "postgres_credential" in table and table.lacks("postgres"):
+        table.problem("postgres_credential", "expected `postgres` beside it, which it is for")
     return table.struct(Trace)
 
 

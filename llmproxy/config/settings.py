@@ -49,6 +49,7 @@ from llmproxy.config.kinds import (
     PARAMETERS,
     PARENT_PROXY,
     PARENT_PROXY_OR_NONE,
+    POSTGRES,
     PRIVATE_KEY,
     PROVIDERS,
     RETRY_ON,
@@ -743,7 +744,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         int | None, Key(whole_number(1, 1_000_000_000_000), stated=_NO_LIMIT)
     ] = None
     """Most tokens, input and output together, of the requests that the client makes on one calendar
-    day in UTC. With ``[trace] ledger``, what was used today is known again after a restart."""
+    day in UTC. With ``ledger`` or ``postgres`` in ``[trace]``, what was used today is known again
+    after a restart."""
 
     def __repr__(self) -> str:
         return (
@@ -829,9 +831,20 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     ``llmproxy usage`` reads the file. Instances must not share a file: put ``{instance}`` into the
     name."""
 
+    postgres: Annotated[str | None, Key(POSTGRES)] = None
+    """A URL of a PostgreSQL server, such as ``"postgresql://llmproxy@db.example/llmproxy"``, or
+    libpq's connection string. Its database keeps what ``ledger`` keeps, of every host that names
+    it. ``llmproxy usage`` reads it. A password may not stand here. The parameters of libpq may:
+    ``?sslmode=verify-full&sslrootcert=FILE`` wants a certificate that is the server's. This key
+    needs ``pip install 'llmproxy[postgres]'``."""
+
+    postgres_credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
+    """Bare name of the credential file that holds the password for ``postgres``."""
+
     keep: Annotated[float | None, Key(DURATION_OR_OFF)] = 30 * 86400.0
-    """How long the ledger keeps a request, and how long it keeps a session after the session's last
-    request. ``"off"`` keeps them for ever. Without ``ledger`` this key is an error."""
+    """How long ``ledger`` and ``postgres`` keep a request, and how long they keep a session after
+    the session's last request. ``"off"`` keeps them for ever. Without one of the two this key is an
+    error."""
 
     otlp: Annotated[Url | None, Key(URL)] = None
     """An ``http://`` or ``https://`` URL of an OpenTelemetry collector, such as

@@ -33,6 +33,7 @@ from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
 from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
 from llmproxy.policy.standing import Standing
+from llmproxy.record.ledger_steps import LedgerError
 from llmproxy.record.metrics import Metrics
 from llmproxy.record.sinks import Sinks, Writers
 from llmproxy.record.trace import timestamp
@@ -222,15 +223,13 @@ class Setup:
 
     def _spent_today(self, config: Config) -> Spent:
         """Return what clients have used today, if a limit asks for it and the ledger knows it."""
-        path = config.trace.ledger
-        if path is None or not self._limits.unknown(config.clients):
+        trace = config.trace
+        is_kept = trace.ledger is not None or trace.postgres is not None
+        if not is_kept or not self._limits.unknown(config.clients):
             return NOTHING_SPENT
-        from llmproxy.record.ledger_report import tokens_by_client  # SQLite, for a ledger alone
-        from llmproxy.record.ledger_schema import LedgerError
-
         today = self._limits.today()
         try:
-            return Spent(today, tokens_by_client(path, timestamp(today * DAY_S)))
+            return Spent(today, self._sinks.tokens_since(trace, timestamp(today * DAY_S)))
         except LedgerError as error:
             _log.warn("the tokens of today begin at zero, as they cannot be read: {why}", why=error)
             return NOTHING_SPENT

@@ -8,13 +8,13 @@ here: it knows its own limits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
 from llmproxy.errors import EndReason
-from llmproxy.record.ledger_report import rows_of
+from llmproxy.record.ledger_source import Source
 from llmproxy.record.trace import Attempt
 
 Side = Literal["client", "provider"]
@@ -25,9 +25,10 @@ _ENDS: dict[str, Side] = {
 }
 
 _QUERY = (
-    "SELECT route, provider, end_reason, duration_s, queued_s, head_s, last_chunk_s, attempts "
+    "SELECT route, provider, end_reason, duration_s, queued_s, head_s, last_chunk_s, "
+    "CAST(attempts AS TEXT) "
     "FROM traces WHERE time >= ? AND tunnel IS NULL AND route IS NOT NULL "
-    "AND status IS NOT 101 AND (end_reason IN (?, ?) OR attempts LIKE ?)"
+    "AND coalesce(status, 0) <> 101 AND (end_reason IN (?, ?) OR CAST(attempts AS TEXT) LIKE ?)"
 )
 
 
@@ -52,11 +53,11 @@ class Cut(msgspec.Struct, frozen=True):
     age_s: float
 
 
-def cuts_of(paths: Sequence[str], since: str = "") -> list[Cut]:
+def cuts_of(source: Source, since: str = "") -> list[Cut]:
     """Return the cuts in some ledgers.
 
     Args:
-        paths: the ledgers.
+        source: the ledgers.
         since: RFC 3339 in UTC.
 
     Raises:
@@ -64,9 +65,8 @@ def cuts_of(paths: Sequence[str], since: str = "") -> list[Cut]:
     """
     broken = EndReason.UPSTREAM_BROKEN.value
     found: list[Cut] = []
-    for path in paths:
-        for row in rows_of(path, _QUERY, since, *_ENDS, f'%"{broken}"%'):
-            found += _cuts(*row)
+    for row in source.rows(_QUERY, since or source.engine.ever, *_ENDS, f'%"{broken}"%'):
+        found += _cuts(*row)
     return found
 
 

@@ -3,7 +3,7 @@
 A batch is one transaction: its traces, and what they add to their sessions.  The thread that
 writes opens the file; it opens the file again after every failure, and when the file was removed or
 replaced.  So no restart is needed when a disk, a directory or a lock comes back.  No content is
-stored.  ``ledger_schema.py`` knows the tables, ``ledger_report.py`` reads them.
+stored.  ``ledger_steps.py`` knows the tables, ``ledger_report.py`` reads them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,8 @@ from operator import attrgetter
 
 import msgspec
 
-from llmproxy.record.ledger_schema import (
-    ADD_TO_SESSIONS,
-    TOKENS,
-    is_locked,
-    may_pass,
-    open_for_writing,
-)
+from llmproxy.record.ledger_schema import is_locked, may_pass, open_for_writing
+from llmproxy.record.ledger_steps import LARGEST, SQLITE, TOKENS, add_to_sessions, deletions
 from llmproxy.record.sink_queue import Retry
 from llmproxy.record.trace import NAMES, Trace, timestamp
 
@@ -39,9 +34,6 @@ _SWEEP_S = 60.0
 _AGAIN_S = 0.1
 """Seconds until the next try at a locked file."""
 
-_LARGEST = 10**12
-"""More tokens than this are no count: they are stored as unknown, so that sums cannot overflow."""
-
 _LISTS = ("attempts", "degraded")
 _PLAIN = tuple(name for name in NAMES if name not in _LISTS)
 _COLUMNS = (*_PLAIN, *_LISTS)
@@ -50,7 +42,7 @@ _plain_of = attrgetter(*_PLAIN)
 
 def _value(number: int, column: str) -> str:
     if column in TOKENS:
-        return f"CASE WHEN ?{number} BETWEEN 0 AND {_LARGEST} THEN ?{number} END"
+        return f"CASE WHEN ?{number} BETWEEN 0 AND {LARGEST} THEN ?{number} END"
     return f"?{number}"
 
 
@@ -58,11 +50,10 @@ _INSERT = (
     f"INSERT INTO traces ({', '.join(_COLUMNS)}) "  # noqa: S608 - names of ours
     f"VALUES ({', '.join(_value(at, name) for at, name in enumerate(_COLUMNS, 1))})"
 )
-_DELETIONS = (
-    "DELETE FROM traces WHERE rowid IN (SELECT rowid FROM traces WHERE time < ? LIMIT ?)",
-    "DELETE FROM sessions WHERE (session, client) IN "
-    "(SELECT session, client FROM sessions WHERE last_time < ? LIMIT ?)",
-)
+_ADD_TO_SESSIONS = add_to_sessions(SQLITE, "traces WHERE rowid > ?")
+"""Adds the traces behind a row."""
+
+_DELETIONS = deletions(SQLITE)
 
 
 class Ledger:
@@ -115,7 +106,9 @@ class Ledger:
             return inf
         oldest = timestamp(self._wall() - self._keep_s)
         with self._transaction() as connection:
-            counts = [connection.execute(one, (oldest, _STEP)).rowcount for one in _DELETIONS]
+            counts = [
+                connection.execute(one, (oldest, oldest, _STEP)).rowcount for one in _DELETIONS
+            ]
         return _STEP_REST_S if _STEP in counts else _SWEEP_S
 
     def reopen(self) -> None:
@@ -146,7 +139,7 @@ class Ledger:
         with self._transaction() as connection:
             (last,) = connection.execute("SELECT coalesce(max(rowid), 0) FROM traces").fetchone()
             connection.executemany(_INSERT, rows)
-            connection.execute(ADD_TO_SESSIONS, (last,))
+            connection.execute(_ADD_TO_SESSIONS, (last,))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -1,35 +1,29 @@
 """Reports from ledgers: totals by group, and the checkpoints of sessions.
 
-Every instance has a ledger of its own; the reports add them up.  Each ledger is read at one moment,
-while its daemon may write.  Unknown is not zero: a sum of tokens is None if no request of the group
-reported any.  ``unreported`` says how many requests did not report all of theirs.  The command
-``llmproxy usage`` shows the reports; nothing here knows how.
+Instances may have a ledger of their own each; the reports add them up.  Each ledger is read at one
+moment, while its daemon may write.  The SQL is what SQLite and PostgreSQL have in common; where
+they differ, an :class:`~llmproxy.record.ledger_steps.Engine` has the words.  Unknown is not zero: a
+sum of tokens is None if no request of the group reported any.  ``unreported`` says how many
+requests did not report all of theirs.  The command ``llmproxy usage`` shows the reports; nothing
+here knows how.
 """
 
 from __future__ import annotations
 
 import re
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 
 from llmproxy.errors import EndReason
-from llmproxy.record.ledger_schema import TOKENS, LedgerError, open_for_reading
+from llmproxy.record.ledger_source import Source
+from llmproxy.record.ledger_steps import COMPLETE, TOKENS, UNREPORTED, Engine
 
-GROUPS = {
-    "client": "client",
-    "model": "model",
-    "served_model": "served_model",
-    "provider": "provider",
-    "route": "route",
-    "session": "session",
-    "instance": "instance",
-    "day": "substr(time, 1, 10)",
-}
-"""What requests can be grouped by, and the SQL of each; days are those of UTC."""
+DAY = "day"
+
+GROUPS = ("client", "model", "served_model", "provider", "route", "session", "instance", DAY)
+"""What requests can be grouped by: columns, and the day in UTC."""
 
 _PREFLIGHT = "(method = 'OPTIONS' AND provider IS NULL AND end_reason = 'complete')"
 
@@ -38,10 +32,18 @@ _REQUEST = "tunnel IS NULL"
 
 _PORT = re.compile(r":[0-9]+$")
 
-_ONE = "NOT coalesce(responses, 0)"
+_ONE = "coalesce(responses, 0) = 0"
 """A WebSocket's own record has the sums of those of its responses, which count."""
 
-_SUMS = ", ".join(f"sum({name})" for name in TOKENS)
+
+def _sum(column: str) -> str:
+    """Return a sum that is a whole number in every database, as in each row."""
+    return f"CAST(sum({column}) AS BIGINT)"
+
+
+_SUMS = ", ".join(map(_sum, TOKENS))
+
+_COUNTED = "coalesce(counted_tokens, coalesce(input_tokens, 0) + coalesce(output_tokens, 0))"
 
 Group = tuple[str | None, ...]
 """The values that a group has in common, in the order of the keys; None for no value."""
@@ -115,13 +117,13 @@ class Checkpoint(msgspec.Struct):
     last_time: str
 
 
-def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[Group, Totals]:
+def usage_of(source: Source, by: Sequence[str], since: str = "") -> dict[Group, Totals]:
     """Return totals by group, in the order of the groups, of what the proxy did not refuse.
 
     A browser's preflight, to which the proxy responds itself, is no request either.
 
     Args:
-        paths: the ledgers.
+        source: the ledgers.
         by: keys of :data:`GROUPS`.
         since: RFC 3339 in UTC.  Requests that began earlier do not count.
 
@@ -129,56 +131,56 @@ def usage_of(paths: Sequence[str], by: Sequence[str], since: str = "") -> dict[G
         LedgerError: one of the ledgers cannot be read.
     """
     found: dict[Group, Totals] = {}
-    columns = ", ".join(GROUPS[one] for one in by)
+    engine = source.engine
+    columns = ", ".join(engine.day if one == DAY else one for one in by)
     query = (
-        f"SELECT {columns}, count(*), sum(is_complete), sum(usage IS NOT 'reported'), {_SUMS} "  # noqa: S608 - names of ours
+        f"SELECT {columns}, count(*), {COMPLETE}, {UNREPORTED}, {_SUMS} "  # noqa: S608 - names of ours
         f"FROM traces WHERE time >= ? AND end_reason != ? AND NOT {_PREFLIGHT} AND {_REQUEST} "
         f"AND {_ONE} "
         f"GROUP BY {columns}"
     )
-    for path in paths:
-        for row in rows_of(path, query, since, EndReason.REJECTED.value):
-            group, figures = row[: len(by)], row[len(by) :]
-            found.setdefault(group, Totals()).add(Totals(*figures))
+    for row in source.rows(query, since or engine.ever, EndReason.REJECTED.value):
+        group, figures = row[: len(by)], row[len(by) :]
+        found.setdefault(group, Totals()).add(Totals(*figures))
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
-def refused_in(paths: Sequence[str], since: str = "") -> int:
+def refused_in(source: Source, since: str = "") -> int:
     """Return how many requests the proxy refused: no provider saw them, and they named anything.
 
     Args:
-        paths: the ledgers.
+        source: the ledgers.
         since: RFC 3339 in UTC.
 
     Raises:
         LedgerError: one of the ledgers cannot be read.
     """
     query = f"SELECT count(*) FROM traces WHERE time >= ? AND end_reason = ? AND {_REQUEST}"  # noqa: S608 - words of ours
-    counts = (rows_of(path, query, since, EndReason.REJECTED.value) for path in paths)
-    return sum(count for rows in counts for (count,) in rows)
+    rows = source.rows(query, since or source.engine.ever, EndReason.REJECTED.value)
+    return sum(count for (count,) in rows)
 
 
-def tunnels_of(paths: Sequence[str], since: str = "") -> list[Ways]:
+def tunnels_of(source: Source, since: str = "") -> list[Ways]:
     """Return the hosts that were asked for, by CONNECT or by URL; the most frequent ones first.
 
     Args:
-        paths: the ledgers.
+        source: the ledgers.
         since: RFC 3339 in UTC.
 
     Raises:
         LedgerError: one of the ledgers cannot be read.
     """
     query = (
-        "SELECT path, tunnel, error, client, count(*), sum(bytes_in), sum(bytes_out), max(time) "
+        f"SELECT path, tunnel, error, client, count(*), {_sum('bytes_in')}, {_sum('bytes_out')}, "  # noqa: S608 - names of ours
+        f"{_moment(source.engine, 'max(time)')} "
         "FROM traces WHERE time >= ? AND tunnel IS NOT NULL GROUP BY path, tunnel, error, client"
     )
     found: dict[Group, Ways] = {}
-    for path in paths:
-        for row in rows_of(path, query, since):
-            other = Ways(_host_and_port(row[0]), *row[1:])
-            ours = found.setdefault((other.host, other.outcome, other.error, other.client), other)
-            if ours is not other:
-                ours.add(other)
+    for row in source.rows(query, since or source.engine.ever):
+        other = Ways(_host_and_port(row[0]), *row[1:])
+        ours = found.setdefault((other.host, other.outcome, other.error, other.client), other)
+        if ours is not other:
+            ours.add(other)
     order = sorted(found, key=lambda key: (-found[key].count, _order(key)))
     return [found[key] for key in order]
 
@@ -191,49 +193,54 @@ def _host_and_port(path: str) -> str:
     return authority if _PORT.search(authority) else f"{authority}:80"
 
 
-def tokens_by_client(path: str, since: str) -> dict[str, int]:
+def tokens_by_client(source: Source, since: str, instance: str | None = None) -> dict[str, int]:
     """Return the tokens that count for the limits of each client that is known.
 
     Where the client had no limits, those are the tokens that were reported.
 
     Args:
-        path: the ledger.
+        source: the ledger.
         since: RFC 3339 in UTC.
+        instance: whose requests count; None for all.
 
     Raises:
         LedgerError: the ledger cannot be read.
     """
     query = (
-        "SELECT client, sum(coalesce(counted_tokens, "  # noqa: S608 - words of ours
-        "coalesce(input_tokens, 0) + coalesce(output_tokens, 0))) "
-        f"FROM traces WHERE time >= ? AND client IS NOT NULL AND {_ONE} GROUP BY client"
+        f"SELECT client, {_sum(_COUNTED)} "  # noqa: S608 - words of ours
+        f"FROM traces WHERE time >= ? AND client IS NOT NULL AND {_ONE}"
+        f"{'' if instance is None else ' AND instance = ?'} GROUP BY client"
     )
-    return dict(rows_of(path, query, since))
+    found = Counter[str]()
+    for client, tokens in source.rows(query, since, *(() if instance is None else (instance,))):
+        found[client] += tokens
+    return dict(found)
 
 
-def checkpoints_of(paths: Sequence[str], since: str = "") -> list[Checkpoint]:
+def checkpoints_of(source: Source, since: str = "") -> list[Checkpoint]:
     """Return the sessions that had a request since then, the latest one first.
 
     Args:
-        paths: the ledgers.
+        source: the ledgers.
         since: RFC 3339 in UTC.
 
     Raises:
         LedgerError: one of the ledgers cannot be read.
     """
     found: dict[tuple[str, str], Checkpoint] = {}
+    times = (_moment(source.engine, one) for one in ("first_time", "last_time"))
     query = (
-        f"SELECT session, client, last_trace, first_time, last_time, "  # noqa: S608 - names of ours
+        f"SELECT session, client, last_trace, {', '.join(times)}, "  # noqa: S608 - names of ours
         f"requests, complete, unreported, {', '.join(TOKENS)} FROM sessions WHERE last_time >= ?"
     )
-    for path in paths:
-        for session, client, last, first_time, last_time, *figures in rows_of(path, query, since):
-            other = Checkpoint(
-                session, client or None, Totals(*figures), last, first_time, last_time
-            )
-            ours = found.setdefault((session, client), other)
-            if ours is not other:
-                _merge(ours, other)
+    for session, client, last, *times_and_figures in source.rows(
+        query, since or source.engine.ever
+    ):
+        first_time, last_time, *figures = times_and_figures
+        other = Checkpoint(session, client or None, Totals(*figures), last, first_time, last_time)
+        ours = found.setdefault((session, client), other)
+        if ours is not other:
+            _merge(ours, other)
     return sorted(found.values(), key=lambda one: one.last_time, reverse=True)
 
 
@@ -245,23 +252,9 @@ def _merge(ours: Checkpoint, other: Checkpoint) -> None:
         ours.last_time, ours.last_trace = other.last_time, other.last_trace
 
 
-def rows_of(path: str, query: str, *arguments: object) -> Iterator[tuple[Any, ...]]:
-    """Yield what a query finds in a ledger.
-
-    Raises:
-        LedgerError: the ledger cannot be read.
-    """
-    with _named(path), closing(open_for_reading(path)) as connection:
-        yield from connection.execute(query, arguments)
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Name the file in every error."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise LedgerError(f"{path}: {error}") from error
+def _moment(engine: Engine, column: str) -> str:
+    """Return the SQL that reads a moment as the records have it."""
+    return engine.moment.format(column)
 
 
 def _order(group: Group) -> list[tuple[bool, str]]:

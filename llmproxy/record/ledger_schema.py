@@ -1,9 +1,8 @@
-"""The schema of a ledger, the steps that made it, and how the file is opened.
+"""A ledger in an SQLite file: how it is opened, and how its schema is brought up to date.
 
-A ledger is an SQLite file.  Its ``application_id`` says that it is a ledger, its ``user_version``
-how many steps its schema has taken.  A step is never rewritten: a new ledger takes all of them, an
-older one takes those that it lacks, in one transaction.  Writers and readers open a ledger here.
-Nothing here knows a trace.
+The file's ``application_id`` says that it is a ledger, its ``user_version`` how many steps its
+schema has taken.  ``ledger_steps.py`` declares the steps; those that a file lacks are taken in one
+transaction.  Writers and readers open a ledger here.  Nothing here knows a trace.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import os
 import sqlite3
 from urllib.parse import quote
+
+from llmproxy.record.ledger_steps import SQLITE, LedgerError, steps_for
 
 APPLICATION_ID = 0x6C6C6D70
 """``llmp``, in the header of the file."""
@@ -24,92 +25,8 @@ READER_BUSY_S = 5.0
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _PASSING = (*_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
-TOKENS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_write_tokens",
-    "reasoning_tokens",
-)
-"""The columns of tokens; NULL where nothing was reported, which is not zero."""
-
-ADD_TO_SESSIONS = f"""
-    INSERT INTO sessions
-    SELECT session, coalesce(client, ''), count(*), sum(is_complete), sum(usage IS NOT 'reported'),
-           {", ".join(f"sum({name})" for name in TOKENS)},
-           substr(max(printf('%020d', rowid) || id), 21), min(time), max(time)
-    FROM traces WHERE rowid > ? AND session IS NOT NULL AND client IS NOT NULL
-        AND NOT coalesce(responses, 0) GROUP BY 1, 2
-    ON CONFLICT (session, client) DO UPDATE SET
-        requests = requests + excluded.requests,
-        complete = complete + excluded.complete,
-        unreported = unreported + excluded.unreported,
-        {", ".join(f"{n} = coalesce({n} + excluded.{n}, {n}, excluded.{n})" for n in TOKENS)},
-        last_trace = excluded.last_trace,
-        first_time = min(first_time, excluded.first_time),
-        last_time = max(last_time, excluded.last_time)
-"""  # noqa: S608 - names of ours
-"""Adds the traces behind a row to the checkpoints; ``max`` finds the id of the last one.
-
-A request whose caller was not known adds to none: anybody could fill the table with names.  A
-WebSocket adds its responses, and not itself besides.
-"""
-
-_FIRST_SESSIONS = (
-    ADD_TO_SESSIONS.replace("?", "0")
-    .replace(" AND client IS NOT NULL", "")
-    .replace("AND NOT coalesce(responses, 0)", "")
-)
-"""The same as the second step has it, which is never rewritten."""
-
-STEPS: tuple[tuple[str, ...], ...] = (
-    (
-        """CREATE TABLE traces (
-            time TEXT NOT NULL, id TEXT NOT NULL, client_request_id TEXT, instance TEXT NOT NULL,
-            peer TEXT NOT NULL, user_agent TEXT, client TEXT, session TEXT, route TEXT,
-            provider TEXT, dialect TEXT, method TEXT NOT NULL, path TEXT NOT NULL, model TEXT,
-            served_model TEXT, stream INTEGER, status INTEGER, end_reason TEXT NOT NULL, error TEXT,
-            is_complete INTEGER NOT NULL, attempts TEXT NOT NULL, bytes_in INTEGER NOT NULL,
-            bytes_out INTEGER NOT NULL, chunks INTEGER NOT NULL, head_s REAL, first_chunk_s REAL,
-            duration_s REAL NOT NULL, longest_gap_s REAL, paused_s REAL NOT NULL,
-            input_tokens INTEGER, output_tokens INTEGER, cache_read_tokens INTEGER,
-            cache_write_tokens INTEGER, reasoning_tokens INTEGER, usage TEXT,
-            degraded TEXT NOT NULL, on_disconnect TEXT
-        )""",
-        "CREATE INDEX traces_by_time ON traces (time)",
-    ),
-    (
-        """CREATE TABLE sessions (
-            session TEXT NOT NULL, client TEXT NOT NULL, requests INTEGER NOT NULL,
-            complete INTEGER NOT NULL, unreported INTEGER NOT NULL, input_tokens INTEGER,
-            output_tokens INTEGER, cache_read_tokens INTEGER, cache_write_tokens INTEGER,
-            reasoning_tokens INTEGER, last_trace TEXT NOT NULL, first_time TEXT NOT NULL,
-            last_time TEXT NOT NULL, PRIMARY KEY (session, client)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX sessions_by_last_time ON sessions (last_time)",
-        _FIRST_SESSIONS,
-    ),
-    ("ALTER TABLE traces ADD COLUMN model_from TEXT",),
-    ("ALTER TABLE traces ADD COLUMN queued_s REAL NOT NULL DEFAULT 0",),
-    ("ALTER TABLE traces ADD COLUMN counted_tokens INTEGER",),
-    ("ALTER TABLE traces ADD COLUMN tunnel TEXT",),
-    ("ALTER TABLE traces ADD COLUMN responses INTEGER",),
-    (
-        "ALTER TABLE traces ADD COLUMN events INTEGER",
-        "ALTER TABLE traces ADD COLUMN chunks_at_once INTEGER",
-        "ALTER TABLE traces ADD COLUMN last_chunk_s REAL",
-        "ALTER TABLE traces ADD COLUMN buffered_upstream INTEGER",
-    ),
-    ("ALTER TABLE traces ADD COLUMN resent TEXT",),
-)
-"""The statements of each step: the traces, their sessions, where a request named its model, for how
-long it waited in a queue, the tokens that counted for its client's limits, what became of a
-CONNECT, how many responses a WebSocket had, how the events of a stream arrived, and how the first
-request stood that another one came after."""
-
-
-class LedgerError(OSError):
-    """A file cannot be used as a ledger; the text names it and says why."""
+STEPS = steps_for(SQLITE)
+"""The statements of each step, for SQLite."""
 
 
 def open_for_writing(path: str) -> sqlite3.Connection:
@@ -136,8 +53,12 @@ def open_for_writing(path: str) -> sqlite3.Connection:
     return connection
 
 
-def open_for_reading(path: str) -> sqlite3.Connection:
+def open_for_reading(path: str, *, beside: str | None = None) -> sqlite3.Connection:
     """Open a ledger that a daemon may be writing to; all reads see it at one moment.
+
+    Args:
+        path: the file.
+        beside: another database, which is attached as ``seen``.
 
     Raises:
         LedgerError: the file cannot be read, is no ledger, or a ledger of another version.
@@ -150,6 +71,8 @@ def open_for_reading(path: str) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise LedgerError(f"{path}: {error}") from error
     try:
+        if beside is not None:
+            connection.execute("ATTACH DATABASE ? AS seen", (beside,))
         connection.execute("BEGIN")
         steps = _steps_taken(connection, path)
         if not steps:

@@ -20,6 +20,9 @@ from llmproxy.record.trace import Trace, without_content
 _MAINTENANCE_AGAIN_S = 10.0
 """Seconds after which maintenance that failed is tried again."""
 
+_LEAVING_S = 30.0
+"""Seconds for which traces wait at most for an output that no later trace will come to."""
+
 _log = Logger()
 
 
@@ -94,12 +97,14 @@ class SinkQueue:
     Attributes:
         lost: how many traces the output has not kept.
         held: the traces that the output has not taken yet.
+        leaving: no later trace will come.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float], batch: int, most: int) -> None:
         self.output = output
         self.lost = 0
         self.held: list[Trace] = []
+        self.leaving = False
         self._clock = clock
         self._batch = batch
         self._most = most
@@ -162,7 +167,8 @@ class SinkQueue:
             self._refused_since = min(self._refused_since, began)
             now = self._clock()
             self._again_at = now + retry.again_s
-            if now - self._refused_since >= self.output.patience_s:
+            patience = min(self.output.patience_s, _LEAVING_S if self.leaving else inf)
+            if now - self._refused_since >= patience:
                 self._lose(len(self.held), str(retry))
                 self.held.clear()
             return

@@ -1,9 +1,9 @@
 """The sinks that a configuration asks for, behind one object that outlives each configuration.
 
-The file and the ledger share a queue and a thread.  A collector has its own, because it can hang
-(ADR-0013).  After a reload, a thread goes on if the new configuration names the same files or the
-same collector.  The other threads write what they have and end; nothing waits for them (ADR-0014).
-Nothing here knows how a record is written.
+The file and the ledger in a file share a queue and a thread.  A collector has its own, and so has
+PostgreSQL, because they can hang (ADR-0013, ADR-0042).  After a reload, a thread goes on if the new
+configuration names the same files, collector or server.  The other threads write what they have and
+end; nothing waits for them (ADR-0014).  Nothing here knows how a record is written.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from llmproxy.version import version
 
 CLOSING_S = 5.0
 """Seconds for which the end of the process waits for what is not written."""
+
+TOKENS_S = 2.0
+"""Seconds for which a start waits for what PostgreSQL knows of clients."""
 
 Writers = dict[Hashable, Writer]
 """Writers by what they write to."""
@@ -66,7 +69,8 @@ class Sinks:
         This may block, and may be called on any thread.
 
         Raises:
-            OSError: a file cannot be opened, or is no ledger.  What this call had opened is closed.
+            OSError: a file cannot be opened, or is no ledger; or what speaks to PostgreSQL is not
+                installed.  What this call had opened is closed.
         """
         writers: Writers = {}
         try:
@@ -75,6 +79,9 @@ class Sinks:
                 writers[key] = self._open.get(key) or self._for_files(config)
             if config.otlp is not None:
                 writers[config.otlp] = self._open.get(config.otlp) or self._for(config.otlp)
+            if config.postgres is not None:
+                server = (config.postgres, config.postgres_credential, config.keep)
+                writers[server] = self._open.get(server) or self._for_server(config)
         except BaseException:
             self.abandon(writers)
             raise
@@ -128,6 +135,41 @@ class Sinks:
             queue=self._queue,
         )
 
+    def _for_server(self, config: TraceConfig) -> Writer:
+        conninfo = conninfo_of(config)  # first, because it says what to install
+        from llmproxy.record import postgres
+
+        return Writer(
+            [postgres.Postgres(conninfo, keep_s=config.keep, wall=self._wall)],
+            clock=self._clock,
+            gather_s=postgres.GATHER_S,
+            batch=postgres.BATCH,
+            queue=self._queue,
+        )
+
+    def tokens_since(self, config: TraceConfig, since: str) -> dict[str, int]:
+        """Return the tokens of each client that a ledger of ``config`` knows of this process.
+
+        The file is asked, and PostgreSQL only where there is no file.
+
+        Args:
+            config: has one of the two at least.
+            since: RFC 3339 in UTC.
+
+        Raises:
+            LedgerError: it cannot be read, or PostgreSQL says nothing in time.
+        """
+        from llmproxy.record.ledger_report import tokens_by_client  # SQLite, for a ledger alone
+
+        if config.ledger is not None:
+            from llmproxy.record.ledger_source import Files
+
+            return tokens_by_client(Files([config.ledger]), since)
+        from llmproxy.record.postgres_ledger import PostgresLedger, within
+
+        source = PostgresLedger(conninfo_of(config), is_ours=True)
+        return within(TOKENS_S, lambda: tokens_by_client(source, since, self._instance))
+
     # -- what is open ---------------------------------------------------------------------------
 
     def losses(self) -> dict[str, int]:
@@ -160,3 +202,16 @@ class Sinks:
     def _write_all(self, trace: Trace) -> None:
         for writer in self._writers:
             writer.write(trace)
+
+
+def conninfo_of(config: TraceConfig) -> str:
+    """Return what libpq connects with.
+
+    Raises:
+        OSError: what speaks to PostgreSQL is not installed, or libpq does not take the URL.
+    """
+    from llmproxy.record import postgres_ledger
+
+    secret = config.postgres_credential
+    password = None if secret is None else secret.reveal()
+    return postgres_ledger.conninfo_of(config.postgres or "", password)

@@ -112,6 +112,8 @@ class Writer:
 
     def finish(self) -> None:
         """Begin to end: what waits is written, without waiting for more."""
+        for queue in self._queues:
+            queue.leaving = True
         self._finishing.set()
         self._wake.set()
 

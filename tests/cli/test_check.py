@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -476,6 +477,52 @@ def test_a_limit_for_a_day_without_a_ledger(tmp_path: Path, capsys: Printed) -> 
     assert warning.startswith('clients.c.tokens_per_day: with `keep` shorter than "1d" in [trace]')
     changes["trace.keep"] = '"off"'
     assert warnings_of(tmp_path, capsys, changes) == []
+
+
+def test_a_server_keeps_the_tokens_of_a_day_too(tmp_path: Path, capsys: Printed) -> None:
+    """Then there is nothing to warn of."""
+    pytest.importorskip("psycopg")
+    changes: dict[str, str | None] = {
+        "proxy.anonymous": None,
+        "clients.c": f"{{ keys = {KEYS_LINE}, tokens_per_day = 5 }}",
+        "trace.postgres": '"postgresql://u@h/d"',
+    }
+    assert warnings_of(tmp_path, capsys, changes) == []
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("url", "is_there", "words"),
+    [
+        ("postgresql://u@h/d", False, "pip install 'llmproxy[postgres]'"),
+        ("postgresql://u@h/d?sslmod=x", True, 'invalid URI query parameter: "sslmod"'),
+    ],
+)
+def test_a_server_that_the_start_would_refuse(
+    tmp_path: Path,
+    capsys: Printed,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    is_there: bool,
+    words: str,
+    as_json: bool,
+) -> None:
+    """Without psycopg the check says what to install; with it, libpq reads the URL."""
+    if is_there:
+        pytest.importorskip("psycopg")
+    else:
+        for name in [one for one in sys.modules if one.startswith("llmproxy.record.postgres")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr("llmproxy.record.postgres_ledger", raising=False)
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+    path = tmp_path / "c.toml"
+    path.write_text(toml({"trace.postgres": json.dumps(url)}))
+    assert main(["check", str(path), *(["--json"] if as_json else [])]) == 1
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)["problems"] if as_json else captured.err.splitlines()
+    (problem,) = said
+    assert problem.startswith("trace.postgres: ")
+    assert words in problem
 
 
 def test_limits_beside_anonymous_callers(tmp_path: Path, capsys: Printed) -> None:

@@ -167,8 +167,8 @@ def test_every_instance_is_counted(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The ledger's name stands for the files of all instances; nothing else in the file is read."""
-    for name in ("0", "west.1", "-"):
-        fill(tmp_path / f"led[ge]r-{name}.db", trace(1, instance=name))
+    for number, name in enumerate(("0", "west.1", "-")):
+        fill(tmp_path / f"led[ge]r-{name}.db", trace(number, instance=name))
     for name in ("ledger-0.db", "led[ge]r-a b.db", "led[ge]r-0.db-wal", "led[ge]r-.db"):
         (tmp_path / name).write_text("no ledger")
     report = json_report(capsys, "--config", str(config_file), "--by", "instance")
@@ -183,7 +183,7 @@ def test_the_files_of_the_write_ahead_log_are_no_ledgers(
     for name in ("0", "1", "x"):
         (tmp_path / name).mkdir()
     for name in ("0", "1"):
-        fill(tmp_path / name / f"ledger-{name}", trace(1))
+        fill(tmp_path / name / f"ledger-{name}", trace(int(name)))
         (tmp_path / name / f"ledger-{name}-wal").touch()
     (tmp_path / "x" / "ledger-y").write_text("of no instance: its two names differ")
     assert json_report(capsys, "--config", str(config_file))["total"]["requests"] == 2

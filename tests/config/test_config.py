@@ -23,6 +23,7 @@ from llmproxy.config import (
     Trace,
     Url,
     ledger_path,
+    ledger_server,
     load,
     parse,
 )
@@ -161,6 +162,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "trace": {
             "jsonl": None,
             "ledger": None,
+            "postgres": None,
+            "postgres_credential": False,
             "keep": "30d",
             "otlp": None,
             "session_header": [
@@ -350,6 +353,81 @@ def test_the_name_of_the_ledger_is_read_alone(tmp_path: Path) -> None:
         path.write_text(f"[trace]\n{wrong}\n")
         with pytest.raises(ConfigError, match=words):
             ledger_path(str(path))
+
+
+def test_the_server_of_the_ledger_is_read_alone(directory: Path, tmp_path: Path) -> None:
+    """A password that cannot be read is none, and the reason is there."""
+    path = tmp_path / "c.toml"
+    where = f'[credentials]\ndirectory = "{directory}"\n'
+    server = f'nothing = 1\n{where}[trace]\npostgres = "postgresql://u@h/d"\n'
+    path.write_text(server)
+    assert ledger_server(str(path), {}) == ("postgresql://u@h/d", None, [])
+    (directory / "db").write_text("needle\n")
+    path.write_text(f'{server}postgres_credential = "db"\n')
+    assert ledger_server(str(path), {}) == ("postgresql://u@h/d", Secret("needle"), [])
+    path.write_text(f'{server}postgres_credential = "gone"\n')
+    found = ledger_server(str(path), {})
+    assert found is not None
+    assert found[:2] == ("postgresql://u@h/d", None)
+    assert "trace.postgres_credential: expected a file" in found[2][0]
+    path.write_text(where)
+    assert ledger_server(str(path), {}) is None
+    path.write_text('[trace]\npostgres = "postgresql://u:needle@h/d"\n')
+    with pytest.raises(ConfigError, match=r"trace\.postgres: .*without a password") as caught:
+        ledger_server(str(path), {})
+    assert "needle" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "postgresql://u@h/d",
+        "postgresql://h1:5432,[::1]:5433/d?sslmode=verify-full&sslrootcert=/etc/ssl/ca.pem",
+        "postgres://",
+        "postgresql://u@[::1]:5432/d",
+        "postgresql:///d?host=/run/postgresql&passfile=/etc/llmproxy/pgpass",
+        "host=/run/postgresql dbname = d",
+        r"user='o\'neil' dbname=d\ b ",
+        "service=ledger",
+    ],
+)
+def test_a_server_without_a_password_is_as_libpq_has_it(written: str) -> None:
+    """A URL or a connection string is kept and shown as it is written."""
+    config = accepted({"trace.postgres": json.dumps(written), "trace.keep": '"1d"'})
+    assert config.trace.postgres == written
+    shown: Any = config.redacted()
+    assert shown["trace"]["postgres"] == written
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "postgresql://u:needle@h/d",
+        "postgres://:needle@h",
+        "postgresql://u:nee/dle@h/d",
+        "postgresql://u:nee?dle@h/d",
+        "postgresql://u@h/d?password=needle",
+        "postgresql://u@h/d?sslmode=prefer&%70assword=needle",
+        "postgresql://u@h/d?sslpassword=needle",
+        "host=h password=needle",
+        "host=h password = 'nee dle'",
+    ],
+)
+def test_a_password_does_not_stand_with_the_server(written: str) -> None:
+    """Wherever libpq or a slip of the pen has it, it is refused and not shown."""
+    (problem,) = problems_of({"trace.postgres": json.dumps(written)})
+    assert problem.startswith("trace.postgres: expected a URL without a password")
+    assert "`postgres_credential`" in problem
+    assert "nee" not in problem
+
+
+def test_a_password_without_a_server_is_for_nothing(directory: Path) -> None:
+    """``postgres_credential`` says which key it is for."""
+    (directory / "key").write_text("needle\n")
+    problems = problems_of(with_credential(directory, **{"trace.postgres_credential": '"key"'}))
+    assert problems == (
+        "trace.postgres_credential: expected `postgres` beside it, which it is for",
+    )
 
 
 def test_a_whole_provider(directory: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ OWNER = {key: path for path, section in reversed(list(SECTIONS.items())) for key
 
 DIRECTORY = re.compile(r'^directory = ".*?"', re.MULTILINE)
 CA_CERTIFICATE = re.compile(r'^ca_certificate = ".*?"', re.MULTILINE)
-CREDENTIAL = re.compile(r'^\s*(?:credential|token) = "(.*?)"', re.MULTILINE)
+CREDENTIAL = re.compile(r'^\s*(?:credential|postgres_credential|token) = "(.*?)"', re.MULTILINE)
+SERVER = re.compile(r'^postgres = "', re.MULTILINE)
 
 
 class Shown(NamedTuple):
@@ -106,6 +107,8 @@ def test_a_documented_configuration_passes_the_check(
     one: Shown, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever copies it gets no problem, and no warning but of folders that are not there yet."""
+    if SERVER.search(one.text):
+        pytest.importorskip("psycopg", reason="the check says that psycopg is not installed")
     vault = Vault(tmp_path)
     path = tmp_path / "copied.toml"
     path.write_text(one.completed(vault))

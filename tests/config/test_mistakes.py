@@ -102,6 +102,9 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("trace.jsonl", '"/var/log/"', "", "the absolute path of a file"),
     ("trace.ledger", '"ledger"', "", "an absolute path"),
     ("trace.keep", '"7d"', "", "expected `ledger` beside it"),
+    ("trace.postgres", "5432", "", "a URL such as"),
+    ("trace.postgres", '"db.example"', "", "host=HOST dbname=DATABASE"),
+    ("trace.postgres", '" "', "", "a URL such as"),
     ("trace.otlp", '"127.0.0.1:4318"', "", "an http:// or https:// URL"),
     ("trace.otlp", '"http://key@host"', "", "without a user or password"),
     ("trace.session_header", '"x session"', "", "a header's name"),
@@ -304,7 +307,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("providers.p.timeouts", '{ idel = "1s" }', ".idel", 'did you mean "idle"?'),
     ("routes[0].provider", '"p"', "", 'did you mean "providers"?'),
     ("routes[0].override", "{ p = { modle = 1 } }", ".p.modle", 'did you mean "model"?'),
-    ("trace.zzz", "1", "", "unknown key; expected one of jsonl, ledger, keep, otlp"),
+    ("trace.zzz", "1", "", "unknown key; expected one of jsonl, ledger, postgres, "),
 ]
 
 
@@ -562,7 +565,7 @@ ORDER = """
         allowed_origins, strip, override, timeouts,
         headers, drop_headers, query, drop_query, accept_encoding, include_usage, on_disconnect,
         drain_for, error_event, capture, request_body
-    trace jsonl, ledger, keep, otlp, session_header
+    trace jsonl, ledger, postgres, postgres_credential, keep, otlp, session_header
     clients.c keys, routes, models, weight, max_streams, requests_per_minute, tokens_per_minute,
         tokens_per_day
 """

@@ -16,6 +16,7 @@ from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublish
 from llmproxy.record.sinks import Sinks
 from llmproxy.record.writer import Writer
 from tests.support.collector import OtlpCollector
+from tests.support.postgres import PostgresServer, postgres_server
 from tests.support.records import trace
 
 Disk = Callable[[int | None], None]
@@ -83,3 +84,16 @@ def logged() -> Iterator[list[str]]:
     globalLogPublisher.addObserver(observer)
     yield lines
     globalLogPublisher.removeObserver(observer)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; who stops it starts it again."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: PostgresServer) -> str:
+    """The name of an empty database."""
+    return postgres.database()

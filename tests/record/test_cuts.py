@@ -10,7 +10,8 @@ import pytest
 
 from llmproxy.record.cuts import Cut, cuts_of
 from llmproxy.record.ledger import Ledger
-from llmproxy.record.ledger_schema import LedgerError
+from llmproxy.record.ledger_source import Files
+from llmproxy.record.ledger_steps import LedgerError
 from llmproxy.record.trace import Attempt, Trace
 from tests.support.records import trace
 
@@ -22,7 +23,7 @@ def cuts(folder: Path, *traces: Trace, since: str = "") -> list[Cut]:
     path = str(folder / "ledger")
     with closing(Ledger(path, keep_s=None, wall=lambda: NOW)) as ledger:
         ledger.put(list(traces))
-    return cuts_of([path], since)
+    return cuts_of(Files([path]), since)
 
 
 def broken(number: int = 1, **fields: Any) -> Trace:
@@ -93,4 +94,4 @@ def test_since(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
     """The error names it."""
     with pytest.raises(LedgerError, match="nowhere"):
-        cuts_of([str(tmp_path / "nowhere")])
+        cuts_of(Files([str(tmp_path / "nowhere")]))

@@ -15,7 +15,7 @@ import pytest
 
 from llmproxy.record import ledger as module
 from llmproxy.record.ledger import Ledger
-from llmproxy.record.ledger_schema import LedgerError
+from llmproxy.record.ledger_steps import LedgerError
 from llmproxy.record.sink_queue import Retry
 from llmproxy.record.trace import CONTENT, NAMES, Attempt, timestamp
 from tests.record.conftest import Disk

@@ -25,37 +25,14 @@ from llmproxy.record.ledger_report import (
     tokens_by_client,
     usage_of,
 )
-from llmproxy.record.ledger_schema import TOKENS, LedgerError
+from llmproxy.record.ledger_source import Files
+from llmproxy.record.ledger_steps import TOKENS, LedgerError
 from llmproxy.record.trace import Trace
+from tests.support.made_records import TRACES, numbered
 from tests.support.records import trace
 from tests.support.sockets import WAIT
 
 ROOT = Path(__file__).parents[2]
-
-
-def words(*choices: str) -> st.SearchStrategy[str | None]:
-    """Choose one of these, or None."""
-    return st.sampled_from((None, *choices))
-
-
-COUNTS = st.none() | st.just(0) | st.integers(0, 10**12)
-TRACES = st.lists(
-    st.builds(
-        lambda number, **fields: trace(number, **fields),
-        st.integers(0, 10**6),
-        time=st.sampled_from([f"2026-11-0{day}T12:00:00.00{day}Z" for day in range(1, 5)]),
-        client=words("a", "b"),
-        model=words("m", "n"),
-        provider=words("p"),
-        method=st.sampled_from(["POST", "OPTIONS"]),
-        session=words("s", "t", ""),
-        is_complete=st.booleans(),
-        usage=words("reported", "partial", "none"),
-        end_reason=st.sampled_from(["complete", "client_gone", "rejected", "upstream_refused"]),
-        **dict.fromkeys(TOKENS, COUNTS),
-    ),
-    max_size=30,
-)
 
 
 @contextmanager
@@ -108,9 +85,9 @@ def test_sums_are_those_of_the_traces(
     What the proxy refused is no usage: it is counted by itself, whatever model it named.  Nor is
     the preflight of a browser.
     """
-    every = [trace for batches in (one, two) for batch in batches for trace in batch]
+    every = numbered(one, two)
     with ledgers(one, two) as paths:
-        found, refused = usage_of(paths, by, since), refused_in(paths, since)
+        found, refused = usage_of(Files(paths), by, since), refused_in(Files(paths), since)
     later = [one for one in every if one.time >= since]
     served = [one for one in later if one.end_reason != "rejected"]
     assert refused == len(later) - len(served)
@@ -128,11 +105,11 @@ def test_checkpoints_are_those_of_the_traces(
     one: list[list[Trace]], two: list[list[Trace]]
 ) -> None:
     """Each session of a known client has its totals; its last trace was written last."""
-    every = [trace for batches in (one, two) for batch in batches for trace in batch]
+    every = numbered(one, two)
     named = [trace for trace in every if None not in (trace.session, trace.client)]
     with ledgers(one, two) as paths:
-        found = checkpoints_of(paths)
-        first = checkpoints_of(paths[:1])
+        found = checkpoints_of(Files(paths))
+        first = checkpoints_of(Files(paths[:1]))
     assert {(some.session, some.client): some.totals for some in found} == grouped(
         named, ("session", "client")
     )
@@ -156,8 +133,8 @@ def test_the_later_instance_has_the_last_trace() -> None:
     early = trace(1, session="s", client="c", time="2026-11-01T00:00:00.000Z", input_tokens=1)
     late = trace(2, session="s", client="c", time="2026-11-02T00:00:00.000Z", input_tokens=2)
     with ledgers([[late]], [[early]]) as paths:
-        (found,) = checkpoints_of(paths)
-        assert checkpoints_of(paths, "2026-11-03") == []
+        (found,) = checkpoints_of(Files(paths))
+        assert checkpoints_of(Files(paths), "2026-11-03") == []
     assert found == Checkpoint(
         "s", "c", Totals(2, 0, 2, 3), "2", "2026-11-01T00:00:00.000Z", "2026-11-02T00:00:00.000Z"
     )
@@ -167,7 +144,7 @@ def test_groups_are_in_order() -> None:
     """Groups are sorted by name; the group without a name comes first."""
     traces = [trace(1, client=client) for client in ("b", None, "a")]
     with ledgers([traces]) as paths:
-        assert list(usage_of(paths, ["client"])) == [(None,), ("a",), ("b",)]
+        assert list(usage_of(Files(paths), ["client"])) == [(None,), ("a",), ("b",)]
 
 
 def test_a_ledger_that_breaks_while_it_is_read_is_reported(tmp_path: Path) -> None:
@@ -178,7 +155,7 @@ def test_a_ledger_that_breaks_while_it_is_read_is_reported(tmp_path: Path) -> No
     whole = path.read_bytes()
     path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
     with pytest.raises(LedgerError, match=r"ledger: .*malformed"):
-        usage_of([str(path)], ["client"])
+        usage_of(Files([str(path)]), ["client"])
 
 
 def test_tokens_of_a_day_are_those_that_count() -> None:
@@ -193,17 +170,18 @@ def test_tokens_of_a_day_are_those_that_count() -> None:
         trace(7, time="2026-11-02T12:00:00.000Z", counted_tokens=7),
     ]
     with ledgers([traces]) as (path,):
-        assert tokens_by_client(path, "2026-11-02T00:00:00.000Z") == {"a": 311, "b": 0}
+        assert tokens_by_client(Files([path]), "2026-11-02T00:00:00.000Z") == {"a": 311, "b": 0}
 
 
 READER = """
 import sys
 from llmproxy.record.ledger_report import checkpoints_of, usage_of
+from llmproxy.record.ledger_source import Files
 path = sys.argv[1]
 seen = 0
 while seen < 2000:
-    (totals,) = usage_of([path], ["client"]).values()
-    (checkpoint,) = checkpoints_of([path])
+    (totals,) = usage_of(Files([path]), ["client"]).values()
+    (checkpoint,) = checkpoints_of(Files([path]))
     assert totals.requests >= seen and totals.requests % 20 == 0, totals
     assert totals.input_tokens == 3 * totals.requests
     assert checkpoint.totals.requests >= totals.requests
@@ -254,8 +232,8 @@ def test_a_websocket_is_counted_by_its_responses(tmp_path: Path) -> None:
         ]
     )
     ledger.close()
-    totals = usage_of([path], ["client"])[("a",)]
+    totals = usage_of(Files([path]), ["client"])[("a",)]
     assert (totals.requests, totals.output_tokens) == (3, 30)
-    assert tokens_by_client(path, "") == {"a": 30}
-    (checkpoint,) = checkpoints_of([path])
+    assert tokens_by_client(Files([path]), "") == {"a": 30}
+    (checkpoint,) = checkpoints_of(Files([path]))
     assert (checkpoint.totals.requests, checkpoint.totals.output_tokens) == (3, 30)

@@ -16,12 +16,11 @@ from llmproxy.record import ledger_schema
 from llmproxy.record.ledger_schema import (
     APPLICATION_ID,
     STEPS,
-    TOKENS,
-    LedgerError,
     is_locked,
     open_for_reading,
     open_for_writing,
 )
+from llmproxy.record.ledger_steps import TOKENS, LedgerError
 from llmproxy.record.trace import NAMES
 from tests.support.records import query
 

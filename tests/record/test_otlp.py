@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmproxy.config import Url
-from llmproxy.record.ledger_schema import TOKENS
+from llmproxy.record.ledger_steps import TOKENS
 from llmproxy.record.otlp import Otlp
 from llmproxy.record.sink_queue import Dropped, Retry
 from llmproxy.record.spans import export_request

@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 
 from llmproxy.cli.doctor.fingerprint import Clock, Fingerprint, fingerprints
-from llmproxy.cli.ledgers import add_ledgers, ledgers_of
+from llmproxy.cli.ledgers import add_ledgers, source_of
 from llmproxy.cli.table import shown
 from llmproxy.config import ConfigError
 from llmproxy.record.cuts import Side, cuts_of
-from llmproxy.record.ledger_schema import LedgerError
+from llmproxy.record.ledger_steps import LedgerError
 from llmproxy.record.trace import timestamp
 
 _CODES = "exit codes: 0 done; 1 a ledger cannot be read; 2 the command line is wrong"
@@ -90,7 +90,7 @@ def timeouts(args: argparse.Namespace) -> int:
     """Print what the cuts carry."""
     since = "" if args.since is None else timestamp(args.since(time.time()))
     try:
-        cuts = cuts_of(args.files or ledgers_of(args.config), since)
+        cuts = cuts_of(source_of(args), since)
     except (LedgerError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
