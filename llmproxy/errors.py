@@ -195,6 +195,10 @@ def killed() -> ProxyError:
     )
 
 
+class EngineAway(Exception):
+    """What several processes share does not answer, or not in time: decide here."""
+
+
 class ClientGone(Exception):
     """The client closed, half-closed or reset its connection before it had the whole response.
 

@@ -49,7 +49,6 @@ from llmproxy.ops.reload import Reload, aside
 from llmproxy.ops.setup import Setup, raise_limit
 from llmproxy.ops.status import Status
 from llmproxy.ops.turn_parts import name_parts
-from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log import JsonLog, log_opener, log_writer
 from llmproxy.record.log_writer import LogFile, LogWriter
@@ -59,6 +58,10 @@ from llmproxy.server.connection_limits import ConnectionLimiter
 from llmproxy.server.handler import Handler, Router
 from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
+from llmproxy.shared.client_limits import SharedLimits
+from llmproxy.shared.places import SharedPlaces
+from llmproxy.shared.sharing import Sharing
+from llmproxy.shared.standing import SharedStanding
 from llmproxy.upstream.credential import Credentials
 from llmproxy.version import version
 
@@ -245,7 +248,15 @@ class ProxyService(Service):
         self._timers = Timers(reactor)
         self.detached = DetachedStreams(0, self._timers)
         self.standing = Standing(self._timers, clock, time.time, self.metrics.queue_wait.observe)
-        self.limits = ClientLimits(clock, time.time)
+        self.limits = SharedLimits(clock, time.time)
+        self.shared_standing = SharedStanding(self.standing)
+        self.sharing = Sharing(
+            reactor,
+            self.limits,
+            self.shared_standing,
+            SharedPlaces(reactor, self.standing.places),
+            self._instance,
+        )
         self.credentials = Credentials(
             reactor, clock, aside=partial(aside, reactor), environ=self._environ
         )
@@ -284,7 +295,9 @@ class ProxyService(Service):
             credentials=self.credentials,
             detached=self.detached,
             standing=self.standing,
+            shared_standing=self.shared_standing,
             limits=self.limits,
+            sharing=self.sharing,
             drain=self.drain,
             site=self.site,
             leaves=self.leaves,
@@ -318,7 +331,7 @@ class ProxyService(Service):
             self._reactor,
             clock,
             wall=time.time,
-            ready=lambda: self.ready,
+            ready=self._readiness,
             metrics=self.metrics,
         )
         streams = self.streams = Streams(self.site, self.recorder, clock)
@@ -342,6 +355,15 @@ class ProxyService(Service):
         )
         return site(shown=shown), site(shown=None)
 
+    def _readiness(self) -> tuple[bool, str]:
+        """Return whether requests are taken, and in words how."""
+        if not self.ready:
+            return False, "not ready"
+        state = self.sharing.state
+        if state is None or state.is_up:
+            return True, "ready"
+        return True, "ready, but the shared engine is away: this process counts alone"
+
     def _expose(self) -> None:
         """Let the metrics show what the parts hold."""
         expose(
@@ -351,6 +373,7 @@ class ProxyService(Service):
             detached=self.detached,
             standing=self.standing,
             limits=self.limits,
+            sharing=self.sharing,
             credentials=self.credentials,
             leaves=self.leaves,
             ways=self.ways,
@@ -429,7 +452,9 @@ class ProxyService(Service):
         self.ways.repeats.close()
         self.setup.upstream.close()
         self._timers.close()
-        return self._listeners.close_admin().addCallback(lambda _: self.sinks.close())
+        left = self.sharing.stop()
+        left.addCallback(lambda _: self._listeners.close_admin())
+        return left.addCallback(lambda _: self.sinks.close())
 
 
 def hold_signals() -> None:

@@ -21,6 +21,7 @@ ORDER = (
     "llmproxy.admin",
     "llmproxy.gateway",
     "llmproxy.record",
+    "llmproxy.shared",
     "llmproxy.policy",
     "llmproxy.upstream",
     "llmproxy.server",

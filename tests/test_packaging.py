@@ -206,7 +206,7 @@ def variant(tmp_path: Path) -> Callable[[str, str, str | None], Path]:
 
 def wheel_of(names: set[str]) -> set[str]:
     """What the wheel of a tree with these files holds, and nothing else."""
-    kinds = (".py", "py.typed", ".html", ".css", ".mjs")
+    kinds = (".py", "py.typed", ".html", ".css", ".mjs", ".lua")
     modules = {n for n in names if n.startswith("llmproxy/") and n.endswith(kinds)}
     metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
     plugin = "twisted/plugins/llmproxy_plugin.py"

@@ -83,7 +83,7 @@ def admin_site(
     clock: Callable[[], float],
     *,
     wall: Callable[[], float],
-    ready: Callable[[], bool],
+    ready: Callable[[], tuple[bool, str]],
     metrics: Metrics,
     shown: Shown | None,
 ) -> Site:
@@ -93,13 +93,14 @@ def admin_site(
         reactor: keeps time.
         clock: monotonic seconds.
         wall: seconds since the epoch.
-        ready: whether requests are taken, for ``/readyz``.
+        ready: whether requests are taken, and the same in words, for ``/readyz``.
         metrics: what ``/metrics`` shows, as OpenMetrics where it is asked for.
         shown: what the whole site shows; None leaves all of that out.
     """
 
     def readyz(request: Request) -> Response:
-        return (200, TEXT, b"ready\n") if ready() else (503, TEXT, b"not ready\n")
+        is_ready, words = ready()
+        return (200 if is_ready else 503, TEXT, words.encode("ascii") + b"\n")
 
     pages: dict[bytes, Handler] = {
         b"/livez": Page(lambda request: (200, TEXT, b"alive\n")),

@@ -34,6 +34,7 @@ from llmproxy.config.sections import (
     read_provider,
     read_proxy,
     read_route,
+    read_shared,
     read_trace,
     read_tunnel,
 )
@@ -52,6 +53,7 @@ from llmproxy.config.settings import (
     Provider,
     Proxy,
     Route,
+    Shared,
     Timeouts,
     Trace,
     Tunnel,
@@ -80,6 +82,7 @@ __all__ = [
     "Proxy",
     "Route",
     "Secret",
+    "Shared",
     "Timeouts",
     "Trace",
     "Tunnel",
@@ -235,6 +238,7 @@ def _read(root: Table, environ: Mapping[str, str], problems: list[str]) -> Confi
         ),
         tunnel=read_tunnel(root.table("tunnel", SECTIONS["tunnel"])),
         trace=read_trace(root.table("trace", SECTIONS["trace"])),
+        shared=read_shared(root.table("shared", SECTIONS["shared"])),
         log=root.table("log", SECTIONS["log"]).struct(Log),
     )
     _check_route_names(config.routes, problems)

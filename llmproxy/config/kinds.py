@@ -14,6 +14,7 @@ import msgspec
 
 from llmproxy.config.authority import check_time, signing_chain
 from llmproxy.config.endpoints import endpoint, endpoint_for_tls
+from llmproxy.config.engine_url import engine_url
 from llmproxy.config.host_pattern import host_name_pattern
 from llmproxy.config.keypair import certificate_chain, private_key
 from llmproxy.config.parent_proxy import direct_host, parent_proxy, parent_proxy_or_none
@@ -295,6 +296,7 @@ SIZE = value(size, "size", _where_set(show_size))
 SIZE_ABOVE_ZERO = value(size_above_zero, "size above zero", show_size)
 FILLER = value(filler_size, "size", show_size)
 URL = value(url, show=_where_set(str))
+ENGINE_URL = value(engine_url, show=_where_set(str))
 POSTGRES = value(postgres_url)
 PARENT_PROXY = value(parent_proxy, show=_where_set(str))
 PARENT_PROXY_OR_NONE = value(parent_proxy_or_none, show=_where_set(str))

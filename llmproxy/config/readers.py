@@ -225,6 +225,13 @@ def credential_format(value: object) -> str:
     return value
 
 
+def visible(value: object) -> str:
+    """Read a name of visible ASCII."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
+        raise Wrong("1 to 128 characters of visible ASCII")
+    return value
+
+
 def certificates(value: object) -> str:
     """Read the path of a PEM file of certificates, which is opened to see that it is one."""
     path = absolute_path(value)

@@ -7,11 +7,22 @@ What only the whole file can tell is ``__init__.py``'s.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from llmproxy.config.authority import authority, outside
 from llmproxy.config.keypair import Keypair, keypair
 from llmproxy.config.readers import default_via, key_hint, route_name
 from llmproxy.config.schema import Table
-from llmproxy.config.settings import Client, Intercept, Provider, Proxy, Route, Trace, Tunnel
+from llmproxy.config.settings import (
+    Client,
+    Intercept,
+    Provider,
+    Proxy,
+    Route,
+    Shared,
+    Trace,
+    Tunnel,
+)
 from llmproxy.config.values import Wrong, show
 from llmproxy.dialects.dialect import Dialect
 from llmproxy.http1.headers import ACCOUNT_FIELDS, ROUTING_FIELDS
@@ -91,6 +102,21 @@ def read_trace(table: Table) -> Trace:
     if "postgres_credential" in table and table.lacks("postgres"):
         table.problem("postgres_credential", "expected `postgres` beside it, which it is for")
     return table.struct(Trace)
+
+
+def read_shared(table: Table) -> Shared:
+    """Read ``[shared]``: without ``url`` nothing else has a meaning."""
+    for key in ("user", "credential", "ca", "strict"):
+        if key in table and table.lacks("url") and table.take(key):
+            table.problem(key, "expected `url` beside it, which it is for")
+    url = table.take("url")
+    if url is not None and find_spec("txredisapi") is None:
+        table.problem("url", "expected the package that it needs: pip install 'llmproxy[shared]'")
+    if url is not None and "ca" in table and not url.tls:
+        table.problem("ca", "expected a rediss:// `url` beside it, which it is for")
+    if "user" in table and table.lacks("credential"):
+        table.problem("user", "expected `credential` beside it, with the user's password")
+    return table.struct(Shared)
 
 
 _KEY_FIELDS = {Dialect.ANTHROPIC: "x-api-key", Dialect.GEMINI: "x-goog-api-key"}

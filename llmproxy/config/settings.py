@@ -20,6 +20,7 @@ import msgspec
 
 from llmproxy.config.authority import Authority
 from llmproxy.config.credentials import Secret
+from llmproxy.config.engine_url import EngineUrl
 from llmproxy.config.keypair import Keypair
 from llmproxy.config.kinds import (
     ACCESS,
@@ -37,6 +38,7 @@ from llmproxy.config.kinds import (
     ENDPOINT,
     ENDPOINTS,
     ENDPOINTS_FOR_TLS,
+    ENGINE_URL,
     FILE,
     FILLER,
     HEADERS,
@@ -82,6 +84,7 @@ from llmproxy.config.readers import (
     route_name,
     route_path,
     session_header,
+    visible,
 )
 from llmproxy.config.schema import Key, Section, redacted
 from llmproxy.config.tunnel_target import TunnelTarget
@@ -862,6 +865,37 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     ``session-id``, and older releases of Codex ``session_id``."""
 
 
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """What several processes and hosts know together; without ``url`` each knows its own."""
+
+    url: Annotated[EngineUrl | None, Key(ENGINE_URL)] = None
+    """Redis 7 or newer, or Valkey: ``"redis://HOST:PORT/DATABASE"``, ``"rediss://..."`` for TLS, or
+    ``"unix:///PATH"``. All processes with the same engine and ``prefix`` share what a client may
+    use: a limit is one figure for all of them. Needs ``pip install 'llmproxy[shared]'``. The engine
+    must not evict keys (``maxmemory-policy noeviction``, its default)."""
+
+    user: Annotated[str | None, Key(value(visible))] = None
+    """The engine's user (ACL). Without this key it is the engine's default user."""
+
+    credential: Annotated[Secret | None, Key(CREDENTIAL)] = None
+    """The name of a credential file with the user's password."""
+
+    ca: Annotated[str | None, Key(value(certificates), stated="default: the system's")] = None
+    """A PEM file with the authorities to trust for ``rediss://``, instead of the system's."""
+
+    prefix: Annotated[str, Key(value(visible))] = "llmproxy:"
+    """What the engine's keys begin with. Deployments that are to share nothing have different ones.
+    With Redis Cluster it must hold a hash tag, as ``"{llmproxy}:"``."""
+
+    timeout: Annotated[float, Key(DURATION)] = 0.05
+    """How long a request waits for the engine at most. Then it is admitted by this process's share
+    of the limit: the part that it had of what all used last, and at least an equal part."""
+
+    strict: Annotated[bool, Key(BOOLEAN)] = False
+    """Whether a request of a client with limits is refused (503, ``limits_away``) where the engine
+    does not answer."""
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True):
     """What the log has."""
 
@@ -885,6 +919,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     intercept: Intercept | None = None
     tunnel: Tunnel = Tunnel()
     trace: Trace = Trace()
+    shared: Shared = Shared()
     log: Log = Log()
 
     def timeouts_for(self, route: Route, provider: Provider) -> Timeouts:
@@ -920,6 +955,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "intercept": None if self.intercept is None else redacted(self.intercept),
             "tunnel": redacted(self.tunnel),
             "trace": redacted(self.trace),
+            "shared": redacted(self.shared),
             "log": redacted(self.log),
         }
 
@@ -953,6 +989,7 @@ SECTIONS: Mapping[str, Section] = {
     "intercept": Section.of(Intercept),
     "tunnel": Section.of(Tunnel),
     "trace": Section.of(Trace),
+    "shared": Section.of(Shared),
     "log": Section.of(Log),
 }
 """Every section of the file; ``*`` stands for a name that the operator chooses."""

@@ -46,14 +46,17 @@ from llmproxy.http1.headers import for_client, host_of
 from llmproxy.net.task import Task
 from llmproxy.net.turns import Turns
 from llmproxy.policy.auth import ANONYMOUS, Auth
-from llmproxy.policy.limits import ClientLimits, limited
+from llmproxy.policy.limits import limited
 from llmproxy.policy.origins import for_page, page_fields, preflight_fields, refuse_page
 from llmproxy.policy.routes import Candidate, Named, NoModel, PathMatch, RouteMatch, Routes
 from llmproxy.policy.standing import Standing
+from llmproxy.policy.stickiness import key_of
 from llmproxy.record.metrics import Metrics
 from llmproxy.server.error_response import own_fields, too_large
 from llmproxy.server.handler import NOT_DONE_YET, Handler
 from llmproxy.server.request import Request
+from llmproxy.shared.client_limits import SharedLimits
+from llmproxy.shared.standing import SharedStanding
 from llmproxy.stream.heartbeat import Heartbeat
 from llmproxy.stream.last_bytes import LastBytes
 from llmproxy.stream.relay import Batch, Relay, Whole
@@ -77,6 +80,7 @@ class Gateway(Handler):
         detached: the responses that are read on after their client left; by default those of this
             gateway alone.
         standing: what is known of providers; by default what this gateway learns.
+        shared_standing: what other processes know of them; None where none are.
         limits: what clients use, of this gateway alone by default.
         reactor: keeps the deadlines of requests (``net/timers.py``).
         clock: monotonic seconds.
@@ -95,7 +99,8 @@ class Gateway(Handler):
         credentials: Mapping[str, CommandCredential] | None = None,
         detached: DetachedStreams | None = None,
         standing: Standing | None = None,
-        limits: ClientLimits | None = None,
+        shared_standing: SharedStanding | None = None,
+        limits: SharedLimits | None = None,
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
@@ -111,7 +116,7 @@ class Gateway(Handler):
         self.detached = (
             DetachedStreams(config.limits.drains, reactor) if detached is None else detached
         )
-        self.limits = ClientLimits(clock, recorder.now) if limits is None else limits
+        self.limits = SharedLimits(clock, recorder.now) if limits is None else limits
         self._limited = frozenset(limited(config.clients))
         via = config.proxy.via.encode("ascii")
         intercept = config.intercept
@@ -125,6 +130,7 @@ class Gateway(Handler):
             standing = Standing(reactor, clock, recorder.now)
             standing.follow(config)
         self.standing = standing
+        self._shared_standing = shared_standing
         attempts = Attempts(
             upstream, metrics, clock, via, turns, standing=standing, wall=recorder.now
         )
@@ -199,8 +205,17 @@ class Gateway(Handler):
             size = None  # it costs tokens if those of its response can be read
             if exchange.endpoint is not None:
                 size = request.body_bytes if facts.json else 0
-            exchange.lease = self.limits.admit(client, facts.model, size)
+            limits, asked = self.limits, facts.model
+            if limits.engine is None:
+                exchange.lease = limits.admit(client, asked, size)
+            else:
+                exchange.lease = await limits.ask(client, asked, size)
 
+        shared = self._shared_standing
+        if shared is not None and shared.engine is not None:
+            key = key_of(match.route, client.name, trace.session)
+            if key is not None:
+                await shared.recall(key, match.route.sticky_for)
         response = await self._failover.send(exchange, match, client, facts)
         request.release()
         exchange.decoded_body = b""

@@ -14,13 +14,14 @@ from llmproxy.ops.process import Process
 from llmproxy.ops.reload import Reload
 from llmproxy.ops.setup import Setup
 from llmproxy.policy.auth import soonest_ends
-from llmproxy.policy.limits import ClientLimits
 from llmproxy.policy.standing import Standing
 from llmproxy.record.log_writer import LogWriter
 from llmproxy.record.metrics import Metrics, Source
 from llmproxy.record.sinks import Sinks
 from llmproxy.server.leaves import Leaves
 from llmproxy.server.site import Site
+from llmproxy.shared.client_limits import SharedLimits
+from llmproxy.shared.sharing import Sharing
 from llmproxy.upstream.credential import Credentials
 
 
@@ -31,7 +32,8 @@ def expose(
     setup: Setup,
     detached: DetachedStreams,
     standing: Standing,
-    limits: ClientLimits,
+    limits: SharedLimits,
+    sharing: Sharing,
     credentials: Credentials,
     leaves: Leaves,
     sink: Sinks,
@@ -51,6 +53,7 @@ def expose(
     _expose_connections(metrics, site, setup, detached, ways)
     _expose_providers(metrics, setup, standing, credentials)
     _expose_clients(metrics, setup, site, limits, wall)
+    _expose_sharing(metrics, sharing, limits)
     _expose_certificates(metrics, setup, leaves)
     _expose_life(metrics, drain, reload)
     _expose_losses(metrics, sink, log)
@@ -174,7 +177,7 @@ def _expose_providers(
 
 
 def _expose_clients(
-    metrics: Metrics, setup: Setup, site: Site, limits: ClientLimits, wall: Callable[[], float]
+    metrics: Metrics, setup: Setup, site: Site, limits: SharedLimits, wall: Callable[[], float]
 ) -> None:
     metrics.watch_count(
         "limited",
@@ -201,6 +204,12 @@ def _expose_clients(
         lambda: {labels: float(n) for labels, n in limits.remaining().items()},
     )
     metrics.watch(
+        "limit_used_here",
+        "What this process uses of a client's limit, which processes may share.",
+        ["client", "limit"],
+        lambda: {labels: float(n) for labels, n in limits.used_here().items()},
+    )
+    metrics.watch(
         "client_key_expires_timestamp_seconds",
         (
             "When the next key of a client expires. Soon: add a second key, hand it over, then "
@@ -208,6 +217,37 @@ def _expose_clients(
         ),
         ["client"],
         _by(lambda: soonest_ends(setup.config, wall())),
+    )
+
+
+def _expose_sharing(metrics: Metrics, sharing: Sharing, limits: SharedLimits) -> None:
+    def figure(name: str) -> Source:
+        return lambda: {} if (state := sharing.state) is None else {(): getattr(state, name)}
+
+    metrics.watch(
+        "shared_up",
+        (
+            "1 while the shared engine answers. 0: limits hold for this process's share alone; the "
+            "log says why."
+        ),
+        [],
+        figure("is_up"),
+    )
+    metrics.watch("shared_processes", "Processes that share the engine.", [], figure("processes"))
+    metrics.watch_count(
+        "shared_calls", "Calls that the shared engine has answered.", [], figure("calls")
+    )
+    metrics.watch_count(
+        "shared_timeouts",
+        "Calls that the shared engine has not answered in time: look at its latency.",
+        [],
+        figure("given_up"),
+    )
+    metrics.watch_count(
+        "shared_alone",
+        "Requests admitted without the shared engine, by this process's share of the limits.",
+        [],
+        lambda: {} if sharing.state is None else {(): limits.alone},
     )
 
 

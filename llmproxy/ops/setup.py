@@ -31,7 +31,7 @@ from llmproxy.gateway.recorder import Recorder
 from llmproxy.net.addresses import AddressGuard
 from llmproxy.ops.drain import Drain
 from llmproxy.ops.listeners import Listeners
-from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, ClientLimits, Spent
+from llmproxy.policy.limits import DAY_S, NOTHING_SPENT, Spent
 from llmproxy.policy.standing import Standing
 from llmproxy.record.ledger_steps import LedgerError
 from llmproxy.record.metrics import Metrics
@@ -41,6 +41,9 @@ from llmproxy.server.handler import Handler, Router
 from llmproxy.server.leaves import Leaves, PreparedLeaves
 from llmproxy.server.site import Site
 from llmproxy.server.tls import ListenerTls
+from llmproxy.shared.client_limits import SharedLimits
+from llmproxy.shared.sharing import Sharing
+from llmproxy.shared.standing import SharedStanding
 from llmproxy.upstream.client import Upstream
 from llmproxy.upstream.credential import CommandCredential, Credentials
 from llmproxy.upstream.way_out import WayOut, tunnel_resolver
@@ -83,7 +86,9 @@ class Setup:
         credentials: those that commands print.
         detached: the responses that are read on.
         standing: what is known of providers.
+        shared_standing: what other processes know of them.
         limits: what clients use.
+        sharing: what is shared with other processes.
         drain: how the process will shut down.
         site: serves clients.
         leaves: the TLS of intercepted hosts.
@@ -110,7 +115,9 @@ class Setup:
         credentials: Credentials,
         detached: DetachedStreams,
         standing: Standing,
-        limits: ClientLimits,
+        shared_standing: SharedStanding,
+        limits: SharedLimits,
+        sharing: Sharing,
         drain: Drain,
         site: Site,
         leaves: Leaves,
@@ -128,7 +135,9 @@ class Setup:
         self._credentials = credentials
         self._detached = detached
         self._standing = standing
+        self._shared_standing = shared_standing
         self._limits = limits
+        self._sharing = sharing
         self._drain = drain
         self._site = site
         self._leaves = leaves
@@ -167,6 +176,7 @@ class Setup:
             credentials=credentials,
             detached=self._detached,
             standing=self._standing,
+            shared_standing=self._shared_standing,
             limits=self._limits,
             reactor=self._timers,
             clock=self._clock,
@@ -207,6 +217,7 @@ class Setup:
         leaves = self._leaves.prepare(config.intercept)
         writers = self._sinks.prepare(config.trace)
         spent = self._spent_today(config)
+        self._sharing.prepare(config.shared)
         return Prepared(
             config,
             tls,
@@ -271,6 +282,7 @@ class Setup:
         self._detached.allow(config.limits.drains)
         self._standing.follow(config)
         self._limits.follow(config.clients, prepared.spent)
+        self._sharing.follow(config.shared)
         self._drain.timeout = config.proxy.drain_timeout
         self._site.limiter.limit(
             config.proxy.max_connections, config.limits.connections_per_address

@@ -22,6 +22,9 @@ from twisted.internet.defer import Deferred
 from llmproxy.config import Provider
 from llmproxy.errors import ProxyError
 
+_MOST_PATIENT = 1000
+"""Requests that wait where there is no queue, for a place that another process may spare."""
+
 
 class Place:
     """A place at a provider, which is given back once."""
@@ -93,6 +96,8 @@ class Places:
     Attributes:
         busy: how many places are taken.
         most: how many there are, or None where there is no end of them.
+        part: how many of these are this process's; None where all are.
+        changed: called when more or fewer are taken or waited for; None where nobody asks.
     """
 
     def __init__(
@@ -102,6 +107,9 @@ class Places:
         self._clock = clock
         self._waited = waited
         self.most: int | None = None
+        self.part: int | None = None
+        self.changed: Callable[[], object] | None = None
+        self._patience: float | None = None
         self._size = 0
         self._timeout = 0.0
         self._lines: dict[str, _Line] = {}
@@ -120,22 +128,47 @@ class Places:
         self._timeout = 0.0 if provider.queue is None else provider.queue.timeout
         self._fill()
 
+    def have(self, part: int | None, patience: float | None = None) -> None:
+        """Have so many of the places from now on, or all; who holds one keeps it.
+
+        Args:
+            patience: for so many seconds a request may wait where there is no queue: somebody else
+                may have a place to spare.
+        """
+        self.part, self._patience = part, patience
+        self._fill()
+
+    @property
+    def _own(self) -> int | None:
+        """How many places this process may take, or None where there is no end of them."""
+        return self.most if self.part is None else self.part
+
+    @property
+    def weight(self) -> int:
+        """What the clients that wait weigh together; 1 at least."""
+        return max(1, sum(round(1 / line.step) for line in self._lines.values()))
+
     def take(self) -> Place | None:
         """Return a place, or None where none is free, or others wait for it."""
-        if self.most is not None and (self._queued or self.busy >= self.most):
+        if (own := self._own) is not None and (self._queued or self.busy >= own):
             return None
         self.busy += 1
+        self._tell()
         return Place(self)
+
+    def _tell(self) -> None:
+        if self.changed is not None:
+            self.changed()
 
     @property
     def has_queue(self) -> bool:
         """Whether a request may wait here."""
-        return self._size > 0
+        return self._size > 0 or self._patience is not None
 
     @property
     def has_room(self) -> bool:
         """Whether a request gets a place at once, or may wait for one."""
-        return self.has_queue or self.most is None or self.busy < self.most
+        return self.has_queue or (own := self._own) is None or self.busy < own
 
     def wait(self, client: str, weight: int) -> Waiting:
         """Join the queue.
@@ -143,7 +176,7 @@ class Places:
         Raises:
             ProxyError: 503, where it is full.
         """
-        if self._queued >= self._size:
+        if self._queued >= (self._size or _MOST_PATIENT):
             self._make_room(client, weight)
         waiting = Waiting(self, client, self._clock())
         line = self._lines.get(client)
@@ -152,7 +185,9 @@ class Places:
             line = self._lines[client] = _Line(turn, weight)
         line.waiting[waiting] = None
         self._queued += 1
-        waiting.timer = self._timers.callLater(self._timeout, partial(self._late, waiting))
+        seconds = self._timeout if self._size else self._patience or 0.0
+        waiting.timer = self._timers.callLater(seconds, partial(self._late, waiting))
+        self._tell()
         return waiting
 
     def _make_room(self, client: str, weight: int) -> None:
@@ -175,18 +210,19 @@ class Places:
 
     def _late(self, waiting: Waiting) -> None:
         self._remove(waiting)
-        waiting.placed.errback(
-            no_place("queue_timeout", "The provider had no free place in time; try again.")
-        )
+        reason = "queue_timeout" if self._size else "provider_busy"
+        text = "The provider had no free place in time; try again."
+        waiting.placed.errback(no_place(reason, text))
 
     def freed(self) -> None:
         """A place was given back."""
         self.busy -= 1
         self._fill()
+        self._tell()
 
     def _fill(self) -> None:
         """Give free places to those who wait, in their turn."""
-        while self._queued and (self.most is None or self.busy < self.most):
+        while self._queued and ((own := self._own) is None or self.busy < own):
             line = min(self._lines.values(), key=lambda one: one.turn)
             waiting = next(iter(line.waiting))
             self._now = line.turn
@@ -267,13 +303,34 @@ class AllPlaces:
     ) -> None:
         self._make = lambda: Places(timers, clock, waited)
         self._places: dict[str, Places] = {}
+        self._changed: Callable[[str], object] | None = None
 
     def at(self, provider: str) -> Places:
         """Return the places at a provider."""
         found = self._places.get(provider)
         if found is None:
             found = self._places[provider] = self._make()
+            self._watch(provider, found)
         return found
+
+    def watch(self, changed: Callable[[str], object] | None) -> None:
+        """Call ``changed`` with a provider's name when more or fewer places there are wanted.
+
+        With None all places are this process's again.
+        """
+        self._changed = changed
+        for name, places in self._places.items():
+            self._watch(name, places)
+            if changed is None:
+                places.have(None)
+
+    def _watch(self, provider: str, places: Places) -> None:
+        changed = self._changed
+        places.changed = None if changed is None else partial(changed, provider)
+
+    def limited(self) -> dict[str, Places]:
+        """Return the places at providers that have so many, and no more."""
+        return {name: one for name, one in self._places.items() if one.most is not None}
 
     def follow(self, providers: Mapping[str, Provider]) -> None:
         """Go by these providers from now on; forget the others, once nothing is left there."""

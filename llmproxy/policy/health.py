@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import msgspec
 
@@ -79,6 +80,26 @@ class Cooling(msgspec.Struct, frozen=True):
     status: int
 
 
+class Learned(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a process has learned of a provider, for others.
+
+    Attributes:
+        what: ``cools`` (it refused, and said when to come again), ``fails`` (a circuit has opened)
+            or ``works`` (it has closed).
+        client: who was refused; of a circuit whose it is, "" for everybody's.
+        model: for which it cools; "" for requests that name none.
+        seconds: for how long.
+        status: with which it refused.
+    """
+
+    what: Literal["cools", "fails", "works"]
+    provider: str
+    client: str = ""
+    model: str = ""
+    seconds: float = 0.0
+    status: int = 503
+
+
 NO_WAIT = Wait(0.0, 0.0, 503)
 
 
@@ -90,6 +111,7 @@ class Health:
 
     Attributes:
         is_troubled: something is known, so that requests must ask.
+        learned: called with what others may want to know.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -98,6 +120,7 @@ class Health:
         self._cooldowns: dict[Key, _Cooldown] = {}
         self._look_at = 0.0
         self.is_troubled = False
+        self.learned: Callable[[Learned], object] = _nobody_else
 
     def wait(self, provider: Provider, client: str, model: str) -> Wait:
         """Return for how long a client is to leave a provider alone.
@@ -130,8 +153,10 @@ class Health:
     def succeeded(self, provider: Provider, client: str) -> None:
         """The provider has responded as it should."""
         if self.is_troubled:
-            self._circuits.pop((provider.name, ""), None)
-            self._circuits.pop((provider.name, client), None)
+            for key in ((provider.name, ""), (provider.name, client)):
+                circuit = self._circuits.pop(key, None)
+                if circuit is not None and circuit.opened_until is not None:
+                    self.learned(Learned("works", *key))
             if self._clock() >= self._look_at:
                 self._look()
             self.is_troubled = bool(self._circuits or self._cooldowns)
@@ -149,12 +174,20 @@ class Health:
             self._circuits.pop(own, None)
         elif was_asked:
             self._circuits.pop(reached, None)  # it could be reached
-            self._circuits.setdefault(own, _Circuit()).failed(provider, self._clock())
+            self._count(own, provider)
         else:
             if (circuit := self._circuits.get(own)) is not None:
                 circuit.gave_up(self._clock())  # a probe has not found out what it was for
-            self._circuits.setdefault(reached, _Circuit()).failed(provider, self._clock())
+            self._count(reached, provider)
         self._look()
+
+    def _count(self, key: Key, provider: Provider) -> None:
+        """Count a failure, and let others know of a circuit that it opens."""
+        circuit = self._circuits.setdefault(key, _Circuit())
+        before = circuit.opened_until
+        circuit.failed(provider, self._clock())
+        if circuit.opened_until != before:
+            self.learned(Learned("fails", *key, seconds=provider.health.open_for))
 
     def gave_up(self, provider: Provider, client: str) -> None:
         """The request ended before the provider had done anything: the next one is the probe."""
@@ -167,9 +200,13 @@ class Health:
         self, provider: Provider, client: str, model: str, seconds: float, status: int
     ) -> None:
         """Leave the provider alone for this model for so long; it refused with this status."""
-        if seconds <= 0:
-            return
-        key, until = (provider.name, model), self._clock() + min(seconds, LONGEST_COOLDOWN_S)
+        if seconds > 0:
+            seconds = min(seconds, LONGEST_COOLDOWN_S)
+            self._cool(provider.name, client, model, seconds, status)
+            self.learned(Learned("cools", provider.name, client, model, seconds, status))
+
+    def _cool(self, provider: str, client: str, model: str, seconds: float, status: int) -> None:
+        key, until = (provider, model), self._clock() + seconds
         cooldown = self._cooldowns.get(key)
         if cooldown is None:
             self._make_room()
@@ -178,6 +215,36 @@ class Health:
             cooldown.until, cooldown.status = until, status
         cooldown.clients[client] = max(until, cooldown.clients.get(client, 0.0))
         self.is_troubled = True
+
+    # -- what others have learned ---------------------------------------------------------------
+
+    def learn(self, learned: Learned, age: float) -> None:
+        """Learn what another process has learned, so many seconds ago."""
+        key, seconds = (learned.provider, learned.client), learned.seconds - age
+        if learned.what == "works":
+            self._circuits.pop(key, None)
+        elif seconds <= 0:
+            return
+        elif learned.what == "fails":
+            self._circuits.setdefault(key, _Circuit()).open(self._clock(), seconds)
+        else:
+            seconds = min(seconds, LONGEST_COOLDOWN_S)
+            self._cool(learned.provider, learned.client, learned.model, seconds, learned.status)
+        self.is_troubled = bool(self._circuits or self._cooldowns)
+
+    def known(self) -> list[Learned]:
+        """Return what is known now, for those who know nothing."""
+        now = self._clock()
+        found = [
+            Learned("fails", *key, seconds=left)
+            for key, circuit in self._circuits.items()
+            if (left := circuit.wait(now)) > 0
+        ]
+        for (provider, model), one in self._cooldowns.items():
+            for client, until in one.clients.items():
+                if (left := until - now) > 0:
+                    found.append(Learned("cools", provider, client, model, left, one.status))
+        return found
 
     def _make_room(self) -> None:
         if len(self._cooldowns) >= _MOST_COOLDOWNS:
@@ -251,6 +318,10 @@ class Health:
         self.is_troubled = bool(self._circuits or self._cooldowns)
 
 
+def _nobody_else(learned: Learned) -> None:
+    """Tell nobody."""
+
+
 class _Cooldown:
     """What one provider asked for, for one model.
 
@@ -301,6 +372,11 @@ class _Circuit:
         if self._is_probed:
             self._is_probed = False
             self.opened_until = now
+
+    def open(self, now: float, seconds: float) -> None:
+        """Open, as another process has: its failures are not counted here."""
+        self.opened_until = max(now + seconds, self.opened_until or 0.0)
+        self._over_at = max(self._over_at, self.opened_until + seconds)
 
     def is_over(self, now: float) -> bool:
         """Return whether its failures say nothing any more: nobody has come since."""

@@ -67,7 +67,7 @@ _WORDS = {
 _UNITS = {STREAMS: "request", REQUESTS: "request", TOKENS_MINUTE: "token", TOKENS_DAY: "token"}
 
 
-class _Entry:
+class Entry:
     """What came within one grain; ``at`` is when its last part came."""
 
     __slots__ = ("at", "began", "requests", "tokens")
@@ -91,7 +91,7 @@ class Window:
     __slots__ = ("_entries", "requests", "tokens")
 
     def __init__(self) -> None:
-        self._entries: deque[_Entry] = deque()
+        self._entries: deque[Entry] = deque()
         self.requests = self.tokens = 0
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Window:
             self.requests -= gone.requests
             self.tokens -= gone.tokens
 
-    def add(self, requests: int, tokens: int, now: float) -> _Entry:
+    def add(self, requests: int, tokens: int, now: float) -> Entry:
         """Let so much come now; return where it stands."""
         entries = self._entries
         self.requests += requests
@@ -115,11 +115,11 @@ class Window:
             entry.tokens += tokens
             entry.at = now
             return entry
-        entry = _Entry(now, requests, tokens)
+        entry = Entry(now, requests, tokens)
         entries.append(entry)
         return entry
 
-    def change(self, entry: _Entry, more: int, now: float) -> None:
+    def change(self, entry: Entry, more: int, now: float) -> None:
         """Let ``more`` tokens have come, or less; what has left the window cannot be less."""
         if entry.at > now - _MINUTE_S:
             entry.tokens += more
@@ -176,7 +176,7 @@ class _Day:
         return self.ends - wall
 
 
-class _Costs:
+class Costs:
     """What the last requests of a client for one model cost.
 
     Attributes:
@@ -206,27 +206,43 @@ class _Costs:
         self.usual = max(1, ranked[math.ceil(len(ranked) * _USUAL) - 1])
 
 
-class _Used:
+class Used:
     """What one client uses now, and what its requests cost by model."""
 
-    __slots__ = ("costs", "day", "knows_day", "streams", "window")
+    __slots__ = ("client", "costs", "day", "knows_day", "streams", "window")
 
-    def __init__(self) -> None:
+    def __init__(self, client: str) -> None:
+        self.client = client
         self.streams = 0
         self.window = Window()
         self.day = _Day()
         self.knows_day = False
-        self.costs: dict[str, _Costs] = {}
+        self.costs: dict[str, Costs] = {}
 
-    def learns(self, model: str, now: float) -> _Costs:
+    def learns(self, model: str, now: float) -> Costs:
         """Begin to learn what requests for ``model`` cost; forget those that came least lately."""
         costs = self.costs.get(model)
         if costs is None:
             if len(self.costs) == _MOST_MODELS:
                 del self.costs[min(self.costs, key=lambda name: self.costs[name].asked_at)]
-            costs = self.costs[model] = _Costs()
+            costs = self.costs[model] = Costs()
             costs.asked_at = now
         return costs
+
+    def expected(
+        self, client: Client, model: str | None, size: int | None, now: float
+    ) -> tuple[int | None, Costs | None]:
+        """Return what a request is expected to cost, and what others for its model did.
+
+        The tokens are None where none count.
+        """
+        if size is None or (client.tokens_per_minute is None and client.tokens_per_day is None):
+            return None, None
+        costs = self.costs.get(known_model(model))
+        if costs is None:
+            return _guess(size), None
+        costs.asked_at = now
+        return costs.usual, costs
 
     def by_limit(self, client: Client, now: float, wall: float) -> list[tuple[str, int, int]]:
         """Return each limit that ``client`` has, how much it allows, and how much is used."""
@@ -269,11 +285,11 @@ class Lease(msgspec.Struct, gc=False):
     """
 
     limits: ClientLimits
-    used: _Used
-    entry: _Entry
+    used: Used
+    entry: Entry
     day: int
     model: str
-    costs: _Costs | None
+    costs: Costs | None
     reserved: int | None
     is_settled: bool = False
 
@@ -323,13 +339,15 @@ class Use(msgspec.Struct, frozen=True):
 
     Attributes:
         limit: what is allowed.
-        used: how much of it counts now.
+        used: how much of it counts now, of all processes that share an engine.
         remaining: what is left.
+        here: what this process has used of it.
     """
 
     limit: int
     used: int
     remaining: int
+    here: int
 
 
 class ClientLimits:
@@ -347,7 +365,7 @@ class ClientLimits:
         self.clock = clock
         self._wall = wall
         self._clients: Mapping[str, Client] = {}
-        self._used: dict[str, _Used] = {}
+        self._used: dict[str, Used] = {}
         self.refused: Counter[tuple[str, str]] = Counter()
 
     def today(self) -> int:
@@ -378,7 +396,7 @@ class ClientLimits:
             name: used for name, used in self._used.items() if name in self._clients or used.streams
         }
         for name in self._clients:
-            self._used.setdefault(name, _Used())
+            self._used.setdefault(name, Used(name))
         for name, used in self._used.items():
             wanted = name in self._clients and self._clients[name].tokens_per_day is not None
             if wanted and not used.knows_day:
@@ -397,17 +415,9 @@ class ClientLimits:
         Raises:
             ProxyError: 429, which says what limit is reached, and when to come again.
         """
-        used = self._used.get(client.name)
-        if used is None:
-            used = self._used[client.name] = _Used()
-        if model is None or len(model) > _LONGEST_MODEL:
-            model = ""
         now, wall = self.clock(), self._wall()
+        used = self._used_by(client, now, wall)
         window, day = used.window, used.day
-        window.trim(now)
-        day.turn(wall)
-        minute, budget = client.tokens_per_minute, client.tokens_per_day
-        tokens: int | None = None
         # One after the other: most requests pass, and no list is made for them.
         wait, limit = 0.0, ""
         if (most := client.max_streams) is not None and used.streams >= most:
@@ -416,13 +426,9 @@ class ClientLimits:
             left = window.wait(window.requests + 1 - most, "requests", now)
             if left >= wait:
                 wait, limit = left, REQUESTS
-        costs = None
-        if size is not None and not (minute is None and budget is None):
-            costs = used.costs.get(model)
-            if costs is None:
-                tokens = _guess(size)
-            else:
-                tokens, costs.asked_at = costs.usual, now
+        tokens, costs = used.expected(client, model, size, now)
+        if tokens is not None:
+            minute, budget = client.tokens_per_minute, client.tokens_per_day
             if minute is not None and window.tokens + tokens > minute:
                 # what is beyond the limit may come where nothing else came
                 left = window.wait(window.tokens + min(tokens, minute) - minute, "tokens", now)
@@ -434,11 +440,31 @@ class ClientLimits:
                     wait, limit = left, TOKENS_DAY
         if wait > 0:
             raise self._refusal(client, limit, wait)
+        return self._hold(used, model, costs, tokens, now)
+
+    def _used_by(self, client: Client, now: float, wall: float) -> Used:
+        """Return what a client uses at this moment."""
+        used = self._used.get(client.name)
+        if used is None:
+            used = self._used[client.name] = Used(client.name)
+        used.window.trim(now)
+        used.day.turn(wall)
+        return used
+
+    def _hold(
+        self,
+        used: Used,
+        model: str | None,
+        costs: Costs | None,
+        tokens: int | None,
+        now: float,
+    ) -> Lease:
+        """Let a request begin, whatever the limits are."""
         used.streams += 1
         reserved = tokens or 0
-        day.used += reserved
-        entry = window.add(1, reserved, now)
-        return Lease(self, used, entry, day.number, model, costs, tokens)
+        used.day.used += reserved
+        entry = used.window.add(1, reserved, now)
+        return Lease(self, used, entry, used.day.number, known_model(model), costs, tokens)
 
     def _refusal(self, client: Client, limit: str, wait: float) -> ProxyError:
         self.refused[client.name, limit] += 1
@@ -493,13 +519,30 @@ class ClientLimits:
         client = self._clients.get(name)
         if client is None:
             return {}
+        here = {limit: used for limit, _, used in self._own_by_limit(client)}
         return {
-            limit: Use(most, used, max(0, most - used))
+            limit: Use(most, used, max(0, most - used), here[limit])
             for limit, most, used in self._by_limit(client)
         }
 
+    def used_here(self) -> dict[tuple[str, str], int]:
+        """Return what this process uses, by client and limit."""
+        return {
+            (name, limit): used
+            for name, client in self._clients.items()
+            for limit, _, used in self._own_by_limit(client)
+        }
+
     def _by_limit(self, client: Client) -> list[tuple[str, int, int]]:
+        return self._own_by_limit(client)
+
+    def _own_by_limit(self, client: Client) -> list[tuple[str, int, int]]:
         return self._used[client.name].by_limit(client, self.clock(), self._wall())
+
+
+def known_model(model: str | None) -> str:
+    """Return by what name the costs of a model are known."""
+    return "" if model is None or len(model) > _LONGEST_MODEL else model
 
 
 def _guess(size: int) -> int:

@@ -32,6 +32,7 @@ class Standing:
         stickiness: who served whom last.
         switches: what an operator has switched off.
         headroom: what providers said of their limits.
+        providers: the names of those that the configuration has.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Standing:
         self.stickiness = Stickiness(clock)
         self.switches = Switches(clock, wall)
         self.headroom = Headroom(clock)
+        self.providers: frozenset[str] = frozenset()
 
     def follow(self, config: Config) -> None:
         """Go by the providers of this configuration from now on."""
+        self.providers = frozenset(config.providers)
         self.health.follow(config.providers)
         self.places.follow(config.providers)
         self.headroom.follow(config.providers)

@@ -18,6 +18,9 @@ MOST_REMEMBERED = 65_536
 _FRESH_S = 1.0
 """What was renewed within this time is not renewed again; most requests come so soon."""
 
+_At = tuple[str, float, float]
+"""A provider, until when it is remembered, and when others are told again."""
+
 Key = tuple[str, ...]
 """A route and a client, and for ``sticky = "session"`` a session of that client's."""
 
@@ -28,12 +31,17 @@ class Stickiness:
     Args:
         clock: monotonic seconds.
         most: how many are remembered.
+
+    Attributes:
+        remembered: called with a key, a provider and for how many seconds others are to know that;
+            None where there are no others.
     """
 
     def __init__(self, clock: Callable[[], float], most: int = MOST_REMEMBERED) -> None:
         self._clock = clock
         self._most = most
-        self._at: OrderedDict[Key, tuple[str, float]] = OrderedDict()
+        self._at: OrderedDict[Key, _At] = OrderedDict()
+        self.remembered: Callable[[Key, str, float], object] | None = None
 
     def __len__(self) -> int:
         return len(self._at)
@@ -46,7 +54,7 @@ class Stickiness:
         found = self._at.get(key)
         if found is None:
             return None
-        provider, until = found
+        provider, until, _ = found
         left = until - self._clock()
         if left <= 0:
             del self._at[key]
@@ -55,9 +63,22 @@ class Stickiness:
             self.remember(key, provider, seconds)
         return provider
 
-    def remember(self, key: Key, provider: str, seconds: float) -> None:
-        """Remember a provider for so long from now on."""
-        self._at[key] = provider, self._clock() + seconds
+    def remember(self, key: Key, provider: str, seconds: float, *, is_told: bool = False) -> None:
+        """Remember a provider for so long from now on.
+
+        Others are told what is new, and again when half of its time is over.
+
+        Args:
+            is_told: they know it already.
+        """
+        now, known = self._clock(), self._at.get(key)
+        tell_at = 0.0 if known is None or known[0] != provider else known[2]
+        if is_told:
+            tell_at = now + seconds / 2
+        elif self.remembered is not None and now >= tell_at:
+            tell_at = now + seconds / 2
+            self.remembered(key, provider, 2 * seconds)
+        self._at[key] = provider, now + seconds, tell_at
         self._at.move_to_end(key)
         if len(self._at) > self._most:
             self._at.popitem(last=False)

@@ -88,7 +88,7 @@ class Admin:
             clock,
             clock.seconds,
             wall=lambda: 1.0,
-            ready=lambda: self.ready,
+            ready=lambda: (self.ready, "ready" if self.ready else "not ready"),
             metrics=self.metrics,
             shown=shown if config else None,
         )

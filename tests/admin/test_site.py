@@ -113,7 +113,7 @@ def test_what_clients_use_is_shown() -> None:
         {
             "client": "a",
             "streams": 0,
-            "limits": {"max_streams": {"limit": 2, "used": 0, "remaining": 2}},
+            "limits": {"max_streams": {"limit": 2, "used": 0, "remaining": 2, "here": 0}},
         },
     ]
 

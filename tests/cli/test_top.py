@@ -847,9 +847,9 @@ def state(live: LiveProxy) -> State:
     with closing(Site(url(live)).follow({})) as follower:
         found = next(follower.states(State))
     allowed = {
-        "max_streams": Use(30, 30, 0),
-        "requests_per_minute": Use(60, 7, 53),
-        "tokens_per_day": Use(1_000_000, 999, 999_001),
+        "max_streams": Use(30, 30, 0, 30),
+        "requests_per_minute": Use(60, 7, 53, 7),
+        "tokens_per_day": Use(1_000_000, 999, 999_001, 999),
     }
     clients = [ClientRow("team-0", 30, allowed)]
     clients += [ClientRow(f"team-{number}", 30 - number, {}) for number in range(1, 30)]

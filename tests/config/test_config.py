@@ -170,6 +170,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
                 *("x-session-id", "x-claude-code-session-id", "session_id", "session-id"),
             ],
         },
+        "shared": {
+            "url": None,
+            "user": None,
+            "credential": False,
+            "ca": None,
+            "prefix": "llmproxy:",
+            "timeout": "50ms",
+            "strict": False,
+        },
         "log": {"access": True},
     }
     config = accepted({})

@@ -94,6 +94,7 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     config = provider_table("p", "max_streams = 1\nqueue = { size = 5 }", url="http://127.0.0.1:1")
     config += route_table("/p", "p", 'name = "r"') + client_config("c", "k")
     config = config.replace("[clients.c]", "[clients.c]\ntokens_per_day = 9")
+    config += '[shared]\nurl = "redis://127.0.0.1:1"\n'
     live, daemon = LiveProxy(), Daemon(tmp_path_factory.mktemp("daemon"), config, proxy="")
     with live.provider, daemon as live.daemon:
         asked = post("/p/v1/chat/completions", b'{"model": "m"}', "x-api-key: k")

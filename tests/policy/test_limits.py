@@ -500,12 +500,14 @@ def test_an_operator_sees_what_each_client_uses() -> None:
     turned = Turned(max_streams=2, tokens_per_day=100)
     lease = turned.ask()
     assert turned.limits.use("c") == {
-        "max_streams": Use(limit=2, used=1, remaining=1),
-        "tokens_per_day": Use(limit=100, used=1000, remaining=0),
+        "max_streams": Use(limit=2, used=1, remaining=1, here=1),
+        "tokens_per_day": Use(limit=100, used=1000, remaining=0, here=1000),
     }
     assert turned.limits.use("other") == {}
     settle(lease, 30)
-    assert turned.limits.use("c")["tokens_per_day"] == Use(limit=100, used=30, remaining=70)
+    assert turned.limits.use("c")["tokens_per_day"] == Use(
+        limit=100, used=30, remaining=70, here=30
+    )
 
 
 # --- many lives -----------------------------------------------------------------------------------

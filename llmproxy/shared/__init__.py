@@ -1,0 +1,1 @@
+"""What several processes and hosts know together, through Redis or Valkey."""
