@@ -8,7 +8,7 @@ PIP_OPTIONS := -m pip --disable-pip-version-check --no-input -qq
 PIP    := $(BIN)/python $(PIP_OPTIONS)
 environment = test -x $(VENV)-$(1)/bin/python || $(PYTHON) -m venv $(VENV)-$(1)
 # A command, and behind a colon the package that has it, where that is called otherwise.
-PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy postgres:postgresql
+PEERS  := nginx haproxy caddy apache2:apache2-bin varnishd:varnish curl slowhttptest go:golang-go node:nodejs npm git javac:default-jdk-headless chromium debootstrap systemd-analyze:systemd systemd-nspawn:systemd-container logrotate promtool:prometheus squid tinyproxy redis-server postgres:postgresql
 ARGS   ?=
 # CPythons for `make test-all`; `make bench` takes those that the command line names here or as PYTHON.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
@@ -29,7 +29,7 @@ quietly = @output=$$($(1) 2>&1) || { printf '%s\n' "$$output"; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops monitoring bench bench-docs bench-quick bench-capacity bench-watched bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
+.PHONY: help run test test-lowest test-newest test-all audit lint fmt docs docs-hops monitoring bench bench-docs bench-quick bench-capacity bench-watched bench-shared bench-hosts bench-sticky bench-sandbox soak peers peer-programs peer-hops dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
@@ -121,6 +121,12 @@ bench-capacity: $(DEV_STAMP) ## ten thousand streams, and two processes on one p
 
 bench-watched: $(DEV_STAMP) ## what a scrape costs with 5,000 streams, and the page that is open (ARGS="--help")
 	@$(BIN)/python -m bench.watched $(ARGS)
+
+bench-shared: $(DEV_STAMP) ## what it costs that processes share an engine (ARGS="--help")
+	@$(BIN)/python -m bench.shared $(ARGS)
+
+bench-hosts: $(DEV_STAMP) ## how a shared engine bears two hundred hosts, by simulation (ARGS="--help")
+	@$(BIN)/python -m bench.hosts $(ARGS)
 
 bench-sticky: $(DEV_STAMP) ## what providers find in their prompt caches, sticky or not (ARGS="--help")
 	@$(BIN)/python -m bench.sticky $(ARGS)
