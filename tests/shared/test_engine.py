@@ -107,6 +107,10 @@ class Hosts(ExitStack):
         (row,) = json.loads(self.daemons[number].admin("/clients"))
         return [use["remaining"] for use in row["limits"].values()]
 
+    def counted(self, tokens: int) -> None:
+        """Wait until so many tokens of the day are counted."""
+        until(lambda: self.engine.hash("llmproxy:c:c").get("u") == str(tokens), "it is counted")
+
     def settled(self) -> dict[str, str] | None:
         """Return what the engine knows, once nothing runs."""
         used = self.engine.hash("llmproxy:c:c")
@@ -151,8 +155,7 @@ def test_a_limit_is_one_figure_for_all(
         if "tokens" in limit:  # what one costs is learned first, by each
             for number in range(3):
                 assert hosts.ask(number) == 200
-                used = str(100 * (number + 1))
-                until(lambda: engine.hash("llmproxy:c:c").get("u") == used, "it is counted")  # noqa: B023
+                hosts.counted(100 * (number + 1))
             passes -= 3
         statuses = hosts.at_once(60)
         assert (statuses.count(200), statuses.count(429)) == (passes, 60 - passes)
