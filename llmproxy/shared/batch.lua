@@ -4,7 +4,8 @@
 --
 -- Keys, each below the prefix of the configuration (KEYS[1]):
 --   procs       who lives: process -> when it counts as gone, in milliseconds
---   of:PROCESS  what it holds: client -> streams; of "" the number of its last call, of "=" what that said
+--   of:PROCESS  what it holds: client -> streams; of "" the number of its last call, of "=" what that said, empty
+--               if that call came to nothing; these two stay when the process counts as gone, for it may go on
 --   p:PROVIDER  who has places there: process -> places held, busy, waited for, and the weight of who waits
 --   events      what was told to all, by its number; the last number is in "told"
 --   s:KEY       the provider that a client or a session is at
@@ -32,12 +33,17 @@ local function load(client)
   local at = redis.call('HMGET', key, 's', 'r', 't', 'f', 'l', 'd', 'u', 'z')
   local used = {key = key, s = number(at[1]), r = number(at[2]), t = number(at[3]), f = tonumber(at[4]),
                 l = number(at[5]), d = number(at[6]), u = number(at[7]), z = number(at[8])}
+  local since = bucket - LIVE
   if not used.f then
     redis.call('HSET', key, 's', 0)
     redis.call('EXPIRE', key, KEEP)
-    used.f, used.l = bucket, bucket
+    used.f, used.l = since, bucket
+  elseif used.f > bucket then  -- the clock was put back by more than a minute
+    redis.call('DEL', key)
+    redis.call('HSET', key, 's', used.s)
+    redis.call('EXPIRE', key, KEEP)
+    used.r, used.t, used.f, used.l = 0, 0, since, bucket
   end
-  local since = bucket - LIVE
   if used.f < since then
     local last = math.min(used.l, since - 1)
     for one = used.f, last, 32 do
@@ -66,11 +72,15 @@ local function save(used)
              'u', used.u, 'z', used.z)
 end
 
--- Let requests and tokens come in a bucket; what has left the minute can only grow again now.
+-- Let requests and tokens come in a bucket.  Requests that have left the minute meanwhile come no more, and what
+-- they cost can only grow again now.  So it is where nobody knows when they came: no bucket is to count less than it has.
 local function add(used, at, requests, tokens)
-  if at < used.f then
-    if tokens < 0 then tokens = 0 end
+  if at < 0 or at > bucket then
     at = bucket
+    if requests == 0 then tokens = math.max(0, tokens) end
+  elseif at < used.f then
+    if requests ~= 0 then return end
+    at, tokens = bucket, math.max(0, tokens)
   end
   if requests ~= 0 then redis.call('HINCRBY', used.key, 'q' .. at % RING, requests) end
   if tokens ~= 0 then redis.call('HINCRBY', used.key, 'k' .. at % RING, tokens) end
@@ -97,7 +107,7 @@ local function wait(used, over, kind)
   return 60000
 end
 
-local function view(used) return {used.s, used.r, used.t, used.u} end
+local function view(used) return {used.s, used.r, used.t, used.u, used.z} end
 
 -- May a request begin?  Tokens are -1 where none count, and a limit is -1 where there is none.
 local function ask(client, tokens, streams, requests, minute, day)
@@ -129,9 +139,8 @@ end
 -- Something has come or gone, whatever the limits are.
 local function put(client, streams, requests, at, tokens, day, spent, settled)
   local used = load(client)
-  if at < 0 then at = bucket end
   if requests ~= 0 or tokens ~= 0 then add(used, at, requests, tokens) end
-  if day == today then used.u, used.z = used.u + spent, used.z + settled end
+  if day == today then used.u, used.z = math.max(0, used.u + spent), used.z + settled end
   if streams ~= 0 then hold(client, used, streams) end
   save(used)
   return {view(used)}
@@ -143,13 +152,13 @@ local function look(client)
   return {view(used)}
 end
 
--- So many tokens at least were used on a day, as a ledger says.
+-- So many tokens at least were settled on a day, as a process knows.
 local function spent(client, day, tokens)
   local used = load(client)
   if day == today and used.z < tokens then
     used.u, used.z = used.u + tokens - used.z, tokens
-    save(used)
   end
+  save(used)
   return {view(used)}
 end
 
@@ -223,11 +232,14 @@ local function claim(provider, most, busy, waiting, weight)
   return part
 end
 
+-- Take the streams of a process from the sums; return what its last call was, and said.
 local function leave(gone)
   local key = prefix .. 'of:' .. gone
-  local all = redis.call('HGETALL', key)
+  local all, words = redis.call('HGETALL', key), {}
   for place = 1, #all, 2 do
-    if all[place] ~= '' and all[place] ~= '=' then
+    if all[place] == '' or all[place] == '=' then
+      words[#words + 1], words[#words + 2] = all[place], all[place + 1]
+    else
       local client = prefix .. 'c:' .. all[place]
       local left = redis.call('HINCRBY', client, 's', -number(all[place + 1]))
       if left < 0 then redis.call('HSET', client, 's', 0) end
@@ -235,7 +247,7 @@ local function leave(gone)
   end
   redis.call('DEL', key)
   redis.call('ZREM', procs, gone)
-  return 0
+  return key, words
 end
 
 local does = {ask, put, look, spent, tell, stick, stuck, claim}
@@ -245,17 +257,32 @@ if not born then
   born = tostring(now)
   redis.call('SET', prefix .. 'born', born)
 end
-for _, gone in ipairs(redis.call('ZRANGEBYSCORE', procs, '-inf', now, 'LIMIT', 0, 2)) do leave(gone) end
-if call < 0 then return {cmsgpack.pack({'left', leave(process), born})} end
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', procs, '-inf', now, 'LIMIT', 0, 2)) do
+  local key, words = leave(gone)
+  if #words > 0 then
+    redis.call('HSET', key, unpack(words))
+    redis.call('EXPIRE', key, KEEP)
+  end
+end
+
+local function head(word, figure) return cmsgpack.pack({word, figure, born, now}) end
+
+if call < 0 then
+  leave(process)
+  return {head('left', 0)}
+end
 local last, said = unpack(redis.call('HMGET', held, '', '='))
 last = tonumber(last)
-if call == 0 then
-  if not last then return {cmsgpack.pack({'unknown', 0, born})} end
-  redis.call('ZADD', procs, now + lease, process)
-  return {cmsgpack.pack({'last', last, born}), said}
+local lives = last and redis.call('ZSCORE', procs, process)
+if call == 0 then  -- what became of the call that it sent last?  If nothing, then nothing will: it may be on its way
+  local sent = tonumber(ARGV[4])
+  local is_done = last == sent and said ~= ''
+  if last and last < sent then redis.call('HSET', held, '', sent, '=', '') end
+  if lives then redis.call('ZADD', procs, now + lease, process) end
+  return {head(lives and 'lives' or 'unknown', is_done and 1 or 0), is_done and said or ''}
 end
-if call > 1 and not last then return {cmsgpack.pack({'unknown', 0, born})} end
-if last and call <= last then return {cmsgpack.pack({'again', last, born})} end
+if not lives and ARGV[5] ~= '1' then return {head('unknown', 0)} end
+if last and call <= last then return {head('again', last)} end
 redis.call('ZADD', procs, now + lease, process)
 local results = {}
 for place, op in ipairs(cmsgpack.unpack(ARGV[4])) do
@@ -264,5 +291,6 @@ end
 results = cmsgpack.pack(results)
 redis.call('HSET', held, '', call, '=', results)
 redis.call('EXPIRE', held, KEEP)
-local heard, events = hear(tonumber(ARGV[5]))
-return {cmsgpack.pack({'done', redis.call('ZCOUNT', procs, '(' .. now, '+inf'), born, heard, events}), results}
+local heard, events = hear(tonumber(ARGV[6]))
+local lived = redis.call('ZCOUNT', procs, '(' .. now, '+inf')
+return {cmsgpack.pack({'done', lived, born, now, heard, events}), results}

@@ -13,7 +13,7 @@ again and again costs the engine one question in a second.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from twisted.internet.defer import Deferred
 from llmproxy.config import Client
 from llmproxy.errors import EngineAway, ProxyError
 from llmproxy.policy.limits import (
+    DAY_S,
     LIMITS,
     REQUESTS,
     STREAMS,
@@ -51,8 +52,18 @@ _REFUSED_S = 1.0
 _GATHER_S = 0.05
 """For how long what a request did cost may wait for the next question."""
 
+_BUCKET_S, _LONG_AGO = 0.25, 0
+"""The engine's buckets; and one that no minute has."""
+
+_AT_ONCE = 512
+"""How many ops of an introduction go with one call; the engine serves nobody else meanwhile."""
+
+_MINUTE_S = 60.0
+_MOST_NEWS = 4096
+
 View = list[int]
-"""What all processes use: streams, requests and tokens of a minute, tokens of the day."""
+"""What all processes use: streams, requests and tokens of a minute, tokens of the day; and how many
+of the last are settled."""
 
 
 class EngineLike(Protocol):
@@ -81,13 +92,14 @@ class SharedLease(Lease, gc=False):
 
     Attributes:
         client: whose it is.
-        bucket: where it stands in the engine's minute; None until it is known that it does.
+        bucket: where it stands in the engine's minute; ``_NOW`` where that was never known, and
+            None while it is not known whether the engine was asked for it.
         engine_day: the day for which the engine has its tokens.
         cost: how many tokens count, once it is settled.
     """
 
     client: str = ""
-    bucket: int | None = None
+    bucket: int | None = _NOW
     engine_day: int = 0
     cost: int = 0
 
@@ -120,9 +132,12 @@ class SharedLimits(ClientLimits):
         self.is_strict = False
         self.alone = 0
         self._news: dict[tuple[str, int, int], list[int]] = {}
+        self._first: deque[list[Any]] = deque()  # of an introduction; the news build on it
         self._views: OrderedDict[str, tuple[View, float]] = OrderedDict()
         self._refusals: dict[str, _Refusal] = {}
-        self._shares: dict[str, Client] = {}  # while the engine is away
+        self._shares: dict[str, tuple[Client, int, Client]] = {}  # while the engine is away
+        self._ahead: float | None = None  # the engine's clock, of this one
+        self._most_news = _MOST_NEWS
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -154,15 +169,19 @@ class SharedLimits(ClientLimits):
                 self._place(lease, bucket, day)
             if not alone:
                 back = -(tokens or 0)
-                self._put(client.name, bucket, day, streams=-1, tokens=back, spent=back)
+                self._put(
+                    client.name, bucket, day, streams=-1, requests=-1, tokens=back, spent=back
+                )
 
         op = [_ASK, client.name, -1 if tokens is None else tokens]
         op += [-1 if (most := getattr(client, limit)) is None else most for limit in LIMITS]
         try:
             limit, milliseconds, bucket, day, view = await engine.ask(op, late)
         except EngineAway:
-            alone.append(self._admit_alone(client, model, size))
-            return alone[0]
+            lease = self._admit_alone(client, model, size)
+            lease.bucket = None
+            alone.append(lease)
+            return lease
         self._saw(client.name, view)
         if limit:
             raise self._refuse(client, LIMITS[limit - 1], milliseconds / 1000, tokens)
@@ -184,7 +203,7 @@ class SharedLimits(ClientLimits):
             now = self.clock()
             tokens, _ = self._used_by(client, now, self._wall()).expected(client, model, size, now)
             more = (1, 1, tokens or 0, tokens or 0)
-            for limit, used, one in zip(LIMITS, found[0], more, strict=True):
+            for limit, used, one in zip(LIMITS, found[0], more, strict=False):
                 most = getattr(client, limit)
                 if most is not None and one and used + min(one, most) > most:
                     raise self._refusal(client, limit, _REFUSED_S)
@@ -211,21 +230,29 @@ class SharedLimits(ClientLimits):
         Where its requests stay where they were, all shares together are the limit; if all of them
         move to other processes, at most twice that.
         """
-        share = self._shares.get(client.name)
-        if share is None:
+        today = self.today()
+        known, day, share = self._shares.get(client.name, (None, 0, client))
+        if known is not client or day != today:
             processes = 1 if self.engine is None else self.engine.processes
-            view, _ = self._views.get(client.name, ([0, 0, 0, 0], 0.0))
-            parts = {}
+            view = self._view_of_today(client.name) or (0, 0, 0, 0, 0)
             own = {limit: used for limit, _, used in self._own_by_limit(client)}
-            for limit, whole in zip(LIMITS, view, strict=True):
+            parts = {}
+            for limit, whole in zip(LIMITS, view, strict=False):
                 if (most := getattr(client, limit)) is None:
                     continue
                 spent = own[limit] if limit == TOKENS_DAY else 0  # days do not slide
                 left = max(0, most - whole) if limit == TOKENS_DAY else most
-                part = left * own[limit] // whole if whole else 0
-                parts[limit] = max(1, spent + max(left // processes, min(part, left)))
-            share = self._shares[client.name] = msgspec.structs.replace(client, **parts)
+                part = min(left, left * own[limit] // whole) if whole else 0
+                parts[limit] = max(1, spent + max(left // processes, part))
+            share = msgspec.structs.replace(client, **parts)
+            self._shares[client.name] = client, today, share
         return share
+
+    def _view_of_today(self, name: str) -> View | None:
+        """Return what the engine said last; None if it said nothing today."""
+        view, at = self._views.get(name, (None, 0.0))
+        since = self.clock() - at
+        return view if (self._wall() - since) // DAY_S == self.today() else None
 
     def _hold(
         self,
@@ -236,12 +263,17 @@ class SharedLimits(ClientLimits):
         now: float,
     ) -> SharedLease:
         held = super()._hold(used, model, costs, tokens, now)
-        lease = SharedLease(
-            self, used, held.entry, held.day, held.model, costs, tokens, client=used.client
+        return SharedLease(
+            self,
+            used,
+            held.entry,
+            held.day,
+            held.model,
+            costs,
+            tokens,
+            client=used.client,
+            engine_day=held.day,
         )
-        if self.engine is None:  # one that comes while it runs is told of it
-            lease.bucket, lease.engine_day = _NOW, lease.day
-        return lease
 
     # -- what was refused -----------------------------------------------------------------------
 
@@ -268,10 +300,12 @@ class SharedLimits(ClientLimits):
     @property
     def has_news(self) -> bool:
         """Whether there is something to tell."""
-        return bool(self._news)
+        return bool(self._first or self._news)
 
     def take(self, most: int) -> list[list[Any]]:
         """Return what is to be told, and whom to look at again."""
+        if first := self._first:
+            return [first.popleft() for _ in range(min(most, _AT_ONCE, len(first)))]
         names = list(islice(self._news, most))
         ops = [self._op(name, self._news.pop(name)) for name in names]
         since = self.clock() - _LOOK_EVERY_S
@@ -280,6 +314,8 @@ class SharedLimits(ClientLimits):
             if at > since:
                 break
             used = self._used.get(name)
+            if used is not None:
+                used.window.trim(self.clock())
             if used is None or not (used.streams or used.window.requests):
                 del self._views[name]
             else:
@@ -298,23 +334,41 @@ class SharedLimits(ClientLimits):
     def away(self, processes: int) -> None:
         """Go on with what is known."""
 
-    def introduce(self, *, is_lost: bool) -> list[list[Any]]:
-        """Return all streams that run here, and if all else is lost, what is known of that."""
+    def hear_time(self, milliseconds: int) -> None:
+        """The engine's clock said this a moment ago."""
+        self._ahead = milliseconds / 1000 - self.clock()
+
+    def introduce(self, told: list[list[Any]], *, is_lost: bool) -> list[list[Any]]:
+        """Return all streams that run here, and what the engine does not know beside them."""
         news, self._news = self._news, {}
+        told = [*told, *self._first]
+        ops: list[list[Any]] = [op for op in told if op[0] == _SPENT and not is_lost]
+        told = [op for op in told if op[0] == _PUT]
+        told += [self._op(key, sums) for key, sums in news.items()]
+        rest = [_without(op, is_lost=is_lost) for op in told]
+        untold: Counter[str] = Counter()
+        for _, name, _, _, _, _, day, _, settled in rest:
+            if day == self.today():
+                untold[name] += settled
         now, wall = self.clock(), self._wall()
-        ops: list[list[Any]] = []
         for name, used in self._used.items():
-            used.window.trim(now)
-            used.day.turn(wall)
-            requests, tokens = (used.window.requests, used.window.tokens) if is_lost else (0, 0)
-            if used.streams or requests:
-                ops.append([_PUT, name, used.streams, requests, _NOW, tokens, 0, 0, 0])
-            if is_lost and used.day.used:
-                view, _ = self._views.get(name, ((0, 0, 0, 0), 0.0))
-                ops.append([_SPENT, name, used.day.number, max(view[3], used.day.used)])
-        if not is_lost:
-            ops += [self._op(key, [0, *sums[1:]]) for key, sums in news.items()]
-        return ops
+            window, day = used.window, used.day
+            window.trim(now)
+            day.turn(wall)
+            here = (0, 0, 0)
+            if is_lost:
+                here = window.requests, window.tokens, day.used - day.settled
+                view = self._view_of_today(name) or (0, 0, 0, 0, 0)
+                settled = max(view[4], day.settled - untold[name])
+                if settled > 0:
+                    ops.append([_SPENT, name, day.number, settled])
+            if used.streams or any(here):
+                requests, tokens, running = here
+                put = [used.streams, requests, _NOW, tokens, day.number, running, 0]
+                ops.append([_PUT, name, *put])
+        ops += [op for op in rest if any(op[3:4] + op[5:6] + op[7:])]
+        self._first = deque(ops[_AT_ONCE:])
+        return ops[:_AT_ONCE]
 
     def ended(self, lease: SharedLease) -> None:
         """A request has ended that the engine knows of."""
@@ -331,12 +385,17 @@ class SharedLimits(ClientLimits):
 
     def _tell_of(self, lease: SharedLease) -> SharedLease:
         """Let the engine know of a request that it was not asked for."""
-        lease.bucket, lease.engine_day = _NOW, lease.day
+        lease.bucket = bucket = self._bucket(lease.entry.at)
+        lease.engine_day = day = lease.day
         tokens = lease.reserved or 0
-        self._put(lease.client, _NOW, lease.day, streams=1, requests=1, tokens=tokens, spent=tokens)
+        self._put(lease.client, bucket, day, streams=1, requests=1, tokens=tokens, spent=tokens)
         if lease.is_settled:
             self.ended(lease)
         return lease
+
+    def _bucket(self, at: float) -> int:
+        """Return the engine's bucket of a moment: that, or the one before."""
+        return _NOW if self._ahead is None else int((at + self._ahead) / _BUCKET_S)
 
     def _place(self, lease: SharedLease, bucket: int, day: int) -> SharedLease:
         """Note where the engine has a request."""
@@ -357,22 +416,32 @@ class SharedLimits(ClientLimits):
         spent: int = 0,
         settled: int = 0,
     ) -> None:
+        if self.engine is None:
+            return
         sums = self._news.get((client, bucket, day))
         if sums is None:
             sums = self._news[client, bucket, day] = [0, 0, 0, 0, 0]
         for place, more in enumerate((streams, requests, tokens, spent, settled)):
             sums[place] += more
-        if self.engine is not None:
-            self.engine.wake(_GATHER_S)
+        self.engine.wake(_GATHER_S)
+        if len(self._news) > self._most_news:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Put together what is in no minute any more: the engine may be away for hours."""
+        since = self._bucket(self.clock() - 2 * _MINUTE_S)
+        news: dict[tuple[str, int, int], list[int]] = {}
+        for (client, bucket, day), sums in self._news.items():
+            at = _LONG_AGO if _LONG_AGO <= bucket < since else bucket
+            known = news.setdefault((client, at, day), [0, 0, 0, 0, 0])
+            for place, more in enumerate(sums):
+                known[place] += more
+        self._news = news
+        self._most_news = max(_MOST_NEWS, 2 * len(news))
 
     def _op(self, key: tuple[str, int, int], sums: list[int]) -> list[Any]:
-        """Return the op for sums; of what came long ago, no more than the minute has here."""
         client, bucket, day = key
         streams, requests, tokens, spent, settled = sums
-        if bucket == _NOW and (used := self._used.get(client)) is not None:
-            used.window.trim(self.clock())
-            requests = min(requests, used.window.requests)
-            tokens = min(tokens, used.window.tokens)
         return [_PUT, client, streams, requests, bucket, tokens, day, spent, settled]
 
     # -- what the engine says -------------------------------------------------------------------
@@ -388,8 +457,16 @@ class SharedLimits(ClientLimits):
         view, at = self._views.get(client.name, (None, 0.0))
         if self.engine is None or view is None or self.clock() - at > _FRESH_S:
             return own
-        whole = dict(zip(LIMITS, view, strict=True))
+        whole = dict(zip(LIMITS, view, strict=False))
         return [(limit, most, whole[limit]) for limit, most, _ in own]
+
+
+def _without(op: list[Any], *, is_lost: bool) -> list[Any]:
+    """Return what a put says beside streams; and beside all that runs, if that is told anew."""
+    _, name, _, requests, bucket, tokens, day, spent, settled = op
+    if is_lost:
+        requests, tokens, spent = 0, 0, settled
+    return [_PUT, name, 0, requests, bucket, tokens, day, spent, settled]
 
 
 def _nobody_counts() -> ProxyError:

@@ -130,12 +130,16 @@ class Teller(Protocol):
     def away(self, processes: int) -> None:
         """The engine is away; before, so many processes shared it."""
 
-    def introduce(self, *, is_lost: bool) -> list[Op]:
+    def introduce(self, told: list[Op], *, is_lost: bool) -> list[Op]:
         """Return what the process holds; the engine takes it for a new one.
 
         Args:
+            told: what was to be told in a call that came to nothing.
             is_lost: the engine knows nothing of what it was told before.
         """
+
+    def hear_time(self, milliseconds: int) -> None:
+        """The engine's clock said this a moment ago."""
 
 
 _Told = tuple[Teller, Op]
@@ -153,10 +157,13 @@ class Engine:
         name: of this process among those that share a configuration.
         timeout: seconds that a question waits at most.
         tellers: what is told beside questions, and who hears what others told to all.
+        born: since when the engine knows what it was told of this process; empty if it was told
+            nothing.
 
     Attributes:
         is_up: the engine answers.
         processes: how many share it, as it said last; 1 at least.
+        born: since when it knows what it was told.
         calls: how many calls it has answered.
         given_up: how many it has not, in time.
     """
@@ -173,6 +180,7 @@ class Engine:
         name: str,
         timeout: float,
         tellers: Sequence[Teller],
+        born: str = "",
     ) -> None:
         self._reactor = reactor
         self._endpoint = endpoint
@@ -185,9 +193,10 @@ class Engine:
         self._opening: Deferred[None] | None = None
         self._number = 0
         self._heard = 0
-        self._born = ""
+        self.born = born
         self._asks: list[Asked] = []
         self._sent: tuple[list[_Told], list[Asked]] | None = None  # under way, or it is not known
+        self._is_new = False  # it introduces the process
         self._timer: Any = None
         self._turn: Any = None
         self._again_s = _AGAIN_S
@@ -237,8 +246,12 @@ class Engine:
             return gone
         self._cancel()
         self.is_up = False
-        last_words = [op for _, op in self._news(1 << 20)]
-        self._execute(self._number + 1, last_words).addErrback(lambda _: None)
+        for asked in () if self._sent is None else self._sent[1]:
+            asked.late(None)  # nobody will say what becomes of it
+        told: list[Op] = []
+        while self._has_news:
+            told += [op for _, op in self._news(_MOST_TOLD)]
+        self._execute(self._number + 1, told).addErrback(lambda _: None)
         left = self._execute(_LEAVE, [])
         left.addTimeout(self._timeout, self._reactor)
         left.addBoth(lambda _: connection.transport.abortConnection())
@@ -271,9 +284,10 @@ class Engine:
             found += [(teller, op) for op in teller.take(most - len(found))]
         return found
 
-    def _write(self, told: list[_Told], asks: list[Asked]) -> None:
+    def _write(self, told: list[_Told], asks: list[Asked], *, is_new: bool = False) -> None:
+        self._cancel_turn()
         self._number += 1
-        self._sent = told, asks
+        self._sent, self._is_new = (told, asks), is_new
         self._timer = self._reactor.callLater(self._timeout, self._late)
         connection = self._connection
 
@@ -282,28 +296,45 @@ class Engine:
                 self._fail(_words(failure))
 
         ops = [*(op for _, op in told), *(asked.op for asked in asks)]
-        done = self._execute(self._number, ops)
+        done = self._execute(self._number, ops, is_new=is_new)
         done.addCallback(self._came).addErrback(failed)
 
-    def _execute(self, number: int, ops: list[Op]) -> Deferred[Any]:
-        args = (number, int(LEASE_S * 1000), msgspec.msgpack.encode(ops), self._heard)
+    def _execute(self, number: int, ops: list[Op], *, is_new: bool = False) -> Deferred[Any]:
+        lease = int(LEASE_S * 1000)
+        what: list[object] = [self._prefix, self._name, number, lease]
+        what.append(self._number if number == _HELLO else msgspec.msgpack.encode(ops))
         done: Deferred[Any] = self._connection.execute_command(
-            "EVALSHA", _SHA, 1, self._prefix, self._name, *args
+            "EVALSHA", _SHA, 1, *what, int(is_new), self._heard
         )
-        return done.addCallback(_read)
+        return done.addCallback(self._read)
+
+    def _read(self, reply: Any) -> list[Any]:
+        """Return what the script says.
+
+        Raises:
+            _Wrong: the engine said something else.
+        """
+        try:
+            head, *rest = reply
+            word, number, born, now, *more = msgspec.msgpack.decode(head)
+        except (msgspec.DecodeError, TypeError, ValueError):
+            raise _Wrong("it does not answer as the script does") from None
+        for teller in self._tellers:
+            teller.hear_time(now)
+        return [word, number, born, *more, *rest]
 
     def _came(self, reply: list[Any]) -> None:
         if self._sent is None or self._is_over:
             return
         word, number, born, *rest = reply
-        if word == "unknown":  # it took us for gone, or has lost what it knew
+        if word == "unknown" and not self._is_new:  # it took us for gone, or has lost what it knew
             self._cancel_timer()
-            _, asks = self._sent
-            self._introduce(asks, is_lost=born != self._born, born=born)
+            self._introduce(*self._sent, is_lost=born != self.born)
             return
         if word != "done":
             raise _Wrong(f"it answers {word!r}")
         self._cancel_timer()
+        self.born = born
         self.processes = max(1, number)
         self.calls += 1
         heard, events, packed = rest
@@ -319,11 +350,15 @@ class Engine:
         results, (told, asks) = msgspec.msgpack.decode(packed), self._sent or ([], [])
         if len(results) != len(told) + len(asks):
             raise _Wrong(f"it gives {len(results)} results for {len(told) + len(asks)} ops")
-        self._sent = None
-        for (teller, op), result in zip(told, results, strict=False):
-            teller.heard(op, result)
-        for asked, result in zip(asks, results[len(told) :], strict=True):
-            asked.answer(result)
+        self._sent, self._again_s = None, _AGAIN_S
+        try:
+            for (teller, op), result in zip(told, results, strict=False):
+                teller.heard(op, result)
+            for asked, result in zip(asks, results[len(told) :], strict=True):
+                asked.answer(result)
+        finally:
+            for asked in asks:
+                asked.give_up()  # who has no answer by now, as a result was none
         if self._asks:
             self._call_later(0, self._send)
         else:
@@ -368,35 +403,40 @@ class Engine:
 
     def _greeted(self, reply: list[Any]) -> None:
         """Find out what came of the call that was under way, and go on."""
-        word, last, born, *rest = reply
+        word, is_done, born, *rest = reply
         if self._is_over:
             return
-        self._again_s, self._why, self.is_up = _AGAIN_S, "", True
+        self._why, self.is_up = "", True
         _log.info("the shared engine answers")
-        if word == "last" and last == self._number and self._sent is not None:
+        if is_done and self._sent is not None:
+            self.born = born
             self._conclude(rest[0])
-            return
         told, asks = self._sent or ([], [])
         if word == "unknown":
-            self._introduce(asks, is_lost=born != self._born, born=born)
+            self._introduce(told, asks, is_lost=born != self.born)
             return
-        for asked in asks:
-            asked.was_not_sent()
+        self._ask_again(asks)
         if told:
-            self._number -= 1  # it was not carried out
             self._write(told, [])
         else:
             self._sent = None
             self._send()
 
-    def _introduce(self, asks: list[Asked], *, is_lost: bool, born: str) -> None:
-        for asked in asks:
-            asked.was_not_sent()
-        self._number, self._born = 0, born
-        told: list[_Told] = []
+    def _introduce(self, told: list[_Told], asks: list[Asked], *, is_lost: bool) -> None:
+        self._ask_again(asks)
+        held: list[_Told] = []
         for teller in self._tellers:
-            told += [(teller, op) for op in teller.introduce(is_lost=is_lost)]
-        self._write(told, [])
+            own = [op for who, op in told if who is teller]
+            held += [(teller, op) for op in teller.introduce(own, is_lost=is_lost)]
+        self._write(held, [], is_new=True)
+
+    def _ask_again(self, asks: list[Asked]) -> None:
+        """Let questions that came to nothing be in a later call, where somebody waits."""
+        waits = [asked for asked in asks if asked.done is not None]
+        for asked in asks:
+            if asked.done is None:
+                asked.late(None)
+        self._asks[:0] = waits
 
     def _lost(self, connection: Any) -> None:
         """A connection has ended by itself."""
@@ -425,6 +465,9 @@ class Engine:
 
     def _cancel(self) -> None:
         self._cancel_timer()
+        self._cancel_turn()
+
+    def _cancel_turn(self) -> None:
         if self._turn is not None and self._turn.active():
             self._turn.cancel()
         self._turn = None
@@ -436,7 +479,15 @@ class Engine:
 
 
 class _Connection(RedisProtocol):  # type: ignore[misc]  # the library has no types
-    """A connection that keeps why TLS has ended it."""
+    """A connection to something that may not be an engine; it keeps why TLS has ended it."""
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        """Take what comes; the library raises where it makes no sense."""
+        try:
+            super().dataReceived(data, unpause)
+        except (RedisError, ValueError):
+            self.factory.connectionError("it does not speak the protocol of Redis")
+            self.transport.abortConnection()
 
     def connectionLost(self, why: Failure) -> None:
         """End."""
@@ -476,7 +527,7 @@ class _Connections(Factory):
         """The library would not connect again; here nothing does so by itself."""
 
     def connectionError(self, why: str) -> None:  # noqa: N802 - the library calls it so
-        """The engine refuses the user, or the database."""
+        """The engine refuses the user, or the database; or it is none."""
         self._fire(Failure(RedisError(why)))
 
     def _ended(self, connection: Any) -> None:
@@ -486,19 +537,6 @@ class _Connections(Factory):
     def _fire(self, result: Failure | None) -> None:
         if not self.ready.called:
             self.ready.callback(result)
-
-
-def _read(reply: Any) -> list[Any]:
-    """Return what the script says.
-
-    Raises:
-        _Wrong: the engine said something else.
-    """
-    try:
-        head, *rest = reply
-        return [*msgspec.msgpack.decode(head), *rest]
-    except (msgspec.DecodeError, TypeError, ValueError):
-        raise _Wrong("it does not answer as the script does") from None
 
 
 def _words(failure: Failure) -> str:

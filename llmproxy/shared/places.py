@@ -114,7 +114,10 @@ class SharedPlaces:
     def hear(self, age: float, text: str) -> None:
         """Hear nothing: parts are told to each alone."""
 
-    def introduce(self, *, is_lost: bool) -> list[list[Any]]:
+    def hear_time(self, milliseconds: int) -> None:
+        """Parts have no time."""
+
+    def introduce(self, told: list[list[Any]], *, is_lost: bool) -> list[list[Any]]:
         """Return what is wanted of each provider."""
         self._wanted.clear()
         return [op for name in self._places.limited() if (op := self._claim(name)) is not None]

@@ -97,6 +97,7 @@ class Sharing:
         """Share what ``settings`` say from now on."""
         if settings == self._settings:
             return
+        born = "" if self._engine is None else self._engine.born
         self.stop()
         self._settings = settings
         self._limits.is_strict = settings.strict
@@ -115,6 +116,7 @@ class Sharing:
             name=self._name,
             timeout=settings.timeout,
             tellers=(self._limits, self._standing, self._places),
+            born=born,
         )
         self._standing.use(self._engine)
         self._places.use(self._engine, settings.timeout)

@@ -95,9 +95,12 @@ class SharedStanding:
     def away(self, processes: int) -> None:
         """Go on with what is known."""
 
-    def introduce(self, *, is_lost: bool) -> list[list[Any]]:
+    def hear_time(self, milliseconds: int) -> None:
+        """Times are told as seconds."""
+
+    def introduce(self, told: list[list[Any]], *, is_lost: bool) -> list[list[Any]]:
         """Return what waits, and if all is lost what is known of providers."""
-        found = self.take(_MOST_NEWS)
+        found = told + self.take(_MOST_NEWS)
         if is_lost:
             known = self._standing.health.known()
             found += [[_TELL, msgspec.json.encode(one).decode()] for one in known]

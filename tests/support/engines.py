@@ -83,7 +83,7 @@ class EngineServer:
             RuntimeError: it is an error.
         """
         with socket.create_connection(("127.0.0.1", self.port), 20) as sock:
-            parts = [str(word).encode() for word in words]
+            parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
             data = b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
             sock.sendall(b"*%d\r\n%b" % (len(parts), data))
             with sock.makefile("rb") as file:
