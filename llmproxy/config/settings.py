@@ -888,8 +888,9 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     With Redis Cluster it must hold a hash tag, as ``"{llmproxy}:"``."""
 
     timeout: Annotated[float, Key(DURATION)] = 0.05
-    """How long a request waits for the engine at most. Then it is admitted by this process's share
-    of the limit: the part that it had of what all used last, and at least an equal part."""
+    """How long a call of the engine may take. A request waits for one call, and before it for the
+    rest of another that is under way. Then it is admitted by this process's share of the limit: the
+    part that it had of what all used last, and at least an equal part."""
 
     strict: Annotated[bool, Key(BOOLEAN)] = False
     """Whether a request of a client with limits is refused (503, ``limits_away``) where the engine

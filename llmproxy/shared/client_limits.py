@@ -14,7 +14,7 @@ again and again costs the engine one question in a second.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -132,6 +132,7 @@ class SharedLimits(ClientLimits):
         self.is_strict = False
         self.alone = 0
         self._news: dict[tuple[str, int, int], list[int]] = {}
+        self._untold: dict[str, list[int]] = {}  # the sums of all news of a client
         self._first: deque[list[Any]] = deque()  # of an introduction; the news build on it
         self._views: OrderedDict[str, tuple[View, float]] = OrderedDict()
         self._refusals: dict[str, _Refusal] = {}
@@ -235,7 +236,9 @@ class SharedLimits(ClientLimits):
         if known is not client or day != today:
             processes = 1 if self.engine is None else self.engine.processes
             view = self._view_of_today(client.name) or (0, 0, 0, 0, 0)
-            own = {limit: used for limit, _, used in self._own_by_limit(client)}
+            now, wall = self.clock(), self._wall()
+            used = self._used_by(client, now, wall)
+            own = {limit: count for limit, _, count in used.by_limit(client, now, wall)}
             parts = {}
             for limit, whole in zip(LIMITS, view, strict=False):
                 if (most := getattr(client, limit)) is None:
@@ -307,7 +310,13 @@ class SharedLimits(ClientLimits):
         if first := self._first:
             return [first.popleft() for _ in range(min(most, _AT_ONCE, len(first)))]
         names = list(islice(self._news, most))
-        ops = [self._op(name, self._news.pop(name)) for name in names]
+        ops = []
+        for key in names:
+            sums = self._news.pop(key)
+            ops.append(self._op(key, sums))
+            _add(self._untold[key[0]], sums, -1)
+        if not self._news:
+            self._untold.clear()
         since = self.clock() - _LOOK_EVERY_S
         while self._views and len(ops) < most:
             name, (_, at) = next(iter(self._views.items()))
@@ -341,6 +350,7 @@ class SharedLimits(ClientLimits):
     def introduce(self, told: list[list[Any]], *, is_lost: bool) -> list[list[Any]]:
         """Return all streams that run here, and what the engine does not know beside them."""
         news, self._news = self._news, {}
+        self._untold.clear()
         told = [*told, *self._first]
         ops: list[list[Any]] = [op for op in told if op[0] == _SPENT and not is_lost]
         told = [op for op in told if op[0] == _PUT]
@@ -359,7 +369,7 @@ class SharedLimits(ClientLimits):
             if is_lost:
                 here = window.requests, window.tokens, day.used - day.settled
                 view = self._view_of_today(name) or (0, 0, 0, 0, 0)
-                settled = max(view[4], day.settled - untold[name])
+                settled = max(view[4], day.settled) - untold[name]
                 if settled > 0:
                     ops.append([_SPENT, name, day.number, settled])
             if used.streams or any(here):
@@ -421,8 +431,11 @@ class SharedLimits(ClientLimits):
         sums = self._news.get((client, bucket, day))
         if sums is None:
             sums = self._news[client, bucket, day] = [0, 0, 0, 0, 0]
-        for place, more in enumerate((streams, requests, tokens, spent, settled)):
-            sums[place] += more
+        more = streams, requests, tokens, spent, settled
+        _add(sums, more)
+        _add(self._untold.setdefault(client, [0, 0, 0, 0, 0]), more)
+        if (view := self._views.get(client)) is not None:
+            _add(view[0], more)
         self.engine.wake(_GATHER_S)
         if len(self._news) > self._most_news:
             self._compact()
@@ -434,8 +447,7 @@ class SharedLimits(ClientLimits):
         for (client, bucket, day), sums in self._news.items():
             at = _LONG_AGO if _LONG_AGO <= bucket < since else bucket
             known = news.setdefault((client, at, day), [0, 0, 0, 0, 0])
-            for place, more in enumerate(sums):
-                known[place] += more
+            _add(known, sums)
         self._news = news
         self._most_news = max(_MOST_NEWS, 2 * len(news))
 
@@ -447,6 +459,9 @@ class SharedLimits(ClientLimits):
     # -- what the engine says -------------------------------------------------------------------
 
     def _saw(self, name: str, view: View) -> None:
+        """Note what all use, with what the engine has not heard of yet."""
+        if (untold := self._untold.get(name)) is not None:
+            _add(view, untold)
         self._views[name] = view, self.clock()
         self._views.move_to_end(name)
         if self._shares:
@@ -459,6 +474,11 @@ class SharedLimits(ClientLimits):
             return own
         whole = dict(zip(LIMITS, view, strict=False))
         return [(limit, most, whole[limit]) for limit, most, _ in own]
+
+
+def _add(sums: list[int], more: Sequence[int], times: int = 1) -> None:
+    for place, one in enumerate(more):
+        sums[place] += times * one
 
 
 def _without(op: list[Any], *, is_lost: bool) -> list[Any]:
