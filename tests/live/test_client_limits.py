@@ -150,7 +150,7 @@ def test_a_stream_holds_a_slot_until_its_end(tmp_path: Path) -> None:
         assert row == {
             "client": "team",
             "streams": 2,
-            "limits": {"max_streams": {"limit": 2, "used": 2, "remaining": 0}},
+            "limits": {"max_streams": {"limit": 2, "used": 2, "remaining": 0, "here": 2}},
         }
         first.close()
         ended.read()

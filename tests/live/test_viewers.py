@@ -21,6 +21,7 @@ from tests.support.live_proxy import (
     open_live_proxy,
     read_stepwise,
     trace_of,
+    until,
 )
 from tests.support.scripts import SSE, event
 from tests.support.sockets import WAIT, Wire, chunked, connect, request
@@ -136,6 +137,12 @@ def test_viewers_that_never_read_cost_little(live: LiveProxy) -> None:
             assert waited < most + len(data), "one event is kept besides what the kernel holds"
 
 
+def only_row(live: LiveProxy) -> dict[str, Any] | None:
+    """Return the row of the one request that is served; None while others have not ended."""
+    rows: list[dict[str, Any]] = json.loads(live.daemon.admin("/streams"))["streams"]
+    return rows[0] if len(rows) == 1 else None
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
@@ -155,7 +162,7 @@ def test_what_a_caller_calls_itself_is_short_and_to_be_seen(
     live.hold(SSE, chunked(event(0)))
     body = b'{"model":"m","stream":true}'
     with live.begin("/p/v1/chat/completions", body, *fields):
-        (row,) = json.loads(live.daemon.admin("/streams"))["streams"]
+        row = until(lambda: only_row(live), "it alone is served")
         assert row["session"] == shown
     record = trace_of(live.daemon, id=row["id"])
     assert (record["session"], record["user_agent"]) == (shown, shown)
