@@ -3,8 +3,8 @@
 Discrete events, without a socket: 200 hosts by default, whose requests come as a Poisson process
 and last for a while.  Whose they are does not matter: an op costs the same for each client.  A host
 has one call under way, and lets news wait for questions, as ``llmproxy/shared/engine.py`` does; the
-engine serves calls one after the other.  What a call and an op cost it was measured (``--call-us``
-and ``--op-us``; ``make bench-shared``).
+engine serves calls one after the other.  What an op costs it was measured, what a call costs is
+assumed (``--op-us``, ``--call-us``; compare ``make bench-shared``).
 
 Printed for each rate: how busy the engine is, how many ops share a call, what a request waits, and
 how many wait longer than the timeout.
